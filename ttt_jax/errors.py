@@ -1,0 +1,28 @@
+"""The one exception family that a user is meant to see.
+
+Every error caused by a config, an argument, a data file or a checkpoint is a `UserError` whose message is one line that
+names the field, the value and the fix. Command lines print it and exit with code 2; anything else is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user can fix. The message is one line: what, its value, and what to do."""
+
+
+class ConfigError(UserError):
+    """A configuration field is unknown, malformed or contradicts another one."""
+
+
+class DataError(UserError):
+    """A data source is missing, empty, unreadable or does not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete or belongs to another model."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on (for instance a loss that is not finite)."""
