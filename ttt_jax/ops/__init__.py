@@ -1,0 +1,3 @@
+from ttt_jax.ops.in_place_ttt import IMPLEMENTATIONS, in_place_ttt, update_norm
+
+__all__ = ["IMPLEMENTATIONS", "in_place_ttt", "update_norm"]

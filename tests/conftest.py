@@ -1,0 +1,38 @@
+"""Shared fixtures: eight fake CPU devices, strict dtype promotion, and the official code's arrays."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def x64():
+    """Run one test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=sorted(p.stem for p in GOLDEN.glob("mlp_*.npz")))
+def golden_mlp(request):
+    with np.load(GOLDEN / f"{request.param}.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(params=sorted(p.name for p in GOLDEN.glob("model_*")))
+def golden_model(request):
+    """Folder of a tiny random model of the official code, with the arrays of io.npz."""
+    folder = GOLDEN / request.param
+    with np.load(folder / "io.npz", allow_pickle=False) as arrays:
+        return folder, dict(arrays)

@@ -1,0 +1,146 @@
+"""The public op: one interface, interchangeable implementations.
+
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update of the fast weight (D F).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.errors import UserError
+from ttt_jax.ops.reference import in_place_ttt_reference
+from ttt_jax.ops.xla import in_place_ttt_xla, precision_for
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def in_place_ttt(
+    z_BTF: Float[Array, "B T F"],
+    v_BTD: Float[Array, "B T D"],
+    w_DF: Float[Array, "D F"],
+    *,
+    lr: float | Float[Array, ""],
+    chunk_size: int,
+    state: Float[Array, "B D F"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    clip_norm: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D F"]]:
+    """Apply a fast weight and update it chunk by chunk (In-Place TTT, https://arxiv.org/abs/2604.06169, section 3).
+
+    For chunk i of `chunk_size` tokens:  o_i = z_i (W + S_i)^T,  then  S_{i+1} = S_i + lr * v_i^T z_i.  A trailing
+    partial chunk is applied with the current S and updates nothing. Each sequence of the batch has its own S. Nothing of
+    chunk i reaches the outputs of chunk i, so v may look ahead inside its chunk and the op stays causal.
+
+    Args:
+      z_BTF: MLP activations; float32, bfloat16 or float64. Its dtype is the compute and output dtype.
+      v_BTD: targets; cast to z's dtype.
+      w_DF: slow weight (the pretrained down-projection); cast to z's dtype.
+      lr: inner learning rate, a number or a scalar array (differentiable).
+      chunk_size: C, at least 1.
+      state: S_0, float32 (float64 with float64 inputs); None is zero. It belongs to the first document of each row.
+      segment_ids: document of each token, 0 for padding. S returns to zero where a new document starts; documents must
+        start on chunk boundaries. A chunk that holds padding updates nothing.
+      clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4, evaluation).
+      implementation: "reference", "xla", or None for the fastest that supports the platform and shapes. A named one that
+        cannot run raises; it never falls back.
+
+    Returns:
+      o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to continue the stream with.
+
+    Raises:
+      UserError: shapes do not fit together, a chunk size below 1, or an unknown implementation.
+    """
+    if implementation is None:
+        implementation = "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    acc = jnp.float64 if z_BTF.dtype == jnp.float64 else jnp.float32
+    if state is None:
+        state = jnp.zeros((z_BTF.shape[0], *w_DF.shape), acc)
+    state, lr = state.astype(acc), jnp.asarray(lr, acc)
+    if implementation == "reference":
+        return in_place_ttt_reference(
+            z_BTF,
+            v_BTD,
+            w_DF,
+            lr=lr,
+            chunk_size=chunk_size,
+            state_BDF=state,
+            segment_ids_BT=segment_ids,
+            clip_norm=clip_norm,
+        )
+    v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
+    if clip_norm is not None:
+        v_BTD = _fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
+    return in_place_ttt_xla(
+        z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM
+    )
+
+
+def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
+    """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
+    acc = jnp.float64 if z_BCF.dtype == jnp.float64 else jnp.float32
+    delta_BDF = jnp.einsum(
+        "bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision_for(z_BCF.dtype)
+    )
+    return lr * jnp.sqrt(jnp.sum(delta_BDF**2, axis=(1, 2)))
+
+
+def _fold_segments(v_BTD, segment_ids_BT, C, acc):
+    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S (resets)."""
+    if segment_ids_BT is None:
+        return v_BTD, None
+    B, T = segment_ids_BT.shape
+    M = -(-T // C)
+    ids_BMC = jnp.pad(segment_ids_BT, ((0, 0), (0, M * C - T))).reshape(B, M, C)
+    first_BM = ids_BMC[:, :, 0]
+    whole_BM = (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
+    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
+    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
+    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+
+
+def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc):
+    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory."""
+    T = z_BTF.shape[1]
+
+    @jax.checkpoint
+    def clipped(i):
+        z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
+        delta_BDF = lr * jnp.einsum(
+            "bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision_for(z_BCF.dtype)
+        )
+        square_B = jnp.sum(delta_BDF**2, axis=(1, 2))
+        over_B = square_B > clip_norm**2
+        scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
+        return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)
+
+    if T < C:
+        return v_BTD
+    v_MBCD = jax.lax.map(clipped, jnp.arange(T // C))
+    v_whole_BTD = jnp.moveaxis(v_MBCD, 0, 1).reshape(v_BTD.shape[0], -1, v_BTD.shape[2])
+    return jnp.concatenate([v_whole_BTD, v_BTD[:, T // C * C :]], axis=1)
+
+
+def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
+    if z_BTF.ndim != 3 or v_BTD.ndim != 3 or w_DF.ndim != 2:
+        raise UserError(
+            f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, {v_BTD.shape}, {w_DF.shape}"
+        )
+    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
+    if v_BTD.shape != (B, T, D) or w_DF.shape != (D, F):
+        raise UserError(
+            f"in_place_ttt: shapes do not fit: z [B,T,F] = {z_BTF.shape}, v [B,T,D] = {v_BTD.shape}, w [D,F] = {w_DF.shape}"
+        )
+    if chunk_size < 1:
+        raise UserError(f"in_place_ttt: chunk_size = {chunk_size}: must be at least 1")
+    if state is not None and state.shape != (B, D, F):
+        raise UserError(f"in_place_ttt: state has shape {state.shape}, expected [B,D,F] = {(B, D, F)}")
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise UserError(f"in_place_ttt: segment_ids has shape {segment_ids.shape}, expected [B,T] = {(B, T)}")
