@@ -143,6 +143,10 @@ class OptimizerConfig:
     ttt_lr_warmup_steps: NonNegative = 0  # raise the inner learning rate linearly from 0 over these steps
     groups: tuple[ParamGroup, ...] = ()
 
+    def warmup(self, steps: int) -> int:
+        """Length of the learning rate's warm-up in a run of `steps` steps."""
+        return round(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
+
 
 @dataclass(frozen=True, config=_STRICT)
 class MeshConfig:

@@ -1,0 +1,178 @@
+"""The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
+
+    runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
+
+A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
+This module imports no jax, unless several processes have to agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
+from ttt_jax.errors import CheckpointError, ConfigError
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+
+# Where and how the run is computed and watched, not what is learnt (up to rounding).
+_FREE = (
+    "name", "runs_dir", "remat_save", "mesh", "checkpoint", "log", "eval", "data.workers", "model.ttt.implementation",
+    "optimizer.accumulate",
+)  # fmt: skip
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file so that a reader, or a crash, finds the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def prepare_run_dir(config: Config) -> bool:
+    """Create `config.run_dir` with its `config.yaml`, or check that the folder continues the same training curve.
+
+    With several processes, the first one looks and writes, and all get the same answer or the same error.
+
+    Returns:
+      True if the folder already was a run of this config (`config.yaml` then takes the new log, eval, ... settings).
+
+    Raises:
+      CheckpointError: one line; the folder holds another run or other files, or cannot be written. Nothing is changed.
+    """
+    if _process_count() == 1:
+        return _prepare(config)
+    import jax
+
+    answer: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            answer["resuming"] = _prepare(config)
+        except CheckpointError as error:
+            answer["error"] = str(error)[:2000]
+    answer = _broadcast(answer)
+    if "error" in answer:
+        raise CheckpointError(answer["error"])
+    return answer["resuming"]
+
+
+def _prepare(config: Config) -> bool:
+    run_dir = config.run_dir
+    try:
+        if run_dir.exists() and not run_dir.is_dir():
+            raise CheckpointError(f"run folder {run_dir}: is a file; choose another name or runs_dir")
+        present = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
+        resuming = CONFIG_FILE in present
+        if resuming:
+            _check_same_curve(run_dir, config)
+        else:
+            # A run that was killed inside its very first write leaves only the temporary file.
+            foreign = sorted(present - {f".{CONFIG_FILE}.tmp"})
+            if foreign:
+                raise CheckpointError(
+                    f"run folder {run_dir}: holds {foreign[0]!r} but no {CONFIG_FILE}, so it is not a run; "
+                    "choose another name or runs_dir"
+                )
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = dump_yaml(config)
+        path = run_dir / CONFIG_FILE
+        if not resuming or path.read_text(encoding="utf-8") != text:
+            atomic_write_text(path, text)
+    except OSError as error:
+        raise CheckpointError(f"run folder {run_dir}: {error.strerror}; choose another runs_dir") from None
+    return resuming
+
+
+def read_run_config(run_dir: str | Path) -> Config:
+    """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
+    path = Path(run_dir) / CONFIG_FILE
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
+    except FileNotFoundError:
+        raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run") from None
+    except ConfigError as error:
+        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it"
+        ) from None
+
+
+def _check_same_curve(run_dir: Path, config: Config) -> None:
+    try:
+        before = read_run_config(run_dir)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or choose another name") from None
+    old, new = _curve_fields(before), _curve_fields(config)
+    for field in [*new, *(key for key in old if key not in new)]:
+        if old.get(field) != new.get(field):
+            raise CheckpointError(
+                f"config field {field} = {_short(new.get(field))}: run folder {run_dir} was started with "
+                f"{_short(old.get(field))}; choose another name, or delete that folder to start anew"
+            )
+
+
+def _curve_fields(config: Config) -> dict[str, Any]:
+    """Dotted field -> value, of the fields that shape the training curve. Derived ones in their effective form."""
+    fields = {key: value for key, value in _flatten(to_dict(config)).items() if not _is_free(key)}
+    optimizer = config.optimizer
+    fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)  # a ratio means a number of steps
+    unused = {"optimizer.warmup_ratio"}
+    if optimizer.schedule != "wsd":
+        unused.add("optimizer.decay_ratio")
+    if optimizer.schedule == "constant":  # the only schedule that does not depend on where it ends
+        unused |= {"optimizer.final_lr_ratio", "steps"}
+    return {key: value for key, value in fields.items() if key not in unused}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_free(field: str) -> bool:
+    return any(field == free or field.startswith(free + ".") for free in _FREE)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _process_count() -> int:
+    import sys
+
+    # Without jax in the process there is no multi-host run; asking jax would initialise its backends.
+    if "jax" not in sys.modules:
+        return 1
+    return sys.modules["jax"].process_count()
+
+
+def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
+    """Process 0's JSON object, on every process."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(answer).encode()  # ASCII, so far below the size
+    buffer = np.zeros(1 << 14, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    buffer = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
+    return json.loads(bytes(buffer).rstrip(b"\0").decode())
