@@ -1,0 +1,17 @@
+"""Data: files to documents, documents to tokens, tokens to packed rows."""
+
+from ttt_jax.data.loader import Batch, DataSummary, Loader, check_data, heldout_rows, make_loader
+from ttt_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "DataSummary",
+    "JsonTokenizer",
+    "Loader",
+    "Tokenizer",
+    "check_data",
+    "heldout_rows",
+    "load_tokenizer",
+    "make_loader",
+]

@@ -1,0 +1,128 @@
+"""Tokenised text: in memory while it is small, otherwise in the cache folder, from which later runs map it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from ttt_jax.errors import DataError
+
+MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
+
+
+def cache_folder() -> Path:
+    """Where large tokenised corpora are kept: `TTT_JAX_CACHE`, else `~/.cache/ttt_jax`."""
+    return Path(os.environ.get("TTT_JAX_CACHE") or Path.home() / ".cache" / "ttt_jax")
+
+
+class TokenArray:
+    """A flat integer array in memory, or mapped from a file, which worker processes then open again by its path.
+
+    Args:
+      array: the array, when it is in memory.
+      path: the file otherwise; `.npy`, or raw numbers of `dtype` when that is given.
+    """
+
+    def __init__(self, array: np.ndarray | None = None, *, path: Path | None = None, dtype: str | None = None) -> None:
+        self._array, self._path, self._dtype = array, path, dtype
+
+    @property
+    def array(self) -> np.ndarray:
+        """The tokens, `[total]`."""
+        if self._array is None:
+            assert self._path is not None
+            if self._dtype is None:
+                self._array = np.load(self._path, mmap_mode="r", allow_pickle=False).reshape(-1)
+            else:
+                self._array = np.memmap(self._path, dtype=self._dtype, mode="r")
+        return self._array
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_array": self._array if self._path is None else None, "_path": self._path, "_dtype": self._dtype}
+
+
+class TokenWriter:
+    """Collects documents in memory, and moves them to a file in the cache folder once they exceed `MEMORY_LIMIT`.
+
+    A context manager: leaving it without `finish` removes the unfinished file.
+
+    Args:
+      key: what `load_cached` will find the result by.
+      dtype: of the stored ids.
+    """
+
+    def __init__(self, key: str, dtype: np.dtype) -> None:
+        self._key, self._dtype = key, dtype
+        self._blocks: list[np.ndarray] = []
+        self._pending = 0
+        self._file: IO[bytes] | None = None
+
+    def append(self, ids: np.ndarray, end: list[int]) -> None:
+        """Add a document: `ids`, integers `[length]`, then `end`."""
+        block = np.empty(len(ids) + len(end), self._dtype)
+        block[: len(ids)], block[len(ids) :] = ids, end
+        self._blocks.append(block)
+        self._pending += block.nbytes
+        if self._pending > MEMORY_LIMIT:
+            self._spill()
+
+    def finish(self, length_N: np.ndarray, key_N: np.ndarray, has_text: bool) -> TokenArray:
+        """All tokens; the documents' lengths and keys are kept beside them when they went to a file."""
+        if self._file is None:
+            return TokenArray(np.concatenate([np.empty(0, self._dtype), *self._blocks]))
+        self._spill()
+        self._file.close()
+        tokens, index = _paths(self._key)
+        partial = Path(self._file.name)
+        partial_index = partial.with_suffix(".npz")
+        np.savez(partial_index, length_N=length_N, key_N=key_N, has_text=has_text)
+        partial.replace(tokens)
+        partial_index.replace(index)  # last and atomically: its presence says that the tokens are complete
+        return TokenArray(path=tokens, dtype=self._dtype.str)
+
+    def _spill(self) -> None:
+        folder = cache_folder()
+        try:
+            if self._file is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.NamedTemporaryFile(dir=folder, prefix="partial-", delete=False)  # noqa: SIM115
+            for block in self._blocks:
+                self._file.write(block)
+        except OSError as error:
+            raise DataError(
+                f"cache folder {folder}: cannot write tokenised text there ({error.strerror}); free some space, or name "
+                "another folder in the environment variable TTT_JAX_CACHE"
+            ) from None
+        self._blocks, self._pending = [], 0
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+
+
+def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, np.ndarray, np.ndarray, bool] | None:
+    """What `TokenWriter` kept under `key`: tokens, length_N, key_N, has_text; None when there is nothing complete."""
+    tokens, index = _paths(key)
+    try:
+        with np.load(index, allow_pickle=False) as saved:
+            length_N, key_N, has_text = saved["length_N"], saved["key_N"], bool(saved["has_text"])
+        if tokens.stat().st_size != int(length_N.sum()) * dtype.itemsize:
+            return None
+    except (OSError, ValueError, KeyError):  # absent or damaged: the caller builds it again
+        return None
+    return TokenArray(path=tokens, dtype=dtype.str), length_N, key_N, has_text
+
+
+def _paths(key: str) -> tuple[Path, Path]:
+    return cache_folder() / f"tokens-{key}.bin", cache_folder() / f"tokens-{key}.npz"

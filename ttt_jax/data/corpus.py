@@ -1,0 +1,234 @@
+"""A corpus: all documents of some files as token ids, with random access and known lengths.
+
+Text is tokenised once, before training. That finds every unreadable record before anything is compiled, and it makes
+the order of training independent of the number of hosts, because document lengths are known. A small corpus stays in
+memory, a large one goes to the cache folder (`cache.py`). `.npy` files are mapped where they lie.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.config import Config
+from ttt_jax.data.cache import TokenArray, TokenWriter, load_cached
+from ttt_jax.data.progress import TokenProgress
+from ttt_jax.data.sources import SourceFile, find_files, open_npy, read_documents
+from ttt_jax.data.tokenizer import Tokenizer
+from ttt_jax.errors import DataError
+
+_BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
+_CHECK_TOKENS = 1 << 30  # tokens of one .npy file that are checked up front; the rest is checked when it is read
+_recent: collections.OrderedDict[str, Corpus] = collections.OrderedDict()  # train and held-out share one corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents as slices of flat token arrays.
+
+    Attributes:
+      arrays: the flat token arrays.
+      array_N: int32, which of `arrays` a document lies in.
+      start_N: int64, its first token there.
+      length_N: int64, its number of tokens.
+      key_N: uint64, a hash of its identity (file name in the corpus, and index in the file).
+      has_text: whether any document went through the tokenizer.
+      label: the config field and value that errors name.
+    """
+
+    arrays: tuple[TokenArray, ...]
+    array_N: np.ndarray
+    start_N: np.ndarray
+    length_N: np.ndarray
+    key_N: np.ndarray
+    has_text: bool
+    label: str
+
+    def __len__(self) -> int:
+        return len(self.length_N)
+
+    def tokens(self, document: int, start: int, length: int) -> np.ndarray:
+        """Tokens `start` to `start + length` of a document, in the array's own integer dtype, `[length]`."""
+        first = int(self.start_N[document]) + start
+        return self.arrays[self.array_N[document]].array[first : first + length]
+
+    def select(self, keep_N: np.ndarray) -> Corpus:
+        """The documents where the boolean `keep_N` is true."""
+        columns = {name: getattr(self, name)[keep_N] for name in ("array_N", "start_N", "length_N", "key_N")}
+        return dataclasses.replace(self, **columns)
+
+    def fingerprint(self) -> str:
+        """A hash of which documents these are, and of their lengths."""
+        return hashlib.sha256(self.key_N.tobytes() + self.length_N.tobytes()).hexdigest()[:16]
+
+
+def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.train") -> Corpus:
+    """All documents of `data.train` or `data.heldout` that have at least `data.min_document` tokens.
+
+    Tokenised documents end with the end token if `data.eos`; pre-tokenised ones are taken as they are.
+
+    Raises:
+      DataError: one line, for anything wrong with the files or with the ids in them.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    entries = getattr(data, field.rpartition(".")[2])
+    files = find_files(entries, field=field, format=data.format)
+    key = _key(files, [field, data.text_field, data.eos, data.min_document, tokenizer.fingerprint, vocab_size])
+    if key not in _recent:
+        _recent[key] = _build(config, tokenizer, files, f"config field {field} = {', '.join(map(repr, entries))}")
+        while len(_recent) > 2:
+            _recent.popitem(last=False)
+    _recent.move_to_end(key)
+    return _recent[key]
+
+
+def split_corpus(config: Config, corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """Split `data.train` into (training, held-out) documents by a hash of their identity.
+
+    A document's side depends on nothing but its own name and index, so that growing the corpus moves no document.
+    """
+    fraction = config.data.heldout_fraction
+    held_N = corpus.key_N < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
+    if not held_N.any():
+        held_N[np.argmin(corpus.key_N)] = True
+    if held_N.all():
+        raise DataError(
+            f"{corpus.label}: holding out data.heldout_fraction = {fraction} of {len(corpus)} document(s) leaves none "
+            "to train on; name held-out files in data.heldout, or give more documents"
+        )
+    return corpus.select(~held_N), corpus.select(held_N)
+
+
+# --------------------------------------------------------------------------------------------------------- building
+
+
+def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label: str) -> Corpus:
+    text = [file for file in files if file.format != "npy"]
+    mapped = [file for file in files if file.format == "npy"]
+    parts: list[tuple[TokenArray, np.ndarray, np.ndarray]] = []  # array, length_N, key_N
+    has_text = False
+    if text:
+        array, length_N, key_N, has_text = _tokenise(config, tokenizer, text)
+        parts.append((array, length_N, key_N))
+    parts += [_map_npy(file, config.model.vocab_size) for file in mapped]
+    length_N = np.concatenate([part[1] for part in parts])
+    corpus = Corpus(
+        arrays=tuple(part[0] for part in parts),
+        array_N=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[1]) for part in parts]),
+        start_N=np.concatenate([np.cumsum(part[1]) - part[1] for part in parts]),
+        length_N=length_N,
+        key_N=np.concatenate([part[2] for part in parts]),
+        has_text=has_text,
+        label=label,
+    )
+    # One token alone predicts nothing, and a row without any target would make a mean loss 0/0.
+    shortest = max(config.data.min_document, 2)
+    corpus = corpus.select(length_N >= shortest)
+    if not len(corpus):
+        count = f"none of its {len(length_N)} documents has" if len(length_N) else "it holds no document with"
+        raise DataError(f"{label}: empty: {count} {shortest} tokens or more; give more data or lower data.min_document")
+    return corpus
+
+
+def _tokenise(
+    config: Config, tokenizer: Tokenizer, files: list[SourceFile]
+) -> tuple[TokenArray, np.ndarray, np.ndarray, bool]:
+    """One flat array of all documents of `files`, their lengths and identity hashes, and whether any was text."""
+    data, vocab_size = config.data, config.model.vocab_size
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    key = _key(files, [data.text_field, data.eos, tokenizer.fingerprint, vocab_size, tokenizer.eos_id])
+    cached = load_cached(key, dtype)
+    if cached is not None:
+        return cached
+    lengths: list[int] = []
+    keys: list[np.ndarray] = []
+    has_text = False
+    with TokenWriter(key, dtype) as writer, TokenProgress("Tokenising") as progress:
+        for file in files:
+            before = len(lengths)
+            for batch in _batches(read_documents(file, text_field=data.text_field)):
+                if isinstance(batch, np.ndarray):
+                    _check_ids(file, batch, vocab_size)
+                    documents, end = [batch], []
+                else:
+                    if not has_text:
+                        _check_tokenizer(config, tokenizer)
+                    has_text = True
+                    documents, end = tokenizer.encode_documents(batch), [tokenizer.eos_id] if data.eos else []
+                for ids in documents:
+                    writer.append(ids, end)
+                    lengths.append(len(ids) + len(end))
+                progress.add(sum(map(len, documents)))
+            keys.append(_keys(file, len(lengths) - before))
+        length_N, key_N = np.asarray(lengths, np.int64), np.concatenate(keys)
+        return writer.finish(length_N, key_N, has_text), length_N, key_N, has_text
+
+
+def _batches(documents: Iterator[bytes | np.ndarray]) -> Iterator[list[bytes] | np.ndarray]:
+    """Group consecutive text documents, so that a tokenizer can use all cores; token documents pass singly."""
+    batch: list[bytes] = []
+    size = 0
+    for document in documents:
+        if batch and (isinstance(document, np.ndarray) or size + len(document) > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        if isinstance(document, np.ndarray):
+            yield document
+        else:
+            batch.append(document)
+            size += len(document)
+    if batch:
+        yield batch
+
+
+def _map_npy(file: SourceFile, vocab_size: int) -> tuple[TokenArray, np.ndarray, np.ndarray]:
+    array = open_npy(file)
+    mappable = array.flags.c_contiguous  # a file in Fortran order is copied
+    flat = array.reshape(-1)
+    for start in range(0, min(flat.size, _CHECK_TOKENS), 1 << 24):
+        _check_ids(file, flat[start : min(start + (1 << 24), _CHECK_TOKENS)], vocab_size)
+    rows, width = (1, array.size) if array.ndim == 1 else array.shape
+    lengths = np.full(rows, width, np.int64)
+    return TokenArray(path=file.path) if mappable else TokenArray(flat), lengths, _keys(file, rows)
+
+
+def _check_ids(file: SourceFile, ids: np.ndarray, vocab_size: int) -> None:
+    if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
+        bad = next(int(i) for i in (ids.max(), ids.min()) if not 0 <= int(i) < vocab_size)
+        raise file.error(f"token id {bad} is outside model.vocab_size = {vocab_size}; use the model's own tokenizer")
+
+
+def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"config field data.tokenizer = {name!r}: its {tokenizer.vocab_size} ids do not fit model.vocab_size = "
+            f"{vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    if config.data.eos and tokenizer.eos_id is None:
+        raise DataError(f"config field data.eos = true: tokenizer {name!r} has no end token; set data.eos false")
+
+
+def _keys(file: SourceFile, count: int) -> np.ndarray:
+    """uint64 `[count]`: hashes of (file name, document index), uniform over 64 bits."""
+    seed = int.from_bytes(hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
+    # The finaliser of splitmix64: every bit of the result depends on every bit of the index; uint64 wraps around.
+    x = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _key(files: list[SourceFile], settings: list[Any]) -> str:
+    """A hash that changes when a file or a setting does."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in files:
+        stat = file.path.stat()
+        identity = (str(file.path.resolve()), file.name, file.format, stat.st_size, stat.st_mtime_ns)
+        digest.update(repr(identity).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:24]
