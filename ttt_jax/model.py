@@ -1,0 +1,290 @@
+"""The Transformer: blocks, groups of scanned layers, and the state of a stream.
+
+B batch, T tokens, D model width, V vocabulary, C chunk size.
+
+Layers that repeat are stacked and scanned: the model finds the shortest repeating pattern of layer kinds (say one TTT layer
+followed by five plain ones) and compiles one pattern, so HLO size and compile time do not grow with depth.
+Read top down: `Transformer.__call__` -> `Group` -> `Block` -> `Attention` (layers.py) and `MLP` (ttt.py) -> the op (ops/).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from ttt_jax.config import ModelConfig, validate_model
+from ttt_jax.errors import UserError
+from ttt_jax.layers import Attention, Context, KVCache, RMSNorm, param, rope_tables
+from ttt_jax.ops.xla import precision_for
+from ttt_jax.ttt import MLP, TTTState
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a model is computed, as opposed to what it computes.
+
+    Fields:
+      dtype: compute dtype, "float32" or "bfloat16" (parameters are cast where they are used).
+      remat_save: names of the activations that the backward keeps (config.REMAT_NAMES); None keeps all.
+      attention: attention implementation; None picks the fastest.
+    """
+
+    dtype: str = "float32"
+    remat_save: tuple[str, ...] | None = ()
+    attention: str | None = None
+
+
+class LayerKind(NamedTuple):
+    """What makes two layers different programs."""
+
+    ttt: bool
+    window: int | None
+
+
+class LayerState(NamedTuple):
+    cache: KVCache
+    ttt: TTTState | None
+
+
+@struct.dataclass
+class State:
+    """What the model needs to read on. A pytree; `layers[group][slot]` is stacked over the group's repeats.
+
+    Fields:
+      position_B: tokens read by each row, int32.
+      layers: KV cache and TTT state of every layer.
+      capacity: tokens that full-attention caches can hold; None: they grow with every call.
+    """
+
+    position_B: jax.Array
+    layers: tuple[tuple[LayerState, ...], ...]
+    capacity: int | None = struct.field(pytree_node=False, default=None)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, *, key: jax.Array):
+        k_attention, k_mlp, k_norm = jax.random.split(key, 3)
+        self.attention_norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_norm)
+        self.attention = Attention(cfg, kind.window, key=k_attention)
+        self.mlp_norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_norm)
+        self.mlp = MLP(cfg, kind.ttt, key=k_mlp)
+
+    def __call__(self, h_BTD, ctx: Context, state: LayerState | None, attention: str | None):
+        cache, ttt = (None, None) if state is None else state
+        y_BTD, cache = self.attention(self.attention_norm(h_BTD), ctx, cache, attention)
+        h_BTD = h_BTD + y_BTD
+        y_BTD, ttt, stats = self.mlp(self.mlp_norm(h_BTD), ctx, ttt)
+        return h_BTD + y_BTD, None if cache is None else LayerState(cache, ttt), stats
+
+
+class Group(nnx.Module):
+    """`repeats` copies of a pattern of layers; the parameters of each slot are stacked over the repeats."""
+
+    def __init__(self, cfg: ModelConfig, first: int, pattern: tuple[LayerKind, ...], repeats: int, *, key: jax.Array):
+        self.first, self.pattern, self.repeats = first, pattern, repeats
+        make = lambda kind, key: Block(cfg, kind, key=key)
+        self.blocks = nnx.List(
+            [
+                jax.vmap(functools.partial(make, kind))(jax.random.split(jax.random.fold_in(key, first + slot), repeats))
+                for slot, kind in enumerate(pattern)
+            ]
+        )
+
+    def layer_index(self, repeat: int, slot: int) -> int:
+        return self.first + repeat * len(self.pattern) + slot
+
+    def __call__(self, h_BTD, ctx: Context, states: tuple[LayerState, ...] | None, runtime: Runtime):
+        """Returns h, the states (stacked like the parameters) and the stats of the TTT slots."""
+
+        def apply(block, h_BTD, ctx, state):
+            return block(h_BTD, ctx, state, runtime.attention)
+
+        if runtime.remat_save is not None:
+            apply = jax.checkpoint(apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False)
+
+        def body(h_BTD, xs):
+            blocks, states = xs
+            new_states, stats = [], []
+            for slot, block in enumerate(blocks):
+                h_BTD, state, stat = apply(block, h_BTD, ctx, None if states is None else states[slot])
+                new_states.append(state)
+                stats.append(stat)
+            return h_BTD, (tuple(new_states), tuple(stats))
+
+        h_BTD, (states, stats) = jax.lax.scan(body, h_BTD, (tuple(self.blocks), states))
+        return h_BTD, states, stats
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model of the LLaMA / Qwen family with In-Place TTT on `cfg.ttt.layers`.
+
+    A plain pytree of float32 parameters: use it with `jax.jit`, `jax.grad`, optax. It holds no mutable state.
+    """
+
+    def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array, tokenizer: Any = None):
+        """Raises `ConfigError` if the config contradicts itself. `tokenizer` is carried along for convenience."""
+        validate_model(cfg)
+        self.config, self.runtime, self.tokenizer = cfg, runtime, nnx.static(tokenizer)
+        k_embed, k_head, k_layers = jax.random.split(key, 3)
+        self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
+        groups, first = [], 0
+        for pattern, repeats in find_groups(layer_kinds(cfg)):
+            groups.append(Group(cfg, first, pattern, repeats, key=k_layers))
+            first += len(pattern) * repeats
+        self.groups = nnx.List(groups)
+        self.norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_head)
+        shape = (cfg.vocab_size, cfg.d_model)
+        self.head = None if cfg.tie_embeddings else param(k_head, shape, ("vocab", "embed"), cfg.init_std)
+
+    @property
+    def output_weight(self) -> jax.Array:
+        """[V, D], tied to the embedding or not."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def __call__(self, ids_BT, state: State | None = None, **options) -> tuple[jax.Array, State]:
+        """Read tokens and return logits for each next token.
+
+        Args:
+          ids_BT: int32 token ids.
+          state: where the stream was left; None starts fresh.
+          options: see `hidden`.
+
+        Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives the same logits.
+        """
+        h_BTD, new_state, _ = self.hidden(ids_BT, state, keep_state=True, **options)
+        assert new_state is not None
+        return self.logits(h_BTD), new_state
+
+    def hidden(
+        self,
+        ids_BT,
+        state: State | None = None,
+        *,
+        keep_state: bool = False,
+        lengths=None,
+        segment_ids=None,
+        positions=None,
+        ttt_scale: float | jax.Array = 1.0,
+        capacity: int | None = None,
+    ):
+        """Final hidden states (after the last norm).
+
+        Args:
+          ids_BT: int32 token ids.
+          state: from an earlier call, or `init_state`; None starts fresh.
+          keep_state: return a state (training does without).
+          lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past them mean nothing.
+          segment_ids, positions: int32 [B, T] of packed rows (0 is padding); only for a fresh start.
+          ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
+          capacity: slots of the KV caches that a fresh start allocates; None lets them grow with every call.
+
+        Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B", "update_norm_B"}}).
+        Raises: UserError when packed rows meet a state.
+        """
+        cfg, dtype = self.config, jnp.dtype(self.runtime.dtype)
+        B, T = ids_BT.shape
+        if state is not None and (segment_ids is not None or positions is not None):
+            raise UserError("segment_ids and positions: packed rows start fresh; pass state=None or drop them")
+        if state is not None and state.capacity is not None and T > state.capacity:
+            raise UserError(f"ids: {T} tokens do not fit the state's capacity of {state.capacity}; make a larger state")
+        if positions is None:
+            start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
+            positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
+        with jax.named_scope("embed"):
+            embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
+        ctx = Context(
+            rope=rope_tables(cfg.rope, cfg.head_dim, positions),
+            start_B=None if state is None else state.position_B,
+            lengths_B=lengths,
+            segment_ids_BT=segment_ids,
+            embed_BTD=embed_BTD,
+            ttt_scale=ttt_scale,
+            keep_state=keep_state or state is not None,
+            capacity=capacity if state is None else state.capacity,
+        )
+        h_BTD, states, stats = embed_BTD, [], {}
+        for g, group in enumerate(self.groups):
+            group_states = None if state is None else state.layers[g]
+            h_BTD, new_states, group_stats = group(h_BTD, ctx, group_states, self.runtime)
+            states.append(new_states)
+            for slot, stat in enumerate(group_stats):
+                if stat is not None:
+                    for r in range(group.repeats):
+                        stats[group.layer_index(r, slot)] = {name: x_RB[r] for name, x_RB in stat.items()}
+        h_BTD = self.norm(h_BTD)
+        if not ctx.keep_state:
+            return h_BTD, None, stats
+        read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        position_B = read_B if state is None else state.position_B + read_B
+        return h_BTD, State(position_B, tuple(states), ctx.capacity), stats
+
+    def logits(self, h_BTD):
+        """float32 logits [B, T, V] (float64 for float64)."""
+        acc = jnp.promote_types(h_BTD.dtype, jnp.float32)
+        with jax.named_scope("logits"):
+            return jnp.einsum(
+                "btd,vd->btv",
+                h_BTD,
+                self.output_weight.astype(h_BTD.dtype),
+                preferred_element_type=acc,
+                precision=precision_for(h_BTD.dtype),
+            )
+
+    def init_state(self, batch_size: int, capacity: int) -> State:
+        """An empty state whose full-attention caches hold `capacity` tokens."""
+        dtype = jnp.dtype(self.runtime.dtype)
+        layers = []
+        for group in self.groups:
+            slots = []
+            for block in group.blocks:
+                ttt = block.mlp.init_state(batch_size, dtype) if block.mlp.target is not None else None
+                layer = LayerState(block.attention.init_cache(batch_size, capacity, dtype), ttt)
+                slots.append(jax.tree.map(lambda x, g=group: jnp.broadcast_to(x[None], (g.repeats, *x.shape)), layer))
+            layers.append(tuple(slots))
+        return State(jnp.zeros((batch_size,), jnp.int32), tuple(layers), capacity)
+
+
+def layer_kinds(cfg: ModelConfig) -> list[LayerKind]:
+    full = set(cfg.full_attention_layers)
+    return [
+        LayerKind(i in cfg.ttt.layers, None if i in full else cfg.sliding_window) for i in range(cfg.num_layers)
+    ]
+
+
+def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[LayerKind, ...], int]]:
+    """Cut a list of layer kinds into (pattern, repeats), compiling as few blocks as a greedy choice allows.
+
+    At each place take the pattern that covers most layers per compiled block; ties go to the longer cover.
+    """
+    groups, rest = [], list(kinds)
+    while rest:
+        best = (1, 1)
+        for period in range(1, len(rest) // 2 + 1):
+            repeats = 1
+            while rest[repeats * period : (repeats + 1) * period] == rest[:period]:
+                repeats += 1
+            if repeats > 1 and (repeats, repeats * period) > (best[1], best[0] * best[1]):
+                best = (period, repeats)
+        period, repeats = best
+        groups.append((tuple(rest[:period]), repeats))
+        rest = rest[period * repeats :]
+    return groups
+
+
+def _remat_policy(names: tuple[str, ...]):
+    """Keep the named activations; "attention" keeps what attention's own backward needs (output and softmax statistics)."""
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+    if "attention" not in names:
+        return by_name
+
+    def policy(primitive, *args, **params):
+        return "dot_product_attention" in primitive.name or by_name(primitive, *args, **params)
+
+    return policy
