@@ -95,8 +95,8 @@ class TokenWriter:
                 self._file.write(block)
         except OSError as error:
             raise DataError(
-                f"cache folder {folder}: cannot write tokenised text there ({error.strerror}); free some space, or name "
-                "another folder in the environment variable TTT_JAX_CACHE"
+                f"cache folder {folder}: cannot write tokenised text there ({error.strerror}); free some space, or "
+                "name another folder in the environment variable TTT_JAX_CACHE"
             ) from None
         self._blocks, self._pending = [], 0
 
