@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ttt_jax.config import ModelConfig, from_dict
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model import Runtime, Transformer
+from ttt_jax.ttt import KERNEL
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
 _TTT_FIELDS = {"ttt_layers": "layers", "ttt_chunk": "chunk_size", "ttt_lr": "lr", "ttt_target": "target", "ttt_proj": "proj"}
@@ -237,11 +237,34 @@ def load_hf(folder: str | Path, runtime: Runtime = Runtime(), *, dtype: str = "f
     files = TensorFiles(folder)
     abstract = jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0)))
     check_tensors(abstract, files, str(folder))
-    return fill(abstract, lambda name: files.read(name), dtype)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+    return fill(abstract, files.read)
 
 
-def check_tensors(abstract: Transformer, files: TensorFiles, where: str) -> None:
-    """Every tensor of the model is there with its shape, and nothing else is."""
+def load_hf_into(abstract: Transformer, folder: str | Path, *, key: jax.Array) -> Transformer:
+    """Read a folder into the places (dtype and sharding) of an abstract model, which may have more TTT layers.
+
+    TTT parameters that the folder lacks get the initialisation of continual training (section 4): the convolution is
+    zero and W_target diagonal with entries N(0, init_std^2), so the model starts exactly at its pretrained function.
+    """
+    files = TensorFiles(folder)
+    fresh = {name for names in tensor_names(abstract).values() for name in names if ".mlp.ttt_" in name} - set(files)
+    check_tensors(abstract, files, str(folder), optional=fresh)
+    D, std = abstract.config.d_model, abstract.config.init_std
+
+    def read(name: str) -> np.ndarray:
+        if name not in fresh:
+            return files.read(name)
+        if name.endswith("ttt_conv.weight"):
+            return np.zeros((D, 1, KERNEL), np.float32)
+        seed = np.frombuffer(np.asarray(jax.random.key_data(key)).tobytes() + name.encode(), np.uint8)
+        return np.diag(np.random.default_rng(seed).normal(0, std, D).astype(np.float32))
+
+    return fill(abstract, read)
+
+
+def check_tensors(abstract: Transformer, files: TensorFiles, where: str, optional: Set[str] = frozenset()) -> None:
+    """Every tensor of the model is there with its shape (but for the optional ones), and nothing else is."""
     shapes = {}
     leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
     for ours, theirs in tensor_names(abstract).items():
@@ -249,7 +272,7 @@ def check_tensors(abstract: Transformer, files: TensorFiles, where: str) -> None
         shapes |= dict.fromkeys(theirs, tuple(shape))
     ignored = {"lm_head.weight"} if abstract.head is None else set()  # a tied head is sometimes written out
     ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports carry
-    missing = sorted(set(shapes) - set(files))
+    missing = sorted(set(shapes) - set(files) - optional)
     extra = sorted(set(files) - set(shapes) - ignored)
     wrong = [f"{n} {files.shape(n)} (expected {shapes[n]})" for n in sorted(set(shapes) & set(files)) if files.shape(n) != shapes[n]]
     problems = [f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", extra), ("wrong shape", wrong)) if names]
@@ -257,40 +280,13 @@ def check_tensors(abstract: Transformer, files: TensorFiles, where: str) -> None
         raise CheckpointError(f"checkpoint {where}: its tensors do not fit its config.json: {'; '.join(problems)}")
 
 
-def fill(abstract: Transformer, read: Callable[[str], np.ndarray], dtype: str) -> Transformer:
+def fill(abstract: Transformer, read: Callable[[str], np.ndarray]) -> Transformer:
     """Put tensors in the places of an abstract model, stacking the repeats of scanned layers."""
     names = tensor_names(abstract)
 
     def leaf(path, struct):
-        theirs = names[param_path(path)]
-        stacked = param_path(path).startswith("groups.")
-        arrays = [jnp.asarray(read(name)).astype(dtype) for name in theirs]
-        value = jnp.stack(arrays) if stacked else arrays[0]
-        return value.reshape(struct.shape)
+        ours = param_path(path)
+        arrays = [read(name).astype(struct.dtype) for name in names[ours]]
+        return jax.device_put(np.stack(arrays) if ours.startswith("groups.") else arrays[0], struct.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
-
-
-def continual_init(model: Transformer, *, key: jax.Array) -> Transformer:
-    """TTT parameters for continual training from a plain checkpoint (section 4).
-
-    The convolution is zero and W_target diagonal with entries N(0, init_std^2), so the model starts exactly at its
-    pretrained function.
-    """
-    std = model.config.init_std
-
-    def leaf(path, value):
-        name = param_path(path)
-        if name.endswith("mlp.target.conv"):
-            return jnp.zeros_like(value)
-        if name.endswith("mlp.target.proj"):
-            D = value.shape[-1]
-            seed = int.from_bytes(name.encode(), "little") % 2**31
-            diagonal = std * jax.random.normal(jax.random.fold_in(key, seed), value.shape[:-1], value.dtype)
-            return diagonal[..., None] * jnp.broadcast_to(jnp.eye(D, dtype=value.dtype), value.shape)
-        return value
-
-    return jax.tree_util.tree_map_with_path(leaf, model)
-
-
-__all__ = ["TensorFiles", "config_from_hf", "continual_init", "load_hf", "param_path", "read_config", "tensor_names"]

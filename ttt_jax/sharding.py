@@ -1,0 +1,92 @@
+"""The mesh, and where everything lies on it. The only file that names mesh axes.
+
+Mesh axes, outermost first: `data` (replicas), `fsdp` (batch and parameter shards), `context` (sequence), `tensor` (heads and
+MLP width). The model declares logical axes; `RULES` maps them to mesh axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ttt_jax.config import MeshConfig
+from ttt_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# Logical axis -> mesh axes. Names that are not listed are replicated.
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "batch": ("data", "fsdp"),
+    "tokens": ("context",),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all devices (or the given ones). Raises `ConfigError` when the sizes do not multiply to their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(config)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if len(devices) % known:
+            raise ConfigError(f"config field mesh: {sizes} does not divide {len(devices)} devices; change a size")
+        sizes[free[0]] = len(devices) // known
+    elif known != len(devices):
+        raise ConfigError(f"config field mesh: {sizes} needs {known} devices, there are {len(devices)}; set one axis to -1")
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """PartitionSpec of an array with these logical axes; a stack axis in front, and sizes that do not divide, stay whole."""
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    parts, used = [], set()
+    for name, size in zip(axes, shape, strict=True):
+        names = tuple(a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1 and a not in used)
+        ways = math.prod(mesh.shape[a] for a in names)
+        if names and size % ways == 0:
+            parts.append(names if len(names) > 1 else names[0])
+            used |= set(names)
+        else:
+            parts.append(None)
+    return P(*parts)
+
+
+def model_shardings(model: Any, mesh: Mesh) -> Any:
+    """A model-shaped tree of shardings, from each parameter's `axes`. Vectors are replicated."""
+
+    def place(variable):
+        axes = variable.get_metadata()["axes"]
+        if len(axes) < 2:
+            axes = (None,) * len(axes)
+        return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(axes, leaf.shape, mesh)), variable)
+
+    return jax.tree.map(place, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """For arrays [B, T] of token data."""
+    return NamedSharding(mesh, spec(("batch", "tokens"), shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Ask GSPMD to lay an activation out by its logical axes; without a mesh in context, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

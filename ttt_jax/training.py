@@ -1,0 +1,166 @@
+"""The training step, its initial state, and the held-out loss by position. No data loading, no files.
+
+B rows, T tokens. A batch is a dict of [B, T] arrays: ids, targets, segment_ids, positions (int32), weights (float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ttt_jax.config import Config
+from ttt_jax.errors import ConfigError
+from ttt_jax.loss import cross_entropy, token_nll
+from ttt_jax.model import Runtime, Transformer
+from ttt_jax.optimizer import gradient_norm, learning_rate, make_optimizer, state_shardings, ttt_lr_scale
+from ttt_jax.sharding import Mesh, NamedSharding, batch_sharding, model_shardings, replicated
+
+Batch = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes. `step` counts finished updates (int32)."""
+
+    model: Transformer
+    opt_state: Any
+    step: jax.Array
+
+
+def runtime_of(config: Config) -> Runtime:
+    return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
+    """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer."""
+    if config.mesh.context not in (1,):
+        raise ConfigError(
+            f"config field mesh.context = {config.mesh.context}: context parallelism is not available yet; set it to 1"
+        )
+    model = jax.eval_shape(lambda: Transformer(config.model, runtime_of(config), key=jax.random.key(config.seed)))
+    tx = make_optimizer(config.optimizer, config.steps, model)
+    opt_state = jax.eval_shape(tx.init, model)
+    placed = model_shardings(model, mesh)
+    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    opt_placed = state_shardings(opt_state, placed, replicated(mesh))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    state = TrainState(
+        jax.tree.map(with_sharding, model, placed), jax.tree.map(with_sharding, opt_state, opt_placed), step
+    )
+    return state, tx
+
+
+def init_state(
+    config: Config, abstract: TrainState, tx: optax.GradientTransformation, model: Transformer | None = None
+) -> TrainState:
+    """Materialise the state sharded: nothing is ever whole on one device. `model` overrides the random parameters."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if model is None:
+        make = lambda: Transformer(config.model, runtime_of(config), key=jax.random.key(config.seed))
+        model = jax.jit(make, out_shardings=shardings.model)()
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(model)
+    return TrainState(model, opt_state, jax.device_put(jnp.zeros((), jnp.int32), shardings.step))
+
+
+def make_train_step(
+    config: Config, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
+
+    Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, and for each TTT layer the mean
+    over rows of ||S||/||W|| after the row and of the norm of the last update.
+    """
+    schedule, optimizer = learning_rate(config.optimizer, config.steps), config.optimizer
+
+    def loss_fn(model: Transformer, batch: Batch, total, scale):
+        h_BTD, _, stats = model.hidden(
+            batch["ids"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions"), ttt_scale=scale
+        )
+        weights_BT = batch["weights"] / total  # normalised here, so that micro-batches simply add up
+        return cross_entropy(h_BTD, model.output_weight, batch["targets"], weights_BT), stats
+
+    def gradients(model: Transformer, batch: Batch, scale):
+        total = jnp.maximum(batch["weights"].sum(), 1.0)
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        if optimizer.accumulate == 1:
+            (loss, stats), grads = differentiate(model, batch, total, scale)
+            return loss, stats, grads
+        # Interleaved rows, so that every micro-batch is spread over all devices.
+        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, optimizer.accumulate, x.shape[1]), 1, 0), batch)
+
+        def add(carry, piece):
+            (loss, stats), grads = differentiate(model, piece, total, scale)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), stats
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
+        (loss, grads), stats = jax.lax.scan(add, zero, micro)
+        return loss, stats, grads
+
+    def train_step(state: TrainState, batch: Batch):
+        scale = 1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, state.step)
+        loss, stats, grads = gradients(state.model, batch, scale)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": gradient_norm(optimizer, grads),
+            "learning_rate": schedule(state.step),
+        }
+        for layer, stat in stats.items():
+            metrics[f"ttt/layer_{layer:02d}/state_ratio"] = stat["state_ratio_B"].mean()
+            metrics[f"ttt/layer_{layer:02d}/update_norm"] = stat["update_norm_B"].mean()
+        return TrainState(model, opt_state, state.step + 1), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process' rows as global arrays."""
+    rows = {name: x.shape[0] * jax.process_count() for name, x in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(batch_sharding(mesh, (rows[name], x.shape[1])), x)
+        for name, x in batch.items()
+    }
+
+
+def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], jax.Array]:
+    """A jitted `(model, batch, ttt_scale) -> nll_BT`, float32 and replicated. Scale 1 is TTT on, 0 off: one program."""
+
+    def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
+        h_BTD, _, _ = model.hidden(
+            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale
+        )
+        return token_nll(h_BTD, model.output_weight, batch["targets"]).astype(jnp.float32)
+
+    out: NamedSharding = replicated(mesh)
+    return jax.jit(nll, out_shardings=out)
+
+
+def evaluate_by_position(
+    nll: Callable[[Transformer, Batch, jax.Array], jax.Array],
+    model: Transformer,
+    rows: dict[str, np.ndarray],
+    mesh: Mesh,
+    batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of held-out rows with TTT on and off, each float32 [R, T].
+
+    Args:
+      rows: all rows, the same on every process; the last batch is filled up by repeating rows, so one program serves.
+    """
+    R = rows["ids"].shape[0]
+    results: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for start in range(0, R, batch_size):
+        index = np.arange(start, start + batch_size) % R
+        batch = {
+            name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()
+        }
+        for out, scale in zip(results, (1.0, 0.0), strict=True):
+            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))))
+    on, off = (np.concatenate(parts)[:R] for parts in results)
+    return on, off
