@@ -105,7 +105,7 @@ class DataConfig:
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
     tokenizer: str = "bytes"  # "bytes", or a tokenizer.json / a folder that holds one
-    eos: bool = True  # end every document with the tokenizer's end-of-text token
+    eos: bool = True  # end every text with the tokenizer's end-of-text token; token ids are taken as they are
     seq_len: Positive = 2048  # T
     batch_size: Positive = 8  # B, rows per step over all hosts
     min_document: NonNegative = 0  # shorter documents (tokens) are dropped

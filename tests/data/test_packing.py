@@ -126,6 +126,21 @@ def test_plan_state_restores_half_full_rows(drawn, rows, slots):
     assert [plan.next_row() for _ in range(15)] == [copy.next_row() for _ in range(15)]
 
 
+def test_row_iterator_follows_grains_state_protocol():
+    table = cut_pieces(make_corpus([5, 9, 3, 30]), row_length=16, chunk=2, pack=True, vocab_size=PAD, pad_id=PAD)
+    order = grain.MapDataset.range(len(table)).shuffle(seed=0).repeat(None)
+    dataset = PackedRows(table, order, range(3), 3, {})
+    rows = iter(dataset)
+    for _ in range(7):  # in the middle of a turn
+        next(rows)
+    copy = iter(dataset)
+    copy.set_state(rows.get_state())
+    for _ in range(9):
+        left, right = next(rows), next(copy)
+        assert (left["slot"], left["state"]) == (right["slot"], right["state"])
+        np.testing.assert_array_equal(left["ids"], right["ids"])
+
+
 def test_render_row_by_hand():
     row = render_row([np.array([5, 6, 7]), np.array([8, 9])], [4, 4], 10, 0)
     assert row["ids"].tolist() == [5, 6, 7, 0, 8, 9, 0, 0, 0, 0]

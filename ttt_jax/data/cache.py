@@ -92,7 +92,7 @@ class TokenWriter:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.NamedTemporaryFile(dir=folder, prefix="partial-", delete=False)  # noqa: SIM115
             for block in self._blocks:
-                self._file.write(block)
+                self._file.write(block.data)
         except OSError as error:
             raise DataError(
                 f"cache folder {folder}: cannot write tokenised text there ({error.strerror}); free some space, or "

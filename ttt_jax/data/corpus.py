@@ -159,7 +159,8 @@ def _tokenise(
                     if not has_text:
                         _check_tokenizer(config, tokenizer)
                     has_text = True
-                    documents, end = tokenizer.encode_documents(batch), [tokenizer.eos_id] if data.eos else []
+                    documents = tokenizer.encode_documents(batch)
+                    end = [tokenizer.eos_id] if data.eos and tokenizer.eos_id is not None else []
                 for ids in documents:
                     writer.append(ids, end)
                     lengths.append(len(ids) + len(end))

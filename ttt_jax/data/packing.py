@@ -20,6 +20,7 @@ from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import DataError
 
 OPEN_BINS = 16  # partly filled rows per slot among which a piece may choose
+Order = Any  # an endless grain.MapDataset of piece numbers (whose own annotation lets every item be None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ class SlotPlan:
     (With 16 open rows and lengths uniform up to the row, 95 % of the tokens are filled, against 93 % by first fit.)
     """
 
-    def __init__(self, order: grain.MapDataset, table: PieceTable, slot: int, slots: int) -> None:
+    def __init__(self, order: Order, table: PieceTable, slot: int, slots: int) -> None:
         self._order, self._aligned_P, self._slots = order, table.aligned_P, slots
         self._row_length, self._smallest = table.row_length, int(table.aligned_P.min())
         self._next = slot
@@ -170,7 +171,7 @@ class PackedRows(grain.IterDataset):
     def __init__(
         self,
         table: PieceTable,
-        order: grain.MapDataset,
+        order: Order,
         slots: Sequence[int],
         total_slots: int,
         states: dict[int, dict[str, Any]],
@@ -193,7 +194,7 @@ class PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    def __init__(self, table: PieceTable, order: grain.MapDataset, plans: dict[int, SlotPlan]) -> None:
+    def __init__(self, table: PieceTable, order: Order, plans: dict[int, SlotPlan]) -> None:
         super().__init__()
         self._table, self._order, self._plans = table, order, plans
         self._slots, self._turn = list(plans), 0

@@ -16,7 +16,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -192,18 +192,18 @@ def _stdlib(label: str) -> list[SourceFile]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def _open(file: SourceFile) -> BinaryIO:
+def _open(file: SourceFile) -> IO[bytes]:
     suffix = file.path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(file.path, "rb")
+        return cast(IO[bytes], gzip.open(file.path, "rb"))
     if suffix == ".xz":
-        return lzma.open(file.path, "rb")
+        return cast(IO[bytes], lzma.open(file.path, "rb"))
     if suffix == ".zst":
         return _open_zst(file)
     return open(file.path, "rb")
 
 
-def _open_zst(file: SourceFile) -> BinaryIO:
+def _open_zst(file: SourceFile) -> IO[bytes]:
     if zstandard is None:
         raise file.error("reading .zst needs the package zstandard; pip install zstandard")
     raw = open(file.path, "rb")  # noqa: SIM115  (closed with the stream around it)
@@ -265,7 +265,7 @@ def _read_arrayrecord(file: SourceFile) -> Iterator[bytes | np.ndarray]:
     from grain.sources import ArrayRecordDataSource
 
     try:
-        source = ArrayRecordDataSource(str(file.path))
+        source: Any = ArrayRecordDataSource(str(file.path))
     except (RuntimeError, ValueError, IndexError) as error:
         raise file.error(f"not a readable ArrayRecord file ({_one_line(error)}); replace it") from None
     with source:

@@ -25,12 +25,15 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; no special tokens are added."""
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
+        ...
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """UTF-8 documents to 1-D integer arrays, as `encode` would, faster."""
+        ...
 
 
 class ByteTokenizer:
