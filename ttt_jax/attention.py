@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ttt_jax.blocks import join_tokens, split_tokens
 from ttt_jax.errors import UserError
-from ttt_jax.ops.xla import precision_for
+from ttt_jax.ops.xla import accumulator, precision_for
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 _BLOCK_BYTES = 64 * 2**20  # logits that the XLA path holds at a time
@@ -78,7 +78,7 @@ def _attend(q_BQNH, k_BSKH, v_BSKH, seen_BQS):
     """Softmax attention with an explicit mask, logits in float32."""
     B, Q, N, H = q_BQNH.shape
     K = k_BSKH.shape[2]
-    acc = jnp.promote_types(q_BQNH.dtype, jnp.float32)
+    acc = accumulator(q_BQNH.dtype)
     q_BQKGH = q_BQNH.reshape(B, Q, K, N // K, H)
     dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(q_BQNH.dtype))
     logits_BKGQS = dot("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH) / math.sqrt(H)

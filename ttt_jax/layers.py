@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.attention import cached_attention, self_attention
 from ttt_jax.config import ModelConfig, RopeConfig
-from ttt_jax.ops.xla import precision_for
+from ttt_jax.ops.xla import accumulator, precision_for
 
 
 @struct.dataclass
@@ -67,7 +67,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x):
-        acc = jnp.promote_types(x.dtype, jnp.float32)
+        acc = accumulator(x.dtype)
         y = x.astype(acc)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * jnp.broadcast_to(self.scale[...].astype(acc), y.shape)).astype(x.dtype)
@@ -114,7 +114,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions_BT) -> tuple[jax.Arra
 def apply_rope(x_BTNH, rope):
     """Rotate pairs (i, i + H/2), the Hugging Face layout."""
     cos, sin = (jnp.broadcast_to(t[:, :, None], (*x_BTNH.shape[:3], t.shape[-1])) for t in rope)
-    acc = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    acc = accumulator(x_BTNH.dtype)
     a, b = jnp.split(x_BTNH.astype(acc), 2, axis=-1)
     cos, sin = cos.astype(acc), sin.astype(acc)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.blocks import join_tokens, split_tokens
-from ttt_jax.ops.xla import precision_for
+from ttt_jax.ops.xla import accumulator, precision_for
 
 _BLOCK_BYTES = 2**30  # float32 logits held at a time
 
 
 def token_nll(h_BTD, w_VD, targets_BT):
     """-log p(target) for every token, float32 [B, T]; logits are made block by block. No gradient is meant to be taken."""
-    acc = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    acc = accumulator(h_BTD.dtype)
     w_VD = w_VD.astype(h_BTD.dtype)
 
     def block(x):
@@ -47,7 +47,7 @@ def cross_entropy(h_BTD, w_VD, targets_BT, weights_BT):
 
 
 def _forward(h_BTD, w_VD, targets_BT, weights_BT):
-    acc = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    acc = accumulator(h_BTD.dtype)
     w_cast_VD = w_VD.astype(h_BTD.dtype)
     T = h_BTD.shape[1]
     Q = _block_size(h_BTD, w_VD)
@@ -76,7 +76,7 @@ def _forward(h_BTD, w_VD, targets_BT, weights_BT):
 
 def _backward(residuals, g):
     dh_BTD, dw_VD = residuals
-    scale = lambda x: (g.astype(jnp.promote_types(x.dtype, jnp.float32)) * x).astype(x.dtype)
+    scale = lambda x: (g.astype(accumulator(x.dtype)) * x.astype(accumulator(x.dtype))).astype(x.dtype)
     return scale(dh_BTD), scale(dw_VD), None, None
 
 

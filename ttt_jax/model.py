@@ -20,7 +20,7 @@ from flax import nnx, struct
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
 from ttt_jax.layers import Attention, Context, KVCache, RMSNorm, param, rope_tables
-from ttt_jax.ops.xla import precision_for
+from ttt_jax.ops.xla import accumulator, precision_for
 from ttt_jax.ttt import MLP, TTTState
 
 
@@ -227,7 +227,7 @@ class Transformer(nnx.Module):
 
     def logits(self, h_BTD):
         """float32 logits [B, T, V] (float64 for float64)."""
-        acc = jnp.promote_types(h_BTD.dtype, jnp.float32)
+        acc = accumulator(h_BTD.dtype)
         with jax.named_scope("logits"):
             return jnp.einsum(
                 "btd,vd->btv",

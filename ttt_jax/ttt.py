@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ttt_jax.config import ModelConfig
 from ttt_jax.layers import Context, linear, param
 from ttt_jax.ops import in_place_ttt, update_norm
-from ttt_jax.ops.xla import precision_for
+from ttt_jax.ops.xla import accumulator, precision_for
 
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
 
@@ -54,7 +54,7 @@ class Target(nnx.Module):
         """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype."""
         B, T, D = source_BTD.shape
         C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
-        acc = jnp.promote_types(dtype, jnp.float32)
+        acc = accumulator(dtype)
         conv_DK = self.conv[...].astype(acc)[:, 0]
         source_BMCD = source_BTD.reshape(B, T // C, C, D)
         padded = jnp.pad(source_BMCD, ((0, 0), (0, 0), (reach, reach), (0, 0)))
@@ -112,7 +112,7 @@ class MLP(nnx.Module):
 
     def init_state(self, batch: int, dtype) -> TTTState:
         D, F, C = self.cfg.d_model, self.cfg.d_ff, self.cfg.ttt.chunk_size
-        acc = jnp.promote_types(dtype, jnp.float32)
+        acc = accumulator(dtype)
         return TTTState(
             jnp.zeros((batch, D, F), acc), jnp.zeros((batch, C, F), dtype), jnp.zeros((batch, C, D), dtype)
         )
@@ -164,7 +164,7 @@ class MLP(nnx.Module):
     def _fresh(self, z_BTF, source_BTD, ctx: Context):
         C = self.cfg.ttt.chunk_size
         B, T, _ = z_BTF.shape
-        lr = self._lr(ctx, jnp.promote_types(z_BTF.dtype, jnp.float32))
+        lr = self._lr(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
         v_BTD = self._targets(source_BTD, whole_B)
         y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, None, ctx.segment_ids_BT)

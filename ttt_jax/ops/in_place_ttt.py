@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.reference import in_place_ttt_reference
-from ttt_jax.ops.xla import in_place_ttt_xla, precision_for
+from ttt_jax.ops.xla import accumulator, in_place_ttt_xla, precision_for
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -60,7 +60,7 @@ def in_place_ttt(
             f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
         )
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
-    acc = jnp.float64 if z_BTF.dtype == jnp.float64 else jnp.float32
+    acc = accumulator(z_BTF.dtype)
     if state is None:
         state = jnp.zeros((z_BTF.shape[0], *w_DF.shape), acc)
     state, lr = state.astype(acc), jnp.asarray(lr, acc)
@@ -85,7 +85,7 @@ def in_place_ttt(
 
 def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
     """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
-    acc = jnp.float64 if z_BCF.dtype == jnp.float64 else jnp.float32
+    acc = accumulator(z_BCF.dtype)
     delta_BDF = jnp.einsum(
         "bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision_for(z_BCF.dtype)
     )

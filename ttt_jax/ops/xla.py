@@ -24,6 +24,11 @@ def precision_for(dtype):
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize <= 2 else jax.lax.Precision.HIGHEST
 
 
+def accumulator(dtype):
+    """The dtype that sums are kept in: float32, and float64 for float64."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
 def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
     """Apply and update chunk by chunk; see `ttt_jax.ops.in_place_ttt`.
 
