@@ -154,30 +154,32 @@ def test_memory_is_linear_in_the_length(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ids", "multiple", "offsets", "sizes"),
+    ("ids", "multiple", "starts", "sizes"),
     [
-        ([1, 1, 1, 1, 1, 1, 1, 1], 4, [0, 8, -1], [8, -1]),
-        ([1, 1, 1, 1, 2, 2, 2, 2], 4, [0, 4, 8], [4, 4]),
-        ([1, 1, 1, 0, 2, 2, 0, 0], 4, [0, 4, 8], [4, 4]),  # padding joins the document before it
-        ([1, 1, 1, 1, 0, 0, 0, 0], 4, [0, 4, 8], [4, 4]),  # a whole chunk of it is a document of its own
-        ([0, 0, 0, 0, 0, 0, 0, 0], 4, [0, 8, -1], [8, -1]),
-        ([3, 3, 3, 3, 3, 3, 1, 1, 1, 1], 2, [0, 6, 10, -1, -1, -1], [6, 4, -1, -1, -1]),
-        ([1, 1, 2, 2, 3, 3, 3], 2, [0, 2, 4, 7, -1], [2, 2, 3, -1]),  # an odd end
-        ([1, 2, 3], 1, [0, 1, 2, 3], [1, 1, 1]),
-        ([1, 1, 1], 4, [0, 3], [3]),  # shorter than the multiple
+        ([1, 1, 1, 1, 1, 1, 1, 1], 4, [0], [8]),
+        ([1, 1, 1, 1, 2, 2, 2, 2], 4, [0, 4], [4, 4]),
+        ([1, 1, 1, 0, 2, 2, 0, 0], 4, [0, 4], [4, 4]),  # padding joins the document before it
+        ([1, 1, 1, 1, 0, 0, 0, 0], 4, [0, 4], [4, 4]),  # a whole chunk of it is a document of its own
+        ([0, 0, 0, 0, 0, 0, 0, 0], 4, [0], [8]),
+        ([3, 3, 3, 3, 3, 3, 1, 1, 1, 1], 2, [0, 6], [6, 4]),
+        ([1, 1, 2, 2, 3, 3, 3], 2, [0, 2, 4], [2, 2, 3]),  # an odd end
+        ([1, 2, 3], 1, [0, 1, 2], [1, 1, 1]),
+        ([1, 1, 1], 4, [0], [3]),  # shorter than the multiple
     ],
 )
-def test_document_offsets(ids, multiple, offsets, sizes):
+def test_document_offsets(ids, multiple, starts, sizes):
+    """Room for one document per multiple and an end; what is not used is -1."""
+    room = -(-len(ids) // multiple)
     got = jax.jit(_document_offsets, static_argnums=1)(jnp.asarray([ids], jnp.int32), multiple)
-    np.testing.assert_array_equal(got[0][0], offsets)
-    np.testing.assert_array_equal(got[1][0], sizes)
+    np.testing.assert_array_equal(got[0][0], starts + [-1] * (room + 1 - len(starts)))
+    np.testing.assert_array_equal(got[1][0], sizes + [-1] * (room - len(sizes)))
     assert got[0].dtype == got[1].dtype == jnp.int32
 
 
 def test_document_offsets_of_each_row_of_a_batch():
     ids = jnp.asarray([[1, 1, 2, 2], [7, 7, 7, 7]], jnp.int32)
     offsets, sizes = _document_offsets(ids, 2)
-    np.testing.assert_array_equal(offsets, [[0, 2, 4], [0, 4, -1]])
+    np.testing.assert_array_equal(offsets, [[0, 2, -1], [0, -1, -1]])
     np.testing.assert_array_equal(sizes, [[2, 2], [4, -1]])
 
 

@@ -1,0 +1,132 @@
+"""The direction of imports (docs/design.md): a module may import only what lies below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py"), *ROOT.glob("train.py")))
+ABOVE_THE_MODEL = (
+    *("data", "checkpoint", "run_dir", "report", "metrics", "optimizer", "initial", "training"),
+    *("generate", "eval", "cli"),
+)
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    """Absolute names of everything a file imports, wherever in the file; `from a import b` counts as a and a.b."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imports_any(path, *modules):
+    return sorted(name for name in imports(path) if any(name == m or name.startswith(m + ".") for m in modules))
+
+
+def files(*patterns):
+    found = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    assert found, patterns
+    return found
+
+
+def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "ttt_jax" / "ops" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..model import g\n")
+    assert {"a.b", "c.d", "ttt_jax.ops.e", "ttt_jax.model", "ttt_jax.model.g"} <= imports(path)
+    assert imports_any(path, "ttt_jax.model")
+    assert not imports_any(path, "ttt_jax.mod", "b")
+
+
+def test_config_is_light():
+    allowed = ("__future__", "dataclasses", "difflib", "re", "typing", "pathlib", "math", "yaml", "pydantic")
+    path = ROOT / "ttt_jax/config.py"
+    assert not imports(path) - set(imports_any(path, *allowed, "ttt_jax.errors"))
+    errors = ROOT / "ttt_jax/errors.py"
+    assert not imports(errors) - set(imports_any(errors, "__future__"))
+
+
+@pytest.mark.parametrize("path", files("ttt_jax/ops/*.py"), ids=module_name)
+def test_ops_know_nothing_of_the_model(path):
+    below = imports_any(path, "ttt_jax.ops", "ttt_jax.errors", "ttt_jax.sharding")
+    assert not set(imports_any(path, "ttt_jax")) - {"ttt_jax", *below}
+
+
+def test_kernels_know_nothing_of_ttt_jax():
+    for path in ROOT.glob("kernels_pallas/**/*.py"):
+        assert not imports_any(path, "ttt_jax", "train"), path
+    for path in SOURCES:
+        if path.parts[-2] not in ("ops", "kernels_pallas"):
+            assert not imports_any(path, "kernels_pallas"), f"{path}: kernels are reached through ops"
+
+
+@pytest.mark.parametrize("name", ["model", "ttt", "layers", "attention", "loss", "blocks"])
+def test_the_model_knows_nothing_of_training(name):
+    path = ROOT / f"ttt_jax/{name}.py"
+    assert not imports_any(path, "train", *(f"ttt_jax.{module}" for module in ABOVE_THE_MODEL))
+
+
+@pytest.mark.parametrize(
+    ("name", "above"),
+    [
+        ("layers", ("model", "ttt", "hf", "loss")),
+        ("attention", ("model", "ttt", "hf", "loss", "layers")),
+        ("ttt", ("model", "hf", "loss")),
+        ("loss", ("model", "ttt", "hf", "layers")),
+        ("model", ("hf", "loss")),
+    ],
+)
+def test_the_model_is_layered(name, above):
+    assert not imports_any(ROOT / f"ttt_jax/{name}.py", *(f"ttt_jax.{module}" for module in above))
+
+
+@pytest.mark.parametrize("path", files("ttt_jax/data/*.py"), ids=module_name)
+def test_data_knows_nothing_of_the_model(path):
+    assert not imports_any(path, *(f"ttt_jax.{m}" for m in ("model", "ttt", "layers", "ops", "checkpoint", "training")))
+
+
+def test_nothing_imports_the_training_script():
+    for path in SOURCES:
+        assert not imports_any(path, "train"), path
+
+
+def mesh_axes():
+    """AXES of sharding.py, read without importing it."""
+    for node in ast.parse((ROOT / "ttt_jax/sharding.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "AXES" for t in node.targets):
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("sharding.py defines no AXES")
+
+
+def named_axes(source, axes):
+    """Lines where a mesh axis is written out inside a PartitionSpec."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        called = isinstance(node, ast.Call) and (getattr(node.func, "id", None) or getattr(node.func, "attr", None))
+        if called in ("P", "PartitionSpec"):
+            constants = (c.value for c in ast.walk(node) if isinstance(c, ast.Constant))
+            lines += [node.lineno for value in constants if isinstance(value, str) and value in axes]
+    return lines
+
+
+def test_only_sharding_names_mesh_axes():
+    axes = mesh_axes()
+    assert axes == {"data", "fsdp", "context", "tensor"}
+    assert named_axes('x = P(None, ("data", "fsdp"))', axes) == [1, 1]
+    assert named_axes('jax.sharding.PartitionSpec("tensor")', axes) == [1]
+    for path in SOURCES:
+        if path != ROOT / "ttt_jax/sharding.py":
+            assert not named_axes(path.read_text(encoding="utf-8"), axes), path
