@@ -156,7 +156,7 @@ def _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple):
-    if segment_ids_BT is None:
+    if segment_ids_BT is None or segment_ids_BT.shape[1] <= segment_multiple:  # room for one document only
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BTKH,
@@ -184,7 +184,10 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple):
 
 
 def _document_offsets(segment_ids_BT, multiple):
-    """Start [B, M+1] and size [B, M] of each document, -1 where there are fewer; padding joins the document before it."""
+    """Start [B, M+1] and size [B, M] of each document, -1 where there are fewer; padding joins the document before it.
+
+    The last column of the starts is always -1: cuDNN's wrapper takes it for the end of the whole batch.
+    """
     B, T = segment_ids_BT.shape
     M = -(-T // multiple)
     first_BM = segment_ids_BT[:, ::multiple]
@@ -192,10 +195,9 @@ def _document_offsets(segment_ids_BT, multiple):
     starts_BM = jnp.where(new_BM, jnp.arange(M, dtype=jnp.int32)[None] * multiple, T)
     starts_BM = jnp.sort(starts_BM, axis=1)
     ends_BM = jnp.concatenate([starts_BM[:, 1:], jnp.full((B, 1), T, jnp.int32)], axis=1)
-    sizes_BM = jnp.where(starts_BM < T, ends_BM - starts_BM, -1)
-    offsets_BM = jnp.concatenate([starts_BM, jnp.full((B, 1), T, jnp.int32)], axis=1)
-    count_B1 = new_BM.sum(axis=1, keepdims=True).astype(jnp.int32)
-    return jnp.where(jnp.arange(M + 1, dtype=jnp.int32)[None] <= count_B1, offsets_BM, -1), sizes_BM
+    real_BM = starts_BM < T
+    offsets_BM = jnp.pad(jnp.where(real_BM, starts_BM, -1), ((0, 0), (0, 1)), constant_values=-1)
+    return offsets_BM, jnp.where(real_BM, ends_BM - starts_BM, -1)
 
 
 @functools.lru_cache(maxsize=None)

@@ -74,7 +74,7 @@ class RopeConfig:
 class ModelConfig:
     """A decoder-only Transformer of the LLaMA / Qwen family with In-Place TTT on some layers."""
 
-    vocab_size: Positive = 256
+    vocab_size: Positive = 257
     d_model: Positive = 256
     num_layers: Positive = 4
     num_heads: Positive = 4

@@ -107,7 +107,9 @@ class Group(nnx.Module):
             return block(h_BTD, ctx, state, runtime.attention)
 
         if runtime.remat_save is not None:
-            apply = jax.checkpoint(apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False)
+            # With several blocks in one scan step nothing but `prevent_cse` keeps XLA from recomputing all of them first.
+            policy = _remat_policy(runtime.remat_save)
+            apply = jax.checkpoint(apply, policy=policy, prevent_cse=len(self.pattern) > 1)
 
         def body(h_BTD, xs):
             blocks, states = xs

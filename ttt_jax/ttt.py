@@ -89,7 +89,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD, ctx: Context, state: TTTState | None):
         """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
 
-        `stats` holds per sequence ||S||_F / ||W||_F after the call and the Frobenius norm of the last whole chunk's update.
+        `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the update of the first
+        sequence's last whole chunk.
         """
         name = checkpoint_name
         with jax.named_scope("mlp_up"):
@@ -158,8 +159,8 @@ class MLP(nnx.Module):
         end = z_BTF.shape[1] // C * C
         if end == 0:
             return jnp.zeros(z_BTF.shape[:1], lr.dtype)
-        last = [jax.lax.stop_gradient(x[:, end - C : end]) for x in (z_BTF, v_BTD)]
-        return update_norm(*last, jax.lax.stop_gradient(lr))
+        last = [jax.lax.stop_gradient(x[:1, end - C : end]) for x in (z_BTF, v_BTD)]  # one row: it costs a matmul
+        return jnp.broadcast_to(update_norm(*last, jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
 
     def _fresh(self, z_BTF, source_BTD, ctx: Context):
         C = self.cfg.ttt.chunk_size

@@ -9,7 +9,7 @@ import pytest
 from tolerance import TOLERANCE, assert_close, relative_rms
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
+from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt, xla
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 NAMES = ("z", "v", "w", "lr", "state")
@@ -35,8 +35,12 @@ def results(arguments, cotangents, dtype, **options):
     def run(z, v, w, lr, state):
         return in_place_ttt(z, v, w, lr=lr, state=state, **options)
 
-    out, vjp = jax.vjp(run, *cast)
-    grads = vjp((do, dS))
+    @jax.jit
+    def both(arguments, cotangents):
+        out, vjp = jax.vjp(run, *arguments)
+        return out, vjp(cotangents)
+
+    out, grads = both(cast, (do, dS))
     named = {"o": out[0], "final_state": out[1]} | {f"d{n}": g for n, g in zip(NAMES, grads, strict=True)}
     return {name: np.asarray(x, np.float64) for name, x in named.items()}
 
@@ -90,6 +94,15 @@ def test_documents(implementation, documents, T, C):
     arguments, cotangents = make_inputs(T=T)
     check(arguments, cotangents, jnp.float64, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
     check(arguments, cotangents, jnp.float32, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
+
+
+@pytest.mark.parametrize("T, C", [(40, 8), (43, 8), (5, 8)])
+@pytest.mark.parametrize("documents", ["none", "padding"])
+def test_row_by_row(monkeypatch, documents, T, C):
+    """Large states are worked off one row at a time; here every state is large."""
+    monkeypatch.setattr(xla, "_ROW_BY_ROW_BYTES", 0)
+    ids = DOCUMENTS[documents] and jnp.asarray(np.stack([DOCUMENTS[documents](T, C)] * 3).astype(np.int32))
+    check(*make_inputs(T=T, B=3), jnp.float64, "xla", chunk_size=C, segment_ids=ids)
 
 
 @pytest.mark.parametrize("implementation", FAST)

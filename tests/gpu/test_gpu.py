@@ -1,0 +1,68 @@
+"""What only a CUDA device can show. Run on one: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu -m gpu"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerance import TOLERANCE, assert_close
+
+from ttt_jax.attention import self_attention
+from ttt_jax.ops import in_place_ttt
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
+]
+
+
+def attention_results(q, k, v, do, **options):
+    run = lambda q, k, v: self_attention(q, k, v, **options)
+    o, vjp = jax.vjp(jax.jit(run), q, k, v)
+    return dict(zip(("o", "dq", "dk", "dv"), (o, *vjp(do)), strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 96, 1])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [512, 448])
+def test_cudnn_attention_matches_the_float32_path(window, packed, T):
+    B, N, K, H, C = 2, 8, 2, 64, 64
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, do = (
+        jax.random.normal(key, (B, T, n, H)).astype(jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True)
+    )
+    options = dict(window=window)
+    real_BT = np.ones((B, T), bool)
+    if packed:
+        segments = np.stack([np.arange(T) // (3 * C) + 1, np.arange(T) // C // 2 + 1]).astype(np.int32)
+        segments[0, 3 * C - 10 : 3 * C] = 0  # a document that fills its last chunk in part
+        segments[1, -C - 5 :] = 0
+        real_BT = segments > 0
+        options |= dict(segment_ids_BT=jnp.asarray(segments), segment_multiple=C)
+    do = do * jnp.asarray(real_BT, jnp.bfloat16)[:, :, None, None]
+    got = attention_results(q, k, v, do, implementation="cudnn", **options)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
+    oracle = attention_results(*wide, implementation="xla", **options)
+    for name, value in got.items():
+        x, y = np.asarray(value, np.float32), np.asarray(oracle[name])
+        assert np.isfinite(x).all(), name
+        mask = real_BT[:, :, None, None]
+        assert_close(name, x * mask, y * mask, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+@pytest.mark.parametrize("T, C", [(4096, 512), (4000, 512)])
+def test_op_on_the_device(dtype, T, C):
+    B, D, F = 2, 256, 512
+    keys = jax.random.split(jax.random.key(1), 5)
+    make = lambda key, shape, scale: (scale * jax.random.normal(key, shape)).astype(dtype).astype(jnp.float32)
+    z, v = make(keys[0], (B, T, F), 1.0), make(keys[1], (B, T, D), 1 / T)
+    w, do = make(keys[2], (D, F), F**-0.5), make(keys[3], (B, T, D), 1.0)
+    state = 0.1 * F**-0.5 * jax.random.normal(keys[4], (B, D, F))
+
+    def results(dtype, implementation):
+        run = lambda z, v, w, s: in_place_ttt(z, v, w, lr=0.7, chunk_size=C, state=s, implementation=implementation)
+        out, vjp = jax.vjp(jax.jit(run), *(x.astype(dtype) for x in (z, v, w)), state)
+        return [*out, *vjp((do.astype(dtype), jnp.zeros_like(out[1])))]
+
+    for name, x, y in zip(("o", "S", "dz", "dv", "dw", "dS"), results(dtype, "xla"), results(jnp.float32, "reference"), strict=True):
+        assert_close(name, np.asarray(x, np.float32), np.asarray(y), TOLERANCE[jnp.dtype(dtype).name])
