@@ -194,8 +194,9 @@ class Transformer(nnx.Module):
         B, T = ids_BT.shape
         if state is not None and (segment_ids is not None or positions is not None):
             raise UserError("segment_ids and positions: packed rows start fresh; pass state=None or drop them")
-        if state is not None and state.capacity is not None and T > state.capacity:
-            raise UserError(f"ids: {T} tokens do not fit the state's capacity of {state.capacity}; make a larger state")
+        capacity = capacity if state is None else state.capacity
+        if capacity is not None and T > capacity:  # caches would drop what does not fit without a word
+            raise UserError(f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger state")
         if positions is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
@@ -209,7 +210,7 @@ class Transformer(nnx.Module):
             embed_BTD=embed_BTD,
             ttt_scale=ttt_scale,
             keep_state=keep_state or state is not None,
-            capacity=capacity if state is None else state.capacity,
+            capacity=capacity,
         )
         h_BTD, states, stats = embed_BTD, [], {}
         for g, group in enumerate(self.groups):
