@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_jit import jit
 from tolerance import TOLERANCE, assert_close, relative_rms
 
 from ttt_jax.errors import UserError
@@ -25,22 +26,27 @@ def make_inputs(B=2, T=40, D=12, F=20, seed=0, state_scale=0.3):
     return (z, v, w, 0.7, state), (do, dS)
 
 
-def results(arguments, cotangents, dtype, **options):
+@functools.cache
+def compiled(constant, **options):
+    """One program per shape and option. `constant`: of the module, changed by a test."""
+
+    def both(arguments, cotangents, segment_ids, clip_norm):
+        def run(z, v, w, lr, state):
+            return in_place_ttt(z, v, w, lr=lr, state=state, segment_ids=segment_ids, clip_norm=clip_norm, **options)
+
+        out, vjp = jax.vjp(run, *arguments)
+        return out, vjp(cotangents)
+
+    return jit(both)
+
+
+def results(arguments, cotangents, dtype, segment_ids=None, clip_norm=None, **options):
     """(o, S) and the gradients of <o, do> + <S, dS> for z, v, w, lr and state, as float64 numpy."""
     z, v, w, lr, state = arguments
     acc = jnp.float64 if dtype == jnp.float64 else jnp.float32
     cast = [jnp.asarray(x, dtype) for x in (z, v, w)] + [jnp.asarray(lr, acc), jnp.asarray(state, acc)]
     do, dS = jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], acc)
-
-    def run(z, v, w, lr, state):
-        return in_place_ttt(z, v, w, lr=lr, state=state, **options)
-
-    @jax.jit
-    def both(arguments, cotangents):
-        out, vjp = jax.vjp(run, *arguments)
-        return out, vjp(cotangents)
-
-    out, grads = both(cast, (do, dS))
+    out, grads = compiled(xla._ROW_BY_ROW_BYTES, **options)(cast, (do, dS), segment_ids, clip_norm)
     named = {"o": out[0], "final_state": out[1]} | {f"d{n}": g for n, g in zip(NAMES, grads, strict=True)}
     return {name: np.asarray(x, np.float64) for name, x in named.items()}
 
@@ -51,7 +57,8 @@ def rounded(arguments, cotangents, dtype):
     z, v, w, lr, state = arguments
     lower = cast if dtype != jnp.float64 else np.float64
     single = (lambda x: np.asarray(x, np.float32).astype(np.float64)) if dtype != jnp.float64 else np.float64
-    return (lower(z), lower(v), lower(w), float(single(lr)), single(state)), (lower(cotangents[0]), single(cotangents[1]))
+    do, dS = cotangents
+    return (lower(z), lower(v), lower(w), float(single(lr)), single(state)), (lower(do), single(dS))
 
 
 def check(arguments, cotangents, dtype, implementation, **options):
@@ -80,7 +87,7 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("T, C", [(40, 8), (41, 8), (7, 8), (8, 8), (1, 1), (5, 1), (37, 5), (64, 32)])
+@pytest.mark.parametrize(("T", "C"), [(40, 8), (41, 8), (7, 8), (8, 8), (1, 1), (5, 1), (37, 5), (64, 32)])
 def test_matches_the_float64_reference(implementation, dtype, T, C):
     arguments, cotangents = make_inputs(T=T)
     check(arguments, cotangents, dtype, implementation, chunk_size=C)
@@ -88,7 +95,7 @@ def test_matches_the_float64_reference(implementation, dtype, T, C):
 
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("documents", ["boundaries", "padding", "all_padding"])
-@pytest.mark.parametrize("T, C", [(48, 8), (45, 8), (30, 5)])
+@pytest.mark.parametrize(("T", "C"), [(48, 8), (45, 8), (30, 5)])
 def test_documents(implementation, documents, T, C):
     ids = np.stack([DOCUMENTS[documents](T, C), DOCUMENTS["boundaries"](T, C)]).astype(np.int32)
     arguments, cotangents = make_inputs(T=T)
@@ -96,7 +103,7 @@ def test_documents(implementation, documents, T, C):
     check(arguments, cotangents, jnp.float32, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
 
 
-@pytest.mark.parametrize("T, C", [(40, 8), (43, 8), (5, 8)])
+@pytest.mark.parametrize(("T", "C"), [(40, 8), (43, 8), (5, 8)])
 @pytest.mark.parametrize("documents", ["none", "padding"])
 def test_row_by_row(monkeypatch, documents, T, C):
     """Large states are worked off one row at a time; here every state is large."""
@@ -116,7 +123,8 @@ def test_clip(implementation, clip_norm, T):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_clip_bounds_the_update(implementation, x64):
     (z, v, w, _, _), _ = make_inputs(T=8, B=3)
-    _, state = in_place_ttt(*map(jnp.asarray, (z, v, w)), lr=50.0, chunk_size=8, clip_norm=0.25, implementation=implementation)
+    run = functools.partial(in_place_ttt, lr=50.0, chunk_size=8, clip_norm=0.25, implementation=implementation)
+    _, state = run(*map(jnp.asarray, (z, v, w)))
     np.testing.assert_allclose(np.linalg.norm(np.asarray(state), axis=(1, 2)), 0.25, rtol=1e-12)
 
 
@@ -128,8 +136,10 @@ def test_future_tokens_have_no_gradient(implementation, x64):
     run = lambda z, v: in_place_ttt(z, v, jnp.asarray(w), lr=lr, chunk_size=C, implementation=implementation)[0]
     dz, dv = (np.abs(np.asarray(j)).sum((0, 2, 3, 5)) for j in jax.jacrev(run, (0, 1))(jnp.asarray(z), jnp.asarray(v)))
     t, s = np.mgrid[:T, :T]
-    assert (dz[s > t] == 0).all() and (dz[s == t] > 0).all()
-    assert (dv[s // C >= t // C] == 0).all() and (dv[s // C < t // C] > 0).all()
+    assert (dz[s > t] == 0).all()
+    assert (dz[s == t] > 0).all()
+    assert (dv[s // C >= t // C] == 0).all()
+    assert (dv[s // C < t // C] > 0).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -217,17 +227,17 @@ def test_lr_may_be_traced_and_zero():
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
-        (dict(implementation="triton2"), "implementation 'triton2'"),
-        (dict(chunk_size=0), "chunk_size = 0"),
-        (dict(state=jnp.zeros((2, 3, 4))), "state has shape"),
-        (dict(segment_ids=jnp.zeros((1, 40), jnp.int32)), "segment_ids has shape"),
+        ({"implementation": "triton2"}, "implementation 'triton2'"),
+        ({"chunk_size": 0}, "chunk_size = 0"),
+        ({"state": jnp.zeros((2, 3, 4))}, "state has shape"),
+        ({"segment_ids": jnp.zeros((1, 40), jnp.int32)}, "segment_ids has shape"),
     ],
 )
 def test_wrong_arguments(change, words):
     (z, v, w, lr, _), _ = make_inputs()
-    options = dict(lr=lr, chunk_size=8) | change
+    options = {"lr": lr, "chunk_size": 8} | change
     with pytest.raises(UserError, match=words) as error:
         in_place_ttt(*(jnp.asarray(x, jnp.float32) for x in (z, v, w)), **options)
     assert "\n" not in str(error.value)
