@@ -16,8 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ttt_jax.config import Config, ModelConfig, to_dict
 from ttt_jax.errors import CheckpointError, ConfigError
@@ -53,7 +55,7 @@ class MetricsLogger:
         """
         self._enabled = enabled
         self._total = total_steps
-        self._progress: Progress | None = None
+        self._live: Live | None = None
         self._jsonl = self._tensorboard = self._wandb = None
         if not enabled:
             return
@@ -70,25 +72,25 @@ class MetricsLogger:
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=16),
-                TextColumn("{task.description}"),
+                BarColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                console=Console(),
             )
-            self._task = self._progress.add_task("compiling", total=total_steps, completed=start_step)
+            self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+            # Two lines, so that 80 columns are enough.
+            self._live = Live(self._display("compiling"), console=Console(), refresh_per_second=4)
 
     def __enter__(self) -> MetricsLogger:
-        if self._progress is not None:
-            self._progress.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
         if self._jsonl is not None:
             self._jsonl.close()
         if self._tensorboard is not None:
@@ -110,23 +112,27 @@ class MetricsLogger:
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         text = "  ".join(form.format(values[key]) for key, form in _SHOWN.items() if key in values)
-        if self._progress is not None:
-            # A step that only brings, say, an evaluation keeps the text of the last training step.
-            self._progress.update(self._task, completed=step, **({"description": text} if text else {}))
+        if self._live is not None:
+            self.advance(step)
+            if text:  # a step that only brings, say, an evaluation keeps the text of the last training step
+                self._live.update(self._display(text))
         elif text:
             print(f"step {step}/{self._total}  {text}", flush=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to a finished step that is not logged."""
-        if self._progress is not None:
+        if self._live is not None:
             self._progress.update(self._task, completed=step)
 
     def message(self, text: str) -> None:
         """Print a line without tearing the progress display."""
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
+        if self._live is not None:
+            self._live.console.print(text, highlight=False, markup=False)
         elif self._enabled:
             print(text, flush=True)
+
+    def _display(self, text: str) -> Group:
+        return Group(self._progress, Text(text, no_wrap=True, overflow="ellipsis"))
 
 
 def truncate_metrics(path: Path, start_step: int) -> None:
@@ -166,7 +172,7 @@ def _open_tensorboard(folder: Path, start_step: int) -> Any:
             "config field log.tensorboard = true: tensorboardX is missing; pip install tensorboardX, or set it false"
         ) from None
     # purge_step hides what an interrupted run has written after the step from which this one goes on.
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
 
 
 def _open_wandb(config: Config, run_dir: Path) -> Any:
