@@ -160,7 +160,7 @@ def param_path(path: tuple[Any, ...]) -> str:
 
 
 def tensor_names(model: Transformer) -> dict[str, list[str]]:
-    """For each parameter path of the model, the checkpoint's tensors: one, or one per repeat of a stacked layer."""
+    """For each parameter path of the model, the checkpoint's tensors: one, or one per layer of a stack."""
     names = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
         ours = param_path(path)
@@ -168,8 +168,7 @@ def tensor_names(model: Transformer) -> dict[str, list[str]]:
         if stacked is None:
             names[ours] = [_TOP_NAMES[ours]]
         else:
-            group = model.groups[int(stacked[1])]
-            layers = [group.layer_index(r, int(stacked[2])) for r in range(group.repeats)]
+            layers = model.groups[int(stacked[1])].layer_indices(int(stacked[2]))
             names[ours] = [f"model.layers.{layer}.{_BLOCK_NAMES[stacked[3]]}" for layer in layers]
     return names
 
@@ -268,7 +267,7 @@ def check_tensors(abstract: Transformer, files: TensorFiles, where: str, optiona
     shapes = {}
     leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
     for ours, theirs in tensor_names(abstract).items():
-        shape = leaves[ours].shape if len(theirs) == 1 and not ours.startswith("groups.") else leaves[ours].shape[1:]
+        shape = leaves[ours].shape[2:] if ours.startswith("groups.") else leaves[ours].shape
         shapes |= dict.fromkeys(theirs, tuple(shape))
     ignored = {"lm_head.weight"} if abstract.head is None else set()  # a tied head is sometimes written out
     ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports carry
@@ -287,6 +286,6 @@ def fill(abstract: Transformer, read: Callable[[str], np.ndarray]) -> Transforme
     def leaf(path, struct):
         ours = param_path(path)
         arrays = [read(name).astype(struct.dtype) for name in names[ours]]
-        return jax.device_put(np.stack(arrays) if ours.startswith("groups.") else arrays[0], struct.sharding)
+        return jax.device_put(np.stack(arrays).reshape(struct.shape), struct.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)

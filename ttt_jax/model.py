@@ -2,8 +2,8 @@
 
 B batch, T tokens, D model width, V vocabulary, C chunk size.
 
-Layers that repeat are stacked and scanned: the model finds the shortest repeating pattern of layer kinds (say one TTT layer
-followed by five plain ones) and compiles one pattern, so HLO size and compile time do not grow with depth.
+Layers that repeat are stacked and scanned: the model finds the repeating pattern of layer kinds (say one TTT layer followed
+by five plain ones) and compiles each kind once, so HLO size and compile time do not grow with depth.
 Read top down: `Transformer.__call__` -> `Group` -> `Block` -> `Attention` (layers.py) and `MLP` (ttt.py) -> the op (ops/).
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ class LayerState(NamedTuple):
 
 @struct.dataclass
 class State:
-    """What the model needs to read on. A pytree; `layers[group][slot]` is stacked over the group's repeats.
+    """What the model needs to read on. A pytree; `layers[group][run]` is stacked like the parameters of the run.
 
     Fields:
       position_B: tokens read by each row, int32.
@@ -84,44 +85,68 @@ class Block(nnx.Module):
         return h_BTD + y_BTD, None if cache is None else LayerState(cache, ttt), stats
 
 
+class Run(NamedTuple):
+    """`count` equal layers in a row."""
+
+    kind: LayerKind
+    count: int
+
+
 class Group(nnx.Module):
-    """`repeats` copies of a pattern of layers; the parameters of each slot are stacked over the repeats."""
+    """`repeats` copies of a pattern of runs, for instance (1 TTT layer, 5 plain layers) x 6.
 
-    def __init__(self, cfg: ModelConfig, first: int, pattern: tuple[LayerKind, ...], repeats: int, *, key: jax.Array):
+    One scan goes over the repeats and one, inside it, over the layers of each run, so every distinct block is compiled once
+    and the backward holds the recomputed activations of one block at a time. The parameters of `blocks[i]` are stacked
+    [repeats, pattern[i].count, ...].
+    """
+
+    def __init__(self, cfg: ModelConfig, first: int, pattern: tuple[Run, ...], repeats: int, *, key: jax.Array):
         self.first, self.pattern, self.repeats = first, pattern, repeats
-        make = lambda kind, key: Block(cfg, kind, key=key)
-        self.blocks = nnx.List(
-            [
-                jax.vmap(functools.partial(make, kind))(jax.random.split(jax.random.fold_in(key, first + slot), repeats))
-                for slot, kind in enumerate(pattern)
-            ]
-        )
+        blocks = []
+        for i, run in enumerate(pattern):
+            keys = jax.random.split(jax.random.fold_in(key, self.layer_index(0, i, 0)), repeats * run.count)
+            make = functools.partial(_make_block, cfg, run.kind)
+            blocks.append(jax.vmap(jax.vmap(make))(keys.reshape(repeats, run.count)))
+        self.blocks = nnx.List(blocks)
 
-    def layer_index(self, repeat: int, slot: int) -> int:
-        return self.first + repeat * len(self.pattern) + slot
+    def layer_index(self, repeat: int, run: int, number: int) -> int:
+        """Index in the model of layer `number` of a run in a repeat of the pattern."""
+        counts = [run.count for run in self.pattern]
+        return self.first + repeat * sum(counts) + sum(counts[:run]) + number
+
+    def layer_indices(self, run: int) -> list[int]:
+        """Indices of the layers stacked in `blocks[run]`, in the order of the flattened stack axes."""
+        count = self.pattern[run].count
+        return [self.layer_index(r, run, n) for r in range(self.repeats) for n in range(count)]
 
     def __call__(self, h_BTD, ctx: Context, states: tuple[LayerState, ...] | None, runtime: Runtime):
-        """Returns h, the states (stacked like the parameters) and the stats of the TTT slots."""
+        """Returns h, the states and the stats of each run (None where it has no TTT), stacked like the parameters."""
 
         def apply(block, h_BTD, ctx, state):
             return block(h_BTD, ctx, state, runtime.attention)
 
         if runtime.remat_save is not None:
-            # With several blocks in one scan step nothing but `prevent_cse` keeps XLA from recomputing all of them first.
-            policy = _remat_policy(runtime.remat_save)
-            apply = jax.checkpoint(apply, policy=policy, prevent_cse=len(self.pattern) > 1)
+            # prevent_cse is for recomputation outside of loops, which these scans rule out.
+            apply = jax.checkpoint(apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False)
 
-        def body(h_BTD, xs):
+        def layer(h_BTD, xs):
+            h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])
+            return h_BTD, (state, stats)
+
+        def pattern(h_BTD, xs):
             blocks, states = xs
-            new_states, stats = [], []
-            for slot, block in enumerate(blocks):
-                h_BTD, state, stat = apply(block, h_BTD, ctx, None if states is None else states[slot])
-                new_states.append(state)
-                stats.append(stat)
-            return h_BTD, (tuple(new_states), tuple(stats))
+            outs = []
+            for i, block in enumerate(blocks):
+                h_BTD, out = jax.lax.scan(layer, h_BTD, (block, None if states is None else states[i]))
+                outs.append(out)
+            return h_BTD, tuple(outs)
 
-        h_BTD, (states, stats) = jax.lax.scan(body, h_BTD, (tuple(self.blocks), states))
-        return h_BTD, states, stats
+        h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
+        return h_BTD, tuple(state for state, _ in outs), tuple(stats for _, stats in outs)
+
+
+def _make_block(cfg: ModelConfig, kind: LayerKind, key: jax.Array) -> Block:
+    return Block(cfg, kind, key=key)
 
 
 class Transformer(nnx.Module):
@@ -139,7 +164,7 @@ class Transformer(nnx.Module):
         groups, first = [], 0
         for pattern, repeats in find_groups(layer_kinds(cfg)):
             groups.append(Group(cfg, first, pattern, repeats, key=k_layers))
-            first += len(pattern) * repeats
+            first += sum(run.count for run in pattern) * repeats
         self.groups = nnx.List(groups)
         self.norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_head)
         shape = (cfg.vocab_size, cfg.d_model)
@@ -217,10 +242,11 @@ class Transformer(nnx.Module):
             group_states = None if state is None else state.layers[g]
             h_BTD, new_states, group_stats = group(h_BTD, ctx, group_states, self.runtime)
             states.append(new_states)
-            for slot, stat in enumerate(group_stats):
+            for run, stat in enumerate(group_stats):
                 if stat is not None:
-                    for r in range(group.repeats):
-                        stats[group.layer_index(r, slot)] = {name: x_RB[r] for name, x_RB in stat.items()}
+                    flat = {name: x_RNB.reshape(-1, B) for name, x_RNB in stat.items()}
+                    for n, layer in enumerate(group.layer_indices(run)):
+                        stats[layer] = {name: x_LB[n] for name, x_LB in flat.items()}
         h_BTD = self.norm(h_BTD)
         if not ctx.keep_state:
             return h_BTD, None, stats
@@ -245,12 +271,13 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.runtime.dtype)
         layers = []
         for group in self.groups:
-            slots = []
-            for block in group.blocks:
-                ttt = block.mlp.init_state(batch_size, dtype) if block.mlp.target is not None else None
+            runs = []
+            for run, block in zip(group.pattern, group.blocks, strict=True):
+                ttt = block.mlp.init_state(batch_size, dtype) if run.kind.ttt else None
                 layer = LayerState(block.attention.init_cache(batch_size, capacity, dtype), ttt)
-                slots.append(jax.tree.map(lambda x, g=group: jnp.broadcast_to(x[None], (g.repeats, *x.shape)), layer))
-            layers.append(tuple(slots))
+                stack = (group.repeats, run.count)
+                runs.append(jax.tree.map(lambda x, s=stack: jnp.broadcast_to(x[None, None], (*s, *x.shape)), layer))
+            layers.append(tuple(runs))
         return State(jnp.zeros((batch_size,), jnp.int32), tuple(layers), capacity)
 
 
@@ -261,23 +288,25 @@ def layer_kinds(cfg: ModelConfig) -> list[LayerKind]:
     ]
 
 
-def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[LayerKind, ...], int]]:
-    """Cut a list of layer kinds into (pattern, repeats), compiling as few blocks as a greedy choice allows.
+def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[Run, ...], int]]:
+    """Cut a list of layer kinds into (pattern of runs, repeats), so that few distinct blocks are compiled.
 
-    At each place take the pattern that covers most layers per compiled block; ties go to the longer cover.
+    At each place take the pattern that covers most layers per run; ties go to the longer cover.
     """
-    groups, rest = [], list(kinds)
-    while rest:
-        best = (1, 1)
-        for period in range(1, len(rest) // 2 + 1):
+    runs = [Run(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
+    groups = []
+    while runs:
+        best, best_value = (1, 1), (0.0, 0)
+        for period in range(1, len(runs) + 1):
             repeats = 1
-            while rest[repeats * period : (repeats + 1) * period] == rest[:period]:
+            while runs[repeats * period : (repeats + 1) * period] == runs[:period]:
                 repeats += 1
-            if repeats > 1 and (repeats, repeats * period) > (best[1], best[0] * best[1]):
-                best = (period, repeats)
+            covered = sum(run.count for run in runs[:period]) * repeats
+            if repeats > 1 or period == 1:
+                best, best_value = max((best, best_value), ((period, repeats), (covered / period, covered)), key=lambda x: x[1])
         period, repeats = best
-        groups.append((tuple(rest[:period]), repeats))
-        rest = rest[period * repeats :]
+        groups.append((tuple(runs[:period]), repeats))
+        runs = runs[period * repeats :]
     return groups
 
 

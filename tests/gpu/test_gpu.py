@@ -21,9 +21,9 @@ def attention_results(q, k, v, do, **options):
     return dict(zip(("o", "dq", "dk", "dv"), (o, *vjp(do)), strict=True))
 
 
-@pytest.mark.parametrize("window", [None, 96, 1])
+@pytest.mark.parametrize("window", [None, 96])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("T", [512, 448])
+@pytest.mark.parametrize("T", [448])
 def test_cudnn_attention_matches_the_float32_path(window, packed, T):
     B, N, K, H, C = 2, 8, 2, 64, 64
     keys = jax.random.split(jax.random.key(0), 4)
@@ -50,7 +50,7 @@ def test_cudnn_attention_matches_the_float32_path(window, packed, T):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("T, C", [(4096, 512), (4000, 512)])
+@pytest.mark.parametrize("T, C", [(4000, 512)])
 def test_op_on_the_device(dtype, T, C):
     B, D, F = 2, 256, 512
     keys = jax.random.split(jax.random.key(1), 5)

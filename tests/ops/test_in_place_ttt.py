@@ -10,7 +10,7 @@ from fast_jit import jit
 from tolerance import TOLERANCE, assert_close, relative_rms
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt, xla
+from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 NAMES = ("z", "v", "w", "lr", "state")
@@ -27,8 +27,8 @@ def make_inputs(B=2, T=40, D=12, F=20, seed=0, state_scale=0.3):
 
 
 @functools.cache
-def compiled(constant, **options):
-    """One program per shape and option. `constant`: of the module, changed by a test."""
+def compiled(**options):
+    """One program per shape and option."""
 
     def both(arguments, cotangents, segment_ids, clip_norm):
         def run(z, v, w, lr, state):
@@ -46,7 +46,7 @@ def results(arguments, cotangents, dtype, segment_ids=None, clip_norm=None, **op
     acc = jnp.float64 if dtype == jnp.float64 else jnp.float32
     cast = [jnp.asarray(x, dtype) for x in (z, v, w)] + [jnp.asarray(lr, acc), jnp.asarray(state, acc)]
     do, dS = jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], acc)
-    out, grads = compiled(xla._ROW_BY_ROW_BYTES, **options)(cast, (do, dS), segment_ids, clip_norm)
+    out, grads = compiled(**options)(cast, (do, dS), segment_ids, clip_norm)
     named = {"o": out[0], "final_state": out[1]} | {f"d{n}": g for n, g in zip(NAMES, grads, strict=True)}
     return {name: np.asarray(x, np.float64) for name, x in named.items()}
 
@@ -101,15 +101,6 @@ def test_documents(implementation, documents, T, C):
     arguments, cotangents = make_inputs(T=T)
     check(arguments, cotangents, jnp.float64, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
     check(arguments, cotangents, jnp.float32, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
-
-
-@pytest.mark.parametrize(("T", "C"), [(40, 8), (43, 8), (5, 8)])
-@pytest.mark.parametrize("documents", ["none", "padding"])
-def test_row_by_row(monkeypatch, documents, T, C):
-    """Large states are worked off one row at a time; here every state is large."""
-    monkeypatch.setattr(xla, "_ROW_BY_ROW_BYTES", 0)
-    ids = DOCUMENTS[documents] and jnp.asarray(np.stack([DOCUMENTS[documents](T, C)] * 3).astype(np.int32))
-    check(*make_inputs(T=T, B=3), jnp.float64, "xla", chunk_size=C, segment_ids=ids)
 
 
 @pytest.mark.parametrize("implementation", FAST)

@@ -20,9 +20,6 @@ import jax
 import jax.numpy as jnp
 
 
-_ROW_BY_ROW_BYTES = 16 * 2**20  # states from this size on are worked off one row of the batch at a time
-
-
 def precision_for(dtype):
     """float32 inputs ask for float32 products; bf16 ones are exact in any mode."""
     return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize <= 2 else jax.lax.Precision.HIGHEST
@@ -47,44 +44,32 @@ def _dot(subscripts, x, y, acc):
     return jnp.einsum(subscripts, x, y, preferred_element_type=acc, precision=precision_for(x.dtype))
 
 
-class _Tiles:
-    """Where the scans stand: R rows of the batch at a time, chunk by chunk, and the partial chunk at the end."""
-
-    def __init__(self, B: int, T: int, C: int, state_bytes: int):
-        # A large state stays in the cache while one row is worked off; small ones share their matmuls instead.
-        self.R = 1 if state_bytes >= _ROW_BY_ROW_BYTES else B
-        self.C, self.M, self.tail, self.groups = C, T // C, T % C, B // self.R
-
-    def chunk(self, x_BTX, g, i, size=None):
-        return jax.lax.dynamic_slice(x_BTX, (g * self.R, i * self.C, 0), (self.R, size or self.C, x_BTX.shape[2]))
-
-    def put(self, x_BTX, g, i, piece_RCX):
-        return jax.lax.dynamic_update_slice(x_BTX, piece_RCX.astype(x_BTX.dtype), (g * self.R, i * self.C, 0))
-
-    def rows(self, x_BX, g):
-        return jax.lax.dynamic_slice_in_dim(x_BX, g * self.R, self.R, axis=0)
-
-    def put_rows(self, x_BX, g, rows_RX):
-        return jax.lax.dynamic_update_slice_in_dim(x_BX, rows_RX, g * self.R, axis=0)
-
-    def keep(self, keep_BM, g, i):
-        """[R, 1, 1] factors on the state at the start of chunk i, or None."""
-        if keep_BM is None:
-            return None
-        return jax.lax.dynamic_slice(keep_BM, (g * self.R, i), (self.R, 1))[:, :, None]
+def _chunk(x_BTX, i, C, size=None):
+    return jax.lax.dynamic_slice_in_dim(x_BTX, i * C, size or C, axis=1)
 
 
-def _times(keep_R11, S_RDF):
-    return S_RDF if keep_R11 is None else keep_R11 * S_RDF
+def _put(x_BTX, i, C, piece_BCX):
+    return jax.lax.dynamic_update_slice_in_dim(x_BTX, piece_BCX.astype(x_BTX.dtype), i * C, axis=1)
 
 
-def _scaled(v_RCD, lr):
-    return (lr * v_RCD.astype(lr.dtype)).astype(v_RCD.dtype)
+def _factor(keep_BM, i):
+    """[B, 1, 1] factors on the state at the start of chunk i."""
+    return jax.lax.dynamic_slice_in_dim(keep_BM, i, 1, axis=1)[:, :, None]
 
 
-def _write(S_RDF, v_RCD, z_RCF, lr):
+def _enter(S_BDF, keep_BM, i):
+    """The state that chunk i reads."""
+    return S_BDF if keep_BM is None else _factor(keep_BM, i) * S_BDF
+
+
+def _scaled(v_BCD, lr):
+    return (lr * v_BCD.astype(lr.dtype)).astype(v_BCD.dtype)
+
+
+def _write(S_BDF, v_BCD, z_BCF, lr):
     """S + lr v^T z. The factor goes into v, so that the matmul can accumulate straight into S."""
-    return S_RDF + _dot("bcd,bcf->bdf", _scaled(v_RCD, lr), z_RCF, S_RDF.dtype)
+    with jax.named_scope("ttt_update"):
+        return S_BDF + _dot("bcd,bcf->bdf", _scaled(v_BCD, lr), z_BCF, S_BDF.dtype)
 
 
 def _scan(step, carry, length, reverse=False):
@@ -100,106 +85,81 @@ def _in_place_ttt(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
 
 def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     acc, dtype = state_BDF.dtype, z_BTF.dtype
-    tiles = _Tiles(*z_BTF.shape[:2], C, w_DF.size * acc.itemsize)
+    M, tail = divmod(z_BTF.shape[1], C)
     with jax.named_scope("ttt_apply_slow"):
         # One matmul over all tokens fills the machine better than one per chunk.
         base_BTD = _dot("btf,df->btd", z_BTF, w_DF, acc)
 
-    def apply(o_BTD, S_RDF, g, i, size):
+    def apply(o_BTD, S_BDF, i, size):
         with jax.named_scope("ttt_apply"):
-            fast_RCD = _dot("bcf,bdf->bcd", tiles.chunk(z_BTF, g, i, size), S_RDF.astype(dtype), acc)
-            return tiles.put(o_BTD, g, i, tiles.chunk(base_BTD, g, i, size) + fast_RCD)
+            fast_BCD = _dot("bcf,bdf->bcd", _chunk(z_BTF, i, C, size), S_BDF.astype(dtype), acc)
+            return _put(o_BTD, i, C, _chunk(base_BTD, i, C, size) + fast_BCD)
 
-    def rows(carry, g):
-        def step(carry, i):
-            o_BTD, S_RDF = carry
-            S_RDF = _times(tiles.keep(keep_BM, g, i), S_RDF)
-            o_BTD = apply(o_BTD, S_RDF, g, i, C)
-            with jax.named_scope("ttt_update"):
-                return o_BTD, _write(S_RDF, tiles.chunk(v_BTD, g, i), tiles.chunk(z_BTF, g, i), lr)
+    def step(carry, i):
+        o_BTD, S_BDF = carry
+        S_BDF = _enter(S_BDF, keep_BM, i)
+        return apply(o_BTD, S_BDF, i, C), _write(S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr)
 
-        o_BTD, final_BDF = carry
-        o_BTD, S_RDF = _scan(step, (o_BTD, tiles.rows(state_BDF, g)), tiles.M)
-        if tiles.tail:  # the trailing partial chunk reads the state and does not write it
-            S_RDF = _times(tiles.keep(keep_BM, g, tiles.M), S_RDF)
-            o_BTD = apply(o_BTD, S_RDF, g, tiles.M, tiles.tail)
-        return o_BTD, tiles.put_rows(final_BDF, g, S_RDF)
-
-    carry = (jnp.zeros(base_BTD.shape, dtype), jnp.zeros_like(state_BDF))
-    return _scan(rows, carry, tiles.groups), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    o_BTD, S_BDF = _scan(step, (jnp.zeros(base_BTD.shape, dtype), state_BDF), M)
+    if tail:  # the trailing partial chunk reads the state and does not write it
+        S_BDF = _enter(S_BDF, keep_BM, M)
+        o_BTD = apply(o_BTD, S_BDF, M, tail)
+    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
 def _backward(C, residuals, cotangents):
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
-    do_BTD, dfinal_BDF = cotangents
+    do_BTD, G_BDF = cotangents
     acc, dtype = state_BDF.dtype, z_BTF.dtype
-    tiles = _Tiles(*z_BTF.shape[:2], C, w_DF.size * acc.itemsize)
-    M, tail = tiles.M, tiles.tail
+    M, tail = divmod(z_BTF.shape[1], C)
 
-    def read_grad(dz_BTF, S_RDF, g, i, size):
+    def read_grad(dz_BTF, S_BDF, i, size):
         # Gradients tolerate the rounding of W + S, so one matmul serves both.
         with jax.named_scope("ttt_grad_apply"):
-            weight_RDF = (w_DF.astype(acc)[None] + S_RDF).astype(dtype)
-            return tiles.put(dz_BTF, g, i, _dot("bcd,bdf->bcf", tiles.chunk(do_BTD, g, i, size), weight_RDF, acc))
+            weight_BDF = (w_DF.astype(acc)[None] + S_BDF).astype(dtype)
+            return _put(dz_BTF, i, C, _dot("bcd,bdf->bcf", _chunk(do_BTD, i, C, size), weight_BDF, acc))
 
-    def collect(dw_DF, G_RDF, g, i):
-        """Reset G where a document starts; what it held is the share of dW of the tokens from there on."""
-        keep_R11 = tiles.keep(keep_BM, g, i)
-        if keep_R11 is None:
-            return dw_DF, G_RDF
-        reset = lambda: (dw_DF + (G_RDF - keep_R11 * G_RDF).sum(axis=0), keep_R11 * G_RDF)
-        return jax.lax.cond(jnp.any(keep_R11 != 1), reset, lambda: (dw_DF, G_RDF))
+    def replay(carry, i):
+        dz_BTF, S_BDF = carry
+        S_BDF = _enter(S_BDF, keep_BM, i)
+        return read_grad(dz_BTF, S_BDF, i, C), _write(S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr)
 
-    def rows(carry, g):
-        dz_BTF, dv_BTD, dlr, dw_DF, dstate_BDF = carry
+    # Nothing reads the state after the last token, so the update before it need not be replayed.
+    last, size = (M, tail) if tail else (M - 1, C)
+    dz_BTF, S_BDF = _scan(replay, (jnp.zeros_like(z_BTF), state_BDF), last)
+    dz_BTF = read_grad(dz_BTF, _enter(S_BDF, keep_BM, last), last, size)
 
-        def replay(carry, i):
-            dz_BTF, S_RDF = carry
-            S_RDF = _times(tiles.keep(keep_BM, g, i), S_RDF)
-            dz_BTF = read_grad(dz_BTF, S_RDF, g, i, C)
-            with jax.named_scope("ttt_update"):
-                return dz_BTF, _write(S_RDF, tiles.chunk(v_BTD, g, i), tiles.chunk(z_BTF, g, i), lr)
+    def leave(dw_DF, G_BDF, i):
+        """Where a document starts G returns to zero; what it held is the share of dW of the tokens from there on."""
+        if keep_BM is None:
+            return dw_DF, G_BDF
+        keep_B11 = _factor(keep_BM, i)
+        reset = lambda: (dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0), keep_B11 * G_BDF)
+        return jax.lax.cond(jnp.any(keep_B11 != 1), reset, lambda: (dw_DF, G_BDF))
 
-        # The state after the last token is not read by anything, so the last update need not be replayed.
-        read_last = (M, tail) if tail else (M - 1, C)
-        dz_BTF, S_RDF = _scan(replay, (dz_BTF, tiles.rows(state_BDF, g)), read_last[0])
-        S_RDF = _times(tiles.keep(keep_BM, g, read_last[0]), S_RDF)
-        dz_BTF = read_grad(dz_BTF, S_RDF, g, *read_last)
+    dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    if tail:
+        G_BDF = G_BDF + _dot("bcd,bcf->bdf", _chunk(do_BTD, M, C, tail), _chunk(z_BTF, M, C, tail), acc)
+        dw_DF, G_BDF = leave(dw_DF, G_BDF, M)
 
-        G_RDF = tiles.rows(dfinal_BDF, g)
-        dw_DF = dw_DF - G_RDF.sum(axis=0)  # what G starts with is not the slow weight's
-        if tail:
-            do_tail_RCD, z_tail_RCF = tiles.chunk(do_BTD, g, M, tail), tiles.chunk(z_BTF, g, M, tail)
-            dw_DF, G_RDF = collect(dw_DF, G_RDF + _dot("bcd,bcf->bdf", do_tail_RCD, z_tail_RCF, acc), g, M)
+    def reverse(carry, i):
+        dz_BTF, dv_BTD, dlr, dw_DF, G_BDF = carry
+        z_BCF, v_BCD = _chunk(z_BTF, i, C), _chunk(v_BTD, i, C)
+        with jax.named_scope("ttt_grad_update"):
+            G_cast_BDF = G_BDF.astype(dtype)
+            dv_BCD = _dot("bcf,bdf->bcd", z_BCF, G_cast_BDF, acc)
+            dz_BCF = _chunk(dz_BTF, i, C).astype(acc) + _dot("bcd,bdf->bcf", _scaled(v_BCD, lr), G_cast_BDF, acc)
+        with jax.named_scope("ttt_grad_state"):
+            G_BDF = G_BDF + _dot("bcd,bcf->bdf", _chunk(do_BTD, i, C), z_BCF, acc)
+            dw_DF, G_BDF = leave(dw_DF, G_BDF, i)
+        dlr = dlr + jnp.sum(v_BCD.astype(acc) * dv_BCD)
+        return _put(dz_BTF, i, C, dz_BCF), _put(dv_BTD, i, C, lr * dv_BCD), dlr, dw_DF, G_BDF
 
-        def reverse(carry, i):
-            dz_BTF, dv_BTD, dlr, dw_DF, G_RDF = carry
-            z_RCF, v_RCD = tiles.chunk(z_BTF, g, i), tiles.chunk(v_BTD, g, i)
-            with jax.named_scope("ttt_grad_update"):
-                G_cast_RDF = G_RDF.astype(dtype)
-                dv_RCD = _dot("bcf,bdf->bcd", z_RCF, G_cast_RDF, acc)
-                dz_RCF = tiles.chunk(dz_BTF, g, i).astype(acc)
-                dz_RCF = dz_RCF + _dot("bcd,bdf->bcf", _scaled(v_RCD, lr), G_cast_RDF, acc)
-            with jax.named_scope("ttt_grad_state"):
-                G_RDF = G_RDF + _dot("bcd,bcf->bdf", tiles.chunk(do_BTD, g, i), z_RCF, acc)
-                dw_DF, G_RDF = collect(dw_DF, G_RDF, g, i)
-            dlr = dlr + jnp.sum(v_RCD.astype(acc) * dv_RCD)
-            return tiles.put(dz_BTF, g, i, dz_RCF), tiles.put(dv_BTD, g, i, lr * dv_RCD), dlr, dw_DF, G_RDF
-
-        carry = (dz_BTF, dv_BTD, dlr, dw_DF, G_RDF)
-        dz_BTF, dv_BTD, dlr, dw_DF, G_RDF = _scan(reverse, carry, M, reverse=True)
-        return dz_BTF, dv_BTD, dlr, dw_DF + G_RDF.sum(axis=0), tiles.put_rows(dstate_BDF, g, G_RDF)
-
-    carry = (
-        jnp.zeros_like(z_BTF),
-        jnp.zeros_like(v_BTD),
-        jnp.zeros((), acc),
-        jnp.zeros(w_DF.shape, acc),
-        jnp.zeros_like(state_BDF),
-    )
-    dz_BTF, dv_BTD, dlr, dw_DF, dstate_BDF = _scan(rows, carry, tiles.groups)
+    carry = (dz_BTF, jnp.zeros_like(v_BTD), jnp.zeros((), acc), dw_DF, G_BDF)
+    dz_BTF, dv_BTD, dlr, dw_DF, G_BDF = _scan(reverse, carry, M, reverse=True)
+    dw_DF = dw_DF + G_BDF.sum(axis=0)
     dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), dstate_BDF, dkeep_BM
+    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
 
 
 _in_place_ttt.defvjp(_forward, _backward)
