@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_jit import jit
 from tolerance import TOLERANCE, assert_close
 
 from ttt_jax import attention
@@ -38,7 +39,7 @@ def causal_mask(B, T, window=None, segments=None):
     return seen
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def value_and_gradients(run, q, k, v, do, *more):
     o, vjp = jax.vjp(lambda q, k, v: run(q, k, v, *more), q, k, v)
     return dict(zip(("o", "dq", "dk", "dv"), (o, *vjp(do)), strict=True))
@@ -170,7 +171,7 @@ def test_memory_is_linear_in_the_length(monkeypatch):
 def test_document_offsets(ids, multiple, starts, sizes):
     """Room for one document per multiple and an end; what is not used is -1."""
     room = -(-len(ids) // multiple)
-    got = jax.jit(_document_offsets, static_argnums=1)(jnp.asarray([ids], jnp.int32), multiple)
+    got = jit(_document_offsets, static_argnums=1)(jnp.asarray([ids], jnp.int32), multiple)
     np.testing.assert_array_equal(got[0][0], starts + [-1] * (room + 1 - len(starts)))
     np.testing.assert_array_equal(got[1][0], sizes + [-1] * (room - len(sizes)))
     assert got[0].dtype == got[1].dtype == jnp.int32

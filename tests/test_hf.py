@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_jit import jit
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tolerance import assert_close
@@ -24,6 +25,15 @@ from ttt_jax.model import Transformer
 def tensors(folder):
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def by_tensor(model, tree):
+    """(checkpoint name, array) of everything in a model-shaped tree, with the stacks of scanned layers taken apart."""
+    names = tensor_names(model)
+    for path, value in leaves(tree).items():
+        rank = 3 if path.endswith("conv") else 1 if path.endswith(("scale", "bias")) else 2
+        assert len(names[path]) == math.prod(value.shape[:-rank])
+        yield from zip(names[path], np.asarray(value).reshape(-1, *value.shape[-rank:]), strict=True)
 
 
 def leaves(model):
@@ -52,15 +62,14 @@ def test_logits_loss_and_gradients_of_the_official_models(golden_model):
         weights = jnp.ones(ids.shape, jnp.float32).at[:, -1].set(0)
         return cross_entropy(h, model.output_weight, targets, weights / weights.sum()), model.logits(h)
 
-    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+    (value, logits), grads = jit(jax.value_and_grad(loss, has_aux=True))(model)
     assert_close("logits", logits, io["logits"], 1e-4)
     assert abs(float(value) / float(io["loss"]) - 1) <= 1e-5
-    names, seen = tensor_names(model), set()
-    for path, grad in leaves(grads).items():
-        for name, g in zip(names[path], grad if path.startswith("groups.") else grad[None], strict=True):
-            norm = float(np.linalg.norm(np.asarray(g, np.float64)))
-            assert abs(norm / float(io[f"gradnorm.{name}"]) - 1) <= 1e-3, name
-            seen.add(f"gradnorm.{name}")
+    seen = set()
+    for name, grad in by_tensor(model, grads):
+        norm = float(np.linalg.norm(grad.astype(np.float64)))
+        assert abs(norm / float(io[f"gradnorm.{name}"]) - 1) <= 1e-3, name
+        seen.add(f"gradnorm.{name}")
     assert seen == {name for name in io if name.startswith("gradnorm.")}, "every official gradient was compared"
 
 
@@ -69,8 +78,8 @@ def test_decoding_step_by_step_follows_the_official_one(golden_model):
     model, ids = load_hf(folder), jnp.asarray(io["decode_ids"], jnp.int32)
     prompt = io["decode_prompt"].shape[1]
     np.testing.assert_array_equal(ids[:, :prompt], io["decode_prompt"])
-    step = jax.jit(lambda model, ids, state: model(ids, state))
-    logits, state = jax.jit(lambda model, ids: model(ids, capacity=ids.shape[1] + 39))(model, ids[:, :prompt])
+    step = jit(lambda model, ids, state: model(ids, state))
+    logits, state = jit(lambda model, ids: model(ids, capacity=ids.shape[1] + 39))(model, ids[:, :prompt])
     steps, greedy = [logits[:, -1]], [int(logits[0, -1].argmax())]
     for _ in range(prompt, ids.shape[1] - 1):  # feeds its own choices
         logits, state = step(model, jnp.asarray([[greedy[-1]]], jnp.int32), state)
@@ -85,9 +94,8 @@ def test_every_tensor_is_named_once_and_lands_unchanged(golden_model):
     model, stored = load_hf(folder), tensors(folder)
     names = tensor_names(model)
     assert sorted(name for group in names.values() for name in group) == sorted(stored)
-    for path, value in leaves(model).items():
-        for name, x in zip(names[path], value if path.startswith("groups.") else value[None], strict=True):
-            np.testing.assert_array_equal(x, stored[name], err_msg=name)
+    for name, x in by_tensor(model, model):
+        np.testing.assert_array_equal(x, stored[name], err_msg=name)
 
 
 def test_ttt_fields_of_the_official_config(golden_model):
@@ -251,16 +259,12 @@ def test_qwen2_biases_are_read_and_count(tmp_path):
     raw = QWEN3 | {"model_type": "qwen2", "initializer_range": 0.2}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model = Transformer(config_from_hf(raw), key=jax.random.key(0))
-    rng, values = np.random.default_rng(0), leaves(model)
-    stored = {}
-    for path, names in tensor_names(model).items():
-        for i, name in enumerate(names):
-            shape = values[path][i].shape if path.startswith("groups.") else values[path].shape
-            stored[name] = rng.standard_normal(shape).astype(np.float32) * 0.2
+    rng = np.random.default_rng(0)
+    stored = {name: 0.2 * rng.standard_normal(x.shape).astype(np.float32) for name, x in by_tensor(model, model)}
     assert "model.layers.3.self_attn.k_proj.bias" in stored
     assert "model.layers.3.self_attn.o_proj.bias" not in stored
     save_file(stored, tmp_path / "model.safetensors")
-    run = jax.jit(lambda model: model.logits(model.hidden(jnp.arange(20, dtype=jnp.int32)[None])[0]))
+    run = jit(lambda model: model.logits(model.hidden(jnp.arange(20, dtype=jnp.int32)[None])[0]))
     whole = run(load_hf(tmp_path))
     for bias in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.3.self_attn.{bias}.bias"
@@ -363,23 +367,22 @@ def test_continual_training_starts_at_the_plain_model(folder):
     proj = cfg.ttt.target == "hidden_states"  # the third model goes without W_target
     cfg = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, proj=proj, layers=(0, 1, 3)))
     plain, model = load_hf(folder), load_hf_into(abstract_model(cfg), folder, key=jax.random.key(4))
-    stored, names, diagonals = tensors(folder), tensor_names(model), []
+    stored, diagonals = tensors(folder), []
     assert plain.config.ttt.layers == ()
-    for path, value in leaves(model).items():
-        for name, x in zip(names[path], value if path.startswith("groups.") else value[None], strict=True):
-            if name.endswith("ttt_conv.weight"):
-                assert x.shape == (48, 1, 5)
-                assert not np.asarray(x).any()
-            elif name.endswith("ttt_proj.weight"):
-                diagonals.append(np.diagonal(x))
-                np.testing.assert_array_equal(x, np.diag(diagonals[-1]))
-            else:  # square q and o (LLaMA's) included
-                np.testing.assert_array_equal(x, stored[name], err_msg=name)
+    for name, x in by_tensor(model, model):
+        if name.endswith("ttt_conv.weight"):
+            assert x.shape == (48, 1, 5)
+            assert not x.any()
+        elif name.endswith("ttt_proj.weight"):
+            diagonals.append(np.diagonal(x))
+            np.testing.assert_array_equal(x, np.diag(diagonals[-1]))
+        else:  # square q and o (LLaMA's) included
+            np.testing.assert_array_equal(x, stored[name], err_msg=name)
     assert len(diagonals) == 3 * proj
     if proj:
         assert abs(np.std(diagonals) / cfg.init_std - 1) < 0.2
         assert len(np.unique(diagonals)) == 3 * 48, "every layer draws its own"
-    run = jax.jit(lambda model, ids: model.logits(model.hidden(ids)[0]))
+    run = jit(lambda model, ids: model.logits(model.hidden(ids)[0]))
     ids = jax.random.randint(jax.random.key(0), (2, 53), 0, 97, jnp.int32)
     np.testing.assert_array_equal(run(model, ids), run(plain, ids))
 
@@ -389,8 +392,9 @@ def test_continual_init_depends_on_the_key_alone(folder):
     load = lambda seed: load_hf_into(abstract_model(cfg), folder, key=jax.random.key(seed))
     jax.tree.map(np.testing.assert_array_equal, load(0), load(0))
     first, second = leaves(load(0)), leaves(load(1))
-    differs = {path for path in first if (np.asarray(first[path]) != np.asarray(second[path])).any()}
-    assert differs == {"groups.0.blocks.0.mlp.target.proj"}
+    for path, value in first.items():
+        same = (np.asarray(value) == np.asarray(second[path])).all()
+        assert same == (not path.endswith("target.proj")), path
 
 
 def test_ttt_parameters_of_a_checkpoint_win(golden_model):
@@ -404,14 +408,10 @@ def test_ttt_parameters_of_a_checkpoint_win(golden_model):
     )
     more = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, layers=(0, 2, 3)))
     model = load_hf_into(abstract_model(more), folder, key=jax.random.key(0))
-    values, found = leaves(model), 0
-    for path, names in tensor_names(model).items():
-        for name, x in zip(names, values[path] if path.startswith("groups.") else [None], strict=True):
-            if name.endswith("mlp.ttt_conv.weight"):
-                expected = stored.get(name, np.zeros((48, 1, 5), np.float32))
-                np.testing.assert_array_equal(x, expected, err_msg=name)
-                found += 1
-    assert found == 3
+    convs = {name: x for name, x in by_tensor(model, model) if name.endswith("mlp.ttt_conv.weight")}
+    assert len(convs) == 3
+    for name, x in convs.items():
+        np.testing.assert_array_equal(x, stored.get(name, np.zeros((48, 1, 5), np.float32)), err_msg=name)
     fewer = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, layers=(0,)))
     with pytest.raises(CheckpointError, match=r"unknown model\.layers\.2\.mlp\.ttt_conv\.weight"):
         load_hf_into(abstract_model(fewer), folder, key=jax.random.key(0))

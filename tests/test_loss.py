@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_jit import jit
 from tolerance import TOLERANCE, assert_close
 
 from ttt_jax import loss
@@ -32,7 +33,7 @@ def plain(h, w, targets, weights):
 def oracle(h, w, targets, weights, g):
     with jax.enable_x64(True):
         arguments = [jnp.asarray(x, jnp.float64) for x in (h, w)]
-        run = jax.jit(jax.value_and_grad(plain, (0, 1)))
+        run = jit(jax.value_and_grad(plain, (0, 1)))
         value, (dh, dw) = run(*arguments, jnp.asarray(targets), jnp.asarray(weights, jnp.float64))
         return float(value), g * np.asarray(dh), g * np.asarray(dw)
 
@@ -43,8 +44,8 @@ def computed(h, w, targets, weights, dtype, g):
         h, w = jnp.asarray(h, dtype), jnp.asarray(w, dtype)
         targets, weights = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
         run = lambda h, w: cross_entropy(h, w, targets, weights)
-        alone = jax.jit(run)(h, w)
-        value, vjp = jax.jit(functools.partial(jax.vjp, run))(h, w)
+        alone = jit(run)(h, w)
+        value, vjp = jit(functools.partial(jax.vjp, run))(h, w)
         dh, dw = vjp(jnp.asarray(g, value.dtype))
         assert value.dtype == alone.dtype == jnp.float32
         assert (dh.dtype, dw.dtype) == (dtype, dtype)
@@ -109,7 +110,7 @@ def test_float32_master_weights_under_bfloat16_compute():
     """h in bf16 and w in float32: w's gradient comes back in float32, not rounded to bf16."""
     h, w, targets, weights = make_inputs("bfloat16")
     arguments = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
-    dh, dw = jax.jit(jax.grad(cross_entropy, (0, 1)))(*arguments)
+    dh, dw = jit(jax.grad(cross_entropy, (0, 1)))(*arguments)
     assert (dh.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
     assert_close("dw", np.asarray(dw, np.float64), oracle(h, w, targets, weights, g=1.0)[2], TOLERANCE["bfloat16"])
     assert (np.asarray(dw) != np.asarray(dw.astype(jnp.bfloat16).astype(jnp.float32))).any()
@@ -122,7 +123,7 @@ def test_token_nll(monkeypatch, rows, x64):
     h, w, targets, _ = make_inputs()
     logits = np.einsum("btd,vd->btv", h, w)
     expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    got = jax.jit(token_nll)(jnp.asarray(h), jnp.asarray(w), jnp.asarray(targets))
+    got = jit(token_nll)(jnp.asarray(h), jnp.asarray(w), jnp.asarray(targets))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
     half = token_nll(jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets))
     assert half.dtype == jnp.float32
