@@ -146,9 +146,15 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: Any) -> optax.Gra
 
         return jax.tree_util.tree_map_with_path(scaled, updates)
 
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    def clip(grads: Any, _params: Any) -> Any:
+        if config.clip_norm is None:
+            return grads
+        # A scalar factor fuses into the moments; optax's clip divides elementwise, and XLA stores the quotients.
+        factor = jnp.minimum(1.0, config.clip_norm / _norm(jax.tree.leaves(grads)))
+        return jax.tree.map(lambda grad: grad * factor, grads)
+
     adamw = optax.named_chain(  # the names appear in the paths of the optimizer state, thus in checkpoints
-        ("clip", clip),
+        ("clip", optax.stateless(clip)),
         ("adam", optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=mask(decayed))),
         ("multiplier", optax.stateless(multiply)),
@@ -166,20 +172,25 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    return optax.GradientTransformation(
-        init=lambda params: inner.init(cast(params)),
-        update=lambda grads, state, params: inner.update(cast(grads), state, cast(params)),
-    )
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer step count
+            return inner.update(cast(grads), state, cast(params))
+
+    return optax.GradientTransformation(init=lambda params: inner.init(cast(params)), update=update)
 
 
 def gradient_norm(config: OptimizerConfig, grads: Any) -> jax.Array:
     """Global norm of the gradients that are trained: what `clip_norm` is compared with. float32 scalar.
 
-    Use this rather than `optax.global_norm`, which would keep the gradients of frozen parameters alive.
+    Use this rather than `optax.tree.norm`, which would keep the gradients of frozen parameters alive.
     """
     leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
     kept = [leaf for keypath, leaf in leaves if not _group_of(param_path(keypath), config.groups).frozen]
-    return optax.global_norm([leaf.astype(jnp.float32) for leaf in kept])
+    return _norm(kept)
+
+
+def _norm(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
 
 def state_shardings(state: Any, model: Any, scalar: jax.sharding.Sharding) -> Any:
