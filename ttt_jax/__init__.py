@@ -1,0 +1,23 @@
+"""In-Place Test-Time Training (arXiv 2604.06169) in JAX/Flax: language models that adapt while they read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ttt_jax.ops import in_place_ttt
+    from ttt_jax.pretrained import load_pretrained
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "in_place_ttt", "load_pretrained"]
+
+_HOMES = {"in_place_ttt": "ttt_jax.ops", "load_pretrained": "ttt_jax.pretrained"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import ttt_jax.config` (and every --help) does not wait for jax."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ttt_jax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -155,10 +155,11 @@ class Transformer(nnx.Module):
     A plain pytree of float32 parameters: use it with `jax.jit`, `jax.grad`, optax. It holds no mutable state.
     """
 
-    def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array, tokenizer: Any = None):
-        """Raises `ConfigError` if the config contradicts itself. `tokenizer` is carried along for convenience."""
+    def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array):
+        """Raises `ConfigError` if the config contradicts itself."""
         validate_model(cfg)
-        self.config, self.runtime, self.tokenizer = cfg, runtime, nnx.static(tokenizer)
+        self.config, self.runtime = cfg, runtime
+        self.tokenizer: Any = None  # `load_pretrained` puts the folder's here, for convenience
         k_embed, k_head, k_layers = jax.random.split(key, 3)
         self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
         groups, first = [], 0
