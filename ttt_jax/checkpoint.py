@@ -51,7 +51,7 @@ class Checkpointer:
     """The checkpoints of one run. With several processes, each one calls every method in the same order."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig) -> None:
-        """Open `directory` (created if missing) and remove what an interrupted save has left there.
+        """Open `directory` (created if missing); what an interrupted save has left there is removed in the background.
 
         Raises:
           CheckpointError: the folder cannot be created or read.
