@@ -165,7 +165,7 @@ def _markdown(report: dict[str, Any], config: Config, summary: dict[str, Any], p
 
 
 def _show(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else format(round(value, 4) + 0.0, form)  # + 0.0: no "-0.0000"
 
 
 def _mean(values: list[float]) -> float | None:
