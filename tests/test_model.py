@@ -216,7 +216,8 @@ def test_rows_of_different_lengths_continue_as_each_alone(changes, x64):
     streams = np.asarray(tokens(B, 24, seed=3))
     whole = np.asarray(run(model, jnp.asarray(streams))[0])  # causal: a prefix of it is the row's own prefix
     position, state = np.zeros(B, int), None
-    for T, lengths in [(12, (7, 12, 3)), (6, (5, 0, 6)), (1, (1, 0, 1)), (1, None), (1, None), (1, None)]:
+    # Rows end up just before, on and after the end of a chunk; the last tokens complete one in a single row.
+    for T, lengths in [(12, (7, 12, 3)), (8, (4, 0, 8)), (1, (0, 0, 1)), (1, None), (1, None), (1, None)]:
         real = np.full(B, T) if lengths is None else np.array(lengths)
         piece = np.asarray(tokens(B, T, seed=9)).copy()
         for b in range(B):
