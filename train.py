@@ -67,16 +67,18 @@ def train(config: Config) -> None:
     )
     rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
     abstract, tx = abstract_state(config, mesh)
+    first = None if config.run_dir.exists() else initial_model(config, abstract.model)
     prepare_run_dir(config)  # nothing is written before everything has been checked
 
     with Checkpointer(config.run_dir / "checkpoints", config.checkpoint) as checkpointer:
         step = checkpointer.latest_step() or 0
         if step:
             restored = checkpointer.restore(step, model=abstract.model, opt_state=abstract.opt_state)
-            state = TrainState(restored.model, restored.opt_state, jax.device_put(np.int32(step), abstract.step.sharding))
+            finished = jax.device_put(np.int32(step), abstract.step.sharding)
+            state = TrainState(restored.model, restored.opt_state, finished)
             loader.set_state(restored.data_state)
         else:
-            state = init_state(config, abstract, tx, initial_model(config, abstract.model))
+            state = init_state(config, abstract, tx, first or initial_model(config, abstract.model))
 
         train_step, position_nll = make_train_step(config, tx), make_position_nll(mesh)
         tokens_per_step = config.data.batch_size * config.data.seq_len
@@ -88,7 +90,8 @@ def train(config: Config) -> None:
             checkpointer.save(step, model=state.model, opt_state=state.opt_state, data_state=loader.get_state())
 
         def heldout() -> dict:
-            on, off = evaluate_by_position(position_nll, state.model, rows, mesh, min(config.data.batch_size, len(rows["ids"])))
+            batch_size = min(config.data.batch_size, len(rows["ids"]))
+            on, off = evaluate_by_position(position_nll, state.model, rows, mesh, batch_size)
             positions, losses_on = bucket_losses(on, rows["weights"], config.eval.buckets)
             _, losses_off = bucket_losses(off, rows["weights"], config.eval.buckets)
             return {"positions": positions, "ttt_on": losses_on, "ttt_off": losses_off}
@@ -98,41 +101,43 @@ def train(config: Config) -> None:
         ) as logger:
             if step:
                 logger.message(f"continuing {config.run_dir} from step {step}")
-            clock, clock_step, trained_tokens, trained_seconds = time.perf_counter(), step, 0, 0.0
-            while step < config.steps and not stop.requested:
+            start_step = clock_step = step
+            clock, trained_tokens, trained_seconds = time.perf_counter(), 0, 0.0
+            while step < config.steps:
                 state, metrics = train_step(state, put_batch(next(loader), mesh))
                 step += 1
-                last = step == config.steps or stop.requested
-                due_save = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
-                if step % config.log.every == 0 or due_save or step == 1:
-                    scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                    if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"])):
-                        raise TrainingError(
-                            f"loss = {scalars['loss']} and gradient norm = {scalars['grad_norm']} at step {step}: not finite; "
-                            f"lower optimizer.lr = {config.optimizer.lr} or model.ttt.lr = {config.model.ttt.lr} and start "
-                            f"again (the last checkpoint, step {checkpointer.latest_step() or 'none'}, is untouched)"
-                        )
-                    seconds, steps_done = time.perf_counter() - clock, step - clock_step
-                    if clock_step:  # the first interval holds the compilation
-                        trained_tokens += steps_done * tokens_per_step
-                        trained_seconds += seconds
-                        scalars["tokens_per_second"] = steps_done * tokens_per_step / seconds
-                        if peak:
-                            scalars["mfu"] = steps_done * flops_per_step / seconds / (peak * jax.device_count())
-                    if memory := device_memory_bytes():
-                        scalars["memory_bytes"] = memory
-                    logger.log(step, scalars)
-                    if config.eval.every and step % config.eval.every == 0:
-                        for name in ("ttt_on", "ttt_off"):
-                            logger.log(step, {f"heldout/{name}": float(np.mean(heldout()[name]))})
-                    if due_save:
-                        save(step)
-                    clock, clock_step = time.perf_counter(), step
-                else:
+                stopping = stop.requested  # read once: a signal that comes later is for the next step
+                periodic = config.checkpoint.every and step % config.checkpoint.every == 0
+                due_save = periodic or stopping or step == config.steps
+                if not (due_save or step % config.log.every == 0 or step == 1):
                     logger.advance(step)
-            if stop.requested and step < config.steps:
-                logger.message(f"stopped by {stop.name} after step {step}; run the same command again to continue")
-                return
+                    continue
+                scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"])):
+                    raise TrainingError(
+                        f"loss = {scalars['loss']} and gradient norm = {scalars['grad_norm']} at step {step}: not finite; "
+                        f"lower optimizer.lr = {config.optimizer.lr:g} or model.ttt.lr = {config.model.ttt.lr:g} and use "
+                        f"another name (the last checkpoint, step {checkpointer.latest_step()}, is untouched)"
+                    )
+                seconds, steps_done = time.perf_counter() - clock, step - clock_step
+                if clock_step > start_step:  # the first interval holds the compilation
+                    trained_tokens += steps_done * tokens_per_step
+                    trained_seconds += seconds
+                    scalars["tokens_per_second"] = steps_done * tokens_per_step / seconds
+                    if peak:
+                        scalars["mfu"] = steps_done * flops_per_step / seconds / (peak * jax.device_count())
+                if memory := device_memory_bytes():
+                    scalars["memory_bytes"] = memory
+                if config.eval.every and step % config.eval.every == 0:
+                    by_position = heldout()
+                    scalars |= {f"heldout/{name}": float(np.mean(by_position[name])) for name in ("ttt_on", "ttt_off")}
+                logger.log(step, scalars)
+                if due_save:
+                    save(step)
+                if stopping and step < config.steps:
+                    logger.message(f"stopped by {stop.name} after step {step}; run the same command again to continue")
+                    return
+                clock, clock_step = time.perf_counter(), step
             logger.message("evaluating held-out loss by position, TTT on and off")
             by_position = heldout()
 
@@ -140,10 +145,8 @@ def train(config: Config) -> None:
         curve = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in row]
         rate = trained_tokens / trained_seconds if trained_seconds else curve[-1].get("tokens_per_second")
         summary = {"steps": step, "tokens_per_second": rate, "loss_first": curve[0]["loss"], "loss_last": curve[-1]["loss"]}
-        write_report(config.run_dir, config=config, heldout=by_position, curve=curve, summary=summary)
-        import json
-
-        print_report(json.loads((config.run_dir / "report.json").read_text()), config.run_dir)
+        report = write_report(config.run_dir, config=config, heldout=by_position, curve=curve, summary=summary)
+        print_report(report, config.run_dir)
 
 
 class StopSignal:

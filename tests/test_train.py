@@ -1,0 +1,196 @@
+"""The training job as its users see it: exit codes, one-line errors, the report, and resuming bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from ttt_jax.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--model.d_model=16", "--model.num_layers=2", "--model.num_heads=2", "--model.num_kv_heads=1", "--model.head_dim=8",
+    "--model.d_ff=24", "--model.sliding_window=8", "--model.ttt.layers=0", "--model.ttt.chunk_size=8",
+    "--data.seq_len=32", "--data.batch_size=2", "--optimizer.warmup_steps=2", "--eval.rows=3", "--eval.buckets=2",
+    "--log.tensorboard=false", "--log.every=1", "--steps=16", "--checkpoint.every=4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Overrides of a job of seconds on a corpus of its own."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
+        (corpus / f"{i:02d}.txt").write_text(text)
+    return [*TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path / 'runs'}", "--name=tiny"]
+
+
+def start(words):
+    """`python train.py` in a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "train.py", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(words):
+    process = start(words)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def curve(run_dir):
+    """What must not depend on interruptions: every logged number but the speed."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def wait_for_step(run_dir, step, process):
+    path = run_dir / "metrics.jsonl"
+    for _ in range(3000):
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("the job does not advance")
+
+
+def test_an_interrupted_job_continues_bit_for_bit(words, tmp_path):
+    """Uninterrupted, killed without warning (kill -9), and stopped by SIGTERM: one loss curve."""
+    runs = tmp_path / "runs"
+    finish([*words, "--name=whole"])
+    report = json.loads((runs / "whole" / "report.json").read_text())
+    assert {"heldout", "steps", "tokens_per_second", "loss_first", "loss_last"} <= set(report)
+    heldout = report["heldout"]
+    assert heldout["positions"] == [[0, 16], [16, 32]]
+    assert len(heldout["ttt_on"]) == len(heldout["ttt_off"]) == 2
+    assert report["steps"] == 16
+    assert report["loss_last"] < report["loss_first"]
+    assert report["tokens_per_second"] > 0
+    assert (runs / "whole" / "report.md").is_file()
+    assert (runs / "whole" / "loss_by_position.png").read_bytes().startswith(b"\x89PNG")
+    whole = curve(runs / "whole")
+    assert [row["step"] for row in whole] == list(range(1, 17))
+
+    step = int(np.random.default_rng().integers(5, 15))
+    process = start([*words, "--name=killed"])
+    wait_for_step(runs / "killed", step, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish([*words, "--name=killed"])
+    assert curve(runs / "killed") == whole, f"killed at step {step}"
+
+    process = start([*words, "--name=stopped"])
+    wait_for_step(runs / "stopped", 6, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    if "stopped by SIGTERM" in output:  # else it was faster than the signal
+        assert not (runs / "stopped" / "report.json").exists()
+    output = finish([*words, "--name=stopped"])
+    assert curve(runs / "stopped") == whole
+    again = json.loads((runs / "stopped" / "report.json").read_text())["heldout"]
+    assert again == heldout
+
+
+BAD = {
+    "unknown field": (["--model.ttt.chunk=8"], "model.ttt.chunk: unknown; did you mean model.ttt.chunk_size"),
+    "layer out of range": (["--model.ttt.layers=0,2"], "layer 2 does not exist in a model of 2 layers"),
+    "context shard": (["--mesh.context=8"], "mesh.context = 8: each context shard must hold whole chunks"),
+    "context not available": (["--mesh.context=2", "--mesh.fsdp=4"], "context parallelism is not available yet"),
+    "whole chunks": (["--data.seq_len=33"], "data.seq_len = 33: packed rows hold whole chunks"),
+    "missing data": (["--data.train=/nowhere/x.jsonl"], "data.train"),
+    "missing tokenizer": (["--data.tokenizer=/nowhere"], "data.tokenizer"),
+    "vocabulary": (["--model.vocab_size=100"], "vocab_size"),
+    "mesh": (["--mesh.data=3"], "mesh"),
+    "init_from": (["--init_from=/nowhere"], "init_from"),
+    "no value": (["--steps"], "has no value"),
+    "preset": (["configs/nothing.yaml"], "no such file"),
+    "batch and accumulation": (["--optimizer.accumulate=3"], "must divide data.batch_size"),
+    "optimizer group": (["--optimizer.groups=[{pattern: nothing}]"], "matches no parameter"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_no_trace(case, words, tmp_path, capsys):
+    extra, message = BAD[case]
+    argv = [*extra, *words] if extra[0].endswith(".yaml") else [*words, *extra]
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    assert message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_empty_corpus(words, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert train.main([*words, f"--data.train={tmp_path / 'empty'}"]) == 2
+    assert "data.train" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_model_is_not_continued(words, tmp_path, capsys):
+    assert train.main([*words, "--steps=3"]) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train.main([*words, "--steps=3", "--model.d_ff=32"]) == 2
+    error = capsys.readouterr().err
+    assert "model.d_ff" in error
+    assert error.count("\n") == 1
+    assert before == {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_job(words, tmp_path, capsys):
+    assert train.main([*words, "--optimizer.lr=1e30", "--optimizer.schedule=constant"]) == 1
+    error = capsys.readouterr().err
+    assert "not finite" in error
+    assert "optimizer.lr" in error
+    assert error.count("\n") == 1
+
+
+def test_init_from_a_run_and_from_a_hugging_face_folder(words, tmp_path, capsys):
+    assert train.main([*words, "--steps=3"]) == 0
+    source = tmp_path / "runs" / "tiny"
+    assert train.main([*words, "--steps=3", "--name=second", f"--init_from={source}"]) == 0
+    first, second = curve(source), curve(tmp_path / "runs" / "second")
+    assert second[0]["loss"] < first[0]["loss"]
+    assert train.main([*words, "--name=third", f"--init_from={ROOT / 'tests/golden/model_qwen3_input_embed'}"]) == 2
+    assert "model.vocab_size" in capsys.readouterr().err
+
+
+def test_help_lists_every_field(capsys):
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--model.ttt.chunk_size" in text
+    assert "python train.py configs/" in text
+
+
+def test_the_default_run_needs_no_arguments():
+    """Validates; the run itself is `test_default_run`."""
+    config = load_config(train.DEFAULT)
+    assert config.data.train == ("stdlib",)
+    assert config.model.ttt.layers
+
+
+@pytest.mark.slow
+def test_default_run(tmp_path):
+    """README's main line: under three minutes on two quiet cores; adapting helps, and helps more further on."""
+    begin = time.time()
+    finish([f"--runs_dir={tmp_path}"])
+    assert time.time() - begin < 180
+    heldout = json.loads((tmp_path / "default" / "report.json").read_text())["heldout"]
+    on, off = np.array(heldout["ttt_on"]), np.array(heldout["ttt_off"])
+    assert on[-1] < off[-1]
+    assert on[0] - on[-1] > off[0] - off[-1]
