@@ -45,8 +45,8 @@ def train(config: Config) -> None:
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
     from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
-    from ttt_jax.pretrained import initial_model
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
+    from ttt_jax.pretrained import initial_model
     from ttt_jax.report import bucket_losses, print_report, write_report
     from ttt_jax.sharding import make_mesh
     from ttt_jax.training import (

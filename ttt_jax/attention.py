@@ -58,7 +58,7 @@ def self_attention(
         raise UserError(f"attention implementation {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     T = q_BTNH.shape[1]
     position_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    if window is not None and T > 2 * window:
+    if window is not None and 2 * window < T:
         return _windowed(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT)
     return _blocked(q_BTNH, k_BTKH, v_BTKH, position_1T, position_1T, segment_ids_BT, segment_ids_BT, window)
 
@@ -200,6 +200,6 @@ def _document_offsets(segment_ids_BT, multiple):
     return offsets_BM, jnp.where(real_BM, ends_BM - starts_BM, -1)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)

@@ -221,7 +221,7 @@ class Transformer(nnx.Module):
         if state is not None and (segment_ids is not None or positions is not None):
             raise UserError("segment_ids and positions: packed rows start fresh; pass state=None or drop them")
         capacity = capacity if state is None else state.capacity
-        if capacity is not None and T > capacity:  # caches would drop what does not fit without a word
+        if capacity is not None and capacity < T:  # caches would drop what does not fit without a word
             raise UserError(f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger state")
         if positions is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]

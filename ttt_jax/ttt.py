@@ -97,7 +97,7 @@ class MLP(nnx.Module):
             gate_BTF = name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
             up_BTF = name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
             z_BTF = name(jax.nn.silu(gate_BTF) * up_BTF, "mlp_hidden")
-        if self.target is None or isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0:
+        if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
         source_BTD = x_BTD if self.cfg.ttt.target == "hidden_states" else ctx.embed_BTD
@@ -203,7 +203,8 @@ class MLP(nnx.Module):
         C = self.cfg.ttt.chunk_size
         lr = self._lr(ctx, state.S_BDF.dtype)
         pending_B = ctx.start_B % C
-        y_B1D, _ = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)  # one token of a longer chunk: no update
+        # One token of a longer chunk: nothing is written.
+        y_B1D, _ = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)
         put = jax.vmap(lambda x_CX, y_1X, n: jax.lax.dynamic_update_slice_in_dim(x_CX, y_1X, n, axis=0))
         z_BCF, source_BCD = put(state.z_BCF, z_B1F, pending_B), put(state.source_BCD, source_B1D, pending_B)
         complete_B = pending_B == C - 1

@@ -30,14 +30,14 @@ def test_cudnn_attention_matches_the_float32_path(window, packed, T):
     q, k, v, do = (
         jax.random.normal(key, (B, T, n, H)).astype(jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True)
     )
-    options = dict(window=window)
+    options = {"window": window}
     real_BT = np.ones((B, T), bool)
     if packed:
         segments = np.stack([np.arange(T) // (3 * C) + 1, np.arange(T) // C // 2 + 1]).astype(np.int32)
         segments[0, 3 * C - 10 : 3 * C] = 0  # a document that fills its last chunk in part
         segments[1, -C - 5 :] = 0
         real_BT = segments > 0
-        options |= dict(segment_ids_BT=jnp.asarray(segments), segment_multiple=C)
+        options |= {"segment_ids_BT": jnp.asarray(segments), "segment_multiple": C}
     do = do * jnp.asarray(real_BT, jnp.bfloat16)[:, :, None, None]
     got = attention_results(q, k, v, do, implementation="cudnn", **options)
     wide = [x.astype(jnp.float32) for x in (q, k, v, do)]
@@ -50,7 +50,7 @@ def test_cudnn_attention_matches_the_float32_path(window, packed, T):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
-@pytest.mark.parametrize("T, C", [(4000, 512)])
+@pytest.mark.parametrize(("T", "C"), [(4000, 512)])
 def test_op_on_the_device(dtype, T, C):
     B, D, F = 2, 256, 512
     keys = jax.random.split(jax.random.key(1), 5)
