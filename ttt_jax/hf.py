@@ -203,7 +203,7 @@ class TensorFiles:
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
             self._files[name] = handle
-            for tensor in handle:
+            for tensor in handle.keys():  # noqa: SIM118 (a safe_open is not iterable)
                 if tensor in self._where:
                     raise CheckpointError(f"checkpoint {folder}: tensor {tensor} is in two files")
                 self._where[tensor] = name
