@@ -48,7 +48,7 @@ def self_attention(
     reason = _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple)
     if implementation is None:
         implementation = "xla" if reason else "cudnn"
-        if reason and jax.default_backend() == "gpu":
+        if reason and jax.default_backend() != "cpu":
             _say_once(f"attention: no fast kernel ({reason}); using the XLA path, several times slower on long sequences")
     if implementation == "cudnn":
         if reason:
