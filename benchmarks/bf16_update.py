@@ -2,9 +2,9 @@
 
     python benchmarks/bf16_update.py
 
-For ||S|| / ||W|| from 1e-6 to 3: relative RMS error of the term, and its cosine with the oracle, when S is applied by a matmul of
-its own (what `in_place_ttt` does), when W + S is rounded to one bfloat16 matrix, and when S is first accumulated in bfloat16
-on top of W (the official inference). Runs anywhere in seconds.
+For ||S|| / ||W|| from 1e-6 to 3: relative RMS error of the term, and its cosine with the oracle, when S is applied by a
+matmul of its own (what `in_place_ttt` does), when W + S is rounded to one bfloat16 matrix, and when S is first accumulated
+in bfloat16 on top of W (the official inference). Runs anywhere in seconds.
 """
 
 from __future__ import annotations

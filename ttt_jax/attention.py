@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def self_attention(
     segment_ids_BT=None,
     segment_multiple: int = 1,
     implementation: str | None = None,
-):
+) -> jax.Array:
     """Causal attention of a sequence on itself.
 
     Args:
@@ -134,7 +135,8 @@ def _windowed(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT):
         q, k, v, q_segment, k_segment = x
         return _attend(q, k, v, _seen(q_position_1Q, k_position_1S, q_segment, k_segment, window))
 
-    xs = (split_tokens(q_BTNH, W), *map(with_previous, (k_BTKH, v_BTKH)), split_tokens(segment_BT, W), with_previous(segment_BT))
+    keys, values, key_segments = map(with_previous, (k_BTKH, v_BTKH, segment_BT))
+    xs = (split_tokens(q_BTNH, W), keys, values, split_tokens(segment_BT, W), key_segments)
     together = max(1, _BLOCK_BYTES // (4 * B * N * 2 * W * W))
     o_blocks = jax.lax.map(block, xs, batch_size=min(together, xs[0].shape[0]))
     return join_tokens(o_blocks, T)
@@ -155,7 +157,7 @@ def _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
     return None
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple):
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> Any:
     if segment_ids_BT is None or segment_ids_BT.shape[1] <= segment_multiple:  # room for one document only
         return jax.nn.dot_product_attention(
             q_BTNH,

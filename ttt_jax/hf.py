@@ -221,12 +221,12 @@ class TensorFiles:
         return self._files[self._where[name]].get_tensor(name)
 
 
-def load_hf(folder: str | Path, runtime: Runtime = Runtime(), *, dtype: str = "float32") -> Transformer:
+def load_hf(folder: str | Path, runtime: Runtime | None = None, *, dtype: str = "float32") -> Transformer:
     """Read a Hugging Face folder into a `Transformer`.
 
     Args:
       folder: holds config.json and model.safetensors (or shards with an index).
-      runtime: how to compute.
+      runtime: how to compute; None computes in float32.
       dtype: dtype of the parameters; training wants float32.
 
     Raises: ConfigError for an unsupported architecture; CheckpointError listing the tensors that are missing, that the
@@ -234,7 +234,7 @@ def load_hf(folder: str | Path, runtime: Runtime = Runtime(), *, dtype: str = "f
     """
     cfg = read_config(folder)
     files = TensorFiles(folder)
-    abstract = jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: Transformer(cfg, runtime or Runtime(), key=jax.random.key(0)))
     check_tensors(abstract, files, str(folder))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     return fill(abstract, files.read)
@@ -273,8 +273,10 @@ def check_tensors(abstract: Transformer, files: TensorFiles, where: str, optiona
     ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports carry
     missing = sorted(set(shapes) - set(files) - optional)
     extra = sorted(set(files) - set(shapes) - ignored)
-    wrong = [f"{n} {files.shape(n)} (expected {shapes[n]})" for n in sorted(set(shapes) & set(files)) if files.shape(n) != shapes[n]]
-    problems = [f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", extra), ("wrong shape", wrong)) if names]
+    shared = [(name, files.shape(name), shapes[name]) for name in sorted(set(shapes) & set(files))]
+    wrong = [f"{name} {found} (expected {wanted})" for name, found, wanted in shared if found != wanted]
+    kinds = {"missing": missing, "unknown": extra, "wrong shape": wrong}
+    problems = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointError(f"checkpoint {where}: its tensors do not fit its config.json: {'; '.join(problems)}")
 

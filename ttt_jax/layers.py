@@ -43,6 +43,12 @@ class Context:
     keep_state: bool = struct.field(pytree_node=False, default=False)
     capacity: int | None = struct.field(pytree_node=False, default=None)
 
+    @property
+    def position_B(self) -> jax.Array:
+        """`start_B` of a stream that is read on."""
+        assert self.start_B is not None, "a layer state without a position"
+        return self.start_B
+
 
 def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
     """A float32 parameter with its logical axes; std 0 gives zeros, and one axis gives ones (a norm scale)."""
@@ -197,7 +203,7 @@ class Attention(nnx.Module):
 
     def _continue(self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache):
         B, T = q_BTNH.shape[:2]
-        start_B = ctx.start_B
+        start_B = ctx.position_B
         q_pos_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         if self.window is None and ctx.capacity is None:  # a cache without a capacity grows
             cache = KVCache(*(jnp.pad(x, ((0, 0), (0, T), (0, 0), (0, 0))) for x in cache))

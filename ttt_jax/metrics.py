@@ -100,7 +100,7 @@ class MetricsLogger:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record the scalars of a finished step. Not-a-number and infinity become null in the JSON lines."""
-        if not self._enabled:
+        if self._jsonl is None:  # not the process that writes
             return
         values = {key: float(value) for key, value in scalars.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -177,7 +177,7 @@ def _open_tensorboard(folder: Path, start_step: int) -> Any:
 
 def _open_wandb(config: Config, run_dir: Path) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (optional, the user installs it)
     except ImportError:
         raise ConfigError(
             f"config field log.wandb = {config.log.wandb}: wandb is not installed; pip install wandb, or set it null"

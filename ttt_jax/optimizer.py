@@ -132,8 +132,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: Any) -> optax.Gra
     groups = {path: _group_of(path, config.groups) for path in ranks}
 
     def decayed(path: str) -> bool:
-        matrix = ranks[path] >= 2 or path.endswith(".target.conv")
-        return matrix if groups[path].weight_decay is None else groups[path].weight_decay
+        chosen = groups[path].weight_decay
+        return chosen if chosen is not None else ranks[path] >= 2 or path.endswith(".target.conv")
 
     # Masks look paths up, because inside `optax.masked` the trees have lost their frozen leaves.
     def mask(choose: Callable[[str], bool]) -> Callable[[Any], Any]:
@@ -172,9 +172,9 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer step count
-            return inner.update(cast(grads), state, cast(params))
+            return inner.update(cast(updates), state, cast(params))
 
     return optax.GradientTransformation(init=lambda params: inner.init(cast(params)), update=update)
 

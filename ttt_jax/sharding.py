@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.config import MeshConfig
@@ -48,15 +48,16 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """PartitionSpec of an array with these logical axes; a stack axis in front, and sizes that do not divide, stay whole."""
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
-    parts, used = [], set()
+    parts: list[Any] = []
+    used: set[str] = set()
     for name, size in zip(axes, shape, strict=True):
-        names = tuple(a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1 and a not in used)
+        names = [a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1 and a not in used]
         ways = math.prod(mesh.shape[a] for a in names)
         if names and size % ways == 0:
-            parts.append(names if len(names) > 1 else names[0])
+            parts.append(tuple(names) if len(names) > 1 else names[0])
             used |= set(names)
         else:
             parts.append(None)

@@ -26,9 +26,9 @@ Batch = dict[str, Any]
 class TrainState(NamedTuple):
     """Everything that training changes. `step` counts finished updates (int32)."""
 
-    model: Transformer
+    model: Any  # Transformer; its abstract twin in `abstract_state`
     opt_state: Any
-    step: jax.Array
+    step: Any
 
 
 def runtime_of(config: Config) -> Runtime:

@@ -159,8 +159,8 @@ class MLP(nnx.Module):
         end = z_BTF.shape[1] // C * C
         if end == 0:
             return jnp.zeros(z_BTF.shape[:1], lr.dtype)
-        last = [jax.lax.stop_gradient(x[:1, end - C : end]) for x in (z_BTF, v_BTD)]  # one row: it costs a matmul
-        return jnp.broadcast_to(update_norm(*last, jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
+        last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
+        return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
 
     def _fresh(self, z_BTF, source_BTD, ctx: Context):
         C = self.cfg.ttt.chunk_size
@@ -180,7 +180,7 @@ class MLP(nnx.Module):
         C = self.cfg.ttt.chunk_size
         B, T, _ = z_BTF.shape
         lr = self._lr(ctx, state.S_BDF.dtype)
-        pending_B = ctx.start_B % C
+        pending_B = ctx.position_B % C
         length_B = jnp.full((B,), T, jnp.int32) if ctx.lengths_B is None else ctx.lengths_B
         buffer = -(-(C - 1 + T) // C) * C
 
@@ -202,7 +202,7 @@ class MLP(nnx.Module):
         """One token: O(D + F) beside the apply; the update runs in the step that completes some row's chunk."""
         C = self.cfg.ttt.chunk_size
         lr = self._lr(ctx, state.S_BDF.dtype)
-        pending_B = ctx.start_B % C
+        pending_B = ctx.position_B % C
         # One token of a longer chunk: nothing is written.
         y_B1D, _ = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)
         put = jax.vmap(lambda x_CX, y_1X, n: jax.lax.dynamic_update_slice_in_dim(x_CX, y_1X, n, axis=0))
