@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ttt_jax.hf_export import save_pretrained
     from ttt_jax.ops import in_place_ttt
     from ttt_jax.pretrained import load_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "in_place_ttt", "load_pretrained"]
+__all__ = ["__version__", "in_place_ttt", "load_pretrained", "save_pretrained"]
 
-_HOMES = {"in_place_ttt": "ttt_jax.ops", "load_pretrained": "ttt_jax.pretrained"}
+_HOMES = {"in_place_ttt": "ttt_jax.ops", "load_pretrained": "ttt_jax.pretrained", "save_pretrained": "ttt_jax.hf_export"}
 
 
 def __getattr__(name: str) -> Any:

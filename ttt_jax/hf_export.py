@@ -1,0 +1,185 @@
+"""Write a model as a Hugging Face folder: config.json with the official `ttt_*` fields, sharded safetensors, index.
+
+The inverse of `hf.py`, through the same name map. Tensors are written one shard at a time; the folder appears complete or not
+at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from ttt_jax.config import ModelConfig
+from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.hf import param_path, tensor_names
+from ttt_jax.model import Transformer
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+
+
+def save_pretrained(
+    model: Transformer,
+    folder: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5 * 10**9,
+    carry_from: str | Path | None = None,
+) -> None:
+    """Write config.json and safetensors that transformers, the official code and `load_pretrained` read.
+
+    Args:
+      model: parameters of any dtype.
+      folder: must not exist; it appears when everything is written.
+      dtype: dtype of the tensors, "float32" or "bfloat16".
+      max_shard_bytes: tensors per file; more than one file gets `model.safetensors.index.json`.
+      carry_from: folder whose tokenizer and generation config are copied along.
+
+    Raises: CheckpointError when the folder exists or cannot be written; ConfigError when no Hugging Face architecture can
+      express the model.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"output {folder}: exists already; choose another folder or delete it")
+    raw = config_to_hf(model.config) | {"dtype": dtype}
+    parts = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        _write_folder(model, parts, raw, dtype, max_shard_bytes, carry_from)
+        parts.rename(folder)
+    except OSError as error:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise CheckpointError(f"output {folder}: could not be written ({error}); free space or choose another folder") from None
+
+
+def _write_folder(model, parts: Path, raw: dict[str, Any], dtype: str, max_shard_bytes: int, carry_from) -> None:
+    (parts / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_tensors(model, parts, dtype, max_shard_bytes)
+    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt"):
+        for path in Path(carry_from).glob(pattern) if carry_from is not None else ():
+            shutil.copyfile(path, parts / path.name)
+
+
+def config_to_hf(model: ModelConfig) -> dict[str, Any]:
+    """The fields of `config.json`, as transformers 4 writes them. `config_from_hf` of the result is `model` again.
+
+    Raises: ConfigError when no supported architecture has this combination of features.
+    """
+    family = _family(model)
+    raw: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "intermediate_size": model.d_ff,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "max_position_embeddings": model.max_positions,
+        "rope_theta": model.rope.base,
+        "rope_scaling": _rope_scaling(model),
+        "attention_bias": model.o_bias,
+        "mlp_bias": model.mlp_bias,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+    }
+    if model.sliding_window is not None:
+        raw["sliding_window"] = model.sliding_window
+        if family != "mistral":
+            full = set(model.full_attention_layers)
+            kinds = ["full_attention" if i in full else "sliding_attention" for i in range(model.num_layers)]
+            raw |= {"use_sliding_window": True, "layer_types": kinds}
+    ttt = model.ttt
+    if ttt.layers:
+        if ttt.clip_norm is not None:
+            raise ConfigError(f"config field model.ttt.clip_norm = {ttt.clip_norm:g}: the official format has no field for it")
+        raw |= {"ttt_mode": True, "ttt_layers": list(ttt.layers), "ttt_chunk": ttt.chunk_size, "ttt_lr": ttt.lr}
+        raw |= {"ttt_target": ttt.target, "ttt_proj": ttt.proj}
+    return raw
+
+
+def _family(model: ModelConfig) -> str:
+    """The architecture whose features are exactly the model's."""
+    window = model.sliding_window is not None
+    if model.qk_norm and model.qkv_bias == model.o_bias and not model.mlp_bias:
+        return "qwen3"
+    if not model.qk_norm and model.qkv_bias and not model.o_bias and not model.mlp_bias:
+        return "qwen2"
+    if not model.qk_norm and model.qkv_bias == model.o_bias and not window:
+        return "llama"
+    if not (model.qk_norm or model.qkv_bias or model.o_bias or model.mlp_bias or model.full_attention_layers):
+        return "mistral"
+    raise ConfigError(
+        "config field model: no Hugging Face architecture has this combination of qk_norm, biases and sliding windows "
+        f"(qk_norm {model.qk_norm}, qkv_bias {model.qkv_bias}, o_bias {model.o_bias}, mlp_bias {model.mlp_bias}, "
+        f"sliding_window {model.sliding_window}, full_attention_layers {list(model.full_attention_layers)})"
+    )
+
+
+def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    rope = model.rope
+    if rope.kind == "default":
+        return None
+    raw: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    raw["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        return raw | {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    raw |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    return raw if rope.attention_factor is None else raw | {"attention_factor": rope.attention_factor}
+
+
+def _tensors(model: Transformer, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor, one layer of a stack at a time."""
+    names = tensor_names(model)
+    for path, value in jax.tree_util.tree_flatten_with_path(model)[0]:
+        ours = param_path(path)
+        if not ours.startswith("groups."):
+            yield names[ours][0], np.asarray(value.astype(dtype))
+            continue
+        count = value.shape[1]
+        for i, name in enumerate(names[ours]):
+            yield name, np.asarray(value[i // count, i % count].astype(dtype))
+
+
+def _write_tensors(model: Transformer, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    shards: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"shard-{len(shards) + 1}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, array in _tensors(model, dtype):
+        if shard and size + array.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = array
+        size, total = size + array.nbytes, total + array.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-1").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards, start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
