@@ -16,10 +16,11 @@ from tolerance import assert_close
 
 from ttt_jax.config import RopeConfig
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.hf import config_from_hf, load_hf, load_hf_into, param_path, read_config, tensor_names
+from ttt_jax.hf import config_from_hf, load_hf, load_hf_into, read_config, tensor_names
 from ttt_jax.layers import rope_frequencies
 from ttt_jax.loss import cross_entropy
 from ttt_jax.model import Transformer
+from ttt_jax.paths import param_path
 
 
 def tensors(folder):

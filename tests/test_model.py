@@ -17,8 +17,9 @@ from tolerance import relative_rms
 
 from ttt_jax.config import REMAT_NAMES, ModelConfig, TTTConfig
 from ttt_jax.errors import UserError
-from ttt_jax.hf import param_path, tensor_names
+from ttt_jax.hf import tensor_names
 from ttt_jax.model import LayerKind, LayerState, Run, Runtime, Transformer, find_groups, layer_kinds
+from ttt_jax.paths import param_path
 
 C, V = 4, 31
 BASE = ModelConfig(

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ttt_jax.config import OptimizerConfig, ParamGroup
 from ttt_jax.errors import ConfigError
-from ttt_jax.optimizer import gradient_norm, learning_rate, make_optimizer, param_path, state_shardings, ttt_lr_scale
+from ttt_jax.optimizer import gradient_norm, learning_rate, make_optimizer, state_shardings, ttt_lr_scale
+from ttt_jax.paths import param_path
 
 L, D, F = 3, 4, 6
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.errors import CheckpointError
-from ttt_jax.optimizer import param_path
+from ttt_jax.paths import param_path
 from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config
 
 __all__ = [

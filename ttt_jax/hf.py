@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ttt_jax.config import ModelConfig, from_dict
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model import Runtime, Transformer
+from ttt_jax.paths import param_path
 from ttt_jax.ttt import KERNEL
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
@@ -152,11 +153,6 @@ _BLOCK_NAMES = {
     "mlp.target.proj": "mlp.ttt_proj.weight",
 }
 _TOP_NAMES = {"embed": "model.embed_tokens.weight", "norm.scale": "model.norm.weight", "head": "lm_head.weight"}
-
-
-def param_path(path: tuple[Any, ...]) -> str:
-    """A pytree key path as dotted names, without the Variable's own `.value`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def tensor_names(model: Transformer) -> dict[str, list[str]]:

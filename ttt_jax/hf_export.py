@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 from ttt_jax.config import ModelConfig
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.hf import param_path, tensor_names
+from ttt_jax.hf import tensor_names
 from ttt_jax.model import Transformer
+from ttt_jax.paths import param_path
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -19,27 +19,12 @@ from flax import nnx
 
 from ttt_jax.config import OptimizerConfig, ParamGroup
 from ttt_jax.errors import ConfigError
+from ttt_jax.paths import param_path
 
 _DEFAULT_GROUP = ParamGroup(pattern="")
 
 
 # ----------------------------------------------------------------------------------------------------------- paths
-
-
-def param_path(keypath: tuple[Any, ...]) -> str:
-    """`(GetAttrKey('mlp'), SequenceKey(0), GetAttrKey('value'))` -> `"mlp.0"`; names and indices joined by dots."""
-    keys = keypath
-    if keys and getattr(keys[-1], "name", None) == "value":
-        keys = keys[:-1]  # the array inside an nnx.Param
-    parts = []
-    for key in keys:
-        for field in ("name", "key", "idx"):  # GetAttrKey, DictKey or FlattenedIndexKey, SequenceKey
-            if hasattr(key, field):
-                parts.append(str(getattr(key, field)))
-                break
-        else:
-            raise TypeError(f"unknown pytree key {key!r}")
-    return ".".join(parts)
 
 
 def _true_ranks(model: Any) -> dict[str, int]:
