@@ -92,11 +92,10 @@ class MLP(nnx.Module):
         `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the update of the first
         sequence's last whole chunk.
         """
-        name = checkpoint_name
         with jax.named_scope("mlp_up"):
-            gate_BTF = name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
-            up_BTF = name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
-            z_BTF = name(jax.nn.silu(gate_BTF) * up_BTF, "mlp_hidden")
+            gate_BTF = checkpoint_name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
+            up_BTF = checkpoint_name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
+            z_BTF = checkpoint_name(jax.nn.silu(gate_BTF) * up_BTF, "mlp_hidden")
         if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None

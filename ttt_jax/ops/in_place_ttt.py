@@ -85,11 +85,13 @@ def in_place_ttt(
 
 def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
     """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
-    acc = accumulator(z_BCF.dtype)
-    delta_BDF = jnp.einsum(
-        "bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision_for(z_BCF.dtype)
-    )
-    return lr * jnp.sqrt(jnp.sum(delta_BDF**2, axis=(1, 2)))
+    return jnp.sqrt(_update_square(z_BCF, v_BCD, lr))
+
+
+def _update_square(z_BCF, v_BCD, lr):
+    acc, precision = accumulator(z_BCF.dtype), precision_for(z_BCF.dtype)
+    delta_BDF = lr * jnp.einsum("bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision)
+    return jnp.sum(delta_BDF**2, axis=(1, 2))
 
 
 def _fold_segments(v_BTD, segment_ids_BT, C, acc):
@@ -113,10 +115,7 @@ def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc):
     @jax.checkpoint
     def clipped(i):
         z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
-        delta_BDF = lr * jnp.einsum(
-            "bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision_for(z_BCF.dtype)
-        )
-        square_B = jnp.sum(delta_BDF**2, axis=(1, 2))
+        square_B = _update_square(z_BCF, v_BCD, lr)
         over_B = square_B > clip_norm**2
         scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
         return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)
