@@ -72,6 +72,61 @@ def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_position_BT, k_position_BS, *, wi
     return _blocked(q_BTNH, k_BSKH, v_BSKH, q_position_BT, k_position_BS, None, None, window)
 
 
+def extending_attention(
+    q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B, *, implementation: str | None = None
+) -> jax.Array:
+    """Full causal attention of T new tokens on the tokens before them and on themselves: a piece of a long prefill.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: of the new tokens.
+      k_BLKH, v_BLKH: cache in which slot p holds position p; the new tokens are in it already.
+      start_B: int32, position of each row's first new token.
+      implementation: as in `self_attention`.
+
+    Returns: o_BTNH.
+    """
+    T, L = q_BTNH.shape[1], k_BLKH.shape[1]
+    if _use_cudnn(q_BTNH, implementation):
+        return _cudnn_extending(q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B)
+    q_position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    k_position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (q_BTNH.shape[0], L))
+    return _blocked(q_BTNH, k_BLKH, v_BLKH, q_position_BT, k_position_BL, None, None, None)
+
+
+def extending_window_attention(
+    q_BTNH, k_BTKH, v_BTKH, k_BWKH, v_BWKH, start_B, *, implementation: str | None = None
+) -> jax.Array:
+    """Sliding-window attention of T new tokens on the W tokens before them and on themselves; cost linear in T.
+
+    Args:
+      k_BWKH, v_BWKH: the W = window tokens before the new ones in order (slot j holds position start - W + j); slots of
+        negative positions hold nothing.
+      start_B, implementation: as in `extending_attention`.
+
+    Returns: o_BTNH.
+    """
+    (B, T), W = q_BTNH.shape[:2], k_BWKH.shape[1]
+    keys, values = jnp.concatenate([k_BWKH, k_BTKH], axis=1), jnp.concatenate([v_BWKH, v_BTKH], axis=1)
+    empty_B = jnp.maximum(W - start_B, 0)
+    if _use_cudnn(q_BTNH, implementation):
+        # Queries for the old tokens too, whose outputs are dropped: cuDNN aligns queries and keys at their starts.
+        queries = jnp.pad(q_BTNH, ((0, 0), (W, 0), (0, 0), (0, 0)))
+        offsets_B2 = jnp.stack([empty_B, jnp.full((B,), -1, jnp.int32)], axis=1)
+        sizes_B1 = (W + T - empty_B)[:, None]
+        return _cudnn_documents(queries, keys, values, offsets_B2, sizes_B1, W)[:, W:]
+    real_BS = (jnp.arange(W + T, dtype=jnp.int32)[None] >= empty_B[:, None]).astype(jnp.int32)
+    return _windowed_after(q_BTNH, keys, values, W, jnp.ones((B, T), jnp.int32), real_BS)
+
+
+def _use_cudnn(q_BTNH, implementation) -> bool:
+    reason = _why_not_cudnn(q_BTNH, None, 1)
+    if implementation == "cudnn" and reason:
+        raise UserError(f"attention implementation 'cudnn': {reason}")
+    if implementation is None and reason and jax.default_backend() != "cpu":
+        _say_once(f"attention: no fast kernel ({reason}); using the XLA path, several times slower on long sequences")
+    return implementation in (None, "cudnn") and reason is None
+
+
 # -------------------------------------------------------------------------------------------------------------- XLA
 
 
@@ -118,15 +173,20 @@ def _blocked(q_BTNH, k_BSKH, v_BSKH, q_position, k_position, q_segment, k_segmen
 
 def _windowed(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT):
     """Blocks of `window` queries against their own and the previous block: cost linear in T."""
+    B, T = q_BTNH.shape[:2]
+    segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT + 1  # 0: before the first token
+    before = lambda x: jnp.pad(x, ((0, 0), (window, 0), *((0, 0),) * (x.ndim - 2)))
+    return _windowed_after(q_BTNH, before(k_BTKH), before(v_BTKH), window, segment_BT, before(segment_BT))
+
+
+def _windowed_after(q_BTNH, k_BSKH, v_BSKH, window, q_segment_BT, k_segment_BS):
+    """The same for T queries and S = window + T keys, of which the first `window` lie before the first query."""
     B, T, N, _ = q_BTNH.shape
     W = window
-    segment_BT = jnp.zeros((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
-    segment_BT = segment_BT + 1  # so that the padding before the first block is a document of its own
 
-    def with_previous(x_BTX):
-        blocks = split_tokens(x_BTX, W)
-        previous = jnp.concatenate([jnp.zeros_like(blocks[:1]), blocks[:-1]])
-        return jnp.concatenate([previous, blocks], axis=2)
+    def own_and_previous(x_BSX):
+        blocks = split_tokens(x_BSX, W)  # one more than there are blocks of queries
+        return jnp.concatenate([blocks[:-1], blocks[1:]], axis=2)
 
     q_position_1Q, k_position_1S = jnp.arange(W, 2 * W)[None], jnp.arange(2 * W)[None]
 
@@ -135,8 +195,8 @@ def _windowed(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT):
         q, k, v, q_segment, k_segment = x
         return _attend(q, k, v, _seen(q_position_1Q, k_position_1S, q_segment, k_segment, window))
 
-    keys, values, key_segments = map(with_previous, (k_BTKH, v_BTKH, segment_BT))
-    xs = (split_tokens(q_BTNH, W), keys, values, split_tokens(segment_BT, W), key_segments)
+    keys, values, key_segments = map(own_and_previous, (k_BSKH, v_BSKH, k_segment_BS))
+    xs = (split_tokens(q_BTNH, W), keys, values, split_tokens(q_segment_BT, W), key_segments)
     together = max(1, _BLOCK_BYTES // (4 * B * N * 2 * W * W))
     o_blocks = jax.lax.map(block, xs, batch_size=min(together, xs[0].shape[0]))
     return join_tokens(o_blocks, T)
@@ -167,10 +227,14 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> 
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
-    # Packed rows: the public function takes no offsets, the one below it does.
+    offsets_BM, sizes_BM = _document_offsets(segment_ids_BT, segment_multiple)
+    return _cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window)
+
+
+def _cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
+    """Causal attention inside each document. The public function takes no offsets, the one below it does."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    offsets_BM, sizes_BM = _document_offsets(segment_ids_BT, segment_multiple)
     return cudnn.dot_product_attention(
         q_BTNH,
         k_BTKH,
@@ -183,6 +247,30 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> 
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
     )
+
+
+def _cudnn_extending(q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B):
+    """Attention on the older tokens and on the new ones, merged by their log-sum-exps.
+
+    Two calls, because cuDNN's causal mask aligns the first query with the first key. `return_residual` of the public
+    function rounds the log-sum-exp to 16 bits, so the one below it is called.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    attend = functools.partial(
+        cudnn.dot_product_attention, scale=1 / math.sqrt(q_BTNH.shape[-1]), return_residual=True
+    )
+    own_BTNH, own_lse_BNT = attend(q_BTNH, k_BTKH, v_BTKH, mask_type=cudnn.MaskType.CAUSAL)
+    T = jnp.full_like(start_B, q_BTNH.shape[1])
+    # At least one key, so that a row without older tokens yields numbers, which get no weight.
+    old_BTNH, old_lse_BNT = attend(
+        q_BTNH, k_BLKH, v_BLKH, q_seqlen=T, kv_seqlen=jnp.maximum(start_B, 1), mask_type=cudnn.MaskType.PADDING
+    )
+    old_share_BNT = jax.nn.sigmoid(old_lse_BNT.astype(jnp.float32) - own_lse_BNT.astype(jnp.float32))
+    old_share_BNT = jnp.where((start_B > 0)[:, None, None], old_share_BNT, 0)
+    old_share_BTN1 = jnp.swapaxes(old_share_BNT, 1, 2)[..., None]
+    own_acc, old_acc = own_BTNH.astype(jnp.float32), old_BTNH.astype(jnp.float32)
+    return (own_acc + old_share_BTN1 * (old_acc - own_acc)).astype(q_BTNH.dtype)
 
 
 def _document_offsets(segment_ids_BT, multiple):

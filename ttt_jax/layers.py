@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.attention import cached_attention, self_attention
+from ttt_jax.attention import cached_attention, extending_attention, extending_window_attention, self_attention
 from ttt_jax.config import ModelConfig, RopeConfig
 from ttt_jax.ops.xla import accumulator, precision_for
 
@@ -32,6 +32,7 @@ class Context:
       ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
       keep_state: whether the caller wants the state back.
       capacity: slots of a full-attention KV cache; None lets it grow with the input.
+      at_chunk_start, ends_chunk: what the caller knows of the chunk clock (`Transformer.hidden`).
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -42,6 +43,8 @@ class Context:
     ttt_scale: jax.Array | float = struct.field(pytree_node=False, default=1.0)
     keep_state: bool = struct.field(pytree_node=False, default=False)
     capacity: int | None = struct.field(pytree_node=False, default=None)
+    at_chunk_start: bool = struct.field(pytree_node=False, default=False)
+    ends_chunk: bool | None = struct.field(pytree_node=False, default=None)
 
     @property
     def position_B(self) -> jax.Array:
@@ -184,7 +187,7 @@ class Attention(nnx.Module):
                 )
                 cache = self._fill(k_BTKH, v_BTKH, ctx) if ctx.keep_state else None
             else:
-                o_BTNH, cache = self._continue(q_BTNH, k_BTKH, v_BTKH, ctx, cache)
+                o_BTNH, cache = self._continue(q_BTNH, k_BTKH, v_BTKH, ctx, cache, implementation)
         with jax.named_scope("attention_out"):
             y_BTD = linear(o_BTNH.reshape(B, T, -1), self.o, self.o_bias)
         return name(y_BTD, "attention_out"), cache
@@ -201,24 +204,24 @@ class Attention(nnx.Module):
         empty = self.init_cache(B, ctx.capacity or T, k_BTKH.dtype)
         return self._write(empty, k_BTKH, v_BTKH, jnp.zeros((B,), jnp.int32), ctx.lengths_B)
 
-    def _continue(self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache):
+    def _continue(self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache, implementation: str | None):
         B, T = q_BTNH.shape[:2]
         start_B = ctx.position_B
-        q_pos_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         if self.window is None and ctx.capacity is None:  # a cache without a capacity grows
             cache = KVCache(*(jnp.pad(x, ((0, 0), (0, T), (0, 0), (0, 0))) for x in cache))
         old, cache = cache, self._write(cache, k_BTKH, v_BTKH, start_B, ctx.lengths_B)
         L = cache.k_BLKH.shape[1]
-        slots_1L = jnp.arange(L, dtype=jnp.int32)[None]
-        if self.window is None:
-            keys, values, k_pos_BS = *cache, jnp.broadcast_to(slots_1L, (B, L))
-        elif T == 1:  # the slot just overwritten has left the window
-            keys, values, k_pos_BS = *cache, _ring_positions(slots_1L, start_B + 1, L)
-        else:
-            keys = jnp.concatenate([old.k_BLKH, k_BTKH], axis=1)
-            values = jnp.concatenate([old.v_BLKH, v_BTKH], axis=1)
-            k_pos_BS = jnp.concatenate([_ring_positions(slots_1L, start_B, L), q_pos_BT], axis=1)
-        return cached_attention(q_BTNH, keys, values, q_pos_BT, k_pos_BS, window=self.window), cache
+        if T > 1 and self.window is None:
+            o_BTNH = extending_attention(q_BTNH, k_BTKH, v_BTKH, *cache, start_B, implementation=implementation)
+        elif T > 1:
+            before = _in_order(old, start_B)
+            o_BTNH = extending_window_attention(q_BTNH, k_BTKH, v_BTKH, *before, start_B, implementation=implementation)
+        else:  # in a ring, the slot just overwritten has left the window
+            slots_1L = jnp.arange(L, dtype=jnp.int32)[None]
+            end_B = start_B + 1
+            k_pos_BL = jnp.broadcast_to(slots_1L, (B, L)) if self.window is None else _ring_positions(slots_1L, end_B, L)
+            o_BTNH = cached_attention(q_BTNH, *cache, start_B[:, None], k_pos_BL, window=self.window)
+        return o_BTNH, cache
 
     def _write(self, cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B) -> KVCache:
         T, L = k_BTKH.shape[1], cache.k_BLKH.shape[1]
@@ -232,6 +235,13 @@ class Attention(nnx.Module):
         slot_BT = jnp.where(used_BT, slot_BT, L)  # out of bounds: dropped
         put = jax.vmap(lambda x_LKH, slot_T, y_TKH: x_LKH.at[slot_T].set(y_TKH, mode="drop"))
         return KVCache(put(cache.k_BLKH, slot_BT, k_BTKH), put(cache.v_BLKH, slot_BT, v_BTKH))
+
+
+def _in_order(ring: KVCache, start_B) -> KVCache:
+    """The ring's tokens by position: slot j holds position start - W + j."""
+    W = ring.k_BLKH.shape[1]
+    slot_BW = (start_B[:, None] + jnp.arange(W, dtype=jnp.int32)[None]) % W
+    return KVCache(*(jax.vmap(lambda x_WKH, slot_W: x_WKH[slot_W])(x, slot_BW) for x in ring))
 
 
 def _ring_positions(slots_1L, end_B, L):

@@ -33,11 +33,14 @@ class Runtime:
       dtype: compute dtype, "float32" or "bfloat16" (parameters are cast where they are used).
       remat_save: names of the activations that the backward keeps (config.REMAT_NAMES); None keeps all.
       attention: attention implementation; None picks the fastest.
+      scan_layers: stack equal layers and scan over them, so that compile time does not grow with depth. Without, each layer
+        has its own arrays, which decoding reads and updates in place (a scan copies a layer's slice first).
     """
 
     dtype: str = "float32"
     remat_save: tuple[str, ...] | None = ()
     attention: str | None = None
+    scan_layers: bool = True
 
 
 class LayerKind(NamedTuple):
@@ -141,7 +144,14 @@ class Group(nnx.Module):
                 outs.append(out)
             return h_BTD, tuple(outs)
 
-        h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
+        if self.repeats == 1 and all(run.count == 1 for run in self.pattern):  # a stack of one is the array itself
+            outs = []
+            for i, block in enumerate(self.blocks):
+                only = lambda tree: jax.tree.map(lambda x: x.reshape(x.shape[2:]), tree)
+                h_BTD, out = layer(h_BTD, (only(block), None if states is None else only(states[i])))
+                outs.append(jax.tree.map(lambda x: x[None, None], out))
+        else:
+            h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
         return h_BTD, tuple(state for state, _ in outs), tuple(stats for _, stats in outs)
 
 
@@ -163,7 +173,8 @@ class Transformer(nnx.Module):
         k_embed, k_head, k_layers = jax.random.split(key, 3)
         self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
         groups, first = [], 0
-        for pattern, repeats in find_groups(layer_kinds(cfg)):
+        kinds = layer_kinds(cfg)
+        for pattern, repeats in find_groups(kinds) if runtime.scan_layers else [((Run(kind, 1),), 1) for kind in kinds]:
             groups.append(Group(cfg, first, pattern, repeats, key=k_layers))
             first += sum(run.count for run in pattern) * repeats
         self.groups = nnx.List(groups)
@@ -201,6 +212,8 @@ class Transformer(nnx.Module):
         positions=None,
         ttt_scale: float | jax.Array = 1.0,
         capacity: int | None = None,
+        at_chunk_start: bool = False,
+        ends_chunk: bool | None = None,
     ):
         """Final hidden states (after the last norm).
 
@@ -212,6 +225,9 @@ class Transformer(nnx.Module):
           segment_ids, positions: int32 [B, T] of packed rows (0 is padding); only for a fresh start.
           ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
           capacity: slots of the KV caches that a fresh start allocates; None lets them grow with every call.
+          at_chunk_start: the caller knows that every row that reads here stands at a chunk boundary: pieces then cost what a
+            fresh start costs.
+          ends_chunk: of a one-token step, whether it may complete a chunk of some row; None finds out on the device.
 
         Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B", "update_norm_B"}}).
         Raises: UserError when packed rows meet a state.
@@ -237,6 +253,8 @@ class Transformer(nnx.Module):
             ttt_scale=ttt_scale,
             keep_state=keep_state or state is not None,
             capacity=capacity,
+            at_chunk_start=at_chunk_start,
+            ends_chunk=ends_chunk,
         )
         h_BTD, states, stats = embed_BTD, [], {}
         for g, group in enumerate(self.groups):

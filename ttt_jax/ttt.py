@@ -100,9 +100,9 @@ class MLP(nnx.Module):
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
         source_BTD = x_BTD if self.cfg.ttt.target == "hidden_states" else ctx.embed_BTD
-        if state is None:
-            y_BTD, state, stats = self._fresh(z_BTF, source_BTD, ctx)
-        elif z_BTF.shape[1] == 1 and ctx.lengths_B is None:
+        if state is None or ctx.at_chunk_start:
+            y_BTD, state, stats = self._from_boundary(z_BTF, source_BTD, ctx, state)
+        elif z_BTF.shape[1] == 1:
             y_BTD, state, stats = self._append(z_BTF, source_BTD, ctx, state)
         else:
             y_BTD, state, stats = self._continue(z_BTF, source_BTD, ctx, state)
@@ -161,18 +161,24 @@ class MLP(nnx.Module):
         last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
         return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
 
-    def _fresh(self, z_BTF, source_BTD, ctx: Context):
+    def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
+        """Every row starts, or stands at the start of a chunk (or reads nothing)."""
         C = self.cfg.ttt.chunk_size
         B, T, _ = z_BTF.shape
         lr = self._lr(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
         v_BTD = self._targets(source_BTD, whole_B)
-        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, None, ctx.segment_ids_BT)
+        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, None if state is None else state.S_BDF, ctx.segment_ids_BT)
         stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr))
         if not ctx.keep_state:
             return y_BTD, None, stats
         whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
-        return y_BTD, TTTState(S_BDF, *(_pending(x, whole_B, C) for x in (z_BTF, source_BTD))), stats
+        z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BTF, source_BTD))
+        if state is not None and ctx.lengths_B is not None:  # a row that reads nothing keeps its pending chunk
+            idle_B11 = (ctx.lengths_B == 0)[:, None, None]
+            z_BCF = jnp.where(idle_B11, state.z_BCF, z_BCF)
+            source_BCD = jnp.where(idle_B11, state.source_BCD, source_BCD)
+        return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
 
     def _continue(self, z_BTF, source_BTD, ctx: Context, state: TTTState):
         """Any number of new tokens at any place of the chunk clock: put them behind the pending ones and run the op."""
@@ -202,18 +208,23 @@ class MLP(nnx.Module):
         C = self.cfg.ttt.chunk_size
         lr = self._lr(ctx, state.S_BDF.dtype)
         pending_B = ctx.position_B % C
+        read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
         # One token of a longer chunk: nothing is written.
-        y_B1D, _ = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)
-        put = jax.vmap(lambda x_CX, y_1X, n: jax.lax.dynamic_update_slice_in_dim(x_CX, y_1X, n, axis=0))
-        z_BCF, source_BCD = put(state.z_BCF, z_B1F, pending_B), put(state.source_BCD, source_B1D, pending_B)
-        complete_B = pending_B == C - 1
+        y_B1D = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
+        slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
+        put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
+        z_BCF, source_BCD = put(state.z_BCF, z_B1F, slot_B), put(state.source_BCD, source_B1D, slot_B)
+        complete_B = (pending_B == C - 1) & (read_B > 0)
 
         def update(S_BDF):
             v_BCD = self._targets(source_BCD, complete_B.astype(jnp.int32))
             return self._op(z_BCF, v_BCD, lr, S_BDF)[1], self._last_update_norm(z_BCF, v_BCD, lr)
 
         skip = lambda S_BDF: (S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype))
-        S_BDF, norm_B = jax.lax.cond(complete_B.any(), update, skip, state.S_BDF)
+        if ctx.ends_chunk is None:
+            S_BDF, norm_B = jax.lax.cond(complete_B.any(), update, skip, state.S_BDF)
+        else:
+            S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
         return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), self._stats(S_BDF, norm_B)
 
 
