@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ttt_jax.generation import Session, generate
     from ttt_jax.hf_export import save_pretrained
     from ttt_jax.ops import in_place_ttt
     from ttt_jax.pretrained import load_pretrained
+    from ttt_jax.scoring import score
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "in_place_ttt", "load_pretrained", "save_pretrained"]
+__all__ = ["Session", "__version__", "generate", "in_place_ttt", "load_pretrained", "save_pretrained", "score"]
 
-_HOMES = {"in_place_ttt": "ttt_jax.ops", "load_pretrained": "ttt_jax.pretrained", "save_pretrained": "ttt_jax.hf_export"}
+_HOMES = {
+    "Session": "ttt_jax.generation",
+    "generate": "ttt_jax.generation",
+    "in_place_ttt": "ttt_jax.ops",
+    "load_pretrained": "ttt_jax.pretrained",
+    "save_pretrained": "ttt_jax.hf_export",
+    "score": "ttt_jax.scoring",
+}
 
 
 def __getattr__(name: str) -> Any:

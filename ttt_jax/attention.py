@@ -257,9 +257,8 @@ def _cudnn_extending(q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B):
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    attend = functools.partial(
-        cudnn.dot_product_attention, scale=1 / math.sqrt(q_BTNH.shape[-1]), return_residual=True
-    )
+    scale = 1 / math.sqrt(q_BTNH.shape[-1])
+    attend: Any = functools.partial(cudnn.dot_product_attention, scale=scale, return_residual=True)
     own_BTNH, own_lse_BNT = attend(q_BTNH, k_BTKH, v_BTKH, mask_type=cudnn.MaskType.CAUSAL)
     T = jnp.full_like(start_B, q_BTNH.shape[1])
     # At least one key, so that a row without older tokens yields numbers, which get no weight.
