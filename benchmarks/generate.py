@@ -6,14 +6,15 @@
 
 Random bf16 weights (float32 on CPUs), random tokens, TTT on and off in one run. Prefill reads pieces as `Session` does; decode
 is `decode_step` on a state filled with random numbers, at a fixed context. The bandwidth bound of a decode step is every
-weight, the KV cache and the fast weights (float32) read once at the rate of a large copy. Refuses to time if the pieces and the steps of a
-small model do not agree with one whole pass. Needs neither grain nor the command line.
+weight, the KV cache and the fast weights (float32) read once at the rate of a large copy. Refuses to time if the pieces
+and the steps of a small model do not agree with one whole pass. Needs neither grain nor the command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -36,10 +37,23 @@ from ttt_jax.scoring import score
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(number, *, shape, dtype):
+    return (0.02 * jax.random.normal(jax.random.fold_in(jax.random.key(0), number), shape, jnp.float32)).astype(dtype)
+
+
+def randomised(abstract):
+    """Small random numbers of these shapes, vectors of ones; one program per shape, because one for all compiles minutes."""
+    leaves, tree = jax.tree.flatten(abstract)
+    vector = lambda x: sum(size > 1 for size in x.shape) <= 1
+    make = lambda i, x: jnp.ones(x.shape, x.dtype) if vector(x) else _normal(i, shape=x.shape, dtype=x.dtype)
+    return jax.tree.unflatten(tree, [make(i, x) for i, x in enumerate(leaves)])
+
+
 def random_model(cfg: config_lib.ModelConfig, dtype: str) -> Transformer:
     runtime = Runtime(dtype=dtype, remat_save=None, scan_layers=False)
-    make = lambda: jax.tree.map(lambda x: x.astype(dtype), Transformer(cfg, runtime, key=jax.random.key(0)))
-    return jax.jit(make)()
+    abstract = jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0)))
+    return randomised(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract))
 
 
 def check(cfg: config_lib.ModelConfig, dtype: str) -> None:
@@ -64,7 +78,8 @@ def copy_rate() -> float:
     """Bytes/s of a large copy, read and written bytes counted."""
     n = (2**30 if jax.default_backend() != "cpu" else 2**26) // 4
     x = jax.random.normal(jax.random.key(0), (n,), jnp.float32)
-    return 2 * 4 * n / timed(lambda: jax.jit(lambda x: -x)(x), 10)
+    copy = jax.jit(lambda x: -x)
+    return 2 * 4 * n / timed(lambda: copy(x), 10)
 
 
 def prefill_seconds(model: Transformer, tokens: int, capacity: int, ttt: bool, repeats: int) -> float:
@@ -94,16 +109,11 @@ def prefill_seconds(model: Transformer, tokens: int, capacity: int, ttt: bool, r
 def random_state(model: Transformer, batch: int, context: int, room: int, ttt: bool) -> State:
     """As if `context` tokens had been read; the pending chunk is far from complete."""
 
-    def fill():
-        state = model.init_state(batch, context + room)
-        layers = state.layers
-        if not ttt:
-            layers = tuple(tuple(run._replace(ttt=None) for run in runs) for runs in layers)
-        leaves, tree = jax.tree.flatten(layers)
-        random = [0.02 * jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(leaves)]
-        return State(jnp.full((batch,), context, jnp.int32), jax.tree.unflatten(tree, random), state.capacity)
-
-    return jax.jit(fill)()
+    state = jax.eval_shape(lambda: model.init_state(batch, context + room))
+    layers = state.layers
+    if not ttt:
+        layers = tuple(tuple(run._replace(ttt=None) for run in runs) for runs in layers)
+    return State(jnp.full((batch,), context, jnp.int32), randomised(layers), state.capacity)
 
 
 def decode_seconds(model: Transformer, batch: int, context: int, steps: int, ttt: bool) -> tuple[float, float, int]:
