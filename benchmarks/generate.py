@@ -31,7 +31,7 @@ from ttt_jax import config as config_lib
 from ttt_jax.generation import GREEDY, decode_step, generate
 from ttt_jax.metrics import model_flops_per_token
 from ttt_jax.model import Runtime, State, Transformer
-from ttt_jax.reading import needs_capacity, piece_size, pieces, read_piece
+from ttt_jax.reading import Frozen, needs_capacity, piece_size, pieces, read_piece
 from ttt_jax.scoring import score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,13 +85,13 @@ def copy_rate() -> float:
 def prefill_seconds(model: Transformer, tokens: int, capacity: int, ttt: bool, repeats: int) -> float:
     cfg = model.config
     rows = [np.random.default_rng(1).integers(0, cfg.vocab_size, tokens).astype(np.int32)]
-    size = piece_size(model, None)
+    size, frozen = piece_size(model, None), Frozen(model)
 
     def run():
         state, logits = None, jnp.zeros((1, cfg.vocab_size), jnp.float32)
         for part in pieces(rows, np.zeros(1, np.int64), size, cfg.ttt.chunk_size):
             state, logits = read_piece(
-                model,
+                frozen,
                 state,
                 logits,
                 part.ids_BP,
@@ -122,8 +122,9 @@ def decode_seconds(model: Transformer, batch: int, context: int, steps: int, ttt
     size = sum(x.nbytes for x in jax.tree.leaves([[run._replace(ttt=None) for run in runs] for runs in state.layers]))
     size += sum(run.ttt.S_BDF.nbytes for runs in state.layers for run in runs if run.ttt is not None)
     token_B, seed_B, alive_B = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool)
+    frozen = Frozen(model)
     take = lambda state, token_B, ends: decode_step(
-        model, state, token_B, alive_B, seed_B, sampling=GREEDY, eos=(), ends_chunk=ends, ttt=ttt
+        frozen, state, token_B, alive_B, seed_B, sampling=GREEDY, eos=(), ends_chunk=ends, ttt=ttt
     )
     seconds = []
     for ends in (False, True) if ttt and model.config.ttt.layers else (False,):
@@ -230,8 +231,9 @@ def profile(model: Transformer, batch: int, context: int, ttt: bool) -> None:
 
     state = random_state(model, batch, context, 256, ttt)
     zero_B, alive_B = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool)
+    frozen = Frozen(model)
     step = lambda state: decode_step(
-        model, state, zero_B, alive_B, zero_B, sampling=GREEDY, eos=(), ends_chunk=False, ttt=ttt
+        frozen, state, zero_B, alive_B, zero_B, sampling=GREEDY, eos=(), ends_chunk=False, ttt=ttt
     )
     state, _ = step(state)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Attention: one function for fresh sequences, one for sequences with a cache, and the implementations behind them.
+"""Attention of fresh sequences on themselves, and the implementations behind it (kv_cache.py has attention on a cache).
 
 B batch, T queries, S keys, N query heads, K KV heads, G = N / K, H head dim, Q queries in a block.
 A query at position p sees the keys of its own document at positions p - window + 1 .. p.
@@ -20,7 +20,7 @@ from ttt_jax.ops.xla import accumulator, precision_for
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 _BLOCK_BYTES = 64 * 2**20  # logits that the XLA path holds at a time
-_MASKED = -1e30
+MASKED = -1e30
 
 
 def self_attention(
@@ -61,64 +61,11 @@ def self_attention(
     position_1T = jnp.arange(T, dtype=jnp.int32)[None]
     if window is not None and 2 * window < T:
         return _windowed(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT)
-    return _blocked(q_BTNH, k_BTKH, v_BTKH, position_1T, position_1T, segment_ids_BT, segment_ids_BT, window)
+    return blocked(q_BTNH, k_BTKH, v_BTKH, position_1T, position_1T, segment_ids_BT, segment_ids_BT, window)
 
 
-def cached_attention(q_BTNH, k_BSKH, v_BSKH, q_position_BT, k_position_BS, *, window: int | None = None):
-    """Attention of new tokens on a cache that already holds their own keys; positions decide what is seen.
-
-    Slots that hold nothing carry a position in the future. Returns o_BTNH.
-    """
-    return _blocked(q_BTNH, k_BSKH, v_BSKH, q_position_BT, k_position_BS, None, None, window)
-
-
-def extending_attention(
-    q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B, *, implementation: str | None = None
-) -> jax.Array:
-    """Full causal attention of T new tokens on the tokens before them and on themselves: a piece of a long prefill.
-
-    Args:
-      q_BTNH, k_BTKH, v_BTKH: of the new tokens.
-      k_BLKH, v_BLKH: cache in which slot p holds position p; the new tokens are in it already.
-      start_B: int32, position of each row's first new token.
-      implementation: as in `self_attention`.
-
-    Returns: o_BTNH.
-    """
-    T, L = q_BTNH.shape[1], k_BLKH.shape[1]
-    if _use_cudnn(q_BTNH, implementation):
-        return _cudnn_extending(q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B)
-    q_position_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    k_position_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (q_BTNH.shape[0], L))
-    return _blocked(q_BTNH, k_BLKH, v_BLKH, q_position_BT, k_position_BL, None, None, None)
-
-
-def extending_window_attention(
-    q_BTNH, k_BTKH, v_BTKH, k_BWKH, v_BWKH, start_B, *, implementation: str | None = None
-) -> jax.Array:
-    """Sliding-window attention of T new tokens on the W tokens before them and on themselves; cost linear in T.
-
-    Args:
-      k_BWKH, v_BWKH: the W = window tokens before the new ones in order (slot j holds position start - W + j); slots of
-        negative positions hold nothing.
-      start_B, implementation: as in `extending_attention`.
-
-    Returns: o_BTNH.
-    """
-    (B, T), W = q_BTNH.shape[:2], k_BWKH.shape[1]
-    keys, values = jnp.concatenate([k_BWKH, k_BTKH], axis=1), jnp.concatenate([v_BWKH, v_BTKH], axis=1)
-    empty_B = jnp.maximum(W - start_B, 0)
-    if _use_cudnn(q_BTNH, implementation):
-        # Queries for the old tokens too, whose outputs are dropped: cuDNN aligns queries and keys at their starts.
-        queries = jnp.pad(q_BTNH, ((0, 0), (W, 0), (0, 0), (0, 0)))
-        offsets_B2 = jnp.stack([empty_B, jnp.full((B,), -1, jnp.int32)], axis=1)
-        sizes_B1 = (W + T - empty_B)[:, None]
-        return _cudnn_documents(queries, keys, values, offsets_B2, sizes_B1, W)[:, W:]
-    real_BS = (jnp.arange(W + T, dtype=jnp.int32)[None] >= empty_B[:, None]).astype(jnp.int32)
-    return _windowed_after(q_BTNH, keys, values, W, jnp.ones((B, T), jnp.int32), real_BS)
-
-
-def _use_cudnn(q_BTNH, implementation) -> bool:
+def uses_cudnn(q_BTNH, implementation: str | None) -> bool:
+    """Whether one document per row goes to cuDNN. Raises UserError when it is named and cannot run."""
     reason = _why_not_cudnn(q_BTNH, None, 1)
     if implementation == "cudnn" and reason:
         raise UserError(f"attention implementation 'cudnn': {reason}")
@@ -138,7 +85,7 @@ def _attend(q_BQNH, k_BSKH, v_BSKH, seen_BQS):
     q_BQKGH = q_BQNH.reshape(B, Q, K, N // K, H)
     dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(q_BQNH.dtype))
     logits_BKGQS = dot("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH) / math.sqrt(H)
-    logits_BKGQS = jnp.where(jnp.broadcast_to(seen_BQS[:, None, None], logits_BKGQS.shape), logits_BKGQS, _MASKED)
+    logits_BKGQS = jnp.where(jnp.broadcast_to(seen_BQS[:, None, None], logits_BKGQS.shape), logits_BKGQS, MASKED)
     p_BKGQS = jax.nn.softmax(logits_BKGQS, axis=-1).astype(v_BSKH.dtype)
     return dot("bkgqs,bskh->bqkgh", p_BKGQS, v_BSKH).astype(q_BQNH.dtype).reshape(B, Q, N, H)
 
@@ -153,7 +100,7 @@ def _seen(q_position_BQ, k_position_BS, q_segment_BQ, k_segment_BS, window):
     return seen_BQS
 
 
-def _blocked(q_BTNH, k_BSKH, v_BSKH, q_position, k_position, q_segment, k_segment, window):
+def blocked(q_BTNH, k_BSKH, v_BSKH, q_position, k_position, q_segment=None, k_segment=None, window=None):
     """Blocks of queries against all keys; the backward recomputes each block's probabilities."""
     B, T, N, _ = q_BTNH.shape
     S = k_BSKH.shape[1]
@@ -176,10 +123,10 @@ def _windowed(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT):
     B, T = q_BTNH.shape[:2]
     segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT + 1  # 0: before the first token
     before = lambda x: jnp.pad(x, ((0, 0), (window, 0), *((0, 0),) * (x.ndim - 2)))
-    return _windowed_after(q_BTNH, before(k_BTKH), before(v_BTKH), window, segment_BT, before(segment_BT))
+    return windowed_after(q_BTNH, before(k_BTKH), before(v_BTKH), window, segment_BT, before(segment_BT))
 
 
-def _windowed_after(q_BTNH, k_BSKH, v_BSKH, window, q_segment_BT, k_segment_BS):
+def windowed_after(q_BTNH, k_BSKH, v_BSKH, window, q_segment_BT, k_segment_BS):
     """The same for T queries and S = window + T keys, of which the first `window` lie before the first query."""
     B, T, N, _ = q_BTNH.shape
     W = window
@@ -228,10 +175,10 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> 
             implementation="cudnn",
         )
     offsets_BM, sizes_BM = _document_offsets(segment_ids_BT, segment_multiple)
-    return _cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window)
+    return cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window)
 
 
-def _cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
+def cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
     """Causal attention inside each document. The public function takes no offsets, the one below it does."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 

@@ -6,8 +6,11 @@ Every command checks its arguments and reads its files' headers before jax compi
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -33,6 +36,194 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="ttt-jax")
 def cli() -> None:
     """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan."""
+
+
+# ---------------------------------------------------------------------------------------------------- score, generate
+
+_EXISTING = click.Path(path_type=Path)
+_MODEL = click.option(
+    "--model", "folder", required=True, type=_EXISTING, help="Hugging Face folder, converted checkpoint or run folder."
+)
+_DTYPE = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Parameters and compute.  [default: float32 on CPUs]"
+)
+_NO_TTT = click.option("--no-ttt", is_flag=True, help="Switch the adaptation off.")
+_PIECE = click.option("--piece", type=click.IntRange(1), help="Tokens read at a time, rounded to chunks.")
+
+
+@cli.command(
+    epilog="""
+    ttt-jax score --model checkpoints/qwen3 --ids tokens.npy --out scores.npz
+    ttt-jax score --model checkpoints/qwen3 --text book.txt --no-ttt --out off.npz
+    """
+)
+@_MODEL
+@click.option("--ids", type=_EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy.")
+@click.option("--text", type=_EXISTING, help="UTF-8 text, tokenised with the model's tokenizer.")
+@click.option("--out", required=True, type=_EXISTING, help="Result: logprobs [B, T-1] float32, log p(token t+1 | 0..t).")
+@click.option("--logits", is_flag=True, help="Also write logits [B, T, V] float32.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+@_NO_TTT
+@_DTYPE
+@_PIECE
+def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> None:
+    """Log-probabilities of given tokens, any length, adapting while reading."""
+    if (ids is None) == (text is None):
+        raise click.UsageError("give the input by --ids FILE.npy or by --text FILE, one of them")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out}: exists already; choose another file or pass --overwrite")
+    rows = None if ids is None else _read_ids(ids, "--ids")
+    document = None if text is None else _read_text(text, "--text")
+    model = _load(folder, dtype)
+
+    import numpy as np
+
+    from ttt_jax.progress import progress
+    from ttt_jax.scoring import score as score_rows
+
+    if document is not None:
+        rows = [_encode(model, document, "--text")]
+    assert rows is not None
+    with progress("scoring", max(len(row) for row in rows), "tokens") as advance_to:
+        result = score_rows(model, rows, ttt=not no_ttt, logits=logits, piece=piece, on_progress=advance_to)
+    arrays = {"logprobs": result.logprobs_BT} | ({"logits": result.logits_BTV} if logits else {})
+    part = out.with_name(f".{out.name}.tmp.npz")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(part, **arrays)
+        part.rename(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"--out {out}: could not be written ({error}); free space or choose another file") from None
+    nats = -float(np.nanmean(result.logprobs_BT)) if result.logprobs_BT.size else float("nan")
+    tokens = sum(len(row) for row in rows)
+    print(f"{len(rows)} x {tokens // len(rows)} tokens, mean loss {nats:.4f} nats, perplexity {np.exp(nats):.3f}: {out}")
+
+
+@cli.command(
+    epilog="""
+    ttt-jax generate --model checkpoints/qwen3 --prompt 'Once upon a time' --max-new-tokens 64
+    ttt-jax generate --model checkpoints/qwen3 --prompt-file book.txt --session book.safetensors --max-new-tokens 1
+    ttt-jax generate --model checkpoints/qwen3 --prompt 'Who was the captain?' --session book.safetensors --keep-session
+    ttt-jax generate --model checkpoints/qwen3 --ids prompts.npy --temperature 0.8 --top-p 0.95 --json
+    """
+)
+@_MODEL
+@click.option("--prompt", multiple=True, help="Text; several make a batch.")
+@click.option("--prompt-file", multiple=True, type=_EXISTING, help="UTF-8 text file; several make a batch.")
+@click.option("--ids", type=_EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens.")
+@click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability.")
+@click.option("--min-p", type=float, help="Keep tokens at least this much as likely as the best.")
+@click.option("--stop", multiple=True, help="Text that ends a completion.")
+@click.option("--ignore-eos", is_flag=True, help="Write on after an end token.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Row i of a batch draws with seed + i.")
+@click.option("--session", type=_EXISTING, help="Continue the stream in this file (if it exists) and save it there again.")
+@click.option("--keep-session", is_flag=True, help="Do not save the session: ask, and leave the file as it is.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per sequence: token_ids, text, timings.")
+@_NO_TTT
+@_DTYPE
+@_PIECE
+def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, no_ttt, dtype, piece, **options) -> None:
+    """Continue prompts, adapting while reading and writing."""
+    from ttt_jax.sampling import Sampling
+
+    sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+    if bool(prompt) + bool(prompt_file) + bool(ids) > 1:
+        raise click.UsageError("give prompts by --prompt, by --prompt-file or by --ids, one of them")
+    if keep_session and session is None:
+        raise click.UsageError("--keep-session needs --session FILE")
+    if not (prompt or prompt_file or ids) and not (session and session.exists()):
+        raise click.UsageError("no prompt: give --prompt TEXT, --prompt-file FILE or --ids FILE.npy")
+    texts = [_read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
+    rows = _read_ids(ids, "--ids") if ids else None
+    model = _load(folder, dtype, for_decoding=True)
+
+    from ttt_jax.generation import Session
+    from ttt_jax.progress import progress
+
+    rows = rows or [_encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts]
+    if session is not None and session.exists():
+        stream = Session.load(session, model, piece=piece)
+        if no_ttt == stream.ttt:
+            wrong, fix = ("off", "drop --no-ttt") if no_ttt else ("on", "pass --no-ttt")
+            raise UserError(f"--session {session}: was not read with TTT {wrong}; {fix}, or use another file")
+        if len(rows) > 1 and stream.batch_size == 1 and keep_session:
+            stream = stream.branch(len(rows))  # several questions about one document
+    else:
+        stream = Session(model, len(rows), ttt=not no_ttt, piece=piece)
+    if rows:
+        stream.extend(rows)
+    show = not as_json and stream.batch_size == 1 and model.tokenizer is not None
+    with progress("reading", max((len(ids) for ids in stream.unread), default=0), "tokens") as stream.on_read:
+        completions = stream.generate(
+            options["max_new_tokens"],
+            sampling,
+            stop=options["stop"],
+            eos_ids=() if options["ignore_eos"] else None,
+            seed=options["seed"],
+            on_text=(lambda _, text: print(text, end="", flush=True)) if show else None,
+        )
+    if session is not None and not keep_session:
+        stream.save(session)
+    timings = dataclasses.asdict(stream.timings)
+    for b, completion in enumerate(completions):
+        if as_json:
+            print(json.dumps(dataclasses.asdict(completion) | {"timings": timings}))
+        elif show:
+            print()
+        else:
+            print(f"--- {b} ({completion.finish_reason}) ---")
+            print(completion.text if completion.text is not None else completion.token_ids)
+
+
+def _load(folder: Path, dtype: str | None, for_decoding: bool = False):
+    import jax
+
+    from ttt_jax.model import Runtime
+    from ttt_jax.pretrained import load_pretrained
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    # Decoding on an accelerator wants layers with arrays of their own; on a CPU the scan's shorter compile time wins.
+    return load_pretrained(folder, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=on_cpu or not for_decoding))
+
+
+def _encode(model, text: str, option: str) -> list[int]:
+    if model.tokenizer is None:
+        raise UserError(f"{option}: text needs a tokenizer and the model's folder has no tokenizer.json; use --ids FILE.npy")
+    ids = model.tokenizer.encode(text)
+    if not ids:
+        raise UserError(f"{option}: the text is empty; give at least one token")
+    return ids
+
+
+def _read_text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: not UTF-8 at byte {error.start}; convert it") from None
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror or error}; give a readable text file") from None
+
+
+def _read_ids(path: Path, option: str):
+    """Rows of token ids. Never unpickles."""
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{option} {path}: not an integer array in .npy format ({reason}); write it with numpy.save") from None
+    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        what = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"{option} {path}: holds {what}; it must be an integer array [T] or [B, T]")
+    if not array.size:
+        raise UserError(f"{option} {path}: holds no tokens; give at least one")
+    return list(np.atleast_2d(np.asarray(array)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

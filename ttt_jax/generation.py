@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,17 @@ import numpy as np
 
 from ttt_jax.errors import UserError
 from ttt_jax.model import State, Transformer
-from ttt_jax.reading import check_ids, needs_capacity, piece_size, pieces, read_piece, ttt_scale, with_capacity
+from ttt_jax.reading import (
+    Frozen,
+    check_ids,
+    needs_capacity,
+    piece_size,
+    pieces,
+    program,
+    read_piece,
+    ttt_scale,
+    with_capacity,
+)
 from ttt_jax.sampling import Sampling, sample
 
 GREEDY = Sampling()
@@ -70,11 +81,13 @@ class Session:
 
     def __init__(self, model: Transformer, batch_size: int = 1, *, ttt: bool = True, piece: int | None = None) -> None:
         self.model, self.ttt = model, ttt
+        self.frozen = Frozen(model)
         self.size = piece_size(model, piece)
         self.state: State | None = None
         self.unread = [np.zeros((0,), np.int32) for _ in range(batch_size)]
         self.position_B = np.zeros(batch_size, np.int64)  # the host's copy, so that nothing waits for the device
         self.timings = Timings()
+        self.on_read: Callable[[int], None] | None = None  # called with the tokens per row that one `read` has fed so far
         self._capacity = 0  # KV slots of a state that does not exist yet
 
     @property
@@ -111,6 +124,19 @@ class Session:
             layers = jax.tree.map(lambda new, old: new.copy() if new is old else new, layers, self.state.layers)
             new.state = State(jnp.repeat(self.state.position_B, copies or 1), layers, self.state.capacity)
         return new
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file (session_file.py). Raises CheckpointError when it cannot be written."""
+        from ttt_jax.session_file import save_session
+
+        save_session(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Transformer, *, piece: int | None = None) -> Session:
+        """Go on where `save` left off. Raises CheckpointError when the file is damaged or of another model."""
+        from ttt_jax.session_file import load_session
+
+        return load_session(path, model, piece=piece)
 
     def generate(
         self,
@@ -167,7 +193,7 @@ class Session:
                 assert self.state is not None
                 token_B, _, _, alive_B = out
                 self.state, out = decode_step(
-                    self.model,
+                    self.frozen,
                     self.state,
                     token_B,
                     alive_B,
@@ -223,7 +249,7 @@ class Session:
             if self.state is not None and self.state.capacity is not None:  # the padded width may be larger
                 self.state = with_capacity(self.model, self.state, part.ids_BP.shape[1])
             self.state, logits_BV = read_piece(
-                self.model,
+                self.frozen,
                 self.state,
                 logits_BV,
                 part.ids_BP,
@@ -232,6 +258,9 @@ class Session:
                 at_chunk_start=part.at_chunk_start,
                 ttt=self.ttt,
             )
+            if self.on_read is not None:
+                jax.block_until_ready(logits_BV)
+                self.on_read(part.start + int(part.lengths_B.max()))
         self.position_B = self.position_B + np.array([len(row) for row in rows])
         jax.block_until_ready(logits_BV)
         self.timings.read_tokens += sum(len(row) for row in rows)
@@ -355,7 +384,7 @@ def first_token(logits_BV, position_B, alive_B, seed_B, *, sampling: Sampling, e
     return token_B, logprob_B, alive_B, alive_B & ~ended_B
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "eos", "ends_chunk", "ttt"), donate_argnames="state")
+@program(("sampling", "eos", "ends_chunk", "ttt"))
 def decode_step(model, state: State, token_B, alive_B, seed_B, *, sampling, eos, ends_chunk, ttt):
     """Read the token of each row that is alive, and sample the next. Returns (state, as `first_token`)."""
     h_B1D, new_state, _ = model.hidden(

@@ -7,15 +7,16 @@ Weights are stored as Hugging Face stores them, [out, in], so a checkpoint is ta
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.attention import cached_attention, extending_attention, extending_window_attention, self_attention
+from ttt_jax import kv_cache
+from ttt_jax.attention import self_attention
 from ttt_jax.config import ModelConfig, RopeConfig
+from ttt_jax.kv_cache import KVCache
 from ttt_jax.ops.xla import accumulator, precision_for
 
 
@@ -132,16 +133,6 @@ def apply_rope(x_BTNH, rope):
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-class KVCache(NamedTuple):
-    """Keys (already rotated) and values [B, L, K, H].
-
-    Full attention: slot p holds position p. Sliding window: a ring of `window` slots, position p in slot p % window.
-    """
-
-    k_BLKH: jax.Array
-    v_BLKH: jax.Array
-
-
 class Attention(nnx.Module):
     """Grouped-query attention; `window` None is full causal attention."""
 
@@ -194,58 +185,26 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int, dtype) -> KVCache:
         """An empty cache; a window needs no more slots than itself."""
-        shape = (batch, self.window or capacity, self.cfg.num_kv_heads, self.cfg.head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return kv_cache.empty(batch, self.cfg.num_kv_heads, self.window or capacity, self.cfg.head_dim, dtype)
 
     def _fill(self, k_BTKH, v_BTKH, ctx: Context) -> KVCache:
         B, T = k_BTKH.shape[:2]
         if self.window is None and ctx.capacity in (None, T):
-            return KVCache(k_BTKH, v_BTKH)
+            return KVCache(jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2))
         empty = self.init_cache(B, ctx.capacity or T, k_BTKH.dtype)
-        return self._write(empty, k_BTKH, v_BTKH, jnp.zeros((B,), jnp.int32), ctx.lengths_B)
+        start_B = jnp.zeros((B,), jnp.int32)
+        return kv_cache.write(empty, k_BTKH, v_BTKH, start_B, ctx.lengths_B, ring=self.window is not None)
 
     def _continue(self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache, implementation: str | None):
-        B, T = q_BTNH.shape[:2]
-        start_B = ctx.position_B
-        if self.window is None and ctx.capacity is None:  # a cache without a capacity grows
-            cache = KVCache(*(jnp.pad(x, ((0, 0), (0, T), (0, 0), (0, 0))) for x in cache))
-        old, cache = cache, self._write(cache, k_BTKH, v_BTKH, start_B, ctx.lengths_B)
-        L = cache.k_BLKH.shape[1]
-        if T > 1 and self.window is None:
-            o_BTNH = extending_attention(q_BTNH, k_BTKH, v_BTKH, *cache, start_B, implementation=implementation)
-        elif T > 1:
-            before = _in_order(old, start_B)
-            o_BTNH = extending_window_attention(q_BTNH, k_BTKH, v_BTKH, *before, start_B, implementation=implementation)
-        else:  # in a ring, the slot just overwritten has left the window
-            slots_1L = jnp.arange(L, dtype=jnp.int32)[None]
-            end_B = start_B + 1
-            k_pos_BL = jnp.broadcast_to(slots_1L, (B, L)) if self.window is None else _ring_positions(slots_1L, end_B, L)
-            o_BTNH = cached_attention(q_BTNH, *cache, start_B[:, None], k_pos_BL, window=self.window)
+        T, start_B, ring = q_BTNH.shape[1], ctx.position_B, self.window is not None
+        if not ring and ctx.capacity is None:  # a cache without a capacity grows
+            cache = kv_cache.grow(cache, T)
+        old, cache = cache, kv_cache.write(cache, k_BTKH, v_BTKH, start_B, ctx.lengths_B, ring=ring)
+        new = (q_BTNH, k_BTKH, v_BTKH)
+        if T == 1:
+            o_BTNH = kv_cache.decode(q_BTNH, cache, start_B, ring=ring)
+        elif ring:
+            o_BTNH = kv_cache.extend_window(*new, old, start_B, implementation=implementation)
+        else:
+            o_BTNH = kv_cache.extend(*new, cache, start_B, implementation=implementation)
         return o_BTNH, cache
-
-    def _write(self, cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B) -> KVCache:
-        T, L = k_BTKH.shape[1], cache.k_BLKH.shape[1]
-        t_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        slot_BT = start_B[:, None] + t_1T
-        length_B1 = jnp.full_like(start_B, T)[:, None] if lengths_B is None else lengths_B[:, None]
-        used_BT = t_1T < length_B1
-        if self.window is not None:  # only the last L tokens stay, so no slot is written twice
-            used_BT &= t_1T >= length_B1 - L
-            slot_BT = slot_BT % L
-        slot_BT = jnp.where(used_BT, slot_BT, L)  # out of bounds: dropped
-        put = jax.vmap(lambda x_LKH, slot_T, y_TKH: x_LKH.at[slot_T].set(y_TKH, mode="drop"))
-        return KVCache(put(cache.k_BLKH, slot_BT, k_BTKH), put(cache.v_BLKH, slot_BT, v_BTKH))
-
-
-def _in_order(ring: KVCache, start_B) -> KVCache:
-    """The ring's tokens by position: slot j holds position start - W + j."""
-    W = ring.k_BLKH.shape[1]
-    slot_BW = (start_B[:, None] + jnp.arange(W, dtype=jnp.int32)[None]) % W
-    return KVCache(*(jax.vmap(lambda x_WKH, slot_W: x_WKH[slot_W])(x, slot_BW) for x in ring))
-
-
-def _ring_positions(slots_1L, end_B, L):
-    """Position held by each ring slot after `end_B` tokens: the last one congruent to it; empty slots lie in the future."""
-    last_B1 = end_B[:, None] - 1
-    position_BL = last_B1 - (last_B1 - slots_1L) % L
-    return jnp.where(position_BL >= 0, position_BL, jnp.iinfo(jnp.int32).max)

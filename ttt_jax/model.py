@@ -20,7 +20,8 @@ from flax import nnx, struct
 
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
-from ttt_jax.layers import Attention, Context, KVCache, RMSNorm, param, rope_tables
+from ttt_jax.kv_cache import KVCache
+from ttt_jax.layers import Attention, Context, RMSNorm, param, rope_tables
 from ttt_jax.ops.xla import accumulator, precision_for
 from ttt_jax.ttt import MLP, TTTState
 

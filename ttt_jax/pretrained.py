@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -32,6 +33,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     if (path / "config.json").is_file():
         model = load_hf(path, runtime, dtype=dtype)
         model.tokenizer = load_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else None
+        model.eos_ids = read_eos_ids(path)
         return model
     config = read_run_config(path)
     abstract = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(0)))
@@ -39,6 +41,29 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     model = load_model_params(path, abstract)
     model.tokenizer = load_tokenizer(config.data.tokenizer)
     return model
+
+
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    """The end tokens of `generation_config.json`, else of `config.json`; none when neither names one.
+
+    Raises: CheckpointError when the file is not JSON or the field not a token id or a list of them.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            found = raw.get("eos_token_id") if isinstance(raw, dict) else None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not readable JSON ({error}); restore it or delete it") from None
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise CheckpointError(f"{path}: eos_token_id = {found!r}: must be a token id or a list of them")
+        return tuple(ids)
+    return ()
 
 
 def initial_model(config: Config, abstract: Transformer) -> Transformer | None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax import kv_cache
 from ttt_jax.errors import UserError
 from ttt_jax.loss import token_nll
 from ttt_jax.model import State, Transformer
@@ -105,9 +106,8 @@ def _grow(model: Transformer, state: State, capacity: int) -> State:
     for group, runs in zip(model.groups, state.layers, strict=True):
         grown = []
         for run, layer in zip(group.pattern, runs, strict=True):
-            if run.kind.window is None:  # [repeats, count, B, L, K, H]
-                pad = lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, more), (0, 0), (0, 0)))
-                layer = layer._replace(cache=jax.tree.map(pad, layer.cache))
+            if run.kind.window is None:
+                layer = layer._replace(cache=kv_cache.grow(layer.cache, more))
             grown.append(layer)
         groups.append(tuple(grown))
     return State(state.position_B, tuple(groups), capacity)
@@ -116,12 +116,40 @@ def _grow(model: Transformer, state: State, capacity: int) -> State:
 # ------------------------------------------------------------------------------------------------------------ programs
 
 
+class Frozen:
+    """A model ready to be called many times: flattening its modules costs milliseconds, so it is done once.
+
+    Later changes to the model's parameters are not seen.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.leaves, self.tree = jax.tree.flatten(model)
+
+
+def program(static_argnames: tuple[str, ...]):
+    """Compile `fn(model, state, *arrays, **static)` as a function of a `Frozen` model; the state is donated."""
+
+    def decorate(fn):
+        @functools.lru_cache(maxsize=32)
+        def compiled(tree):
+            call = lambda leaves, state, *arrays, **static: fn(jax.tree.unflatten(tree, leaves), state, *arrays, **static)
+            return jax.jit(call, static_argnames=static_argnames, donate_argnums=1)
+
+        @functools.wraps(fn)
+        def run(frozen: Frozen, state, *arrays, **static):
+            return compiled(frozen.tree)(frozen.leaves, state, *arrays, **static)
+
+        return run
+
+    return decorate
+
+
 def ttt_scale(ttt: bool) -> float:
     """The factor on the inner learning rate that switches TTT on or off."""
     return 1.0 if ttt else 0.0
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "at_chunk_start", "ttt"), donate_argnames=("state", "logits_BV"))
+@program(("capacity", "at_chunk_start", "ttt"))
 def read_piece(model, state: State | None, logits_BV, ids_BP, lengths_B, *, capacity, at_chunk_start, ttt):
     """Read a piece. Returns (state, logits_BV after each row's last token; those of a row that reads nothing stay)."""
     h_BPD, state = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
@@ -131,9 +159,7 @@ def read_piece(model, state: State | None, logits_BV, ids_BP, lengths_B, *, capa
     return state, jnp.where((lengths_B > 0)[:, None], new_BV, logits_BV)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("capacity", "at_chunk_start", "ttt", "with_logits"), donate_argnames="state"
-)
+@program(("capacity", "at_chunk_start", "ttt", "with_logits"))
 def score_piece(
     model, state: State | None, ids_BP, targets_BP, lengths_B, *, capacity, at_chunk_start, ttt, with_logits
 ):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ttt_jax.model import Transformer
-from ttt_jax.reading import check_ids, needs_capacity, piece_size, pieces, score_piece
+from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, score_piece
 
 
 class Scores(NamedTuple):
@@ -51,7 +51,7 @@ def score(
     B, T = len(ids), max(len(row) for row in ids)
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)
     logits_BTV = np.full((B, T, model.config.vocab_size), np.nan, np.float32) if logits else None
-    size = piece_size(model, piece)
+    size, frozen = piece_size(model, piece), Frozen(model)
     state, capacity = None, (-(-T // size) * size if needs_capacity(model) else None)
     for part in pieces(ids, np.zeros(B, np.int64), size, model.config.ttt.chunk_size):
         targets_BP = np.zeros_like(part.ids_BP)
@@ -59,7 +59,7 @@ def score(
             following = row[part.start + 1 : part.start + 1 + n]
             targets_P[: len(following)] = following
         state, piece_logprobs, piece_logits = score_piece(
-            model,
+            frozen,
             state,
             part.ids_BP,
             targets_BP,
@@ -73,7 +73,7 @@ def score(
         for b, n in enumerate(part.lengths_B):
             known = min(n, len(ids[b]) - 1 - part.start)  # nothing follows a row's last token
             logprobs_BT[b, part.start : part.start + max(known, 0)] = piece_logprobs[b, : max(known, 0)]
-            if logits_BTV is not None:
+            if logits_BTV is not None and piece_logits is not None:
                 logits_BTV[b, part.start : part.start + n] = np.asarray(piece_logits[b, :n])
         if on_progress is not None:
             on_progress(min(part.start + part.ids_BP.shape[1], T))

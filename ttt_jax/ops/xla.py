@@ -92,7 +92,11 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
 
     def apply(o_BTD, S_BDF, i, size):
         with jax.named_scope("ttt_apply"):
-            fast_BCD = _dot("bcf,bdf->bcd", _chunk(z_BTF, i, C, size), S_BDF.astype(dtype), acc)
+            z_BCF = _chunk(z_BTF, i, C, size)
+            if size == 1:  # decoding is bound by reading S: a matmul would cast a copy of it first
+                fast_BCD = jnp.sum(S_BDF * z_BCF.astype(acc), axis=-1)[:, None]
+            else:
+                fast_BCD = _dot("bcf,bdf->bcd", z_BCF, S_BDF.astype(dtype), acc)
             return _put(o_BTD, i, C, _chunk(base_BTD, i, C, size) + fast_BCD)
 
     def step(carry, i):
