@@ -11,7 +11,7 @@ from fast_jit import jit
 from tolerance import TOLERANCE, assert_close
 
 from ttt_jax import attention
-from ttt_jax.attention import _document_offsets, _windowed, cached_attention, self_attention
+from ttt_jax.attention import _document_offsets, _windowed, self_attention
 from ttt_jax.errors import UserError
 
 
@@ -112,23 +112,6 @@ def test_bfloat16(window):
     o = self_attention(*(jnp.asarray(x, jnp.bfloat16) for x in rounded), window=window)
     assert o.dtype == jnp.bfloat16
     assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
-
-
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("rows", [None, 2])
-def test_cached_attention_goes_by_position(monkeypatch, rows, window):
-    """Slots in any order; those in the future (empty ones too) are not seen; rows stand at different places."""
-    B, T, S = 2, 5, 23
-    if rows is not None:
-        monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * B * 4 * S * rows)
-    arguments = make_inputs(T=T, S=S)
-    q_position = np.array([[10, 11, 12, 13, 14], [2, 3, 4, 5, 6]], np.int32)
-    k_position = np.stack([np.random.default_rng(b).permutation(S) for b in range(B)]).astype(np.int32)
-    k_position[k_position > q_position.max(1)[:, None]] = np.iinfo(np.int32).max
-    distance = q_position[:, :, None].astype(np.int64) - k_position[:, None]
-    seen = (distance >= 0) & (distance < (window or S))
-    run = lambda q, k, v: cached_attention(q, k, v, jnp.asarray(q_position), jnp.asarray(k_position), window=window)
-    check(run, arguments, seen, "float64")
 
 
 def test_large_logits_stay_finite():

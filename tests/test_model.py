@@ -446,7 +446,7 @@ def test_bfloat16_stays_close_to_float32():
     assert x.dtype == y.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half)), "parameters stay float32"
     slots = state.layers[0][1]
-    assert (slots.ttt.S_BDF.dtype, slots.ttt.z_BCF.dtype, slots.cache.k_BLKH.dtype) == (
+    assert (slots.ttt.S_BDF.dtype, slots.ttt.z_BCF.dtype, slots.cache.k_BKLH.dtype) == (
         jnp.float32,
         jnp.bfloat16,
         jnp.bfloat16,
