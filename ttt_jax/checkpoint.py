@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _MODEL, _OPT_STATE, _DATA_STATE, _EXTRA = "model", "opt_state", "data_state", "extra"
+_CHUNK_BYTES = 32 << 20
 _FIX_MODEL = "use the model section of the config it was trained with, or start another run"
 _FIX_OPT_STATE = "use the optimizer.groups it was trained with, or start another run with init_from"
 
@@ -91,7 +92,7 @@ class Checkpointer:
             return
         items = ocp.args.Composite(
             **{
-                _MODEL: ocp.args.PyTreeSave(_flat(model)),
+                _MODEL: _save_args(_flat(model)),
                 _OPT_STATE: ocp.args.PyTreeSave(_flat(opt_state)),
                 _DATA_STATE: ocp.args.JsonSave(data_state),
                 _EXTRA: ocp.args.JsonSave(extra or {}),
@@ -166,7 +167,7 @@ def save_model_params(path: str | Path, model: Any) -> None:
         raise CheckpointError(f"checkpoint {target}: exists already; choose another folder")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(target, args=ocp.args.PyTreeSave(_flat(model)))
+            writer.save(target, args=_save_args(_flat(model)))
     except OSError as error:
         raise CheckpointError(f"checkpoint {target}: could not be written ({_one_line(error)})") from None
 
@@ -215,6 +216,17 @@ def _flat(tree: Any) -> dict[str, Any]:
     if len(flat) != len(leaves):
         raise ValueError("two leaves of the tree have the same dotted path")
     return flat
+
+
+def _save_args(flat: dict[str, Any]) -> ocp.args.PyTreeSave:
+    """How parameters lie on disk: a chunk holds one layer and `_CHUNK_BYTES` at most, so that `ttt-jax convert` can read
+    layer by layer. By default a chunk is a device's whole shard of a whole stack of layers."""
+
+    def args(name: str, leaf: Any) -> ocp.SaveArgs:
+        stacked = name.startswith("groups.") and leaf.ndim > 2
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0, 1) if stacked else ())
+
+    return ocp.args.PyTreeSave(flat, save_args={name: args(name, leaf) for name, leaf in flat.items()})
 
 
 def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False) -> Any:

@@ -124,7 +124,7 @@ def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: s
     types = raw.get("layer_types")
     if types:
         if not isinstance(types, list) or len(types) != layers:
-            raise ConfigError(f"{where}: layer_types = {_short(types)}: expected a list of one kind for each of {layers} layers")
+            raise ConfigError(f"{where}: layer_types = {_short(types)}: expected a list, one kind for each of {layers} layers")
         unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
         if unknown:
             raise ConfigError(f"{where}: layer_types: kind {_short(unknown[0])} is not supported")

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.checkpoint import load_model_params, read_run_config
+from ttt_jax.checkpoint import find_checkpoint, load_model_params, read_run_config
 from ttt_jax.config import Config, ModelConfig
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.hf import load_hf, load_hf_into, read_config
+from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_names
 from ttt_jax.model import Runtime, Transformer
+from ttt_jax.model_folder import OrbaxTensors, is_model_folder, read_description
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
     """Load a model for inference.
 
     Args:
-      path: a Hugging Face folder (config.json, safetensors), or a run folder of `train.py` (its newest checkpoint).
+      path: a Hugging Face folder (config.json, safetensors), a folder that `ttt-jax convert --to orbax` wrote, or a run folder
+        of `train.py` (its newest checkpoint).
       dtype: dtype of the parameters.
       runtime: how to compute; None computes in `dtype`.
 
@@ -28,16 +30,22 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     """
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if not path.is_dir():
-        raise CheckpointError(f"model {path}: no such folder; give a Hugging Face folder or a run folder")
-    if (path / "config.json").is_file():
+        raise CheckpointError(f"model {path}: no such folder; give a Hugging Face, converted or run folder")
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    if is_model_folder(path):
+        about = read_description(path)
+        cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
+    elif (path / "config.json").is_file():
         model = load_hf(path, runtime, dtype=dtype)
-        model.tokenizer = load_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else None
+        model.tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
         return model
-    config = read_run_config(path)
-    abstract = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(0)))
+    else:
+        config = read_run_config(path)
+        cfg, tokenizer = config.model, config.data.tokenizer
+    abstract = jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0)))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     model = load_model_params(path, abstract)
-    model.tokenizer = load_tokenizer(config.data.tokenizer)
+    model.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     return model
 
 
@@ -55,6 +63,15 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
         raise CheckpointError(
             f"config field init_from = {config.init_from!r}: no such folder; give a Hugging Face or run folder, or null"
         )
+    if is_model_folder(source):
+        about = read_description(source)
+        _check_same_model(config.model, about.model, config.init_from)
+        stored = jax.eval_shape(lambda: Transformer(about.model, key=jax.random.key(0)))
+        if tensor_names(stored) == tensor_names(abstract):
+            return load_model_params(source, abstract)
+        # Other TTT layers or windows group the layers otherwise: tensor by tensor.
+        tensors = OrbaxTensors(find_checkpoint(source), stored)
+        return load_into(abstract, tensors, config.init_from, key=jax.random.key(config.seed))
     if (source / "config.json").is_file():
         _check_same_model(config.model, read_config(source), config.init_from)
         return load_hf_into(abstract, source, key=jax.random.key(config.seed))

@@ -259,7 +259,7 @@ def _broken(path: Path, reason: str) -> CheckpointError:
 
 
 def _read_into(path: Path, offset: int, array: np.ndarray) -> None:
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
@@ -327,7 +327,7 @@ def _write_file(path: Path, specs: list[TensorSpec], blocks: Callable[[TensorSpe
             written = 0
             for block in blocks(spec):
                 assert block.dtype == spec.dtype, (spec, block.dtype)
-                _write_all(file, memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8)))
+                _write_all(file, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
                 written += block.nbytes
             assert written == spec.nbytes, spec
         os.fsync(file.fileno())
