@@ -333,10 +333,15 @@ def compare_logits(a: Source, b: Source) -> float:
             model = load_model_params(source.folder, abstract)
         else:
             model = fill(abstract, source.tensors.read)
-        return np.asarray(jax.jit(lambda model, ids_BT: model.logits(model.hidden(ids_BT)[0]))(model, ids_BT), np.float64)
+        return np.asarray(_logits_BTV(model, ids_BT), np.float64)
 
     x_BTV = logits_BTV(a)
     return float(np.sqrt(np.mean((logits_BTV(b) - x_BTV) ** 2) / np.mean(x_BTV**2)))
+
+
+@jax.jit  # one function: compiled once when both sides are the same model
+def _logits_BTV(model: Transformer, ids_BT: jax.Array) -> jax.Array:
+    return model.logits(model.hidden(ids_BT)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ output
