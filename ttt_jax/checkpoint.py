@@ -236,7 +236,8 @@ def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False
     with ocp.Checkpointer(handler) as reader:
         try:
             stored = handler.metadata(epath.Path(path)).tree
-        except (OSError, ValueError, KeyError) as error:
+            check_chunks(stored)
+        except Exception as error:  # damaged JSON surfaces in many ways
             raise _damaged(path.parent, error) from None
         _check_match(path.parent, stored, wanted, noun, fix, cast)
         item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
@@ -247,9 +248,20 @@ def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False
         }
         try:
             restored = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # Orbax raises a bare Exception when a chunk cannot be read
             raise _damaged(path.parent, error) from None
     return jax.tree.unflatten(jax.tree.structure(tree), [restored[name] for name in wanted])
+
+
+def check_chunks(stored: dict[str, Any]) -> None:
+    """No chunk is larger than its array, as a damaged header might claim: reading one would allocate it.
+
+    Raises: ValueError.
+    """
+    for name, array in stored.items():
+        chunk = (array.storage.chunk_shape if array.storage is not None else None) or array.shape
+        if any(part is None or part > max(size, 1) for part, size in zip(chunk, array.shape, strict=True)):
+            raise ValueError(f"{name} of shape {list(array.shape)} has chunks of shape {list(chunk)}")
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:

@@ -31,6 +31,7 @@ from ttt_jax.model_folder import (
     Description,
     OrbaxTensors,
     OrbaxWriter,
+    check_layout,
     is_model_folder,
     read_description,
     tensor_spec,
@@ -161,6 +162,7 @@ def open_source(path: str | Path) -> Source:
     if is_model_folder(folder):
         about = read_description(folder)
         abstract = jax.eval_shape(lambda: Transformer(about.model, key=jax.random.key(0)))
+        check_layout(folder, abstract)
         stored = OrbaxTensors(find_checkpoint(folder), abstract, about.dtypes, about.tied_head)
         tokenizer = about.tokenizer or str(folder)
         block = _block(stored.block_bytes)

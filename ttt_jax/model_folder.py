@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from ttt_jax.checkpoint import check_chunks
 from ttt_jax.config import ModelConfig, from_dict, to_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import tensor_names
@@ -42,6 +43,13 @@ _FORMAT = "ttt_jax model 1"
 _CHUNK_COLUMNS = 8  # chunks cut the last axis, too: devices that hold slices of it need not each read everything
 _CHUNK_BYTES = 8 << 20
 _DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
+
+# An array's header, without what differs between arrays.
+_ZARRAY = {
+    "zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None, "dimension_separator": ".",
+    "shape": [], "chunks": [], "dtype": "",
+}  # fmt: skip
+_ZARR_DTYPES = {"<f4": _DTYPES["float32"], "<f2": _DTYPES["float16"], "bfloat16": _DTYPES["bfloat16"]}
 
 
 # ------------------------------------------------------------------------------------------------------- description
@@ -99,6 +107,69 @@ def read_description(folder: str | Path) -> Description:
     except ConfigError as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
     return Description(config, hf_config, dtypes, tied_head, tokenizer)
+
+
+def check_layout(folder: Path, abstract: Transformer) -> None:
+    """Every file of `folder/model` is there, of its exact size, and says what this module writes.
+
+    Called before Orbax or tensorstore sees the folder: they trust array headers, and damaged ones have crashed the process.
+
+    Args:
+      abstract: the structure of the model that the folder's description names.
+
+    Raises: CheckpointError naming the file, or listing the parameters that are missing, unknown or of the wrong shape.
+    """
+    model = folder / MODEL
+    leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+    try:
+        metadata = read_json_object(inside(model, "_METADATA"), CheckpointError)
+        tree = metadata.get("tree_metadata")
+        expected = {str((name,)): [{"key": name, "key_type": 2}] for name in leaves}
+        known = metadata.get("use_ocdbt") is False and metadata.get("use_zarr3") is False
+        if not isinstance(tree, dict) or not known or not all(_is_array(value, expected.get(key)) for key, value in tree.items()):
+            raise CheckpointError(f"{model / '_METADATA'}: not as ttt-jax convert writes it; convert again")
+        problems = [f"missing {name}" for name in leaves if str((name,)) not in tree]
+        problems += [f"unknown {show(key)}" for key in tree if key not in expected]
+        headers = {name: _read_array_header(model / name) for name in leaves if str((name,)) in tree}
+        for name, header in headers.items():
+            if header["shape"] != list(leaves[name].shape):
+                problems.append(f"wrong shape {name} {tuple(header['shape'])} (expected {tuple(leaves[name].shape)})")
+        if problems:
+            raise CheckpointError(f"model {folder}: its parameters do not fit its description: {list_names(sorted(problems))}")
+        for name, header in headers.items():
+            nbytes = math.prod(header["chunks"]) * _ZARR_DTYPES[header["dtype"]].itemsize
+            counts = [math.ceil(size / part) for size, part in zip(header["shape"], header["chunks"], strict=True)]
+            for index in np.ndindex(*counts):
+                path = model / name / ".".join(map(str, index))
+                if not path.is_file() or path.stat().st_size != nbytes:
+                    raise CheckpointError(f"{path}: missing, or not of {nbytes} bytes; convert again")
+    except OSError as error:
+        raise CheckpointError(f"model {folder}: could not be read ({error.strerror})") from None
+
+
+def _is_array(value: Any, key: list[dict[str, Any]] | None) -> bool:
+    about = value.get("value_metadata") if isinstance(value, dict) else None
+    if not isinstance(about, dict) or about.get("skip_deserialize", False) is not False:
+        return False
+    return key is None or value.get("key_metadata") == key
+
+
+def _read_array_header(folder: Path) -> dict[str, Any]:
+    path = inside(folder, ".zarray")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; convert again")
+    header = read_json_object(path, CheckpointError)
+    right = header | {"shape": [], "chunks": [], "dtype": ""} == _ZARRAY and str(header.get("dtype")) in _ZARR_DTYPES
+    shape, chunks = _sizes(header.get("shape")), _sizes(header.get("chunks"))
+    if not right or not shape or len(chunks) != len(shape) or any(a > b for a, b in zip(chunks, shape, strict=True)):
+        raise CheckpointError(f"{path}: not as ttt-jax convert writes it; convert again")
+    return header
+
+
+def _sizes(value: Any) -> list[int]:
+    """A list of positive sizes, or the empty list for anything else."""
+    right = isinstance(value, list) and all(type(size) is int and 0 < size < 1 << 48 for size in value)
+    return value if right else []
 
 
 # ----------------------------------------------------------------------------------------------------------- places
@@ -233,7 +304,8 @@ class OrbaxTensors:
             self._stored = dict(ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / MODEL)).tree)
             metadata = json.loads((checkpoint / MODEL / "_METADATA").read_text(encoding="utf-8"))
             self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            check_chunks(self._stored)
+        except Exception as error:  # damaged JSON surfaces in many ways
             raise self._damaged(error) from None
         self._places = _places(abstract)
         leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
@@ -293,7 +365,9 @@ class OrbaxTensors:
         # One array is open at a time. Its cache holds the chunks that several blocks (or, in old runs, layers) share.
         if self._open is None or self._open[0] != ours:
             self._open = None
-            spec = {"driver": self._driver, "kvstore": _kvstore(self.checkpoint / MODEL, ours)}
+            spec: dict[str, Any] = {"driver": self._driver, "kvstore": _kvstore(self.checkpoint / MODEL, ours)}
+            if self._driver == "zarr":
+                spec["fill_missing_data_reads"] = False  # a chunk that is gone is an error, not zeros
             self._open = (ours, ts.open(spec, open=True, context=_context(self._band_bytes(ours))).result())
         return self._open[1]
 

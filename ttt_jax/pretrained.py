@@ -13,7 +13,7 @@ from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_names
 from ttt_jax.model import Runtime, Transformer
-from ttt_jax.model_folder import OrbaxTensors, is_model_folder, read_description
+from ttt_jax.model_folder import OrbaxTensors, check_layout, is_model_folder, read_description
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
@@ -35,6 +35,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     if is_model_folder(path):
         about = read_description(path)
         cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
+        check_layout(path, jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0))))
     elif (path / "config.json").is_file():
         model = load_hf(path, runtime, dtype=dtype)
         model.tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
@@ -67,6 +68,7 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
         about = read_description(source)
         _check_same_model(config.model, about.model, config.init_from)
         stored = jax.eval_shape(lambda: Transformer(about.model, key=jax.random.key(0)))
+        check_layout(source, stored)
         if tensor_names(stored) == tensor_names(abstract):
             return load_model_params(source, abstract)
         # Other TTT layers or windows group the layers otherwise: tensor by tensor.
