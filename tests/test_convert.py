@@ -302,6 +302,7 @@ def test_init_from_a_converted_model(golden_model, plain, tmp_path):
     same_params(from_orbax, from_hf)
 
 
+@pytest.mark.slow
 def test_train_py_continues_from_a_converted_model(tmp_path):
     make_folder(tmp_path / "source", PLAIN | {"vocab_size": 257})
     convert(tmp_path / "source", tmp_path / "orbax", to="orbax", ttt={"layers": [1], "chunk_size": 16})

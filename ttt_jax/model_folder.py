@@ -126,7 +126,8 @@ def check_layout(folder: Path, abstract: Transformer) -> None:
         tree = metadata.get("tree_metadata")
         expected = {str((name,)): [{"key": name, "key_type": 2}] for name in leaves}
         known = metadata.get("use_ocdbt") is False and metadata.get("use_zarr3") is False
-        if not isinstance(tree, dict) or not known or not all(_is_array(value, expected.get(key)) for key, value in tree.items()):
+        known = known and isinstance(tree, dict) and all(_is_array(value, expected.get(key)) for key, value in tree.items())
+        if not known or not isinstance(tree, dict):
             raise CheckpointError(f"{model / '_METADATA'}: not as ttt-jax convert writes it; convert again")
         problems = [f"missing {name}" for name in leaves if str((name,)) not in tree]
         problems += [f"unknown {show(key)}" for key in tree if key not in expected]
