@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_model import abstract, config, make
+from test_model import config, make
 from tolerance import assert_close
 
 from ttt_jax import Session, generate, load_pretrained, score
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.model import Runtime
+from ttt_jax.pretrained import unstacked
 from ttt_jax.sampling import Sampling
 
 C = 4
@@ -144,21 +145,7 @@ def test_a_restored_session_goes_on_as_if_never_stopped(changes, cuts, tmp_path)
 
 @functools.cache
 def model_of_unrolled(**changes):
-    model = model_of(**changes)
-    by_layer = {}
-    for group in model.groups:
-        for r in range(len(group.pattern)):
-            for n, layer in enumerate(group.layer_indices(r)):
-                by_layer[layer] = jax.tree.leaves(
-                    jax.tree.map(lambda x, n=n: x.reshape(1, 1, -1, *x.shape[2:])[:, :, n], group.blocks[r])
-                )
-    target = abstract(model.config, scan_layers=False)
-    for layer, group in enumerate(target.groups):
-        tree = jax.tree.structure(group.blocks[0])
-        group.blocks[0] = jax.tree.unflatten(tree, by_layer[layer])
-    for name in ("embed", "norm", "head"):
-        setattr(target, name, getattr(model, name))
-    return target
+    return unstacked(model_of(**changes))
 
 
 def test_branches_go_their_own_ways():

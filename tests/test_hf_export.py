@@ -103,7 +103,7 @@ def test_a_failure_leaves_no_folder(golden_model, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ttt_jax.hf_export.save_file", full)
+    monkeypatch.setattr("ttt_jax.hf_export.write_tensors", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_pretrained(load_hf(folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

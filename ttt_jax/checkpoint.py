@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _MODEL, _OPT_STATE, _DATA_STATE, _EXTRA = "model", "opt_state", "data_state", "extra"
+_CHUNK_BYTES = 32 << 20
 _FIX_MODEL = "use the model section of the config it was trained with, or start another run"
 _FIX_OPT_STATE = "use the optimizer.groups it was trained with, or start another run with init_from"
 
@@ -91,7 +92,7 @@ class Checkpointer:
             return
         items = ocp.args.Composite(
             **{
-                _MODEL: ocp.args.PyTreeSave(_flat(model)),
+                _MODEL: _save_args(_flat(model)),
                 _OPT_STATE: ocp.args.PyTreeSave(_flat(opt_state)),
                 _DATA_STATE: ocp.args.JsonSave(data_state),
                 _EXTRA: ocp.args.JsonSave(extra or {}),
@@ -166,7 +167,7 @@ def save_model_params(path: str | Path, model: Any) -> None:
         raise CheckpointError(f"checkpoint {target}: exists already; choose another folder")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(target, args=ocp.args.PyTreeSave(_flat(model)))
+            writer.save(target, args=_save_args(_flat(model)))
     except OSError as error:
         raise CheckpointError(f"checkpoint {target}: could not be written ({_one_line(error)})") from None
 
@@ -217,6 +218,17 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flat
 
 
+def _save_args(flat: dict[str, Any]) -> ocp.args.PyTreeSave:
+    """How parameters lie on disk: a chunk holds one layer and `_CHUNK_BYTES` at most, so that `ttt-jax convert` can read
+    layer by layer. By default a chunk is a device's whole shard of a whole stack of layers."""
+
+    def args(name: str, leaf: Any) -> ocp.SaveArgs:
+        stacked = name.startswith("groups.") and leaf.ndim > 2
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0, 1) if stacked else ())
+
+    return ocp.args.PyTreeSave(flat, save_args={name: args(name, leaf) for name, leaf in flat.items()})
+
+
 def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False) -> Any:
     """Read the flat dictionary at `path` into the structure of `tree`. With `cast`, dtypes are `tree`'s."""
     wanted = _flat(tree)
@@ -224,7 +236,8 @@ def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False
     with ocp.Checkpointer(handler) as reader:
         try:
             stored = handler.metadata(epath.Path(path)).tree
-        except (OSError, ValueError, KeyError) as error:
+            check_chunks(stored)
+        except Exception as error:  # damaged JSON surfaces in many ways
             raise _damaged(path.parent, error) from None
         _check_match(path.parent, stored, wanted, noun, fix, cast)
         item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
@@ -235,9 +248,20 @@ def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False
         }
         try:
             restored = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # Orbax raises a bare Exception when a chunk cannot be read
             raise _damaged(path.parent, error) from None
     return jax.tree.unflatten(jax.tree.structure(tree), [restored[name] for name in wanted])
+
+
+def check_chunks(stored: dict[str, Any]) -> None:
+    """No chunk is larger than its array, as a damaged header might claim: reading one would allocate it.
+
+    Raises: ValueError.
+    """
+    for name, array in stored.items():
+        chunk = (array.storage.chunk_shape if array.storage is not None else None) or array.shape
+        if any(part is None or part > max(size, 1) for part, size in zip(chunk, array.shape, strict=True)):
+            raise ValueError(f"{name} of shape {list(array.shape)} has chunks of shape {list(chunk)}")
 
 
 def _sharding(leaf: Any) -> jax.sharding.Sharding:

@@ -26,3 +26,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on (for instance a loss that is not finite)."""
+
+
+class VerificationError(UserError):
+    """Two models that should compute the same do not."""

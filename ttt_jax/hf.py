@@ -6,23 +6,25 @@ at a time through safetensors, never unpickled.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from ttt_jax.config import ModelConfig, from_dict
+from ttt_jax.config import ModelConfig, from_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model import Runtime, Transformer
 from ttt_jax.paths import param_path
+from ttt_jax.tensor_files import TensorFiles, TensorSource, inside, list_names, read_json_object
 from ttt_jax.ttt import KERNEL
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
+# Beyond these a config is damaged or hostile; the shapes are compared with the files' headers before anything is allocated.
+_LIMITS = {"num_hidden_layers": 4096, "hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**28, "head_dim": 2**16,
+           "num_attention_heads": 2**16, "num_key_value_heads": 2**16}  # fmt: skip
 _TTT_FIELDS = {"ttt_layers": "layers", "ttt_chunk": "chunk_size", "ttt_lr": "lr", "ttt_target": "target", "ttt_proj": "proj"}
 
 
@@ -34,84 +36,116 @@ def read_config(folder: str | Path) -> ModelConfig:
 
     Raises: ConfigError naming the field when the architecture or a value is not supported.
     """
-    path = Path(folder) / "config.json"
+    return config_from_hf(read_raw_config(folder), where=str(Path(folder) / "config.json"))
+
+
+def read_raw_config(folder: str | Path) -> dict[str, Any]:
+    """The fields of `config.json` as they are. Raises CheckpointError (no such file) or ConfigError (no JSON object)."""
+    path = inside(Path(folder), "config.json")
     if not path.is_file():
         raise CheckpointError(f"checkpoint {folder}: no config.json; give a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected an object of fields, got {type(raw).__name__}")
-    return config_from_hf(raw, where=str(path))
+    return read_json_object(path, ConfigError)
 
 
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its value."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type = {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"{where}: model_type = {_short(family)} is not supported; supported: {', '.join(FAMILIES)}")
 
-    def need(name: str) -> Any:
-        if raw.get(name) is None:
+    def size(name: str, default: int | None = None) -> int:
+        value = raw.get(name)
+        if value is None and default is None:
             raise ConfigError(f"{where}: field {name} is missing")
-        return raw[name]
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value <= _LIMITS.get(name, 2**31 - 1):
+            fix = f"expected a whole number from 1 to {_LIMITS.get(name, 2**31 - 1)}"
+            raise ConfigError(f"{where}: {name} = {_short(value, quote=False)}: {fix}")
+        return value
 
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"{where}: hidden_act = {raw['hidden_act']!r} is not supported; only silu (SwiGLU) is")
-    layers, heads = need("num_hidden_layers"), need("num_attention_heads")
-    window, full_layers = _windows(raw, family, layers)
+    def flag(name: str) -> bool:
+        value = raw.get(name)
+        if value is not None and type(value) is not bool:
+            raise ConfigError(f"{where}: {name} = {_short(value)}: expected true or false")
+        return bool(value)
+
+    act = raw.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ConfigError(f"{where}: hidden_act = {_short(act)} is not supported; only silu (SwiGLU) is")
+    for name, plain in (("partial_rotary_factor", 1.0), ("quantization_config", None)):
+        if raw.get(name) not in (None, plain):
+            raise ConfigError(f"{where}: {name} = {_short(raw[name])} is not supported")
+    layers, heads = size("num_hidden_layers"), size("num_attention_heads")
+    window, full_layers = _windows(raw, family, layers, flag("use_sliding_window"), where)
+    bias = flag("attention_bias")
     tree = {
-        "vocab_size": need("vocab_size"),
-        "d_model": need("hidden_size"),
+        "vocab_size": size("vocab_size"),
+        "d_model": size("hidden_size"),
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or need("hidden_size") // heads,
-        "d_ff": need("intermediate_size"),
+        "num_kv_heads": size("num_key_value_heads", heads),
+        "head_dim": size("head_dim", max(1, size("hidden_size") // heads)),
+        "d_ff": size("intermediate_size"),
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "max_positions": raw.get("max_position_embeddings", 32768),
+        "max_positions": size("max_position_embeddings", 32768),
         "rope": _rope(raw, where),
         "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2" or bool(raw.get("attention_bias", False)),
-        "o_bias": family != "qwen2" and bool(raw.get("attention_bias", False)),
-        "mlp_bias": bool(raw.get("mlp_bias", False)),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "qkv_bias": family == "qwen2" or bias,
+        "o_bias": family != "qwen2" and bias,
+        "mlp_bias": flag("mlp_bias"),
+        "tie_embeddings": flag("tie_word_embeddings"),
         "sliding_window": window,
         "full_attention_layers": full_layers,
         "init_std": raw.get("initializer_range", 0.02),
-        "ttt": _ttt(raw),
+        "ttt": _ttt(raw) if flag("ttt_mode") else {},
     }
     try:
-        return from_dict(ModelConfig, tree)
+        model = from_dict(ModelConfig, tree)
+        validate_model(model)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    return model
+
+
+def _short(value: Any, quote: bool = True) -> str:
+    text = repr(value) if quote else " ".join(str(value)[:100].split())
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
-    if not raw.get("ttt_mode", False):
-        return {}
     return {ours: raw[theirs] for theirs, ours in _TTT_FIELDS.items() if raw.get(theirs) is not None}
 
 
-def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None, list[int]]:
-    window = raw.get("sliding_window")
-    if window is None or (family != "mistral" and not raw.get("use_sliding_window", False)):
+def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: str) -> tuple[int | None, list[int]]:
+    # transformers gives Mistral a window unless config.json says null.
+    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
+    if window is None or (family != "mistral" and not used):
         return None, []
     types = raw.get("layer_types")
     if types:
+        if not isinstance(types, list) or len(types) != layers:
+            raise ConfigError(f"{where}: layer_types = {_short(types)}: expected a list, one kind for each of {layers} layers")
+        unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
+        if unknown:
+            raise ConfigError(f"{where}: layer_types: kind {_short(unknown[0])} is not supported")
         full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     else:  # older Qwen configs: the first `max_window_layers` layers see everything
-        full = [] if family == "mistral" else list(range(min(raw.get("max_window_layers", layers), layers)))
+        first = raw.get("max_window_layers", layers)
+        if type(first) is not int or first < 0:
+            raise ConfigError(f"{where}: max_window_layers = {_short(first)}: expected a whole number")
+        full = [] if family == "mistral" else list(range(min(first, layers)))
     return (None, []) if len(full) == layers else (window, full)
 
 
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+        raise ConfigError(f"{where}: rope_parameters = {_short(scaling)}: expected one set of fields for all layers")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
     if kind not in ("default", "llama3", "yarn"):
-        raise ConfigError(f"{where}: rope type {kind!r} is not supported; supported: default, llama3, yarn")
+        raise ConfigError(f"{where}: rope type {_short(kind)} is not supported; supported: default, llama3, yarn")
     rope: dict[str, Any] = {"kind": kind, "base": base}
     if kind == "default":
         return rope
@@ -172,51 +206,6 @@ def tensor_names(model: Transformer) -> dict[str, list[str]]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-class TensorFiles:
-    """The safetensors of a folder, sharded or not, as one lazy mapping from name to numpy array."""
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = sorted(set(weight_map.values()))
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: not a safetensors index: {error}") from None
-            for name in files:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
-        else:
-            files = ["model.safetensors"]
-        self._files, self._where = {}, {}
-        for name in files:
-            path = folder / name
-            if not path.is_file():
-                raise CheckpointError(f"checkpoint {folder}: {name} is missing (only safetensors are read, never pickles)")
-            try:
-                handle = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-            self._files[name] = handle
-            for tensor in handle.keys():  # noqa: SIM118 (a safe_open is not iterable)
-                if tensor in self._where:
-                    raise CheckpointError(f"checkpoint {folder}: tensor {tensor} is in two files")
-                self._where[tensor] = name
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[self._where[name]].get_tensor(name)
-
-
 def load_hf(folder: str | Path, runtime: Runtime | None = None, *, dtype: str = "float32") -> Transformer:
     """Read a Hugging Face folder into a `Transformer`.
 
@@ -226,53 +215,82 @@ def load_hf(folder: str | Path, runtime: Runtime | None = None, *, dtype: str = 
       dtype: dtype of the parameters; training wants float32.
 
     Raises: ConfigError for an unsupported architecture; CheckpointError listing the tensors that are missing, that the
-      model has no place for, or whose shape differs.
+      model has no place for, or whose shape differs, or naming one that holds NaN.
     """
     cfg = read_config(folder)
     files = TensorFiles(folder)
-    abstract = jax.eval_shape(lambda: Transformer(cfg, runtime or Runtime(), key=jax.random.key(0)))
+    abstract = abstract_model(cfg, files, str(folder), runtime)
     check_tensors(abstract, files, str(folder))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     return fill(abstract, files.read)
 
 
+def abstract_model(cfg: ModelConfig, source: TensorSource, where: str, runtime: Runtime | None = None) -> Transformer:
+    """The model's structure without arrays. Raises CheckpointError when the source has too few tensors for its layers."""
+    count = sum(1 for _ in source)
+    if cfg.num_layers > count:  # before anything is built for each layer
+        raise CheckpointError(f"checkpoint {where}: its config has {cfg.num_layers} layers, but it holds {count} tensors")
+    return jax.eval_shape(lambda: Transformer(cfg, runtime or Runtime(), key=jax.random.key(0)))
+
+
 def load_hf_into(abstract: Transformer, folder: str | Path, *, key: jax.Array) -> Transformer:
-    """Read a folder into the places (dtype and sharding) of an abstract model, which may have more TTT layers.
+    """`load_into` from a Hugging Face folder."""
+    return load_into(abstract, TensorFiles(folder), str(folder), key=key)
 
-    TTT parameters that the folder lacks get the initialisation of continual training (section 4): the convolution is
-    zero and W_target diagonal with entries N(0, init_std^2), so the model starts exactly at its pretrained function.
+
+def load_into(abstract: Transformer, source: TensorSource, where: str, *, key: jax.Array) -> Transformer:
+    """Read tensors into the places (dtype and sharding) of an abstract model, which may have more TTT layers.
+
+    TTT parameters that the source lacks get the initialisation of continual training, see `fresh_ttt_rows`.
     """
-    files = TensorFiles(folder)
-    fresh = {name for names in tensor_names(abstract).values() for name in names if ".mlp.ttt_" in name} - set(files)
-    check_tensors(abstract, files, str(folder), optional=fresh)
+    fresh = {name for names in tensor_names(abstract).values() for name in names if ".mlp.ttt_" in name} - set(source)
+    check_tensors(abstract, source, where, optional=fresh)
     D, std = abstract.config.d_model, abstract.config.init_std
-
-    def read(name: str) -> np.ndarray:
-        if name not in fresh:
-            return files.read(name)
-        if name.endswith("ttt_conv.weight"):
-            return np.zeros((D, 1, KERNEL), np.float32)
-        seed = np.frombuffer(np.asarray(jax.random.key_data(key)).tobytes() + name.encode(), np.uint8)
-        return np.diag(np.random.default_rng(seed).normal(0, std, D).astype(np.float32))
-
-    return fill(abstract, read)
+    return fill(abstract, lambda name: fresh_ttt_rows(name, D, std, key) if name in fresh else source.read(name))
 
 
-def check_tensors(abstract: Transformer, files: TensorFiles, where: str, optional: Set[str] = frozenset()) -> None:
-    """Every tensor of the model is there with its shape (but for the optional ones), and nothing else is."""
+def fresh_ttt_rows(name: str, D: int, std: float, key: jax.Array, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows of a TTT tensor as continual training initialises it, float32; they depend on the key and the name alone.
+
+    The convolution is zero and W_target diagonal with entries N(0, std^2), so the model starts exactly at its pretrained
+    function (docs/design.md).
+    """
+    start, stop, _ = slice(start, stop).indices(D)
+    if name.endswith("ttt_conv.weight"):
+        return np.zeros((stop - start, 1, KERNEL), np.float32)
+    seed = np.frombuffer(np.asarray(jax.random.key_data(key)).tobytes() + name.encode(), np.uint8)
+    diagonal_D = np.random.default_rng(seed).normal(0, std, D).astype(np.float32)
+    rows = np.zeros((stop - start, D), np.float32)
+    rows[np.arange(stop - start), np.arange(start, stop)] = diagonal_D[start:stop]
+    return rows
+
+
+def tensor_shapes(abstract: Transformer) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the model needs, under the checkpoint's names."""
     shapes = {}
     leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
     for ours, theirs in tensor_names(abstract).items():
         shape = leaves[ours].shape[2:] if ours.startswith("groups.") else leaves[ours].shape
         shapes |= dict.fromkeys(theirs, tuple(shape))
+    return shapes
+
+
+def check_tensors(abstract: Transformer, source: TensorSource, where: str, optional: Set[str] = frozenset()) -> None:
+    """Every tensor of the model is there with its shape (but for the optional ones), and nothing else is.
+
+    Raises: CheckpointError listing what is missing, unknown, of the wrong shape or not made of floats.
+    """
+    shapes = tensor_shapes(abstract)
     ignored = {"lm_head.weight"} if abstract.head is None else set()  # a tied head is sometimes written out
-    ignored |= {name for name in files if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports carry
-    missing = sorted(set(shapes) - set(files) - optional)
-    extra = sorted(set(files) - set(shapes) - ignored)
-    shared = [(name, files.shape(name), shapes[name]) for name in sorted(set(shapes) & set(files))]
+    ignored |= {name for name in source if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports carry
+    missing = sorted(set(shapes) - set(source) - optional)
+    extra = sorted(set(source) - set(shapes) - ignored)
+    both = sorted(set(shapes) & set(source))
+    shared = [(name, source.shape(name), shapes[name]) for name in both]
     wrong = [f"{name} {found} (expected {wanted})" for name, found, wanted in shared if found != wanted]
-    kinds = {"missing": missing, "unknown": extra, "wrong shape": wrong}
-    problems = [f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names]
+    integers = [name for name in both if source.dtype(name) is None]
+    kinds = {"missing": missing, "unknown": extra, "wrong shape": wrong, "not of floats (quantised?)": integers}
+    problems = [f"{kind} {list_names(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointError(f"checkpoint {where}: its tensors do not fit its config.json: {'; '.join(problems)}")
 

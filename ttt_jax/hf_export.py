@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from ttt_jax.config import ModelConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import tensor_names
 from ttt_jax.model import Transformer
 from ttt_jax.paths import param_path
+from ttt_jax.tensor_files import TensorSpec, inside, write_tensors
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -28,6 +29,11 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "mistral": "MistralForCausalLM",
 }
+
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json", "merges.txt"),
+    "generation_config.json",
+)
 
 
 def save_pretrained(
@@ -66,11 +72,34 @@ def save_pretrained(
 
 
 def _write_folder(model, parts: Path, raw: dict[str, Any], dtype: str, max_shard_bytes: int, carry_from) -> None:
-    (parts / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_config(parts, raw)
     _write_tensors(model, parts, dtype, max_shard_bytes)
-    for pattern in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "vocab.json", "merges.txt"):
-        for path in Path(carry_from).glob(pattern) if carry_from is not None else ():
-            shutil.copyfile(path, parts / path.name)
+    if carry_from is not None:
+        copy_companions(carry_from, parts)
+
+
+def write_config(folder: Path, raw: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: str | Path | None, folder: Path) -> None:
+    """Copy the tokenizer (and chat template) and the generation config.
+
+    Args:
+      source: a folder, or a tokenizer.json alone; None copies nothing.
+
+    Raises: CheckpointError for a link that leaves the source's folder.
+    """
+    if source is None:
+        return
+    source = Path(source).expanduser()
+    if source.is_file():
+        shutil.copyfile(source, folder / "tokenizer.json")
+        return
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if inside(source, path.name).is_file():
+                shutil.copyfile(path, folder / path.name)
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -144,43 +173,16 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
     return raw if rope.attention_factor is None else raw | {"attention_factor": rope.attention_factor}
 
 
-def _tensors(model: Transformer, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor, one layer of a stack at a time."""
-    names = tensor_names(model)
+def _write_tensors(model: Transformer, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """One layer of a stack at a time."""
+    names, target = tensor_names(model), np.dtype(jnp.dtype(dtype))
+    specs: list[TensorSpec] = []
+    values: dict[str, Callable[[], jax.Array]] = {}
     for path, value in jax.tree_util.tree_flatten_with_path(model)[0]:
         ours = param_path(path)
-        if not ours.startswith("groups."):
-            yield names[ours][0], np.asarray(value.astype(dtype))
-            continue
-        count = value.shape[1]
+        stacked = ours.startswith("groups.")
         for i, name in enumerate(names[ours]):
-            yield name, np.asarray(value[i // count, i % count].astype(dtype))
-
-
-def _write_tensors(model: Transformer, folder: Path, dtype: str, max_shard_bytes: int) -> None:
-    shards: list[list[str]] = []
-    shard: dict[str, np.ndarray] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"shard-{len(shards) + 1}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, array in _tensors(model, dtype):
-        if shard and size + array.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        shard[name] = array
-        size, total = size + array.nbytes, total + array.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-1").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            specs.append(TensorSpec(name, tuple(value.shape[2:] if stacked else value.shape), target))
+            index = (i // value.shape[1], i % value.shape[1]) if stacked else ()
+            values[name] = lambda value=value, index=index: value[index]
+    write_tensors(folder, specs, lambda spec: iter([np.asarray(values[spec.name]().astype(dtype))]), max_shard_bytes)

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.checkpoint import load_model_params, read_run_config
+from ttt_jax.checkpoint import find_checkpoint, load_model_params, read_run_config
 from ttt_jax.config import Config, ModelConfig
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.hf import load_hf, load_hf_into, read_config
+from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_names
 from ttt_jax.model import Runtime, Transformer
+from ttt_jax.model_folder import OrbaxTensors, check_layout, is_model_folder, read_description
+from ttt_jax.paths import param_path
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
     """Load a model for inference.
 
     Args:
-      path: a Hugging Face folder (config.json, safetensors), or a run folder of `train.py` (its newest checkpoint).
+      path: a Hugging Face folder (config.json, safetensors), a folder that `ttt-jax convert --to orbax` wrote, or a run folder
+        of `train.py` (its newest checkpoint).
       dtype: dtype of the parameters.
       runtime: how to compute; None computes in `dtype`.
 
@@ -29,18 +32,41 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     """
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if not path.is_dir():
-        raise CheckpointError(f"model {path}: no such folder; give a Hugging Face folder or a run folder")
-    if (path / "config.json").is_file():
+        raise CheckpointError(f"model {path}: no such folder; give a Hugging Face, converted or run folder")
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    if is_model_folder(path):
+        about = read_description(path)
+        cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
+        check_layout(path, jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0))))
+    elif (path / "config.json").is_file():
         model = load_hf(path, runtime, dtype=dtype)
-        model.tokenizer = load_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else None
+        model.tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
         model.eos_ids = read_eos_ids(path)
         return model
-    config = read_run_config(path)
-    abstract = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(0)))
+    else:
+        config = read_run_config(path)
+        cfg, tokenizer = config.model, config.data.tokenizer
+    stacked = dataclasses.replace(runtime, scan_layers=True)  # as train.py and convert write them
+    abstract = jax.eval_shape(lambda: Transformer(cfg, stacked, key=jax.random.key(0)))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     model = load_model_params(path, abstract)
-    model.tokenizer = load_tokenizer(config.data.tokenizer)
+    model = model if runtime.scan_layers else unstacked(model)
+    model.eos_ids = read_eos_ids(path)
+    model.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     return model
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The same parameters with arrays of their own for each layer (`Runtime.scan_layers` off)."""
+    runtime = dataclasses.replace(model.runtime, scan_layers=False)
+    target = jax.eval_shape(lambda: Transformer(model.config, runtime, key=jax.random.key(0)))
+    arrays, names = {}, tensor_names(model)
+    for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
+        own = names[param_path(path)]
+        arrays |= {name: x.reshape(len(own), -1)[n] for n, name in enumerate(own)}
+    names = tensor_names(target)
+    leaf = lambda path, struct: arrays[names[param_path(path)][0]].reshape(struct.shape)
+    return jax.tree_util.tree_map_with_path(leaf, target)
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
@@ -80,6 +106,16 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
         raise CheckpointError(
             f"config field init_from = {config.init_from!r}: no such folder; give a Hugging Face or run folder, or null"
         )
+    if is_model_folder(source):
+        about = read_description(source)
+        _check_same_model(config.model, about.model, config.init_from)
+        stored = jax.eval_shape(lambda: Transformer(about.model, key=jax.random.key(0)))
+        check_layout(source, stored)
+        if tensor_names(stored) == tensor_names(abstract):
+            return load_model_params(source, abstract)
+        # Other TTT layers or windows group the layers otherwise: tensor by tensor.
+        tensors = OrbaxTensors(find_checkpoint(source), stored)
+        return load_into(abstract, tensors, config.init_from, key=jax.random.key(config.seed))
     if (source / "config.json").is_file():
         _check_same_model(config.model, read_config(source), config.init_from)
         return load_hf_into(abstract, source, key=jax.random.key(config.seed))
