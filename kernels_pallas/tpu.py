@@ -93,10 +93,10 @@ REVERSE_DZ = Sweep("ttt_reverse_dz", reverse=True, transposed=True, weight="none
 SWEEPS = (FORWARD, REPLAY, REVERSE_DV, REVERSE_DZ)
 
 
-def why_not(dtype, C: int, D: int, F: int, T: int) -> str | None:
-    """Why this call cannot run on a TPU, or None."""
-    if _interpreted.get() is None and jax.default_backend() != "tpu":
-        return f"it needs a TPU, and the platform is {jax.default_backend()}"
+def why_not(platform: str, dtype, C: int, D: int, F: int, T: int) -> str | None:
+    """Why these sizes cannot run here, or None."""
+    if platform != "tpu" and _interpreted.get() is None:
+        return f"it needs a TPU, and the platform is {platform}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"it computes in float32 and bfloat16, not in {jnp.dtype(dtype)}"
     if T == 0:
@@ -130,14 +130,24 @@ def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
         return _pad(x_BTX.reshape(B, M, C, -1), (B, M, Cp, X))
 
     keep_BM = jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM
-    o_BMCD, S_BDF = _in_place_ttt(
-        _target(), chunks(z_BTF, Fp), chunks(v_BTD, Dp), _pad(w_DF, (Dp, Fp)), lr, _pad(state_BDF, (B, Dp, Fp)), keep_BM
-    )
+    w_DF, state_BDF = _pad(w_DF, (Dp, Fp)), _pad(state_BDF, (B, Dp, Fp))
+    arguments = _varying_alike(chunks(z_BTF, Fp), chunks(v_BTD, Dp), w_DF, lr, state_BDF, keep_BM)
+    results: Any = _in_place_ttt(_target(), *arguments)
+    o_BMCD, S_BDF = results
     return o_BMCD[:, :, :C, :D].reshape(B, M * C, D)[:, :T], S_BDF[:, :D, :F]
 
 
 def _pad(x, shape):
     return x if x.shape == shape else jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
+
+
+def _varying_alike(*arrays):
+    """Inside a `shard_map`: all arrays marked as varying over the axes that one of them varies over. A kernel's results do,
+    and so do the gradients that its backward returns; the transpose of `pcast` sums those of what all devices share."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*axes)
+    missing = [tuple(union - own) for own in axes]
+    return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -213,7 +223,8 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
     if base_BMCP is not None:
         inputs["base"] = (base_BMCP, resident)
 
-    outputs = {"y": (jax.ShapeDtypeStruct((B, M, C, P), dtype), resident)}
+    struct = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(p).manual_axis_type)
+    outputs = {"y": (struct((B, M, C, P), dtype), resident)}
     scratch = {
         "X": pltpu.VMEM((Q // bQ, bP, bQ), jnp.float32),
         "pT": pltpu.VMEM((bP, C), dtype),
@@ -221,18 +232,15 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
     }
     if sweep.final:
         spec = pl.BlockSpec((None, bP, bQ), lambda j, b, t, k: (b, j, at_end(t, k)))
-        outputs["x_final"] = (jax.ShapeDtypeStruct((B, P, Q), jnp.float32), spec)
+        outputs["x_final"] = (struct((B, P, Q), jnp.float32), spec)
     if sweep.gradients:
         spec = pl.BlockSpec((bP, bQ), lambda j, b, t, k: (j, jnp.where(b == B - 1, at_end(t, k), 0)))
-        outputs["dw"] = (jax.ShapeDtypeStruct((P, Q), jnp.float32), spec)
+        outputs["dw"] = (struct((P, Q), jnp.float32), spec)
         spec = pl.BlockSpec((None, None, 1, bP), lambda j, b, t, k: (b, time(t), 0, j))
-        outputs["dlr"] = (jax.ShapeDtypeStruct((B, M, 1, P), jnp.float32), spec)
+        outputs["dlr"] = (struct((B, M, 1, P), jnp.float32), spec)
         scratch["dW"] = scratch["X"]
 
     names = (*inputs, *outputs, *scratch)
-    # The name of an output may not hide an input's.
-    assert len(set(names)) == len(names)
-
     def body(*refs):
         _step(sweep, B, **dict(zip(names, refs, strict=True)))
 
@@ -261,8 +269,8 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
 
 
 def _step(
-    sweep: Sweep, B, *, scalars, x_init, p, q, y, X, pT, acc, a=None, w=None, v=None, base=None,
-    x_final=None, dw=None, dlr=None, dW=None,
+    sweep: Sweep, B, *, scalars, x_init, p, q, y, X, pT, acc, a: Any = None, w: Any = None, v: Any = None, base: Any = None,
+    x_final: Any = None, dw: Any = None, dlr: Any = None, dW: Any = None,
 ):  # fmt: skip
     """One chunk, one tile of P, one block of Q: apply the block of X, then update it."""
     b, t, k = pl.program_id(1), pl.program_id(2), pl.program_id(3)
@@ -290,11 +298,8 @@ def _step(
         x_PQ = keep * x_PQ
 
     a_CQ = q[...] if a is None else a[...]
-    if sweep.weight == "folded":
-        x_cast_PQ = (w[...].astype(jnp.float32) + x_PQ).astype(dtype)
-    else:
-        x_cast_PQ = x_PQ.astype(dtype)
-    y_CP = dot(a_CQ, x_cast_PQ, (((1,), (1,)), ((), ())))
+    read_PQ = x_PQ + w[...].astype(jnp.float32) if sweep.weight == "folded" else x_PQ
+    y_CP = dot(a_CQ, read_PQ.astype(dtype), (((1,), (1,)), ((), ())))
     if sweep.weight == "separate":
         y_CP += dot(a_CQ, w[...], (((1,), (1,)), ((), ())))
     acc[...] += y_CP
