@@ -42,13 +42,19 @@ LANES, SUBLANES = 128, 16  # of a bf16 tile; float32 needs 8 sublanes only
 DEFAULT_VMEM = 64 * 2**20  # of v5p and v7x, per core; v5e and v6e have twice as much
 HEADROOM = 8 * 2**20  # of VMEM: what the estimate in `_vmem` does not see (the compiler's own temporaries)
 
+LONGEST = 1024  # side of a tile
+# For comparing tiles, in FLOPs: what v6e computes while it moves a byte of HBM, and (assumed) in a grid step's overhead of a
+# third of a microsecond. The other generations compute less meanwhile, so their compute hides more.
+FLOPS_PER_BYTE, FLOPS_PER_STEP = 560, 3e8
+PRODUCTS = {"separate": 3, "folded": 2, "none": 2}  # matmuls of a step
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the kernels are compiled for: VMEM of a core, the longest side of a block, `interpret` of `pallas_call`."""
+    """What the kernels are compiled for: VMEM of a core; and for tests, (bP, bQ) and `interpret` of `pallas_call`."""
 
     vmem_bytes: int = DEFAULT_VMEM
-    longest: int = 1024
+    tiles: tuple[int, int] | None = None  # None: the best that fit
     interpret: Any = False
 
 
@@ -56,9 +62,9 @@ _interpreted: contextvars.ContextVar[Target | None] = contextvars.ContextVar("in
 
 
 @contextlib.contextmanager
-def interpreted(interpret: bool | pltpu.InterpretParams = True, longest: int = LANES):
-    """Kernels traced inside run in Pallas' interpreter, on any platform, with tiles of `longest`. For tests: slow."""
-    token = _interpreted.set(Target(longest=longest, interpret=interpret))
+def interpreted(interpret: bool | pltpu.InterpretParams = True, tiles: tuple[int, int] | None = (2 * LANES, LANES)):
+    """Kernels traced inside run in Pallas' interpreter, on any platform, in small tiles. For tests: slow."""
+    token = _interpreted.set(Target(tiles=tiles, interpret=interpret))
     try:
         yield
     finally:
@@ -196,7 +202,7 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
     if tiles is None:
         raise ValueError(f"{sweep.name}: no tiles for C = {C}, P = {P}, Q = {Q}; `why_not` says so")
     bP, bQ = tiles
-    grid = (P // bP, B, M, Q // bQ)
+    grid = (pl.cdiv(P, bP), B, M, Q // bQ)  # what lies beyond P in the last tile never meets the rest, and is not written
     last_t, last_q = M - 1, Q // bQ - 1
     time = (lambda t: last_t - t) if sweep.reverse else (lambda t: t)
 
@@ -244,7 +250,6 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
     def body(*refs):
         _step(sweep, B, **dict(zip(names, refs, strict=True)))
 
-    products = {"separate": 3, "folded": 2, "none": 2}[sweep.weight]
     return pl.pallas_call(
         body,
         grid=grid,
@@ -259,8 +264,8 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
             vmem_limit_bytes=target.vmem_bytes,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * B * M * C * P * Q,
-            bytes_accessed=B * int(_traffic(sweep, P, Q, C, dtype.itemsize, bP) * M),
+            flops=2 * PRODUCTS[sweep.weight] * B * M * C * P * Q,
+            bytes_accessed=B * M * _traffic(sweep, P, Q, C, dtype.itemsize, bP),
             transcendentals=0,
         ),
         interpret=target.interpret,
@@ -375,22 +380,27 @@ def _vmem(sweep: Sweep, C, Q, itemsize, bP, bQ) -> int:
     return scratch + 2 * (states * block * 4 + streams + tokens + weight) + values
 
 
-def _traffic(sweep: Sweep, P, Q, C, itemsize, bP) -> float:
+def _traffic(sweep: Sweep, P, Q, C, itemsize, bP) -> int:
     """Bytes of HBM per chunk: every tile of P streams a and q (and W), and its own tokens."""
-    streams = P / bP * C * Q * itemsize * (2 if sweep.transposed else 1)
+    streams = pl.cdiv(P, bP) * C * Q * itemsize * (2 if sweep.transposed else 1)
     tokens = C * P * itemsize * (3 if sweep.gradients or sweep is REVERSE_DZ else 2)
     return streams + tokens + (0 if sweep.weight == "none" else P * Q * itemsize)
 
 
 @functools.cache
 def _tiles(sweep: Sweep, target: Target, P, Q, C, itemsize) -> tuple[int, int] | None:
-    """(bP, bQ): the widest tile of P that fits, because streams are read once per tile; then the widest block of Q."""
-    divisors = lambda n: [LANES * i for i in range(n // LANES, 0, -1) if n // LANES % i == 0]
-    fitting = [
-        (bP, bQ)
-        for bP in divisors(P)
-        for bQ in divisors(Q)
-        if max(bP, bQ) <= target.longest and _vmem(sweep, C, Q, itemsize, bP, bQ) <= target.vmem_bytes - HEADROOM
-    ]
-    # Short blocks of Q waste the matrix unit's time on turning round: prefer 512 over the last step in the tile of P.
-    return max(fitting, key=lambda tile: (min(tile[1], 512) * min(tile[0], 512), tile), default=None)
+    """(bP, bQ) of the lowest cost among those that fit: wide tiles of P, because streams are read once per tile, but no
+    wider than P needs, and long blocks of Q. P need not be a multiple of bP."""
+    if target.tiles is not None:
+        return target.tiles
+
+    def cost(tile):
+        bP, bQ = tile
+        tiles = pl.cdiv(P, bP)
+        flops = 2 * PRODUCTS[sweep.weight] * C * tiles * bP * Q
+        return flops + FLOPS_PER_BYTE * _traffic(sweep, P, Q, C, itemsize, bP) + FLOPS_PER_STEP * tiles * (Q // bQ)
+
+    sides = range(LANES, LONGEST + 1, LANES)
+    candidates = [(bP, bQ) for bP in sides if bP <= P for bQ in sides if Q % bQ == 0]
+    fitting = [tile for tile in candidates if _vmem(sweep, C, Q, itemsize, *tile) <= target.vmem_bytes - HEADROOM]
+    return min(fitting, key=cost, default=None)
