@@ -17,9 +17,10 @@ writes it in every chunk. Everything the op and its gradient need has this form 
     reverse   G tiled over D   dv = lr z G^T            G += do^T z          also dW, dS_0 and dlr
     reverse   G tiled over F   dz += lr v G             G += do^T z
 
-dv sums over F and dz over D, so no single tiling serves both. Recomputing G once more costs 2TDF FLOPs (12TDF instead of
-10TDF for the backward). Adding the parts of dz of every tile of D in HBM would cost 8TF bytes per tile instead: at D = 2560
-and tiles of 512 about twice the time on v5e and four times on v6e, and a float32 buffer of the size of z.
+dv sums over F and dz over D, so no single tiling serves both. Computing G twice costs 2TDF FLOPs: 12TDF for the backward
+instead of 10TDF. The alternative, one reverse sweep over tiles of D that adds its parts of dz up in HBM, moves 8TF bytes more
+per tile, keeps a float32 copy of dz, and makes the tiles wait for each other, so that v5p's second core has nothing to do.
+At D = 2560 that traffic could hide behind the matmuls on v5e (10TDF, then), and could not on v6e (docs/performance.md).
 
 In the forward W and S are applied by two products in one float32 accumulator, so that an update that is small beside W
 survives bf16; where only a gradient is at stake (replay) W + S is rounded and one product serves both.

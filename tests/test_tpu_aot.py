@@ -70,6 +70,7 @@ def compile_op(topology, D, F, *, dtype="bfloat16", B=1, T=8192, C=1024, devices
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).parent.parent),
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process: there is no TPU to share
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_SKIP_MDS_QUERY": "1",
