@@ -5,6 +5,9 @@ B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, S accumul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -13,7 +16,45 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops.reference import in_place_ttt_reference
 from ttt_jax.ops.xla import accumulator, in_place_ttt_xla, precision_for
 
-IMPLEMENTATIONS = ("reference", "xla")
+
+class _Call(NamedTuple):
+    """What decides whether an implementation can run."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    dtype: Any
+    B: int
+    T: int
+    D: int
+    F: int
+    C: int
+
+
+class _Implementation(NamedTuple):
+    """`run` takes what `in_place_ttt_xla` takes; `why_not` says why it cannot, or None. Both import their kernels lazily."""
+
+    why_not: Callable[[_Call], str | None]
+    run: Callable[..., Any]
+    kernel: bool = True  # a custom call, which the compiler cannot partition over a mesh
+
+
+def _why_not_pallas_tpu(call: _Call) -> str | None:
+    from kernels_pallas import tpu
+
+    return tpu.why_not(call.platform, call.dtype, call.C, call.D, call.F, call.T)
+
+
+def _run_pallas_tpu(*args, **kwargs):
+    from kernels_pallas import tpu
+
+    return tpu.in_place_ttt_tpu(*args, **kwargs)
+
+
+# The fastest first. "reference" is not among them: it takes documents and clipping as they come.
+_FAST = {
+    "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
+    "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
+}
+IMPLEMENTATIONS = ("reference", *reversed(_FAST))
 
 
 def in_place_ttt(
@@ -44,22 +85,19 @@ def in_place_ttt(
       segment_ids: document of each token, 0 for padding. S returns to zero where a new document starts; documents must
         start on chunk boundaries. A chunk that holds padding updates nothing.
       clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4, evaluation).
-      implementation: "reference", "xla", or None for the fastest that supports the platform and shapes. A named one that
-        cannot run raises; it never falls back.
+      implementation: "reference", "xla", "pallas_tpu", or None for the fastest that supports the platform and shapes. A
+        named one that cannot run raises; it never falls back. Kernels (all but the first two) are not partitioned over a
+        mesh by the compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis.
 
     Returns:
       o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to continue the stream with.
 
     Raises:
-      UserError: shapes do not fit together, a chunk size below 1, or an unknown implementation.
+      UserError: shapes do not fit together, a chunk size below 1, or an implementation that is unknown or cannot run here.
     """
-    if implementation is None:
-        implementation = "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
-        )
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
+    implementation = _choose(implementation, _Call(_platform(), z_BTF.dtype, B, T, D, F, chunk_size))
     acc = accumulator(z_BTF.dtype)
     if state is None:
         state = jnp.zeros((z_BTF.shape[0], *w_DF.shape), acc)
@@ -78,9 +116,37 @@ def in_place_ttt(
     v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
     if clip_norm is not None:
         v_BTD = _fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
-    return in_place_ttt_xla(
+    return _FAST[implementation].run(
         z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM
     )
+
+
+def _platform() -> str:
+    """What the call is compiled for: the mesh's devices where one is set (they may exist on paper only), or the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _choose(implementation: str | None, call: _Call) -> str:
+    """The implementation to run; raises where a named one cannot."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+    if implementation is None:
+        # Outside a shard_map nothing here tells whether the program is for one device or for all of them.
+        kernels = manual or (mesh.empty and jax.device_count() == 1)
+        return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.why_not(call) is None)
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "reference":
+        return implementation
+    reason = _FAST[implementation].why_not(call)
+    if reason is None and _FAST[implementation].kernel and not (mesh.empty or manual or mesh.size == 1):
+        reason = "a kernel is not partitioned over a mesh; call it inside a shard_map over every mesh axis"
+    if reason is not None:
+        raise UserError(f"in_place_ttt: implementation {implementation!r} cannot run: {reason}")
+    return implementation
 
 
 def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
