@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ttt_jax.attention import cached_attention, self_attention
 from ttt_jax.config import ModelConfig, RopeConfig
 from ttt_jax.ops.xla import accumulator, precision_for
+from ttt_jax.parallel import Parallel
 
 
 @struct.dataclass
@@ -32,6 +33,7 @@ class Context:
       ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
       keep_state: whether the caller wants the state back.
       capacity: slots of a full-attention KV cache; None lets it grow with the input.
+      parallel: the parallel forms of attention and op; None on a single device.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -42,6 +44,7 @@ class Context:
     ttt_scale: jax.Array | float = struct.field(pytree_node=False, default=1.0)
     keep_state: bool = struct.field(pytree_node=False, default=False)
     capacity: int | None = struct.field(pytree_node=False, default=None)
+    parallel: Parallel | None = struct.field(pytree_node=False, default=None)
 
     @property
     def position_B(self) -> jax.Array:
@@ -173,7 +176,8 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH = name(q_BTNH, "qkv"), name(k_BTKH, "qkv"), name(v_BTKH, "qkv")
         with jax.named_scope("attention"):
             if cache is None:
-                o_BTNH = self_attention(
+                attend = self_attention if ctx.parallel is None else ctx.parallel.attention
+                o_BTNH = attend(
                     q_BTNH,
                     k_BTKH,
                     v_BTKH,

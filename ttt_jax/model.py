@@ -22,6 +22,7 @@ from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
 from ttt_jax.layers import Attention, Context, KVCache, RMSNorm, param, rope_tables
 from ttt_jax.ops.xla import accumulator, precision_for
+from ttt_jax.parallel import Parallel
 from ttt_jax.ttt import MLP, TTTState
 
 
@@ -33,11 +34,13 @@ class Runtime:
       dtype: compute dtype, "float32" or "bfloat16" (parameters are cast where they are used).
       remat_save: names of the activations that the backward keeps (config.REMAT_NAMES); None keeps all.
       attention: attention implementation; None picks the fastest.
+      parallel: the parallel forms of attention and op on a mesh; None on a single device.
     """
 
     dtype: str = "float32"
     remat_save: tuple[str, ...] | None = ()
     attention: str | None = None
+    parallel: Parallel | None = None
 
 
 class LayerKind(NamedTuple):
@@ -82,7 +85,10 @@ class Block(nnx.Module):
         y_BTD, cache = self.attention(self.attention_norm(h_BTD), ctx, cache, attention)
         h_BTD = h_BTD + y_BTD
         y_BTD, ttt, stats = self.mlp(self.mlp_norm(h_BTD), ctx, ttt)
-        return h_BTD + y_BTD, None if cache is None else LayerState(cache, ttt), stats
+        h_BTD = h_BTD + y_BTD
+        if ctx.parallel is not None:
+            h_BTD = ctx.parallel.activations(h_BTD)
+        return h_BTD, None if cache is None else LayerState(cache, ttt), stats
 
 
 class Run(NamedTuple):
@@ -228,6 +234,8 @@ class Transformer(nnx.Module):
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
         with jax.named_scope("embed"):
             embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
+            if self.runtime.parallel is not None:
+                embed_BTD = self.runtime.parallel.activations(embed_BTD)
         ctx = Context(
             rope=rope_tables(cfg.rope, cfg.head_dim, positions),
             start_B=None if state is None else state.position_B,
@@ -237,6 +245,7 @@ class Transformer(nnx.Module):
             ttt_scale=ttt_scale,
             keep_state=keep_state or state is not None,
             capacity=capacity,
+            parallel=self.runtime.parallel,
         )
         h_BTD, states, stats = embed_BTD, [], {}
         for g, group in enumerate(self.groups):

@@ -18,6 +18,7 @@ from ttt_jax.config import ModelConfig
 from ttt_jax.layers import Context, linear, param
 from ttt_jax.ops import in_place_ttt, update_norm
 from ttt_jax.ops.xla import accumulator, precision_for
+from ttt_jax.parallel import Parallel
 
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
 
@@ -120,9 +121,10 @@ class MLP(nnx.Module):
     def _lr(self, ctx: Context, acc):
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None):
+    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, parallel: Parallel | None = None):
         ttt = self.cfg.ttt
-        return in_place_ttt(
+        op = in_place_ttt if parallel is None else parallel.in_place_ttt
+        return op(
             z_BTF,
             v_BTD,
             self.down[...],
@@ -153,11 +155,14 @@ class MLP(nnx.Module):
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
         return {"state_ratio_B": jax.lax.stop_gradient(fast_B / slow), "update_norm_B": update_norm_B}
 
-    def _last_update_norm(self, z_BTF, v_BTD, lr):
+    def _last_update_norm(self, z_BTF, v_BTD, lr, parallel: Parallel | None = None):
         C = self.cfg.ttt.chunk_size
         end = z_BTF.shape[1] // C * C
         if end == 0:
             return jnp.zeros(z_BTF.shape[:1], lr.dtype)
+        if parallel is not None and end == z_BTF.shape[1]:
+            norm = parallel.last_update_norm(*map(jax.lax.stop_gradient, (z_BTF, v_BTD, lr)), C)
+            return jnp.broadcast_to(norm, z_BTF.shape[:1])
         last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
         return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
 
@@ -167,10 +172,13 @@ class MLP(nnx.Module):
         lr = self._lr(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
         v_BTD = self._targets(source_BTD, whole_B)
-        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, None, ctx.segment_ids_BT)
-        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr))
+        parallel = ctx.parallel if ctx.parallel is not None and ctx.parallel.splits(T, C) else None
+        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, None, ctx.segment_ids_BT, parallel)
+        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
         if not ctx.keep_state:
             return y_BTD, None, stats
+        if whole_B is None and T % C == 0:  # nothing is pending
+            return y_BTD, TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))), stats
         whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
         return y_BTD, TTTState(S_BDF, *(_pending(x, whole_B, C) for x in (z_BTF, source_BTD))), stats
 
