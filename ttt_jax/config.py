@@ -357,12 +357,11 @@ def validate(config: Config) -> None:
             f"config field optimizer.accumulate = {config.optimizer.accumulate}: "
             f"must divide data.batch_size = {data.batch_size}"
         )
-    if ttt.layers:
-        if data.pack and data.seq_len % ttt.chunk_size:
-            raise ConfigError(
-                f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it a multiple of "
-                f"model.ttt.chunk_size = {ttt.chunk_size}, or set data.pack false"
-            )
+    if ttt.layers and data.pack and data.seq_len % ttt.chunk_size:
+        raise ConfigError(
+            f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it a multiple of "
+            f"model.ttt.chunk_size = {ttt.chunk_size}, or set data.pack false"
+        )
     validate_context(config, max(config.mesh.context, 1))
     if data.seq_len > model.max_positions:
         raise ConfigError(

@@ -80,7 +80,7 @@ class Parallel:
         """
         if not self.splits(z_BTF.shape[1], chunk_size):
             raise ValueError(f"{z_BTF.shape[1]} tokens do not give {self.shards} shards whole chunks of {chunk_size}")
-        (B, T, F), D, mesh = z_BTF.shape, v_BTD.shape[2], self.mesh
+        D, mesh = v_BTD.shape[2], self.mesh
         X = slice_rows(D, self.shards)
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, mesh)
         state_spec = P(rows, self.axis, wide)

@@ -38,9 +38,11 @@ def segments(B, T, kind):
     """Documents that start inside shards, at their edges, and before padding; chunks are whole."""
     if kind is None:
         return None
-    starts = {"edges": [[0, T // 2], [0, T // 4]], "inside": [[0, C, 3 * C, T - C], [0]], "one": [[0], [0]]}[kind]
+    starts = {"edges": [[0, T // 2], [0, T // 4]], "inside": [[0, C, 3 * C, T // 2 - C], [0]]}[kind]
     ids = np.stack([np.searchsorted(starts[b % 2], np.arange(T), side="right") for b in range(B)]).astype(np.int32)
     ids[0, T - 2 :] = 0
+    if kind == "edges":  # padding from inside the last chunk of a shard
+        ids[1, T // 2 - 1 :] = 0
     return jnp.asarray(ids)
 
 

@@ -63,12 +63,12 @@ def in_place_ttt_shard(
     """
     T, C = z_BTF.shape[1], chunk_size
     if axis is not None and (T == 0 or T % C):
-        raise UserError(f"in_place_ttt: a shard of {T} tokens does not hold whole chunks of {C}; change the shards or the chunk")
+        raise UserError(f"in_place_ttt: a shard of {T} tokens does not hold whole chunks of {C}; change one of them")
     acc = accumulator(z_BTF.dtype)
     lr = jnp.asarray(lr, acc)
     v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids_BT, C, acc)
     if keep_BM is not None and axis is not None:
-        keep_BM = keep_BM.at[:, 0].set(_continues(segment_ids_BT, axis, shards).astype(acc))
+        keep_BM = keep_BM.at[:, 0].set(_continues(segment_ids_BT, C, axis, shards).astype(acc))
     if clip_norm is not None:
         v_BTD = _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
     if axis is None:
@@ -91,10 +91,10 @@ class _Static(NamedTuple):
     from_zero: bool  # there is no initial state
 
 
-def _continues(segment_ids_BT, axis: str, shards: int):
-    """Whether each row's first token belongs to the document of the last token before this shard, bool [B]."""
+def _continues(segment_ids_BT, C: int, axis: str, shards: int):
+    """Whether each row's first chunk goes on with the document that the last chunk before this shard starts with, bool [B]."""
     forward = [(p, p + 1) for p in range(shards - 1)]
-    before_B = jax.lax.ppermute(segment_ids_BT[:, -1], axis, forward)
+    before_B = jax.lax.ppermute(segment_ids_BT[:, -C], axis, forward)
     # The initial state belongs to the first document, whatever its number.
     return (before_B == segment_ids_BT[:, 0]) | (jax.lax.axis_index(axis) == 0)
 
