@@ -107,7 +107,7 @@ def single():
     return loss, stats, named(gradients)
 
 
-@pytest.mark.parametrize("name", [*MIXED, *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES if name not in MIXED)])
+@pytest.mark.parametrize("name", [*MIXED, *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m not in MIXED)])
 def test_loss_and_gradients_equal_one_device(name, single):
     """Packed rows, sliding window and full attention, yarn, TTT: every gradient, and the statistics."""
     model, batch = make_model(MESHES[name]), make_batch()

@@ -333,8 +333,8 @@ def _xla_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BA
     n = -(-A // Q)
     rows = (q_BANH, q_ids_BA, jnp.moveaxis(lse_BNA, 1, 2), inner_BAN, do_BANH)
     zero = (jnp.zeros(k_BSKH.shape, acc), jnp.zeros(v_BSKH.shape, acc))
-    (dk, dv), dq = jax.lax.scan(some, zero, (jnp.arange(n, dtype=jnp.int32), *(_split(x, Q) for x in rows)))
-    return join_tokens(dq, A), dk, dv
+    dkv, dq = jax.lax.scan(some, zero, (jnp.arange(n, dtype=jnp.int32), *(_split(x, Q) for x in rows)))
+    return join_tokens(dq, A), *dkv
 
 
 def _cudnn_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
@@ -342,8 +342,9 @@ def _cudnn_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
 
     mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
     scale = 1 / math.sqrt(q_BANH.shape[-1])
-    o, lse = cudnn.dot_product_attention(q_BANH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True)
-    return o.astype(lse.dtype), lse
+    out: Any = cudnn.dot_product_attention(q_BANH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True)
+    o_BANH, lse_BNA = out
+    return o_BANH.astype(lse_BNA.dtype), lse_BNA
 
 
 def _cudnn_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH):

@@ -161,7 +161,8 @@ class MLP(nnx.Module):
         if end == 0:
             return jnp.zeros(z_BTF.shape[:1], lr.dtype)
         if parallel is not None and end == z_BTF.shape[1]:
-            norm = parallel.last_update_norm(*map(jax.lax.stop_gradient, (z_BTF, v_BTD, lr)), C)
+            stop = jax.lax.stop_gradient
+            norm = parallel.last_update_norm(stop(z_BTF), stop(v_BTD), stop(lr), C)
             return jnp.broadcast_to(norm, z_BTF.shape[:1])
         last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
         return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])

@@ -49,7 +49,7 @@ def in_place_ttt_shard(
     clip_norm: float | None = None,
     sum_F: Callable[[Any], Any] | None = None,
     implementation: str | None = None,
-):
+) -> tuple[Any, Any]:
     """The op on one shard of a sequence; see `ttt_jax.ops.in_place_ttt` for what is not listed.
 
     Args:
@@ -75,7 +75,8 @@ def in_place_ttt_shard(
         options = {"segment_ids": segment_ids_BT, "implementation": implementation}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
     static = _Static(C, axis, shards, implementation, state_BXF is None)
-    return _sharded(static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT)
+    out: Any = _sharded(static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT)
+    return out
 
 
 def slice_rows(rows: int, shards: int) -> int:
@@ -136,7 +137,7 @@ def exclusive_prefix(delta_BDF, keep_B, start_BXF, *, axis: str, shards: int, re
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT):
+def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT) -> Any:
     return _forward(static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT)[0]
 
 
