@@ -12,7 +12,7 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
     """(kind, bytes of the result on one device) of every collective in a compiled program's text."""
     found = []
     for result, kind, rest in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)", hlo):
-        if re.search(r"replica_groups=\{\{0\}", rest):
+        if re.search(r"replica_groups=(\{\{0\}|\[\d+,1\])", rest):
             continue  # every device by itself: nothing moves
         size = 0
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):

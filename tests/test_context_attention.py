@@ -17,6 +17,7 @@ from ttt_jax.attention import self_attention
 from ttt_jax.config import MeshConfig
 from ttt_jax.context_attention import _exchange, _holder, _whole_blocks, attention_shard
 from ttt_jax.errors import UserError
+from ttt_jax.model import _remat_policy
 from ttt_jax.parallel import Parallel
 from ttt_jax.sharding import make_mesh
 
@@ -154,6 +155,15 @@ def test_a_window_gathers_nothing():
     moved = collective_bytes(jit(run).lower(*x).compile().as_text())
     assert moved["all-gather"] == 2 * 48 * token, "keys and values, once: XLA shares them with the backward here"
     assert moved["reduce-scatter"] == 2 * 12 * token
+
+
+@pytest.mark.parametrize(("saved", "exchanges"), [((), 16), (("attention",), 12)], ids=str)
+def test_rematerialisation_keeps_the_output_and_its_statistics(saved, exchanges):
+    """Two permutations each: queries and outputs forward; queries, outputs, their gradients and the queries' backward. Without
+    the saved output the forward runs once more."""
+    run = jax.checkpoint(lambda q, k, v: 2.0 * parallel(context=4).attention(q, k, v), policy=_remat_policy(saved))
+    program = jax.make_jaxpr(lambda q, k, v, do: jax.vjp(run, q, k, v)[1](do))(*inputs(dtype="float32"))
+    assert str(program).count("ppermute[") == exchanges
 
 
 def test_errors():

@@ -233,9 +233,10 @@ class Transformer(nnx.Module):
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
         with jax.named_scope("embed"):
-            embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
-            if self.runtime.parallel is not None:
-                embed_BTD = self.runtime.parallel.activations(embed_BTD)
+            if self.runtime.parallel is not None and state is None:
+                embed_BTD = self.runtime.parallel.embed(self.embed[...], ids_BT).astype(dtype)
+            else:
+                embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
         ctx = Context(
             rope=rope_tables(cfg.rope, cfg.head_dim, positions),
             start_B=None if state is None else state.position_B,

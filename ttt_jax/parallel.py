@@ -56,6 +56,12 @@ class Parallel:
         sharding = NamedSharding(self.mesh, spec(("batch", "tokens", None), h_BTD.shape, self.mesh))
         return jax.lax.with_sharding_constraint(h_BTD, sharding)
 
+    def embed(self, table_VD, ids_BT) -> jax.Array:
+        """Rows of the table, [B, T, D]. The table is gathered: GSPMD would look up with D split and then gather all tokens."""
+        tokens = spec(("batch", "tokens"), ids_BT.shape, self.mesh)
+        local = lambda table_VD, ids_BT: jnp.take(table_VD, ids_BT, axis=0)
+        return self._map(local, (P(None, None), tokens), P(*tokens, None))(table_VD, ids_BT)
+
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, **options) -> jax.Array:
         """`self_attention` with rows, tokens and heads split; same arguments. Lengths that do not divide go to GSPMD."""
         if not self.splits(q_BTNH.shape[1]):
@@ -136,7 +142,14 @@ class Parallel:
         return N % ways == 0 and K % ways == 0
 
     def _map(self, function, in_specs, out_specs):
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        alone = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
+
+        def name_all(spec: P) -> P:
+            """Mesh axes of one device are named too, or gradients would be "summed" over them, which XLA may not remove."""
+            return P((*alone, *_axes(spec[:1])), *spec[1:]) if len(spec) else spec
+
+        specs = jax.tree.map(name_all, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
 def _axes(parts) -> tuple[str, ...]:
