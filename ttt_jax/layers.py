@@ -46,6 +46,10 @@ class Context:
     capacity: int | None = struct.field(pytree_node=False, default=None)
     parallel: Parallel | None = struct.field(pytree_node=False, default=None)
 
+    def pin(self, x_BTX, *axes: str | None) -> jax.Array:
+        """Where an activation lies on the mesh (`Parallel.pin`); nothing on a single device."""
+        return x_BTX if self.parallel is None else self.parallel.pin(x_BTX, *axes)
+
     @property
     def position_B(self) -> jax.Array:
         """`start_B` of a stream that is read on."""
@@ -170,6 +174,10 @@ class Attention(nnx.Module):
             q_BTNH = linear(x_BTD, self.q, self.q_bias).reshape(B, T, cfg.num_heads, cfg.head_dim)
             k_BTKH = linear(x_BTD, self.k, self.k_bias).reshape(B, T, cfg.num_kv_heads, cfg.head_dim)
             v_BTKH = linear(x_BTD, self.v, self.v_bias).reshape(B, T, cfg.num_kv_heads, cfg.head_dim)
+            if ctx.parallel is not None:
+                q_axis, kv_axis = ctx.parallel.head_axes(cfg.num_heads, cfg.num_kv_heads)
+                q_BTNH = ctx.pin(q_BTNH, q_axis, None)
+                k_BTKH, v_BTKH = (ctx.pin(x, kv_axis, None) for x in (k_BTKH, v_BTKH))
             if self.q_norm is not None and self.k_norm is not None:
                 q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
             q_BTNH, k_BTKH = apply_rope(q_BTNH, ctx.rope), apply_rope(k_BTKH, ctx.rope)

@@ -82,13 +82,10 @@ class Block(nnx.Module):
 
     def __call__(self, h_BTD, ctx: Context, state: LayerState | None, attention: str | None):
         cache, ttt = (None, None) if state is None else state
-        y_BTD, cache = self.attention(self.attention_norm(h_BTD), ctx, cache, attention)
-        h_BTD = h_BTD + y_BTD
-        y_BTD, ttt, stats = self.mlp(self.mlp_norm(h_BTD), ctx, ttt)
-        h_BTD = h_BTD + y_BTD
-        if ctx.parallel is not None:
-            h_BTD = ctx.parallel.activations(h_BTD)
-        return h_BTD, None if cache is None else LayerState(cache, ttt), stats
+        y_BTD, cache = self.attention(ctx.pin(self.attention_norm(h_BTD)), ctx, cache, attention)
+        h_BTD = ctx.pin(h_BTD + ctx.pin(y_BTD))
+        y_BTD, ttt, stats = self.mlp(ctx.pin(self.mlp_norm(h_BTD)), ctx, ttt)
+        return ctx.pin(h_BTD + ctx.pin(y_BTD)), None if cache is None else LayerState(cache, ttt), stats
 
 
 class Run(NamedTuple):

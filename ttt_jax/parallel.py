@@ -51,10 +51,12 @@ class Parallel:
         """Whether T tokens give every shard the same whole number of chunks (any number of tokens on one shard)."""
         return self.shards == 1 or T % (self.shards * chunk_size) == 0
 
-    def activations(self, h_BTD) -> jax.Array:
-        """Keep rows and tokens split and D whole: without it GSPMD may choose to split D like the parameters."""
-        sharding = NamedSharding(self.mesh, spec(("batch", "tokens", None), h_BTD.shape, self.mesh))
-        return jax.lax.with_sharding_constraint(h_BTD, sharding)
+    def pin(self, x_BTX, *axes: str | None) -> jax.Array:
+        """Keep rows and tokens split, and what follows by its logical `axes` (whole if none are given), in the gradient too:
+        left alone, GSPMD may split activations like parameters, or gather all tokens for a weight's gradient."""
+        axes = axes or (None,) * (x_BTX.ndim - 2)
+        sharding = NamedSharding(self.mesh, spec(("batch", "tokens", *axes), x_BTX.shape, self.mesh))
+        return jax.lax.with_sharding_constraint(x_BTX, sharding)
 
     def embed(self, table_VD, ids_BT) -> jax.Array:
         """Rows of the table, [B, T, D]. The table is gathered: GSPMD would look up with D split and then gather all tokens."""
@@ -66,7 +68,7 @@ class Parallel:
         """`self_attention` with rows, tokens and heads split; same arguments. Lengths that do not divide go to GSPMD."""
         if not self.splits(q_BTNH.shape[1]):
             return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
-        heads = ("heads", "kv_heads") if self._both_split(q_BTNH.shape[2], k_BTKH.shape[2]) else (None, None)
+        heads = self.head_axes(q_BTNH.shape[2], k_BTKH.shape[2])
         q, kv = (spec(("batch", "tokens", h, None), x.shape, self.mesh) for h, x in zip(heads, (q_BTNH, k_BTKH), strict=True))
 
         def local(q_BTNH, k_BTKH, v_BTKH, ids_BT):
@@ -136,10 +138,10 @@ class Parallel:
         out = self._map(local, in_specs, P(_axes(tokens)) if total else tokens)(h_BTD, w_VD, *token_data_BT)
         return out.sum() if total else out
 
-    def _both_split(self, N: int, K: int) -> bool:
-        """Whether query and KV heads can be split alike; one alone would tear the groups apart."""
+    def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
+        """Logical axes of N query and K KV heads: split both or none, one alone would tear the groups apart."""
         ways = math.prod(self.mesh.shape[axis] for axis in mesh_axes("kv_heads", self.mesh))
-        return N % ways == 0 and K % ways == 0
+        return ("heads", "kv_heads") if N % ways == 0 and K % ways == 0 else (None, None)
 
     def _map(self, function, in_specs, out_specs):
         alone = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
