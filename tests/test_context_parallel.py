@@ -176,7 +176,8 @@ def trained():
     return train({}, 20)
 
 
-@pytest.mark.parametrize("name", ["fsdp, context, tensor", pytest.param("data, context", marks=pytest.mark.slow)])
+@pytest.mark.slow  # three steps are in tests/test_sharding.py
+@pytest.mark.parametrize("name", ["fsdp, context, tensor", "data, context"])
 def test_twenty_steps_end_at_the_same_loss(name, trained):
     losses, model = train(MESHES[name], 20)
     assert losses[-1] < losses[0] - 0.5

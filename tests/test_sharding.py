@@ -57,7 +57,7 @@ def single():
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    [{"fsdp": 8}, {"tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
     ids=lambda sizes: "x".join(f"{k}{v}" for k, v in sizes.items()),
 )
 def test_a_sharded_step_equals_one_device(sizes, single):
