@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.attention import IMPLEMENTATIONS, _blocked, _why_not_cudnn, self_attention
+from ttt_jax.attention import IMPLEMENTATIONS, _blocked, _say_once, _why_not_cudnn, self_attention
 from ttt_jax.blocks import join_tokens, split_tokens
 from ttt_jax.errors import UserError
 from ttt_jax.ops.xla import accumulator, precision_for
@@ -63,6 +63,8 @@ def attention_shard(
     reason = _why_not_blocks(q_BTNH, window, segment_ids_BT)
     if implementation == "cudnn" and reason:
         raise UserError(f"attention implementation 'cudnn' over a split sequence: {reason}")
+    if reason and implementation is None and jax.default_backend() != "cpu":
+        _say_once(f"attention over a split sequence: no fast kernel ({reason}); using the XLA path, several times slower")
     if window is not None or T % 2:
         return _gathered(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis_, window)
     kernel = "xla" if reason or implementation == "xla" else "cudnn"
