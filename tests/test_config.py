@@ -132,6 +132,7 @@ BAD = {
         "--model.ttt.layers 0 --model.ttt.chunk_size 512 --data.seq_len 2048 --mesh.context 3",
         ["mesh.context", "3", "tokens a shard"],
     ),
+    "rows that do not split": ("--data.seq_len 2050 --mesh.context 4", ["mesh.context = 4", "does not divide", "2050"]),
     "empty mesh axis": ("--mesh.tensor 0", ["mesh.tensor", "0", "-1 for what is left"]),
     "two free mesh axes": ("--mesh.data -1", ["mesh", "only one axis may be -1"]),
     "rope without a length": (

@@ -57,7 +57,7 @@ def single():
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    [{"fsdp": 8}, {"tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}],
     ids=lambda sizes: "x".join(f"{k}{v}" for k, v in sizes.items()),
 )
 def test_a_sharded_step_equals_one_device(sizes, single):
@@ -87,6 +87,11 @@ def test_specs():
     assert spec(("mlp", "embed"), (2, 48, 32), mesh) == P(None, "tensor", "fsdp")
     assert spec(("mlp", "embed"), (47, 30), mesh) == P(None, None), "sizes that do not divide stay whole"
     assert spec(("batch", "tokens"), (8, 16), mesh) == P("fsdp", None)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    assert spec(("mlp", "embed"), (48, 32), mesh) == P("tensor", ("fsdp", "context"))
+    assert spec(("mlp", "embed"), (48, 30), mesh) == P("tensor", "fsdp"), "the first axes that divide"
+    assert spec(("batch", "embed", "mlp"), (2, 32, 48), mesh) == P("fsdp", "context", "tensor"), "S"
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=1, tensor=2))
     norm = RMSNorm(32, "embed", 1e-6, key=jax.random.key(0))
     assert [x.spec for x in jax.tree.leaves(model_shardings(norm, mesh))] == [P(None)], "vectors are replicated"
 

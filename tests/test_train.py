@@ -108,7 +108,7 @@ BAD = {
     "unknown field": (["--model.ttt.chunk=8"], "model.ttt.chunk: unknown; did you mean model.ttt.chunk_size"),
     "layer out of range": (["--model.ttt.layers=0,2"], "layer 2 does not exist in a model of 2 layers"),
     "context shard": (["--mesh.context=8"], "mesh.context = 8: each context shard must hold whole chunks"),
-    "context not available": (["--mesh.context=2", "--mesh.fsdp=4"], "context parallelism is not available yet"),
+    "free context axis": (["--mesh.context=-1", "--mesh.fsdp=1"], "mesh.context = 8: each context shard must hold whole"),
     "whole chunks": (["--data.seq_len=33"], "data.seq_len = 33: packed rows hold whole chunks"),
     "missing data": (["--data.train=/nowhere/x.jsonl"], "data.train"),
     "missing tokenizer": (["--data.tokenizer=/nowhere"], "data.tokenizer"),

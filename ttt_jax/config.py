@@ -357,19 +357,12 @@ def validate(config: Config) -> None:
             f"config field optimizer.accumulate = {config.optimizer.accumulate}: "
             f"must divide data.batch_size = {data.batch_size}"
         )
-    if ttt.layers:
-        if data.pack and data.seq_len % ttt.chunk_size:
-            raise ConfigError(
-                f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it a multiple of "
-                f"model.ttt.chunk_size = {ttt.chunk_size}, or set data.pack false"
-            )
-        shard = data.seq_len // max(config.mesh.context, 1)
-        if config.mesh.context > 1 and (data.seq_len % config.mesh.context or shard % ttt.chunk_size):
-            raise ConfigError(
-                f"config field mesh.context = {config.mesh.context}: each context shard must hold whole chunks, but "
-                f"data.seq_len = {data.seq_len} gives {data.seq_len / config.mesh.context:g} tokens a shard and "
-                f"model.ttt.chunk_size = {ttt.chunk_size}"
-            )
+    if ttt.layers and data.pack and data.seq_len % ttt.chunk_size:
+        raise ConfigError(
+            f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it a multiple of "
+            f"model.ttt.chunk_size = {ttt.chunk_size}, or set data.pack false"
+        )
+    validate_context(config, max(config.mesh.context, 1))
     if data.seq_len > model.max_positions:
         raise ConfigError(
             f"config field data.seq_len = {data.seq_len}: longer than model.max_positions = {model.max_positions}; "
@@ -387,6 +380,22 @@ def validate(config: Config) -> None:
             re.compile(group.pattern)
         except re.error as error:
             raise ConfigError(f"config field optimizer.groups pattern {group.pattern!r}: {error}") from None
+
+
+def validate_context(config: Config, shards: int) -> None:
+    """Rows must split into `shards` equal parts of whole chunks. Raises `ConfigError`."""
+    seq_len, ttt = config.data.seq_len, config.model.ttt
+    if shards > 1 and ttt.layers and seq_len % (shards * ttt.chunk_size):
+        raise ConfigError(
+            f"config field mesh.context = {shards}: each context shard must hold whole chunks, but "
+            f"data.seq_len = {seq_len} gives {seq_len / shards:g} tokens a shard and "
+            f"model.ttt.chunk_size = {ttt.chunk_size}"
+        )
+    if seq_len % shards:
+        raise ConfigError(
+            f"config field mesh.context = {shards}: does not divide data.seq_len = {seq_len}; "
+            f"make data.seq_len a multiple of {shards} or change mesh.context"
+        )
 
 
 def validate_model(model: ModelConfig) -> None:

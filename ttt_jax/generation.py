@@ -38,7 +38,7 @@ from ttt_jax.sampling import Sampling, sample
 
 GREEDY = Sampling()
 _ROUND_CAPACITY = 256  # KV slots: fewer shapes to compile for
-_IN_FLIGHT = 2  # decode steps that the host dispatches before it looks at a token
+_IN_FLIGHT = 3  # decode steps that the host dispatches before it looks at the first one's token
 
 
 @dataclasses.dataclass
@@ -187,9 +187,9 @@ class Session:
         dispatched, first_seen = 1, None
         synchronous = bool(stop)  # a stop string is found by the host, and nothing may be read behind it
         clock_C = self.model.config.ttt.chunk_size if self.model.config.ttt.layers and self.ttt else None
-        while in_flight:
+        while True:
             running = [not writer.finish_reason for writer in writers]
-            if dispatched < max_new_tokens and any(running) and len(in_flight) <= (0 if synchronous else _IN_FLIGHT):
+            if dispatched < max_new_tokens and any(running) and len(in_flight) < (1 if synchronous else _IN_FLIGHT):
                 assert self.state is not None
                 token_B, _, _, alive_B = out
                 self.state, out = decode_step(
@@ -206,8 +206,9 @@ class Session:
                 self.position_B += running
                 in_flight.append(out)
                 dispatched += 1
-                if not synchronous:
-                    continue
+                continue
+            if not in_flight:
+                break
             ids_B, logprobs_B, written_B, _ = (np.asarray(x) for x in in_flight.popleft())
             first_seen = first_seen or time.perf_counter()
             for b, writer in enumerate(writers):

@@ -18,6 +18,7 @@ from ttt_jax.attention import self_attention
 from ttt_jax.config import ModelConfig, RopeConfig
 from ttt_jax.kv_cache import KVCache
 from ttt_jax.ops.xla import accumulator, precision_for
+from ttt_jax.parallel import Parallel
 
 
 @struct.dataclass
@@ -34,6 +35,7 @@ class Context:
       keep_state: whether the caller wants the state back.
       capacity: slots of a full-attention KV cache; None lets it grow with the input.
       at_chunk_start, ends_chunk: what the caller knows of the chunk clock (`Transformer.hidden`).
+      parallel: the parallel forms of attention and op; None on a single device.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -46,6 +48,11 @@ class Context:
     capacity: int | None = struct.field(pytree_node=False, default=None)
     at_chunk_start: bool = struct.field(pytree_node=False, default=False)
     ends_chunk: bool | None = struct.field(pytree_node=False, default=None)
+    parallel: Parallel | None = struct.field(pytree_node=False, default=None)
+
+    def pin(self, x_BTX, *axes: str | None) -> jax.Array:
+        """Where an activation lies on the mesh (`Parallel.pin`); nothing on a single device."""
+        return x_BTX if self.parallel is None else self.parallel.pin(x_BTX, *axes)
 
     @property
     def position_B(self) -> jax.Array:
@@ -161,13 +168,18 @@ class Attention(nnx.Module):
             q_BTNH = linear(x_BTD, self.q, self.q_bias).reshape(B, T, cfg.num_heads, cfg.head_dim)
             k_BTKH = linear(x_BTD, self.k, self.k_bias).reshape(B, T, cfg.num_kv_heads, cfg.head_dim)
             v_BTKH = linear(x_BTD, self.v, self.v_bias).reshape(B, T, cfg.num_kv_heads, cfg.head_dim)
+            if ctx.parallel is not None:
+                q_axis, kv_axis = ctx.parallel.head_axes(cfg.num_heads, cfg.num_kv_heads)
+                q_BTNH = ctx.pin(q_BTNH, q_axis, None)
+                k_BTKH, v_BTKH = (ctx.pin(x, kv_axis, None) for x in (k_BTKH, v_BTKH))
             if self.q_norm is not None and self.k_norm is not None:
                 q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
             q_BTNH, k_BTKH = apply_rope(q_BTNH, ctx.rope), apply_rope(k_BTKH, ctx.rope)
             q_BTNH, k_BTKH, v_BTKH = name(q_BTNH, "qkv"), name(k_BTKH, "qkv"), name(v_BTKH, "qkv")
         with jax.named_scope("attention"):
             if cache is None:
-                o_BTNH = self_attention(
+                attend = self_attention if ctx.parallel is None else ctx.parallel.attention
+                o_BTNH = attend(
                     q_BTNH,
                     k_BTKH,
                     v_BTKH,

@@ -23,6 +23,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.kv_cache import KVCache
 from ttt_jax.layers import Attention, Context, RMSNorm, param, rope_tables
 from ttt_jax.ops.xla import accumulator, precision_for
+from ttt_jax.parallel import Parallel
 from ttt_jax.ttt import MLP, TTTState
 
 
@@ -36,12 +37,14 @@ class Runtime:
       attention: attention implementation; None picks the fastest.
       scan_layers: stack equal layers and scan over them, so that compile time does not grow with depth. Without, each layer
         has its own arrays, which decoding reads and updates in place (a scan copies a layer's slice first).
+      parallel: the parallel forms of attention and op on a mesh; None on a single device.
     """
 
     dtype: str = "float32"
     remat_save: tuple[str, ...] | None = ()
     attention: str | None = None
     scan_layers: bool = True
+    parallel: Parallel | None = None
 
 
 class LayerKind(NamedTuple):
@@ -83,10 +86,10 @@ class Block(nnx.Module):
 
     def __call__(self, h_BTD, ctx: Context, state: LayerState | None, attention: str | None):
         cache, ttt = (None, None) if state is None else state
-        y_BTD, cache = self.attention(self.attention_norm(h_BTD), ctx, cache, attention)
-        h_BTD = h_BTD + y_BTD
-        y_BTD, ttt, stats = self.mlp(self.mlp_norm(h_BTD), ctx, ttt)
-        return h_BTD + y_BTD, None if cache is None else LayerState(cache, ttt), stats
+        y_BTD, cache = self.attention(ctx.pin(self.attention_norm(h_BTD)), ctx, cache, attention)
+        h_BTD = ctx.pin(h_BTD + ctx.pin(y_BTD))
+        y_BTD, ttt, stats = self.mlp(ctx.pin(self.mlp_norm(h_BTD)), ctx, ttt)
+        return ctx.pin(h_BTD + ctx.pin(y_BTD)), None if cache is None else LayerState(cache, ttt), stats
 
 
 class Run(NamedTuple):
@@ -245,7 +248,10 @@ class Transformer(nnx.Module):
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
         with jax.named_scope("embed"):
-            embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
+            if self.runtime.parallel is not None and state is None:
+                embed_BTD = self.runtime.parallel.embed(self.embed[...], ids_BT).astype(dtype)
+            else:
+                embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
         ctx = Context(
             rope=rope_tables(cfg.rope, cfg.head_dim, positions),
             start_B=None if state is None else state.position_B,
@@ -257,6 +263,7 @@ class Transformer(nnx.Module):
             capacity=capacity,
             at_chunk_start=at_chunk_start,
             ends_chunk=ends_chunk,
+            parallel=self.runtime.parallel,
         )
         h_BTD, states, stats = embed_BTD, [], {}
         for g, group in enumerate(self.groups):

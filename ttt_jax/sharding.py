@@ -22,13 +22,14 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. Names that are not listed are replicated.
 RULES: dict[str, tuple[str, ...]] = {
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),  # parameters, and S as W_down: devices that share a sequence need not hold them twice
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "batch": ("data", "fsdp"),
     "tokens": ("context",),
+    "loss_tokens": ("context", "tensor"),  # the loss has no heads and no F to split, so it splits the tokens further
 }
 
 
@@ -49,14 +50,18 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    """PartitionSpec of an array with these logical axes; a stack axis in front, and sizes that do not divide, stay whole."""
+    """PartitionSpec of an array with these logical axes; a stack axis in front stays whole.
+
+    Of the mesh axes of a rule the first ones that divide the size are used; none when the first does not divide it.
+    """
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
     parts: list[Any] = []
     used: set[str] = set()
     for name, size in zip(axes, shape, strict=True):
         names = [a for a in RULES.get(name or "", ()) if mesh.shape[a] > 1 and a not in used]
-        ways = math.prod(mesh.shape[a] for a in names)
-        if names and size % ways == 0:
+        while names and size % math.prod(mesh.shape[a] for a in names):
+            names.pop()
+        if names:
             parts.append(tuple(names) if len(names) > 1 else names[0])
             used |= set(names)
         else:
@@ -79,6 +84,11 @@ def model_shardings(model: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """For arrays [B, T] of token data."""
     return NamedSharding(mesh, spec(("batch", "tokens"), shape, mesh))
+
+
+def mesh_axes(name: str, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes (larger than one) that a logical axis is split over."""
+    return tuple(axis for axis in RULES[name] if mesh.shape[axis] > 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

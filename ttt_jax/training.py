@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ttt_jax.config import Config
-from ttt_jax.errors import ConfigError
+from ttt_jax.config import Config, validate_context
 from ttt_jax.loss import cross_entropy, token_nll
 from ttt_jax.model import Runtime, Transformer
 from ttt_jax.optimizer import gradient_norm, learning_rate, make_optimizer, state_shardings, ttt_lr_scale
+from ttt_jax.parallel import make_parallel
 from ttt_jax.sharding import Mesh, NamedSharding, batch_sharding, model_shardings, replicated
 
 Batch = dict[str, Any]
@@ -31,17 +31,21 @@ class TrainState(NamedTuple):
     step: Any
 
 
-def runtime_of(config: Config) -> Runtime:
-    return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save)
+def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
+    """How `config` computes; without a mesh, on one device."""
+    parallel = None if mesh is None else make_parallel(mesh)
+    return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
-    """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer."""
-    if config.mesh.context not in (1,):
-        raise ConfigError(
-            f"config field mesh.context = {config.mesh.context}: context parallelism is not available yet; set it to 1"
-        )
-    model = jax.eval_shape(lambda: Transformer(config.model, runtime_of(config), key=jax.random.key(config.seed)))
+    """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer.
+
+    Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known only here).
+    """
+    parallel = make_parallel(mesh)
+    validate_context(config, 1 if parallel is None else parallel.shards)
+    runtime = runtime_of(config, mesh)
+    model = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed)))
     tx = make_optimizer(config.optimizer, config.steps, model)
     opt_state = jax.eval_shape(tx.init, model)
     placed = model_shardings(model, mesh)
@@ -60,7 +64,8 @@ def init_state(
     """Materialise the state sharded: nothing is ever whole on one device. `model` overrides the random parameters."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if model is None:
-        make = lambda: Transformer(config.model, runtime_of(config), key=jax.random.key(config.seed))
+        runtime = abstract.model.runtime
+        make = lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed))
         model = jax.jit(make, out_shardings=shardings.model)()
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(model)
     return TrainState(model, opt_state, jax.device_put(jnp.zeros((), jnp.int32), shardings.step))
@@ -81,7 +86,11 @@ def make_train_step(
             batch["ids"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions"), ttt_scale=scale
         )
         weights_BT = batch["weights"] / total  # normalised here, so that micro-batches simply add up
-        return cross_entropy(h_BTD, model.output_weight, batch["targets"], weights_BT), stats
+        tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
+        parallel = model.runtime.parallel
+        if parallel is None:
+            return cross_entropy(*tokens), stats
+        return parallel.over_tokens(cross_entropy, *tokens, total=True), stats
 
     def gradients(model: Transformer, batch: Batch, scale):
         total = jnp.maximum(batch["weights"].sum(), 1.0)
@@ -135,7 +144,9 @@ def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], j
         h_BTD, _, _ = model.hidden(
             batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale
         )
-        return token_nll(h_BTD, model.output_weight, batch["targets"]).astype(jnp.float32)
+        tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
+        nll_BT = token_nll(*tokens) if parallel is None else parallel.over_tokens(token_nll, *tokens, total=False)
+        return nll_BT.astype(jnp.float32)
 
     out: NamedSharding = replicated(mesh)
     return jax.jit(nll, out_shardings=out)

@@ -7,6 +7,7 @@ In-Place TTT, https://arxiv.org/abs/2604.06169, section 3; the chunk clock of a 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from ttt_jax.config import ModelConfig
 from ttt_jax.layers import Context, linear, param
 from ttt_jax.ops import in_place_ttt, update_norm
 from ttt_jax.ops.xla import accumulator, precision_for
+from ttt_jax.parallel import Parallel
 
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
 
@@ -50,8 +52,8 @@ class Target(nnx.Module):
         self.conv = param(conv_key, (D, 1, KERNEL), ("embed", "conv_in", "conv_taps"), 1 / math.sqrt(3 * KERNEL))
         self.proj = param(proj_key, (D, D), ("embed", "embed_out"), cfg.init_std) if cfg.ttt.proj else None
 
-    def __call__(self, source_BTD, chunk_size: int):
-        """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype."""
+    def __call__(self, source_BTD, chunk_size: int, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
+        """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype. `pin`: see `Context.pin`."""
         B, T, D = source_BTD.shape
         C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
         acc = accumulator(dtype)
@@ -63,10 +65,10 @@ class Target(nnx.Module):
             for k in range(KERNEL):
                 tap_D = jnp.broadcast_to(conv_DK[:, k], source_BMCD.shape)
                 t = t + padded[:, :, k : k + C].astype(acc) * tap_D
-            t_BTD = t.astype(dtype).reshape(B, T, D)
+            t_BTD = pin(t.astype(dtype).reshape(B, T, D))
             if self.proj is not None:  # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
                 weight = self.proj[...].astype(dtype)
-                t_BTD = jnp.einsum("btd,de->bte", t_BTD, weight, precision=precision_for(dtype))
+                t_BTD = pin(jnp.einsum("btd,de->bte", t_BTD, weight, precision=precision_for(dtype)))
         return t_BTD
 
 
@@ -95,7 +97,7 @@ class MLP(nnx.Module):
         with jax.named_scope("mlp_up"):
             gate_BTF = checkpoint_name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
             up_BTF = checkpoint_name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
-            z_BTF = checkpoint_name(jax.nn.silu(gate_BTF) * up_BTF, "mlp_hidden")
+            z_BTF = checkpoint_name(ctx.pin(jax.nn.silu(gate_BTF) * up_BTF, "mlp"), "mlp_hidden")
         if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
@@ -120,9 +122,10 @@ class MLP(nnx.Module):
     def _lr(self, ctx: Context, acc):
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None):
+    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, parallel: Parallel | None = None):
         ttt = self.cfg.ttt
-        return in_place_ttt(
+        op = in_place_ttt if parallel is None else parallel.in_place_ttt
+        return op(
             z_BTF,
             v_BTD,
             self.down[...],
@@ -134,14 +137,14 @@ class MLP(nnx.Module):
             implementation=ttt.implementation,
         )
 
-    def _targets(self, source_BTD, whole_B=None):
+    def _targets(self, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
         """Targets of the whole chunks, zeros for the rest; `whole_B` limits the chunks of each row further."""
         C = self.cfg.ttt.chunk_size
         T = source_BTD.shape[1]
         M = T // C
         if self.target is None or M == 0:
             return jnp.zeros_like(source_BTD)
-        v_BTD = self.target(source_BTD[:, : M * C], C)
+        v_BTD = self.target(source_BTD[:, : M * C], C, pin)
         if whole_B is not None:
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
             v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
@@ -153,11 +156,15 @@ class MLP(nnx.Module):
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
         return {"state_ratio_B": jax.lax.stop_gradient(fast_B / slow), "update_norm_B": update_norm_B}
 
-    def _last_update_norm(self, z_BTF, v_BTD, lr):
+    def _last_update_norm(self, z_BTF, v_BTD, lr, parallel: Parallel | None = None):
         C = self.cfg.ttt.chunk_size
         end = z_BTF.shape[1] // C * C
         if end == 0:
             return jnp.zeros(z_BTF.shape[:1], lr.dtype)
+        if parallel is not None and end == z_BTF.shape[1]:
+            stop = jax.lax.stop_gradient
+            norm = parallel.last_update_norm(stop(z_BTF), stop(v_BTD), stop(lr), C)
+            return jnp.broadcast_to(norm, z_BTF.shape[:1])
         last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
         return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
 
@@ -167,11 +174,15 @@ class MLP(nnx.Module):
         B, T, _ = z_BTF.shape
         lr = self._lr(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
-        v_BTD = self._targets(source_BTD, whole_B)
-        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, None if state is None else state.S_BDF, ctx.segment_ids_BT)
-        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr))
+        v_BTD = self._targets(source_BTD, whole_B, ctx.pin)
+        parallel = ctx.parallel if ctx.parallel is not None and ctx.parallel.splits(T, C) else None
+        S_BDF = None if state is None else state.S_BDF
+        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, parallel)
+        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
         if not ctx.keep_state:
             return y_BTD, None, stats
+        if whole_B is None and T % C == 0:  # nothing is pending
+            return y_BTD, TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))), stats
         whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
         z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BTF, source_BTD))
         if state is not None and ctx.lengths_B is not None:  # a row that reads nothing keeps its pending chunk

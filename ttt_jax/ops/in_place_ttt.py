@@ -174,14 +174,18 @@ def _fold_segments(v_BTD, segment_ids_BT, C, acc):
     return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
 
 
-def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc):
-    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory."""
+def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
+    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory.
+
+    `sum_F` adds up the squares of the devices that split F (ops/context_parallel.py).
+    """
     T = z_BTF.shape[1]
 
     @jax.checkpoint
     def clipped(i):
         z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
         square_B = _update_square(z_BCF, v_BCD, lr)
+        square_B = square_B if sum_F is None else sum_F(square_B)
         over_B = square_B > clip_norm**2
         scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
         return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)
