@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.attention import IMPLEMENTATIONS, blocked, _say_once, _why_not_cudnn, self_attention
+from ttt_jax.attention import IMPLEMENTATIONS, _say_once, _why_not_cudnn, blocked, self_attention
 from ttt_jax.blocks import join_tokens, split_tokens
 from ttt_jax.errors import UserError
 from ttt_jax.ops.xla import accumulator, precision_for
