@@ -45,6 +45,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         sizes[free[0]] = len(devices) // known
     elif known != len(devices):
         raise ConfigError(f"config field mesh: {sizes} needs {known} devices, there are {len(devices)}; set one axis to -1")
+    if len(devices) > 1 and devices[0].platform == "gpu" and hasattr(jax.config, "jax_use_shardy_partitioner"):
+        # XLA's GPU compiler crashes (jax 0.11, 0.12) on a `shard_map` without inputs, and jax hoists constants of a scanned
+        # layer into such ones. Shardy's pass is what crashes; the older partitioner compiles the same program.
+        jax.config.update("jax_use_shardy_partitioner", False)
     shape = tuple(sizes[axis] for axis in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
