@@ -11,7 +11,9 @@ import importlib.util
 import math
 import os
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
@@ -154,8 +156,12 @@ def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
     }
     begin = time.perf_counter()
     lowered = function.lower(*args)
+    # The text of large TPU programs cannot be had from the executable (libtpu 0.0.4x: "async-update instruction should have 1
+    # operands"), so the compiler writes it into a file.
+    folder = tempfile.TemporaryDirectory(prefix="ttt_jax_plan_")
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile({"xla_dump_to": folder.name, "xla_dump_hlo_as_text": True})
+        text = _dumped_text(folder.name)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
         if used is None:
@@ -171,6 +177,8 @@ def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
             notes=(*notes, f"the compiler refused: {need / GB:.2f} GB needed, {usable / GB:.2f} GB usable"),
             compile_seconds=time.perf_counter() - begin,
         )
+    finally:
+        folder.cleanup()
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -182,7 +190,7 @@ def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
         "padding": max(0.0, memory.argument_size_in_bytes - sum(by_kind.values())),
     }
     total = sum(by_kind.values())
-    traffic = read_collectives(compiled.as_text())
+    traffic = read_collectives(text or compiled.as_text())
     flops = (compiled.cost_analysis() or {}).get("flops")
     fits = total <= topology.memory
     return Plan(
@@ -197,6 +205,12 @@ def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
         loops_of_unknown_length=traffic.loops_of_unknown_length,
         compile_seconds=seconds,
     )
+
+
+def _dumped_text(folder: str) -> str | None:
+    """The optimised program that the compiler has written: the largest, should helpers have been compiled beside it."""
+    found = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+    return found[-1].read_text(encoding="utf-8") if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------- programs
