@@ -134,7 +134,7 @@ def local_rows(mesh: Mesh, shape: tuple[int, int]) -> tuple[int, ...]:
     Processes hold the same rows when the context axis spans them, and all rows when rows do not split over the mesh.
     """
     places = batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
-    return tuple(sorted({row for index in places for row in range(shape[0])[index[0]]}))
+    return tuple(sorted({row for index in places if index is not None for row in range(shape[0])[index[0]]}))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> Batch:
@@ -145,8 +145,9 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None =
         sharding = batch_sharding(mesh, shape)
         place = {row: i for i, row in enumerate(local_rows(mesh, shape))}
 
-        def part(index: tuple[slice, slice]) -> np.ndarray:
-            return x_RT[[place[row] for row in range(shape[0])[index[0]]], index[1]]
+        def part(index: Any) -> np.ndarray:
+            rows, tokens = index
+            return x_RT[[place[row] for row in range(shape[0])[rows]], tokens]
 
         return jax.make_array_from_callback(shape, sharding, part)
 
