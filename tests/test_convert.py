@@ -23,7 +23,7 @@ from ttt_jax.cli import main
 from ttt_jax.config import CheckpointConfig, Config, MeshConfig, ModelConfig, TTTConfig
 from ttt_jax.convert import convert, open_source
 from ttt_jax.errors import CheckpointError, ConfigError, UserError, VerificationError
-from ttt_jax.hf import load_hf, read_config
+from ttt_jax.hf import read_config
 from ttt_jax.model import Transformer
 from ttt_jax.model_folder import OrbaxWriter, read_description
 from ttt_jax.paths import param_path
@@ -71,7 +71,7 @@ def test_official_models_there_and_back(golden_model, tmp_path):
     assert not (tmp_path / "orbax" / "config.json").exists(), "nobody shall take it for a Hugging Face folder"
     model = load_pretrained(tmp_path / "orbax")
     assert model.config == read_config(folder)
-    same_params(model, load_hf(folder))
+    same_params(model, load_pretrained(folder))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "orbax"]
 
 
@@ -121,7 +121,7 @@ def test_onto_a_mesh(golden_model, tmp_path):
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, model_shardings(abstract, mesh)
     )
     model = load_model_params(tmp_path / "orbax", placed)
-    same_params(model, load_hf(folder))
+    same_params(model, load_pretrained(folder))
     split = [x for x in jax.tree.leaves(model) if not x.sharding.is_fully_replicated]
     assert len(split) > 5
     for x, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(placed), strict=True):
@@ -142,14 +142,14 @@ def test_a_run_of_train_py(tmp_path):
     for source, factor in (("run", 2), ("run/checkpoints/7", 2), ("run/checkpoints/3", 1)):
         out = tmp_path / f"hf{source.replace('/', '_')}"
         convert(tmp_path / source, out, to="hf")
-        same_params(load_hf(out), jax.tree.map(lambda x, f=factor: f * x, params))
+        same_params(load_pretrained(out), jax.tree.map(lambda x, f=factor: f * x, params))
         assert read_config(out) == model
     assert open_source(tmp_path / "run").tensors.block_bytes == 384 * 256 * 4, "one layer of an MLP weight, not three"
     convert(tmp_path / "run", tmp_path / "orbax", to="orbax")
     again = load_pretrained(tmp_path / "orbax")
     assert again.tokenizer.fingerprint == "bytes-1"
     again.tokenizer = None
-    same_params(again, load_hf(tmp_path / "hfrun"))
+    same_params(again, load_pretrained(tmp_path / "hfrun"))
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -289,7 +289,7 @@ def test_init_from_a_converted_model(golden_model, plain, tmp_path):
     cfg = read_config(folder)
     convert(folder, tmp_path / "orbax", to="orbax")
     start = initial_model(Config(model=cfg, init_from=str(tmp_path / "orbax")), abstract_model(cfg))
-    same_params(start, load_hf(folder))
+    same_params(start, load_pretrained(folder))
     wrong = dataclasses.replace(cfg, d_ff=81)
     with pytest.raises(ConfigError, match=r"model\.d_ff = 81"):
         initial_model(Config(model=wrong, init_from=str(tmp_path / "orbax")), abstract_model(wrong))
@@ -450,7 +450,7 @@ def test_values_that_do_not_fit_are_refused(plain, tmp_path):
     wide = tmp_path / "wide"
     make_folder(wide, PLAIN, change=lambda s: s.update({UP: s[UP].astype(np.float64)}))
     convert(wide, tmp_path / "single", to="orbax", dtype="float32")
-    same_params(load_pretrained(tmp_path / "single"), load_hf(wide))
+    same_params(load_pretrained(tmp_path / "single"), load_pretrained(wide))
 
 
 def test_what_is_no_model_is_refused(plain, tmp_path):
@@ -524,7 +524,7 @@ def test_paths_of_the_converted_folder_are_the_models(plain, tmp_path):
     convert(plain, tmp_path / "orbax", to="orbax")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore((tmp_path / "orbax/model").absolute())
-    model = load_hf(plain)
+    model = load_pretrained(plain)
     expected = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
     assert tree.keys() == expected.keys()
     for name, x in expected.items():
