@@ -242,7 +242,7 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
 @click.option("--tasks", default="", metavar="A,B", help='"synthetic", and tasks of lm-evaluation-harness (extra "eval").')
 @click.option("--lengths", default="2k,4k", show_default=True, help="Context lengths in tokens; k = 1024, m = 1024 k.")
 @click.option("--ttt", type=click.Choice(["on", "off", "both"]), default="both", show_default=True)
-@click.option("--shuffled/--no-shuffled", default=None, help="Control: another document's fast weights.  [default: if possible]")
+@click.option("--shuffled/--no-shuffled", default=None, help="Control: S of another document.  [default: if possible]")
 @click.option("--block", type=click.IntRange(1), help="Final tokens that are scored.  [default: half the shortest length]")
 @click.option("--documents", type=click.IntRange(1), default=64, show_default=True, help="Of DATA, at most; the first ones.")
 @click.option("--diagnostics", is_flag=True, help="Norm, rank and share of the fast weights; gain on repeated n-grams.")

@@ -1,6 +1,6 @@
 """What the fast weights do while a text is read, and where they help.
 
-D model width, F MLP width, C chunk size, R repeats, N layers of a run, L TTT layers; S the accumulated update, W the slow weight.
+D model width, F MLP width, C chunk size, L TTT layers; S the accumulated update of a fast weight, W the slow weight.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def fast_weights(model: Transformer, ids: np.ndarray, *, points: int = _POINTS) 
     """Per TTT layer, at some chunks of a text read from a fresh state.
 
     "After chunk m" means S as chunk m + 1 is read with it. `state_ratio` is ||S||_F / ||W||_F. `effective_rank` is
-    exp(entropy) of the squared singular values of S as a distribution: 1 for a matrix of rank one, min(D, F) for one with
-    equal singular values. `output_share` is ||z S^T||_F / ||z (W + S)^T||_F over the tokens z of chunk m + 1 (all but its last).
+    exp(entropy) of the squared singular values of S, scaled to sum 1: 1 for a matrix of rank one, min(D, F) for one with equal
+    singular values. `output_share` is ||z S^T||_F / ||z (W + S)^T||_F over the tokens z of chunk m + 1 (all but its last).
 
     Returns: [{"layer", "chunks": [{"chunk", "state_ratio", "effective_rank", "output_share"}]}], empty without TTT layers.
     Raises: UserError for a text shorter than two chunks, or chunks of one token.
@@ -142,7 +142,7 @@ def diagnose(model: Transformer, ids: np.ndarray, *, n: int = 4, piece: int | No
 
 
 def text_pieces(model: Transformer, ids: np.ndarray, on_T: np.ndarray, off_T: np.ndarray):
-    """(text, log p on, log p off) per token. Tokens that are parts of one character are joined, their log-probabilities summed."""
+    """(text, log p on, log p off) per token; those of tokens that are parts of one character are joined and summed."""
     pieces, held, sums = [], [], np.zeros(2)
     for t, token in enumerate(ids.tolist()):
         held.append(token)

@@ -81,7 +81,8 @@ def print_tables(made: list[Table], console: Console | None = None) -> None:
     if not console.is_terminal:
         console = Console(file=console.file, width=_WIDTH)
     for table in made:
-        rich = RichTable(title=table.title, caption=table.note, title_justify="left", caption_justify="left", title_style="bold")
+        rich = RichTable(title=table.title, caption=table.note, title_justify="left", caption_justify="left")
+        rich.title_style = "bold"
         for n, heading in enumerate(table.headings):
             rich.add_column(heading, justify="left" if n == 0 else "right", no_wrap=n == 0)
         for row in table.rows:

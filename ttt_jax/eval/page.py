@@ -16,7 +16,7 @@ from ttt_jax.eval.tables import Table, tables, tokens
 COLOURS = {"on": "#0072B2", "off": "#D55E00", "shuffled": "#009E73"}
 _MARKERS = {"on": "o", "off": "s", "shuffled": "^"}
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } p.note { color: #555; margin: 0 0 .6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
@@ -87,9 +87,9 @@ def _escape(text: object) -> str:
 
 
 def _page(title: str, body: list[str]) -> str:
-    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{_escape(title)}</title><style>{_STYLE}</style>"
+    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{_escape(title)}</title>"
     view = "<meta name='viewport' content='width=device-width'>"
-    return f"{head}{view}</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    return f"{head}{view}<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
 
 
 def _facts(results: dict[str, Any]) -> str:
@@ -103,7 +103,8 @@ def _facts(results: dict[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "options": ", ".join(f"{key} {value}" for key, value in results["options"].items() if value not in (None, False)),
     }
-    rows = "".join(f"<tr><td>{key}</td><td style='text-align:left;white-space:normal'>{_escape(facts[key])}</td></tr>" for key in facts)
+    cell = "<td style='text-align:left;white-space:normal'>"
+    rows = "".join(f"<tr><td>{key}</td>{cell}{_escape(value)}</td></tr>" for key, value in facts.items())
     return f"<table><tbody>{rows}</tbody></table>"
 
 
@@ -208,7 +209,7 @@ def _distance_picture(part: dict[str, Any]) -> str | None:
 
 def _fast_weight_picture(part: dict[str, Any]) -> str:
     figure = _figure(11, 3.4)
-    panels = (("state_ratio", "||S|| / ||W||"), ("effective_rank", "effective rank of S"), ("output_share", "share of the output"))
+    panels = (("state_ratio", "||S|| / ||W||"), ("effective_rank", "effective rank of S"), ("output_share", "share of output"))
     for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for n, layer in enumerate(part["layers"]):
             shade = n / max(len(part["layers"]) - 1, 1)

@@ -1,9 +1,9 @@
 """Perplexity as the preceding context grows, and loss by position: TTT on, off, and with another document's fast weights.
 
-B documents of a batch, N documents, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv 2604.06169, section 4.
+B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv 2604.06169, section 4.
 
-Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context length L the model reads the last L
-of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So every
+Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context length L the model reads the last
+L of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So every
 length scores the *same* K tokens, and only the context differs. By position: the excerpt is read once from its start.
 
 The control "shuffled": everything is computed as with TTT on (this document's keys and values, its pending chunk), but when the
@@ -15,6 +15,7 @@ chunks still update.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class Reader:
         else:
             state, on, shuffled = None, [], []
             edges = sorted({0, *range(L, 0, -block)})  # the last stretch is the block that every length scores
-            for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            for start, stop in itertools.pairwise(edges):
                 other = exchanged(state) if state is not None else None
                 shuffled += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
                 state, scored = self._score(ids_BL1, start, stop, state, L, ttt=True)
@@ -200,7 +201,7 @@ def evaluate(
                 by_length[mode][n, part] = losses_BK.mean(axis=1, dtype=np.float64)
         for mode, losses_BL in reader.position_losses(ids_BL1, block, modes).items():
             by_length[mode][-1, part] = losses_BL[:, -block:].mean(axis=1, dtype=np.float64)
-            for n, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            for n, (start, stop) in enumerate(itertools.pairwise(starts)):
                 by_position[mode][n, part] = losses_BL[:, start:stop].mean(axis=1, dtype=np.float64)
     return {
         "block": block,
@@ -233,7 +234,8 @@ def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
     entry: dict[str, Any] = {mode: mean_with_interval(values[n], seed=seed) for mode, values in losses.items()}
     for mode in ("on", "shuffled"):
         if mode in losses and "off" in losses:
-            entry["gain" if mode == "on" else "gain_shuffled"] = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
+            difference = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
+            entry["gain" if mode == "on" else "gain_shuffled"] = difference
     return entry | {"per_document": {mode: values[n].tolist() for mode, values in losses.items()}}
 
 

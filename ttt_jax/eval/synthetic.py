@@ -180,7 +180,8 @@ def _variables(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Exa
             source = values[i] if hop == 0 else chains[i][hop - 1]
             statements.append(draft.ids("(", chains[i][hop], "=", source, ")"))
     asked = int(rng.integers(CHAINS))
-    return draft.finish(rng, length, statements, [(draft.ids("( value of", chains[asked][HOPS], "="), draft.ids(values[asked]))])
+    question = draft.ids("( value of", chains[asked][HOPS], "=")
+    return draft.finish(rng, length, statements, [(question, draft.ids(values[asked]))])
 
 
 def _induction(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Example:
@@ -274,7 +275,8 @@ def evaluate(
             judged = judges[mode]([example.ids for example in made])
             right, nll = zip(*(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True)
             accuracy[mode] = np.array(right)
-            entry[mode] = {"accuracy": mean_with_interval(accuracy[mode], seed=seed), "nll": mean_with_interval(np.array(nll), seed=seed)}
+            measured = {"accuracy": accuracy[mode], "nll": np.array(nll)}
+            entry[mode] = {name: mean_with_interval(values, seed=seed) for name, values in measured.items()}
             done += len(made)
             if on_progress is not None:
                 on_progress(done)

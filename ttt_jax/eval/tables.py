@@ -55,11 +55,12 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
     note = f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over documents, gains paired by document."
 
     def table(title: str, first: str, entries: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> Table:
-        headings = [first, *modes, *(f"perplexity {mode}" for mode in modes), *(_GAINS[key] for key in gains)]
+        shown = [mode for mode in modes if mode != "shuffled"]
+        headings = [first, *modes, *(f"perplexity {mode}" for mode in shown), *(_GAINS[key] for key in gains)]
         rows = []
         for entry in entries:
-            means = [entry[mode]["mean"] for mode in modes]
-            row = [name(entry), *(number(mean) for mean in means), *(number(float(np.exp(mean)), ".3f") for mean in means)]
+            row = [name(entry), *(number(entry[mode]["mean"]) for mode in modes)]
+            row += [number(float(np.exp(entry[mode]["mean"])), ".3f") for mode in shown]
             rows.append(row + [interval(entry[key], "+.4f") for key in gains])
         return Table(title, note, headings, rows)
 
@@ -82,8 +83,8 @@ def _synthetic(part: dict[str, Any]) -> Table:
     headings = ["task", "length", "distance", *(f"accuracy {mode}" for mode in modes), *(f"nats {mode}" for mode in modes)]
     headings += ["accuracy on - off"] * (len(modes) == 2)
     note = (
-        f"{part['examples']} examples each ({part['form']}); accuracy: share of answers whose every token is the most likely one; "
-        "nats: loss per answer token; 95 % bootstrap intervals over examples."
+        f"{part['examples']} examples each ({part['form']}); accuracy: share of answers whose every token is the most likely "
+        "one; nats: loss per answer token; 95 % bootstrap intervals over examples."
     )
     return Table("Associative recall and induction", note, headings, rows)
 
@@ -99,7 +100,7 @@ def _tasks(part: dict[str, Any]) -> Table:
             row.append(number(entry["on"]["value"] - entry["off"]["value"], "+.4f"))
         rows.append(row)
     headings = ["task", "metric", "samples", *modes, *(["on - off"] * (len(modes) == 2))]
-    note = f"lm-evaluation-harness {part['version']}; ± standard error as the harness gives it; fresh fast weights for each sample."
+    note = f"lm-evaluation-harness {part['version']}; ± standard error as it gives it; fresh fast weights for each sample."
     return Table("Harness tasks", note, headings, rows)
 
 
@@ -107,17 +108,17 @@ def _diagnostics(part: dict[str, Any]) -> list[Table]:
     rows = []
     for layer in part["layers"]:
         last = layer["chunks"][-1]
-        row = [str(layer["layer"]), str(last["chunk"]), number(last["state_ratio"], ".3e"), number(last["effective_rank"], ".1f")]
-        rows.append(row + [number(last["output_share"], ".4f")])
+        forms = (("state_ratio", ".3e"), ("effective_rank", ".1f"), ("output_share", ".4f"))
+        rows.append([str(layer["layer"]), str(last["chunk"]), *(format(last[key], form) for key, form in forms)])
     made = []
     if rows:
         headings = ["layer", "after chunk", "||S|| / ||W||", "effective rank of S", "||z S^T|| / ||z (W + S)^T||"]
         made.append(Table("Fast weights at the last chunk looked at", "One document.", headings, rows))
     grams = part["ngrams"]
     rows = [
-        [name, str(grams[key]["tokens"]), number(grams[key]["off"]), number(grams[key]["on"]), number(grams[key]["gain"], "+.4f")]
+        [name, str(grams[key]["tokens"]), *(number(grams[key][mode]) for mode in ("off", "on")), number(grams[key]["gain"], "+.4f")]
         for key, name in (("repeated", f"repeats a {grams['n']}-gram"), ("novel", "does not"))
     ]
-    note = f"Loss on the tokens that complete a {grams['n']}-gram which the document held before, and on the others; gain: off - on."
+    note = f"Loss on the tokens that complete a {grams['n']}-gram which the document held before, and on others; gain: off - on."
     made.append(Table("Repeated n-grams", note, ["token", "tokens", "off", "on", "gain"], rows))
     return made
