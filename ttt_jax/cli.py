@@ -266,7 +266,7 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
 
     if (folder is None) == (not compare):
         raise click.UsageError("give --model DIR or --compare A B, one of them")
-    if folder is not None and out is None:
+    if not compare and out is None:
         raise click.UsageError("--out DIR is missing: where the results go")
     if out is not None:
         output.check_out(out, overwrite)
@@ -279,8 +279,9 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
         **options,
     )
     if compare:
-        output.print_tables(run.compare(*compare, chosen, out, overwrite))
-    else:
+        first, second = compare
+        output.print_tables(run.compare(first, second, chosen, out, overwrite))
+    elif out is not None:
         results, text_html = run.evaluate(chosen)
         output.write_folder(out, output.files_of(results, text_html), overwrite)
         output.print_results(results)

@@ -83,6 +83,7 @@ def measure(model, state: State):
             if not run.kind.ttt:
                 continue
             flat = lambda x: x.reshape(-1, *x.shape[2:])
+            assert layer.ttt is not None
             S_LDF, z_LCF = flat(layer.ttt.S_BDF)[:, 0], flat(layer.ttt.z_BCF)[:, 0, : C - 1]
             found.append(jax.lax.map(_measure_layer, (S_LDF, z_LCF, flat(block.mlp.down[...]))))
     return state, tuple(jnp.concatenate(x) for x in zip(*found, strict=True))

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.answers import Judge, Judgement
@@ -220,8 +220,8 @@ class TTTJaxLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages as one prompt; without `add_generation_prompt` the last message is left open, to be continued."""
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        import jinja2  # pyright: ignore[reportMissingImports]
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[reportMissingImports]
 
         def refuse(message: str) -> None:
             raise UserError(f"chat template: {message}")
@@ -270,7 +270,7 @@ def _tokenizer_settings(path: Path | None) -> dict[str, Any]:
 
 def main() -> int:
     """lm_eval's command line, with the model "ttt_jax" known."""
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     try:
         cli_evaluate()

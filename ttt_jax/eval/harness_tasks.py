@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from ttt_jax.errors import DataError, UserError
 from ttt_jax.model import Transformer
@@ -34,9 +34,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 @functools.cache
 def _known_tasks() -> list[str]:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().all_tasks
+    return importlib.import_module("lm_eval.tasks").TaskManager().all_tasks
 
 
 def evaluate_tasks(
@@ -66,15 +64,13 @@ def evaluate_tasks(
     Raises: UserError for unknown tasks, DataError when a task's data cannot be had, saying what to put where.
     """
     check_tasks(names)
-    from lm_eval.tasks import TaskManager
-
     from ttt_jax.eval.harness import TTTJaxLM
 
+    TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
     values: dict[tuple[str, str], dict[str, Any]] = {}
     options = {"limit": limit, "fewshot": fewshot, "chat": chat, "seed": seed}
-    models = {
-        mode: (make or TTTJaxLM)(path, model=model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in modes
-    }
+    build = cast(Any, make or TTTJaxLM)
+    models = {mode: build(path, model=model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in modes}
     generated = list(names)  # those that make samples of a wanted length; all, until they are loaded
     # One length at a time: the harness applies `limit` to the samples of all lengths together.
     for length in sorted(lengths):
@@ -99,9 +95,7 @@ def evaluate_tasks(
 
 def _run(lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed) -> Iterator[tuple[Any, ...]]:
     """(task, metric, samples, value, standard error or None) of every metric."""
-    import lm_eval
-
-    found: Any = lm_eval.simple_evaluate(
+    found: Any = importlib.import_module("lm_eval").simple_evaluate(
         model=lm,
         tasks=items,
         task_manager=manager,
@@ -112,7 +106,7 @@ def _run(lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed)
         log_samples=False,
         random_seed=seed,
         numpy_random_seed=seed,
-        torch_random_seed=None,  # pyright: ignore[reportArgumentType]  (None leaves torch alone)
+        torch_random_seed=None,  # torch may not be there
         fewshot_random_seed=seed,
     )
     for task, metric, value, error in _values(found):
@@ -164,7 +158,7 @@ def _no_data(name: str, error: Exception) -> UserError:
     data_set = re.search(r"['\"]([\w.-]+/[\w.-]+)['\"]", reason)
     if data_set:
         folder = data_set.group(1)
-        fix = f"put its files (such as train.jsonl, validation.jsonl or test.parquet) into ./{folder}/ of the working folder"
+        fix = f"put its files (train, validation, test, each .jsonl or .parquet) into ./{folder}/ of the working folder"
         return DataError(f"--tasks {name}: the data set {folder} cannot be downloaded ({reason}); {fix}")
     host = re.search(r"host='([^']+)'", reason)
     if host:
@@ -181,7 +175,7 @@ def _one_line(error: BaseException) -> str:
 def _ruler_tokenizer(path: Path, tokenizer: Any) -> Iterator[None]:
     """RULER loads its tokenizer through transformers by the name `path`; give it the model's, whatever file that came from."""
     try:
-        from transformers import AutoTokenizer
+        AutoTokenizer: Any = importlib.import_module("transformers").AutoTokenizer
     except ImportError:  # loading one of RULER's tasks says so
         yield
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,41 +126,41 @@ def _plain_difference(a: float, b: float) -> dict[str, Any]:
     return {"mean": b - a, "low": None, "high": None}
 
 
-def _compare_losses(a: dict[str, Any], b: dict[str, Any]):
+def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
     pa, pb = a.get("perplexity"), b.get("perplexity")
     if not pa or not pb or pa["block"] != pb["block"]:
         return
     paired = pa["documents"] == pb["documents"]  # the same documents, and so the same order
-    others = {entry["length"]: entry for entry in pb["lengths"]}
-    for entry in pa["lengths"]:
-        other = others.get(entry["length"])
-        for mode in [mode for mode in pa["modes"] if mode in pb["modes"]] if other else []:
-            ours, theirs = (np.array(e["per_document"][mode]) for e in (entry, other))
-            difference = mean_with_interval(theirs - ours) if paired else _plain_difference(ours.mean(), theirs.mean())
-            yield _row(f"loss at {tokens(entry['length'])}", mode, entry[mode]["mean"], other[mode]["mean"], difference)
+    for entry, other, mode in _common(pa, pb, "lengths", ("length",)):
+        ours, theirs = (np.array(e["per_document"][mode]) for e in (entry, other))
+        difference = mean_with_interval(theirs - ours) if paired else _plain_difference(ours.mean(), theirs.mean())
+        yield _row(f"loss at {tokens(entry['length'])}", mode, entry[mode]["mean"], other[mode]["mean"], difference)
 
 
-def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]):
+def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
     pa, pb = a.get("synthetic"), b.get("synthetic")
     if not pa or not pb or any(pa[key] != pb[key] for key in ("examples", "form", "seed")):
         return
-    key = lambda entry: (entry["task"], entry["length"], entry["distance"])
-    others = {key(entry): entry for entry in pb["entries"]}
-    for entry in pa["entries"]:
-        other = others.get(key(entry))
-        for mode in [mode for mode in pa["modes"] if mode in pb["modes"]] if other else []:
-            means = [e[mode]["accuracy"]["mean"] for e in (entry, other)]
-            where = "" if entry["distance"] is None else f" at distance {entry['distance']}"
-            yield _row(f"{entry['task']} at {tokens(entry['length'])}{where}", mode, *means, _plain_difference(*means))
+    for entry, other, mode in _common(pa, pb, "entries", ("task", "length", "distance")):
+        ours, theirs = (e[mode]["accuracy"]["mean"] for e in (entry, other))
+        where = "" if entry["distance"] is None else f" at distance {entry['distance']}"
+        what = f"{entry['task']} at {tokens(entry['length'])}{where}"
+        yield _row(what, mode, ours, theirs, _plain_difference(ours, theirs))
 
 
-def _compare_tasks(a: dict[str, Any], b: dict[str, Any]):
+def _compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
     pa, pb = a.get("tasks"), b.get("tasks")
-    if not pa or not pb:
+    if not pa or not pb or any(pa[key] != pb[key] for key in ("limit", "fewshot", "chat")):
         return
-    others = {(entry["task"], entry["metric"]): entry for entry in pb["entries"]}
-    for entry in pa["entries"]:
-        other = others.get((entry["task"], entry["metric"]))
-        for mode in [mode for mode in pa["modes"] if mode in pb["modes"]] if other else []:
-            values = [e[mode]["value"] for e in (entry, other)]
-            yield _row(f"{entry['task']} {entry['metric']}", mode, *values, _plain_difference(*values))
+    for entry, other, mode in _common(pa, pb, "entries", ("task", "metric")):
+        ours, theirs = (e[mode]["value"] for e in (entry, other))
+        yield _row(f"{entry['task']} {entry['metric']}", mode, ours, theirs, _plain_difference(ours, theirs))
+
+
+def _common(a: dict[str, Any], b: dict[str, Any], part: str, names: tuple[str, ...]) -> Iterator[tuple[dict, dict, str]]:
+    """(entry of A, entry of B, mode) of what both have."""
+    others = {tuple(entry[name] for name in names): entry for entry in b[part]}
+    for entry in a[part]:
+        other = others.get(tuple(entry[name] for name in names))
+        if other is not None:
+            yield from ((entry, other, mode) for mode in a["modes"] if mode in b["modes"])

@@ -2,9 +2,9 @@
 
 B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv 2604.06169, section 4.
 
-Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context length L the model reads the last
-L of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So every
-length scores the *same* K tokens, and only the context differs. By position: the excerpt is read once from its start.
+Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context length L the model reads the
+last L of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So
+every length scores the *same* K tokens, and only the context differs. By position: the excerpt is read once from its start.
 
 The control "shuffled": everything is computed as with TTT on (this document's keys and values, its pending chunk), but when the
 scored block begins, the fast weights S of every TTT layer are exchanged with those of the next document in the batch, read to

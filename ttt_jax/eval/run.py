@@ -214,7 +214,8 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
         results, text_html = evaluate(dataclasses.replace(options, model=folder))
         files |= {f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()}
         both.append(results)
-    compared, made = output.comparison(*both)
+    first, second = both
+    compared, made = output.comparison(first, second)
     if out is not None:
-        output.write_folder(out, files | output.comparison_files(*both, compared, made), overwrite)
+        output.write_folder(out, files | output.comparison_files(first, second, compared, made), overwrite)
     return made

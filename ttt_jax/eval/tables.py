@@ -115,10 +115,10 @@ def _diagnostics(part: dict[str, Any]) -> list[Table]:
         headings = ["layer", "after chunk", "||S|| / ||W||", "effective rank of S", "||z S^T|| / ||z (W + S)^T||"]
         made.append(Table("Fast weights at the last chunk looked at", "One document.", headings, rows))
     grams = part["ngrams"]
-    rows = [
-        [name, str(grams[key]["tokens"]), *(number(grams[key][mode]) for mode in ("off", "on")), number(grams[key]["gain"], "+.4f")]
-        for key, name in (("repeated", f"repeats a {grams['n']}-gram"), ("novel", "does not"))
-    ]
-    note = f"Loss on the tokens that complete a {grams['n']}-gram which the document held before, and on others; gain: off - on."
+    rows = []
+    for key, name in (("repeated", f"repeats a {grams['n']}-gram"), ("novel", "does not")):
+        losses = [number(grams[key][mode]) for mode in ("off", "on")]
+        rows.append([name, str(grams[key]["tokens"]), *losses, number(grams[key]["gain"], "+.4f")])
+    note = f"Loss on tokens that complete a {grams['n']}-gram which the document held before, and on others; gain: off - on."
     made.append(Table("Repeated n-grams", note, ["token", "tokens", "off", "on", "gain"], rows))
     return made
