@@ -29,11 +29,11 @@ def test_fast_weights(model, ids):
     """Norm, rank and share of the output, from the states that the model returns and numpy's SVD."""
     (found,) = fast_weights(model, ids, points=3)
     assert found["layer"] == 1
-    w_DF = np.asarray(model.groups[0].blocks[1].mlp.down[...], np.float64)[0, 0]
+    w_DF = np.asarray(model.groups[1].blocks[0].mlp.down[...], np.float64)[0, 0]
     assert [chunk["chunk"] for chunk in found["chunks"]] == [1, 2, 5]
     for chunk in found["chunks"]:
         end = chunk["chunk"] * C
-        S_DF, z_CF = (np.asarray(x, np.float64)[0, 0, 0] for x in model(ids[None, : end + C - 1])[1].layers[0][1].ttt[:2])
+        S_DF, z_CF = (np.asarray(x, np.float64)[0, 0, 0] for x in model(ids[None, : end + C - 1])[1].layers[1][0].ttt[:2])
         assert chunk["state_ratio"] == pytest.approx(np.linalg.norm(S_DF) / np.linalg.norm(w_DF), rel=1e-4)
         p = np.linalg.svd(S_DF, compute_uv=False) ** 2
         p = p[p > 1e-12 * p.sum()] / p.sum()

@@ -112,7 +112,7 @@ def test_exchanged_leaves_the_state_alone(rows):
     model = model_of()
     _, state = model(rows[:, :L])
     copy = exchanged(state)
-    old, new = (s.layers[0][1].ttt for s in (state, copy))
+    old, new = (s.layers[1][0].ttt for s in (state, copy))
     np.testing.assert_array_equal(np.roll(old.S_BDF, -1, axis=2), new.S_BDF)
     np.testing.assert_array_equal(old.z_BCF, new.z_BCF)
     assert all(a is not b for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(copy), strict=True))

@@ -30,14 +30,12 @@ def examples_of(task, form, count=6, seed=0):
 
 def lookup(ids, start, stop):
     """An oracle for every task but `variables`: the longest context that stood before, and what followed it there."""
-    answer = []
+    text, answer = "".join(map(chr, ids)), []
     for end in range(start, stop):
-        for n in range(end, 0, -1):
-            context = ids[end - n : end]
-            places = [i for i in range(end - n) if ids[i : i + n] == context]
-            if places:
-                answer.append(ids[places[-1] + n])
-                break
+        n = 1
+        while text.find(text[end - n - 1 : end], 0, end - 1) >= 0:  # a longer context stood before, too
+            n += 1
+        answer.append(ids[text.rfind(text[end - n : end], 0, end - 1) + n])
     return answer
 
 
