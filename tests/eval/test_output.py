@@ -146,7 +146,7 @@ def test_command_line(folder, capsys):
         (["--model", "m"], "--out DIR is missing"),
         (["--model", "m", "--out", "x"], "nothing to evaluate"),
         (["--model", "nowhere", "--out", "x", "--perplexity", "d"], "model nowhere: no such folder"),
-        (["--model", "m", "--out", "x", "--perplexity", "d", "--lengths", "2q"], "--lengths 2q: '2q' is not a number of tokens"),
+        (["--model", "m", "--out", "x", "--perplexity", "d", "--lengths", "2q"], "--lengths 2q: '2q' is not a number"),
         (["--compare", "nowhere", "nowhere"], "--compare nowhere: holds no results.json"),
     ],
 )

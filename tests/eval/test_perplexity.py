@@ -1,4 +1,4 @@
-"""Loss by context and position: against `score`, against a slow model of the control, and through files and the command line."""
+"""Loss by context and position: against `score`, against a slow model of the control, and through files."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The recall suite: every task is solvable from its own tokens, seeded, and graded as it says; and answers as `score` judges."""
+"""The recall suite: every task is solvable from its own tokens, seeded, graded as it says; answers as `score` judges."""
 
 import functools
 
@@ -138,7 +138,7 @@ def test_the_suite_runs_on_a_model():
 def test_refusals():
     with pytest.raises(UserError, match="vocabulary has 31 ids; at least 96"):
         IdAlphabet(31)
-    with pytest.raises(UserError, match="--form text: the model's folder has no tokenizer.json"):
+    with pytest.raises(UserError, match=r"--form text: the model's folder has no tokenizer\.json"):
         evaluate(model_of(), lengths=[LENGTH], form="text")
     with pytest.raises(UserError, match="--lengths 16: too short for the task, which needs"):
         make_examples("multi_needle", ALPHABETS["ids"], length=16, count=1)
