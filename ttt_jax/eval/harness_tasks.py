@@ -164,7 +164,8 @@ def _no_data(name: str, error: Exception) -> UserError:
     if host:
         where = f"fetches {host.group(1)}, which cannot be reached, and takes no local file"
         return DataError(f"--tasks {name}: {where}; run it on a machine with network, or leave it out")
-    return DataError(f"--tasks {name}: could not be loaded ({type(error).__name__}: {reason}); see the task's README in lm_eval")
+    reason = f"{type(error).__name__}: {reason}"
+    return DataError(f"--tasks {name}: could not be loaded ({reason}); see the task's README in lm_eval")
 
 
 def _one_line(error: BaseException) -> str:
