@@ -45,6 +45,7 @@ def train(config: Config) -> None:
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
     from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
+    from ttt_jax.distributed import any_process, initialize
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
     from ttt_jax.pretrained import initial_model
     from ttt_jax.report import bucket_losses, print_report, write_report
@@ -54,20 +55,22 @@ def train(config: Config) -> None:
         abstract_state,
         evaluate_by_position,
         init_state,
+        local_rows,
         make_position_nll,
         make_train_step,
         put_batch,
     )
 
-    main_process = jax.process_index() == 0
+    initialize()  # before jax looks at its devices
+    processes, main_process = jax.process_count(), jax.process_index() == 0
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    loader = make_loader(
-        config, tokenizer=tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    batch_shape = (config.data.batch_size, config.data.seq_len)
+    loader = make_loader(config, tokenizer=tokenizer, rows=local_rows(mesh, batch_shape))
     rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
     abstract, tx = abstract_state(config, mesh)
-    first = None if config.run_dir.exists() else initial_model(config, abstract.model)
+    # Asked of all processes: one may have created it before another one looks.
+    first = None if any_process(config.run_dir.exists()) else initial_model(config, abstract.model)
     prepare_run_dir(config)  # nothing is written before everything has been checked
 
     with Checkpointer(config.run_dir / "checkpoints", config.checkpoint) as checkpointer:
@@ -101,12 +104,16 @@ def train(config: Config) -> None:
         ) as logger:
             if step:
                 logger.message(f"continuing {config.run_dir} from step {step}")
+            if processes > 1:
+                logger.message(f"{processes} processes, {jax.device_count()} devices")
             start_step = clock_step = step
             clock, trained_tokens, trained_seconds = time.perf_counter(), 0, 0.0
             while step < config.steps:
-                state, metrics = train_step(state, put_batch(next(loader), mesh))
+                state, metrics = train_step(state, put_batch(next(loader), mesh, config.data.batch_size))
                 step += 1
-                stopping = stop.requested  # read once: a signal that comes later is for the next step
+                # Read once: a signal that comes later is for the next step. Signals reach processes at different steps, so
+                # several stop together where they wait for the device anyway.
+                stopping = stop.requested if processes == 1 else step % config.log.every == 0 and any_process(stop.requested)
                 periodic = config.checkpoint.every and step % config.checkpoint.every == 0
                 due_save = periodic or stopping or step == config.steps
                 if not (due_save or step % config.log.every == 0 or step == 1):
@@ -135,7 +142,8 @@ def train(config: Config) -> None:
                 if due_save:
                     save(step)
                 if stopping and step < config.steps:
-                    logger.message(f"stopped by {stop.name} after step {step}; run the same command again to continue")
+                    by = stop.name or "another process"
+                    logger.message(f"stopped by {by} after step {step}; run the same command again to continue")
                     return
                 clock, clock_step = time.perf_counter(), step
             logger.message("evaluating held-out loss by position, TTT on and off")

@@ -1,6 +1,7 @@
 """Attention over a split sequence against the same sequence on one device: values, gradients, balance, communication."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,3 +173,16 @@ def test_errors():
         parallel(context=2).attention(q, k, v, implementation="cudnn")
     with pytest.raises(UserError, match="'flash': unknown"):
         attention_shard(q, k, v, axis="s", shards=2, implementation="flash")
+
+
+def test_masks_are_not_kept_for_the_backward_pass():
+    """What a rematerialised layer keeps may hold one block's mask, not those of all 2P - 1 blocks."""
+    p, (q, k, v, _), ids = parallel(context=4), inputs(dtype="float32"), segments()
+    layer = jax.checkpoint(lambda h: p.attention(h, k, v, segment_ids_BT=ids), policy=_remat_policy(("attention",)))
+
+    def loss(q):
+        return jax.lax.scan(lambda h, _: (layer(h), None), q, None, length=2)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(q))
+    masks = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"bool\[([\d,]+)\]", program)]
+    assert max(masks) == 2 * 4 * 6 * 6, "rows, heads, and the tokens of two halves"

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.attention import IMPLEMENTATIONS, blocked, _say_once, _why_not_cudnn, self_attention
+from ttt_jax.attention import IMPLEMENTATIONS, _say_once, _why_not_cudnn, blocked, self_attention
 from ttt_jax.blocks import join_tokens, split_tokens
 from ttt_jax.errors import UserError
 from ttt_jax.ops.xla import accumulator, precision_for
@@ -268,6 +268,9 @@ _balanced.defvjp(_forward, _backward)
 
 def _logits(q_BAKGH, k_BSKH, q_ids_BA, k_ids_BS, q_start, causal: bool, dot):
     """Masked logits [B, K, G, A, S] of the queries q_start .. of a block."""
+    # Tied to the queries, or differentiating a rematerialised layer would keep the masks of all blocks for the backward pass:
+    # no gradient flows through their inputs, so they count as known (30 GiB for Qwen3-8B, 128k tokens on 8 shards).
+    q_BAKGH, q_ids_BA, k_ids_BS, q_start = jax.lax.optimization_barrier((q_BAKGH, q_ids_BA, k_ids_BS, jnp.asarray(q_start)))
     logits = dot("bakgh,bskh->bkgas", q_BAKGH, k_BSKH) / math.sqrt(q_BAKGH.shape[-1])
     (B, A), S = q_BAKGH.shape[:2], k_BSKH.shape[1]
     seen_BAS = jnp.ones((B, A, S), bool)

@@ -11,7 +11,9 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,19 +36,43 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or the given ones). Raises `ConfigError` when the sizes do not multiply to their number."""
+    """A mesh over all devices (or the given ones, which may exist on paper only).
+
+    Raises: `ConfigError` when the sizes do not multiply to the number of devices, or `data` does not split over TPU slices.
+    """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    if len(devices) > 1 and devices[0].platform == "gpu" and hasattr(jax.config, "jax_use_shardy_partitioner"):
+        # XLA's GPU compiler crashes (jax 0.11, 0.12) on a `shard_map` without inputs, and jax hoists constants of a scanned
+        # layer into such ones. Shardy's pass is what crashes; the older partitioner compiles the same program.
+        jax.config.update("jax_use_shardy_partitioner", False)
+    return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of `AXES` on so many devices. Raises `ConfigError` when they do not multiply to that number."""
     sizes = dataclasses.asdict(config)
     free = [axis for axis, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        if len(devices) % known:
-            raise ConfigError(f"config field mesh: {sizes} does not divide {len(devices)} devices; change a size")
-        sizes[free[0]] = len(devices) // known
-    elif known != len(devices):
-        raise ConfigError(f"config field mesh: {sizes} needs {known} devices, there are {len(devices)}; set one axis to -1")
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        if devices % known:
+            raise ConfigError(f"config field mesh: {sizes} does not divide {devices} devices; change a size")
+        sizes[free[0]] = devices // known
+    elif known != devices:
+        raise ConfigError(f"config field mesh: {sizes} needs {known} devices, there are {devices}; set one axis to -1")
+    return tuple(sizes[axis] for axis in AXES)
+
+
+def _grid(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Devices laid out so that the inner axes are neighbours. Unlike `jax.make_mesh` it splits an axis of a TPU's torus
+    over two of the mesh where the sizes ask for it, and puts the slices of a multi-slice job on the `data` axis."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ConfigError(f"config field mesh.data = {shape[0]}: must be a multiple of the {slices} TPU slices")
+    inside, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:

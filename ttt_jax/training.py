@@ -128,13 +128,30 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    """This process' rows as global arrays."""
-    rows = {name: x.shape[0] * jax.process_count() for name, x in batch.items()}
-    return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh, (rows[name], x.shape[1])), x)
-        for name, x in batch.items()
-    }
+def local_rows(mesh: Mesh, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The rows of a batch [B, T] of which this process' devices hold some tokens, in order.
+
+    Processes hold the same rows when the context axis spans them, and all rows when rows do not split over the mesh.
+    """
+    places = batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
+    return tuple(sorted({row for index in places if index is not None for row in range(shape[0])[index[0]]}))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> Batch:
+    """Global arrays [B, T] from this process' rows, `local_rows` of them (`batch_size` is B; None: all are here)."""
+
+    def put(x_RT: np.ndarray) -> jax.Array:
+        shape = (batch_size or x_RT.shape[0], x_RT.shape[1])
+        sharding = batch_sharding(mesh, shape)
+        place = {row: i for i, row in enumerate(local_rows(mesh, shape))}
+
+        def part(index: Any) -> np.ndarray:
+            rows, tokens = index
+            return x_RT[[place[row] for row in range(shape[0])[rows]], tokens]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
 
 
 def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], jax.Array]:

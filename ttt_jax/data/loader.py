@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -33,7 +33,7 @@ class DataSummary:
 class Loader(Iterator[Batch]):
     """An endless iterator over this process' rows of every batch.
 
-    A batch holds, for `b = data.batch_size // process_count` rows of `T = data.seq_len` tokens:
+    A batch holds, for `b` rows (data.batch_size, unless processes share them out) of `T = data.seq_len` tokens:
 
       ids          int32 [b, T]    token ids; padding holds the end token (or 0)
       targets      int32 [b, T]    the next token of the same document
@@ -41,17 +41,15 @@ class Loader(Iterator[Batch]):
       segment_ids  int32 [b, T]    documents of a row from 1; 0 is padding
       positions    int32 [b, T]    from 0 in each document
 
-    The global batch (process 0's rows, then process 1's, ...) does not depend on `process_count` or `data.workers`.
+    The global batch does not depend on how processes and `data.workers` share its rows out.
     """
 
-    def __init__(
-        self, config: Config, table: PieceTable, *, tokenizer: Tokenizer, process_index: int, process_count: int
-    ) -> None:
+    def __init__(self, config: Config, table: PieceTable, *, tokenizer: Tokenizer, slots: Sequence[int]) -> None:
         data = config.data
-        rows = data.batch_size // process_count
+        rows = len(slots)
         self._table = table
         self._total_slots = data.batch_size
-        self._slots = range(process_index * rows, (process_index + 1) * rows)
+        self._slots = tuple(slots)
         # Each worker serves its own slots, so their number has to divide the rows; the stream does not depend on it.
         self._workers = next((n for n in range(min(data.workers, rows), 0, -1) if rows % n == 0), 0)
         order = grain.MapDataset.range(len(table))
@@ -103,7 +101,7 @@ class Loader(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, bit for bit.
 
-        `state` may come from any process of a run with any `process_count`. Rows whose state it does not hold are found
+        `state` may come from any process of a run with any number of them. Rows whose state it does not hold are found
         by planning the stream again from its start, which takes about 15 microseconds for each piece of a document.
 
         Raises:
@@ -146,8 +144,19 @@ class Loader(Iterator[Batch]):
         return iter(rows)
 
 
-def make_loader(config: Config, *, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1) -> Loader:
-    """The training stream, for one of `process_count` processes.
+def make_loader(
+    config: Config,
+    *,
+    tokenizer: Tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
+) -> Loader:
+    """The training stream, for one process.
+
+    Args:
+      rows: indices of the rows of the global batch that it reads; several processes may read the same.
+      process_index, process_count: without `rows`: it reads the `process_index`-th of `process_count` equal parts.
 
     `data.workers` processes read ahead (the largest number up to it that divides the rows of this process); scripts
     that use them need an `if __name__ == "__main__"` guard, because Python starts workers by importing the main script.
@@ -164,7 +173,9 @@ def make_loader(config: Config, *, tokenizer: Tokenizer, process_index: int = 0,
         )
     train, _ = _split(config, tokenizer)
     table = _table(config, tokenizer, train, pack=config.data.pack)
-    return Loader(config, table, tokenizer=tokenizer, process_index=process_index, process_count=process_count)
+    share = batch_size // process_count
+    slots = range(process_index * share, (process_index + 1) * share) if rows is None else rows
+    return Loader(config, table, tokenizer=tokenizer, slots=slots)
 
 
 def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
