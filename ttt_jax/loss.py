@@ -32,6 +32,23 @@ def token_nll(h_BTD, w_VD, targets_BT):
     return join_tokens(nll, T)
 
 
+def token_nll_and_hit(h_BTD, w_VD, targets_BT):
+    """As `token_nll`, and whether the target is the most likely token, bool [B, T] (of equals, the lowest id)."""
+    acc = accumulator(h_BTD.dtype)
+    w_VD = w_VD.astype(h_BTD.dtype)
+
+    def block(x):
+        logits_BQV = _logits(x[0], w_VD, acc)
+        picked_BQ = jnp.take_along_axis(logits_BQV, x[1][..., None], axis=-1)[..., 0]
+        hit_BQ = jnp.argmax(logits_BQV, axis=-1).astype(x[1].dtype) == x[1]
+        return jax.nn.logsumexp(logits_BQV, axis=-1) - picked_BQ, hit_BQ
+
+    T = h_BTD.shape[1]
+    Q = _block_size(h_BTD, w_VD)
+    nll, hit = jax.lax.map(block, (split_tokens(h_BTD, Q), split_tokens(targets_BT, Q)))
+    return join_tokens(nll, T), join_tokens(hit, T)
+
+
 @jax.custom_vjp
 def cross_entropy(h_BTD, w_VD, targets_BT, weights_BT):
     """Sum over tokens of weight * -log p(target), a float32 scalar.

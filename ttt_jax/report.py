@@ -91,10 +91,7 @@ def write_report(
         "loss_last": losses[-1][1] if losses else None,
         "heldout": {**heldout, "positions": positions, "ttt_on": on, "ttt_off": off, "gain": gain},
         **summary,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "hardware": _hardware(),
-        "versions": _versions(),
+        **provenance(),
         "config": to_dict(config),
     }
     pictures = _draw(run_dir, losses, report["heldout"])
@@ -182,6 +179,16 @@ def _plain(value: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ provenance
+
+
+def provenance() -> dict[str, Any]:
+    """When, by which code and on what a result was computed: date, commit, hardware, versions."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "versions": _versions(),
+    }
 
 
 def _hardware() -> dict[str, Any]:

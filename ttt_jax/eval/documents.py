@@ -1,0 +1,54 @@
+"""Documents to evaluate on: any source that train.py reads, as token ids of the model's tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from ttt_jax.config import Config
+from ttt_jax.data.corpus import Corpus, load_corpus
+from ttt_jax.data.sources import find_files
+from ttt_jax.data.tokenizer import ByteTokenizer
+from ttt_jax.errors import DataError
+from ttt_jax.model import Transformer
+
+_FIELD = "data.train"  # the loader's name for what is read
+
+
+def open_documents(model: Transformer, data: str | Path, option: str = "--perplexity") -> Corpus:
+    """All documents of a file, a folder or "stdlib", tokenised; text gets no end token.
+
+    Raises: DataError naming `option` when the source is missing, unreadable, empty, or text without a tokenizer.
+    """
+    config = Config(model=model.config, data=dataclasses.replace(Config().data, train=(str(data),), eos=False))
+    try:
+        if model.tokenizer is None:
+            files = find_files((str(data),), field=_FIELD, format="auto")
+            # ArrayRecord may hold ids; if it holds text, that is found below.
+            if text := [file for file in files if file.format not in ("npy", "arrayrecord")]:
+                raise DataError(
+                    f"{option} {data}: {text[0].path.name} is text and the model's folder has no tokenizer.json; add it, "
+                    "or give token ids in .npy"
+                )
+        corpus = load_corpus(config, model.tokenizer or ByteTokenizer())
+    except DataError as error:
+        raise DataError(str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"{option} {data}")) from None
+    if corpus.has_text and model.tokenizer is None:
+        raise DataError(f"{option} {data}: holds text and the model's folder has no tokenizer.json; add it, or give token ids")
+    return corpus
+
+
+def choose(corpus: Corpus, tokens: int, limit: int | None, option: str = "--lengths") -> list[int]:
+    """The first `limit` documents that have at least `tokens` tokens.
+
+    Raises: DataError when there is none, naming the longest.
+    """
+    found = [int(i) for i in np.flatnonzero(corpus.length_N >= tokens)]
+    if not found:
+        raise DataError(
+            f"{option}: no document has {tokens} tokens (the longest of {len(corpus)} has {int(corpus.length_N.max())}); "
+            f"give lengths below {int(corpus.length_N.max())} or longer documents"
+        )
+    return found[:limit]

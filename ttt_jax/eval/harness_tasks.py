@@ -1,0 +1,208 @@
+"""Tasks of lm-evaluation-harness for `ttt-jax eval --tasks`: found, loaded with errors that help, run with TTT on and off."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from ttt_jax.errors import DataError, UserError
+from ttt_jax.model import Transformer
+
+_SCARCE = "pip install 'ttt-jax[eval]'"
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises UserError when lm_eval is missing or a task unknown, before a model is loaded."""
+    try:
+        known = _known_tasks()
+    except ImportError as error:
+        raise UserError(f"--tasks {','.join(names)}: needs lm-evaluation-harness ({error}); {_SCARCE}") from None
+    for name in names:
+        if name not in known and not Path(name).is_file():
+            near = difflib.get_close_matches(name, known, 3)
+            hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists them"
+            raise UserError(f"--tasks {name}: neither 'synthetic' nor a task of lm-evaluation-harness; {hint}")
+
+
+@functools.cache
+def _known_tasks() -> list[str]:
+    return importlib.import_module("lm_eval.tasks").TaskManager().all_tasks
+
+
+def evaluate_tasks(
+    model: Transformer,
+    path: Path,
+    names: Sequence[str],
+    *,
+    modes: Sequence[str] = ("off", "on"),
+    lengths: Sequence[int] = (4096,),
+    limit: int | None = None,
+    fewshot: int | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+    piece: int | None = None,
+    seed: int = 0,
+    make: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Run tasks, the same samples for each mode.
+
+    Args:
+      path: the model's folder, for tokenizer_config.json.
+      lengths: of tasks that make their own samples (RULER), in tokens of the model's tokenizer.
+      limit: samples per task; None: all.
+      make: builds the harness's LM from (path, model=, ttt=, batch_size=, piece=); None: `TTTJaxLM`. Tests put dummies here.
+
+    Returns: the "tasks" part of results.json.
+    Raises: UserError for unknown tasks, DataError when a task's data cannot be had, saying what to put where.
+    """
+    check_tasks(names)
+    from ttt_jax.eval.harness import TTTJaxLM
+
+    TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
+    values: dict[tuple[str, str], dict[str, Any]] = {}
+    options = {"limit": limit, "fewshot": fewshot, "chat": chat, "seed": seed}
+    build = cast(Any, make or TTTJaxLM)
+    models = {mode: build(path, model=model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in modes}
+    generated = list(names)  # those that make samples of a wanted length; all, until they are loaded
+    # One length at a time: the harness applies `limit` to the samples of all lengths together.
+    for length in sorted(lengths):
+        manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": str(path)})
+        random.seed(seed)  # RULER draws its samples from the global generator
+        with _ruler_tokenizer(path, model.tokenizer):
+            loaded = {name: _load(manager, name) for name in generated}
+        items = [item for group in loaded.values() for item in group]
+        for task in _leaves(items):
+            _report_length(task, length)
+        for mode, lm in models.items():
+            for task, metric, samples, value, error in _run(lm, items, manager, **options):
+                entry = values.setdefault((task, metric), {"task": task, "metric": metric, "samples": samples})
+                entry[mode] = {"value": value, "stderr": error}
+        generated = [name for name, group in loaded.items() if any(callable(t.config.custom_dataset) for t in _leaves(group))]
+        if not generated:
+            break
+    entries = [entry for entry in values.values() if all(mode in entry for mode in modes)]
+    version = importlib.metadata.version("lm_eval")
+    return {"modes": list(modes), "version": version, "limit": limit, "fewshot": fewshot, "chat": chat, "entries": entries}
+
+
+def _run(lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed) -> Iterator[tuple[Any, ...]]:
+    """(task, metric, samples, value, standard error or None) of every metric."""
+    found: Any = importlib.import_module("lm_eval").simple_evaluate(
+        model=lm,
+        tasks=items,
+        task_manager=manager,
+        num_fewshot=fewshot,
+        limit=limit,
+        apply_chat_template=chat,
+        bootstrap_iters=1000,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=None,  # torch may not be there
+        fewshot_random_seed=seed,
+    )
+    for task, metric, value, error in _values(found):
+        yield task, metric, found["n-samples"].get(task, {}).get("effective", 0), value, error
+
+
+def _leaves(items: list[Any]) -> list[Any]:
+    """The tasks of tasks and groups."""
+    return [task for item in items for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+
+
+def _report_length(task: Any, length: int) -> None:
+    """RULER's tasks name one metric for each of a few lengths; any other length is reported in the same way."""
+    aggregations = task.aggregation()
+    if callable(task.config.custom_dataset) and "4096" in aggregations and str(length) not in aggregations:
+        aggregations[str(length)] = aggregations["4096"]
+        task.higher_is_better()[str(length)] = True
+
+
+def _values(found: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None]]:
+    for task, metrics in found["results"].items():
+        for name, value in metrics.items():
+            metric, _, filter_name = name.partition(",")
+            # RULER reports every length that exists, -1 for those that were not asked for.
+            unused = metric.isdecimal() and value == -1
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float) or unused:
+                continue
+            error = metrics.get(f"{metric}_stderr,{filter_name}")
+            metric = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            yield task, metric, float(value), float(error) if isinstance(error, int | float) else None
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """A task, or the tasks of a group."""
+    try:
+        loaded = manager.load([name])
+        return list(loaded["groups"].values()) or list(loaded["tasks"].values())
+    except ImportError as error:
+        raise UserError(f"--tasks {name}: needs a package that is missing ({_one_line(error)}); {_SCARCE}") from None
+    except Exception as error:  # whatever a download raises: OSError, requests, httpx, datasets, nltk
+        raise _no_data(name, error) from None
+
+
+def _no_data(name: str, error: Exception) -> UserError:
+    reason = _one_line(error)
+    if isinstance(error, LookupError) and "punkt" in reason:
+        fix = "put nltk's tokenizers/punkt_tab folder into ~/nltk_data/tokenizers/"
+        return DataError(f"--tasks {name}: nltk's punkt_tab cannot be downloaded; {fix}")
+    data_set = re.search(r"['\"]([\w.-]+/[\w.-]+)['\"]", reason)
+    if data_set:
+        folder = data_set.group(1)
+        fix = f"put its files (train, validation, test, each .jsonl or .parquet) into ./{folder}/ of the working folder"
+        return DataError(f"--tasks {name}: the data set {folder} cannot be downloaded ({reason}); {fix}")
+    host = re.search(r"host='([^']+)'", reason)
+    if host:
+        where = f"fetches {host.group(1)}, which cannot be reached, and takes no local file"
+        return DataError(f"--tasks {name}: {where}; run it on a machine with network, or leave it out")
+    reason = f"{type(error).__name__}: {reason}"
+    return DataError(f"--tasks {name}: could not be loaded ({reason}); see the task's README in lm_eval")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _ruler_tokenizer(path: Path, tokenizer: Any) -> Iterator[None]:
+    """RULER loads its tokenizer through transformers by the name `path`; give it the model's, whatever file that came from."""
+    try:
+        AutoTokenizer: Any = importlib.import_module("transformers").AutoTokenizer
+    except ImportError:  # loading one of RULER's tasks says so
+        yield
+        return
+    original: Any = AutoTokenizer.from_pretrained
+
+    def from_pretrained(name: Any, *args: Any, **kwargs: Any) -> Any:
+        return _TaskTokenizer(tokenizer) if str(name) == str(path) else original(name, *args, **kwargs)
+
+    AutoTokenizer.from_pretrained = from_pretrained
+    try:
+        yield
+    finally:
+        AutoTokenizer.from_pretrained = original
+
+
+class _TaskTokenizer:
+    """What RULER's tasks use of a transformers tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str, **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=self.encode(text))
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
+        return self._tokenizer.decode(ids)

@@ -1,0 +1,166 @@
+"""The result folder: `results.json`, `report.html`, and `text.html` when asked for; and the comparison of two of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.eval.page import comparison_page, report_page
+from ttt_jax.eval.statistics import mean_with_interval
+from ttt_jax.eval.tables import Table, interval, number, tables, tokens
+from ttt_jax.run_dir import atomic_write_text
+
+RESULTS = "results.json"
+_WIDTH = 150  # columns when the output is a file
+_OURS = {RESULTS, "report.html", "text.html", "comparison.json", "comparison.html", "a", "b"}
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises UserError when `out` exists and may not be replaced: never anything but a result folder."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"--out {out}: exists already; choose another folder or pass --overwrite")
+    foreign = sorted({path.name for path in out.iterdir()} - _OURS) if out.is_dir() and not out.is_symlink() else [out.name]
+    if foreign:
+        raise UserError(f"--out {out}: holds {foreign[0]!r}, so it is not a result folder; choose another folder")
+
+
+def write_folder(out: Path, files: dict[str, str], overwrite: bool) -> None:
+    """Write text files (names may have one folder); `out` appears complete or not at all.
+
+    Raises: UserError when `out` may not be replaced or cannot be written.
+    """
+    check_out(out, overwrite)
+    part = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, text in files.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            atomic_write_text(part / name, text)
+        old = out.with_name(f".{out.name}.old")
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        part.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"--out {out}: could not be written ({error.strerror}); free space or choose another folder") from None
+
+
+def files_of(results: dict[str, Any], text_html: str | None = None) -> dict[str, str]:
+    """The files of a result folder."""
+    files = {RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n", "report.html": report_page(results)}
+    return files | ({"text.html": text_html} if text_html else {})
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Raises CheckpointError when the folder holds no readable results."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"--compare {folder}: holds no {RESULTS}; give the --out folder of an evaluation") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--compare {folder}: {RESULTS} is not readable ({error}); evaluate again") from None
+    if not isinstance(results, dict) or "model" not in results or "config" not in results:
+        raise CheckpointError(f"--compare {folder}: {RESULTS} is not of an evaluation; give an --out folder of ttt-jax eval")
+    return results
+
+
+def print_tables(made: list[Table], console: Console | None = None) -> None:
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_WIDTH)
+    for table in made:
+        rich = RichTable(title=table.title, caption=table.note, title_justify="left", caption_justify="left")
+        rich.title_style = "bold"
+        for n, heading in enumerate(table.headings):
+            rich.add_column(heading, justify="left" if n == 0 else "right", no_wrap=n == 0)
+        for row in table.rows:
+            rich.add_row(*row)
+        console.print(rich)
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    print_tables(tables(results), console)
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+
+
+def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
+    """What B gives over A, where both have the same entries; losses on the same documents are paired.
+
+    Raises: UserError when the two have nothing in common.
+    """
+    rows = [*_compare_losses(a, b), *_compare_synthetic(a, b), *_compare_tasks(a, b)]
+    if not rows:
+        raise UserError("--compare: the two results have no entry in common; evaluate both with the same options")
+    headings = ["what", "mode", "A", "B", "B - A"]
+    note = f"A: {a['model']} ({a['commit'] or 'no commit'}), B: {b['model']} ({b['commit'] or 'no commit'})."
+    note += " Losses in nats (lower is better), accuracies and task scores (higher is better)."
+    cells = [[r["what"], r["mode"], number(r["a"]), number(r["b"]), interval(r["difference"], "+.4f")] for r in rows]
+    return {"a": a["model"], "b": b["model"], "rows": rows}, [Table("B against A", note, headings, cells)]
+
+
+def comparison_files(a: dict[str, Any], b: dict[str, Any], compared: dict[str, Any], made: list[Table]) -> dict[str, str]:
+    text = json.dumps(compared, indent=1, allow_nan=False) + "\n"
+    return {"comparison.json": text, "comparison.html": comparison_page(a, b, made)}
+
+
+def _row(what: str, mode: str, a: float | None, b: float | None, difference: dict[str, Any]) -> dict[str, Any]:
+    return {"what": what, "mode": mode, "a": a, "b": b, "difference": difference}
+
+
+def _plain_difference(a: float, b: float) -> dict[str, Any]:
+    return {"mean": b - a, "low": None, "high": None}
+
+
+def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    pa, pb = a.get("perplexity"), b.get("perplexity")
+    if not pa or not pb or pa["block"] != pb["block"]:
+        return
+    paired = pa["documents"] == pb["documents"]  # the same documents, and so the same order
+    for entry, other, mode in _common(pa, pb, "lengths", ("length",)):
+        ours, theirs = (np.array(e["per_document"][mode]) for e in (entry, other))
+        difference = mean_with_interval(theirs - ours) if paired else _plain_difference(ours.mean(), theirs.mean())
+        yield _row(f"loss at {tokens(entry['length'])}", mode, entry[mode]["mean"], other[mode]["mean"], difference)
+
+
+def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    pa, pb = a.get("synthetic"), b.get("synthetic")
+    if not pa or not pb or any(pa[key] != pb[key] for key in ("examples", "form", "seed")):
+        return
+    for entry, other, mode in _common(pa, pb, "entries", ("task", "length", "distance")):
+        ours, theirs = (e[mode]["accuracy"]["mean"] for e in (entry, other))
+        where = "" if entry["distance"] is None else f" at distance {entry['distance']}"
+        what = f"{entry['task']} at {tokens(entry['length'])}{where}"
+        yield _row(what, mode, ours, theirs, _plain_difference(ours, theirs))
+
+
+def _compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    pa, pb = a.get("tasks"), b.get("tasks")
+    if not pa or not pb or any(pa[key] != pb[key] for key in ("limit", "fewshot", "chat")):
+        return
+    for entry, other, mode in _common(pa, pb, "entries", ("task", "metric")):
+        ours, theirs = (e[mode]["value"] for e in (entry, other))
+        yield _row(f"{entry['task']} {entry['metric']}", mode, ours, theirs, _plain_difference(ours, theirs))
+
+
+def _common(a: dict[str, Any], b: dict[str, Any], part: str, names: tuple[str, ...]) -> Iterator[tuple[dict, dict, str]]:
+    """(entry of A, entry of B, mode) of what both have."""
+    others = {tuple(entry[name] for name in names): entry for entry in b[part]}
+    for entry in a[part]:
+        other = others.get(tuple(entry[name] for name in names))
+        if other is not None:
+            yield from ((entry, other, mode) for mode in a["modes"] if mode in b["modes"])

@@ -1,0 +1,224 @@
+"""The HTML pages: self-contained, no script, no network; pictures are SVG inside the page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.eval.tables import Table, tables, tokens
+
+# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
+COLOURS = {"on": "#0072B2", "off": "#D55E00", "shuffled": "#009E73"}
+_MARKERS = {"on": "o", "off": "s", "shuffled": "^"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } p.note { color: #555; margin: 0 0 .6rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { border-bottom: 2px solid #888; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+tbody tr:hover { background: #f4f7fa; } img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
+pre.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
+pre.json { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
+.legend span { padding: .1rem .5rem; margin-right: .2rem; }
+"""
+
+
+def report_page(results: dict[str, Any]) -> str:
+    """All tables and plots of one evaluation."""
+    body = [f"<h1>Evaluation of {_escape(results['model'])}</h1>", _facts(results), *_pictures(results)]
+    body += [_table(table) for table in tables(results)]
+    config = json.dumps(results["config"], indent=2)
+    body.append(f"<details><summary>Model configuration</summary><pre class='json'>{_escape(config)}</pre></details>")
+    return _page(f"Evaluation of {results['model']}", body)
+
+
+def comparison_page(a: dict[str, Any], b: dict[str, Any], made: list[Table]) -> str:
+    body = ["<h1>Comparison</h1>"]
+    for name, results in (("A", a), ("B", b)):
+        body += [f"<h2>{name}: {_escape(results['model'])}</h2>", _facts(results)]
+    return _page("Comparison", body + [_table(table) for table in made])
+
+
+def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) -> str:
+    """A text coloured by what TTT gives.
+
+    Args:
+      pieces: (text, log-probability with TTT on, and off), in order; None for the first token, which nothing predicts.
+    """
+    gains = np.array([on - off for _, on, off in pieces if on is not None and off is not None])
+    scale = max(float(np.percentile(np.abs(gains), 98)), 1e-6) if gains.size else 1.0
+    spans = []
+    for text, on, off in pieces:
+        if on is None or off is None:
+            spans.append(_escape(text))
+            continue
+        hint = f"gain {on - off:+.3f} nats (on {on:.3f}, off {off:.3f})"
+        colour = gain_colour((on - off) / scale)
+        spans.append(f'<span style="background:{colour}" title="{hint}">{_escape(text)}</span>')
+    legend = "".join(
+        f'<span style="background:{gain_colour(x)}">{x * scale:+.2f}</span>' for x in (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
+    )
+    mean = f"Mean gain {gains.mean():+.4f} nats per token over {len(gains)} tokens; " if gains.size else ""
+    helped = f"TTT helps on {100 * float((gains > 0).mean()):.1f} % of them." if gains.size else ""
+    body = [
+        f"<h1>{_escape(title)}</h1>",
+        "<p class='note'>Each token is coloured by log p with TTT minus log p without, on the same weights: blue where "
+        f"adaptation helps, orange where it hurts. {mean}{helped} Hover over a token for the figures.</p>",
+        f"<p class='legend'>{legend} nats</p>",
+        f"<pre class='text'>{''.join(spans)}</pre>",
+    ]
+    return _page(title, body)
+
+
+def gain_colour(x: float) -> str:
+    """White at 0, blue towards 1, orange towards -1 (clipped)."""
+    strength = min(abs(x), 1.0) ** 0.7
+    end = (86, 160, 214) if x > 0 else (240, 150, 70)
+    return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
+
+
+def _escape(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _page(title: str, body: list[str]) -> str:
+    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{_escape(title)}</title>"
+    view = "<meta name='viewport' content='width=device-width'>"
+    return f"{head}{view}<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+
+
+def _facts(results: dict[str, Any]) -> str:
+    hardware, versions = results["hardware"], results["versions"]
+    facts = {
+        "date": results["date"],
+        "commit": results["commit"] or "not in git",
+        "hardware": f"{hardware['device_count']} x {hardware['device']}, {hardware['cpus']} CPU cores",
+        "dtype": results["dtype"],
+        "seconds": f"{results['seconds']:.0f}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "options": ", ".join(f"{key} {value}" for key, value in results["options"].items() if value not in (None, False)),
+    }
+    cell = "<td style='text-align:left;white-space:normal'>"
+    rows = "".join(f"<tr><td>{key}</td>{cell}{_escape(value)}</td></tr>" for key, value in facts.items())
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{_escape(heading)}</th>" for heading in table.headings)
+    rows = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    note = f"<p class='note'>{_escape(table.note)}</p>"
+    return f"<h2>{_escape(table.title)}</h2>{note}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def _pictures(results: dict[str, Any]) -> list[str]:
+    made = []
+    if "perplexity" in results:
+        made.append(_perplexity_picture(results["perplexity"]))
+    if "synthetic" in results and (picture := _distance_picture(results["synthetic"])):
+        made.append(picture)
+    if "diagnostics" in results and results["diagnostics"]["layers"]:
+        made.append(_fast_weight_picture(results["diagnostics"]))
+    return made
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # no pyplot: its global state and windows are not wanted here
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _image(figure: Any, alt: str) -> str:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    file = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return f'<img alt="{_escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _values(entries: list[dict[str, Any]], key: str, field: str) -> np.ndarray:
+    return np.array([entry[key][field] for entry in entries], np.float64)  # None -> nan
+
+
+def _line(axes: Any, x: Any, entries: list[dict[str, Any]], key: str, **style: Any) -> None:
+    mean, low, high = (_values(entries, key, field) for field in ("mean", "low", "high"))
+    axes.plot(x, mean, linewidth=2, **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _perplexity_picture(part: dict[str, Any]) -> str:
+    figure = _figure(11, 6)
+    paired = "gain" in part["lengths"][0]
+    axes = figure.subplots(2 if paired else 1, 2, squeeze=False, height_ratios=(2, 1) if paired else (1,))
+    lengths, positions = part["lengths"], part["positions"]
+    x_length = np.arange(len(lengths))
+    x_position = [(entry["start"] + entry["stop"]) / 2 for entry in positions]
+    for column, (x, entries) in enumerate(((x_length, lengths), (x_position, positions))):
+        for mode in part["modes"]:
+            style = {"color": COLOURS[mode], "marker": _MARKERS[mode], "label": f"TTT {mode}"}
+            axes[0, column].plot(x, _values(entries, mode, "mean"), linewidth=2, **style)
+        if paired:
+            below = axes[1, column]
+            _line(below, x, entries, "gain", color=COLOURS["on"], marker="o", label="off - on")
+            if "gain_shuffled" in entries[0]:
+                _line(below, x, entries, "gain_shuffled", color=COLOURS["shuffled"], marker="^", label="off - shuffled")
+            below.axhline(0, color="black", linewidth=0.8)
+            below.set_ylabel("gain (nats), 95 %")
+        for row in axes[:, column]:
+            _tidy(row)
+        axes[-1, column].set_xlabel("context length (tokens)" if column == 0 else "position (tokens)")
+    for row in axes[:, 0]:
+        row.set_xticks(x_length, [tokens(entry["length"]) for entry in lengths])
+    axes[0, 0].set(title=f"Same final {part['block']} tokens, growing context", ylabel="loss (nats per token)")
+    axes[0, 1].set_title("By position")
+    axes[0, 0].legend(frameon=False)
+    return _image(figure, "Loss by context length and by position, TTT on and off")
+
+
+def _distance_picture(part: dict[str, Any]) -> str | None:
+    sweep = [entry for entry in part["entries"] if entry["distance"] is not None]
+    if len(sweep) < 2:
+        return None
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
+    x = [entry["distance"] for entry in sweep]
+    for mode in part["modes"]:
+        entries = [entry[mode] for entry in sweep]
+        _line(axes, x, entries, "accuracy", color=COLOURS[mode], marker=_MARKERS[mode], label=f"TTT {mode}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(x, [tokens(n) for n in x])
+    axes.minorticks_off()
+    axes.set(xlabel="tokens between needle and question", ylabel="accuracy", ylim=(-0.03, 1.03), title="Recall by distance")
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return _image(figure, "Recall accuracy by distance")
+
+
+def _fast_weight_picture(part: dict[str, Any]) -> str:
+    figure = _figure(11, 3.4)
+    panels = (("state_ratio", "||S|| / ||W||"), ("effective_rank", "effective rank of S"), ("output_share", "share of output"))
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        for n, layer in enumerate(part["layers"]):
+            shade = n / max(len(part["layers"]) - 1, 1)
+            colour = (0.0, 0.25 + 0.5 * shade, 0.75 - 0.25 * shade)
+            chunks = layer["chunks"]
+            x = [chunk["chunk"] for chunk in chunks]
+            axes.plot(x, [chunk[key] for chunk in chunks], color=colour, marker=".", label=f"layer {layer['layer']}")
+        axes.set(title=title, xlabel="chunks read", ylim=(0, None))
+        _tidy(axes)
+        if len(part["layers"]) <= 8:
+            axes.legend(frameon=False, fontsize="small")
+    return _image(figure, "Fast weights by layer and chunk")

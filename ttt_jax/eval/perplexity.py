@@ -1,0 +1,247 @@
+"""Perplexity as the preceding context grows, and loss by position: TTT on, off, and with another document's fast weights.
+
+B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv 2604.06169, section 4.
+
+Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context length L the model reads the
+last L of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So
+every length scores the *same* K tokens, and only the context differs. By position: the excerpt is read once from its start.
+
+The control "shuffled": everything is computed as with TTT on (this document's keys and values, its pending chunk), but when the
+scored block begins, the fast weights S of every TTT layer are exchanged with those of the next document in the batch, read to
+the same position. What is left of TTT's gain is not due to this document's content. By position the exchange happens
+at the start of each stretch of K tokens; the stream that is read on keeps its own S, and inside a stretch the document's own
+chunks still update.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.data.corpus import Corpus
+from ttt_jax.errors import UserError
+from ttt_jax.eval.statistics import mean_with_interval
+from ttt_jax.model import State, Transformer
+from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, read_piece, score_piece
+
+MODES = ("off", "on", "shuffled")
+_BUCKETS = 16
+_IN_FLIGHT = 4  # pieces that the host dispatches before it fetches the first one's losses
+
+
+def check_lengths(lengths: Sequence[int], block: int | None) -> tuple[list[int], int]:
+    """Sorted lengths and the block K (default: half the shortest length).
+
+    Raises: UserError when a length is not longer than the block.
+    """
+    lengths = sorted(set(lengths))
+    if not lengths or lengths[0] < 2:
+        raise UserError(f"--lengths {','.join(map(str, lengths))}: give lengths of at least 2 tokens, such as 2k,4k")
+    block = block or lengths[0] // 2
+    if not 1 <= block < lengths[0]:
+        raise UserError(f"--block {block}: must be shorter than the shortest of --lengths, {lengths[0]}")
+    return lengths, block
+
+
+class Reader:
+    """Reads batches of equally long rows of a model, piece by piece."""
+
+    def __init__(self, model: Transformer, piece: int | None = None) -> None:
+        self.model, self.frozen = model, Frozen(model)
+        self.size = piece_size(model, piece)
+        self.chunk = model.config.ttt.chunk_size
+        self.on_tokens: Callable[[int], None] = lambda tokens: None  # called with every token (per row) that was read
+
+    def block_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
+        """Losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`: L inputs and the last target."""
+        L = ids_BL1.shape[1] - 1
+        losses: dict[str, Any] = {}
+        if "off" in modes:
+            state = self._read(ids_BL1, 0, L - block, None, L, ttt=False)
+            losses["off"] = self._score(ids_BL1, L - block, L, state, L, ttt=False)[1]
+        if "on" in modes or "shuffled" in modes:
+            state = self._read(ids_BL1, 0, L - block, None, L, ttt=True)
+            if "shuffled" in modes:
+                other = exchanged(state)
+                losses["shuffled"] = self._score(ids_BL1, L - block, L, other, L, ttt=True)[1]
+            if "on" in modes:
+                losses["on"] = self._score(ids_BL1, L - block, L, state, L, ttt=True)[1]
+        return {mode: _join(losses[mode]) for mode in modes}
+
+    def position_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
+        """Losses float32 [B, L] of all predictions of each row, per mode."""
+        L = ids_BL1.shape[1] - 1
+        losses: dict[str, Any] = {}
+        if "off" in modes:
+            losses["off"] = self._score(ids_BL1, 0, L, None, L, ttt=False)[1]
+        if "shuffled" not in modes:
+            if "on" in modes:
+                losses["on"] = self._score(ids_BL1, 0, L, None, L, ttt=True)[1]
+        else:
+            state, on, shuffled = None, [], []
+            edges = sorted({0, *range(L, 0, -block)})  # the last stretch is the block that every length scores
+            for start, stop in itertools.pairwise(edges):
+                other = exchanged(state) if state is not None else None
+                shuffled += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
+                state, scored = self._score(ids_BL1, start, stop, state, L, ttt=True)
+                on += scored
+            losses |= {"on": on, "shuffled": shuffled}
+        return {mode: _join(losses[mode]) for mode in modes}
+
+    def _cuts(self, start: int, stop: int):
+        for first in range(start, stop, self.size):
+            yield first, min(first + self.size, stop)
+
+    def _arguments(self, L: int, first: int, last: int, ttt: bool) -> dict[str, Any]:
+        # One capacity for all lengths of about this size: fewer programs to compile.
+        capacity = -(-L // self.size) * self.size if needs_capacity(self.model) else None
+        return {"capacity": capacity, "at_chunk_start": first % self.chunk == 0, "ttt": ttt}
+
+    def _read(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool) -> State | None:
+        B = len(ids_BL1)
+        logits_BV = jnp.zeros((B, self.model.config.vocab_size), jnp.float32)
+        for first, last in self._cuts(start, stop):
+            lengths_B = np.full(B, last - first, np.int32)
+            options = self._arguments(L, first, last, ttt)
+            state, logits_BV = read_piece(self.frozen, state, logits_BV, ids_BL1[:, first:last], lengths_B, **options)
+            self.on_tokens(last - first)
+        return state
+
+    def _score(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool):
+        """Returns (state, list of losses [B, piece], the newest of them still on the device)."""
+        B, losses = len(ids_BL1), []
+        for first, last in self._cuts(start, stop):
+            lengths_B = np.full(B, last - first, np.int32)
+            targets_BP = ids_BL1[:, first + 1 : last + 1]
+            options = self._arguments(L, first, last, ttt) | {"with_logits": False}
+            state, logprobs_BP, _ = score_piece(self.frozen, state, ids_BL1[:, first:last], targets_BP, lengths_B, **options)
+            losses.append(logprobs_BP)
+            if len(losses) > _IN_FLIGHT:  # the host follows a few pieces behind, so that the device never waits for it
+                losses[-_IN_FLIGHT - 1] = np.asarray(losses[-_IN_FLIGHT - 1])
+            self.on_tokens(last - first)
+        return state, losses
+
+
+def _join(logprobs: list[Any]) -> np.ndarray:
+    return -np.concatenate([np.asarray(x) for x in logprobs], axis=1)
+
+
+def exchanged(state: State | None) -> State:
+    """A copy of the state in which every document has the fast weights of the next document of the batch."""
+    assert state is not None
+
+    def swap(layer):
+        if layer.ttt is None:
+            return layer
+        return layer._replace(ttt=layer.ttt._replace(S_BDF=jnp.roll(layer.ttt.S_BDF, -1, axis=2)))
+
+    layers = tuple(tuple(swap(layer) for layer in runs) for runs in state.layers)
+    # Copies, because the programs take over (donate) the arrays of the state that they are given.
+    return jax.tree.map(jnp.copy, State(state.position_B, layers, state.capacity))
+
+
+def batches(count: int, size: int, at_least: int) -> list[np.ndarray]:
+    """Indices 0 to count - 1 in batches of about equal size, each of `at_least` or more."""
+    parts = min(-(-count // size), max(1, count // at_least))
+    return [part for part in np.array_split(np.arange(count), parts) if len(part)]
+
+
+def evaluate(
+    model: Transformer,
+    corpus: Corpus,
+    documents: Sequence[int],
+    *,
+    lengths: Sequence[int],
+    block: int | None = None,
+    modes: Sequence[str] = MODES,
+    batch_size: int = 8,
+    piece: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Loss of a fixed final block for each context length, and loss by position.
+
+    Args:
+      documents: indices of documents with at least max(lengths) + 1 tokens.
+      lengths: context lengths L.
+      block: K, tokens whose loss is taken; None: half the shortest length.
+      modes: some of "off", "on", "shuffled"; the order of the result.
+      batch_size: documents read at once.
+      on_progress: called with the number of tokens read so far, over all modes.
+
+    Returns: the "perplexity" part of results.json: `lengths` and `positions` with loss and interval per mode, `gain` (off - on)
+      paired by document, and the losses per document.
+    Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or without TTT layers.
+    """
+    lengths, block = check_lengths(lengths, block)
+    check_modes(model, modes, len(documents))
+    reader, total = Reader(model, piece), 0
+
+    def advance(tokens: int) -> None:
+        nonlocal total
+        total += tokens * len(part)
+        if on_progress is not None:
+            on_progress(total)
+
+    reader.on_tokens = advance
+    longest = lengths[-1]
+    starts = position_edges(longest, block)
+    by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
+    by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in modes}
+    for part in batches(len(documents), batch_size, 2 if "shuffled" in modes else 1):
+        rows = [np.asarray(corpus.tokens(documents[i], 0, longest + 1)) for i in part]
+        ids_BL1 = np.stack(check_ids(rows, model.config.vocab_size, "documents"))
+        for n, L in enumerate(lengths[:-1]):
+            for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
+                by_length[mode][n, part] = losses_BK.mean(axis=1, dtype=np.float64)
+        for mode, losses_BL in reader.position_losses(ids_BL1, block, modes).items():
+            by_length[mode][-1, part] = losses_BL[:, -block:].mean(axis=1, dtype=np.float64)
+            for n, (start, stop) in enumerate(itertools.pairwise(starts)):
+                by_position[mode][n, part] = losses_BL[:, start:stop].mean(axis=1, dtype=np.float64)
+    return {
+        "block": block,
+        "documents": [f"{int(corpus.key_N[i]):016x}" for i in documents],
+        "tokens_read": total,
+        "modes": list(modes),
+        "lengths": [{"length": L} | _entry(by_length, n, seed) for n, L in enumerate(lengths)],
+        "positions": [
+            {"start": starts[n], "stop": starts[n + 1]} | _entry(by_position, n, seed) for n in range(len(starts) - 1)
+        ],
+    }
+
+
+def check_modes(model: Transformer, modes: Sequence[str], documents: int) -> None:
+    """Raises UserError for modes that mean nothing here."""
+    if "shuffled" in modes and documents < 2:
+        raise UserError("--shuffled: needs two documents that are long enough, there is one; give more or shorter --lengths")
+    if not model.config.ttt.layers and set(modes) != {"off"}:
+        raise UserError("--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off")
+
+
+def position_edges(length: int, block: int) -> list[int]:
+    """At most 16 position ranges that are made of whole stretches of `block` tokens, counted from the end."""
+    edges = sorted({0, *range(length, 0, -block)})
+    step = -(-(len(edges) - 1) // _BUCKETS)
+    return sorted({0, *edges[::-1][::step]})
+
+
+def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {mode: mean_with_interval(values[n], seed=seed) for mode, values in losses.items()}
+    for mode in ("on", "shuffled"):
+        if mode in losses and "off" in losses:
+            difference = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
+            entry["gain" if mode == "on" else "gain_shuffled"] = difference
+    return entry | {"per_document": {mode: values[n].tolist() for mode, values in losses.items()}}
+
+
+def tokens_to_read(lengths: Sequence[int], block: int | None, modes: Sequence[str]) -> int:
+    """Tokens per document that `evaluate` reads, over all modes; those of the control count as often as they are read."""
+    lengths, block = check_lengths(lengths, block)
+    passes = ("off" in modes) + ("on" in modes or "shuffled" in modes)
+    extra = ((len(lengths) - 1) * block * ("on" in modes) + lengths[-1]) * ("shuffled" in modes)
+    return sum(lengths) * passes + extra

@@ -1,0 +1,221 @@
+"""`ttt-jax eval`: one evaluation from options to a result folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to evaluate; the command line's options (docs/evaluation.md).
+
+    Fields:
+      model: folder. dtype: of parameters and compute; None: float32 on CPUs, bfloat16 elsewhere.
+      perplexity: data source, or None. lengths, block, documents: of the perplexity; `lengths` of the synthetic suite too.
+      ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
+      tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
+      limit, fewshot, chat: of the harness.
+      diagnostics, text_page: look at the first document; text_page colours it.
+    """
+
+    model: Path
+    dtype: str | None = None
+    perplexity: str | None = None
+    lengths: tuple[int, ...] = (2048, 4096)
+    block: int | None = None
+    documents: int | None = 64
+    ttt: str = "both"
+    shuffled: bool | None = None
+    tasks: tuple[str, ...] = ()
+    form: str = "ids"
+    examples: int = 32
+    limit: int | None = None
+    fewshot: int | None = None
+    chat: bool = False
+    batch_size: int = 8
+    piece: int | None = None
+    seed: int = 0
+    diagnostics: bool = False
+    text_page: bool = False
+    html_tokens: int = 8192
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """`2k,4k,1m` -> (2048, 4096, 1048576). Raises UserError."""
+    lengths = []
+    for word in text.replace(" ", "").lower().split(","):
+        factor = {"k": 1 << 10, "m": 1 << 20}.get(word[-1:], 1)
+        digits = word[:-1] if factor > 1 else word
+        if not digits.isdecimal() or int(digits) < 1:
+            raise UserError(f"--lengths {text}: {word!r} is not a number of tokens; write them as 2k,4k,16384")
+        lengths.append(int(digits) * factor)
+    return tuple(sorted(set(lengths)))
+
+
+def modes_of(ttt: str) -> tuple[str, ...]:
+    return ("off", "on") if ttt == "both" else (ttt,)
+
+
+def check(options: Options) -> None:
+    """What can be checked without a model. Raises UserError."""
+    from ttt_jax.eval.perplexity import check_lengths
+
+    if not options.perplexity and not options.tasks:
+        raise UserError("nothing to evaluate: give --perplexity DATA or --tasks TASKS")
+    if options.perplexity:
+        check_lengths(options.lengths, options.block)
+    if options.shuffled and (options.ttt != "both" or not options.perplexity):
+        raise UserError("--shuffled: is a control of --perplexity with --ttt both; drop it or change them")
+    if (options.diagnostics or options.text_page) and not options.perplexity:
+        raise UserError("--diagnostics and --html look at the first document of --perplexity DATA; give it")
+    if harness_tasks(options):
+        from ttt_jax.eval.harness_tasks import check_tasks
+
+        check_tasks(harness_tasks(options))
+
+
+def harness_tasks(options: Options) -> list[str]:
+    return [task for task in options.tasks if task != "synthetic"]
+
+
+def evaluate(options: Options) -> tuple[dict[str, Any], str | None]:
+    """Returns (results, the page of the coloured text or None).
+
+    Raises: UserError, one line, for whatever the options get wrong; before anything is compiled where that can be known.
+    """
+    check(options)
+    import jax
+
+    from ttt_jax.config import to_dict
+    from ttt_jax.model import Runtime
+    from ttt_jax.pretrained import load_pretrained
+    from ttt_jax.report import provenance
+
+    begin = time.perf_counter()
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    decodes = bool(harness_tasks(options)) and jax.default_backend() != "cpu"
+    model = load_pretrained(options.model, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=not decodes))
+    if not model.config.ttt.layers and options.ttt != "off":
+        raise UserError("--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off")
+    results: dict[str, Any] = {"model": str(options.model), "dtype": dtype, "options": _plain_options(options)}
+    text_html = None
+    if options.perplexity:
+        text_html = _perplexity(options, model, results)
+    if "synthetic" in options.tasks:
+        _synthetic(options, model, results)
+    if harness_tasks(options):
+        from ttt_jax.eval.harness_tasks import evaluate_tasks
+
+        results["tasks"] = evaluate_tasks(
+            model,
+            options.model,
+            harness_tasks(options),
+            modes=modes_of(options.ttt),
+            lengths=options.lengths,
+            limit=options.limit,
+            fewshot=options.fewshot,
+            chat=options.chat,
+            batch_size=options.batch_size,
+            piece=options.piece,
+            seed=options.seed,
+        )
+    results |= provenance() | {"seconds": time.perf_counter() - begin, "config": to_dict(model.config)}
+    return results, text_html
+
+
+def _plain_options(options: Options) -> dict[str, Any]:
+    return {
+        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(options).items()
+    }
+
+
+def _perplexity(options: Options, model, results: dict[str, Any]) -> str | None:
+    from ttt_jax.eval import diagnostics, perplexity
+    from ttt_jax.eval.documents import choose, open_documents
+    from ttt_jax.eval.page import text_page
+    from ttt_jax.progress import progress
+
+    assert options.perplexity is not None
+    corpus = open_documents(model, options.perplexity)
+    documents = choose(corpus, max(options.lengths) + 1, options.documents)
+    control = options.shuffled if options.shuffled is not None else options.ttt == "both" and len(documents) > 1
+    modes = modes_of(options.ttt) + (("shuffled",) if control else ())
+    perplexity.check_modes(model, modes, len(documents))
+    total = perplexity.tokens_to_read(options.lengths, options.block, modes) * len(documents)
+    with progress("perplexity", total, "tokens") as advance_to:
+        begin = time.perf_counter()
+        results["perplexity"] = perplexity.evaluate(
+            model,
+            corpus,
+            documents,
+            lengths=options.lengths,
+            block=options.block,
+            modes=modes,
+            batch_size=options.batch_size,
+            piece=options.piece,
+            seed=options.seed,
+            on_progress=advance_to,
+        )
+        results["perplexity"]["seconds"] = time.perf_counter() - begin
+    if not (options.diagnostics or options.text_page):
+        return None
+    ids = np.asarray(corpus.tokens(documents[0], 0, min(int(corpus.length_N[documents[0]]), options.html_tokens)))
+    part, pieces = diagnostics.diagnose(model, ids.astype(np.int32), piece=options.piece)
+    results["diagnostics"] = part
+    return text_page(pieces, f"{options.model}: where TTT helps") if options.text_page else None
+
+
+def _synthetic(options: Options, model, results: dict[str, Any]) -> None:
+    from ttt_jax.eval import synthetic
+    from ttt_jax.progress import progress
+
+    modes = modes_of(options.ttt)
+    total = synthetic.count_sequences(options.lengths, synthetic.TASKS, options.examples, len(modes))
+    with progress("synthetic", total, "sequences") as advance_to:
+        results["synthetic"] = synthetic.evaluate(
+            model,
+            lengths=options.lengths,
+            ttt=modes,
+            examples=options.examples,
+            form=options.form,
+            batch_size=options.batch_size,
+            piece=options.piece,
+            seed=options.seed,
+            on_progress=advance_to,
+        )
+
+
+def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwrite: bool):
+    """Compare two result folders, or two models evaluated with the same options (their results go to OUT/a and OUT/b).
+
+    Returns: the tables of the comparison.
+    Raises: UserError when they have nothing in common, or a model is given without anything to evaluate.
+    """
+    from ttt_jax.eval import output
+
+    files, both = {}, []
+    for name, folder in (("a", a), ("b", b)):
+        if (folder / output.RESULTS).is_file():
+            both.append(output.read_results(folder))
+            continue
+        if options is None or not (options.perplexity or options.tasks):
+            raise UserError(
+                f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an evaluation, or a model and "
+                "--perplexity DATA or --tasks TASKS"
+            )
+        results, text_html = evaluate(dataclasses.replace(options, model=folder))
+        files |= {f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()}
+        both.append(results)
+    first, second = both
+    compared, made = output.comparison(first, second)
+    if out is not None:
+        output.write_folder(out, files | output.comparison_files(first, second, compared, made), overwrite)
+    return made

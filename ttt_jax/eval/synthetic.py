@@ -1,0 +1,310 @@
+"""Associative recall and induction on made-up sequences: seeded, for any vocabulary, with a known answer.
+
+Every task writes a sequence of *words* in which some are answers that follow from the words before them. Words become token ids
+through an `Alphabet`: single random ids (for any model), or text through the model's tokenizer. A model's answer is right when
+each of its tokens is the most likely one given everything before it, which is what greedy decoding would write.
+
+Tasks (docs/evaluation.md shows one of each):
+  single_needle   one key-value pair in filler, then the key
+  multi_needle    eight pairs in filler, then one of the keys
+  multi_query     eight pairs in filler, then four of the keys, each with its value
+  variables       chains of assignments, each hop naming the variable before it; asked: the value at a chain's end
+  induction       a random pattern, then decoys that share every other step's context but one word, then the pattern again
+  distance        single_needle with the pair at given distances before the question
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ttt_jax.errors import UserError
+from ttt_jax.eval.answers import Judge, Judgement
+from ttt_jax.eval.statistics import mean_with_interval
+from ttt_jax.model import Transformer
+
+TASKS = ("single_needle", "multi_needle", "multi_query", "variables", "induction", "distance")
+PAIRS, QUERIES, CHAINS, HOPS, PATTERN, DECOYS = 8, 4, 3, 3, 12, 4
+_SYMBOLS = 64  # words of an alphabet; a task draws keys and values from them
+_SMALLEST_VOCABULARY = 96
+_FILLER_TEXT = "The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."
+
+
+@dataclasses.dataclass
+class Example:
+    """A sequence with marked answers.
+
+    Fields:
+      ids: token ids.
+      answers: [start, stop) of each answer in `ids`.
+    """
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+
+
+class Alphabet(Protocol):
+    """How words become tokens."""
+
+    form: str  # "ids" or "text"
+    symbols: list[str]  # words that may be keys, values and patterns
+
+    def encode(self, word: str) -> list[int]:
+        """The ids of one word."""
+        ...
+
+    def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
+        """Exactly `tokens` ids that answer nothing."""
+        ...
+
+
+class IdAlphabet:
+    """Words are single ids, drawn from the vocabulary by the seed; half of the others are filler.
+
+    Raises: UserError for a vocabulary that is too small.
+    """
+
+    form = "ids"
+
+    def __init__(self, vocab_size: int, seed: int = 0, avoid: Sequence[int] = ()) -> None:
+        usable = np.setdiff1d(np.arange(vocab_size), np.asarray(avoid, np.int64))
+        if len(usable) < _SMALLEST_VOCABULARY:
+            raise UserError(
+                f"--tasks synthetic: the model's vocabulary has {vocab_size} ids; at least {_SMALLEST_VOCABULARY} are needed"
+            )
+        shuffled = np.random.default_rng(seed).permutation(usable)
+        self.symbols = [f"w{i}" for i in range(_SYMBOLS)]
+        self._ids = {word: int(i) for word, i in zip(self.symbols, shuffled[:_SYMBOLS], strict=True)}
+        rest = shuffled[_SYMBOLS:]
+        self._marks, self._filler = rest[:16], rest[16:]
+        self._used: dict[str, int] = {}
+
+    def encode(self, word: str) -> list[int]:
+        if word in self._ids:
+            return [self._ids[word]]
+        if word not in self._used:  # words of the templates: ids of their own, in the order of their appearance
+            self._used[word] = int(self._marks[len(self._used)])
+        return [self._used[word]]
+
+    def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
+        return rng.choice(self._filler, tokens).tolist()
+
+
+class TextAlphabet:
+    """Words are made-up text with a space before it, encoded one by one; filler is RULER's repeated sentences."""
+
+    form = "text"
+
+    def __init__(self, tokenizer: Any, seed: int = 0) -> None:
+        self._tokenizer = tokenizer
+        rng, words = np.random.default_rng(seed), {}
+        while len(words) < _SYMBOLS:
+            consonants, vowels = rng.choice(list("bdfgklmnprstvz"), 3), rng.choice(list("aeiou"), 3)
+            words["".join(c + v for c, v in zip(consonants, vowels, strict=True))] = None
+        self.symbols = list(words)
+        self._cache: dict[str, list[int]] = {}
+        self._text = tokenizer.encode(" " + _FILLER_TEXT)
+
+    def encode(self, word: str) -> list[int]:
+        if word not in self._cache:
+            self._cache[word] = list(self._tokenizer.encode(" " + word))
+        return self._cache[word]
+
+    def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
+        start = int(rng.integers(len(self._text)))
+        repeats = (start + tokens) // len(self._text) + 1
+        return (self._text * repeats)[start : start + tokens]
+
+
+class _Draft:
+    """A sequence being written: statements and questions, with filler put between statements at the end."""
+
+    def __init__(self, alphabet: Alphabet) -> None:
+        self.alphabet = alphabet
+
+    def ids(self, *words: str) -> list[int]:
+        return [i for word in words for i in self.alphabet.encode(word)]
+
+    def finish(
+        self,
+        rng: np.random.Generator,
+        length: int,
+        statements: list[list[int]],
+        questions: list[tuple[list[int], list[int]]],
+        distance: int | None = None,
+    ) -> Example:
+        """`length` tokens: statements spread in filler at random, then (question, answer) pairs.
+
+        With `distance`, that many tokens lie between the end of the last statement and the first question.
+        """
+        asked = sum(len(question) + len(answer) for question, answer in questions)
+        free = length - asked - sum(map(len, statements))
+        if free < 0 or (distance is not None and distance > free):
+            need = length - free + (distance or 0)
+            raise UserError(f"--lengths {length}: too short for the task, which needs {need} tokens; give longer ones")
+        if distance is None:
+            cuts = np.sort(rng.integers(0, free + 1, len(statements)))
+        else:
+            cuts = np.full(len(statements), free - distance)
+        gaps, ids = np.diff(np.concatenate([[0], cuts, [free]])), []
+        for gap, statement in zip(gaps, [*statements, []], strict=True):
+            ids += self.alphabet.filler(rng, int(gap)) + statement
+        answers = []
+        for question, answer in questions:
+            ids += question
+            answers.append((len(ids), len(ids) + len(answer)))
+            ids += answer
+        return Example(ids, answers)
+
+
+def _pairs(alphabet: Alphabet, rng: np.random.Generator, length: int, pairs: int, queries: int, distance=None) -> Example:
+    draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
+    keys, values = words[:pairs], words[pairs : 2 * pairs]
+    statements = [draft.ids("(", key, "is", value, ")") for key, value in zip(keys, values, strict=True)]
+    asked = rng.permutation(pairs)[:queries]
+    questions = [(draft.ids("(", keys[i], "is"), draft.ids(values[i])) for i in asked]
+    return draft.finish(rng, length, statements, questions, distance)
+
+
+def _variables(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Example:
+    draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
+    chains = [words[i * (HOPS + 1) : (i + 1) * (HOPS + 1)] for i in range(CHAINS)]
+    values = words[CHAINS * (HOPS + 1) : CHAINS * (HOPS + 2)]
+    statements: list[list[int]] = []
+    for hop in range(HOPS + 1):  # the chains are interleaved, each in its own order
+        for i in rng.permutation(CHAINS):
+            source = values[i] if hop == 0 else chains[i][hop - 1]
+            statements.append(draft.ids("(", chains[i][hop], "=", source, ")"))
+    asked = int(rng.integers(CHAINS))
+    question = draft.ids("( value of", chains[asked][HOPS], "=")
+    return draft.finish(rng, length, statements, [(question, draft.ids(values[asked]))])
+
+
+def _induction(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Example:
+    """What follows a word depends on the word before it too: decoys hold each word of the pattern after other words."""
+    draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
+    pattern, others = words[:PATTERN], words[PATTERN:]
+    statements = [draft.ids("(", *pattern, ")")]
+    for _ in range(DECOYS):
+        decoy = list(pattern)
+        for place in range(int(rng.integers(2)), PATTERN, 2):  # every other word is replaced
+            decoy[place] = others[int(rng.integers(len(others)))]
+        statements.append(draft.ids("(", *decoy, ")"))
+    order = rng.permutation(len(statements))
+    question = draft.ids("(", *pattern[:2])
+    questions = [(question, draft.ids(pattern[2]))] + [([], draft.ids(word)) for word in pattern[3:]]
+    return draft.finish(rng, length, [statements[i] for i in order], questions)
+
+
+_MAKERS: dict[str, Callable[[Alphabet, np.random.Generator, int], Example]] = {
+    "single_needle": lambda alphabet, rng, length: _pairs(alphabet, rng, length, 1, 1),
+    "multi_needle": lambda alphabet, rng, length: _pairs(alphabet, rng, length, PAIRS, 1),
+    "multi_query": lambda alphabet, rng, length: _pairs(alphabet, rng, length, PAIRS, QUERIES),
+    "variables": _variables,
+    "induction": _induction,
+}
+
+
+def make_examples(
+    task: str, alphabet: Alphabet, *, length: int, count: int, seed: int = 0, distance: int | None = None
+) -> list[Example]:
+    """`count` examples of exactly `length` tokens. The same arguments give the same examples, on every machine.
+
+    Raises: UserError when the task does not fit the length.
+    """
+    examples = []
+    for i in range(count):
+        digest = hashlib.sha256(f"{task} {length} {distance} {seed} {i}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+        if task == "distance":
+            examples.append(_pairs(alphabet, rng, length, 1, 1, distance))
+        else:
+            examples.append(_MAKERS[task](alphabet, rng, length))
+    return examples
+
+
+def distances(length: int) -> list[int]:
+    """Distances of the sweep: powers of two from 16 to what fits, with room for the pair and the question."""
+    return [1 << n for n in range(4, length.bit_length()) if (1 << n) <= length - 64]
+
+
+def evaluate(
+    model: Transformer,
+    *,
+    lengths: Sequence[int],
+    ttt: Sequence[str] = ("off", "on"),
+    tasks: Sequence[str] = TASKS,
+    examples: int = 32,
+    form: str = "ids",
+    batch_size: int = 8,
+    piece: int | None = None,
+    seed: int = 0,
+    judges: dict[str, Callable[[list[list[int]]], list[Judgement]]] | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """The whole suite.
+
+    Args:
+      lengths: tokens of the sequences.
+      ttt: "off", "on" or both.
+      examples: per task and length.
+      form: "ids" (any model) or "text" (needs a tokenizer).
+      judges: who answers, per mode; None: the model. Tests put oracles here.
+      on_progress: called with the number of sequences judged.
+
+    Returns: the "synthetic" part of results.json.
+    Raises: UserError when a task does not fit a length, the vocabulary is too small, or text is asked for without a tokenizer.
+    """
+    alphabet = make_alphabet(model, form, seed)
+    cases = []
+    for task in tasks:
+        for length in lengths if task != "distance" else lengths[-1:]:
+            for distance in distances(length) if task == "distance" else [None]:
+                options = {"length": length, "count": examples, "seed": seed, "distance": distance}
+                cases.append((task, length, distance, make_examples(task, alphabet, **options)))
+    judges = judges or {mode: Judge(model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in ttt}
+    entries, done = [], 0
+    for task, length, distance, made in cases:
+        entry: dict[str, Any] = {"task": task, "length": length, "distance": distance}
+        accuracy: dict[str, np.ndarray] = {}
+        for mode in ttt:
+            judged = judges[mode]([example.ids for example in made])
+            right, nll = zip(*(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True)
+            accuracy[mode] = np.array(right)
+            measured = {"accuracy": accuracy[mode], "nll": np.array(nll)}
+            entry[mode] = {name: mean_with_interval(values, seed=seed) for name, values in measured.items()}
+            done += len(made)
+            if on_progress is not None:
+                on_progress(done)
+        if len(ttt) == 2:
+            entry["gain"] = mean_with_interval(accuracy["on"] - accuracy["off"], seed=seed)
+        entries.append(entry)
+    return {"modes": list(ttt), "examples": examples, "form": alphabet.form, "seed": seed, "entries": entries}
+
+
+def make_alphabet(model: Transformer, form: str, seed: int) -> Alphabet:
+    """Raises UserError for text without a tokenizer, or a vocabulary that is too small."""
+    if form == "text":
+        if model.tokenizer is None:
+            raise UserError("--form text: the model's folder has no tokenizer.json; add it or use --form ids")
+        return TextAlphabet(model.tokenizer, seed)
+    end = [] if model.tokenizer is None or model.tokenizer.eos_id is None else [model.tokenizer.eos_id]
+    return IdAlphabet(model.config.vocab_size, seed, [*model.eos_ids, *end])
+
+
+def count_sequences(lengths: Sequence[int], tasks: Sequence[str], examples: int, modes: int) -> int:
+    """How many sequences `evaluate` judges."""
+    cases = sum(len(distances(lengths[-1])) if task == "distance" else len(lengths) for task in tasks)
+    return cases * examples * modes
+
+
+def _grade(example: Example, judgement: Judgement) -> tuple[float, float]:
+    """(share of the answers whose every token is greedy, mean loss of their tokens)."""
+    spans = [slice(start - 1, stop - 1) for start, stop in example.answers]  # token t is judged at t - 1
+    right = np.mean([bool(judgement.greedy_T[span].all()) for span in spans])
+    nll = -np.concatenate([judgement.logprobs_T[span] for span in spans]).mean(dtype=np.float64)
+    return float(right), float(nll)
