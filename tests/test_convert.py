@@ -37,8 +37,9 @@ PLAIN = {"model_type": "llama", "tie_word_embeddings": True}
 
 
 def same_params(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    paths = lambda tree: [param_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    assert (a.config, a.runtime, paths(a)) == (b.config, b.runtime, paths(b))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
 
 
 def logits(model):
