@@ -173,13 +173,12 @@ def main() -> None:
     parser.add_argument("--remat-save", help="activations kept for the backward, comma-separated; 'none' recomputes all")
     parser.add_argument("--check-seq", type=int, default=4096, help="tokens of the check against one device")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (the median is reported)")
-    parser.add_argument("--set", nargs="*", default=[], help="further overrides, e.g. --set --model.ttt.lr=1")
     parser.add_argument("--json", help="append results to this file, one JSON object a line")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()  # dotted config fields, e.g. --model.ttt.lr=1
 
     meshes = [tuple(int(n) for n in text.split("x")) for text in args.mesh or ()]
     meshes = meshes or [(1, int(n), 1) for n in args.devices.split(",")]
-    words = ["--data.pack=false", "--optimizer.accumulate=1", "--compute_dtype=bfloat16", *args.set]
+    words = ["--data.pack=false", "--optimizer.accumulate=1", "--compute_dtype=bfloat16", *overrides]
     if args.chunk:
         words.append(f"--model.ttt.chunk_size={args.chunk}")
     if args.remat_save is not None:

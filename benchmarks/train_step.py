@@ -98,11 +98,10 @@ def main() -> None:
     parser.add_argument("--remat-save", help="activations kept for the backward, comma-separated; 'none' recomputes all")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (the median is reported)")
     parser.add_argument("--only", choices=["on", "off"], help="measure TTT on or off alone")
-    parser.add_argument("--set", nargs="*", default=[], help="further overrides, e.g. --set --model.ttt.lr=1")
     parser.add_argument("--json", help="append results to this file, one JSON object a line")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()  # dotted config fields, e.g. --model.ttt.lr=1
 
-    words = ["--data.pack=false", "--optimizer.accumulate=1", *args.set]
+    words = ["--data.pack=false", "--optimizer.accumulate=1", *overrides]
     for field, value in (("data.seq_len", args.seq), ("data.batch_size", args.batch), ("model.ttt.chunk_size", args.chunk)):
         if value is not None:
             words.append(f"--{field}={value}")
