@@ -11,9 +11,8 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from ttt_jax.model_folder import (
     tensor_spec,
     write_description,
 )
+from ttt_jax.progress import progress
 from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE
 from ttt_jax.tensor_files import TensorFiles, TensorSource, TensorSpec, all_finite, list_names, row_blocks, write_tensors
 
@@ -122,8 +122,9 @@ def convert(
     total = sum(spec.nbytes for spec in specs)
     raw = _hf_config(opened, model, dtype or _common_dtype(specs)) if to == "hf" or opened.hf_config is not None else None
     rms = None
-    with _new_folder(output) as folder, _Progress(f"Converting {opened.folder.name}", total) as progress:
-        rows = lambda spec: _blocks(tensors, spec, block, progress, str(source))
+    with _new_folder(output) as folder, progress(f"converting {opened.folder.name}", total, "bytes") as show:
+        read = _Counter(show)
+        rows = lambda spec: _blocks(tensors, spec, block, read, str(source))
         if to == "hf":
             assert raw is not None
             write_config(folder, raw)
@@ -285,8 +286,19 @@ def _stack_dtypes(abstract: Transformer, specs: list[TensorSpec]) -> dict[str, n
     return stored
 
 
+class _Counter:
+    """Adds up what has been read, for the progress bar."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self.show, self.done = show, 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.show(self.done)
+
+
 def _blocks(
-    tensors: TensorSource, spec: TensorSpec, block: int, progress: _Progress, where: str
+    tensors: TensorSource, spec: TensorSpec, block: int, read: _Counter, where: str
 ) -> Iterator[tuple[int, np.ndarray]]:
     own = tensors.dtype(spec.name)
     assert own is not None
@@ -298,7 +310,7 @@ def _blocks(
             if not all_finite(rows):
                 raise CheckpointError(f"checkpoint {where}: tensor {spec.name} does not fit into {spec.dtype.name}")
         yield start, rows
-        progress.add(rows.nbytes)
+        read.add(rows.nbytes)
 
 
 def _hf_config(source: Source, model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -388,33 +400,3 @@ def _new_folder(output: Path) -> Iterator[Path]:
             reason = error.strerror or str(error)
             raise CheckpointError(f"output {output}: could not be written ({reason}); free space or choose another") from None
         raise
-
-
-class _Progress:
-    """Bytes written, on a terminal, for work that takes more than two seconds."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
-        self._begin, self._bar = time.monotonic(), None
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-
-    def add(self, nbytes: int) -> None:
-        self._done += nbytes
-        if self._bar is None and self._terminal and time.monotonic() - self._begin > 2.0:
-            from rich import progress
-            from rich.console import Console
-
-            columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
-            console = Console(stderr=True)
-            self._bar = progress.Progress(progress.TextColumn("{task.description}"), *columns, console=console, transient=True)
-            self._bar.add_task(self._title, total=self._total)
-            self._bar.start()
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
