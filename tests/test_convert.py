@@ -492,23 +492,6 @@ def test_a_damaged_converted_folder(plain, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["orbax", "plain"]
 
 
-def test_the_progress_bar_waits_two_seconds_and_needs_a_terminal(monkeypatch, capsys):
-    clock = iter([0.0, 1.0, 3.0, 3.5])
-    monkeypatch.setattr(convert_module.time, "monotonic", lambda: next(clock, 4.0))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with convert_module._Progress("Converting x", 100) as progress:
-        progress.add(10)
-        assert progress._bar is None
-        progress.add(40)
-        assert progress._bar is not None
-        assert progress._bar.tasks[0].completed == 50
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    with convert_module._Progress("Converting x", 100) as progress:
-        progress._begin -= 10
-        progress.add(10)
-        assert progress._bar is None
-
-
 def test_help(capsys):
     assert main(["convert", "--help"]) == 0
     text = capsys.readouterr().out
