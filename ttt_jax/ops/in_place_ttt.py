@@ -49,9 +49,22 @@ def _run_pallas_tpu(*args, **kwargs):
     return tpu.in_place_ttt_tpu(*args, **kwargs)
 
 
+def _why_not_triton(call: _Call) -> str | None:
+    from kernels_pallas import triton
+
+    return triton.why_not(call.platform, call.dtype)
+
+
+def _run_triton(*args, **kwargs):
+    from kernels_pallas import triton
+
+    return triton.in_place_ttt_triton(*args, **kwargs)
+
+
 # The fastest first. "reference" is not among them: it takes documents and clipping as they come.
 _FAST = {
     "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
+    "triton": _Implementation(_why_not_triton, _run_triton),
     "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
 }
 IMPLEMENTATIONS = ("reference", *reversed(_FAST))

@@ -1,0 +1,283 @@
+"""The op alone: `in_place_ttt` forward and backward, every implementation that runs here, beside its bound.
+
+    python benchmarks/op.py                                                   # 4B shapes, C = 1024, 32k tokens
+    python benchmarks/op.py --shapes 0.6b,4b --chunks 512,1024 --tokens 8192,131072 --batch 1,8 --json runs/op.jsonl
+    python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl          # draws what was measured; needs no GPU
+
+A result is checked before it is timed: o, the final state and all gradients against the float32 reference, on the first chunks;
+one that is off by more than 5e-3 relative RMS is not timed, and the exit code is 1. The bound is 4TDF FLOPs forward and 10TDF
+backward at the rate of a large bf16 matmul in the same process. `down` is the plain down-projection of the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+SHAPES = {"0.6b": (1024, 3072), "1.7b": (2048, 6144), "4b": (2560, 9728), "8b": (4096, 12288), "14b": (5120, 17408)}
+TOLERANCE = 5e-3
+COLUMNS = ("implementation", "forward_ms", "forward_ratio", "both_ms", "both_ratio", "TFLOP/s", "GB/s", "temp_GiB")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda kind: lambda text: [kind(word) for word in text.split(",")]
+    parser.add_argument("--shapes", type=words(str), default=["4b"], help=f"of {', '.join(SHAPES)}, or DxF")
+    parser.add_argument("--chunks", type=words(int), default=[1024])
+    parser.add_argument("--tokens", type=words(int), default=[32768])
+    parser.add_argument("--batch", type=words(int), default=[1])
+    parser.add_argument("--implementations", type=words(str), help="default: all that run here, and None's choice")
+    parser.add_argument("--documents", action="store_true", help="with segment_ids: a document starts every fourth chunk")
+    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="append one line per measurement")
+    parser.add_argument("--chart", type=Path, help="draw a chart of --from and stop")
+    parser.add_argument("--from", dest="source", type=Path)
+    args = parser.parse_args(argv)
+    if args.chart:
+        if args.source is None:
+            parser.error("--chart needs --from FILE.jsonl")
+        draw([json.loads(line) for line in args.source.read_text().splitlines()], args.chart)
+        return 0
+    return measure(args)
+
+
+def measure(args) -> int:
+    import jax
+
+    device = jax.devices()[0]
+    matmul, copy = matmul_rate(), copy_rate()
+    print(f"{device.device_kind}, jax {jax.__version__}: matmul {matmul / 1e12:.0f} TFLOP/s, copy {copy / 1e9:.0f} GB/s", flush=True)
+    wrong, rows = 0, []
+    for shape in args.shapes:
+        D, F = SHAPES[shape] if shape in SHAPES else map(int, shape.split("x"))
+        for C in args.chunks:
+            for B in args.batch:
+                names = args.implementations or runnable(B, max(args.tokens), D, F, C)
+                good = []
+                for name in names:
+                    errors = check(name, B, D, F, C, args.documents)
+                    if max(errors.values()) <= TOLERANCE:
+                        good.append(name)
+                    else:
+                        wrong += 1
+                        print(f"NOT TIMED, wrong result: {name} {shape} C={C} B={B}: {errors}", flush=True)
+                for T in args.tokens:
+                    common = {"device": device.device_kind, "jax": jax.__version__, "matmul_TFLOPs": matmul / 1e12, "copy_GBs": copy / 1e9}
+                    common |= {"shape": shape, "D": D, "F": F, "C": C, "B": B, "T": T, "documents": args.documents}
+                    for row in [down(B, T, D, F, args), *(op(name, B, T, D, F, C, args) for name in good)]:
+                        row = common | row
+                        row["bound_forward_ms"] = 4 * B * T * D * F / matmul * 1e3
+                        row["bound_both_ms"] = 14 * B * T * D * F / matmul * 1e3
+                        row["forward_ratio"] = row["forward_ms"] / row["bound_forward_ms"]
+                        if "both_ms" in row:
+                            row["both_ratio"] = row["both_ms"] / row["bound_both_ms"]
+                        row["TFLOP/s"] = (1 if row["implementation"] == "down" else 2) * 2 * B * T * D * F / row["forward_ms"] / 1e9
+                        row["GB/s"] = least_bytes(B, T, D, F) / row["forward_ms"] / 1e6
+                        rows.append(row)
+                        if args.json:
+                            args.json.parent.mkdir(parents=True, exist_ok=True)
+                            with args.json.open("a") as file:
+                                file.write(json.dumps(row) + "\n")
+                    table(rows[-1 - len(good) :])
+    return 1 if wrong else 0
+
+
+def runnable(B, T, D, F, C) -> list[str]:
+    """All implementations that can run here but the reference, which is for checking."""
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_jax.errors import UserError
+    from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
+
+    names = []
+    for name in IMPLEMENTATIONS:
+        if name == "reference":
+            continue
+        shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((B, T, F), (B, T, D), (D, F))]
+        try:
+            jax.eval_shape(lambda *a, n=name: in_place_ttt(*a, lr=1.0, chunk_size=C, implementation=n), *shapes)
+        except UserError as error:
+            print(error, flush=True)
+        else:
+            names.append(name)
+    return names
+
+
+def inputs(B, T, D, F, seed=0):
+    """Random z, v, w, state, and cotangents of o and S, at magnitudes where every term counts."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def make():
+        keys = jax.random.split(jax.random.key(seed), 6)
+        z, v = jax.random.normal(keys[0], (B, T, F), jnp.bfloat16), jax.random.normal(keys[1], (B, T, D), jnp.bfloat16)
+        w = (jax.random.normal(keys[2], (D, F), jnp.float32) * F**-0.5).astype(jnp.bfloat16)
+        state = jax.random.normal(keys[3], (B, D, F), jnp.float32) * 0.3 * F**-0.5
+        do, dS = jax.random.normal(keys[4], (B, T, D), jnp.bfloat16), jax.random.normal(keys[5], (B, D, F), jnp.float32)
+        return z, v, w, state, do, dS
+
+    return make()
+
+
+def functions(name, F, C, segment_ids=None):
+    """Forward; and forward + backward, of (z, v, w, state, do, dS)."""
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_jax.ops import in_place_ttt
+
+    lr = 0.3 * F**-0.5 / C**0.5
+
+    def run(z, v, w, state, lr):
+        return in_place_ttt(z, v, w, lr=lr, chunk_size=C, state=state, segment_ids=segment_ids, implementation=name)
+
+    def forward(z, v, w, state, *_):
+        return run(z, v, w, state, jnp.float32(lr))
+
+    def both(z, v, w, state, do, dS):
+        out, vjp = jax.vjp(run, z, v, w, state, jnp.float32(lr))
+        return out, vjp((do.astype(out[0].dtype), dS))
+
+    return forward, both
+
+
+def documents(B, T, C):
+    import jax.numpy as jnp
+
+    return jnp.broadcast_to(jnp.arange(T) // (4 * C) + 1, (B, T)).astype(jnp.int32)
+
+
+def check(name, B, D, F, C, with_documents) -> dict[str, float]:
+    """Relative RMS errors against the float32 reference on a few chunks and a partial one."""
+    import jax
+    import jax.numpy as jnp
+
+    T = 5 * C + C // 2 + 1
+    arrays = inputs(B, T, D, F, seed=1)
+    ids = documents(B, T, C) if with_documents else None
+    got = jax.jit(functions(name, F, C, ids)[1])(*arrays)
+    exact = jax.jit(functions("reference", F, C, ids)[1])(*(x.astype(jnp.float32) for x in arrays))
+    names = ("o", "S", "dz", "dv", "dw", "dstate", "dlr")
+    error = jax.jit(lambda a, b: jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
+    # NaN fails: max() of errors must not lose it.
+    errors = [float(error(a, b)) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)]
+    return {n: e if e == e else float("inf") for n, e in zip(names, errors, strict=True)}
+
+
+def op(name, B, T, D, F, C, args) -> dict:
+    import jax
+
+    arrays = inputs(B, T, D, F)
+    ids = documents(B, T, C) if args.documents else None
+    forward, both = functions(name, F, C, ids)
+    row: dict = {"implementation": name}
+    compiled = jax.jit(forward).lower(*arrays).compile()
+    row["forward_ms"] = milliseconds(compiled, arrays, args.repeats)
+    row["temp_GiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    if not args.forward_only:
+        compiled = jax.jit(both).lower(*arrays).compile()
+        row["both_ms"] = milliseconds(compiled, arrays, args.repeats)
+        row["temp_GiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    return row
+
+
+def down(B, T, D, F, args) -> dict:
+    import jax
+
+    z, _, w, _, do, _ = inputs(B, T, D, F)
+    forward = lambda z, w: z @ w.T
+    row: dict = {"implementation": "down", "forward_ms": milliseconds(jax.jit(lambda z, w, do: forward(z, w)), (z, w, do), args.repeats)}
+    if not args.forward_only:
+
+        def both(z, w, do):
+            out, vjp = jax.vjp(forward, z, w)
+            return out, vjp(do)
+
+        row["both_ms"] = milliseconds(jax.jit(both), (z, w, do), args.repeats)
+    return row
+
+
+def least_bytes(B, T, D, F) -> int:
+    """Of a forward: z, v and o once, W and both ends of S once."""
+    return 2 * B * T * (F + 2 * D) + 2 * D * F + 8 * B * D * F
+
+
+def milliseconds(function, arrays, repeats) -> float:
+    """Median over `repeats` of the mean of a batch of calls long enough to hide the host."""
+    import jax
+
+    jax.block_until_ready(function(*arrays))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arrays))
+    once = time.perf_counter() - start
+    calls = max(1, min(20, int(0.1 / once)))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*arrays)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls)
+    return sorted(times)[len(times) // 2] * 1e3
+
+
+def matmul_rate(n: int = 8192) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    x, y = (jax.random.normal(jax.random.key(k), (n, n), jnp.bfloat16) for k in range(2))
+    return 2 * n**3 / milliseconds(jax.jit(lambda x, y: x @ y), (x, y), 5) * 1e3
+
+
+def copy_rate(n: int = 2**29) -> float:
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(n, jnp.float32)
+    return 2 * x.nbytes / milliseconds(jax.jit(lambda x: x + 1), (x,), 5) * 1e3
+
+
+def table(rows) -> None:
+    first = rows[0]
+    print(f"\n{first['shape']} D={first['D']} F={first['F']} C={first['C']} B={first['B']} T={first['T']}"
+          f"{' documents' if first['documents'] else ''}: bound {first['bound_forward_ms']:.2f} + "
+          f"{first['bound_both_ms'] - first['bound_forward_ms']:.2f} ms")  # fmt: skip
+    print("  ".join(f"{name:>14}" for name in COLUMNS))
+    for row in rows:
+        cells = [row.get(name, "") for name in COLUMNS]
+        print("  ".join(f"{cell:14.3f}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells), flush=True)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Ratio to the bound, forward and forward + backward, a group of bars per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["implementation"] != "down"]
+    case = lambda row: f"{row['shape']} C={row['C']}\nB={row['B']} T={row['T'] // 1024}k"
+    cases, names = list(dict.fromkeys(map(case, rows))), list(dict.fromkeys(row["implementation"] for row in rows))
+    figure, axes = plt.subplots(2, 1, figsize=(max(7, 1.1 * len(cases)), 7), sharex=True)
+    for axis, key, title in zip(axes, ("forward_ratio", "both_ratio"), ("forward", "forward + backward"), strict=True):
+        for k, name in enumerate(names):
+            values = {case(row): row.get(key) for row in rows if row["implementation"] == name}
+            x = [n + (k - (len(names) - 1) / 2) * 0.8 / len(names) for n, c in enumerate(cases) if values.get(c)]
+            axis.bar(x, [values[c] for c in cases if values.get(c)], width=0.8 / len(names), label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{title}: time over the bound ({rows[0]['device']})")
+        axis.set_xticks(range(len(cases)), cases, fontsize=7)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.exit(main(sys.argv[1:]))

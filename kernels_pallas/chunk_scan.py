@@ -1,0 +1,205 @@
+"""In-Place TTT as a scan over chunks whose products are GPU kernels: what `triton.py` and `gpu.py` have in common.
+
+B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of the fast weight (D F), G its
+gradient (D F), R what is read of S or G: a bf16 copy.
+
+Every chunk is one launch. Its products read only what the launch before it left, so their output tiles share one grid and
+fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.
+
+    forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T, one big matmul; u = lr v
+    replay     dz_i = do_i R                       S += u_i^T z_i      R = bf16(W + S)    forward in time again
+    reverse    dv_i = lr z_i R^T, dz_i += u_i R    G += do_i^T z_i     R = bf16(G)
+
+An update writes S and R in one pass over the float32 state, which nothing else touches. R has two slots: launch i reads one and
+writes the other. Where a document starts, `keep` is 0 and the update before it leaves zeros; `live` is 0 for chunks that read
+zeros, whose apply is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Scalars(NamedTuple):
+    """What a launch reads from small arrays in device memory."""
+
+    i: jax.Array  # [1] int32: the chunk
+    lr: jax.Array  # [1] float32
+    keep_BM: jax.Array  # [B, M] float32: what an update multiplies its state by, last thing
+    live_BM: jax.Array  # [B, M] int32: 0 where R is zero
+
+
+class Launches(Protocol):
+    """The three kernels. Arrays in the place of results are updated in place."""
+
+    def forward(self, C: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
+        """o, S, R."""
+        ...
+
+    def replay(self, C: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
+        """dz, S, R."""
+        ...
+
+    def reverse(
+        self, C: int, scalars: Scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
+    ) -> tuple[Any, Any, Any, Any, Any, Any]:
+        """dz, dv, dW, G, R, and partial sums of <v, z R^T> in an array of any shape.
+
+        dW [B, D, F] float32 collects G wherever `keep` is 0; it is None where the caller has no documents.
+        """
+        ...
+
+
+def in_place_ttt(launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
+    """Same contract as `ttt_jax.ops.xla.in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
+    if keep_BM is None:
+        z_BTF, v_BTD, w_DF, lr, state_BDF = _varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF)
+    else:
+        z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = _varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    results: Any = _in_place_ttt(launches, chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    return results
+
+
+def _varying_alike(*arrays):
+    """Inside a `shard_map`: all arrays marked as varying over the axes that one of them varies over."""
+    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    union = frozenset().union(*axes)
+    missing = [tuple(union - own) for own in axes]
+    return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
+
+
+def _like(x, results):
+    """A kernel's results vary over the mesh axes that its operands vary over; a custom call does not say so itself."""
+    axes = jax.typeof(x).manual_axis_type.varying
+
+    def mark(result):
+        missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
+        return jax.lax.pcast(result, missing, to="varying") if missing else result
+
+    return jax.tree.map(mark, results)
+
+
+def _dot(subscripts, x, y):
+    precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize <= 2 else jax.lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _scaled(v_BTD, lr):
+    return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
+
+
+def _put(x_BTX, piece_BCX, start):
+    return jax.lax.dynamic_update_slice_in_dim(x_BTX, piece_BCX.astype(x_BTX.dtype), start, axis=1)
+
+
+def _scan(step, carry, length, reverse=False):
+    """`carry` after `step(carry, i)` for all i; with none, nothing is traced, because there may be no chunk to launch for."""
+    body = lambda carry, i: (step(carry, i), None)
+    return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse)[0] if length else carry
+
+
+def _factors(keep_BM, B, M):
+    """keep of every chunk and of what follows the last whole one: [B, M + 1]."""
+    if keep_BM is None:
+        return jnp.ones((B, M + 1), jnp.float32)
+    keep_BM = keep_BM.astype(jnp.float32)
+    return jnp.concatenate([keep_BM, jnp.ones((B, M + 1 - keep_BM.shape[1]), jnp.float32)], axis=1)
+
+
+def _slots(R_BDF):
+    """Both slots of R; launch 0 reads the first and writes the second."""
+    return jnp.stack([R_BDF, R_BDF])
+
+
+def _scalars(i, lr, keep_BM, live_BM):
+    return Scalars(jnp.asarray(i, jnp.int32).reshape(1), lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_place_ttt(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
+
+
+def _enter(state_BDF, factors_BM):
+    """The state that the first chunk reads, and which chunks read anything at all."""
+    S_BDF = factors_BM[:, 0, None, None] * state_BDF
+    live_B = jnp.any(S_BDF != 0, axis=(1, 2))
+    return S_BDF, jnp.concatenate([live_B[:, None], factors_BM[:, 1:-1] != 0], axis=1)
+
+
+def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
+    M, tail = divmod(T, C)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD, lr)
+    with jax.named_scope("ttt_apply_slow"):
+        base_BTD = _dot("btf,df->btd", z_BTF, w_DF)
+    S_BDF, live_BM = _enter(state_BDF, factors_BM)
+
+    def step(carry, i):
+        with jax.named_scope("ttt_forward"):
+            scalars = _scalars(i, lr, factors_BM[:, 1:], live_BM)
+            return _like(z_BTF, launches.forward(C, scalars, z_BTF, u_BTD, base_BTD, *carry))
+
+    carry = _like(z_BTF, (jnp.zeros(base_BTD.shape, dtype), S_BDF, _slots(S_BDF.astype(dtype))))
+    o_BTD, S_BDF, R_2BDF = _scan(step, carry, M)
+    if tail:  # the trailing partial chunk reads the state and does not write it
+        fast_BCD = _dot("bcf,bdf->bcd", z_BTF[:, M * C :], R_2BDF[M % 2])
+        o_BTD = _put(o_BTD, base_BTD[:, M * C :] + fast_BCD, M * C)
+    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+
+
+def _backward(launches, C, residuals, cotangents):
+    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
+    do_BTD, G_BDF = cotangents
+    (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
+    M, tail = divmod(T, C)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD, lr)
+    all_live_BM = jnp.ones((B, M), jnp.int32)
+
+    def replay(carry, i):
+        with jax.named_scope("ttt_replay"):
+            scalars = _scalars(i, lr, factors_BM[:, 1:], all_live_BM)
+            return _like(z_BTF, launches.replay(C, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
+
+    S_BDF, _ = _enter(state_BDF, factors_BM)
+    weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)  # gradients tolerate the rounding of W + S
+    carry = _like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF)))
+    dz_BTF, _, R_2BDF = _scan(replay, carry, M)
+
+    dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    if tail:
+        do_BCD, z_BCF = do_BTD[:, M * C :], z_BTF[:, M * C :]
+        dz_BTF = _put(dz_BTF, _dot("bcd,bdf->bcf", do_BCD, R_2BDF[M % 2]), M * C)
+        G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_BCD, z_BCF)
+        # Where a document starts G returns to zero; what it held is the share of dW of the tokens from there on.
+        keep_B11 = factors_BM[:, M, None, None]
+        dw_DF = dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0)
+        G_BDF = keep_B11 * G_BDF
+
+    def reverse(carry, i):
+        dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr = carry
+        with jax.named_scope("ttt_reverse"):
+            scalars = _scalars(i, lr, factors_BM[:, :-1], all_live_BM)
+            *carry, partial_dlr = _like(
+                z_BTF,
+                launches.reverse(C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF),
+            )
+            return (*carry, dlr + partial_dlr.sum())
+
+    collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
+    # Launch i reads slot i % 2.
+    carry = (dz_BTF, jnp.zeros_like(v_BTD), collected_BDF, G_BDF, _slots(G_BDF.astype(dtype)), jnp.zeros((), jnp.float32))
+    carry = _scan(reverse, _like(z_BTF, carry), M, reverse=True)
+    dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
+    dw_DF = dw_DF + G_BDF.sum(axis=0)
+    if collected_BDF is not None:
+        dw_DF = dw_DF + collected_BDF.sum(axis=0)
+    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
+    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
+
+
+_in_place_ttt.defvjp(_forward, _backward)

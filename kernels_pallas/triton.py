@@ -1,0 +1,114 @@
+"""In-Place TTT on NVIDIA GPUs in Triton, called through jax-triton: the three launches of `chunk_scan.py`.
+
+Letters as there. A program computes one output tile; tiles with the longest sums come first, and the hardware hands the rest to
+whichever multiprocessor is free. Sizes need not fill tiles: what is beyond is masked.
+
+Imported only where it is used: jax-triton needs a jax with GPU support, and the extra `gpu`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import chunk_scan
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Of an output: BM x BN, summed in steps of BK."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+BF16, FLOAT32 = Tile(128, 256, 64, 8, 3), Tile(64, 64, 32, 4, 2)
+
+
+def why_not(platform: str, dtype) -> str | None:
+    """Why these inputs cannot run here, or None."""
+    if platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and the platform is {platform}"
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        return f"it computes in float32 and bfloat16, not in {jnp.dtype(dtype)}"
+    missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed (pip install 'ttt_jax[gpu]')"
+    return None
+
+
+def in_place_ttt_triton(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, tile: Tile | None = None):
+    """Same contract as `in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
+    tile = tile or (BF16 if z_BTF.dtype == jnp.bfloat16 else FLOAT32)
+    return chunk_scan.in_place_ttt(
+        TritonLaunches(tile), z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state_BDF, keep_BM=keep_BM
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonLaunches:
+    tile: Tile
+
+    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+        (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
+        tiles = self._count(C, D), self._count(D, F)
+        operands = (*scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF)
+        return self._call(_kernels().forward, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1])
+
+    def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
+        (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
+        tiles = self._count(C, F), self._count(D, F)
+        operands = (*scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF)
+        return self._call(_kernels().replay, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1])
+
+    def reverse(self, C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
+        (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
+        tiles = self._count(C, D), self._count(C, F), self._count(D, F)
+        collect = dw_BDF is not None
+        dw = dw_BDF if collect else jnp.zeros((1,), jnp.float32)
+        operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw, G_BDF, R_2BDF)
+        partial_dlr = jax.ShapeDtypeStruct((B * tiles[0],), jnp.float32)
+        sizes = dict(T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1], COLLECT=collect)
+        dz, dv, dw, G, R, dlr = self._call(_kernels().reverse, operands, 5, B, tiles, extra=(partial_dlr,), **sizes)
+        return dz, dv, dw if collect else None, G, R, dlr
+
+    def _count(self, rows: int, columns: int) -> int:
+        return -(-rows // self.tile.BM) * -(-columns // self.tile.BN)
+
+    def _call(self, kernel, operands, in_place: int, B, tiles, extra=(), **sizes):
+        """The last `in_place` operands are updated in place; `extra` are results of their own, after them."""
+        import jax_triton
+
+        start = len(operands) - in_place
+        out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[start:]] + list(extra)
+        t = self.tile
+        results = jax_triton.triton_call(
+            *operands,
+            kernel=kernel,
+            out_shape=out_shape,
+            grid=(B * sum(tiles),),
+            num_warps=t.warps,
+            num_stages=t.stages,
+            input_output_aliases={start + k: k for k in range(in_place)},
+            B=B,
+            **sizes,
+            BM=t.BM,
+            BN=t.BN,
+            BK=t.BK,
+            PRECISION="ieee" if operands[4].dtype == jnp.float32 else "tf32",
+        )
+        return tuple(results)
+
+
+@functools.cache
+def _kernels():
+    from kernels_pallas import triton_kernels
+
+    return triton_kernels
