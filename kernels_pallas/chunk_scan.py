@@ -72,8 +72,8 @@ def _varying_alike(*arrays):
     return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
 
 
-def _like(x, results):
-    """A kernel's results vary over the mesh axes that its operands vary over; a custom call does not say so itself."""
+def varying_like(x, results):
+    """`results`, marked as varying over the mesh axes that x varies over: a custom call does not say so itself."""
     axes = jax.typeof(x).manual_axis_type.varying
 
     def mark(result):
@@ -90,10 +90,6 @@ def _dot(subscripts, x, y):
 
 def _scaled(v_BTD, lr):
     return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
-
-
-def _put(x_BTX, piece_BCX, start):
-    return jax.lax.dynamic_update_slice_in_dim(x_BTX, piece_BCX.astype(x_BTX.dtype), start, axis=1)
 
 
 def _scan(step, carry, length, reverse=False):
@@ -134,22 +130,28 @@ def _enter(state_BDF, factors_BM):
 def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
-    factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD, lr)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD[:, : M * C], lr)
     with jax.named_scope("ttt_apply_slow"):
         base_BTD = _dot("btf,df->btd", z_BTF, w_DF)
+    (z_whole_BTF, z_tail_BCF), (base_whole_BTD, base_tail_BCD) = _split(z_BTF, M * C), _split(base_BTD, M * C)
     S_BDF, live_BM = _enter(state_BDF, factors_BM)
 
     def step(carry, i):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, lr, factors_BM[:, 1:], live_BM)
-            return _like(z_BTF, launches.forward(C, scalars, z_BTF, u_BTD, base_BTD, *carry))
+            return varying_like(z_BTF, launches.forward(C, scalars, z_whole_BTF, u_BTD, base_whole_BTD, *carry))
 
-    carry = _like(z_BTF, (jnp.zeros(base_BTD.shape, dtype), S_BDF, _slots(S_BDF.astype(dtype))))
+    carry = varying_like(z_BTF, (jnp.zeros(base_whole_BTD.shape, dtype), S_BDF, _slots(S_BDF.astype(dtype))))
     o_BTD, S_BDF, R_2BDF = _scan(step, carry, M)
     if tail:  # the trailing partial chunk reads the state and does not write it
-        fast_BCD = _dot("bcf,bdf->bcd", z_BTF[:, M * C :], R_2BDF[M % 2])
-        o_BTD = _put(o_BTD, base_BTD[:, M * C :] + fast_BCD, M * C)
+        o_BCD = base_tail_BCD + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+
+
+def _split(x_BTX, size):
+    """Whole chunks, which launches read as an array of their own, and the rest. No copy where there is no rest."""
+    return (x_BTX, None) if x_BTX.shape[1] == size else (x_BTX[:, :size], x_BTX[:, size:])
 
 
 def _backward(launches, C, residuals, cotangents):
@@ -157,24 +159,23 @@ def _backward(launches, C, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
+    (z_BTF, z_tail_BCF), (do_BTD, do_tail_BCD), (v_BTD, _) = (_split(x, M * C) for x in (z_BTF, do_BTD, v_BTD))
     factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD, lr)
     all_live_BM = jnp.ones((B, M), jnp.int32)
 
     def replay(carry, i):
         with jax.named_scope("ttt_replay"):
             scalars = _scalars(i, lr, factors_BM[:, 1:], all_live_BM)
-            return _like(z_BTF, launches.replay(C, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
+            return varying_like(z_BTF, launches.replay(C, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
 
     S_BDF, _ = _enter(state_BDF, factors_BM)
     weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)  # gradients tolerate the rounding of W + S
-    carry = _like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF)))
-    dz_BTF, _, R_2BDF = _scan(replay, carry, M)
+    dz_BTF, _, R_2BDF = _scan(replay, varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF))), M)
 
     dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     if tail:
-        do_BCD, z_BCF = do_BTD[:, M * C :], z_BTF[:, M * C :]
-        dz_BTF = _put(dz_BTF, _dot("bcd,bdf->bcf", do_BCD, R_2BDF[M % 2]), M * C)
-        G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_BCD, z_BCF)
+        dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(dtype)
+        G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
         # Where a document starts G returns to zero; what it held is the share of dW of the tokens from there on.
         keep_B11 = factors_BM[:, M, None, None]
         dw_DF = dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0)
@@ -184,7 +185,7 @@ def _backward(launches, C, residuals, cotangents):
         dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr = carry
         with jax.named_scope("ttt_reverse"):
             scalars = _scalars(i, lr, factors_BM[:, :-1], all_live_BM)
-            *carry, partial_dlr = _like(
+            *carry, partial_dlr = varying_like(
                 z_BTF,
                 launches.reverse(C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF),
             )
@@ -193,11 +194,14 @@ def _backward(launches, C, residuals, cotangents):
     collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
     # Launch i reads slot i % 2.
     carry = (dz_BTF, jnp.zeros_like(v_BTD), collected_BDF, G_BDF, _slots(G_BDF.astype(dtype)), jnp.zeros((), jnp.float32))
-    carry = _scan(reverse, _like(z_BTF, carry), M, reverse=True)
+    carry = _scan(reverse, varying_like(z_BTF, carry), M, reverse=True)
     dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
     dw_DF = dw_DF + G_BDF.sum(axis=0)
     if collected_BDF is not None:
         dw_DF = dw_DF + collected_BDF.sum(axis=0)
+    if tail:  # v of a partial chunk is never read
+        dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
+        dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
     dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
     return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
 

@@ -248,6 +248,7 @@ def _sweep(sweep: Sweep, target: Target, lr, keep_BM, x_init, *, a, p, q, w_PQ=N
         scratch["dW"] = scratch["X"]
 
     names = (*inputs, *outputs, *scratch)
+
     def body(*refs):
         _step(sweep, B, **dict(zip(names, refs, strict=True)))
 

@@ -49,6 +49,18 @@ def _run_pallas_tpu(*args, **kwargs):
     return tpu.in_place_ttt_tpu(*args, **kwargs)
 
 
+def _why_not_pallas_gpu(call: _Call) -> str | None:
+    from kernels_pallas import gpu
+
+    return gpu.why_not(call.platform, call.dtype, call.C, call.D, call.F)
+
+
+def _run_pallas_gpu(*args, **kwargs):
+    from kernels_pallas import gpu
+
+    return gpu.in_place_ttt_gpu(*args, **kwargs)
+
+
 def _why_not_triton(call: _Call) -> str | None:
     from kernels_pallas import triton
 
@@ -64,6 +76,7 @@ def _run_triton(*args, **kwargs):
 # The fastest first. "reference" is not among them: it takes documents and clipping as they come.
 _FAST = {
     "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
+    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu),
     "triton": _Implementation(_why_not_triton, _run_triton),
     "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
 }
