@@ -86,7 +86,7 @@ class Reader:
                 if ttt and "shuffled" in modes:
                     other = exchanged(state) if state is not None else None
                     losses["shuffled"] += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
-                if not ttt and "off" in modes or ttt and set(modes) & {"on", "shuffled"}:
+                if (not ttt and "off" in modes) or (ttt and set(modes) & {"on", "shuffled"}):
                     state, scored = self._score(ids_BL1, start, stop, state, L, ttt=ttt)
                     losses["on" if ttt else "off"] += scored
         return {mode: _join(losses[mode]) for mode in modes}
