@@ -113,8 +113,15 @@ def test_the_table_of_blocks_is_the_librarys(T, block, window, dkv):
 
 @pytest.mark.parametrize(
     ("T", "window", "expected"),
-    [(1, None, (128, 128)), (512, None, (512, 512)), (640, None, (384, 768)), (4097, None, (512, 4608))]
-    + [(4096, 100, (128, 4096)), (8192, 300, (384, 8448)), (131072, None, (1024, 131072))],
+    [
+        (1, None, (128, 128)),
+        (512, None, (512, 512)),
+        (640, None, (384, 768)),
+        (4097, None, (512, 4608)),
+        (4096, 100, (128, 4096)),
+        (8192, 300, (384, 8448)),
+        (131072, None, (1024, 131072)),
+    ],
 )
 def test_blocks_cover_the_sequence(T, window, expected):
     assert splash.block_size(T, window) == expected

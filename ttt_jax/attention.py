@@ -50,9 +50,9 @@ def self_attention(
     Raises: UserError if the named implementation does not support the call.
     """
     if implementation is None:
+        alone = None if target.on_one_device() else "it runs inside a shard_map or on one device"
         implementation = fastest(
-            cudnn=_why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple),
-            splash=splash.why_not(q_BTNH) or (None if target.on_one_device() else "it runs inside a shard_map or on one device"),
+            cudnn=_why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple), splash=splash.why_not(q_BTNH) or alone
         )
     if implementation == "cudnn":
         check_named("cudnn", _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple))

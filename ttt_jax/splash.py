@@ -5,8 +5,8 @@ B batch, T tokens, A tokens of a block of work, N query heads, K KV heads, H hea
 The kernel takes one sequence [N, T, H] (vmapped over B), no scale, and whole blocks of a multiple of 128 tokens. So queries are
 scaled here, in float32, and sequences padded at their end, where causality hides the padding from every real query.
 
-`splash_attention` is the whole of it, with gradients. `forward_block` and `backward_block` are what context_attention.py merges:
-some queries against some keys, and the gradient of that given the statistics of the whole row.
+`splash_attention` is the whole of it, with gradients. `forward_block` and `backward_block` are what context_attention.py
+merges: some queries against some keys, and the gradient of that given the statistics of the whole row.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, *, window: int | None = None, segme
     block, padded = block_size(T, window)
     kernel = _kernel(_Causal(padded, None if window is None or window >= T else window), N, block, False, _interpreted.get())
     pad = lambda x_BTX: jnp.pad(x_BTX, ((0, 0), (0, padded - T), *((0, 0),) * (x_BTX.ndim - 2)))
-    heads = [_by_head(pad(x)) for x in (_scaled(q_BTNH), k_BTKH, v_BTKH)]
+    q_BNTH, k_BKTH, v_BKTH = (_by_head(pad(x)) for x in (_scaled(q_BTNH), k_BTKH, v_BTKH))
     ids_BT = None if segment_ids_BT is None else pad(segment_ids_BT)
-    return jnp.swapaxes(_rows(kernel, *heads, ids_BT, ids_BT), 1, 2)[:, :T]
+    return _by_head(_rows(kernel, q_BNTH, k_BKTH, v_BKTH, ids_BT, ids_BT))[:, :T]
 
 
 def forward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool) -> tuple[jax.Array, jax.Array]:
@@ -88,9 +88,9 @@ def forward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool) -> t
     Returns: o_BANH and the log-sum-exp [B, N, A], float32. A query that sees no key has a log-sum-exp near float32's lowest.
     """
     kernel = _block_kernel(q_BANH, causal)
-    heads = map(_by_head, (_scaled(q_BANH), k_BAKH, v_BAKH))
-    o_BNAH, (lse_BNA,) = _rows(kernel, *heads, q_ids_BA, k_ids_BA)
-    return jnp.swapaxes(o_BNAH, 1, 2).astype(jnp.float32), lse_BNA
+    q_BNAH, k_BKAH, v_BKAH = map(_by_head, (_scaled(q_BANH), k_BAKH, v_BAKH))
+    o_BNAH, (lse_BNA,) = _rows(kernel, q_BNAH, k_BKAH, v_BKAH, q_ids_BA, k_ids_BA)
+    return _by_head(o_BNAH).astype(jnp.float32), lse_BNA
 
 
 def backward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_BANH, lse_BNA, do_BANH):
@@ -106,9 +106,8 @@ def backward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_B
         options = {name: kernel.kwargs[name] for name in _BACKWARD_OPTIONS}
         return kernel_lib._splash_attention_bwd(**options, res=residuals, do=do)[3:6]
 
-    heads = [_by_head(x) for x in (_scaled(q_BANH), k_BAKH, v_BAKH)]
-    args = (*heads, q_ids_BA, k_ids_BA, _by_head(o_BANH), lse_BNA, _by_head(do_BANH))
-    dq, dk, dv = (jnp.swapaxes(x, 1, 2) for x in jax.vmap(one_row)(*args))
+    q, k, v, o, do = map(_by_head, (_scaled(q_BANH), k_BAKH, v_BAKH, o_BANH, do_BANH))
+    dq, dk, dv = map(_by_head, jax.vmap(one_row)(q, k, v, q_ids_BA, k_ids_BA, o, lse_BNA, do))
     return dq.astype(jnp.float32) / math.sqrt(q_BANH.shape[-1]), dk, dv
 
 
@@ -123,12 +122,13 @@ def _scaled(q_BTNH):
 
 
 def _by_head(x_BTNH):
+    """Exchange tokens and heads; its own inverse."""
     return jnp.swapaxes(x_BTNH, 1, 2)
 
 
 def _rows(kernel, q_BNTH, k_BKTH, v_BKTH, q_ids_BT, k_ids_BT):
     """The kernel on each row of the batch."""
-    if q_ids_BT is None:
+    if q_ids_BT is None or k_ids_BT is None:
         return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH)
     one_row = lambda q, k, v, q_ids, k_ids: kernel(q, k, v, kernel_lib.SegmentIds(q_ids, k_ids))
     return jax.vmap(one_row)(q_BNTH, k_BKTH, v_BKTH, q_ids_BT, k_ids_BT)
@@ -186,8 +186,8 @@ def _kernel(mask: mask_lib.Mask, N: int, block: int, statistics: bool, interpret
 class _Causal(mask_lib.Mask):
     """The mask of a window, or of all tokens before.
 
-    jax's own `CausalMask` and `LocalMask` compute every one of the T^2 entries on the host to find the blocks that are seen (two
-    minutes for 128k tokens). Of a block only `any` and `all` are asked, so those two are what this mask's blocks consist of;
+    jax's own `CausalMask` and `LocalMask` compute every one of the T^2 entries on the host to find the blocks that are seen
+    (two minutes for 128k tokens). Of a block only `any` and `all` are asked, so a block here consists of those two;
     entries are computed inside the kernel, by `mask_function`.
     """
 
