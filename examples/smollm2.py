@@ -104,6 +104,17 @@ class Gguf:
         tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
         return tokenizer
 
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """What transformers and the harness read of tokenizer_config.json."""
+        tokens = self.get("tokenizer.ggml.tokens")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+        for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            if (token := self.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+                settings[f"{kind}_token"] = tokens[token]
+        if template := self.get("tokenizer.chat_template"):
+            settings["chat_template"] = template
+        return settings
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,6 +137,7 @@ def main() -> None:
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (args.output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (args.output / "tokenizer_config.json").write_text(json.dumps(gguf.tokenizer_settings(), indent=2) + "\n")
         gguf.tokenizer().save(str(args.output / "tokenizer.json"))
     print(f"{args.output}: {len(tensors)} tensors, {sum(x.size for x in tensors.values()):,} parameters")
 

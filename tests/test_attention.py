@@ -174,7 +174,7 @@ def test_a_named_implementation_that_cannot_run_says_why():
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in make_inputs(T=8))
     with pytest.raises(UserError, match="'cudnn': needs a CUDA device, this is cpu"):
         self_attention(q, k, v, implementation="cudnn")
-    with pytest.raises(UserError, match="'flash': unknown; use one of xla, cudnn"):
+    with pytest.raises(UserError, match="'flash': unknown; use one of xla, cudnn, splash"):
         self_attention(q, k, v, implementation="flash")
 
 

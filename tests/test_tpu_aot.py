@@ -4,13 +4,10 @@ A kernel that needs more VMEM than it asked for is refused by Mosaic, so this te
 """
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from aot import compile_in_a_process
 
 pytestmark = [
     pytest.mark.tpu_aot,
@@ -20,7 +17,6 @@ pytestmark = [
 SWEEPS = ["ttt_forward", "ttt_replay", "ttt_reverse_dv", "ttt_reverse_dz"]
 QWEN3 = {"0.6B": (1024, 3072), "4B": (2560, 9728), "8B": (4096, 12288)}
 
-# In a process of its own: libtpu reads its environment once, and this one may have initialised another platform already.
 SCRIPT = """
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -66,21 +62,7 @@ print("REPORT", json.dumps(report))
 
 
 def compile_op(topology, D, F, *, dtype="bfloat16", B=1, T=8192, C=1024, devices=1, vmem=None, names="forward,both"):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process: there is no TPU to share
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_SKIP_MDS_QUERY": "1",
-    }
-    arguments = json.dumps([topology, dtype, B, T, D, F, C, devices, vmem])
-    command = [sys.executable, "-c", SCRIPT, arguments, names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT")]
-    assert done.returncode == 0, done.stderr
-    return json.loads(lines[0].removeprefix("REPORT"))
+    return compile_in_a_process(SCRIPT, json.dumps([topology, dtype, B, T, D, F, C, devices, vmem]), names)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])

@@ -1,4 +1,5 @@
-"""Attention of fresh sequences on themselves, and the implementations behind it (kv_cache.py has attention on a cache).
+"""Attention of fresh sequences on themselves, and the implementations behind it (kv_cache.py has attention on a cache,
+splash.py the kernel for TPU).
 
 B batch, T queries, S keys, N query heads, K KV heads, G = N / K, H head dim, Q queries in a block.
 A query at position p sees the keys of its own document at positions p - window + 1 .. p.
@@ -14,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import splash
 from ttt_jax.blocks import join_tokens, split_tokens
 from ttt_jax.errors import UserError
+from ttt_jax.ops import target
 from ttt_jax.ops.xla import accumulator, precision_for
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 _BLOCK_BYTES = 64 * 2**20  # logits that the XLA path holds at a time
 MASKED = -1e30
 
@@ -40,21 +43,23 @@ def self_attention(
       window: tokens a query sees, itself included; None for all.
       segment_ids_BT: document of each token, 0 for padding. Documents do not see each other.
       segment_multiple: documents start at multiples of this many tokens.
-      implementation: "cudnn" (CUDA, 16-bit), "xla" (anywhere, memory linear in T), None for the fastest that applies.
-        A named one that cannot run raises.
+      implementation: "cudnn" (CUDA, 16-bit), "splash" (TPU, bfloat16), "xla" (anywhere, memory linear in T), None for the
+        fastest that applies. A named one that cannot run raises.
 
     Returns: o_BTNH in q's dtype. Outputs of padding are finite and meaningless.
     Raises: UserError if the named implementation does not support the call.
     """
-    reason = _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple)
     if implementation is None:
-        implementation = "xla" if reason else "cudnn"
-        if reason and jax.default_backend() != "cpu":
-            _say_once(f"attention: no fast kernel ({reason}); using the XLA path, several times slower on long sequences")
+        alone = None if target.on_one_device() else "it runs inside a shard_map or on one device"
+        implementation = fastest(
+            cudnn=_why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple), splash=splash.why_not(q_BTNH) or alone
+        )
     if implementation == "cudnn":
-        if reason:
-            raise UserError(f"attention implementation 'cudnn': {reason}")
+        check_named("cudnn", _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple))
         return _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple)
+    if implementation == "splash":
+        check_named("splash", splash.why_not(q_BTNH))
+        return splash.splash_attention(q_BTNH, k_BTKH, v_BTKH, window=window, segment_ids_BT=segment_ids_BT)
     if implementation != "xla":
         raise UserError(f"attention implementation {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     T = q_BTNH.shape[1]
@@ -65,13 +70,32 @@ def self_attention(
 
 
 def uses_cudnn(q_BTNH, implementation: str | None) -> bool:
-    """Whether one document per row goes to cuDNN. Raises UserError when it is named and cannot run."""
-    reason = _why_not_cudnn(q_BTNH, None, 1)
-    if implementation == "cudnn" and reason:
-        raise UserError(f"attention implementation 'cudnn': {reason}")
-    if implementation is None and reason and jax.default_backend() != "cpu":
+    """Whether new tokens after older ones, one document per row, go to cuDNN; there is no such kernel for TPU.
+
+    Raises: UserError when it is named and cannot run.
+    """
+    reasons = {"cudnn": _why_not_cudnn(q_BTNH, None, 1), "splash": "it attends to fresh sequences only, not to a cache"}
+    if implementation is None:
+        return fastest(**reasons) == "cudnn"
+    check_named(implementation, reasons.get(implementation))
+    return implementation == "cudnn"
+
+
+def fastest(**reasons: str | None) -> str:
+    """The implementation to take when none is named, given why each kernel cannot run; says so where it is the slow one."""
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    if (platform := target.platform()) != "cpu":
+        reason = reasons["splash" if platform == "tpu" else "cudnn"]
         _say_once(f"attention: no fast kernel ({reason}); using the XLA path, several times slower on long sequences")
-    return implementation in (None, "cudnn") and reason is None
+    return "xla"
+
+
+def check_named(name: str, reason: str | None) -> None:
+    """Raises UserError when the named implementation cannot run."""
+    if reason is not None:
+        raise UserError(f"attention implementation {name!r}: {reason}")
 
 
 # -------------------------------------------------------------------------------------------------------------- XLA
@@ -153,8 +177,8 @@ def windowed_after(q_BTNH, k_BSKH, v_BSKH, window, q_segment_BT, k_segment_BS):
 
 
 def _why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"needs a CUDA device, this is {jax.default_backend()}"
+    if (platform := target.platform()) != "gpu":
+        return f"needs a CUDA device, this is {platform}"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {q_BTNH.dtype}"
     if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:
@@ -194,29 +218,6 @@ def cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
     )
-
-
-def _cudnn_extending(q_BTNH, k_BTKH, v_BTKH, k_BLKH, v_BLKH, start_B):
-    """Attention on the older tokens and on the new ones, merged by their log-sum-exps.
-
-    Two calls, because cuDNN's causal mask aligns the first query with the first key. `return_residual` of the public
-    function rounds the log-sum-exp to 16 bits, so the one below it is called.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    scale = 1 / math.sqrt(q_BTNH.shape[-1])
-    attend: Any = functools.partial(cudnn.dot_product_attention, scale=scale, return_residual=True)
-    own_BTNH, own_lse_BNT = attend(q_BTNH, k_BTKH, v_BTKH, mask_type=cudnn.MaskType.CAUSAL)
-    T = jnp.full_like(start_B, q_BTNH.shape[1])
-    # At least one key, so that a row without older tokens yields numbers, which get no weight.
-    old_BTNH, old_lse_BNT = attend(
-        q_BTNH, k_BLKH, v_BLKH, q_seqlen=T, kv_seqlen=jnp.maximum(start_B, 1), mask_type=cudnn.MaskType.PADDING
-    )
-    old_share_BNT = jax.nn.sigmoid(old_lse_BNT.astype(jnp.float32) - own_lse_BNT.astype(jnp.float32))
-    old_share_BNT = jnp.where((start_B > 0)[:, None, None], old_share_BNT, 0)
-    old_share_BTN1 = jnp.swapaxes(old_share_BNT, 1, 2)[..., None]
-    own_acc, old_acc = own_BTNH.astype(jnp.float32), old_BTNH.astype(jnp.float32)
-    return (own_acc + old_share_BTN1 * (old_acc - own_acc)).astype(q_BTNH.dtype)
 
 
 def _document_offsets(segment_ids_BT, multiple):

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.attention import IMPLEMENTATIONS, _say_once, _why_not_cudnn, blocked, self_attention
+from ttt_jax import splash
+from ttt_jax.attention import IMPLEMENTATIONS, _why_not_cudnn, blocked, fastest, self_attention
 from ttt_jax.blocks import join_tokens, split_tokens
 from ttt_jax.errors import UserError
 from ttt_jax.ops.xla import accumulator, precision_for
@@ -60,14 +61,12 @@ def attention_shard(
         halo = min(-(-(window - 1) // segment_multiple) * segment_multiple, T) if window > 1 else 0
         if halo >= window - 1:
             return _neighbour(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis_, halo, options)
-    reason = _why_not_blocks(q_BTNH, window, segment_ids_BT)
-    if implementation == "cudnn" and reason:
-        raise UserError(f"attention implementation 'cudnn' over a split sequence: {reason}")
-    if reason and implementation is None and jax.default_backend() != "cpu":
-        _say_once(f"attention over a split sequence: no fast kernel ({reason}); using the XLA path, several times slower")
+    reasons = _why_not_blocks(q_BTNH, window, segment_ids_BT)
+    kernel = fastest(**reasons) if implementation is None else implementation
+    if reason := reasons.get(kernel):
+        raise UserError(f"attention implementation {kernel!r} over a split sequence: {reason}")
     if window is not None or T % 2:
         return _gathered(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis_, window)
-    kernel = "xla" if reason or implementation == "xla" else "cudnn"
     return _balanced(_Static(axis_, kernel), q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
@@ -81,14 +80,19 @@ class _Static(NamedTuple):
     kernel: str
 
 
-def _why_not_blocks(q_BTNH, window, segment_ids_BT) -> str | None:
-    if reason := _why_not_cudnn(q_BTNH, None, 1):
-        return reason
-    if segment_ids_BT is not None:
-        return "packed rows with full attention are not supported"
+def _why_not_blocks(q_BTNH, window, segment_ids_BT) -> dict[str, str | None]:
+    """Why each kernel cannot compute the blocks of a split sequence, or None."""
+    T = q_BTNH.shape[1]
+    shape = None
     if window is not None:
-        return f"the window of {window} tokens is longer than a shard of {q_BTNH.shape[1]}"
-    return f"a shard of {q_BTNH.shape[1]} tokens has no halves" if q_BTNH.shape[1] % 2 else None
+        shape = f"the window of {window} tokens is longer than a shard of {T}"
+    elif T % 2:
+        shape = f"a shard of {T} tokens has no halves"
+    packed = None if segment_ids_BT is None else "packed rows with full attention are not supported"
+    return {
+        "cudnn": _why_not_cudnn(q_BTNH, None, 1) or packed or shape,
+        "splash": splash.why_not(q_BTNH) or shape or splash.why_not_blocks(T // 2),
+    }
 
 
 # --------------------------------------------------------------------------------------------------- sliding windows
@@ -372,4 +376,8 @@ def _cudnn_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_
     return bind(q_BANH, k_BSKH, v_BSKH, *(none,) * 7, lse_BNA, o_BANH, do_BANH, **params)
 
 
-_KERNELS = {"xla": (_xla_forward, _xla_backward), "cudnn": (_cudnn_forward, _cudnn_backward)}
+_KERNELS = {
+    "xla": (_xla_forward, _xla_backward),
+    "cudnn": (_cudnn_forward, _cudnn_backward),
+    "splash": (splash.forward_block, splash.backward_block),
+}

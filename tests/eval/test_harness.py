@@ -2,16 +2,22 @@
 
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hf_folders import make_folder
 from test_model import config, make
 
-from ttt_jax import generate, score
+from ttt_jax import generate, load_pretrained, score
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import DataError, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'ttt-jax[eval]'")
 pytestmark = [
     pytest.mark.slow,  # importing the harness and indexing its tasks takes half a minute
@@ -132,6 +138,65 @@ def test_unknown_tasks_and_missing_data(monkeypatch):
     assert isinstance(missing, DataError)
     assert "into ./Rowan/hellaswag/ of the working folder" in str(missing)
     assert "example.org, which cannot be reached" in str(_no_data("x", OSError("Pool(host='example.org', port=443)")))
+
+
+def byte_folder(folder):
+    """A tiny random LLaMA whose tokenizer.json has the 256 bytes and an end token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    make_folder(folder, {"model_type": "llama", "vocab_size": 257, "max_position_embeddings": 8192, "rope_theta": 1e4})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate([*alphabet, "</s>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_the_harness_own_command_line(tmp_path):
+    """`python -m ttt_jax.eval.harness run`, in a process of its own, on a task that lies in a folder: the model is known, and
+    the score is what log-probabilities give."""
+    folder = byte_folder(tmp_path / "model")
+    docs = [{"question": q, "choices": [" left", " right"], "answer": n % 2} for n, q in enumerate(["a", "bb", "c c", "dd"])]
+    (tmp_path / "tasks").mkdir()
+    data = tmp_path / "docs.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=data))
+    words = ["run", "--model", "ttt_jax", "--model_args", f"pretrained={folder},piece=16", "--tasks", "tiny_choice"]
+    words += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
+    command = [sys.executable, "-m", "ttt_jax.eval.harness", *words]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    lm = lm_of(folder, model=load_pretrained(folder, dtype="float32"))
+    pairs = [(doc["question"], choice) for doc in docs for choice in doc["choices"]]
+    logprobs = [x for x, _ in lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)]
+    right = [int(right > left) == doc["answer"] for doc, left, right in zip(docs, logprobs[::2], logprobs[1::2], strict=True)]
+    assert json.loads(file.read_text())["results"]["tiny_choice"]["acc,none"] == pytest.approx(np.mean(right))
+
+
+def test_the_harness_own_command_line_says_what_is_wrong(tmp_path):
+    words = ["run", "--model", "ttt_jax", "--model_args", "ttt=false", "--tasks", "niah_single_1"]
+    command = [sys.executable, "-m", "ttt_jax.eval.harness", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: model_args path: missing")
 
 
 def regex_dummy(*args, **options):

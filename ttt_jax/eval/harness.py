@@ -31,7 +31,6 @@ from ttt_jax.progress import progress
 from ttt_jax.sampling import Sampling
 
 
-@register_model("ttt_jax")
 class TTTJaxLM(TemplateLM):
     """A model of this library for the harness.
 
@@ -281,7 +280,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Run as a script, this file is the module __main__; the registered class must be the importable one.
+    # Run as a script, this file is the module __main__; the registered class must be the importable one, and only that one:
+    # lm_eval refuses a name that is registered twice.
     from ttt_jax.eval import harness
 
     raise SystemExit(harness.main())
+register_model("ttt_jax")(TTTJaxLM)

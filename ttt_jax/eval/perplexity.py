@@ -76,21 +76,19 @@ class Reader:
     def position_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
         """Losses float32 [B, L] of all predictions of each row, per mode."""
         L = ids_BL1.shape[1] - 1
-        losses: dict[str, Any] = {}
-        if "off" in modes:
-            losses["off"] = self._score(ids_BL1, 0, L, None, L, ttt=False)[1]
-        if "shuffled" not in modes:
-            if "on" in modes:
-                losses["on"] = self._score(ids_BL1, 0, L, None, L, ttt=True)[1]
-        else:
-            state, on, shuffled = None, [], []
-            edges = sorted({0, *range(L, 0, -block)})  # the last stretch is the block that every length scores
+        losses: dict[str, list[Any]] = {mode: [] for mode in MODES}
+        # The last stretch is the block that every length scores. "off" is cut like the others, or modes that ought to be equal
+        # would differ by the rounding of other matrix shapes.
+        edges = sorted({0, *range(L, 0, -block)}) if "shuffled" in modes else [0, L]
+        for ttt in (False, True):  # one state at a time: it may be large
+            state = None
             for start, stop in itertools.pairwise(edges):
-                other = exchanged(state) if state is not None else None
-                shuffled += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
-                state, scored = self._score(ids_BL1, start, stop, state, L, ttt=True)
-                on += scored
-            losses |= {"on": on, "shuffled": shuffled}
+                if ttt and "shuffled" in modes:
+                    other = exchanged(state) if state is not None else None
+                    losses["shuffled"] += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
+                if (not ttt and "off" in modes) or (ttt and set(modes) & {"on", "shuffled"}):
+                    state, scored = self._score(ids_BL1, start, stop, state, L, ttt=ttt)
+                    losses["on" if ttt else "off"] += scored
         return {mode: _join(losses[mode]) for mode in modes}
 
     def _cuts(self, start: int, stop: int):

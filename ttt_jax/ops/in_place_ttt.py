@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
+from ttt_jax.ops import target
 from ttt_jax.ops.reference import in_place_ttt_reference
 from ttt_jax.ops.xla import accumulator, in_place_ttt_xla, precision_for
 
@@ -123,7 +124,7 @@ def in_place_ttt(
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    implementation = _choose(implementation, _Call(_platform(), z_BTF.dtype, B, T, D, F, chunk_size))
+    implementation = _choose(implementation, _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size))
     acc = accumulator(z_BTF.dtype)
     if state is None:
         state = jnp.zeros((z_BTF.shape[0], *w_DF.shape), acc)
@@ -147,19 +148,10 @@ def in_place_ttt(
     )
 
 
-def _platform() -> str:
-    """What the call is compiled for: the mesh's devices where one is set (they may exist on paper only), or the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def _choose(implementation: str | None, call: _Call) -> str:
     """The implementation to run; raises where a named one cannot."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
     if implementation is None:
-        # Outside a shard_map nothing here tells whether the program is for one device or for all of them.
-        kernels = manual or (mesh.empty and jax.device_count() == 1)
+        kernels = target.on_one_device()
         return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.why_not(call) is None)
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
@@ -168,7 +160,7 @@ def _choose(implementation: str | None, call: _Call) -> str:
     if implementation == "reference":
         return implementation
     reason = _FAST[implementation].why_not(call)
-    if reason is None and _FAST[implementation].kernel and not (mesh.empty or manual or mesh.size == 1):
+    if reason is None and _FAST[implementation].kernel and not target.may_be_one_device():
         reason = "a kernel is not partitioned over a mesh; call it inside a shard_map over every mesh axis"
     if reason is not None:
         raise UserError(f"in_place_ttt: implementation {implementation!r} cannot run: {reason}")
