@@ -232,9 +232,7 @@ def profile(model: Transformer, batch: int, context: int, ttt: bool) -> None:
     state = random_state(model, batch, context, 256, ttt)
     zero_B, alive_B = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool)
     frozen = Frozen(model)
-    step = lambda state: decode_step(
-        frozen, state, zero_B, alive_B, zero_B, sampling=GREEDY, eos=(), ends_chunk=False, ttt=ttt
-    )
+    step = lambda state: decode_step(frozen, state, zero_B, alive_B, zero_B, sampling=GREEDY, eos=(), ends_chunk=False, ttt=ttt)
     state, _ = step(state)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

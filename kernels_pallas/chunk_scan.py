@@ -1,7 +1,7 @@
 """In-Place TTT as a scan over chunks whose products are GPU kernels: what `triton.py` and `gpu.py` have in common.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of the fast weight (D F), G its
-gradient (D F), R what is read of S or G: a bf16 copy.
+B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of the fast weight (D F), G
+its gradient (D F), R what is read of S or G: a bf16 copy.
 
 Every chunk is one launch. Its products read only what the launch before it left, so their output tiles share one grid and
 fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.

@@ -75,7 +75,7 @@ class TritonLaunches:
         dw = dw_BDF if collect else jnp.zeros((1,), jnp.float32)
         operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw, G_BDF, R_2BDF)
         partial_dlr = jax.ShapeDtypeStruct((B * tiles[0],), jnp.float32)
-        sizes = dict(T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1], COLLECT=collect)
+        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "COLLECT": collect}
         dz, dv, dw, G, R, dlr = self._call(_kernels().reverse, operands, 5, B, tiles, extra=(partial_dlr,), **sizes)
         return dz, dv, dw if collect else None, G, R, dlr
 

@@ -1,17 +1,16 @@
 """Device code of `triton.py`. Needs triton to be installed; nothing else imports it.
 
-u is lr v. Every kernel starts with the four arrays of `chunk_scan.Scalars`; arrays updated in place come twice, as operand and as result,
-and are one buffer. Offsets of whole arrays are 64-bit, offsets inside a chunk 32-bit.
+u is lr v. Every kernel starts with the four arrays of `chunk_scan.Scalars`; arrays updated in place come twice, as operand and
+as result, and are one buffer. Offsets of whole arrays are 64-bit, offsets inside a chunk 32-bit.
 """
 
-# ruff: noqa: N803
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def _tile_of(index, rows: tl.constexpr, columns: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """First row and column of a tile: column by column in bands of eight rows of tiles, so that neighbours share operands in L2."""
+    """First row and column of a tile: column by column in bands of eight rows; neighbours share operands in L2."""
     band: tl.constexpr = 8
     M: tl.constexpr = (rows + BM - 1) // BM
     N: tl.constexpr = (columns + BN - 1) // BN
@@ -196,7 +195,7 @@ def reverse(
             pid % writes, do + first * D, z + first * F, kept, G_in + state, G + state, R + other, G_in,
             C, D, F, False, BM, BN, BK, PRECISION,
         )  # fmt: skip
-        if COLLECT:
+        if COLLECT:  # noqa: SIM102 (known when compiled, the other one is not)
             if kept != 1.0:  # a document starts at this chunk: G is the whole of its share of dW
                 collected = tl.load(dw_in + state + at, mask=inside, other=0.0)
                 tl.store(dw + state + at, collected + (1.0 - kept) * whole, mask=inside)

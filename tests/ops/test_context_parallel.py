@@ -179,5 +179,3 @@ def test_the_backward_keeps_no_state_per_chunk():
     """Temporary memory grows by a few arrays of C tokens for each further chunk of the shard; one S would be larger."""
     few, many = (compiled({"context": 2}, 2 * n * C, True).memory_analysis().temp_size_in_bytes for n in (4, 36))
     assert (many - few) / 32 < 4 * 64 * 96 / 2, "half an S for each further chunk"
-
-

@@ -14,19 +14,19 @@ from fast_jit import jit
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from op_checks import BF16, DOCUMENTS, F32, F64, check, compiled, make_inputs, rounded
 from tolerance import TOLERANCE, assert_close, relative_rms
 
 from kernels_pallas import tpu
 from ttt_jax.errors import UserError
 from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
 
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
-NAMES = ("z", "v", "w", "lr", "state")
+HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]  # the others: test_gpu_kernels.py, tests/gpu
+FAST = [name for name in HERE if name != "reference"]
 KERNELS = ("pallas_tpu",)  # float32 and bfloat16 only
 SIZES = {"pallas_tpu": {"D": 260, "F": 300}}  # padded to 384: the second tile, of 256, is half full; three blocks
 
-F64, F32, BF16 = map(jnp.dtype, (jnp.float64, jnp.float32, jnp.bfloat16))
-DTYPES = {name: (F32, BF16) if name in KERNELS else (F64, F32, BF16) for name in IMPLEMENTATIONS}
+DTYPES = {name: (F32, BF16) if name in KERNELS else (F64, F32, BF16) for name in HERE}
 
 
 def cases(*values, implementations=FAST, fast=1):
@@ -57,75 +57,6 @@ def best(implementation):
         yield dtype, {F64: 1e-14, F32: 1e-5}[dtype]
 
 
-def make_inputs(B=2, T=40, D=12, F=20, seed=0, state_scale=0.3):
-    rng = np.random.default_rng(seed)
-    z = rng.standard_normal((B, T, F))
-    v = rng.standard_normal((B, T, D)) / np.sqrt(T)
-    w = rng.standard_normal((D, F)) / np.sqrt(F)
-    state = rng.standard_normal((B, D, F)) * state_scale / np.sqrt(F)
-    do, dS = rng.standard_normal((B, T, D)), rng.standard_normal((B, D, F))
-    return (z, v, w, 0.7, state), (do, dS)
-
-
-@functools.cache
-def compiled(**options):
-    """One program per shape and option."""
-
-    def both(arguments, cotangents, segment_ids, clip_norm):
-        def run(z, v, w, lr, state):
-            return in_place_ttt(z, v, w, lr=lr, state=state, segment_ids=segment_ids, clip_norm=clip_norm, **options)
-
-        out, vjp = jax.vjp(run, *arguments)
-        return out, vjp(cotangents)
-
-    return jit(both)
-
-
-def results(arguments, cotangents, dtype, segment_ids=None, clip_norm=None, **options):
-    """(o, S) and the gradients of <o, do> + <S, dS> for z, v, w, lr and state, as float64 numpy."""
-    z, v, w, lr, state = arguments
-    acc = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    cast = [jnp.asarray(x, dtype) for x in (z, v, w)] + [jnp.asarray(lr, acc), jnp.asarray(state, acc)]
-    do, dS = jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], acc)
-    out, grads = compiled(**options)(cast, (do, dS), segment_ids, clip_norm)
-    named = {"o": out[0], "final_state": out[1]} | {f"d{n}": g for n, g in zip(NAMES, grads, strict=True)}
-    return {name: np.asarray(x, np.float64) for name, x in named.items()}
-
-
-def rounded(arguments, cotangents, dtype):
-    """What the implementation under test receives, in float64: the oracle must not be charged for rounding inputs."""
-    cast = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)
-    z, v, w, lr, state = arguments
-    lower = cast if dtype != jnp.float64 else np.float64
-    single = (lambda x: np.asarray(x, np.float32).astype(np.float64)) if dtype != jnp.float64 else np.float64
-    do, dS = cotangents
-    return (lower(z), lower(v), lower(w), float(single(lr)), single(state)), (lower(do), single(dS))
-
-
-def check(arguments, cotangents, dtype, implementation, **options):
-    with jax.enable_x64(True):
-        arguments, cotangents = rounded(arguments, cotangents, dtype)
-        oracle = results(arguments, cotangents, jnp.float64, implementation="reference", **options)
-    context = jax.enable_x64(True) if dtype == jnp.float64 else jax.enable_x64(False)
-    with context:
-        got = results(arguments, cotangents, dtype, implementation=implementation, **options)
-    tolerance = TOLERANCE[jnp.dtype(dtype).name]
-    for name, value in got.items():
-        if name == "dlr":  # an inner product <v, dv> / lr, which may cancel (to zero, once every update is clipped)
-            scale = np.linalg.norm(arguments[1]) * np.linalg.norm(oracle["dv"]) / max(arguments[3], 1e-2)
-            assert abs(value - oracle[name]) <= tolerance * max(scale, abs(oracle[name])), name
-        else:
-            assert_close(name, value, oracle[name], tolerance)
-
-
-DOCUMENTS = {
-    "none": None,
-    "boundaries": lambda T, C: np.minimum(np.arange(T) // C // 2 + 1, 3),
-    "padding": lambda T, C: np.where(np.arange(T) % (3 * C) < 2 * C + C // 2, np.arange(T) // (3 * C) + 1, 0),
-    "all_padding": lambda T, C: np.zeros(T, int),
-}
-
-
 SHAPES = [(41, 8), (7, 8), (64, 32), (40, 8), (8, 8), (1, 1), (5, 1), (37, 5)]
 
 
@@ -154,7 +85,7 @@ def test_clip(implementation, clip_norm, T):
     check(arguments, cotangents, DTYPES[implementation][0], implementation, chunk_size=8, clip_norm=clip_norm)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_clip_bounds_the_update(implementation, best):
     dtype, tolerance = best
     (z, v, w, _, _), _ = make_inputs(T=8, B=3)
@@ -163,7 +94,7 @@ def test_clip_bounds_the_update(implementation, best):
     np.testing.assert_allclose(np.linalg.norm(np.asarray(state), axis=(1, 2)), 0.25, rtol=100 * tolerance)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_future_tokens_have_no_gradient(implementation, best):
     """d o_t / d z_s and d v_s vanish for s > t; and v reaches no output of its own chunk."""
     T, C = 24, 8
@@ -178,9 +109,7 @@ def test_future_tokens_have_no_gradient(implementation, best):
     assert (dv[s // C < t // C] > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("implementation", "cuts"), [*cases(((16, 24),), ((8,),), ((8, 16, 24, 32),), implementations=IMPLEMENTATIONS)]
-)
+@pytest.mark.parametrize(("implementation", "cuts"), [*cases(((16, 24),), ((8,),), ((8, 16, 24, 32),), implementations=HERE)])
 def test_pieces_on_chunk_boundaries_equal_the_whole(implementation, cuts, best):
     dtype, tolerance = best
     (z, v, w, lr, state), _ = make_inputs(T=37)
@@ -196,7 +125,7 @@ def test_pieces_on_chunk_boundaries_equal_the_whole(implementation, cuts, best):
     np.testing.assert_allclose(state, final, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_batch_rows_are_independent(implementation, best):
     dtype, tolerance = best
     (z, v, w, lr, state), _ = make_inputs(B=3, T=20)

@@ -36,6 +36,7 @@ class _Implementation(NamedTuple):
     why_not: Callable[[_Call], str | None]
     run: Callable[..., Any]
     kernel: bool = True  # a custom call, which the compiler cannot partition over a mesh
+    pays: Callable[[_Call], bool] = lambda call: True  # where None may take it: measured, or estimated, to be fastest
 
 
 def _why_not_pallas_tpu(call: _Call) -> str | None:
@@ -74,11 +75,16 @@ def _run_triton(*args, **kwargs):
     return triton.in_place_ttt_triton(*args, **kwargs)
 
 
+def _pallas_gpu_pays(call: _Call) -> bool:
+    """Measured at D = 2560, F = 9728, C = 1024 (docs/performance.md); larger sizes have no less arithmetic per byte of state."""
+    return call.C >= 1024 and call.T >= call.C and call.D * call.F >= 2560 * 9728
+
+
 # The fastest first. "reference" is not among them: it takes documents and clipping as they come.
 _FAST = {
     "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
-    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu),
-    "triton": _Implementation(_why_not_triton, _run_triton),
+    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays),
+    "triton": _Implementation(_why_not_triton, _run_triton, pays=lambda call: False),  # pallas_gpu was faster where it runs
     "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
 }
 IMPLEMENTATIONS = ("reference", *reversed(_FAST))
@@ -112,9 +118,10 @@ def in_place_ttt(
       segment_ids: document of each token, 0 for padding. S returns to zero where a new document starts; documents must
         start on chunk boundaries. A chunk that holds padding updates nothing.
       clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4, evaluation).
-      implementation: "reference", "xla", "pallas_tpu", or None for the fastest that supports the platform and shapes. A
-        named one that cannot run raises; it never falls back. Kernels (all but the first two) are not partitioned over a
-        mesh by the compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis.
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F in multiples of 256),
+        "triton" (NVIDIA, jax-triton), or None for the fastest that supports the platform and shapes. A named one that
+        cannot run raises; it never falls back. Kernels (all but the first two) are not partitioned over a mesh by the
+        compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis.
 
     Returns:
       o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to continue the stream with.
@@ -152,7 +159,7 @@ def _choose(implementation: str | None, call: _Call) -> str:
     """The implementation to run; raises where a named one cannot."""
     if implementation is None:
         kernels = target.on_one_device()
-        return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.why_not(call) is None)
+        return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.pays(call) and i.why_not(call) is None)
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
@@ -217,9 +224,7 @@ def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
 
 def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
     if z_BTF.ndim != 3 or v_BTD.ndim != 3 or w_DF.ndim != 2:
-        raise UserError(
-            f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, {v_BTD.shape}, {w_DF.shape}"
-        )
+        raise UserError(f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, {v_BTD.shape}, {w_DF.shape}")
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     if v_BTD.shape != (B, T, D) or w_DF.shape != (D, F):
         raise UserError(

@@ -1,0 +1,236 @@
+"""What a block of the Mosaic GPU kernels does: tiles of matrix products, through one ring in shared memory.
+
+A tile is 256 x 256, of a pair of blocks (a cluster), 128 rows each. A block has three warpgroups: one feeds, two multiply, 64
+rows each. The feeder copies 64 steps of a sum at a time into the ring (TMA): its own rows of the left operand, and half of the
+right one, which both blocks get (multicast), because L2 cannot deliver 128 x 128 tiles to every multiprocessor at the speed of
+the tensor cores. It runs ahead of the multipliers (wgmma) by as many steps as the ring holds, across tiles. What a finished sum
+is added to, a tile of the state above all, comes through the same ring behind the operands, 64 columns at a time; read from
+device memory at the end instead, it would cost as much as the sum.
+
+    nt    both operands with the summed dimension last
+    nn    the left one only
+    tn    neither
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = 256  # rows and columns of a cluster's tile
+BLOCKS = 2  # of a cluster: they share the columns
+MULTIPLIERS = 2  # warpgroups of a block
+ROWS = TILE // BLOCKS // MULTIPLIERS  # of a multiplier
+BLOCK_K = 64
+EPILOGUE_STEPS = 12  # what reading and writing a tile of the state costs, in steps of BLOCK_K; only balances the table
+PIECE = 32  # columns of a tile that an epilogue holds at once beside the sums
+
+
+class Product(NamedTuple):
+    """Output tiles of one matrix product, for every sequence of the batch."""
+
+    kind: Literal["nt", "nn", "tn"]
+    rows: int
+    columns: int
+    length: int  # of the sum
+    left: Callable[[Any], tuple[Any, Any]]  # b -> the operand of a sequence, and the first row of the chunk in it
+    right: Callable[[Any], tuple[Any, Any]]
+    # (b, first row, first column of a multiplier's part) -> what to do with each piece of the sums: a function of its number,
+    # its columns, the sums, and the same piece of the float32 and of the bfloat16 array beside it.
+    finish: Callable[..., Callable[..., None]]
+    beside: Callable[[Any], tuple[Any, Any]]  # b -> these arrays, [rows, columns] from `row` on, or None
+    row: Any = 0
+    live: Callable[[Any], Any] | None = None  # b -> 0 where the sum is zero
+
+
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_TAKES_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty  # jax 0.10
+
+
+def read(ref, part):
+    """Part of a tile, in the layout of its sums."""
+    part = ref.at[part]
+    index = ((),) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(part, *index, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def run_block(products, table, stages, lefts, rights, full, empty):
+    """All of a block's tiles. Threads are warpgroups: multipliers, then the feeder.
+
+    Args:
+      products: what a tile's number in the table stands for.
+      table: `schedule`'s, in device memory.
+      lefts: the ring for left operands, [stages, 128, 64] and, the same memory, [stages, 64, 128].
+      rights: for right operands, [stages, 256, 64], [stages, 64, 256] and [stages, 128, 64] of float32.
+      full, empty: barriers of each slot: filled in this block, and read in both blocks.
+    """
+    wg, block, pair = jax.lax.axis_index("wg"), jax.lax.axis_index("block"), jax.lax.axis_index("pair")
+    count = table[pair, 0, 0]
+    slot_of = lambda step: jax.lax.rem(step, jnp.int32(stages))
+
+    def tiles(visit):
+        """`visit(product, b, m0, n0, first step of the ring, steps)` for the block's tiles in order. All steps taken."""
+
+        def one(j, step):
+            number, b, m0, n0 = (table[pair, j, k] for k in range(4))
+            m0, n0 = pl.multiple_of(m0 + block * (TILE // BLOCKS), TILE // BLOCKS), pl.multiple_of(n0, TILE)
+            steps = extra = jnp.int32(0)
+            for k, product in enumerate(products):
+                length = jnp.int32(product.length // BLOCK_K)
+                if product.live is not None:
+                    length = jnp.where(product.live(b) != 0, length, 0)
+                steps = jnp.where(number == k, length, steps)
+                extra = jnp.where(number == k, jnp.int32(_extra(product)), extra)
+            for k, product in enumerate(products):
+                pl.when(number == k)(functools.partial(visit, product, b, m0, n0, step, steps))
+            return step + steps + extra
+
+        return jax.lax.fori_loop(1, count + 1, one, jnp.int32(0))
+
+    def feed(product, b, m0, n0, first, steps):
+        (left, left_row), (right, right_row) = product.left(b), product.right(b)
+        own, all_n = pl.ds(m0, TILE // BLOCKS), pl.ds(n0, TILE)
+        spread = min(16, product.length // BLOCK_K)
+        some = TILE // BLOCKS // spread
+
+        def prefetch(s):
+            """A share of what the sums are added to into L2; all at once it would hold up the operands."""
+
+            @pl.when(s < spread)
+            def _():
+                for array in product.beside(b):
+                    if array is not None:
+                        rows = pl.ds(pl.multiple_of(product.row + m0 + s * some, some), some)
+                        plgpu.async_prefetch(array.at[rows, all_n])
+
+        def free_slot(step):
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(empty.at[slot_of(step)])
+
+            return slot_of(step)
+
+        def copy(s, _):
+            k = pl.multiple_of(s * BLOCK_K, BLOCK_K)
+            slot, ks = free_slot(first + s), pl.ds(k, BLOCK_K)
+            prefetch(s)
+            if product.kind == "tn":
+                source = left.at[pl.ds(pl.multiple_of(left_row + k, BLOCK_K), BLOCK_K), own]
+            else:
+                source = left.at[pl.ds(pl.multiple_of(left_row + m0, TILE // BLOCKS), TILE // BLOCKS), ks]
+            plgpu.copy_gmem_to_smem(source, lefts[product.kind == "tn"].at[slot], full.at[slot])
+            if product.kind == "nt":
+                source = right.at[pl.ds(pl.multiple_of(right_row + n0, TILE), TILE), ks]
+            else:
+                source = right.at[pl.ds(pl.multiple_of(right_row + k, BLOCK_K), BLOCK_K), all_n]
+            plgpu.copy_gmem_to_smem(source, rights[product.kind != "nt"].at[slot], full.at[slot], collective_axes="block")
+
+        jax.lax.fori_loop(0, steps, copy, None)
+        for k in range(_extra(product)):
+            slot = free_slot(first + steps + k)
+            rows = pl.ds(pl.multiple_of(product.row + m0, TILE // BLOCKS), TILE // BLOCKS)
+            part = rows, pl.ds(pl.multiple_of(n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
+            for array, ring in zip(product.beside(b), (rights[2], lefts[0]), strict=True):
+                if array is None:
+                    plgpu.barrier_arrive(full.at[slot])
+                else:
+                    plgpu.copy_gmem_to_smem(array.at[part], ring.at[slot], full.at[slot])
+
+    def multiply(product, b, m0, n0, first, steps):
+        rows = pl.ds(pl.multiple_of(wg * ROWS, ROWS), ROWS)
+
+        def scope(sums):
+            def one(s, _):
+                slot = slot_of(first + s)
+                plgpu.barrier_wait(full.at[slot])
+                tn = product.kind == "tn"
+                left = _transposed(lefts[True].at[slot, :, rows]) if tn else lefts[False].at[slot, rows]
+                right = _transposed(rights[False].at[slot]) if product.kind == "nt" else rights[True].at[slot]
+                plgpu.wgmma(sums, left, right)
+                plgpu.wgmma_wait(1)  # the one before this
+
+                @pl.when(s > 0)
+                def _():
+                    plgpu.barrier_arrive(empty.at[slot_of(first + s - 1)])
+
+            jax.lax.fori_loop(0, steps, one, None)
+            plgpu.wgmma_wait(0)
+
+            @pl.when(steps > 0)
+            def _():
+                plgpu.barrier_arrive(empty.at[slot_of(first + steps - 1)])
+
+            return sums[...]
+
+        sums = pl.run_scoped(scope, plgpu.ACC((ROWS, TILE), jnp.float32))
+        piece = product.finish(b, pl.multiple_of(m0 + wg * ROWS, ROWS), n0)
+        beside = [None, None]
+        for k in range(TILE // PIECE):
+            step, column = divmod(k * PIECE, BLOCK_K)
+            if column == 0 and _extra(product):
+                slot = slot_of(first + steps + step)
+                plgpu.barrier_wait(full.at[slot])
+                for j, (array, ring) in enumerate(zip(product.beside(b), (rights[2], lefts[0]), strict=True)):
+                    beside[j] = None if array is None else read(ring, (slot, rows, slice(None)))
+                plgpu.barrier_arrive(empty.at[slot])
+            columns = pl.ds(pl.multiple_of(n0 + k * PIECE, PIECE), PIECE)
+            sums_piece = sums[:, k * PIECE : (k + 1) * PIECE]
+            piece(k, columns, sums_piece, *(None if x is None else x[:, column : column + PIECE] for x in beside))
+
+    @pl.when(wg < MULTIPLIERS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        tiles(multiply)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == MULTIPLIERS)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        total = tiles(feed)
+        # A block that ends with a barrier half used is an error, so the last releases are waited for as well.
+        drain = lambda step, _: plgpu.barrier_wait(empty.at[slot_of(step)])
+        jax.lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+
+
+def _extra(product) -> int:
+    """Steps of the ring that bring what the sums are added to."""
+    return TILE // BLOCK_K if any(x is not None for x in product.beside(0)) else 0
+
+
+def _transposed(ref):
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+@functools.cache
+def schedule(shapes, B: int, clusters: int) -> np.ndarray:
+    """Tiles of each cluster: [clusters, 1 + most, 4] int32; row 0 holds the count, then product, b, first row, first column.
+
+    Longest first, each to the cluster with the least work so far.
+    """
+    tiles = []
+    for k, (rows, columns, length, updates) in enumerate(shapes):
+        cost = length // BLOCK_K + (EPILOGUE_STEPS if updates else EPILOGUE_STEPS // 2)
+        for b in range(B):
+            tiles += [(cost, k, b, m, n) for n in range(0, columns, TILE) for m in range(0, rows, TILE)]
+    tiles.sort(key=lambda tile: -tile[0])
+    loads = [(0, cluster) for cluster in range(clusters)]
+    queues: list[list] = [[] for _ in range(clusters)]
+    for cost, *tile in tiles:
+        load, cluster = heapq.heappop(loads)
+        queues[cluster].append(tile)
+        heapq.heappush(loads, (load + cost, cluster))
+    table = np.zeros((clusters, 1 + max(map(len, queues)), 4), np.int32)
+    for cluster, queue in enumerate(queues):
+        table[cluster, 0, 0] = len(queue)
+        if queue:
+            table[cluster, 1 : 1 + len(queue)] = queue
+    return table

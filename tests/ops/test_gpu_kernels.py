@@ -1,0 +1,122 @@
+"""The GPU kernels without a GPU: table of tiles, lowering for CUDA, refusals, and (slow) the Mosaic kernels in the interpreter.
+
+On a device they are checked by tests/gpu.
+"""
+
+import contextlib
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from op_checks import BF16, DOCUMENTS, F32, check, make_inputs
+
+from kernels_pallas import gpu, gpu_tiles, triton
+from ttt_jax.errors import UserError
+from ttt_jax.ops import in_place_ttt
+
+SIZES = {"D": 256, "F": 512}  # one tile of 256 in a dimension, two in the other
+HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")  # jax 0.11 and later
+
+
+@pytest.mark.parametrize(("B", "clusters"), [(1, 66), (3, 66), (1, 400)])
+def test_every_tile_is_computed_once_and_the_work_is_even(B, clusters):
+    shapes = ((1024, 2560, 9728, False), (2560, 9728, 1024, True))
+    table = gpu_tiles.schedule(shapes, B, clusters)
+    seen, costs = set(), []
+    for row in table:
+        count = row[0, 0]
+        tiles = [tuple(map(int, tile)) for tile in row[1 : 1 + count]]
+        assert not seen.intersection(tiles)
+        assert not row[1 + count :].any()
+        seen.update(tiles)
+        costs.append(sum(shapes[k][2] // gpu_tiles.BLOCK_K + gpu_tiles.EPILOGUE_STEPS for k, *_ in tiles))
+    every = {
+        (k, b, m, n)
+        for k, (rows, columns, _, _) in enumerate(shapes)
+        for b in range(B)
+        for m in range(0, rows, 256)
+        for n in range(0, columns, 256)
+    }
+    assert seen == every
+    if clusters == 66:  # within one update tile of each other, or of the longest tile
+        assert max(costs) - min(costs) <= 9728 // gpu_tiles.BLOCK_K
+
+
+def lowered(implementation, backward):
+    T, C = 2 * 256 + 7, 256
+    D, F = SIZES["D"], SIZES["F"]
+    shapes = [(1, T, F), (1, T, D), (D, F)]
+    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    run = {"pallas_gpu": gpu.in_place_ttt_gpu, "triton": triton.in_place_ttt_triton}[implementation]
+
+    def forward(z, v, w):
+        state_BDF, keep_BM = jnp.zeros((1, D, F)), jnp.ones((1, 3))
+        o, S = run(z, v, w, lr=jnp.float32(1), chunk_size=C, state_BDF=state_BDF, keep_BM=keep_BM)
+        return o.astype(jnp.float32).sum() + S.sum()
+
+    function = jax.grad(forward, (0, 1, 2)) if backward else forward
+    return jax.jit(function).trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
+    text = lowered("pallas_gpu", backward)
+    assert text.count("custom_call @mosaic_gpu") == (2 if backward else 1)  # a gradient alone needs no forward launch
+    # The state and the output are updated in place.
+    assert "output_operand_alias" in text
+
+
+def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
+    try:
+        import jax_triton.triton_lib as lib
+    except ImportError as error:  # not installed, or a jax without GPU support
+        pytest.skip(f"jax-triton cannot be imported: {error}")
+    monkeypatch.setattr(lib.triton_kernel_call_lib, "get_compute_capability", lambda device: 90)
+    assert lowered("triton", backward=True).count("triton_kernel_call") == 2
+
+
+@pytest.mark.skipif(not HAS_INTERPRETER, reason="this jax does not offer the GPU interpreter")
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", ["none", "boundaries", "padding"])
+@pytest.mark.parametrize(("T", "clip_norm"), [(3 * 256 + 41, None), (2 * 256, 0.3)])
+def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, documents, clip_norm):
+    # From jax 0.12 on the interpreter takes the views of the ring, each of one size, for overlapping memory.
+    races = {"detect_races": True} if jax.__version_info__ < (0, 12) else {}
+    segment_ids = DOCUMENTS[documents]
+    ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
+    arguments, cotangents = make_inputs(T=T, **SIZES)
+    with gpu.interpreted(plgpu.InterpretGPUParams(**races)):
+        check(arguments, cotangents, BF16, "pallas_gpu", chunk_size=256, segment_ids=ids, clip_norm=clip_norm)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (("cpu", BF16, 256, 256, 256), "needs an NVIDIA GPU"),
+        (("gpu", F32, 256, 256, 256), "bfloat16"),
+        (("gpu", BF16, 128, 256, 256), "chunk_size = 128"),
+        (("gpu", BF16, 256, 260, 256), "D = 260"),
+        (("gpu", BF16, 256, 256, 300), "F = 300"),
+        (("gpu", BF16, 256, 256, 512), None),
+    ],
+)
+def test_mosaic_says_what_it_cannot_do(call, reason):
+    got = gpu.why_not(*call)
+    assert got is None if reason is None else reason in got
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])
+def test_a_named_kernel_does_not_fall_back(implementation):
+    (z, v, w, lr, _), _ = make_inputs(B=1, T=8, D=4, F=8)
+    with pytest.raises(UserError, match=f"{implementation}.*GPU"):
+        in_place_ttt(jnp.asarray(z), jnp.asarray(v), jnp.asarray(w), lr=lr, chunk_size=4, implementation=implementation)
+
+
+def test_triton_is_optional(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'ttt_jax[gpu]'" in triton.why_not("gpu", BF16)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("kernels_pallas.triton")  # the module itself needs neither
