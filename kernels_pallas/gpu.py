@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from kernels_pallas import chunk_scan
 from kernels_pallas.gpu_tiles import BLOCK_K, BLOCKS, MULTIPLIERS, PIECE, ROWS, TILE, Product, read, run_block, schedule
@@ -142,7 +144,6 @@ class MosaicLaunches:
         # The shapes of the products do not depend on what they read.
         sizes = products(_Place(C), *[None] * (len(operands) + len(in_place)))
         table = jnp.asarray(schedule(tuple((p.rows, p.columns, p.length, p.kind == "tn") for p in sizes), B, sms // BLOCKS))
-        refs = [jax.new_ref(x) for x in in_place]
 
         def body(table, i, lr, keep, live, *arrays):
             *arrays, left_k, right_k, full, empty, low, high = arrays
@@ -163,9 +164,11 @@ class MosaicLaunches:
             jnp.float32,
             transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
         )
+        # The interpreter watches a union as a whole, and takes the use of one slot for that of another.
+        one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
         scratch = (
-            plgpu.RefUnion(*views(TILE // BLOCKS)),
-            plgpu.RefUnion(*views(TILE), float32),
+            one_ring(*views(TILE // BLOCKS)),
+            one_ring(*views(TILE), float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
             plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=MULTIPLIERS, num_barriers=self.stages),
             staging(jnp.bfloat16, 2),
@@ -187,8 +190,26 @@ class MosaicLaunches:
             name=name,
         )
         flat_scalars = (scalars.i, scalars.lr, scalars.keep_BM.reshape(-1), scalars.live_BM.reshape(-1))
-        kernel(table, *flat_scalars, *operands, *refs)
-        return tuple(ref[...] for ref in refs)
+
+        def launch(*arrays):
+            refs = [jax.new_ref(x) for x in arrays[: len(in_place)]]
+            kernel(*arrays[len(in_place) :], *refs)
+            return tuple(ref[...] for ref in refs)
+
+        arrays = (*in_place, table, *flat_scalars, *operands)
+        if self.interpret:
+            return launch(*arrays)
+        return tuple(_launch.bind(*arrays, launch=launch, results=len(in_place)))
+
+
+# jax's rematerialisation takes programs apart and cannot hand on a ref; it leaves primitives whole.
+_launch = Primitive("ttt_launch")
+_launch.multiple_results = True
+_launch.def_impl(lambda *arrays, launch, results: jax.jit(launch)(*arrays))
+_launch.def_abstract_eval(lambda *avals, launch, results: avals[:results])
+mlir.register_lowering(
+    _launch, mlir.lower_fun(lambda *arrays, launch, results: launch(*arrays), multiple_results=True), platform="cuda"
+)
 
 
 class _Place:

@@ -57,9 +57,7 @@ def checkpointer(tmp_path):
 
 
 def save(checkpointer, step, model, **options):
-    checkpointer.save(
-        step, model=model, opt_state=state_of(model, **options), data_state={"step": step}, extra={"a": 0.1}
-    )
+    checkpointer.save(step, model=model, opt_state=state_of(model, **options), data_state={"step": step}, extra={"a": 0.1})
 
 
 def refusal(call, *args, **kwargs):
@@ -292,9 +290,7 @@ def test_kill_during_an_asynchronous_save(tmp_path):
         restored = checkpointer.restore(1, model=wanted, opt_state=wanted)
         assert restored.data_state == {"step": 1}
         assert np.all(np.asarray(restored.opt_state["b"]) == 1.5)
-        checkpointer.save(
-            2, model=restored.model, opt_state=restored.opt_state, data_state={"step": 2}
-        )  # and on it goes
+        checkpointer.save(2, model=restored.model, opt_state=restored.opt_state, data_state={"step": 2})  # and on it goes
         checkpointer.wait()
         assert checkpointer.latest_step() == 2
     assert sorted(entry.name for entry in path.iterdir()) == ["1", "2"]  # what the kill left is gone

@@ -152,9 +152,7 @@ def test_flops_by_counting_products():
 
 
 def test_flops_of_a_large_model_are_about_6n():
-    model = ModelConfig(
-        vocab_size=151_936, d_model=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=9728
-    )
+    model = ModelConfig(vocab_size=151_936, d_model=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=9728)
     assert model_flops_per_token(model, 1024, training=True) == pytest.approx(6 * 4.02e9, rel=0.05)
 
 

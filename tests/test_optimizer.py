@@ -118,9 +118,7 @@ def test_schedule_landmarks():
 
 
 def test_wsd_that_does_not_fit():
-    with pytest.raises(
-        ConfigError, match=r"optimizer\.decay_ratio = 0\.9: 90 decay and 20 warm-up steps exceed"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"optimizer\.decay_ratio = 0\.9: 90 decay and 20 warm-up steps exceed") as error:
         learning_rate(OptimizerConfig(schedule="wsd", warmup_steps=20, decay_ratio=0.9), 100)
     assert "\n" not in str(error.value)
 

@@ -90,9 +90,7 @@ def test_lengths_must_agree(tmp_path):
 
 
 def test_print_report(tmp_path):
-    report = write_report(
-        tmp_path, config=Config(), heldout=HELDOUT, curve=CURVE, summary={"tokens_per_second": 1234.5}
-    )
+    report = write_report(tmp_path, config=Config(), heldout=HELDOUT, curve=CURVE, summary={"tokens_per_second": 1234.5})
     out = io.StringIO()
     print_report(report, tmp_path, Console(file=out, width=80))
     assert "512 to 1023" in out.getvalue()

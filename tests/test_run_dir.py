@@ -145,8 +145,7 @@ def test_two_processes_agree(tmp_path):
     script = _PROCESS.format(root=str(ROOT), port=29000 + os.getpid() % 1000, runs=str(tmp_path))
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     children = [
-        subprocess.Popen([sys.executable, "-c", script, str(i)], stdout=subprocess.PIPE, text=True, env=env)
-        for i in range(2)
+        subprocess.Popen([sys.executable, "-c", script, str(i)], stdout=subprocess.PIPE, text=True, env=env) for i in range(2)
     ]
     outputs = [child.communicate(timeout=120)[0].splitlines()[-1] for child in children]
     assert outputs[0] == outputs[1]

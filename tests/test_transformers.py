@@ -1,7 +1,7 @@
 """Logits against transformers (torch on the CPU), for random models of every family and, where it lies, SmolLM2.
 
-    pip install torch transformers      # optional; the tests are skipped without
-    TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/test_transformers.py     # see examples/smollm2.md
+pip install torch transformers      # optional; the tests are skipped without
+TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/test_transformers.py     # see examples/smollm2.md
 """
 
 import os

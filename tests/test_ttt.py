@@ -52,9 +52,7 @@ def official_mlp(arrays, dtype):
 
 def context(source, start=None, **options):
     nothing = jnp.zeros((1, 1, 1), jnp.float32)
-    return Context(
-        rope=(nothing, nothing), start_B=start, lengths_B=None, segment_ids_BT=None, embed_BTD=source, **options
-    )
+    return Context(rope=(nothing, nothing), start_B=start, lengths_B=None, segment_ids_BT=None, embed_BTD=source, **options)
 
 
 @jit
@@ -82,9 +80,7 @@ def test_output_and_gradients_of_the_official_mlp(golden_mlp, dtype):
         assert compared == sum(name.startswith("grad.") for name in golden_mlp)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "pieces"), [("float64", "tokens"), ("float64", "odd"), ("float32", "tokens")]
-)
+@pytest.mark.parametrize(("dtype", "pieces"), [("float64", "tokens"), ("float64", "odd"), ("float32", "tokens")])
 def test_streaming_gives_the_official_inference_form(golden_mlp, dtype, pieces):
     """Pieces of any size from an empty state: `y_infer`, and W + S afterwards `w_after`."""
     with jax.enable_x64(dtype == "float64"):

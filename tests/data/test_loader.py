@@ -17,9 +17,7 @@ TOKENIZER = load_tokenizer("bytes")
 def config(tmp_path) -> Config:
     """60 documents of 5 to 200 bytes in rows of 64 with chunks of 8: an epoch is about 20 batches of 6 rows."""
     rng = np.random.default_rng(0)
-    lines = [
-        json.dumps({"text": "".join(chr(c) for c in rng.integers(97, 123, rng.integers(5, 200)))}) for _ in range(60)
-    ]
+    lines = [json.dumps({"text": "".join(chr(c) for c in rng.integers(97, 123, rng.integers(5, 200)))}) for _ in range(60)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return replace(
         Config(),
@@ -111,8 +109,7 @@ def test_resume_is_bit_identical(config, before, pack):
 def test_processes_share_the_same_global_batch(config, processes):
     whole = take(make_loader(config, tokenizer=TOKENIZER), 40)
     parts = [
-        take(make_loader(config, tokenizer=TOKENIZER, process_index=i, process_count=processes), 40)
-        for i in range(processes)
+        take(make_loader(config, tokenizer=TOKENIZER, process_index=i, process_count=processes), 40) for i in range(processes)
     ]
     assert_same(join(parts), whole)
 

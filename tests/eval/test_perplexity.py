@@ -84,9 +84,7 @@ def test_shuffled_is_own_keys_with_the_next_documents_fast_weights(rows):
     length = np.full(1, K, np.int32)
     for b, row in enumerate(rows):
         own, other = states[b], states[(b + 1) % 3]
-        take = lambda mine, theirs: (
-            mine if mine.ttt is None else mine._replace(ttt=mine.ttt._replace(S_BDF=theirs.ttt.S_BDF))
-        )
+        take = lambda mine, theirs: mine if mine.ttt is None else mine._replace(ttt=mine.ttt._replace(S_BDF=theirs.ttt.S_BDF))
         layers = tuple(tuple(map(take, *runs)) for runs in zip(own.layers, other.layers, strict=True))
         state = jax.tree.map(jnp.copy, own.replace(layers=layers))
         inputs, targets = row[None, L - K : L], row[None, L - K + 1 :]

@@ -1,6 +1,6 @@
 """A real pretrained model: TTT layers that were never trained change nothing, and the harness scores it as transformers does.
 
-    TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/eval/test_smollm2.py     # see examples/smollm2.md
+TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/eval/test_smollm2.py     # see examples/smollm2.md
 """
 
 import importlib

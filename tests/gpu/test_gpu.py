@@ -27,9 +27,7 @@ def attention_results(q, k, v, do, **options):
 def test_cudnn_attention_matches_the_float32_path(window, packed, T):
     B, N, K, H, C = 2, 8, 2, 64, 64
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, do = (
-        jax.random.normal(key, (B, T, n, H)).astype(jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True)
-    )
+    q, k, v, do = (jax.random.normal(key, (B, T, n, H)).astype(jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True))
     options = {"window": window}
     real_BT = np.ones((B, T), bool)
     if packed:

@@ -4,6 +4,7 @@ On a device they are checked by tests/gpu.
 """
 
 import contextlib
+import functools
 import importlib.util
 
 import jax
@@ -69,6 +70,22 @@ def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
     assert "output_operand_alias" in text
 
 
+def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
+    """As training calls it. jax cannot take a kernel apart that holds refs; it must find a primitive."""
+    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 512, 512), (1, 512, 256), (256, 512)))
+
+    def loss(z, v, w):
+        def layer(v, _):
+            run = functools.partial(gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512)))
+            return run(z, v, w)[0], None
+
+        policy = jax.checkpoint_policies.save_only_these_names("none")
+        return jax.lax.scan(jax.checkpoint(layer, policy=policy), v, length=3)[0].astype(jnp.float32).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") >= 3
+
+
 def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
     try:
         import jax_triton.triton_lib as lib
@@ -83,12 +100,13 @@ def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("documents", ["none", "boundaries", "padding"])
 @pytest.mark.parametrize(("T", "clip_norm"), [(3 * 256 + 41, None), (2 * 256, 0.3)])
 def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, documents, clip_norm):
-    # From jax 0.12 on the interpreter takes the views of the ring, each of one size, for overlapping memory.
-    races = {"detect_races": True} if jax.__version_info__ < (0, 12) else {}
+    # jax 0.12's interpreter reports a race between a feeder's copy into a slot and the read before it, which 0.11's does not: the
+    # two are ordered by the slot's cluster barrier. Why is not known (docs/performance.md).
+    races = jax.__version_info__ < (0, 12)
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
     arguments, cotangents = make_inputs(T=T, **SIZES)
-    with gpu.interpreted(plgpu.InterpretGPUParams(**races)):
+    with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=races)):
         check(arguments, cotangents, BF16, "pallas_gpu", chunk_size=256, segment_ids=ids, clip_norm=clip_norm)
 
 
