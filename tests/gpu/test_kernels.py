@@ -1,4 +1,4 @@
-"""The op's GPU kernels on a GPU, against the float64 reference. Run: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu -m gpu"""
+"""The op's GPU kernels on a GPU, against float64. Run: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu -m gpu"""
 
 import jax
 import numpy as np

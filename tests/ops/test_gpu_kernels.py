@@ -100,8 +100,8 @@ def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("documents", ["none", "boundaries", "padding"])
 @pytest.mark.parametrize(("T", "clip_norm"), [(3 * 256 + 41, None), (2 * 256, 0.3)])
 def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, documents, clip_norm):
-    # jax 0.12's interpreter reports a race between a feeder's copy into a slot and the read before it, which 0.11's does not: the
-    # two are ordered by the slot's cluster barrier. Why is not known (docs/performance.md).
+    # jax 0.12's interpreter reports a race between a feeder's copy into a slot and the read before it, which 0.11's does not:
+    # the two are ordered by the slot's cluster barrier. Why is not known (docs/performance.md).
     races = jax.__version_info__ < (0, 12)
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))

@@ -76,7 +76,7 @@ def _run_triton(*args, **kwargs):
 
 
 def _pallas_gpu_pays(call: _Call) -> bool:
-    """Measured at D = 2560, F = 9728, C = 1024 (docs/performance.md); larger sizes have no less arithmetic per byte of state."""
+    """Measured at D = 2560, F = 9728, C = 1024 (docs/performance.md); larger sizes have no less arithmetic per byte of S."""
     return call.C >= 1024 and call.T >= call.C and call.D * call.F >= 2560 * 9728
 
 
