@@ -1,9 +1,10 @@
-"""Checkpoints with Orbax: asynchronous, atomic, inspectable, restorable onto any mesh.
+"""Checkpoints with Orbax: asynchronous, atomic, verified, restorable onto any mesh.
 
-    checkpoints/STEP/model       every parameter under its dotted path (OCDBT)
-    checkpoints/STEP/opt_state   every moment and counter under its dotted path
-    checkpoints/STEP/data_state  JSON: where the data iterator stands
-    checkpoints/STEP/extra       JSON: anything else
+    checkpoints/STEP/model           every parameter under its dotted path (OCDBT)
+    checkpoints/STEP/opt_state       every moment and counter under its dotted path
+    checkpoints/STEP/data_state      JSON: where the data iterator stands
+    checkpoints/STEP/extra           JSON: anything else
+    checkpoints/STEP/checksums.json  SHA-256 of every file
 
 A step folder gets its final name only when all of it is on disk, so a kill during a save costs that save alone. Trees
 are stored as flat dictionaries, so what is in a checkpoint does not depend on Python classes, and there is no pickle.
@@ -11,6 +12,10 @@ are stored as flat dictionaries, so what is in a checkpoint does not depend on P
 
 from __future__ import annotations
 
+import concurrent.futures
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +23,18 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ttt_jax.checkpoint_files import (
+    find_damage,
+    finished_steps,
+    has_checksums,
+    is_finished,
+    prune,
+    remove_leftovers,
+    set_aside,
+    write_checksums,
+)
 from ttt_jax.config import CheckpointConfig
+from ttt_jax.distributed import any_process, from_first_process
 from ttt_jax.errors import CheckpointError
 from ttt_jax.paths import param_path
 from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config
@@ -37,6 +53,7 @@ _MODEL, _OPT_STATE, _DATA_STATE, _EXTRA = "model", "opt_state", "data_state", "e
 _CHUNK_BYTES = 32 << 20
 _FIX_MODEL = "use the model section of the config it was trained with, or start another run"
 _FIX_OPT_STATE = "use the optimizer.groups it was trained with, or start another run with init_from"
+_IO_ERRORS = (OSError, ValueError, RuntimeError)  # ValueError: tensorstore's, for instance when the disk is full
 
 
 class Restored(NamedTuple):
@@ -48,26 +65,49 @@ class Restored(NamedTuple):
     extra: dict[str, Any]
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint's files are not those that were written."""
+
+
+class _WithChecksums(ocp.CompositeCheckpointHandler):
+    """Orbax calls `finalize` when all items are on disk, on one process, before the folder gets its name."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        write_checksums(Path(directory))
+
+
+@ocp.args.register_with_handler(_WithChecksums, for_save=True, for_restore=True)
+class _Items(ocp.args.Composite):
+    """Orbax finds the handler by the class of its arguments."""
+
+
 class Checkpointer:
     """The checkpoints of one run. With several processes, each one calls every method in the same order."""
 
-    def __init__(self, directory: str | Path, config: CheckpointConfig) -> None:
-        """Open `directory` (created if missing); what an interrupted save has left there is removed in the background.
+    def __init__(
+        self, directory: str | Path, config: CheckpointConfig, warn: Callable[[str], None] = warnings.warn
+    ) -> None:
+        """Open `directory` (created if missing) and remove what an interrupted save has left there.
+
+        Args:
+          warn: gets one line about each checkpoint that could not be used.
 
         Raises:
           CheckpointError: the folder cannot be created or read.
         """
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
-            enable_async_checkpointing=config.async_save,
-            cleanup_tmp_directories=True,
-            create=True,
-        )
+        self._config, self._warn = config, warn
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                remove_leftovers(self.directory)
         except OSError as error:
             raise CheckpointError(f"checkpoint folder {directory}: {error.strerror}; choose another runs_dir") from None
+        self._writer = ocp.AsyncCheckpointer(_WithChecksums())
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._pending_step = 0
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -86,11 +126,13 @@ class Checkpointer:
           data_state, extra: what JSON can hold; process 0's are stored.
 
         Raises:
-          CheckpointError: this save, or an earlier asynchronous one, could not be written.
+          CheckpointError: this save, or an earlier asynchronous one, could not be written. What it had written is removed.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        path = self.directory / str(step)
+        if from_first_process(path.exists()):
             return
-        items = ocp.args.Composite(
+        items = _Items(
             **{
                 _MODEL: _save_args(_flat(model)),
                 _OPT_STATE: ocp.args.PyTreeSave(_flat(opt_state)),
@@ -99,16 +141,28 @@ class Checkpointer:
             }
         )
         try:
-            self._manager.save(step, args=items, force=True)
-        except (OSError, ValueError) as error:  # ValueError: tensorstore's, for instance when the disk is full
+            self._writer.save(path, args=items)
+        except _IO_ERRORS as error:
             raise self._not_written(step, error) from None
+        self._pending, self._pending_step = self._thread.submit(self._finish), step
+        if not self._config.async_save:
+            self.wait()
+
+    def _finish(self) -> None:
+        self._writer.wait_until_finished()
+        if jax.process_index() == 0:
+            prune(self.directory, self._config.keep)
+
+    def saving(self) -> bool:
+        """Whether a save is in flight on this process."""
+        return self._pending is not None and not self._pending.done()
 
     def latest_step(self) -> int | None:
         """The newest step that is completely on disk; None when there is none."""
-        return _newest(self.directory)
+        return max(finished_steps(self.directory), default=None)
 
     def restore(self, step: int, *, model: Any, opt_state: Any) -> Restored:
-        """Read a step back, bit for bit.
+        """Read a step back, bit for bit, after comparing its files with their checksums.
 
         Args:
           step: a step of this folder, see `latest_step`.
@@ -120,36 +174,111 @@ class Checkpointer:
         """
         self.wait()
         path = self.directory / str(step)
-        if not _is_finished(path):
+        if not is_finished(path):
             raise CheckpointError(f"checkpoint {path}: no such step; the newest one is {self.latest_step()}")
+        if wrong := from_first_process(find_damage(path)):
+            raise DamagedError(f"checkpoint {path}: damaged ({wrong}); delete that folder to use an older one")
+        return self._read(path, model, opt_state)
+
+    def restore_newest(self, *, model: Any, opt_state: Any, before: int | None = None) -> tuple[int, Restored] | None:
+        """The newest step whose files are what was written, and its number; None when there is no checkpoint at all.
+
+        A damaged one is named in a warning and set aside as `STEP.damaged`, once an older one is found intact. All
+        processes restore the same step: the first one decides.
+
+        Args: as of `restore`; `before`: only steps below it.
+
+        Raises:
+          CheckpointError: every one is damaged (nothing is renamed then), or a parameter's name, shape or dtype differs.
+        """
+        self.wait()
+        damaged: list[tuple[int, str]] = []
+        while (step := from_first_process(self._newest_intact(damaged, before))) is not None:
+            path, failure, restored = self.directory / str(step), None, None
+            try:
+                restored = self._read(path, model, opt_state)
+            except DamagedError as error:  # only files without checksums, or a disk that changes its mind
+                failure = str(error)
+            if not any_process(restored is None):
+                assert restored is not None
+                self._set_aside(damaged, step)
+                if from_first_process(not has_checksums(path)):
+                    self._warn(f"checkpoint {path}: has no checksums (an older version's); restored unverified")
+                return step, restored
+            damaged.append((step, failure or "another process could not read it"))
+        if damaged := from_first_process(damaged):
+            step, wrong = damaged[0]
+            raise DamagedError(
+                f"checkpoint {self.directory / str(step)}: damaged ({wrong}), and no older one is intact; restore its "
+                f"files from a copy, or delete {self.directory} to start anew"
+            )
+        return None
+
+    def _newest_intact(self, damaged: list[tuple[int, str]], before: int | None) -> int | None:
+        """Adds those that it passes over to `damaged`. The first process looks, for the others too."""
+        if jax.process_index() != 0:
+            return None
+        known = {step for step, _ in damaged}
+        for step in reversed(finished_steps(self.directory)):
+            if step in known or (before is not None and step >= before):
+                continue
+            wrong = find_damage(self.directory / str(step))
+            if wrong is None:
+                return step
+            damaged.append((step, wrong))
+        return None
+
+    def _set_aside(self, damaged: list[tuple[int, str]], used: int) -> None:
+        if jax.process_index() == 0:
+            for step, wrong in damaged:
+                path = self.directory / str(step)
+                try:
+                    where = f"kept as {set_aside(path).name}"
+                except OSError as error:
+                    where = f"could not be set aside: {error.strerror}"
+                self._warn(f"checkpoint {path}: damaged ({wrong}); step {used} is used instead ({where})")
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """What a step was saved with as `extra`, as the first process reads it; {} when it cannot be read."""
+        try:
+            answer = _read_json(self.directory / str(step), _EXTRA) if jax.process_index() == 0 else {}
+        except DamagedError:
+            answer = {}
+        return from_first_process(answer)
+
+    def steps(self) -> list[int]:
+        """The complete steps, ascending, as the first process sees them."""
+        return from_first_process(finished_steps(self.directory))
+
+    def _read(self, path: Path, model: Any, opt_state: Any) -> Restored:
         model = _restore_tree(path / _MODEL, model, "parameter", _FIX_MODEL)
         opt_state = _restore_tree(path / _OPT_STATE, opt_state, "optimizer state", _FIX_OPT_STATE)
-        items = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in (_DATA_STATE, _EXTRA)})
-        try:
-            notes = self._manager.restore(step, args=items)
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(path, error) from None
-        return Restored(model, opt_state, notes[_DATA_STATE], notes[_EXTRA])
+        return Restored(model, opt_state, _read_json(path, _DATA_STATE), _read_json(path, _EXTRA))
 
     def wait(self) -> None:
-        """Return when no save is in flight. Raises `CheckpointError` when one has failed."""
+        """Return when no save is in flight. Raises `CheckpointError` when one has failed; each failure is raised once."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
         try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._not_written(None, error) from None
+            pending.result()
+        except _IO_ERRORS as error:
+            raise self._not_written(self._pending_step, error) from None
 
     def close(self) -> None:
         """Finish what is in flight and release the threads. Raises `CheckpointError` when a save has failed."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._thread.shutdown()
+            self._writer.close()
 
-    def _not_written(self, step: int | None, error: Exception) -> CheckpointError:
-        which = f"step {step}" if step is not None else "the last save"
+    def _not_written(self, step: int, error: Exception) -> CheckpointError:
+        if jax.process_index() == 0:
+            remove_leftovers(self.directory)  # its bytes may be what fills the disk
         return CheckpointError(
-            f"checkpoint folder {self.directory}: {which} could not be written ({_one_line(error)}); "
-            "free space or make it writable, then start the run again"
+            f"checkpoint folder {self.directory}: step {step} could not be written ({_one_line(error)}); "
+            "free space or make it writable"
         )
 
 
@@ -186,18 +315,19 @@ def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) ->
       CheckpointError: nothing to read there, or a parameter's name or shape differs.
     """
     path = find_checkpoint(run_dir_or_checkpoint)
+    if wrong := find_damage(path, f"{_MODEL}/"):
+        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); name an older step's folder, or restore the file")
     return _restore_tree(path / _MODEL, abstract_model, "parameter", _FIX_MODEL, cast=True)
 
 
 def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
     """The folder that holds `model`: the given one, or the newest finished step below it. Raises `CheckpointError`."""
     given = Path(run_dir_or_checkpoint).absolute()
-    if (given / _MODEL).is_dir() and _is_finished(given):
+    if (given / _MODEL).is_dir() and ocp.utils.is_checkpoint_finalized(given):
         return given
     for folder in (given / CHECKPOINT_FOLDER, given):
-        step = _newest(folder)
-        if step is not None:
-            return folder / str(step)
+        if steps := finished_steps(folder):
+            return folder / str(steps[-1])
     if not given.exists():
         raise CheckpointError(f"checkpoint {run_dir_or_checkpoint}: no such folder; check the path")
     raise CheckpointError(
@@ -288,22 +418,18 @@ def _check_match(path: Path, stored: dict[str, Any], wanted: dict[str, Any], nou
             raise CheckpointError(f"checkpoint {path}: has a {noun} {name}, which this model lacks; {fix}")
 
 
-# --------------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------------------------------------------------------------------------- errors
 
 
-def _is_finished(path: Path) -> bool:
-    return path.is_dir() and ocp.utils.is_checkpoint_finalized(path)
+def _read_json(path: Path, item: str) -> dict[str, Any]:
+    try:
+        return json.loads((path / item / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
 
 
-def _newest(folder: Path) -> int | None:
-    if not folder.is_dir():
-        return None
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and _is_finished(entry)]
-    return max(steps, default=None)
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
+def _damaged(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(
         f"checkpoint {path}: incomplete or damaged ({_one_line(error)}); delete that folder to use an older one"
     )
 
