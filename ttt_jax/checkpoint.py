@@ -85,9 +85,7 @@ class _Items(ocp.args.Composite):
 class Checkpointer:
     """The checkpoints of one run. With several processes, each one calls every method in the same order."""
 
-    def __init__(
-        self, directory: str | Path, config: CheckpointConfig, warn: Callable[[str], None] = warnings.warn
-    ) -> None:
+    def __init__(self, directory: str | Path, config: CheckpointConfig, warn: Callable[[str], None] = warnings.warn) -> None:
         """Open `directory` (created if missing) and remove what an interrupted save has left there.
 
         Args:

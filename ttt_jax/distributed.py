@@ -95,6 +95,23 @@ def from_first_process(value: Any) -> Any:
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode())
 
 
+def from_all_processes(value: Any) -> list[Any]:
+    """Every process' value (what JSON can hold), in their order, on all processes. Waits for the slowest."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
+    buffer = np.zeros(int(sizes.max()), np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(buffer))
+    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]
+
+
 def read_explicit(env: Mapping[str, str]) -> tuple[str, int, int] | None:
     """(coordinator, number of processes, this one's index) from the TTT_JAX_ variables; None if none is set.
 

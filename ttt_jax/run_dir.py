@@ -107,9 +107,7 @@ def read_run_config(run_dir: str | Path) -> Config:
         raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it"
-        ) from None
+        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it") from None
 
 
 def _check_same_curve(run_dir: Path, config: Config) -> None:
