@@ -13,10 +13,13 @@ are stored as flat dictionaries, so what is in a checkpoint does not depend on P
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +72,16 @@ class DamagedError(CheckpointError):
     """A checkpoint's files are not those that were written."""
 
 
+class _ReportedElsewhere(logging.Filter):
+    """Orbax logs stack traces of every failure, of which `Checkpointer` makes one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+
+logging.getLogger("absl").addFilter(_ReportedElsewhere())
+
+
 class _WithChecksums(ocp.CompositeCheckpointHandler):
     """Orbax calls `finalize` when all items are on disk, on one process, before the folder gets its name."""
 
@@ -110,8 +123,15 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if kind is None:
+                raise
+            self._warn(str(failure))  # the first error is the one to report
 
     def save(
         self, step: int, *, model: Any, opt_state: Any, data_state: dict[str, Any], extra: dict[str, Any] | None = None
@@ -269,7 +289,8 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._writer.close()
+            with contextlib.suppress(*_IO_ERRORS):  # of saves that failed, and were reported, before
+                self._writer.close()
 
     def _not_written(self, step: int, error: Exception) -> CheckpointError:
         if jax.process_index() == 0:

@@ -101,11 +101,12 @@ class Guard:
     def check_fast_weights(self, step: int, scalars: dict[str, float]) -> None:
         """Warn when ||S||/||W|| of a layer leaves its range, once for each time.
 
-        A ratio that has been below the range from the start is no collapse: targets may be initialised with zeros.
+        A ratio that has been below the range from the start is no collapse: targets may be initialised with zeros. Nor is
+        one of exactly 0: the last documents of all rows are shorter than a chunk.
         """
         low, high = self._config.min_state_ratio, self._config.max_state_ratio
         for name, ratio in scalars.items():
-            if not name.endswith("/state_ratio") or ratio != ratio:
+            if not name.endswith("/state_ratio") or not ratio > 0:
                 continue
             place = "above" if ratio > high else "below" if ratio < low else "in"
             before, self._place[name] = self._place.get(name, "below"), place

@@ -125,6 +125,7 @@ class MetricsLogger:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
         except OSError as error:
+            self._tensorboard.file_writer.event_writer._closed = True  # nothing is left to do at exit
             self._tensorboard = None
             self.message(f"warning: TensorBoard is switched off until the next start ({error}); metrics.jsonl goes on")
 
