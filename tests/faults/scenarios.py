@@ -156,7 +156,7 @@ def fill(path: Path) -> None:
 
 def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
     """Each file of the newest checkpoint: a byte flipped, cut in half, deleted. `trials` of them by a whole run again."""
-    import corrupted
+    from faults import corrupted
 
     rng, job = random.Random(seed), Job(folder, steps=90)
     if not (job.runs / "whole").exists():
