@@ -334,24 +334,32 @@ def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) ->
       CheckpointError: nothing to read there, or a parameter's name or shape differs.
     """
     path = find_checkpoint(run_dir_or_checkpoint)
-    if wrong := find_damage(path, f"{_MODEL}/"):
-        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); name an older step's folder, or restore the file")
     return _restore_tree(path / _MODEL, abstract_model, "parameter", _FIX_MODEL, cast=True)
 
 
 def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
-    """The folder that holds `model`: the given one, or the newest finished step below it. Raises `CheckpointError`."""
-    given = Path(run_dir_or_checkpoint).absolute()
+    """The folder that holds `model`: the given one, or the newest finished step below it.
+
+    Raises:
+      CheckpointError: there is none, or the files below `model` do not match their checksums. No older step is taken
+        silently here: what is evaluated or converted should be what was asked for.
+    """
+    path = _find(Path(run_dir_or_checkpoint).absolute(), run_dir_or_checkpoint)
+    if wrong := find_damage(path, f"{_MODEL}/"):
+        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); name an older step's folder, or restore the file")
+    return path
+
+
+def _find(given: Path, named: str | Path) -> Path:
     if (given / _MODEL).is_dir() and ocp.utils.is_checkpoint_finalized(given):
         return given
     for folder in (given / CHECKPOINT_FOLDER, given):
         if steps := finished_steps(folder):
             return folder / str(steps[-1])
     if not given.exists():
-        raise CheckpointError(f"checkpoint {run_dir_or_checkpoint}: no such folder; check the path")
+        raise CheckpointError(f"checkpoint {named}: no such folder; check the path")
     raise CheckpointError(
-        f"checkpoint {run_dir_or_checkpoint}: holds no finished checkpoint; give a run folder or one of its "
-        f"{CHECKPOINT_FOLDER}/STEP folders"
+        f"checkpoint {named}: holds no finished checkpoint; give a run folder or one of its {CHECKPOINT_FOLDER}/STEP folders"
     )
 
 
