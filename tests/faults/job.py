@@ -138,6 +138,7 @@ def end(processes, code: int | None = 0) -> list[str]:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     if code is not None:
         assert [process.returncode for process in processes] == [code] * len(processes), "\n-----\n".join(outputs)
     return outputs

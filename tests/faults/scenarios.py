@@ -7,6 +7,7 @@ document in its step, none lost and none twice (`Job.assert_same`).
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 from faults.job import Job, end, kill
 
 DRIVER = "tests/faults/driver.py"
@@ -199,7 +201,26 @@ def truncated_data(folder: Path, trials: int = 1) -> str:
     victim.write_bytes(text)
     job.finish("cut")
     job.assert_same("cut", "whole")
-    return f"run went on; next start refused ('{errors[0][:90]}...'), nothing changed; with the file back it continued"
+    refused = f"text: the run went on, the next start was refused ('{errors[0][:66]}...'); with the file back it continued"
+
+    tokens = np.random.default_rng(0).integers(0, 250, (4000, 33)).astype(np.int32)
+    paths = [folder / "data" / name for name in ("train.npy", "heldout.npy")]
+    for path in paths:
+        np.save(path, tokens)
+    mapped = Job(folder / "data", steps=40, runs_dir=folder / "data" / "mapped")
+    mapped.words += [f"--data.train={paths[0]}", f"--data.heldout={paths[1]}"]
+    mapped.finish("whole")
+    (process,) = mapped.start("cut", script=DRIVER, FAULTS='{"sleep": 0.05}')
+    assert mapped.wait(process, lambda: mapped.logged("cut") >= 8)
+    os.truncate(paths[0], 20_000)
+    for output in (end([process], code=2)[0], mapped.finish("cut", code=2)):
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, output
+        assert "train.npy" in errors[0], errors
+    np.save(paths[0], tokens)
+    mapped.finish("cut")
+    mapped.assert_same("cut", "whole")
+    return f"{refused}; mapped .npy: the run stopped and named the file, as the next start did; same curve with it back"
 
 
 def not_finite(folder: Path, trials: int = 2, seed: int = 3) -> str:

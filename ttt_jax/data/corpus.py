@@ -55,7 +55,7 @@ class Corpus:
     def tokens(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens `start` to `start + length` of a document, in the array's own integer dtype, `[length]`."""
         first = int(self.start_N[document]) + start
-        return self.arrays[self.array_N[document]].array[first : first + length]
+        return self.arrays[self.array_N[document]].read(first, length)
 
     def select(self, keep_N: np.ndarray) -> Corpus:
         """The documents where the boolean `keep_N` is true."""
