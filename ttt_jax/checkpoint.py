@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -36,10 +35,10 @@ from ttt_jax.checkpoint_files import (
     set_aside,
     write_checksums,
 )
+from ttt_jax.checkpoint_trees import DamagedError, flat, one_line, read_json, restore_tree, save_args
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.distributed import any_process, from_first_process
 from ttt_jax.errors import CheckpointError
-from ttt_jax.paths import param_path
 from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config
 
 __all__ = [
@@ -53,7 +52,6 @@ __all__ = [
 ]
 
 _MODEL, _OPT_STATE, _DATA_STATE, _EXTRA = "model", "opt_state", "data_state", "extra"
-_CHUNK_BYTES = 32 << 20
 _FIX_MODEL = "use the model section of the config it was trained with, or start another run"
 _FIX_OPT_STATE = "use the optimizer.groups it was trained with, or start another run with init_from"
 _IO_ERRORS = (OSError, ValueError, RuntimeError)  # ValueError: tensorstore's, for instance when the disk is full
@@ -66,10 +64,6 @@ class Restored(NamedTuple):
     opt_state: Any
     data_state: dict[str, Any]
     extra: dict[str, Any]
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint's files are not those that were written."""
 
 
 class _ReportedElsewhere(logging.Filter):
@@ -123,9 +117,7 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.close()
         except CheckpointError as failure:
@@ -152,8 +144,8 @@ class Checkpointer:
             return
         items = _Items(
             **{
-                _MODEL: _save_args(_flat(model)),
-                _OPT_STATE: ocp.args.PyTreeSave(_flat(opt_state)),
+                _MODEL: save_args(flat(model)),
+                _OPT_STATE: ocp.args.PyTreeSave(flat(opt_state)),
                 _DATA_STATE: ocp.args.JsonSave(data_state),
                 _EXTRA: ocp.args.JsonSave(extra or {}),
             }
@@ -259,7 +251,7 @@ class Checkpointer:
     def extra(self, step: int) -> dict[str, Any]:
         """What a step was saved with as `extra`, as the first process reads it; {} when it cannot be read."""
         try:
-            answer = _read_json(self.directory / str(step), _EXTRA) if jax.process_index() == 0 else {}
+            answer = read_json(self.directory / str(step), _EXTRA) if jax.process_index() == 0 else {}
         except DamagedError:
             answer = {}
         return from_first_process(answer)
@@ -269,9 +261,9 @@ class Checkpointer:
         return from_first_process(finished_steps(self.directory))
 
     def _read(self, path: Path, model: Any, opt_state: Any) -> Restored:
-        model = _restore_tree(path / _MODEL, model, "parameter", _FIX_MODEL)
-        opt_state = _restore_tree(path / _OPT_STATE, opt_state, "optimizer state", _FIX_OPT_STATE)
-        return Restored(model, opt_state, _read_json(path, _DATA_STATE), _read_json(path, _EXTRA))
+        model = restore_tree(path / _MODEL, model, "parameter", _FIX_MODEL)
+        opt_state = restore_tree(path / _OPT_STATE, opt_state, "optimizer state", _FIX_OPT_STATE)
+        return Restored(model, opt_state, read_json(path, _DATA_STATE), read_json(path, _EXTRA))
 
     def wait(self) -> None:
         """Return when no save is in flight. Raises `CheckpointError` when one has failed; each failure is raised once."""
@@ -296,7 +288,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             remove_leftovers(self.directory)  # its bytes may be what fills the disk
         return CheckpointError(
-            f"checkpoint folder {self.directory}: step {step} could not be written ({_one_line(error)}); "
+            f"checkpoint folder {self.directory}: step {step} could not be written ({one_line(error)}); "
             "free space or make it writable"
         )
 
@@ -315,9 +307,9 @@ def save_model_params(path: str | Path, model: Any) -> None:
         raise CheckpointError(f"checkpoint {target}: exists already; choose another folder")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(target, args=_save_args(_flat(model)))
+            writer.save(target, args=save_args(flat(model)))
     except OSError as error:
-        raise CheckpointError(f"checkpoint {target}: could not be written ({_one_line(error)})") from None
+        raise CheckpointError(f"checkpoint {target}: could not be written ({one_line(error)})") from None
 
 
 def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) -> Any:
@@ -334,7 +326,7 @@ def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) ->
       CheckpointError: nothing to read there, or a parameter's name or shape differs.
     """
     path = find_checkpoint(run_dir_or_checkpoint)
-    return _restore_tree(path / _MODEL, abstract_model, "parameter", _FIX_MODEL, cast=True)
+    return restore_tree(path / _MODEL, abstract_model, "parameter", _FIX_MODEL, cast=True)
 
 
 def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
@@ -361,106 +353,3 @@ def _find(given: Path, named: str | Path) -> Path:
     raise CheckpointError(
         f"checkpoint {named}: holds no finished checkpoint; give a run folder or one of its {CHECKPOINT_FOLDER}/STEP folders"
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- trees
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    """Dotted path -> leaf. Two leaves with one path would be a bug in the model, not the user's."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {param_path(keypath): leaf for keypath, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise ValueError("two leaves of the tree have the same dotted path")
-    return flat
-
-
-def _save_args(flat: dict[str, Any]) -> ocp.args.PyTreeSave:
-    """How parameters lie on disk: a chunk holds one layer and `_CHUNK_BYTES` at most, so that `ttt-jax convert` can read
-    layer by layer. By default a chunk is a device's whole shard of a whole stack of layers."""
-
-    def args(name: str, leaf: Any) -> ocp.SaveArgs:
-        stacked = name.startswith("groups.") and leaf.ndim > 2
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0, 1) if stacked else ())
-
-    return ocp.args.PyTreeSave(flat, save_args={name: args(name, leaf) for name, leaf in flat.items()})
-
-
-def _restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False) -> Any:
-    """Read the flat dictionary at `path` into the structure of `tree`. With `cast`, dtypes are `tree`'s."""
-    wanted = _flat(tree)
-    handler = ocp.PyTreeCheckpointHandler()
-    with ocp.Checkpointer(handler) as reader:
-        try:
-            stored = handler.metadata(epath.Path(path)).tree
-            check_chunks(stored)
-        except Exception as error:  # damaged JSON surfaces in many ways
-            raise _damaged(path.parent, error) from None
-        _check_match(path.parent, stored, wanted, noun, fix, cast)
-        item = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
-        # Placed explicitly: by default Orbax would ask for the devices that the checkpoint was saved from.
-        restore_args = {
-            name: ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
-            for name, leaf in wanted.items()
-        }
-        try:
-            restored = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
-        except Exception as error:  # Orbax raises a bare Exception when a chunk cannot be read
-            raise _damaged(path.parent, error) from None
-    return jax.tree.unflatten(jax.tree.structure(tree), [restored[name] for name in wanted])
-
-
-def check_chunks(stored: dict[str, Any]) -> None:
-    """No chunk is larger than its array, as a damaged header might claim: reading one would allocate it.
-
-    Raises: ValueError.
-    """
-    for name, array in stored.items():
-        chunk = (array.storage.chunk_shape if array.storage is not None else None) or array.shape
-        if any(part is None or part > max(size, 1) for part, size in zip(chunk, array.shape, strict=True)):
-            raise ValueError(f"{name} of shape {list(array.shape)} has chunks of shape {list(chunk)}")
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    sharding = getattr(leaf, "sharding", None)
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
-
-
-def _check_match(path: Path, stored: dict[str, Any], wanted: dict[str, Any], noun: str, fix: str, cast: bool) -> None:
-    """The first difference between what is stored and what is wanted, as a `CheckpointError`."""
-    for name, leaf in wanted.items():
-        if name not in stored:
-            raise CheckpointError(f"checkpoint {path}: has no {noun} {name}, which this model needs; {fix}")
-        if tuple(stored[name].shape) != tuple(leaf.shape):
-            raise CheckpointError(
-                f"checkpoint {path}: {noun} {name} has shape {list(stored[name].shape)} there and "
-                f"{list(leaf.shape)} in this model; {fix}"
-            )
-        if not cast and stored[name].dtype != leaf.dtype:
-            raise CheckpointError(
-                f"checkpoint {path}: {noun} {name} is {stored[name].dtype} there and {leaf.dtype} in this model; {fix}"
-            )
-    for name in stored:
-        if name not in wanted:
-            raise CheckpointError(f"checkpoint {path}: has a {noun} {name}, which this model lacks; {fix}")
-
-
-# ---------------------------------------------------------------------------------------------------------- errors
-
-
-def _read_json(path: Path, item: str) -> dict[str, Any]:
-    try:
-        return json.loads((path / item / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> DamagedError:
-    return DamagedError(
-        f"checkpoint {path}: incomplete or damaged ({_one_line(error)}); delete that folder to use an older one"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
