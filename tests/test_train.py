@@ -153,7 +153,8 @@ def test_a_run_of_another_model_is_not_continued(words, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_job(words, tmp_path, capsys):
-    assert train.main([*words, "--optimizer.lr=1e30", "--optimizer.schedule=constant"]) == 1
+    limits = ["--guard.skips=2", "--guard.rollbacks=1"]
+    assert train.main([*words, *limits, "--optimizer.lr=1e30", "--optimizer.schedule=constant"]) == 1
     error = capsys.readouterr().err
     assert "not finite" in error
     assert "optimizer.lr" in error

@@ -163,11 +163,23 @@ class CheckpointConfig:
     every: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep: Positive = 2
     async_save: bool = True
+    wait_for_space: NonNegative = 600  # seconds for which the end of a run waits for disk space
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GuardConfig:
+    """What happens when a step is not finite, and when fast weights leave their range (docs/robustness.md)."""
+
+    skips: Positive = 5  # skipped steps in a row after which the run goes back to its last good checkpoint
+    rollbacks: NonNegative = 3  # times that a run goes back before it stops; raise it to let a stopped run go on
+    min_state_ratio: NonNegativeFloat = 1e-6  # warn when ||S||/||W|| of a TTT layer falls below it (collapse)
+    max_state_ratio: PositiveFloat = 3.0  # warn when it exceeds this (explosion); model.ttt.clip_norm limits each update
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LogConfig:
     every: Positive = 10
+    documents: bool = False  # write which documents each step held to documents.jsonl
     tensorboard: bool = True
     wandb: str | None = None  # project name; None: off
 
@@ -198,6 +210,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -370,11 +383,15 @@ def validate(config: Config) -> None:
         )
     if data.seq_len < 2:
         raise ConfigError(f"config field data.seq_len = {data.seq_len}: at least 2 tokens are needed to predict one")
+    guard = config.guard
+    if guard.min_state_ratio >= guard.max_state_ratio:
+        raise ConfigError(
+            f"config field guard.min_state_ratio = {guard.min_state_ratio:g}: must be below guard.max_state_ratio = "
+            f"{guard.max_state_ratio:g}"
+        )
     opt = config.optimizer
     if opt.warmup_steps is not None and opt.warmup_steps >= config.steps:
-        raise ConfigError(
-            f"config field optimizer.warmup_steps = {opt.warmup_steps}: must be below steps = {config.steps}"
-        )
+        raise ConfigError(f"config field optimizer.warmup_steps = {opt.warmup_steps}: must be below steps = {config.steps}")
     for group in opt.groups:
         try:
             re.compile(group.pattern)

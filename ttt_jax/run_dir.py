@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
+from ttt_jax.distributed import from_first_process
 from ttt_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -24,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 
 # Where and how the run is computed and watched, not what is learnt (up to rounding).
 _FREE = (
-    "name", "runs_dir", "remat_save", "mesh", "checkpoint", "log", "eval", "data.workers", "model.ttt.implementation",
+    "name", "runs_dir", "remat_save", "mesh", "checkpoint", "guard", "log", "eval", "data.workers", "model.ttt.implementation",
     "optimizer.accumulate",
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ def prepare_run_dir(config: Config) -> bool:
             answer["resuming"] = _prepare(config)
         except CheckpointError as error:
             answer["error"] = str(error)[:2000]
-    answer = _broadcast(answer)
+    answer = from_first_process(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
     return answer["resuming"]
@@ -106,9 +107,7 @@ def read_run_config(run_dir: str | Path) -> Config:
         raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it"
-        ) from None
+        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it") from None
 
 
 def _check_same_curve(run_dir: Path, config: Config) -> None:
@@ -164,15 +163,3 @@ def _process_count() -> int:
     if "jax" not in sys.modules:
         return 1
     return sys.modules["jax"].process_count()
-
-
-def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
-    """Process 0's JSON object, on every process."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    text = json.dumps(answer).encode()  # ASCII, so far below the size
-    buffer = np.zeros(1 << 14, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    buffer = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
-    return json.loads(bytes(buffer).rstrip(b"\0").decode())

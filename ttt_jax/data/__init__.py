@@ -1,6 +1,6 @@
 """Data: files to documents, documents to tokens, tokens to packed rows."""
 
-from ttt_jax.data.loader import Batch, DataSummary, Loader, check_data, heldout_rows, make_loader
+from ttt_jax.data.loader import Batch, DataSummary, Loader, Piece, check_data, heldout_rows, make_loader
 from ttt_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "DataSummary",
     "JsonTokenizer",
     "Loader",
+    "Piece",
     "Tokenizer",
     "check_data",
     "heldout_rows",

@@ -30,20 +30,39 @@ class TokenArray:
 
     def __init__(self, array: np.ndarray | None = None, *, path: Path | None = None, dtype: str | None = None) -> None:
         self._array, self._path, self._dtype = array, path, dtype
+        self._bytes = 0  # of the mapped file, when it was opened
 
     @property
     def array(self) -> np.ndarray:
         """The tokens, `[total]`."""
         if self._array is None:
             assert self._path is not None
+            self._bytes = self._path.stat().st_size
             if self._dtype is None:
                 self._array = np.load(self._path, mmap_mode="r", allow_pickle=False).reshape(-1)
             else:
                 self._array = np.memmap(self._path, dtype=self._dtype, mode="r")
         return self._array
 
+    def read(self, start: int, length: int) -> np.ndarray:
+        """`length` tokens from `start`. Raises DataError when the mapped file has been cut: touching what is gone would
+        end the process without a word (SIGBUS)."""
+        array = self.array
+        if self._path is not None:
+            try:
+                size = self._path.stat().st_size
+            except FileNotFoundError:  # what is mapped stays readable
+                size = self._bytes
+            if size < self._bytes:
+                raise DataError(
+                    f"data file {self._path}: shrank from {self._bytes} to {size} bytes while it was read; restore it and "
+                    "run the same command again"
+                )
+        return array[start : start + length]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_array": self._array if self._path is None else None, "_path": self._path, "_dtype": self._dtype}
+        array = self._array if self._path is None else None
+        return {"_array": array, "_path": self._path, "_dtype": self._dtype, "_bytes": self._bytes}
 
 
 class TokenWriter:

@@ -55,7 +55,7 @@ class Corpus:
     def tokens(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens `start` to `start + length` of a document, in the array's own integer dtype, `[length]`."""
         first = int(self.start_N[document]) + start
-        return self.arrays[self.array_N[document]].array[first : first + length]
+        return self.arrays[self.array_N[document]].read(first, length)
 
     def select(self, keep_N: np.ndarray) -> Corpus:
         """The documents where the boolean `keep_N` is true."""
@@ -135,9 +135,7 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
     return corpus
 
 
-def _tokenise(
-    config: Config, tokenizer: Tokenizer, files: list[SourceFile]
-) -> tuple[TokenArray, np.ndarray, np.ndarray, bool]:
+def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> tuple[TokenArray, np.ndarray, np.ndarray, bool]:
     """One flat array of all documents of `files`, their lengths and identity hashes, and whether any was text."""
     data, vocab_size = config.data, config.model.vocab_size
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
@@ -215,14 +213,52 @@ def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         raise DataError(f"config field data.eos = true: tokenizer {name!r} has no end token; set data.eos false")
 
 
+_STEP, _MIX1, _MIX2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _seed(file: SourceFile) -> np.uint64:
+    name = file.name.encode("utf-8", "surrogateescape")
+    return np.uint64(int.from_bytes(hashlib.sha256(name).digest()[:8], "little"))
+
+
 def _keys(file: SourceFile, count: int) -> np.ndarray:
     """uint64 `[count]`: hashes of (file name, document index), uniform over 64 bits."""
-    seed = int.from_bytes(hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
     # The finaliser of splitmix64: every bit of the result depends on every bit of the index; uint64 wraps around.
-    x = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = _seed(file) + np.arange(1, count + 1, dtype=np.uint64) * _STEP
+    x = (x ^ (x >> np.uint64(30))) * _MIX1
+    x = (x ^ (x >> np.uint64(27))) * _MIX2
     return x ^ (x >> np.uint64(31))
+
+
+def locate(config: Config, key_K: np.ndarray) -> list[tuple[str, int]]:
+    """(file name, document index) of documents of `data.train`, by their keys; the inverse of `_keys`, so nothing is stored.
+
+    A file that is gone since gives ("unknown file (key ...)", -1).
+    """
+    files = find_files(config.data.train, field="data.train", format=config.data.format)
+    mixed_K = _unshift(key_K, 31) * _inverse(_MIX2)
+    mixed_K = _unshift(mixed_K, 27) * _inverse(_MIX1)
+    mixed_K = _unshift(mixed_K, 30)
+    seed_F = np.array([_seed(file) for file in files], np.uint64)
+    found = []
+    for key, mixed in zip(key_K, mixed_K, strict=True):
+        index_F = (mixed - seed_F) * _inverse(_STEP) - np.uint64(1)  # a random 64-bit number for the other files
+        best = int(np.argmin(index_F))
+        index = int(index_F[best])
+        found.append((files[best].name, index) if index < 1 << 40 else (f"unknown file (key {int(key):016x})", -1))
+    return found
+
+
+def _unshift(x: np.ndarray, bits: int) -> np.ndarray:
+    """The y with y ^ (y >> bits) == x."""
+    y = x
+    for _ in range(64 // bits):
+        y = x ^ (y >> np.uint64(bits))
+    return y
+
+
+def _inverse(factor: np.uint64) -> np.uint64:
+    return np.uint64(pow(int(factor), -1, 1 << 64))
 
 
 def _key(files: list[SourceFile], settings: list[Any]) -> str:

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from ttt_jax.config import Config
-from ttt_jax.data.corpus import Corpus, load_corpus, split_corpus
+from ttt_jax.data.corpus import Corpus, load_corpus, locate, split_corpus
 from ttt_jax.data.packing import OPEN_BINS, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
@@ -18,6 +18,17 @@ from ttt_jax.errors import DataError
 Batch = dict[str, np.ndarray]
 _FIELDS = ("ids", "targets", "weights", "segment_ids", "positions")
 _STATE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where tokens of a batch come from."""
+
+    row: int  # of the global batch
+    file: str
+    document: int  # index in the file
+    start: int  # first token in the document
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Loader(Iterator[Batch]):
     def __init__(self, config: Config, table: PieceTable, *, tokenizer: Tokenizer, slots: Sequence[int]) -> None:
         data = config.data
         rows = len(slots)
-        self._table = table
+        self._config, self._table = config, table
         self._total_slots = data.batch_size
         self._slots = tuple(slots)
         # Each worker serves its own slots, so their number has to divide the rows; the stream does not depend on it.
@@ -69,6 +80,7 @@ class Loader(Iterator[Batch]):
         }
         self._rows_done = 0
         self._states: dict[int, dict[str, Any]] = {}
+        self._pieces: dict[int, list[int]] = {}
         self._rows: grain.DatasetIterator | None = None
 
     @property
@@ -86,8 +98,25 @@ class Loader(Iterator[Batch]):
                 raise RuntimeError(f"rows out of order: slot {row['slot']} came instead of {slot}")
             rows.append(row)
         self._states = {row["slot"]: row["state"] for row in rows}
+        self._pieces = {row["slot"]: row["pieces"] for row in rows}
         self._rows_done += 1
         return {name: np.stack([row[name] for row in rows]) for name in _FIELDS}
+
+    @property
+    def pieces(self) -> dict[int, list[int]]:
+        """Row of the global batch -> numbers of the pieces in it, for this process' rows of the last batch."""
+        return self._pieces
+
+    def documents(self, pieces: dict[int, list[int]]) -> list[Piece]:
+        """The documents behind `pieces`, in the order of rows and of places in a row."""
+        table = self._table
+        flat = [(row, piece) for row, numbers in sorted(pieces.items()) for piece in numbers]
+        document_P = table.document_P[[piece for _, piece in flat]] if flat else []
+        names = locate(self._config, table.corpus.key_N[document_P]) if flat else []
+        return [
+            Piece(row, file, index, int(table.start_P[piece]), int(table.length_P[piece]))
+            for (row, piece), (file, index) in zip(flat, names, strict=True)
+        ]
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands after the last batch; JSON-serialisable."""
@@ -168,9 +197,7 @@ def make_loader(
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index = {process_index}: must be from 0 to process_count - 1 = {process_count - 1}")
     if batch_size % process_count:
-        raise DataError(
-            f"config field data.batch_size = {batch_size}: must be a multiple of the {process_count} processes"
-        )
+        raise DataError(f"config field data.batch_size = {batch_size}: must be a multiple of the {process_count} processes")
     train, _ = _split(config, tokenizer)
     table = _table(config, tokenizer, train, pack=config.data.pack)
     share = batch_size // process_count

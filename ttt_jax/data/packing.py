@@ -73,9 +73,7 @@ def cut_pieces(corpus: Corpus, *, row_length: int, chunk: int, pack: bool, vocab
     return PieceTable(corpus, document_P, start_P, length_P, aligned_P, row_length, vocab_size, pad_id)
 
 
-def render_row(
-    pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length: int, pad_id: int
-) -> dict[str, np.ndarray]:
+def render_row(pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length: int, pad_id: int) -> dict[str, np.ndarray]:
     """Lay pieces out in one row.
 
     Args:
@@ -164,8 +162,8 @@ class SlotPlan:
 class PackedRows(grain.IterDataset):
     """Rows of some slots in turn: slot after slot, then the next row of each.
 
-    Every row carries its slot and the slot's state after it, so that the consumer knows the exact state of what it has
-    taken, however far worker processes have read ahead.
+    Every row carries its slot, the numbers of its pieces, and the slot's state after it, so that the consumer knows the
+    exact state of what it has taken, however far worker processes have read ahead.
     """
 
     def __init__(
@@ -207,7 +205,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         row = render_row(
             [table[i] for i in indices], [int(table.aligned_P[i]) for i in indices], table.row_length, table.pad_id
         )
-        return {**row, "slot": slot, "state": self._plans[slot].get_state()}
+        return {**row, "slot": slot, "pieces": indices, "state": self._plans[slot].get_state()}
 
     def get_state(self) -> dict[str, Any]:
         return {"turn": self._turn, "plans": {str(slot): plan.get_state() for slot, plan in self._plans.items()}}
