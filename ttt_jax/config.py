@@ -112,6 +112,8 @@ class DataConfig:
     pack: bool = True  # several documents per row, each starting on a chunk boundary; False: one document per row
     shuffle: bool = True
     workers: NonNegative = 0  # grain worker processes
+    max_bad_records: Fraction = 0.01  # share of malformed records that are left out and listed; more of them stop the run
+    max_record_bytes: Positive = 1 << 30  # a longer record is malformed
 
 
 @dataclass(frozen=True, config=_STRICT)

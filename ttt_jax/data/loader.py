@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus, split_corpus
-from ttt_jax.data.packing import OPEN_BINS, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.packing import OPEN_BINS, PATIENCE, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.quarantine import Rejected
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
@@ -28,6 +29,20 @@ class DataSummary:
     train_tokens: int
     heldout_documents: int
     heldout_tokens: int
+
+
+class DocumentPiece(NamedTuple):
+    """Which part of which document lies in a row.
+
+    Fields:
+      path, record: the file, and the index of the record in it, from 0 (JSONL: lines that are not blank).
+      start, length: its first token in the document, and how many.
+    """
+
+    path: str
+    record: int
+    start: int
+    length: int
 
 
 class Loader(Iterator[Batch]):
@@ -65,10 +80,11 @@ class Loader(Iterator[Batch]):
             "data.shuffle": data.shuffle,
             "seed": config.seed,
             "model.ttt.chunk_size": _chunk(config),
-            "open rows": OPEN_BINS,
+            "open rows": [OPEN_BINS, PATIENCE],
         }
         self._rows_done = 0
         self._states: dict[int, dict[str, Any]] = {}
+        self._pieces: list[np.ndarray] = []
         self._rows: grain.DatasetIterator | None = None
 
     @property
@@ -86,6 +102,7 @@ class Loader(Iterator[Batch]):
                 raise RuntimeError(f"rows out of order: slot {row['slot']} came instead of {slot}")
             rows.append(row)
         self._states = {row["slot"]: row["state"] for row in rows}
+        self._pieces = [row["pieces"] for row in rows]
         self._rows_done += 1
         return {name: np.stack([row[name] for row in rows]) for name in _FIELDS}
 
@@ -128,6 +145,16 @@ class Loader(Iterator[Batch]):
             else:
                 plan.set_state(known)
             self._states[slot] = plan.get_state()
+
+    def documents(self) -> list[list[DocumentPiece]]:
+        """What the last batch holds: for each of this process' rows its pieces, in the order of their segment ids."""
+        table = self._table
+
+        def describe(piece: int) -> DocumentPiece:
+            path, record = table.corpus.source(int(table.document_P[piece]))
+            return DocumentPiece(path, record, int(table.start_P[piece]), int(table.length_P[piece]))
+
+        return [[describe(int(piece)) for piece in pieces] for pieces in self._pieces]
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts them where the stream stands."""
@@ -186,6 +213,12 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
     """
     train, heldout = _split(config, tokenizer)
     return DataSummary(len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum()))
+
+
+def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected]:
+    """Config field -> the malformed records of its files, for the loader's and the held-out rows' data."""
+    fields = ["data.train", *(["data.heldout"] if config.data.heldout else [])]
+    return {field: load_corpus(config, tokenizer, field=field).rejected for field in fields}
 
 
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
