@@ -44,12 +44,14 @@ def train(config: Config) -> None:
     import numpy as np
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
-    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
+    from ttt_jax.compile_cache import open_cache
+    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader, rejected_records, write_quarantine
     from ttt_jax.distributed import any_process, initialize
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
     from ttt_jax.pretrained import initial_model
     from ttt_jax.report import bucket_losses, print_report, write_report
     from ttt_jax.sharding import make_mesh
+    from ttt_jax.telemetry import StepTimer, checkpoint_time, host_memory_bytes, make_probe, write_environment
     from ttt_jax.training import (
         TrainState,
         abstract_state,
@@ -61,6 +63,7 @@ def train(config: Config) -> None:
         put_batch,
     )
 
+    timer = StepTimer()
     initialize()  # before jax looks at its devices
     processes, main_process = jax.process_count(), jax.process_index() == 0
     mesh = make_mesh(config.mesh)
@@ -72,6 +75,10 @@ def train(config: Config) -> None:
     # Asked of all processes: one may have created it before another one looks.
     first = None if any_process(config.run_dir.exists()) else initial_model(config, abstract.model)
     prepare_run_dir(config)  # nothing is written before everything has been checked
+    cache, warnings = open_cache(config)
+    if main_process:
+        write_environment(config.run_dir, parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract.model)))
+        warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
 
     with Checkpointer(config.run_dir / "checkpoints", config.checkpoint) as checkpointer:
         step = checkpointer.latest_step() or 0
@@ -92,8 +99,10 @@ def train(config: Config) -> None:
         def save(step: int) -> None:
             checkpointer.save(step, model=state.model, opt_state=state.opt_state, data_state=loader.get_state())
 
+        batch_size = min(config.data.batch_size, len(rows["ids"]))
+        probe = make_probe(position_nll, rows, mesh, batch_size)
+
         def heldout() -> dict:
-            batch_size = min(config.data.batch_size, len(rows["ids"]))
             on, off = evaluate_by_position(position_nll, state.model, rows, mesh, batch_size)
             positions, losses_on = bucket_losses(on, rows["weights"], config.eval.buckets)
             _, losses_off = bucket_losses(off, rows["weights"], config.eval.buckets)
@@ -102,6 +111,8 @@ def train(config: Config) -> None:
         with MetricsLogger(
             config, config.run_dir, total_steps=config.steps, start_step=step, enabled=main_process
         ) as logger:
+            for text in warnings:
+                logger.message(f"warning: {text}")
             if step:
                 logger.message(f"continuing {config.run_dir} from step {step}")
             if processes > 1:
@@ -109,14 +120,19 @@ def train(config: Config) -> None:
             start_step = clock_step = step
             clock, trained_tokens, trained_seconds = time.perf_counter(), 0, 0.0
             while step < config.steps:
-                state, metrics = train_step(state, put_batch(next(loader), mesh, config.data.batch_size))
+                batch = timer.fetch(lambda: put_batch(next(loader), mesh, config.data.batch_size))
+                state, metrics = train_step(state, batch)
+                timer.dispatched(metrics["loss"])
+                if step == start_step and cache:
+                    cache.seal()
                 step += 1
                 # Read once: a signal that comes later is for the next step. Signals reach processes at different steps, so
                 # several stop together where they wait for the device anyway.
                 stopping = stop.requested if processes == 1 else step % config.log.every == 0 and any_process(stop.requested)
                 periodic = config.checkpoint.every and step % config.checkpoint.every == 0
                 due_save = periodic or stopping or step == config.steps
-                if not (due_save or step % config.log.every == 0 or step == 1):
+                due_probe = config.log.probe_every and step % config.log.probe_every == 0
+                if not (due_save or due_probe or step % config.log.every == 0 or step == 1):
                     logger.advance(step)
                     continue
                 scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -135,19 +151,26 @@ def train(config: Config) -> None:
                         scalars["mfu"] = steps_done * flops_per_step / seconds / (peak * jax.device_count())
                 if memory := device_memory_bytes():
                     scalars["memory_bytes"] = memory
+                scalars |= {**timer.scalars(), "host_memory_bytes": host_memory_bytes()}
+                if due_probe:
+                    scalars |= probe(state.model)
                 if config.eval.every and step % config.eval.every == 0:
                     by_position = heldout()
                     scalars |= {f"heldout/{name}": float(np.mean(by_position[name])) for name in ("ttt_on", "ttt_off")}
                 logger.log(step, scalars)
                 if due_save:
-                    save(step)
+                    with checkpoint_time(lambda seconds: logger.log(step, seconds)):
+                        save(step)
                 if stopping and step < config.steps:
                     by = stop.name or "another process"
                     logger.message(f"stopped by {by} after step {step}; run the same command again to continue")
                     return
                 clock, clock_step = time.perf_counter(), step
+                timer.restart()
             logger.message("evaluating held-out loss by position, TTT on and off")
             by_position = heldout()
+            if cache:
+                cache.seal()
 
     if main_process:
         curve = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in row]

@@ -170,6 +170,7 @@ class CheckpointConfig:
 @dataclass(frozen=True, config=_STRICT)
 class LogConfig:
     every: Positive = 10
+    probe_every: NonNegative = 100  # steps between two measurements of TTT on held-out rows (docs/telemetry.md); 0: never
     tensorboard: bool = True
     wandb: str | None = None  # project name; None: off
 
@@ -191,6 +192,7 @@ class Config:
     runs_dir: str = "runs"
     seed: int = 0
     steps: Positive = 100
+    compile_cache: str | None = "run"  # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
     init_from: str | None = None  # Hugging Face folder or run folder to start from; None: from scratch
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps all.

@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 # Where and how the run is computed and watched, not what is learnt (up to rounding).
 _FREE = (
     "name", "runs_dir", "remat_save", "mesh", "checkpoint", "log", "eval", "data.workers", "model.ttt.implementation",
-    "optimizer.accumulate", "data.max_bad_records",
+    "optimizer.accumulate", "data.max_bad_records", "compile_cache",
 )  # fmt: skip
 
 

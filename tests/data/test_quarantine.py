@@ -156,15 +156,16 @@ def pieces_of(loader, batches):
     found = []
     for _ in range(batches):
         batch = next(loader)
-        rows = loader.documents()
-        for pieces, segment_ids_T, ids_T in zip(rows, batch["segment_ids"], batch["ids"], strict=True):
-            assert len(pieces) == segment_ids_T.max()
-            for number, piece in enumerate(pieces, 1):
+        pieces = loader.documents(loader.pieces)
+        for row, (segment_ids_T, ids_T) in enumerate(zip(batch["segment_ids"], batch["ids"], strict=True)):
+            here = [piece for piece in pieces if piece.row == row]
+            assert len(here) == segment_ids_T.max()
+            for number, piece in enumerate(here, 1):
                 tokens = ids_T[segment_ids_T == number]
-                assert len(tokens) == piece.length
-                text = f"document {piece.record - min(piece.record // 11, 7)} " * 5
-                assert TOKENIZER.decode(tokens) == text[piece.start : piece.start + piece.length].removesuffix("\0")
-        found += [piece for pieces in rows for piece in pieces]
+                assert len(tokens) == piece.tokens
+                text = f"document {piece.document - min(piece.document // 11, 7)} " * 5
+                assert TOKENIZER.decode(tokens) == text[piece.start : piece.start + piece.tokens]
+        found += [(piece.file, piece.document, piece.start) for piece in pieces]
     return found
 
 
@@ -193,7 +194,7 @@ def test_no_document_is_lost_or_seen_twice_over_resumes(tmp_path, workers):
     started = [place for slot, s in slots.items() for place in range(int(slot), s["next"], len(slots))]
     waiting = [place for s in slots.values() for places in s["bins"] for place in places]
     names = {table.corpus.source(d): d for d in range(len(table.corpus))}
-    delivered = [(names[piece.path, piece.record], piece.start) for piece in expected]
+    delivered = [(names[file, record], start) for file, record, start in expected]
     count = collections.Counter
     assert count(delivered) + count(map(describe, waiting)) == count(map(describe, started))
     assert min(count(delivered).values()) >= 1

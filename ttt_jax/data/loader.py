@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -31,18 +31,15 @@ class DataSummary:
     heldout_tokens: int
 
 
-class DocumentPiece(NamedTuple):
-    """Which part of which document lies in a row.
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where tokens of a batch come from."""
 
-    Fields:
-      path, record: the file, and the index of the record in it, from 0 (JSONL: lines that are not blank).
-      start, length: its first token in the document, and how many.
-    """
-
-    path: str
-    record: int
-    start: int
-    length: int
+    row: int  # of the global batch
+    file: str
+    document: int  # index of the record in the file, from 0 (JSONL: of the lines that are not blank)
+    start: int  # first token in the document
+    tokens: int
 
 
 class Loader(Iterator[Batch]):
@@ -84,7 +81,7 @@ class Loader(Iterator[Batch]):
         }
         self._rows_done = 0
         self._states: dict[int, dict[str, Any]] = {}
-        self._pieces: list[np.ndarray] = []
+        self._pieces: dict[int, list[int]] = {}
         self._rows: grain.DatasetIterator | None = None
 
     @property
@@ -102,7 +99,7 @@ class Loader(Iterator[Batch]):
                 raise RuntimeError(f"rows out of order: slot {row['slot']} came instead of {slot}")
             rows.append(row)
         self._states = {row["slot"]: row["state"] for row in rows}
-        self._pieces = [row["pieces"] for row in rows]
+        self._pieces = {row["slot"]: row["pieces"] for row in rows}
         self._rows_done += 1
         return {name: np.stack([row[name] for row in rows]) for name in _FIELDS}
 
@@ -146,15 +143,20 @@ class Loader(Iterator[Batch]):
                 plan.set_state(known)
             self._states[slot] = plan.get_state()
 
-    def documents(self) -> list[list[DocumentPiece]]:
-        """What the last batch holds: for each of this process' rows its pieces, in the order of their segment ids."""
+    @property
+    def pieces(self) -> dict[int, list[int]]:
+        """Row of the global batch -> numbers of the pieces in it, for this process' rows of the last batch."""
+        return self._pieces
+
+    def documents(self, pieces: dict[int, list[int]]) -> list[Piece]:
+        """The documents behind `pieces`, in the order of rows and of places in a row."""
         table = self._table
 
-        def describe(piece: int) -> DocumentPiece:
-            path, record = table.corpus.source(int(table.document_P[piece]))
-            return DocumentPiece(path, record, int(table.start_P[piece]), int(table.length_P[piece]))
+        def describe(row: int, piece: int) -> Piece:
+            file, record = table.corpus.source(int(table.document_P[piece]))
+            return Piece(row, file, record, int(table.start_P[piece]), int(table.length_P[piece]))
 
-        return [[describe(int(piece)) for piece in pieces] for pieces in self._pieces]
+        return [describe(row, piece) for row, numbers in sorted(pieces.items()) for piece in numbers]
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts them where the stream stands."""

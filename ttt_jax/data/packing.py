@@ -212,7 +212,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         row = render_row(
             [table[i] for i in indices], [int(table.aligned_P[i]) for i in indices], table.row_length, table.pad_id
         )
-        return {**row, "pieces": np.asarray(indices, np.int64), "slot": slot, "state": self._plans[slot].get_state()}
+        return {**row, "pieces": [int(i) for i in indices], "slot": slot, "state": self._plans[slot].get_state()}
 
     def get_state(self) -> dict[str, Any]:
         return {"turn": self._turn, "plans": {str(slot): plan.get_state() for slot, plan in self._plans.items()}}
