@@ -11,6 +11,7 @@ below `runs/` that receives checkpoints, metrics and the report.
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import time
@@ -51,7 +52,7 @@ def train(config: Config) -> None:
     from ttt_jax.pretrained import initial_model
     from ttt_jax.report import bucket_losses, print_report, write_report
     from ttt_jax.sharding import make_mesh
-    from ttt_jax.telemetry import StepTimer, checkpoint_time, host_memory_bytes, make_probe, write_environment
+    from ttt_jax.telemetry import StepTimer, host_memory_bytes, make_probe, write_environment
     from ttt_jax.training import (
         TrainState,
         abstract_state,
@@ -159,8 +160,7 @@ def train(config: Config) -> None:
                     scalars |= {f"heldout/{name}": float(np.mean(by_position[name])) for name in ("ttt_on", "ttt_off")}
                 logger.log(step, scalars)
                 if due_save:
-                    with checkpoint_time(lambda seconds: logger.log(step, seconds)):
-                        save(step)
+                    logger.log(step, timer.save(functools.partial(save, step)))
                 if stopping and step < config.steps:
                     by = stop.name or "another process"
                     logger.message(f"stopped by {by} after step {step}; run the same command again to continue")

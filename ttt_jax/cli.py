@@ -35,7 +35,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ttt-jax")
 def cli() -> None:
-    """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan."""
+    """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan, report."""
 
 
 @cli.command(
@@ -367,6 +367,24 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     result = make_plan(config, target, prefill)
     print(json.dumps(dataclasses.asdict(result)) if as_json else describe(result))
     return 0 if result.fits else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+@cli.command(
+    epilog="""
+    ttt-jax report runs/books
+    ttt-jax report runs/books --out books.html
+    """
+)
+@click.argument("run", type=_EXISTING, metavar="RUN")
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html]")
+def report(run: Path, out: Path | None) -> None:
+    """One HTML page of a training run, finished or not: curves, warnings, quarantined records, configuration, environment."""
+    from ttt_jax.run_page import write_page
+
+    print(f"report: {write_page(run, out)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,7 +83,7 @@ def open_cache(config: Config) -> tuple[CompileCache | None, list[str]]:
     Returns: the cache, to be sealed once the programs of the run are compiled (on one process; None: there is nothing to
     seal), and warnings.
     """
-    if config.compile_cache is None or jax.config.jax_compilation_cache_dir:
+    if config.compile_cache is None or getattr(jax.config, "jax_compilation_cache_dir", None):
         return None, []
     base = config.run_dir / FOLDER if config.compile_cache == "run" else Path(config.compile_cache).expanduser()
     main, warnings = jax.process_index() == 0, []

@@ -1,6 +1,7 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
+              environment.json  quarantine.jsonl (if records were malformed)  compile_cache/  report.html (`ttt-jax report`)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
 This module imports no jax, unless several processes have to agree.
@@ -21,6 +22,7 @@ from ttt_jax.errors import CheckpointError, ConfigError
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 
 # Where and how the run is computed and watched, not what is learnt (up to rounding).
 _FREE = (

@@ -6,12 +6,11 @@ needs anyway. docs/telemetry.md lists the names and says what measuring costs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.report import provenance
-from ttt_jax.run_dir import atomic_write_text
+from ttt_jax.run_dir import ENVIRONMENT_FILE, atomic_write_text
 from ttt_jax.sharding import Mesh, batch_sharding
 
-ENVIRONMENT_FILE = "environment.json"
 T = TypeVar("T")
 
 
@@ -60,17 +58,15 @@ class StepTimer:
         self.restart()
         return found
 
+    def save(self, save: Callable[[], None]) -> dict[str, float]:
+        """`time/checkpoint`: the seconds for which `save()` holds training up, without what goes on in the background."""
+        start = time.perf_counter()
+        save()
+        return {"time/checkpoint": time.perf_counter() - start}
+
     def restart(self) -> None:
         """Begin the next interval now: what went before, an evaluation for instance, is no step."""
         self._since, self._waited = time.perf_counter(), 0.0
-
-
-@contextlib.contextmanager
-def checkpoint_time(log: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """`log` gets `time/checkpoint`, the seconds for which saving held training up; what goes on in the background is not in it."""
-    start = time.perf_counter()
-    yield
-    log({"time/checkpoint": time.perf_counter() - start})
 
 
 def host_memory_bytes() -> int:
