@@ -323,14 +323,14 @@ def _read_ids(path: Path, option: str):
     """Rows of token ids. Never unpickles."""
     import numpy as np
 
+    from ttt_jax.npy_file import map_npy
+
     try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{option} {path}: not an integer array in .npy format ({reason}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
-        what = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{option} {path}: holds {what}; it must be an integer array [T] or [B, T]")
+        array = map_npy(path)
+    except ValueError as error:
+        raise UserError(f"{option} {path}: not an integer array in .npy format ({error}); write it with numpy.save") from None
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{option} {path}: holds {array.dtype} {list(array.shape)}; it must be an integer array [T] or [B, T]")
     if not array.size:
         raise UserError(f"{option} {path}: holds no tokens; give at least one")
     return list(np.atleast_2d(np.asarray(array)))

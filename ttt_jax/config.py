@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from pathlib import Path
@@ -39,6 +40,7 @@ def _as_list(value: Any) -> Any:
 Layers = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
+MAX_YAML_BYTES = 1_000_000
 REMAT_NAMES = ("attention", "qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target")
 
 
@@ -190,7 +192,7 @@ class Config:
 
     name: str = "default"
     runs_dir: str = "runs"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     steps: Positive = 100
     compile_cache: str | None = "run"  # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
     init_from: str | None = None  # Hugging Face folder or run folder to start from; None: from scratch
@@ -236,14 +238,19 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
     """Build a config dataclass from nested dictionaries; a wrong field is a one-line `ConfigError`."""
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        return _adapter(cls).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_explain(cls, error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can hold."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
 
 
 def dump_yaml(config: Any) -> str:
@@ -287,11 +294,31 @@ def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, st
     return rows
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases: a few lines of them stand for gigabytes, and no config needs one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML. Raises yaml.YAMLError for everything that is wrong with the text."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        # From values that only look like dates or numbers, from wrong tags and from absurd nesting.
+        raise yaml.YAMLError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
 def _scalar(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--{key} {text!r}: not a YAML value; quote it or check its brackets") from None
+        raise ConfigError(f"--{key} {text[:60]!r}: not a YAML value; quote it or check its brackets") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -299,9 +326,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         presets = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or f"no YAML file in {path.parent}"
         raise ConfigError(f"config {path}: no such file (there: {presets})")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"config {path}: more than {MAX_YAML_BYTES} bytes; give a config")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give a YAML file") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
+from ttt_jax.config import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
 from ttt_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
@@ -100,7 +100,9 @@ def read_run_config(run_dir: str | Path) -> Config:
     """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
     path = Path(run_dir) / CONFIG_FILE
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} has more than {MAX_YAML_BYTES} bytes")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
         return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
     except FileNotFoundError:
         raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run") from None

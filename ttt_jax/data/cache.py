@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import zipfile
-import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -14,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from ttt_jax.errors import DataError
+from ttt_jax.npy_file import map_npy
 
 MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
 
@@ -55,7 +54,7 @@ class TokenArray:
         try:
             self._size = self._path.stat().st_size
             if self._dtype is None:
-                self._array = np.load(self._path, mmap_mode="r", allow_pickle=False).reshape(-1)
+                self._array = map_npy(self._path).reshape(-1)
             else:
                 self._array = np.memmap(self._path, dtype=self._dtype, mode="r")
         except (OSError, ValueError, EOFError) as error:
@@ -140,7 +139,7 @@ def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.nda
             arrays = dict(saved)
         if tokens.stat().st_size != int(arrays["length_N"].sum()) * dtype.itemsize:
             return None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile):  # absent or damaged: built again
+    except Exception:  # absent, or damaged in one of zip's and numpy's many ways: built again
         return None
     return TokenArray(path=tokens, dtype=dtype.str), arrays
 

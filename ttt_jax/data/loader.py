@@ -19,6 +19,7 @@ from ttt_jax.errors import DataError
 Batch = dict[str, np.ndarray]
 _FIELDS = ("ids", "targets", "weights", "segment_ids", "positions")
 _STATE_VERSION = 1
+_DAMAGED = "data state: damaged; go on from another checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +124,32 @@ class Loader(Iterator[Batch]):
         """
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             raise DataError("data state: not one of this version's; start a new run, or use the version that wrote it")
+        identity, done, slots = (state.get(name) for name in ("identity", "batches", "slots"))
+        whole = isinstance(done, int) and not isinstance(done, bool) and done >= 0
+        if not (isinstance(identity, dict) and whole and isinstance(slots, dict)):
+            raise DataError(_DAMAGED)
         for name, value in self._identity.items():
-            if (before := state["identity"].get(name)) != value:
+            if (before := identity.get(name)) != value:
                 what = "the training documents or their tokens" if name == "data" else name
                 raise DataError(
                     f"data state: {what} changed since the checkpoint ({before} then, {value} now); restore the old "
                     "setting, or start a new run from the checkpoint's weights with init_from"
                 )
-        self.close()
-        self._rows_done = int(state["batches"])
-        self._states = {}
-        for slot in self._slots if self._rows_done else ():
+        states: dict[int, dict[str, Any]] = {}
+        for slot in self._slots if done else ():
             plan = SlotPlan(self._order, self._table, slot, self._total_slots)
-            known = state["slots"].get(str(slot))
+            known = slots.get(str(slot))
             if known is None:
-                for _ in range(self._rows_done):
+                for _ in range(done):
                     plan.next_row()
             else:
-                plan.set_state(known)
-            self._states[slot] = plan.get_state()
+                try:
+                    plan.set_state(known)
+                except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError):
+                    raise DataError(_DAMAGED) from None
+            states[slot] = plan.get_state()
+        self.close()
+        self._rows_done, self._states = done, states
 
     @property
     def pieces(self) -> dict[int, list[int]]:

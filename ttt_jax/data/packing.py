@@ -160,10 +160,16 @@ class SlotPlan:
         return {"next": self._next, "bins": [list(places) for places in self._bins]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._next = int(state["next"])
-        self._bins = [[int(place) for place in places] for places in state["bins"]]
-        sizes = [[int(self._aligned_P[self._order[place]]) for place in places] for places in self._bins]
-        self._free = [self._row_length - sum(row) for row in sizes]
+        """Raises ValueError, KeyError or TypeError when the state cannot be one of `get_state`."""
+        following = int(state["next"])
+        bins = [[int(place) for place in places] for places in state["bins"]]
+        if following < 0 or len(bins) > OPEN_BINS or any(not 0 <= p < following for places in bins for p in places):
+            raise ValueError("places outside the order")
+        sizes = [[int(self._aligned_P[self._order[place]]) for place in places] for places in bins]
+        free = [self._row_length - sum(row) for row in sizes]
+        if any(not places for places in bins) or min(free, default=0) < 0:
+            raise ValueError("rows that are empty or too full")
+        self._next, self._bins, self._free = following, bins, free
 
 
 class PackedRows(grain.IterDataset):

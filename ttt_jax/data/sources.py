@@ -22,6 +22,7 @@ import numpy as np
 
 from ttt_jax.data.quarantine import BadRecord, bad_record
 from ttt_jax.errors import DataError
+from ttt_jax.npy_file import map_npy, parse_npy
 
 try:
     import zstandard
@@ -136,11 +137,9 @@ def open_npy(file: SourceFile) -> np.ndarray:
       DataError: not an `.npy` file, not integers, or more than two dimensions.
     """
     try:
-        array = np.load(file.path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise file.error(f"not a readable .npy file ({_one_line(error)}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise file.error("an .npz archive; save one array with numpy.save")
+        array = map_npy(file.path)
+    except ValueError as error:
+        raise file.error(f"not a readable .npy file ({error}); write it with numpy.save") from None
     if problem := _token_problem(array, max_dims=2):
         raise file.error(problem)
     return array
@@ -363,9 +362,9 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
 
 def _token_record(number: int, record: bytes) -> np.ndarray | BadRecord:
     try:
-        array = np.lib.format.read_array(io.BytesIO(record), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        problem = f"of token ids is damaged ({_one_line(error)}); write it with numpy.save"
+        array = parse_npy(record)
+    except ValueError as error:
+        problem = f"of token ids is damaged ({error}); write it with numpy.save"
         return bad_record("record", number, "damaged", problem, record)
     if problem := _token_problem(array, max_dims=1):
         return bad_record("record", number, "wrong type", f"has {problem}", record)

@@ -69,7 +69,9 @@ class JsonTokenizer:
         try:
             raw = path.read_bytes()
             tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for a malformed file
+        except BaseException as error:  # a malformed file raises bare Exception; a panic of its Rust code is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise _error(str(path), f"not a readable tokenizer.json ({_one_line(error)}); export it again") from None
         # Files often carry padding or truncation settings, which would silently change documents.
         tokenizer.no_padding()
@@ -149,6 +151,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one: these files only refine the choice of the end token."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
