@@ -85,7 +85,7 @@ def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[Sou
         path = Path(entry).expanduser()
         if entry == STDLIB:
             files += _stdlib(label)
-        elif path.is_dir():
+        elif os.path.isdir(path):  # False, not an error, for names that no file system takes
             found = [
                 SourceFile(child, child.relative_to(path).as_posix(), kind, label)
                 for child in _walk(path)
@@ -94,7 +94,7 @@ def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[Sou
             if not found:
                 raise DataError(f"{label}: the folder holds no file of data.format {format!r}; check both")
             files += found
-        elif path.is_file():
+        elif os.path.isfile(path):
             kind = _format_of(path) or "text" if format == "auto" else format
             files.append(SourceFile(path, path.name, kind, label))
         else:

@@ -184,7 +184,8 @@ def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Arr
     _, products_M2 = jax.lax.scan(step, jnp.zeros((v_BTD.shape[2], F), acc), jnp.arange(M))
     dot, square = products_M2[1:, 0], products_M2[:, 1]
     norms = jnp.sqrt(square[1:]) * jnp.sqrt(square[:-1])
-    return jnp.sum(jnp.where(norms > 0, dot / jnp.where(norms > 0, norms, 1), 0)) / jnp.maximum(jnp.sum(norms > 0), 1)
+    counted = (norms > 0).astype(acc)
+    return jnp.sum(counted * dot / jnp.where(norms > 0, norms, 1)) / jnp.maximum(counted.sum(), 1)
 
 
 def _fold_segments(v_BTD, segment_ids_BT, C, acc):
