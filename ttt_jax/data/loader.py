@@ -125,8 +125,7 @@ class Loader(Iterator[Batch]):
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             raise DataError("data state: not one of this version's; start a new run, or use the version that wrote it")
         identity, done, slots = (state.get(name) for name in ("identity", "batches", "slots"))
-        whole = isinstance(done, int) and not isinstance(done, bool) and done >= 0
-        if not (isinstance(identity, dict) and whole and isinstance(slots, dict)):
+        if not isinstance(identity, dict) or not isinstance(slots, dict) or type(done) is not int or done < 0:
             raise DataError(_DAMAGED)
         for name, value in self._identity.items():
             if (before := identity.get(name)) != value:
