@@ -11,6 +11,7 @@ below `runs/` that receives checkpoints, metrics and the report.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -48,7 +49,8 @@ def train(config: Config, stop: StopSignal) -> None:
     import numpy as np
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
-    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
+    from ttt_jax.compile_cache import open_cache
+    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader, rejected_records, write_quarantine
     from ttt_jax.distributed import any_process, initialize
     from ttt_jax.guard import Guard
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
@@ -58,6 +60,7 @@ def train(config: Config, stop: StopSignal) -> None:
     from ttt_jax.report import bucket_losses, print_report, write_report
     from ttt_jax.saving import Saver
     from ttt_jax.sharding import make_mesh
+    from ttt_jax.telemetry import StepTimer, host_memory_bytes, make_probe, write_environment
     from ttt_jax.training import (
         abstract_state,
         evaluate_by_position,
@@ -68,6 +71,7 @@ def train(config: Config, stop: StopSignal) -> None:
         put_batch,
     )
 
+    timer = StepTimer()
     initialize()  # before jax looks at its devices
     processes, main_process = jax.process_count(), jax.process_index() == 0
     mesh = make_mesh(config.mesh)
@@ -79,6 +83,10 @@ def train(config: Config, stop: StopSignal) -> None:
     # Asked of all processes: one may have created it before another one looks.
     first = None if any_process(config.run_dir.exists()) else initial_model(config, abstract.model)
     prepare_run_dir(config)  # nothing is written before everything has been checked
+    cache, warnings = open_cache(config)
+    if main_process:
+        write_environment(config.run_dir, parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract.model)))
+        warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
 
     def fresh():
         return init_state(config, abstract, tx, first or initial_model(config, abstract.model))
@@ -99,8 +107,10 @@ def train(config: Config, stop: StopSignal) -> None:
         flops_per_step = tokens_per_step * model_flops_per_token(config.model, config.data.seq_len, training=True)
         peak = peak_flops(jax.devices()[0])
 
+        batch_size = min(config.data.batch_size, len(rows["ids"]))
+        probe = make_probe(position_nll, rows, mesh, batch_size)
+
         def heldout() -> dict:
-            batch_size = min(config.data.batch_size, len(rows["ids"]))
             on, off = evaluate_by_position(position_nll, state.model, rows, mesh, batch_size)
             positions, losses_on = bucket_losses(on, rows["weights"], config.eval.buckets)
             _, losses_off = bucket_losses(off, rows["weights"], config.eval.buckets)
@@ -111,6 +121,8 @@ def train(config: Config, stop: StopSignal) -> None:
             DocumentLog(config.run_dir, step, jax.process_index(), enabled=config.log.documents) as document_log,
         ):
             tell = logger.message
+            for text in warnings:
+                events(text, kind="start", step=step)
             if step:
                 logger.message(f"continuing {config.run_dir} from step {step}")
             if processes > 1:
@@ -119,7 +131,11 @@ def train(config: Config, stop: StopSignal) -> None:
             clock, trained_tokens, trained_seconds = time.perf_counter(), 0, 0.0
             stop.defer()  # from here on a signal waits for the end of a step
             while step < config.steps:
-                state, metrics = train_step(state, put_batch(next(loader), mesh, config.data.batch_size))
+                batch = timer.fetch(lambda: put_batch(next(loader), mesh, config.data.batch_size))
+                state, metrics = train_step(state, batch)
+                timer.dispatched(metrics["loss"])
+                if step == start_step and cache:
+                    cache.seal()
                 step += 1
                 events.step = step
                 if document_log.enabled:
@@ -130,13 +146,14 @@ def train(config: Config, stop: StopSignal) -> None:
                 logged = step % config.log.every == 0
                 stopping = stop.requested if processes == 1 else logged and any_process(stop.requested)
                 due_save = saver.due(step) or stopping or step == config.steps
-                if due_save or logged:
+                due_probe = config.log.probe_every and step % config.log.probe_every == 0
+                if due_save or due_probe or logged:
                     guard.settle()
                 if guard.must_roll_back:
                     saver.settle()
                     state = recovery.roll_back(state, step)
                     guard.rolled_back()
-                if not (due_save or logged or step == 1):
+                if not (due_save or due_probe or logged or step == 1):
                     logger.advance(step)
                     continue
                 scalars = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "skipped"}
@@ -150,6 +167,9 @@ def train(config: Config, stop: StopSignal) -> None:
                 if memory := device_memory_bytes():
                     scalars["memory_bytes"] = memory
                 guard.check_fast_weights(step, scalars)
+                scalars |= {**timer.scalars(), "host_memory_bytes": host_memory_bytes()}
+                if due_probe:
+                    scalars |= probe(state.model)
                 if config.eval.every and step % config.eval.every == 0:
                     by_position = heldout()
                     scalars |= {f"heldout/{name}": float(np.mean(by_position[name])) for name in ("ttt_on", "ttt_off")}
@@ -157,17 +177,21 @@ def train(config: Config, stop: StopSignal) -> None:
                 what = step, state, loader.get_state(), recovery.notes(guard.in_a_row)
                 if stopping or step == config.steps:
                     patience = 0 if stopping else config.checkpoint.wait_for_space
-                    saver.save_surely(*what, patience=patience, give_up=lambda: stop.requested)
+                    save = functools.partial(saver.save_surely, *what, patience=patience, give_up=lambda: stop.requested)
+                    logger.log(step, timer.save(save))
                 elif (due_save and not guard.in_a_row) or (logged and saver.retry_due()):
-                    saver.save(*what)
+                    logger.log(step, timer.save(functools.partial(saver.save, *what)))
                 if stopping and step < config.steps:
                     by = stop.name or "another process"
                     logger.message(f"stopped by {by} after step {step}; run the same command again to continue")
                     return
                 clock, clock_step = time.perf_counter(), step
+                timer.restart()
             stop.at_once()
             logger.message("evaluating held-out loss by position, TTT on and off")
             by_position = heldout()
+            if cache:
+                cache.seal()
 
     if main_process:
         curve = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("loss") is not None]

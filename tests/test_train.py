@@ -51,9 +51,10 @@ def finish(words):
 
 
 def curve(run_dir):
-    """What must not depend on interruptions: every logged number but the speed."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    """What must not depend on interruptions: every logged number but times and memory."""
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    kept = [{k: v for k, v in row.items() if not k.startswith(("tokens_per_second", "time/", "host_memory"))} for row in rows]
+    return [row for row in kept if row.keys() > {"step"}]
 
 
 def wait_for_step(run_dir, step, process):

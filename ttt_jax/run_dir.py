@@ -1,6 +1,7 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
+              environment.json  quarantine.jsonl (if records were malformed)  compile_cache/  report.html (`ttt-jax report`)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
 This module imports no jax, unless several processes have to agree.
@@ -15,18 +16,19 @@ from typing import Any
 
 import yaml
 
-from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
+from ttt_jax.config import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
 from ttt_jax.distributed import from_first_process
 from ttt_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 
 # Where and how the run is computed and watched, not what is learnt (up to rounding).
 _FREE = (
     "name", "runs_dir", "remat_save", "mesh", "checkpoint", "guard", "log", "eval", "data.workers", "model.ttt.implementation",
-    "optimizer.accumulate",
+    "optimizer.accumulate", "data.max_bad_records", "compile_cache",
 )  # fmt: skip
 
 
@@ -99,7 +101,9 @@ def read_run_config(run_dir: str | Path) -> Config:
     """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
     path = Path(run_dir) / CONFIG_FILE
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} has more than {MAX_YAML_BYTES} bytes")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
         return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
     except FileNotFoundError:
         raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run") from None

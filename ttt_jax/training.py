@@ -173,23 +173,31 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None =
     return {name: put(x) for name, x in batch.items()}
 
 
-def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], jax.Array]:
-    """A jitted `(model, batch, ttt_scale) -> nll_BT`, float32 and replicated. Scale 1 is TTT on, 0 off: one program."""
+def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is TTT on, 0 off: one program.
+
+    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of successive updates.
+    """
 
     def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
-        h_BTD, _, _ = model.hidden(
-            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale
+        h_BTD, _, stats = model.hidden(
+            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale, probe=True
         )
         tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
         nll_BT = token_nll(*tokens) if parallel is None else parallel.over_tokens(token_nll, *tokens, total=False)
-        return nll_BT.astype(jnp.float32)
+        means = {
+            f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
+            for layer, stat in stats.items()
+            for name in ("state_ratio", "update_cosine")
+        }
+        return nll_BT.astype(jnp.float32), means
 
     out: NamedSharding = replicated(mesh)
     return jax.jit(nll, out_shardings=out)
 
 
 def evaluate_by_position(
-    nll: Callable[[Transformer, Batch, jax.Array], jax.Array],
+    nll: Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, Any]],
     model: Transformer,
     rows: dict[str, np.ndarray],
     mesh: Mesh,
@@ -206,6 +214,6 @@ def evaluate_by_position(
         index = np.arange(start, start + batch_size) % R
         batch = {name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()}
         for out, scale in zip(results, (1.0, 0.0), strict=True):
-            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))))
+            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))[0]))
     on, off = (np.concatenate(parts)[:R] for parts in results)
     return on, off

@@ -11,24 +11,15 @@ import numpy as np
 
 from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus, locate, split_corpus
-from ttt_jax.data.packing import OPEN_BINS, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.packing import OPEN_BINS, PATIENCE, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.quarantine import Rejected
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 _FIELDS = ("ids", "targets", "weights", "segment_ids", "positions")
 _STATE_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Where tokens of a batch come from."""
-
-    row: int  # of the global batch
-    file: str
-    document: int  # index in the file
-    start: int  # first token in the document
-    tokens: int
+_DAMAGED = "data state: damaged; go on from another checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +30,17 @@ class DataSummary:
     train_tokens: int
     heldout_documents: int
     heldout_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where tokens of a batch come from."""
+
+    row: int  # of the global batch
+    file: str
+    document: int  # index of the record in the file, from 0, malformed ones counted (JSONL: of the lines that are not blank)
+    start: int  # first token in the document
+    tokens: int
 
 
 class Loader(Iterator[Batch]):
@@ -76,7 +78,7 @@ class Loader(Iterator[Batch]):
             "data.shuffle": data.shuffle,
             "seed": config.seed,
             "model.ttt.chunk_size": _chunk(config),
-            "open rows": OPEN_BINS,
+            "open rows": [OPEN_BINS, PATIENCE],
         }
         self._rows_done = 0
         self._states: dict[int, dict[str, Any]] = {}
@@ -138,25 +140,31 @@ class Loader(Iterator[Batch]):
         """
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             raise DataError("data state: not one of this version's; start a new run, or use the version that wrote it")
+        identity, done, slots = (state.get(name) for name in ("identity", "batches", "slots"))
+        if not isinstance(identity, dict) or not isinstance(slots, dict) or type(done) is not int or done < 0:
+            raise DataError(_DAMAGED)
         for name, value in self._identity.items():
-            if (before := state["identity"].get(name)) != value:
+            if (before := identity.get(name)) != value:
                 what = "the training documents or their tokens" if name == "data" else name
                 raise DataError(
                     f"data state: {what} changed since the checkpoint ({before} then, {value} now); restore the old "
                     "setting, or start a new run from the checkpoint's weights with init_from"
                 )
-        self.close()
-        self._rows_done = int(state["batches"])
-        self._states = {}
-        for slot in self._slots if self._rows_done else ():
+        states: dict[int, dict[str, Any]] = {}
+        for slot in self._slots if done else ():
             plan = SlotPlan(self._order, self._table, slot, self._total_slots)
-            known = state["slots"].get(str(slot))
+            known = slots.get(str(slot))
             if known is None:
-                for _ in range(self._rows_done):
+                for _ in range(done):
                     plan.next_row()
             else:
-                plan.set_state(known)
-            self._states[slot] = plan.get_state()
+                try:
+                    plan.set_state(known)
+                except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError):
+                    raise DataError(_DAMAGED) from None
+            states[slot] = plan.get_state()
+        self.close()
+        self._rows_done, self._states = done, states
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts them where the stream stands."""
@@ -213,6 +221,12 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
     """
     train, heldout = _split(config, tokenizer)
     return DataSummary(len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum()))
+
+
+def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected]:
+    """Config field -> the malformed records of its files, for the loader's and the held-out rows' data."""
+    fields = ["data.train", *(["data.heldout"] if config.data.heldout else [])]
+    return {field: load_corpus(config, tokenizer, field=field).rejected for field in fields}
 
 
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
