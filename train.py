@@ -85,7 +85,7 @@ def train(config: Config, stop: StopSignal) -> None:
     prepare_run_dir(config)  # nothing is written before everything has been checked
     cache, warnings = open_cache(config)
     if main_process:
-        write_environment(config.run_dir, parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract.model)))
+        warnings += write_environment(config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model)))
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
 
     def fresh():

@@ -105,5 +105,7 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     assert "warning: compile_cache: 1 entries without a valid seal were removed" in train("--name=full")
+    (event,) = read_events(runs / "full")
+    assert (event["kind"], event["step"]) == ("start", 0)
     off, empty, full = (curve(tmp_path / "runs" / name) for name in ("without", "empty", "full"))
     assert off == empty == full

@@ -105,6 +105,14 @@ def make_probe(
     return probe
 
 
-def write_environment(run_dir: str | Path, **facts: Any) -> None:
-    """`environment.json`: date, commit, hardware and versions of this start, and `facts`. Replaces that of an earlier one."""
-    atomic_write_text(Path(run_dir) / ENVIRONMENT_FILE, json.dumps({**provenance(), **facts}, indent=2) + "\n")
+def write_environment(run_dir: str | Path, **facts: Any) -> list[str]:
+    """`environment.json`: date, commit, hardware and versions of this start, and `facts`. Replaces that of an earlier one.
+
+    Returns: warnings; a full disk does not keep a run from starting.
+    """
+    path = Path(run_dir) / ENVIRONMENT_FILE
+    try:
+        atomic_write_text(path, json.dumps({**provenance(), **facts}, indent=2) + "\n")
+    except OSError as error:
+        return [f"{path}: not written ({error.strerror})"]
+    return []

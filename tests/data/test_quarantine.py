@@ -1,6 +1,7 @@
 """Malformed records are left out, counted and listed; documents keep their identity; none is lost or seen twice."""
 
 import collections
+import errno
 import itertools
 import json
 
@@ -9,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ttt_jax import telemetry
 from ttt_jax.config import Config, replace
-from ttt_jax.data import cache, corpus, load_tokenizer, make_loader, rejected_records, write_quarantine
+from ttt_jax.data import cache, corpus, load_tokenizer, make_loader, quarantine, rejected_records, write_quarantine
 from ttt_jax.data.quarantine import _HOPELESS
 from ttt_jax.errors import DataError
 
@@ -200,3 +202,17 @@ def test_no_document_is_lost_or_seen_twice_over_resumes(tmp_path, workers):
     assert count(delivered) + count(map(describe, waiting)) == count(map(describe, started))
     assert min(count(delivered).values()) >= 1
     assert len(count(delivered)) == len(table)  # more than an epoch was read
+
+
+def test_a_full_disk_keeps_no_run_from_starting(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(quarantine, "atomic_write_text", full)
+    monkeypatch.setattr(telemetry, "atomic_write_text", full)
+    rejected = quarantine.Rejected(3, {"empty": 1}, ({"path": "a", "line": 2, "kind": "empty"},))
+    (text,) = quarantine.write_quarantine(tmp_path, {"data.train": rejected})
+    assert text.startswith("data.train: 1 of 3 records")
+    assert text.endswith("could not be written (No space left on device)")
+    assert telemetry.write_environment(tmp_path) == [f"{tmp_path / 'environment.json'}: not written (No space left on device)"]
+    assert not list(tmp_path.iterdir())

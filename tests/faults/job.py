@@ -76,13 +76,16 @@ class Job:
         return end(self.start(name, *extra, **options), code)[0]
 
     def curve(self, name: str) -> list[dict]:
-        """What must not depend on faults: every logged number but the speed."""
+        """What must not depend on faults: every logged number but times, speed and memory."""
         lines = (self.runs / name / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+        varies = ("tokens_per_second", "time/", "host_memory_bytes")
+        rows = [{k: v for k, v in json.loads(line).items() if not k.startswith(varies)} for line in lines]
+        return [row for row in rows if row.keys() > {"step"}]  # a save has a row of its own, with its time alone
 
     def logged(self, name: str) -> int:
+        """Steps in the curve so far."""
         path = self.runs / name / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
+        return path.read_bytes().count(b'"loss":') if path.exists() else 0
 
     def documents(self, name: str) -> list[list]:
         """What each step held. Every step has exactly one line, and no piece of a document comes twice."""

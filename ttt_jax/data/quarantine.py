@@ -7,6 +7,7 @@ share `data.max_bad_records`; `write_quarantine` lists what was left out in the 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -131,17 +132,22 @@ def write_quarantine(run_dir: str | Path, rejected: dict[str, Rejected]) -> list
     Args:
       rejected: config field -> what was left out of its files.
 
-    Returns: a line for the user for each field that has some.
+    Returns: a line for the user for each field that has some; a full disk changes that line only.
     """
     path = Path(run_dir) / QUARANTINE_FILE
     found = {field: part for field, part in rejected.items() if part.bad}
     if not found:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         return []
     lines = []
     for field, part in found.items():
         lines += [json.dumps({"field": field, **entry}) for entry in part.listed]
         if len(part.listed) < part.bad:
             lines.append(json.dumps({"field": field, "not_listed": part.bad - len(part.listed)}))
-    atomic_write_text(path, "\n".join(lines) + "\n")
-    return [f"{field}: {part.summary()}; see {path}" for field, part in found.items()]
+    where = f"see {path}"
+    try:
+        atomic_write_text(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        where = f"{path} could not be written ({error.strerror})"
+    return [f"{field}: {part.summary()}; {where}" for field, part in found.items()]
