@@ -12,6 +12,7 @@ from test_train import TINY, curve, start
 
 from ttt_jax import compile_cache
 from ttt_jax.config import Config, replace
+from ttt_jax.records import read_events
 
 
 @pytest.fixture
