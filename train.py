@@ -11,13 +11,14 @@ below `runs/` that receives checkpoints, metrics and the report.
 
 from __future__ import annotations
 
-import signal
+import functools
 import sys
 import time
 from pathlib import Path
 
 from ttt_jax.config import Config, fields_help, load_config
 from ttt_jax.errors import TrainingError, UserError
+from ttt_jax.signals import Stopped, StopSignal
 
 DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 
@@ -32,26 +33,35 @@ def main(argv: list[str]) -> int:
     try:
         has_preset = bool(argv) and not argv[0].startswith("-")
         config = load_config(argv[0] if has_preset else DEFAULT, argv[1:] if has_preset else argv)
-        train(config)
+        with StopSignal() as stop:
+            try:
+                train(config, stop)
+            except Stopped:
+                print(f"stopped by {stop.name}; run the same command again to continue", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
     return 0
 
 
-def train(config: Config) -> None:
+def train(config: Config, stop: StopSignal) -> None:
     import jax
     import numpy as np
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
-    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
+    from ttt_jax.compile_cache import open_cache
+    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader, rejected_records, write_quarantine
     from ttt_jax.distributed import any_process, initialize
+    from ttt_jax.guard import Guard
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
     from ttt_jax.pretrained import initial_model
+    from ttt_jax.records import DocumentLog, EventLog
+    from ttt_jax.recovery import Recovery
     from ttt_jax.report import bucket_losses, print_report, write_report
+    from ttt_jax.saving import Saver
     from ttt_jax.sharding import make_mesh
+    from ttt_jax.telemetry import StepTimer, host_memory_bytes, make_probe, write_environment
     from ttt_jax.training import (
-        TrainState,
         abstract_state,
         evaluate_by_position,
         init_state,
@@ -61,6 +71,7 @@ def train(config: Config) -> None:
         put_batch,
     )
 
+    timer = StepTimer()
     initialize()  # before jax looks at its devices
     processes, main_process = jax.process_count(), jax.process_index() == 0
     mesh = make_mesh(config.mesh)
@@ -72,60 +83,80 @@ def train(config: Config) -> None:
     # Asked of all processes: one may have created it before another one looks.
     first = None if any_process(config.run_dir.exists()) else initial_model(config, abstract.model)
     prepare_run_dir(config)  # nothing is written before everything has been checked
+    cache, warnings = open_cache(config)
+    if main_process:
+        warnings += write_environment(config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model)))
+        warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
 
-    with Checkpointer(config.run_dir / "checkpoints", config.checkpoint) as checkpointer:
-        step = checkpointer.latest_step() or 0
-        if step:
-            restored = checkpointer.restore(step, model=abstract.model, opt_state=abstract.opt_state)
-            finished = jax.device_put(np.int32(step), abstract.step.sharding)
-            state = TrainState(restored.model, restored.opt_state, finished)
-            loader.set_state(restored.data_state)
-        else:
-            state = init_state(config, abstract, tx, first or initial_model(config, abstract.model))
+    def fresh():
+        return init_state(config, abstract, tx, first or initial_model(config, abstract.model))
+
+    tell = lambda text: print(text, flush=True)  # the logger's, as soon as there is one
+    with (
+        EventLog(config.run_dir, lambda text: tell(text), enabled=main_process) as events,
+        Checkpointer(config.run_dir / "checkpoints", config.checkpoint, events) as checkpointer,
+    ):
+        recovery = Recovery(config, checkpointer, abstract, loader, fresh, events)
+        state, step, in_a_row = recovery.resume()
+        first = None  # its buffers are the state's
+        saver = Saver(checkpointer, config.checkpoint.every, events)
+        guard = Guard(config, events, loader.documents, in_a_row)
 
         train_step, position_nll = make_train_step(config, tx), make_position_nll(mesh)
         tokens_per_step = config.data.batch_size * config.data.seq_len
         flops_per_step = tokens_per_step * model_flops_per_token(config.model, config.data.seq_len, training=True)
         peak = peak_flops(jax.devices()[0])
-        stop = StopSignal()
 
-        def save(step: int) -> None:
-            checkpointer.save(step, model=state.model, opt_state=state.opt_state, data_state=loader.get_state())
+        batch_size = min(config.data.batch_size, len(rows["ids"]))
+        probe = make_probe(position_nll, rows, mesh, batch_size)
 
         def heldout() -> dict:
-            batch_size = min(config.data.batch_size, len(rows["ids"]))
             on, off = evaluate_by_position(position_nll, state.model, rows, mesh, batch_size)
             positions, losses_on = bucket_losses(on, rows["weights"], config.eval.buckets)
             _, losses_off = bucket_losses(off, rows["weights"], config.eval.buckets)
             return {"positions": positions, "ttt_on": losses_on, "ttt_off": losses_off}
 
-        with MetricsLogger(
-            config, config.run_dir, total_steps=config.steps, start_step=step, enabled=main_process
-        ) as logger:
+        with (
+            MetricsLogger(config, config.run_dir, total_steps=config.steps, start_step=step, enabled=main_process) as logger,
+            DocumentLog(config.run_dir, step, jax.process_index(), enabled=config.log.documents) as document_log,
+        ):
+            tell = logger.message
+            for text in warnings:
+                events(text, kind="start", step=step)
             if step:
                 logger.message(f"continuing {config.run_dir} from step {step}")
             if processes > 1:
                 logger.message(f"{processes} processes, {jax.device_count()} devices")
             start_step = clock_step = step
             clock, trained_tokens, trained_seconds = time.perf_counter(), 0, 0.0
+            stop.defer()  # from here on a signal waits for the end of a step
             while step < config.steps:
-                state, metrics = train_step(state, put_batch(next(loader), mesh, config.data.batch_size))
+                batch = timer.fetch(lambda: put_batch(next(loader), mesh, config.data.batch_size))
+                state, metrics = train_step(state, batch)
+                timer.dispatched(metrics["loss"])
+                if step == start_step and cache:
+                    cache.seal()
                 step += 1
+                events.step = step
+                if document_log.enabled:
+                    document_log.write(step, loader.documents(loader.pieces))
+                guard.watch(step, metrics, loader.pieces)
                 # Read once: a signal that comes later is for the next step. Signals reach processes at different steps, so
                 # several stop together where they wait for the device anyway.
-                stopping = stop.requested if processes == 1 else step % config.log.every == 0 and any_process(stop.requested)
-                periodic = config.checkpoint.every and step % config.checkpoint.every == 0
-                due_save = periodic or stopping or step == config.steps
-                if not (due_save or step % config.log.every == 0 or step == 1):
+                logged = step % config.log.every == 0
+                stopping = stop.requested if processes == 1 else logged and any_process(stop.requested)
+                due_save = saver.due(step) or stopping or step == config.steps
+                due_probe = config.log.probe_every and step % config.log.probe_every == 0
+                if due_save or due_probe or logged:
+                    guard.settle()
+                if guard.must_roll_back:
+                    saver.settle()
+                    state = recovery.roll_back(state, step)
+                    guard.rolled_back()
+                if not (due_save or due_probe or logged or step == 1):
                     logger.advance(step)
                     continue
-                scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                if not (np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"])):
-                    raise TrainingError(
-                        f"loss = {scalars['loss']} and gradient norm = {scalars['grad_norm']} at step {step}: not finite; "
-                        f"lower optimizer.lr = {config.optimizer.lr:g} or model.ttt.lr = {config.model.ttt.lr:g} and use "
-                        f"another name (the last checkpoint, step {checkpointer.latest_step()}, is untouched)"
-                    )
+                scalars = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "skipped"}
                 seconds, steps_done = time.perf_counter() - clock, step - clock_step
                 if clock_step > start_step:  # the first interval holds the compilation
                     trained_tokens += steps_done * tokens_per_step
@@ -135,40 +166,39 @@ def train(config: Config) -> None:
                         scalars["mfu"] = steps_done * flops_per_step / seconds / (peak * jax.device_count())
                 if memory := device_memory_bytes():
                     scalars["memory_bytes"] = memory
+                guard.check_fast_weights(step, scalars)
+                scalars |= {**timer.scalars(), "host_memory_bytes": host_memory_bytes()}
+                if due_probe:
+                    scalars |= probe(state.model)
                 if config.eval.every and step % config.eval.every == 0:
                     by_position = heldout()
                     scalars |= {f"heldout/{name}": float(np.mean(by_position[name])) for name in ("ttt_on", "ttt_off")}
                 logger.log(step, scalars)
-                if due_save:
-                    save(step)
+                what = step, state, loader.get_state(), recovery.notes(guard.in_a_row)
+                if stopping or step == config.steps:
+                    patience = 0 if stopping else config.checkpoint.wait_for_space
+                    save = functools.partial(saver.save_surely, *what, patience=patience, give_up=lambda: stop.requested)
+                    logger.log(step, timer.save(save))
+                elif (due_save and not guard.in_a_row) or (logged and saver.retry_due()):
+                    logger.log(step, timer.save(functools.partial(saver.save, *what)))
                 if stopping and step < config.steps:
                     by = stop.name or "another process"
                     logger.message(f"stopped by {by} after step {step}; run the same command again to continue")
                     return
                 clock, clock_step = time.perf_counter(), step
+                timer.restart()
+            stop.at_once()
             logger.message("evaluating held-out loss by position, TTT on and off")
             by_position = heldout()
+            if cache:
+                cache.seal()
 
     if main_process:
-        curve = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in row]
+        curve = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("loss") is not None]
         rate = trained_tokens / trained_seconds if trained_seconds else curve[-1].get("tokens_per_second")
         summary = {"steps": step, "tokens_per_second": rate, "loss_first": curve[0]["loss"], "loss_last": curve[-1]["loss"]}
         report = write_report(config.run_dir, config=config, heldout=by_position, curve=curve, summary=summary)
         print_report(report, config.run_dir)
-
-
-class StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and a clean exit; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested, self.name = False, ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Save and restore bit for bit, onto other meshes; one-line refusals; a kill during a save."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.checkpoint import Checkpointer, find_checkpoint, load_model_params, save_model_params
+from ttt_jax.checkpoint_files import find_damage
 from ttt_jax.config import CheckpointConfig, OptimizerConfig, ParamGroup
 from ttt_jax.errors import CheckpointError
 from ttt_jax.optimizer import make_optimizer
@@ -241,6 +244,99 @@ def test_damaged_checkpoint(tmp_path):
     assert "incomplete or damaged" in refusal(load_model_params, tmp_path, model)
     (tmp_path / "model" / "_METADATA").unlink()
     assert "incomplete or damaged" in refusal(load_model_params, tmp_path, model)
+
+
+def newest_of(folder, model, warned, **options):
+    with Checkpointer(folder, CheckpointConfig(keep=3), warned.append) as checkpointer:
+        return checkpointer.restore_newest(model=abstract(model), opt_state=abstract(state_of(model)), **options)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Steps 1, 2, 3, whose models have the seeds 1, 2, 3."""
+    with Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep=3)) as checkpointer:
+        for step in (1, 2, 3):
+            save(checkpointer, step, Model(seed=step))
+    return tmp_path / "checkpoints"
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(three):
+    model, warned = Model(), []
+    flip(three / "3/opt_state/_METADATA")
+    (three / "2/data_state/metadata").unlink()
+    assert newest_of(three, model, warned, before=1) is None
+    assert not warned
+    step, restored = newest_of(three, model, warned)
+    assert step == 1
+    assert_same_bits(restored.model, Model(seed=1))
+    assert restored.data_state == {"step": 1}
+    assert [text.replace(str(three), "") for text in warned] == [
+        "checkpoint /3: damaged (opt_state/_METADATA: its content changed since it was written); step 1 is used instead "
+        "(kept as 3.damaged)",
+        "checkpoint /2: damaged (data_state/metadata: missing); step 1 is used instead (kept as 2.damaged)",
+    ]
+    assert sorted(path.name for path in three.iterdir()) == ["1", "2.damaged", "3.damaged"]
+    with Checkpointer(three, CheckpointConfig(keep=3)) as checkpointer:  # its number is free again
+        save(checkpointer, 3, model)
+    assert sorted(path.name for path in three.iterdir()) == ["1", "2.damaged", "3", "3.damaged"]
+
+
+def test_when_all_are_damaged_nothing_is_touched(three):
+    for step in (1, 2, 3):
+        flip(three / f"{step}/extra/metadata")
+    message = refusal(newest_of, three, Model(), [])
+    assert "3: damaged (extra/metadata: its content changed since it was written), and no older one is intact" in message
+    assert sorted(path.name for path in three.iterdir()) == ["1", "2", "3"]
+
+
+def test_a_named_step_is_verified_too(three):
+    flip(three / "3/model/manifest.ocdbt")
+    with Checkpointer(three, CheckpointConfig(keep=3)) as checkpointer:
+        state = abstract(state_of(Model()))
+        assert "damaged (model/manifest.ocdbt: " in refusal(checkpointer.restore, 3, model=Model(), opt_state=state)
+    assert "damaged (model/manifest.ocdbt: " in refusal(load_model_params, three, Model())
+    flip(three / "2/opt_state/manifest.ocdbt")  # not read for the parameters
+    assert_same_bits(load_model_params(three / "2", abstract(Model())), Model(seed=2))
+
+
+def test_checksums_cannot_be_forged_into_other_folders(three):
+    path = three / "3/checksums.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"files": {}}))
+    assert find_damage(three / "3") == "checksums.json: does not match itself"
+    for text in ("", "[]", "{", '{"version": 1, "files": 3, "files_sha256": ""}', "null", "\0"):
+        path.write_text(text)
+        assert find_damage(three / "3").startswith("checksums.json: ")
+    files = {"../2/extra/metadata": {"bytes": 1, "sha256": ""}}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"version": 1, "files": files, "files_sha256": digest}))
+    assert find_damage(three / "3") == "checksums.json: names files outside of the checkpoint"
+
+
+def test_checkpoints_of_older_versions_have_no_checksums(three):
+    (three / "3/checksums.json").unlink()
+    warned = []
+    step, _ = newest_of(three, Model(), warned)
+    assert step == 3
+    assert "no checksums" in warned[0]
+    (three / "3/model/manifest.ocdbt").unlink()  # noticed all the same when it cannot be read
+    warned.clear()
+    assert newest_of(three, Model(), warned)[0] == 2
+    assert "3: damaged (" in warned[0]
+
+
+def test_a_removal_that_was_killed_is_finished(three):
+    (three / "1").rename(three / "1.deleting")
+    (three / "7.orbax-checkpoint-tmp").mkdir()
+    (three / "notes.deleting").mkdir()
+    Checkpointer(three, CheckpointConfig()).close()
+    assert sorted(path.name for path in three.iterdir()) == ["2", "3", "notes.deleting"]
 
 
 def test_folder_that_cannot_be_written(tmp_path):

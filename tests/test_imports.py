@@ -52,7 +52,7 @@ def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
 
 
 def test_config_is_light():
-    allowed = ("__future__", "dataclasses", "difflib", "re", "typing", "pathlib", "math", "yaml", "pydantic")
+    allowed = ("__future__", "dataclasses", "difflib", "functools", "os", "re", "typing", "pathlib", "math", "yaml", "pydantic")
     path = ROOT / "ttt_jax/config.py"
     assert not imports(path) - set(imports_any(path, *allowed, "ttt_jax.errors"))
     errors = ROOT / "ttt_jax/errors.py"

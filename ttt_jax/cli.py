@@ -35,7 +35,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ttt-jax")
 def cli() -> None:
-    """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan."""
+    """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan, report."""
 
 
 @cli.command(
@@ -323,14 +323,14 @@ def _read_ids(path: Path, option: str):
     """Rows of token ids. Never unpickles."""
     import numpy as np
 
+    from ttt_jax.npy_file import map_npy
+
     try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{option} {path}: not an integer array in .npy format ({reason}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
-        what = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{option} {path}: holds {what}; it must be an integer array [T] or [B, T]")
+        array = map_npy(path)
+    except ValueError as error:
+        raise UserError(f"{option} {path}: not an integer array in .npy format ({error}); write it with numpy.save") from None
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"{option} {path}: holds {array.dtype} {list(array.shape)}; it must be an integer array [T] or [B, T]")
     if not array.size:
         raise UserError(f"{option} {path}: holds no tokens; give at least one")
     return list(np.atleast_2d(np.asarray(array)))
@@ -367,6 +367,24 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     result = make_plan(config, target, prefill)
     print(json.dumps(dataclasses.asdict(result)) if as_json else describe(result))
     return 0 if result.fits else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+@cli.command(
+    epilog="""
+    ttt-jax report runs/books
+    ttt-jax report runs/books --out books.html
+    """
+)
+@click.argument("run", type=_EXISTING, metavar="RUN")
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html]")
+def report(run: Path, out: Path | None) -> None:
+    """One HTML page of a training run, finished or not: curves, warnings, quarantined records, configuration, environment."""
+    from ttt_jax.run_page import write_page
+
+    print(f"report: {write_page(run, out)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

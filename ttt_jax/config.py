@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 import re
 import typing
 from pathlib import Path
@@ -39,6 +41,7 @@ def _as_list(value: Any) -> Any:
 Layers = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
+MAX_YAML_BYTES = 1_000_000
 REMAT_NAMES = ("attention", "qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target")
 
 
@@ -112,6 +115,8 @@ class DataConfig:
     pack: bool = True  # several documents per row, each starting on a chunk boundary; False: one document per row
     shuffle: bool = True
     workers: NonNegative = 0  # grain worker processes
+    max_bad_records: Fraction = 0.01  # share of malformed records that are left out and listed; more of them stop the run
+    max_record_bytes: Positive = 1 << 30  # a longer record is malformed
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -163,11 +168,24 @@ class CheckpointConfig:
     every: NonNegative = 500  # steps between checkpoints; 0: only at the end
     keep: Positive = 2
     async_save: bool = True
+    wait_for_space: NonNegative = 600  # seconds for which the end of a run waits for disk space
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GuardConfig:
+    """What happens when a step is not finite, and when fast weights leave their range (docs/robustness.md)."""
+
+    skips: Positive = 5  # skipped steps in a row after which the run goes back to its last good checkpoint
+    rollbacks: NonNegative = 3  # times that a run goes back before it stops; raise it to let a stopped run go on
+    min_state_ratio: NonNegativeFloat = 1e-6  # warn when ||S||/||W|| of a TTT layer falls below it (collapse)
+    max_state_ratio: PositiveFloat = 3.0  # warn when it exceeds this (explosion); model.ttt.clip_norm limits each update
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LogConfig:
     every: Positive = 10
+    documents: bool = False  # write which documents each step held to documents.jsonl
+    probe_every: NonNegative = 100  # steps between two measurements of TTT on held-out rows (docs/telemetry.md); 0: never
     tensorboard: bool = True
     wandb: str | None = None  # project name; None: off
 
@@ -187,8 +205,9 @@ class Config:
 
     name: str = "default"
     runs_dir: str = "runs"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     steps: Positive = 100
+    compile_cache: str | None = "run"  # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
     init_from: str | None = None  # Hugging Face folder or run folder to start from; None: from scratch
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps all.
@@ -198,6 +217,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -232,14 +252,19 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
     """Build a config dataclass from nested dictionaries; a wrong field is a one-line `ConfigError`."""
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        return _adapter(cls).validate_python(tree)
     except ValidationError as error:
         raise ConfigError(_explain(cls, error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can hold."""
-    return TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
 
 
 def dump_yaml(config: Any) -> str:
@@ -283,21 +308,45 @@ def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, st
     return rows
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases: a few lines of them stand for gigabytes, and no config needs one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML. Raises yaml.YAMLError for everything that is wrong with the text."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        # From values that only look like dates or numbers, from wrong tags and from absurd nesting.
+        raise yaml.YAMLError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
 def _scalar(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--{key} {text!r}: not a YAML value; quote it or check its brackets") from None
+        raise ConfigError(f"--{key} {text[:60]!r}: not a YAML value; quote it or check its brackets") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, not an error, for names that no file system takes
         presets = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or f"no YAML file in {path.parent}"
         raise ConfigError(f"config {path}: no such file (there: {presets})")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"config {path}: more than {MAX_YAML_BYTES} bytes; give a config")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give a YAML file") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -370,11 +419,15 @@ def validate(config: Config) -> None:
         )
     if data.seq_len < 2:
         raise ConfigError(f"config field data.seq_len = {data.seq_len}: at least 2 tokens are needed to predict one")
+    guard = config.guard
+    if guard.min_state_ratio >= guard.max_state_ratio:
+        raise ConfigError(
+            f"config field guard.min_state_ratio = {guard.min_state_ratio:g}: must be below guard.max_state_ratio = "
+            f"{guard.max_state_ratio:g}"
+        )
     opt = config.optimizer
     if opt.warmup_steps is not None and opt.warmup_steps >= config.steps:
-        raise ConfigError(
-            f"config field optimizer.warmup_steps = {opt.warmup_steps}: must be below steps = {config.steps}"
-        )
+        raise ConfigError(f"config field optimizer.warmup_steps = {opt.warmup_steps}: must be below steps = {config.steps}")
     for group in opt.groups:
         try:
             re.compile(group.pattern)

@@ -10,10 +10,12 @@ Otherwise the job has one process. `TTT_JAX_TIMEOUT` is the number of seconds to
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 from ttt_jax.errors import ConfigError, TrainingError
 
@@ -75,6 +77,39 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.asarray(multihost_utils.process_allgather(np.asarray(flag))).any())
+
+
+def from_first_process(value: Any) -> Any:
+    """Process 0's value (what JSON can hold), on all processes. Waits for the slowest; one process gets `value` itself."""
+    # Without jax in the process there is no multi-process run; asking jax would initialise its backends.
+    if "jax" not in sys.modules or sys.modules["jax"].process_count() == 1:
+        return value
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if jax.process_index() == 0 else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode())
+
+
+def from_all_processes(value: Any) -> list[Any]:
+    """Every process' value (what JSON can hold), in their order, on all processes. Waits for the slowest."""
+    import jax
+
+    if jax.process_count() == 1:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
+    buffer = np.zeros(int(sizes.max()), np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(buffer))
+    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def read_explicit(env: Mapping[str, str]) -> tuple[str, int, int] | None:

@@ -11,6 +11,10 @@ from __future__ import annotations
 class UserError(ValueError):
     """Something the user can fix. The message is one line: what, its value, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        # A value that is quoted may hold line breaks, and could pass for another message.
+        super().__init__(message.replace("\n", "\\n").replace("\r", "\\r"))
+
 
 class ConfigError(UserError):
     """A configuration field is unknown, malformed or contradicts another one."""

@@ -35,6 +35,7 @@ class Context:
       keep_state: whether the caller wants the state back.
       capacity: slots of a full-attention KV cache; None lets it grow with the input.
       at_chunk_start, ends_chunk: what the caller knows of the chunk clock (`Transformer.hidden`).
+      probe: whether to measure what costs extra work, for telemetry.
       parallel: the parallel forms of attention and op; None on a single device.
     """
 
@@ -48,6 +49,7 @@ class Context:
     capacity: int | None = struct.field(pytree_node=False, default=None)
     at_chunk_start: bool = struct.field(pytree_node=False, default=False)
     ends_chunk: bool | None = struct.field(pytree_node=False, default=None)
+    probe: bool = struct.field(pytree_node=False, default=False)
     parallel: Parallel | None = struct.field(pytree_node=False, default=None)
 
     def pin(self, x_BTX, *axes: str | None) -> jax.Array:

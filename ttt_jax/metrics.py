@@ -7,6 +7,7 @@ and wandb are imported only when they are needed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
@@ -22,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from ttt_jax.config import Config, ModelConfig, to_dict
-from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.errors import ConfigError
+from ttt_jax.records import LineFile, truncate_metrics
 from ttt_jax.run_dir import METRICS_FILE, atomic_write_text
 
 # key of the scalar -> how the terminal shows it
@@ -42,9 +44,7 @@ class MetricsLogger:
     they are given. Keys may be nested by slashes, such as `ttt/layer_03/state_ratio`.
     """
 
-    def __init__(
-        self, config: Config, run_dir: str | Path, *, total_steps: int, start_step: int, enabled: bool = True
-    ) -> None:
+    def __init__(self, config: Config, run_dir: str | Path, *, total_steps: int, start_step: int, enabled: bool = True) -> None:
         """Args:
           total_steps, start_step: the run's last step, and the finished steps (0: a fresh start, old lines go).
           enabled: False on every process but the first: then nothing is written and nothing is printed.
@@ -67,7 +67,7 @@ class MetricsLogger:
             self._tensorboard = _open_tensorboard(run_dir / "tensorboard", start_step)
         if config.log.wandb is not None:
             self._wandb = _open_wandb(config, run_dir)
-        self._jsonl = path.open("a", encoding="utf-8")
+        self._jsonl = LineFile(path)
         if sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("step"),
@@ -86,15 +86,14 @@ class MetricsLogger:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
             self._live.stop()
         if self._jsonl is not None:
             self._jsonl.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # a full disk; metrics.jsonl has it all
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -104,11 +103,9 @@ class MetricsLogger:
             return
         values = {key: float(value) for key, value in scalars.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._jsonl.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._jsonl.flush()
+        self._jsonl.append({"step": step, **finite})
         if self._tensorboard is not None:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
+            self._to_tensorboard(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
         text = "  ".join(form.format(values[key]) for key, form in _SHOWN.items() if key in values)
@@ -118,6 +115,19 @@ class MetricsLogger:
                 self._live.update(self._display(text))
         elif text:
             print(f"step {step}/{self._total}  {text}", flush=True)
+
+    def _to_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
+        """tensorboardX writes in a thread; when a full disk kills it, its queue fills up and the next call never returns."""
+        assert self._tensorboard is not None
+        try:
+            if not self._tensorboard.file_writer.event_writer._worker.is_alive():
+                raise OSError("its writer has died, probably of a full disk")
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        except OSError as error:
+            self._tensorboard.file_writer.event_writer._closed = True  # nothing is left to do at exit
+            self._tensorboard = None
+            self.message(f"warning: TensorBoard is switched off until the next start ({error}); metrics.jsonl goes on")
 
     def advance(self, step: int) -> None:
         """Move the progress bar to a finished step that is not logged."""
@@ -135,30 +145,6 @@ class MetricsLogger:
         return Group(self._progress, Text(text, no_wrap=True, overflow="ellipsis"))
 
 
-def truncate_metrics(path: Path, start_step: int) -> None:
-    """Atomically drop the lines of `metrics.jsonl` after `start_step` (all for 0), and a line cut short by a kill.
-
-    Raises:
-      CheckpointError: a line other than the last is not a JSON object with a step.
-    """
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise CheckpointError(
-                f"metrics {path}, line {number}: not a JSON object with a step; repair or delete it"
-            ) from None
-        if start_step > 0 and step <= start_step:
-            kept.append(line + "\n")
-    atomic_write_text(path, "".join(kept))
-
-
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, oldest first."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -172,7 +158,7 @@ def _open_tensorboard(folder: Path, start_step: int) -> Any:
             "config field log.tensorboard = true: tensorboardX is missing; pip install tensorboardX, or set it false"
         ) from None
     # purge_step hides what an interrupted run has written after the step from which this one goes on.
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0, max_queue=10_000)
 
 
 def _open_wandb(config: Config, run_dir: Path) -> Any:

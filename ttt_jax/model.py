@@ -219,6 +219,7 @@ class Transformer(nnx.Module):
         capacity: int | None = None,
         at_chunk_start: bool = False,
         ends_chunk: bool | None = None,
+        probe: bool = False,
     ):
         """Final hidden states (after the last norm).
 
@@ -233,6 +234,7 @@ class Transformer(nnx.Module):
           at_chunk_start: the caller knows that every row that reads here stands at a chunk boundary: pieces then cost what a
             fresh start costs.
           ends_chunk: of a one-token step, whether it may complete a chunk of some row; None finds out on the device.
+          probe: of a fresh start, add "update_cosine_B" to the stats, which costs about one more update of one row.
 
         Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B", "update_norm_B"}}).
         Raises: UserError when packed rows meet a state.
@@ -263,6 +265,7 @@ class Transformer(nnx.Module):
             capacity=capacity,
             at_chunk_start=at_chunk_start,
             ends_chunk=ends_chunk,
+            probe=probe,
             parallel=self.runtime.parallel,
         )
         h_BTD, states, stats = embed_BTD, [], {}

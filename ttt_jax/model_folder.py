@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from ttt_jax.checkpoint import check_chunks
+from ttt_jax.checkpoint_trees import check_chunks
 from ttt_jax.config import ModelConfig, from_dict, to_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import tensor_names

@@ -178,6 +178,12 @@ def _norm(leaves: list[jax.Array]) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
 
 
+def updates_done(state: Any) -> Any:
+    """The number of updates behind an optimizer state (int32 scalar): what its schedule counts."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return next(leaf for keypath, leaf in leaves if param_path(keypath).endswith("schedule.count"))
+
+
 def state_shardings(state: Any, model: Any, scalar: jax.sharding.Sharding) -> Any:
     """Shardings for an optimizer state: each moment lies where its parameter lies, counters get `scalar`.
 
@@ -190,8 +196,7 @@ def state_shardings(state: Any, model: Any, scalar: jax.sharding.Sharding) -> An
       A tree of shardings with the structure of `state`, for `jax.jit(tx.init, out_shardings=...)`.
     """
     by_path = {
-        param_path(keypath): getattr(leaf, "sharding", leaf)
-        for keypath, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+        param_path(keypath): getattr(leaf, "sharding", leaf) for keypath, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
     }
 
     def pick(keypath: tuple[Any, ...], leaf: Any) -> jax.sharding.Sharding:

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_jax.attention import self_attention
 from ttt_jax.context_attention import attention_shard
 from ttt_jax.ops.context_parallel import in_place_ttt_shard, last_update_square, slice_rows
+from ttt_jax.ops.in_place_ttt import update_cosine
 from ttt_jax.ops.xla import accumulator
 from ttt_jax.sharding import mesh_axes, spec
 
@@ -124,6 +125,18 @@ class Parallel:
 
         in_specs = (P(rows, tokens, wide), P(rows, tokens, None), P())
         return self._map(local, in_specs, P())(z_BTF, v_BTD, lr)
+
+    def update_cosine(self, z_BTF, v_BTD, chunk_size: int, segment_ids_BT=None):
+        """`update_cosine` of the first sequence on each device, pairs of chunks on one device, averaged over the devices."""
+        rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
+        sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None
+
+        def local(z_BTF, v_BTD, ids_BT):
+            cosine = update_cosine(z_BTF, v_BTD, chunk_size, ids_BT, sum_F)
+            return jax.lax.pmean(cosine, axes) if (axes := _axes((rows, tokens))) else cosine
+
+        in_specs = (P(rows, tokens, wide), P(rows, tokens, None), P(rows, tokens))
+        return self._map(local, in_specs, P())(z_BTF, v_BTD, segment_ids_BT)
 
     def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool):
         """A function of the output weight and of tokens one by one, with every device on tokens of its own.

@@ -16,6 +16,7 @@ from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_nam
 from ttt_jax.model import Runtime, Transformer
 from ttt_jax.model_folder import OrbaxTensors, check_layout, is_model_folder, read_description
 from ttt_jax.paths import param_path
+from ttt_jax.tensor_files import inside
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
@@ -33,7 +34,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if not path.is_dir():
         raise CheckpointError(f"model {path}: no such folder; give a Hugging Face, converted or run folder")
-    has_tokenizer = (path / "tokenizer.json").is_file()
+    has_tokenizer = inside(path, "tokenizer.json").is_file()
     if is_model_folder(path):
         about = read_description(path)
         cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)

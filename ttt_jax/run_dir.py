@@ -1,6 +1,7 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
+              environment.json  quarantine.jsonl (if records were malformed)  compile_cache/  report.html (`ttt-jax report`)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
 This module imports no jax, unless several processes have to agree.
@@ -15,17 +16,19 @@ from typing import Any
 
 import yaml
 
-from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
+from ttt_jax.config import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
+from ttt_jax.distributed import from_first_process
 from ttt_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
 
 # Where and how the run is computed and watched, not what is learnt (up to rounding).
 _FREE = (
-    "name", "runs_dir", "remat_save", "mesh", "checkpoint", "log", "eval", "data.workers", "model.ttt.implementation",
-    "optimizer.accumulate",
+    "name", "runs_dir", "remat_save", "mesh", "checkpoint", "guard", "log", "eval", "data.workers", "model.ttt.implementation",
+    "optimizer.accumulate", "data.max_bad_records", "compile_cache",
 )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ def prepare_run_dir(config: Config) -> bool:
             answer["resuming"] = _prepare(config)
         except CheckpointError as error:
             answer["error"] = str(error)[:2000]
-    answer = _broadcast(answer)
+    answer = from_first_process(answer)
     if "error" in answer:
         raise CheckpointError(answer["error"])
     return answer["resuming"]
@@ -98,7 +101,9 @@ def read_run_config(run_dir: str | Path) -> Config:
     """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
     path = Path(run_dir) / CONFIG_FILE
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} has more than {MAX_YAML_BYTES} bytes")
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
         return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
     except FileNotFoundError:
         raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run") from None
@@ -106,9 +111,7 @@ def read_run_config(run_dir: str | Path) -> Config:
         raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it"
-        ) from None
+        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it") from None
 
 
 def _check_same_curve(run_dir: Path, config: Config) -> None:
@@ -164,15 +167,3 @@ def _process_count() -> int:
     if "jax" not in sys.modules:
         return 1
     return sys.modules["jax"].process_count()
-
-
-def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
-    """Process 0's JSON object, on every process."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    text = json.dumps(answer).encode()  # ASCII, so far below the size
-    buffer = np.zeros(1 << 14, np.uint8)
-    buffer[: len(text)] = np.frombuffer(text, np.uint8)
-    buffer = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
-    return json.loads(bytes(buffer).rstrip(b"\0").decode())

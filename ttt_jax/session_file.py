@@ -242,7 +242,15 @@ def _manifest(path: Path, metadata: dict[str, str] | None, model: Transformer) -
         raise CheckpointError(f"session {path}: not a session of ttt_jax; give a file that an earlier --session wrote")
     if metadata.get("manifest_crc32") != str(zlib.crc32(text.encode())):
         raise _damaged(path, "the checksum of its manifest does not match")
-    manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _damaged(path, "its manifest is not JSON") from None
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "its manifest is not an object")
+    kinds = {"model": str, "compute_dtype": str, "ttt": bool, "crc32": dict}
+    if manifest.get("format") == FORMAT and any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        raise _damaged(path, "its manifest lacks a field")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"session {path}: its format is {manifest.get('format')!r}, this version reads {FORMAT!r}")
     if manifest["compute_dtype"] != model.runtime.dtype:

@@ -16,7 +16,14 @@ import optax
 from ttt_jax.config import Config, validate_context
 from ttt_jax.loss import cross_entropy, token_nll
 from ttt_jax.model import Runtime, Transformer
-from ttt_jax.optimizer import gradient_norm, learning_rate, make_optimizer, state_shardings, ttt_lr_scale
+from ttt_jax.optimizer import (
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    state_shardings,
+    ttt_lr_scale,
+    updates_done,
+)
 from ttt_jax.parallel import make_parallel
 from ttt_jax.sharding import Mesh, NamedSharding, batch_sharding, model_shardings, replicated
 
@@ -24,7 +31,7 @@ Batch = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. `step` counts finished updates (int32)."""
+    """Everything that training changes. `step` counts batches (int32), skipped ones too; the optimizer counts its updates."""
 
     model: Any  # Transformer; its abstract twin in `abstract_state`
     opt_state: Any
@@ -52,9 +59,7 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.Gradie
     with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     opt_placed = state_shardings(opt_state, placed, replicated(mesh))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    state = TrainState(
-        jax.tree.map(with_sharding, model, placed), jax.tree.map(with_sharding, opt_state, opt_placed), step
-    )
+    state = TrainState(jax.tree.map(with_sharding, model, placed), jax.tree.map(with_sharding, opt_state, opt_placed), step)
     return state, tx
 
 
@@ -76,8 +81,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
-    Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, and for each TTT layer the mean
-    over rows of ||S||/||W|| after the row and of the norm of the last update.
+    A step whose loss or gradient norm is not finite is skipped: parameters and optimizer state, its counts included, stay.
+
+    Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, skipped (1 or 0: this step),
+    skipped_steps (all of them so far), and for each TTT layer the mean over rows of ||S||/||W|| after the row and of the
+    norm of the last update.
     """
     schedule, optimizer = learning_rate(config.optimizer, config.steps), config.optimizer
 
@@ -110,20 +118,31 @@ def make_train_step(
         return loss, stats, grads
 
     def train_step(state: TrainState, batch: Batch):
-        scale = 1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, state.step)
+        updates_before = updates_done(state.opt_state)
+        scale = 1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, updates_before)
         loss, stats, grads = gradients(state.model, batch, scale)
+        norm = gradient_norm(optimizer, grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
+            model, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(jnp.broadcast_to(finite, new.shape), new, old),
+                (model, opt_state),
+                (state.model, state.opt_state),
+            )
+        step = state.step + 1
         metrics = {
             "loss": loss,
-            "grad_norm": gradient_norm(optimizer, grads),
-            "learning_rate": schedule(state.step),
+            "grad_norm": norm,
+            "learning_rate": schedule(updates_before),
+            "skipped": (~finite).astype(jnp.float32),
+            "skipped_steps": (step - updates_done(opt_state)).astype(jnp.float32),
         }
         for layer, stat in stats.items():
             metrics[f"ttt/layer_{layer:02d}/state_ratio"] = stat["state_ratio_B"].mean()
             metrics[f"ttt/layer_{layer:02d}/update_norm"] = stat["update_norm_B"].mean()
-        return TrainState(model, opt_state, state.step + 1), metrics
+        return TrainState(model, opt_state, step), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -154,23 +173,31 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None =
     return {name: put(x) for name, x in batch.items()}
 
 
-def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], jax.Array]:
-    """A jitted `(model, batch, ttt_scale) -> nll_BT`, float32 and replicated. Scale 1 is TTT on, 0 off: one program."""
+def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is TTT on, 0 off: one program.
+
+    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of successive updates.
+    """
 
     def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
-        h_BTD, _, _ = model.hidden(
-            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale
+        h_BTD, _, stats = model.hidden(
+            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale, probe=True
         )
         tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
         nll_BT = token_nll(*tokens) if parallel is None else parallel.over_tokens(token_nll, *tokens, total=False)
-        return nll_BT.astype(jnp.float32)
+        means = {
+            f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
+            for layer, stat in stats.items()
+            for name in ("state_ratio", "update_cosine")
+        }
+        return nll_BT.astype(jnp.float32), means
 
     out: NamedSharding = replicated(mesh)
     return jax.jit(nll, out_shardings=out)
 
 
 def evaluate_by_position(
-    nll: Callable[[Transformer, Batch, jax.Array], jax.Array],
+    nll: Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, Any]],
     model: Transformer,
     rows: dict[str, np.ndarray],
     mesh: Mesh,
@@ -185,10 +212,8 @@ def evaluate_by_position(
     results: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for start in range(0, R, batch_size):
         index = np.arange(start, start + batch_size) % R
-        batch = {
-            name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()
-        }
+        batch = {name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()}
         for out, scale in zip(results, (1.0, 0.0), strict=True):
-            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))))
+            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))[0]))
     on, off = (np.concatenate(parts)[:R] for parts in results)
     return on, off

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.config import ModelConfig
 from ttt_jax.layers import Context, linear, param
-from ttt_jax.ops import in_place_ttt, update_norm
+from ttt_jax.ops import in_place_ttt, update_cosine, update_norm
 from ttt_jax.ops.xla import accumulator, precision_for
 from ttt_jax.parallel import Parallel
 
@@ -179,6 +179,9 @@ class MLP(nnx.Module):
         S_BDF = None if state is None else state.S_BDF
         y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, parallel)
         stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
+        if ctx.probe:
+            cosine = update_cosine if parallel is None else parallel.update_cosine
+            stats["update_cosine_B"] = jnp.broadcast_to(cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT), (B,))
         if not ctx.keep_state:
             return y_BTD, None, stats
         if whole_B is None and T % C == 0:  # nothing is pending

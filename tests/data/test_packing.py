@@ -13,6 +13,7 @@ from ttt_jax.data import load_tokenizer, make_loader
 from ttt_jax.data.cache import TokenArray
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.data.packing import PackedRows, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.quarantine import Rejected
 
 PAD = 999_999
 
@@ -26,6 +27,7 @@ def make_corpus(lengths: list[int]) -> Corpus:
         start_N=np.cumsum(length_N) - length_N,
         length_N=length_N,
         key_N=np.arange(len(lengths), dtype=np.uint64),
+        rejected=Rejected(),
         has_text=False,
         label="test",
     )
@@ -186,3 +188,18 @@ def test_packing_wastes_little():
     plan = SlotPlan(order, table, 0, 1)
     used = [sum(int(table.aligned_P[order[place]]) for place in plan.next_row()) for _ in range(500)]
     assert np.mean(used) / 1024 > 0.94
+
+
+def test_no_row_waits_for_ever(monkeypatch):
+    """A piece of 40 in rows of 64 among pieces of 50 and 10: the tens go to the fuller rows, and it would never leave."""
+    corpus = make_corpus([40, *[50, 50, 10] * 40])
+    table = cut_pieces(corpus, row_length=64, chunk=1, pack=True, vocab_size=10**9, pad_id=0)
+    order = grain.MapDataset.range(len(table)).repeat(None)
+
+    def first_row_of_piece_0(patience):
+        monkeypatch.setattr("ttt_jax.data.packing.PATIENCE", patience)
+        plan = SlotPlan(order, table, 0, 1)
+        return next((n for n in range(70) if 0 in plan.next_row()), None)
+
+    assert first_row_of_piece_0(10**9) is None
+    assert first_row_of_piece_0(30) < 30

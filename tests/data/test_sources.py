@@ -62,6 +62,12 @@ def npy_bytes(ids: list[int]) -> bytes:
     return stream.getvalue()
 
 
+def parquet_bytes(texts: list[str]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": texts}), stream)
+    return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("suffix", "compress"),
     [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
@@ -123,16 +129,11 @@ def test_explicit_format_and_several_entries(tmp_path):
     assert texts_of(config) == TEXTS
 
 
-def test_bytes_that_are_not_utf8_are_kept(tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert documents_of(config_of(tmp_path)) == [[*b"caf\xe9", 256]]
-
-
 def test_eos_and_min_document(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(jsonl(["", "a", "bb", "ccc"]))
-    assert documents_of(config_of(path)) == [[97, 256], [98, 98, 256], [99, 99, 99, 256]]  # one token predicts nothing
-    assert documents_of(config_of(path, data__eos=False)) == [[98, 98], [99, 99, 99]]
+    path.write_bytes(jsonl(["a", "bb", "ccc"]))
+    assert documents_of(config_of(path)) == [[97, 256], [98, 98, 256], [99, 99, 99, 256]]
+    assert documents_of(config_of(path, data__eos=False)) == [[98, 98], [99, 99, 99]]  # one token predicts nothing
     assert documents_of(config_of(path, data__min_document=4)) == [[99, 99, 99, 256]]
 
 
@@ -167,9 +168,9 @@ def test_unfinished_cache_files_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("TTT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "MEMORY_LIMIT", 64)
     monkeypatch.setattr(corpus, "_BATCH_BYTES", 100)
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(jsonl(TEXTS * 5) + b"broken\n")
-    with pytest.raises(DataError, match="line 22 is not JSON"):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(TEXTS * 5))[:-4])
+    with pytest.raises(DataError, match="cannot be read beyond its first 20 records"):
         documents_of(config_of(path))
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -190,16 +191,22 @@ BAD_FILES = [
     ("a.jsonl", lambda p: write(p, b'{"text": "ok"}\n{"body": "x"}\n'), r"line 2 has no field 'text' \(fields: body\)"),
     ("a.jsonl", lambda p: write(p, b'{"text": 3}\n'), "field 'text' is a int, not a string"),
     ("a.jsonl", lambda p: write(p, b"[1]\n"), "line 1 is a list, not an object"),
-    ("a.jsonl", lambda p: write(p, b'{"text": "\xff"}\n'), "line 1 is not JSON"),
+    ("a.jsonl", lambda p: write(p, b'{"text": "\xff"}\n'), "line 1 is not UTF-8 at byte 10"),
+    ("a.jsonl", lambda p: write(p, b'{"text": " "}\n'), "line 1 has an empty text"),
+    ("a.jsonl", lambda p: write(p, b'{"text": "cut sh'), "line 1 is not JSON .* has no end: the file may be cut short"),
+    ("a.jsonl", lambda p: write(p, b"[" * 100_000), "line 1 is not JSON"),
     ("a.jsonl", lambda p: write(p, b""), "empty"),
     ("a.jsonl.gz", lambda p: write(p, b"not gzip"), "cannot be read"),
     ("a.jsonl.gz", lambda p: write(p, gzip.compress(jsonl(TEXTS))[:-12]), "cannot be read"),
     ("a.jsonl.xz", lambda p: write(p, b"not xz"), "cannot be read"),
+    ("a.jsonl.xz", lambda p: write(p, lzma.compress(jsonl(TEXTS))[:-9]), "cannot be read"),
     ("a.jsonl.zst", lambda p: write(p, b"not zst"), "cannot be read"),
+    ("a.jsonl.zst", lambda p: write(p, zstandard.ZstdCompressor().compress(jsonl(TEXTS))[:-5]), "cannot be read"),
+    ("a.txt", lambda p: write(p, b"caf\xe9"), "the file is not UTF-8 at byte 3"),
     ("a.parquet", lambda p: write(p, b"not parquet"), "not a readable Parquet file"),
     ("a.parquet", lambda p: pq.write_table(pa.table({"n": [1]}), p), r"no column 'text' \(columns: n\)"),
     ("a.parquet", lambda p: pq.write_table(pa.table({"text": [1]}), p), "column 'text' holds int64"),
-    ("a.parquet", lambda p: pq.write_table(pa.table({"text": ["a", None]}), p), "row 1: 'text' is null"),
+    ("a.parquet", lambda p: pq.write_table(pa.table({"text": ["a", None]}), p), "row 1 has a null 'text'"),
     ("a.arrayrecord", lambda p: write(p, b"not a record file"), "not a readable ArrayRecord file"),
     ("a.arrayrecord", lambda p: write_arrayrecord(p, [npy_bytes([1, 2])[:-3]]), "damaged"),
     ("a.arrayrecord", lambda p: write_arrayrecord(p, [npy_bytes([1, 999])]), "token id 999 is outside"),
@@ -211,6 +218,10 @@ BAD_FILES = [
     ("a.npy", lambda p: save(p, np.array([1, -1])), "token id -1 is outside"),
     ("a.npy", lambda p: save(p, np.zeros(0, int)), "empty|not a readable"),
     ("a.npy", lambda p: write(p, b"junk"), "not a readable .npy file"),
+    ("a.npy", lambda p: write(p, npy_bytes(list(range(100)))[:-1]), "not a readable .npy file"),
+    ("a.parquet", lambda p: write(p, parquet_bytes(TEXTS)[:-8]), "not a readable Parquet file"),
+    ("a.arrayrecord", lambda p: write_arrayrecord(p, [b"ok", b""]), "record 1 has an empty text"),
+    ("a.arrayrecord", lambda p: write_arrayrecord(p, [b"\xff"]), "record 0 is not UTF-8"),
     ("a.txt", lambda p: write(p, b""), "empty: none of its 1 documents has 2 tokens or more"),
 ]
 

@@ -1,6 +1,16 @@
 """Data: files to documents, documents to tokens, tokens to packed rows."""
 
-from ttt_jax.data.loader import Batch, DataSummary, Loader, check_data, heldout_rows, make_loader
+from ttt_jax.data.loader import (
+    Batch,
+    DataSummary,
+    Loader,
+    Piece,
+    check_data,
+    heldout_rows,
+    make_loader,
+    rejected_records,
+)
+from ttt_jax.data.quarantine import Rejected, write_quarantine
 from ttt_jax.data.tokenizer import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -9,9 +19,13 @@ __all__ = [
     "DataSummary",
     "JsonTokenizer",
     "Loader",
+    "Piece",
+    "Rejected",
     "Tokenizer",
     "check_data",
     "heldout_rows",
     "load_tokenizer",
     "make_loader",
+    "rejected_records",
+    "write_quarantine",
 ]

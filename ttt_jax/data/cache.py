@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from ttt_jax.errors import DataError
+from ttt_jax.npy_file import map_npy
 
 MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
 
@@ -30,20 +32,41 @@ class TokenArray:
 
     def __init__(self, array: np.ndarray | None = None, *, path: Path | None = None, dtype: str | None = None) -> None:
         self._array, self._path, self._dtype = array, path, dtype
+        self._bytes = 0  # of the file when it was mapped
 
-    @property
-    def array(self) -> np.ndarray:
-        """The tokens, `[total]`."""
-        if self._array is None:
-            assert self._path is not None
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens `start` to `start + length`; a view where they are mapped.
+
+        Raises: DataError naming the file when it has vanished or become shorter since it was opened.
+        """
+        array = self._open() if self._array is None else self._array
+        if self._path is not None:
+            # Touching a page behind the end of a file kills the process, so its length is asked for before each read.
+            size = self._bytes
+            with contextlib.suppress(FileNotFoundError):  # a file that was removed stays whole where it is mapped
+                size = self._path.stat().st_size
+            if size < self._bytes or start + length > len(array):
+                raise DataError(
+                    f"data file {self._path}: became shorter during the run; restore it and run the same command again"
+                )
+        return array[start : start + length]
+
+    def _open(self) -> np.ndarray:
+        assert self._path is not None
+        try:
+            self._bytes = self._path.stat().st_size
             if self._dtype is None:
-                self._array = np.load(self._path, mmap_mode="r", allow_pickle=False).reshape(-1)
+                self._array = map_npy(self._path).reshape(-1)
             else:
                 self._array = np.memmap(self._path, dtype=self._dtype, mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise DataError(f"data file {self._path}: vanished or cut short during the run ({reason}); restore it") from None
         return self._array
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_array": self._array if self._path is None else None, "_path": self._path, "_dtype": self._dtype}
+        array = self._array if self._path is None else None
+        return {"_array": array, "_path": self._path, "_dtype": self._dtype, "_bytes": 0}
 
 
 class TokenWriter:
@@ -71,8 +94,8 @@ class TokenWriter:
         if self._pending > MEMORY_LIMIT:
             self._spill()
 
-    def finish(self, length_N: np.ndarray, key_N: np.ndarray, has_text: bool) -> TokenArray:
-        """All tokens; the documents' lengths and keys are kept beside them when they went to a file."""
+    def finish(self, length_N: np.ndarray, **columns: Any) -> TokenArray:
+        """All tokens; the documents' lengths and the other arrays are kept beside them when they went to a file."""
         if self._file is None:
             return TokenArray(np.concatenate([np.empty(0, self._dtype), *self._blocks]))
         self._spill()
@@ -80,7 +103,7 @@ class TokenWriter:
         tokens, index = _paths(self._key)
         partial = Path(self._file.name)
         partial_index = partial.with_suffix(".npz")
-        np.savez(partial_index, length_N=length_N, key_N=key_N, has_text=has_text)
+        np.savez(partial_index, length_N=length_N, **columns)
         partial.replace(tokens)
         partial_index.replace(index)  # last and atomically: its presence says that the tokens are complete
         return TokenArray(path=tokens, dtype=self._dtype.str)
@@ -103,25 +126,23 @@ class TokenWriter:
     def __enter__(self) -> TokenWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
 
 
-def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, np.ndarray, np.ndarray, bool] | None:
-    """What `TokenWriter` kept under `key`: tokens, length_N, key_N, has_text; None when there is nothing complete."""
+def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.ndarray]] | None:
+    """What `TokenWriter` kept under `key`: tokens and the other arrays; None when there is nothing complete."""
     tokens, index = _paths(key)
     try:
-        with np.load(index, allow_pickle=False) as saved:
-            length_N, key_N, has_text = saved["length_N"], saved["key_N"], bool(saved["has_text"])
-        if tokens.stat().st_size != int(length_N.sum()) * dtype.itemsize:
+        with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # numpy closes no damaged file
+            arrays = dict(saved)
+        if tokens.stat().st_size != int(arrays["length_N"].sum()) * dtype.itemsize:
             return None
-    except (OSError, ValueError, KeyError):  # absent or damaged: the caller builds it again
+    except Exception:  # absent, or damaged in one of zip's and numpy's many ways: built again
         return None
-    return TokenArray(path=tokens, dtype=dtype.str), length_N, key_N, has_text
+    return TokenArray(path=tokens, dtype=dtype.str), arrays
 
 
 def _paths(key: str) -> tuple[Path, Path]:

@@ -11,17 +11,19 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttt_jax.config import Config
 from ttt_jax.data.cache import TokenArray, TokenWriter, load_cached
 from ttt_jax.data.progress import TokenProgress
-from ttt_jax.data.sources import SourceFile, find_files, open_npy, read_documents
+from ttt_jax.data.quarantine import BadRecord, Rejected, Rejects
+from ttt_jax.data.sources import Record, SourceFile, find_files, open_npy, read_documents
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
+_CACHE_VERSION = 2  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
 _CHECK_TOKENS = 1 << 30  # tokens of one .npy file that are checked up front; the rest is checked when it is read
 _recent: collections.OrderedDict[str, Corpus] = collections.OrderedDict()  # train and held-out share one corpus
@@ -36,7 +38,8 @@ class Corpus:
       array_N: int32, which of `arrays` a document lies in.
       start_N: int64, its first token there.
       length_N: int64, its number of tokens.
-      key_N: uint64, a hash of its identity (file name in the corpus, and index in the file).
+      key_N: uint64, a hash of its identity (file name in the corpus, and index in the file); `locate` inverts it.
+      rejected: the malformed records, which were left out.
       has_text: whether any document went through the tokenizer.
       label: the config field and value that errors name.
     """
@@ -46,6 +49,7 @@ class Corpus:
     start_N: np.ndarray
     length_N: np.ndarray
     key_N: np.ndarray
+    rejected: Rejected
     has_text: bool
     label: str
 
@@ -55,7 +59,7 @@ class Corpus:
     def tokens(self, document: int, start: int, length: int) -> np.ndarray:
         """Tokens `start` to `start + length` of a document, in the array's own integer dtype, `[length]`."""
         first = int(self.start_N[document]) + start
-        return self.arrays[self.array_N[document]].array[first : first + length]
+        return self.arrays[self.array_N[document]].read(first, length)
 
     def select(self, keep_N: np.ndarray) -> Corpus:
         """The documents where the boolean `keep_N` is true."""
@@ -73,12 +77,13 @@ def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.trai
     Tokenised documents end with the end token if `data.eos`; pre-tokenised ones are taken as they are.
 
     Raises:
-      DataError: one line, for anything wrong with the files or with the ids in them.
+      DataError: one line, for anything wrong with the files or with the ids in them, and when more than
+        `data.max_bad_records` of their records are malformed.
     """
-    data, vocab_size = config.data, config.model.vocab_size
+    data = config.data
     entries = getattr(data, field.rpartition(".")[2])
     files = find_files(entries, field=field, format=data.format)
-    key = _key(files, [field, data.text_field, data.eos, data.min_document, tokenizer.fingerprint, vocab_size])
+    key = _key(files, [field, *_text_settings(config, tokenizer), data.min_document, data.max_bad_records])
     if key not in _recent:
         _recent[key] = _build(config, tokenizer, files, f"config field {field} = {', '.join(map(repr, entries))}")
         while len(_recent) > 2:
@@ -107,23 +112,32 @@ def split_corpus(config: Config, corpus: Corpus) -> tuple[Corpus, Corpus]:
 # --------------------------------------------------------------------------------------------------------- building
 
 
+class _Part(NamedTuple):
+    """The documents of some files in one flat array."""
+
+    tokens: TokenArray
+    length_N: np.ndarray
+    key_N: np.ndarray
+    rejected: Rejected = Rejected()
+    has_text: bool = False
+
+
 def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label: str) -> Corpus:
     text = [file for file in files if file.format != "npy"]
     mapped = [file for file in files if file.format == "npy"]
-    parts: list[tuple[TokenArray, np.ndarray, np.ndarray]] = []  # array, length_N, key_N
-    has_text = False
-    if text:
-        array, length_N, key_N, has_text = _tokenise(config, tokenizer, text)
-        parts.append((array, length_N, key_N))
+    parts = [_tokenise(config, tokenizer, text)] if text else []
     parts += [_map_npy(file, config.model.vocab_size) for file in mapped]
-    length_N = np.concatenate([part[1] for part in parts])
+    rejected = parts[0].rejected
+    rejected.check(label, config.data.max_bad_records)
+    length_N = np.concatenate([part.length_N for part in parts])
     corpus = Corpus(
-        arrays=tuple(part[0] for part in parts),
-        array_N=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[1]) for part in parts]),
-        start_N=np.concatenate([np.cumsum(part[1]) - part[1] for part in parts]),
+        arrays=tuple(part.tokens for part in parts),
+        array_N=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.length_N) for part in parts]),
+        start_N=np.concatenate([np.cumsum(part.length_N) - part.length_N for part in parts]),
         length_N=length_N,
-        key_N=np.concatenate([part[2] for part in parts]),
-        has_text=has_text,
+        key_N=np.concatenate([part.key_N for part in parts]),
+        rejected=rejected,
+        has_text=parts[0].has_text,
         label=label,
     )
     # One token alone predicts nothing, and a row without any target would make a mean loss 0/0.
@@ -135,23 +149,28 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
     return corpus
 
 
-def _tokenise(
-    config: Config, tokenizer: Tokenizer, files: list[SourceFile]
-) -> tuple[TokenArray, np.ndarray, np.ndarray, bool]:
-    """One flat array of all documents of `files`, their lengths and identity hashes, and whether any was text."""
+def _text_settings(config: Config, tokenizer: Tokenizer) -> list[Any]:
+    """What the tokens of a text depend on, and how they are kept."""
+    data = config.data
+    vocabulary = (tokenizer.fingerprint, tokenizer.eos_id, config.model.vocab_size)
+    return [_CACHE_VERSION, data.text_field, data.eos, data.max_record_bytes, *vocabulary]
+
+
+def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> _Part:
     data, vocab_size = config.data, config.model.vocab_size
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    key = _key(files, [data.text_field, data.eos, tokenizer.fingerprint, vocab_size, tokenizer.eos_id])
-    cached = load_cached(key, dtype)
-    if cached is not None:
+    key = _key(files, _text_settings(config, tokenizer))
+    if (cached := _cached_part(key, dtype)) is not None:
         return cached
     lengths: list[int] = []
     keys: list[np.ndarray] = []
     has_text = False
+    rejects = Rejects(data.max_bad_records)
     with TokenWriter(key, dtype) as writer, TokenProgress("Tokenising") as progress:
         for file in files:
-            before = len(lengths)
-            for batch in _batches(read_documents(file, text_field=data.text_field)):
+            index: list[int] = []
+            read = read_documents(file, text_field=data.text_field, max_bytes=data.max_record_bytes)
+            for batch in _batches(_good(file, read, rejects, index)):
                 if isinstance(batch, np.ndarray):
                     _check_ids(file, batch, vocab_size)
                     documents, end = [batch], []
@@ -165,9 +184,36 @@ def _tokenise(
                     writer.append(ids, end)
                     lengths.append(len(ids) + len(end))
                 progress.add(sum(map(len, documents)))
-            keys.append(_keys(file, len(lengths) - before))
-        length_N, key_N = np.asarray(lengths, np.int64), np.concatenate(keys)
-        return writer.finish(length_N, key_N, has_text), length_N, key_N, has_text
+            keys.append(_keys(file, np.asarray(index, np.int64)))
+        columns = {"length_N": np.asarray(lengths, np.int64), "key_N": np.concatenate(keys)}
+        rejected = rejects.result()
+        packed = np.frombuffer(rejected.to_json().encode(), np.uint8)
+        tokens = writer.finish(**columns, rejected=packed, has_text=np.asarray(has_text))
+        return _Part(tokens, **columns, rejected=rejected, has_text=has_text)
+
+
+def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
+    """What an earlier run has tokenised; None when there is nothing, or it is damaged."""
+    if (cached := load_cached(key, dtype)) is None:
+        return None
+    tokens, arrays = cached
+    try:
+        columns = {name: arrays[name] for name in ("length_N", "key_N")}
+        rejected = Rejected.from_json(arrays["rejected"].tobytes().decode())
+        return _Part(tokens, **columns, rejected=rejected, has_text=bool(arrays["has_text"]))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _good(file: SourceFile, records: Iterator[Record], rejects: Rejects, index: list[int]) -> Iterator[bytes | np.ndarray]:
+    """The documents among a file's records. Bad records are counted in `rejects`; `index` gets each document's place."""
+    for number, record in enumerate(records):
+        if isinstance(record, BadRecord):
+            rejects.bad(file.path, file.label, record)
+        else:
+            rejects.good()
+            index.append(number)
+            yield record
 
 
 def _batches(documents: Iterator[bytes | np.ndarray]) -> Iterator[list[bytes] | np.ndarray]:
@@ -187,15 +233,15 @@ def _batches(documents: Iterator[bytes | np.ndarray]) -> Iterator[list[bytes] | 
         yield batch
 
 
-def _map_npy(file: SourceFile, vocab_size: int) -> tuple[TokenArray, np.ndarray, np.ndarray]:
+def _map_npy(file: SourceFile, vocab_size: int) -> _Part:
     array = open_npy(file)
     mappable = array.flags.c_contiguous  # a file in Fortran order is copied
     flat = array.reshape(-1)
     for start in range(0, min(flat.size, _CHECK_TOKENS), 1 << 24):
         _check_ids(file, flat[start : min(start + (1 << 24), _CHECK_TOKENS)], vocab_size)
     rows, width = (1, array.size) if array.ndim == 1 else array.shape
-    lengths = np.full(rows, width, np.int64)
-    return TokenArray(path=file.path) if mappable else TokenArray(flat), lengths, _keys(file, rows)
+    tokens = TokenArray(path=file.path) if mappable else TokenArray(flat)
+    return _Part(tokens, np.full(rows, width, np.int64), _keys(file, np.arange(rows, dtype=np.int64)))
 
 
 def _check_ids(file: SourceFile, ids: np.ndarray, vocab_size: int) -> None:
@@ -215,14 +261,52 @@ def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         raise DataError(f"config field data.eos = true: tokenizer {name!r} has no end token; set data.eos false")
 
 
-def _keys(file: SourceFile, count: int) -> np.ndarray:
-    """uint64 `[count]`: hashes of (file name, document index), uniform over 64 bits."""
-    seed = int.from_bytes(hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
+_STEP, _MIX1, _MIX2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _seed(file: SourceFile) -> np.uint64:
+    name = file.name.encode("utf-8", "surrogateescape")
+    return np.uint64(int.from_bytes(hashlib.sha256(name).digest()[:8], "little"))
+
+
+def _keys(file: SourceFile, index_N: np.ndarray) -> np.ndarray:
+    """uint64: hashes of (file name, index of the record in it), uniform over 64 bits."""
     # The finaliser of splitmix64: every bit of the result depends on every bit of the index; uint64 wraps around.
-    x = np.uint64(seed) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = _seed(file) + (index_N.astype(np.uint64) + np.uint64(1)) * _STEP
+    x = (x ^ (x >> np.uint64(30))) * _MIX1
+    x = (x ^ (x >> np.uint64(27))) * _MIX2
     return x ^ (x >> np.uint64(31))
+
+
+def locate(config: Config, key_K: np.ndarray) -> list[tuple[str, int]]:
+    """(file name, index of the record in it) of documents of `data.train`, by their keys.
+
+    The inverse of `_keys`, so that nothing is stored. A file that is gone since gives ("unknown file (key ...)", -1).
+    """
+    files = find_files(config.data.train, field="data.train", format=config.data.format)
+    mixed_K = _unshift(key_K, 31) * _inverse(_MIX2)
+    mixed_K = _unshift(mixed_K, 27) * _inverse(_MIX1)
+    mixed_K = _unshift(mixed_K, 30)
+    seed_F = np.array([_seed(file) for file in files], np.uint64)
+    found = []
+    for key, mixed in zip(key_K, mixed_K, strict=True):
+        index_F = (mixed - seed_F) * _inverse(_STEP) - np.uint64(1)  # a random 64-bit number for the other files
+        best = int(np.argmin(index_F))
+        index = int(index_F[best])
+        found.append((files[best].name, index) if index < 1 << 40 else (f"unknown file (key {int(key):016x})", -1))
+    return found
+
+
+def _unshift(x: np.ndarray, bits: int) -> np.ndarray:
+    """The y with y ^ (y >> bits) == x."""
+    y = x
+    for _ in range(64 // bits):
+        y = x ^ (y >> np.uint64(bits))
+    return y
+
+
+def _inverse(factor: np.uint64) -> np.uint64:
+    return np.uint64(pow(int(factor), -1, 1 << 64))
 
 
 def _key(files: list[SourceFile], settings: list[Any]) -> str:

@@ -10,14 +10,16 @@ import grain
 import numpy as np
 
 from ttt_jax.config import Config
-from ttt_jax.data.corpus import Corpus, load_corpus, split_corpus
-from ttt_jax.data.packing import OPEN_BINS, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.corpus import Corpus, load_corpus, locate, split_corpus
+from ttt_jax.data.packing import OPEN_BINS, PATIENCE, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.quarantine import Rejected
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
 _FIELDS = ("ids", "targets", "weights", "segment_ids", "positions")
 _STATE_VERSION = 1
+_DAMAGED = "data state: damaged; go on from another checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,17 @@ class DataSummary:
     train_tokens: int
     heldout_documents: int
     heldout_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where tokens of a batch come from."""
+
+    row: int  # of the global batch
+    file: str
+    document: int  # index of the record in the file, from 0, malformed ones counted (JSONL: of the lines that are not blank)
+    start: int  # first token in the document
+    tokens: int
 
 
 class Loader(Iterator[Batch]):
@@ -47,7 +60,7 @@ class Loader(Iterator[Batch]):
     def __init__(self, config: Config, table: PieceTable, *, tokenizer: Tokenizer, slots: Sequence[int]) -> None:
         data = config.data
         rows = len(slots)
-        self._table = table
+        self._config, self._table = config, table
         self._total_slots = data.batch_size
         self._slots = tuple(slots)
         # Each worker serves its own slots, so their number has to divide the rows; the stream does not depend on it.
@@ -65,10 +78,11 @@ class Loader(Iterator[Batch]):
             "data.shuffle": data.shuffle,
             "seed": config.seed,
             "model.ttt.chunk_size": _chunk(config),
-            "open rows": OPEN_BINS,
+            "open rows": [OPEN_BINS, PATIENCE],
         }
         self._rows_done = 0
         self._states: dict[int, dict[str, Any]] = {}
+        self._pieces: dict[int, list[int]] = {}
         self._rows: grain.DatasetIterator | None = None
 
     @property
@@ -86,8 +100,25 @@ class Loader(Iterator[Batch]):
                 raise RuntimeError(f"rows out of order: slot {row['slot']} came instead of {slot}")
             rows.append(row)
         self._states = {row["slot"]: row["state"] for row in rows}
+        self._pieces = {row["slot"]: row["pieces"] for row in rows}
         self._rows_done += 1
         return {name: np.stack([row[name] for row in rows]) for name in _FIELDS}
+
+    @property
+    def pieces(self) -> dict[int, list[int]]:
+        """Row of the global batch -> numbers of the pieces in it, for this process' rows of the last batch."""
+        return self._pieces
+
+    def documents(self, pieces: dict[int, list[int]]) -> list[Piece]:
+        """The documents behind `pieces`, in the order of rows and of places in a row."""
+        table = self._table
+        flat = [(row, piece) for row, numbers in sorted(pieces.items()) for piece in numbers]
+        document_P = table.document_P[[piece for _, piece in flat]] if flat else []
+        names = locate(self._config, table.corpus.key_N[document_P]) if flat else []
+        return [
+            Piece(row, file, index, int(table.start_P[piece]), int(table.length_P[piece]))
+            for (row, piece), (file, index) in zip(flat, names, strict=True)
+        ]
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands after the last batch; JSON-serialisable."""
@@ -109,25 +140,31 @@ class Loader(Iterator[Batch]):
         """
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             raise DataError("data state: not one of this version's; start a new run, or use the version that wrote it")
+        identity, done, slots = (state.get(name) for name in ("identity", "batches", "slots"))
+        if not isinstance(identity, dict) or not isinstance(slots, dict) or type(done) is not int or done < 0:
+            raise DataError(_DAMAGED)
         for name, value in self._identity.items():
-            if (before := state["identity"].get(name)) != value:
+            if (before := identity.get(name)) != value:
                 what = "the training documents or their tokens" if name == "data" else name
                 raise DataError(
                     f"data state: {what} changed since the checkpoint ({before} then, {value} now); restore the old "
                     "setting, or start a new run from the checkpoint's weights with init_from"
                 )
-        self.close()
-        self._rows_done = int(state["batches"])
-        self._states = {}
-        for slot in self._slots if self._rows_done else ():
+        states: dict[int, dict[str, Any]] = {}
+        for slot in self._slots if done else ():
             plan = SlotPlan(self._order, self._table, slot, self._total_slots)
-            known = state["slots"].get(str(slot))
+            known = slots.get(str(slot))
             if known is None:
-                for _ in range(self._rows_done):
+                for _ in range(done):
                     plan.next_row()
             else:
-                plan.set_state(known)
-            self._states[slot] = plan.get_state()
+                try:
+                    plan.set_state(known)
+                except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError):
+                    raise DataError(_DAMAGED) from None
+            states[slot] = plan.get_state()
+        self.close()
+        self._rows_done, self._states = done, states
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts them where the stream stands."""
@@ -168,9 +205,7 @@ def make_loader(
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index = {process_index}: must be from 0 to process_count - 1 = {process_count - 1}")
     if batch_size % process_count:
-        raise DataError(
-            f"config field data.batch_size = {batch_size}: must be a multiple of the {process_count} processes"
-        )
+        raise DataError(f"config field data.batch_size = {batch_size}: must be a multiple of the {process_count} processes")
     train, _ = _split(config, tokenizer)
     table = _table(config, tokenizer, train, pack=config.data.pack)
     share = batch_size // process_count
@@ -186,6 +221,12 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
     """
     train, heldout = _split(config, tokenizer)
     return DataSummary(len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum()))
+
+
+def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected]:
+    """Config field -> the malformed records of its files, for the loader's and the held-out rows' data."""
+    fields = ["data.train", *(["data.heldout"] if config.data.heldout else [])]
+    return {field: load_corpus(config, tokenizer, field=field).rejected for field in fields}
 
 
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:

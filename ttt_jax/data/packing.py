@@ -20,6 +20,7 @@ from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import DataError
 
 OPEN_BINS = 16  # partly filled rows per slot among which a piece may choose
+PATIENCE = 1024  # pieces of the slot after which an open row leaves as it is
 Order = Any  # an endless grain.MapDataset of piece numbers (whose own annotation lets every item be None)
 
 
@@ -73,9 +74,7 @@ def cut_pieces(corpus: Corpus, *, row_length: int, chunk: int, pack: bool, vocab
     return PieceTable(corpus, document_P, start_P, length_P, aligned_P, row_length, vocab_size, pad_id)
 
 
-def render_row(
-    pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length: int, pad_id: int
-) -> dict[str, np.ndarray]:
+def render_row(pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length: int, pad_id: int) -> dict[str, np.ndarray]:
     """Lay pieces out in one row.
 
     Args:
@@ -114,7 +113,9 @@ class SlotPlan:
     """The endless stream of rows of one slot, as numbers of pieces in the global order (no tokens are read).
 
     Best fit: a piece goes into the fullest open row that it fits; when it fits none of `OPEN_BINS`, the fullest leaves.
-    (With 16 open rows and lengths uniform up to the row, 95 % of the tokens are filled, against 93 % by first fit.)
+    A row that nothing fits leaves at once and one that has waited for `PATIENCE` pieces does too, or the emptiest rows would
+    keep their documents from ever being trained on. (With 16 open rows and lengths uniform up to the row, 95 % of the tokens
+    are filled, against 93 % by first fit.)
     """
 
     def __init__(self, order: Order, table: PieceTable, slot: int, slots: int) -> None:
@@ -127,10 +128,12 @@ class SlotPlan:
     def next_row(self) -> list[int]:
         """The places, in the global order, of the pieces of the next row."""
         while True:
+            if self._bins and self._next - self._bins[0][0] > PATIENCE * self._slots:  # the first was opened first
+                return self._emit(0)
             place = self._next
             self._next += self._slots
             size = int(self._aligned_P[self._order[place]])
-            if size == self._row_length:
+            if self._row_length - size < self._smallest:
                 return [place]
             fits = [i for i, free in enumerate(self._free) if size <= free]
             if fits:
@@ -155,17 +158,23 @@ class SlotPlan:
         return {"next": self._next, "bins": [list(places) for places in self._bins]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._next = int(state["next"])
-        self._bins = [[int(place) for place in places] for places in state["bins"]]
-        sizes = [[int(self._aligned_P[self._order[place]]) for place in places] for places in self._bins]
-        self._free = [self._row_length - sum(row) for row in sizes]
+        """Raises ValueError, KeyError or TypeError when the state cannot be one of `get_state`."""
+        following = int(state["next"])
+        bins = [[int(place) for place in places] for places in state["bins"]]
+        if following < 0 or len(bins) > OPEN_BINS or any(not 0 <= p < following for places in bins for p in places):
+            raise ValueError("places outside the order")
+        sizes = [[int(self._aligned_P[self._order[place]]) for place in places] for places in bins]
+        free = [self._row_length - sum(row) for row in sizes]
+        if any(not places for places in bins) or min(free, default=0) < 0:
+            raise ValueError("rows that are empty or too full")
+        self._next, self._bins, self._free = following, bins, free
 
 
 class PackedRows(grain.IterDataset):
     """Rows of some slots in turn: slot after slot, then the next row of each.
 
-    Every row carries its slot and the slot's state after it, so that the consumer knows the exact state of what it has
-    taken, however far worker processes have read ahead.
+    Every row carries its slot, the numbers of its pieces, and the slot's state after it, so that the consumer knows the
+    exact state of what it has taken, however far worker processes have read ahead.
     """
 
     def __init__(
@@ -207,7 +216,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         row = render_row(
             [table[i] for i in indices], [int(table.aligned_P[i]) for i in indices], table.row_length, table.pad_id
         )
-        return {**row, "slot": slot, "state": self._plans[slot].get_state()}
+        return {**row, "slot": slot, "pieces": [int(i) for i in indices], "state": self._plans[slot].get_state()}
 
     def get_state(self) -> dict[str, Any]:
         return {"turn": self._turn, "plans": {str(slot): plan.get_state() for slot, plan in self._plans.items()}}

@@ -1,7 +1,7 @@
 """Files to documents: which files a config names, and how each format is read.
 
 A document is `bytes` (UTF-8 text) or a 1-D integer array (already tokenised). Every reader goes through its file once,
-in order; `corpus.py` gives the random access.
+in order, and gives a `BadRecord` in the place of a record that is no document; `corpus.py` gives the random access.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from ttt_jax.data.quarantine import BadRecord, bad_record
 from ttt_jax.errors import DataError
+from ttt_jax.npy_file import map_npy, parse_npy
 
 try:
     import zstandard
@@ -40,6 +42,7 @@ _FORMATS = {
 # Of the standard library: tests, bundled third-party code, and generated or tabular modules.
 _STDLIB_SKIP = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings", "_bundled"}
 _NPY_MAGIC = b"\x93NUMPY"
+Record = bytes | np.ndarray | BadRecord
 # What the decompressors raise on a damaged file.
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError) + ((zstandard.ZstdError,) if zstandard else ())
 
@@ -82,7 +85,7 @@ def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[Sou
         path = Path(entry).expanduser()
         if entry == STDLIB:
             files += _stdlib(label)
-        elif path.is_dir():
+        elif os.path.isdir(path):  # False, not an error, for names that no file system takes
             found = [
                 SourceFile(child, child.relative_to(path).as_posix(), kind, label)
                 for child in _walk(path)
@@ -91,7 +94,7 @@ def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[Sou
             if not found:
                 raise DataError(f"{label}: the folder holds no file of data.format {format!r}; check both")
             files += found
-        elif path.is_file():
+        elif os.path.isfile(path):
             kind = _format_of(path) or "text" if format == "auto" else format
             files.append(SourceFile(path, path.name, kind, label))
         else:
@@ -99,24 +102,32 @@ def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[Sou
     return files
 
 
-def read_documents(file: SourceFile, *, text_field: str) -> Iterator[bytes | np.ndarray]:
-    """Every document of `file`, in order; for `npy` use `open_npy`.
+def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iterator[Record]:
+    """Every record of `file`, in order; for `npy` use `open_npy`.
+
+    Args:
+      max_bytes: a record with more bytes is a bad one.
 
     Raises:
-      DataError: the file cannot be read, or a record is not what its format says.
+      DataError: the file as a whole cannot be read to its end, or holds no texts.
     """
+    count = 0
     try:
         if file.format == "text":
-            with _open(file) as stream:
-                yield stream.read()
+            records = _read_text(file, max_bytes)
         elif file.format == "jsonl":
-            yield from _read_jsonl(file, text_field)
+            records = _read_jsonl(file, text_field, max_bytes)
         elif file.format == "parquet":
-            yield from _read_parquet(file, text_field)
+            records = _read_parquet(file, text_field, max_bytes)
         else:
-            yield from _read_arrayrecord(file)
+            records = _read_arrayrecord(file, max_bytes)
+        for record in records:
+            yield record
+            count += 1
+    except FileNotFoundError:
+        raise file.error("has vanished; restore the file") from None
     except _DAMAGE as error:
-        raise file.error(f"cannot be read ({_one_line(error)}); replace the file") from None
+        raise file.error(f"cannot be read beyond its first {count} records ({_one_line(error)}); replace the file") from None
 
 
 def open_npy(file: SourceFile) -> np.ndarray:
@@ -126,21 +137,21 @@ def open_npy(file: SourceFile) -> np.ndarray:
       DataError: not an `.npy` file, not integers, or more than two dimensions.
     """
     try:
-        array = np.load(file.path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise file.error(f"not a readable .npy file ({_one_line(error)}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise file.error("an .npz archive; save one array with numpy.save")
-    _check_token_array(file, array, max_dims=2)
+        array = map_npy(file.path)
+    except ValueError as error:
+        raise file.error(f"not a readable .npy file ({error}); write it with numpy.save") from None
+    if problem := _token_problem(array, max_dims=2):
+        raise file.error(problem)
     return array
 
 
-def _check_token_array(file: SourceFile, array: np.ndarray, max_dims: int) -> None:
+def _token_problem(array: np.ndarray, max_dims: int) -> str | None:
     if array.dtype.kind not in "iu":
-        raise file.error(f"token ids of dtype {array.dtype}; save them as an integer dtype such as uint32")
+        return f"token ids of dtype {array.dtype}; save them as an integer dtype such as uint32"
     if not 1 <= array.ndim <= max_dims:
         shapes = "[tokens]" if max_dims == 1 else "[tokens] or [documents, tokens]"
-        raise file.error(f"token ids of shape {list(array.shape)}; save them as {shapes}")
+        return f"token ids of shape {list(array.shape)}; save them as {shapes}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -206,36 +217,109 @@ def _open(file: SourceFile) -> IO[bytes]:
 def _open_zst(file: SourceFile) -> IO[bytes]:
     if zstandard is None:
         raise file.error("reading .zst needs the package zstandard; pip install zstandard")
-    raw = open(file.path, "rb")  # noqa: SIM115  (closed with the stream around it)
-    stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-    return io.BufferedReader(stream, 1 << 20)
+    return io.BufferedReader(_ZstStream(file.path), 1 << 20)
 
 
-def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[bytes]:
+class _ZstStream(io.RawIOBase):
+    """All frames of a .zst file. zstandard's own reader takes a file that is cut short for one that ends there."""
+
+    _PIECE = 1 << 12  # compressed bytes at a time: a block of zeros grows by a factor of 30,000
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._rest, self._ready = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._rest or self._file.read(self._PIECE)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("compressed file ended before the end of a frame")
+                return 0
+            if self._frame is None:
+                assert zstandard is not None
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(data)
+            self._rest = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _text(unit: str, number: int, text: bytes, max_bytes: int) -> bytes | BadRecord:
+    """A text, if it is one."""
+    if len(text) > max_bytes:
+        problem = f"has {len(text)} bytes or more, data.max_record_bytes = {max_bytes}"
+        return bad_record(unit, number, "too large", problem, text)
+    if not text.strip() and unit != "file":  # an empty file is an ordinary thing, an empty record is not
+        return bad_record(unit, number, "empty", "has an empty text", text)
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return bad_record(unit, number, "not UTF-8", f"is not UTF-8 at byte {error.start}", text)
+    return text
+
+
+def _read_text(file: SourceFile, max_bytes: int) -> Iterator[Record]:
     with _open(file) as stream:
-        for number, line in enumerate(iter(stream.readline, b""), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise file.error(f"line {number} is not JSON ({_one_line(error)}); fix the line") from None
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise file.error(f"line {number} {_missing(record, text_field)}")
-            yield text.encode("utf-8", errors="replace")
+        pieces, size = [], 0
+        while size <= max_bytes and (piece := stream.read(min(1 << 20, max_bytes + 1 - size))):
+            pieces.append(piece)
+            size += len(piece)
+        yield _text("file", 0, b"".join(pieces), max_bytes)
 
 
-def _missing(record: object, text_field: str) -> str:
+def _read_jsonl(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[Record]:
+    with _open(file) as stream:
+        number = 0
+        while line := stream.readline(max_bytes + 1):
+            number += 1
+            if len(line) > max_bytes and not line.endswith(b"\n"):
+                problem = f"has more bytes than data.max_record_bytes = {max_bytes}"
+                yield bad_record("line", number, "too large", problem, line)
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(1 << 20)
+            elif line.strip():
+                yield _json_text(number, line, text_field, max_bytes)
+
+
+def _json_text(number: int, line: bytes, text_field: str, max_bytes: int) -> bytes | BadRecord:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return bad_record("line", number, "not UTF-8", f"is not UTF-8 at byte {error.start}", line)
+    except (ValueError, RecursionError) as error:
+        hint = "" if line.endswith(b"\n") else ", and has no end: the file may be cut short"
+        return bad_record("line", number, "not JSON", f"is not JSON ({_one_line(error)}){hint}", line)
+    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        return bad_record("line", number, *_missing(record, text_field), line)
+    return _text("line", number, text.encode("utf-8", errors="replace"), max_bytes)
+
+
+def _missing(record: object, text_field: str) -> tuple[str, str]:
+    """(kind, problem) of a JSON line without a text."""
     if not isinstance(record, dict):
-        return f"is a {type(record).__name__}, not an object; write one {{...}} a line"
+        return "wrong type", f"is a {type(record).__name__}, not an object; write one {{...}} a line"
     if text_field in record:
         kind = type(record[text_field]).__name__
-        return f"field {text_field!r} is a {kind}, not a string; fix it or set data.text_field"
-    return f"has no field {text_field!r} (fields: {', '.join(map(str, list(record)[:8]))}); set data.text_field"
+        return "wrong type", f"field {text_field!r} is a {kind}, not a string; fix it or set data.text_field"
+    names = ", ".join(str(name)[:40] for name in list(record)[:8])
+    return "no text", f"has no field {text_field!r} (fields: {names}); set data.text_field"
 
 
-def _read_parquet(file: SourceFile, text_field: str) -> Iterator[bytes]:
+def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[Record]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -251,16 +335,17 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[bytes]:
                 raise file.error(f"column {text_field!r} holds {kind}, not strings; set data.text_field")
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+                for text in batch.column(0).cast(pa.large_binary()).to_pylist():  # pyarrow checks no UTF-8
                     if text is None:
-                        raise file.error(f"row {row}: {text_field!r} is null; remove the row or set data.text_field")
-                    yield text.encode("utf-8", errors="replace")
+                        yield bad_record("row", row, "no text", f"has a null {text_field!r}")
+                    else:
+                        yield _text("row", row, text, max_bytes)
                     row += 1
     except pa.ArrowException as error:
         raise file.error(f"not a readable Parquet file ({_one_line(error)}); replace it") from None
 
 
-def _read_arrayrecord(file: SourceFile) -> Iterator[bytes | np.ndarray]:
+def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
     """A record is UTF-8 text, or token ids as `numpy.save` writes them (recognised by its magic bytes)."""
     from grain.sources import ArrayRecordDataSource
 
@@ -270,16 +355,19 @@ def _read_arrayrecord(file: SourceFile) -> Iterator[bytes | np.ndarray]:
         raise file.error(f"not a readable ArrayRecord file ({_one_line(error)}); replace it") from None
     with source:
         for start in range(0, len(source), 1024):
-            for record in source.__getitems__(range(start, min(start + 1024, len(source)))):
-                yield _token_record(file, record) if record.startswith(_NPY_MAGIC) else record
+            for number, record in enumerate(source.__getitems__(range(start, min(start + 1024, len(source)))), start):
+                is_tokens = record.startswith(_NPY_MAGIC)
+                yield _token_record(number, record) if is_tokens else _text("record", number, record, max_bytes)
 
 
-def _token_record(file: SourceFile, record: bytes) -> np.ndarray:
+def _token_record(number: int, record: bytes) -> np.ndarray | BadRecord:
     try:
-        array = np.lib.format.read_array(io.BytesIO(record), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise file.error(f"a record of token ids is damaged ({_one_line(error)}); write it with numpy.save") from None
-    _check_token_array(file, array, max_dims=1)
+        array = parse_npy(record)
+    except ValueError as error:
+        problem = f"of token ids is damaged ({error}); write it with numpy.save"
+        return bad_record("record", number, "damaged", problem, record)
+    if problem := _token_problem(array, max_dims=1):
+        return bad_record("record", number, "wrong type", f"has {problem}", record)
     return array
 
 

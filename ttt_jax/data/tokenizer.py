@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 from ttt_jax.errors import DataError
 
 # Tried in this order when no file beside tokenizer.json names the end token.
+_MAX_BYTES = 512 << 20  # of a tokenizer.json; the largest in use have 35 MB
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -67,9 +69,13 @@ class JsonTokenizer:
         import tokenizers  # a slow import that the byte tokenizer does not need
 
         try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise ValueError(f"more than {_MAX_BYTES} bytes")
             raw = path.read_bytes()
             tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception for a malformed file
+        except BaseException as error:  # a malformed file raises bare Exception; a panic of its Rust code is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise _error(str(path), f"not a readable tokenizer.json ({_one_line(error)}); export it again") from None
         # Files often carry padding or truncation settings, which would silently change documents.
         tokenizer.no_padding()
@@ -124,12 +130,12 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # False, not an error, for names that no file system takes
         path = path / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise _error(spec, "the folder holds no tokenizer.json; export one, or use 'bytes'")
-    if not path.is_file():
-        raise _error(spec, "no such file; give 'bytes', a tokenizer.json or a folder that holds one")
+    if not os.path.isfile(path):
+        raise _error(spec[:200], "no such file; give 'bytes', a tokenizer.json or a folder that holds one")
     return JsonTokenizer(path)
 
 
@@ -149,6 +155,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or an empty one: these files only refine the choice of the end token."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}

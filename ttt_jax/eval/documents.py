@@ -22,7 +22,8 @@ def open_documents(model: Transformer, data: str | Path, option: str = "--perple
 
     Raises: DataError naming `option` when the source is missing, unreadable, empty, or text without a tokenizer.
     """
-    config = Config(model=model.config, data=dataclasses.replace(Config().data, train=(str(data),), eos=False))
+    data_config = dataclasses.replace(Config().data, train=(str(data),), eos=False, max_bad_records=0.0)
+    config = Config(model=model.config, data=data_config)
     try:
         if model.tokenizer is None:
             files = find_files((str(data),), field=_FIELD, format="auto")

@@ -262,7 +262,7 @@ def _tokenizer_settings(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable JSON ({error}); restore it") from None
     return settings if isinstance(settings, dict) else {}
 

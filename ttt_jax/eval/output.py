@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ttt_jax.eval.tables import Table, interval, number, tables, tokens
 from ttt_jax.run_dir import atomic_write_text
 
 RESULTS = "results.json"
+_MAX_BYTES = 256 << 20  # of results.json
 _WIDTH = 150  # columns when the output is a file
 _OURS = {RESULTS, "report.html", "text.html", "comparison.json", "comparison.html", "a", "b"}
 
@@ -67,11 +69,16 @@ def files_of(results: dict[str, Any], text_html: str | None = None) -> dict[str,
 def read_results(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder holds no readable results."""
     try:
+        if (folder / RESULTS).stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"--compare {folder}: {RESULTS} has more than {_MAX_BYTES} bytes; evaluate again")
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"--compare {folder}: holds no {RESULTS}; give the --out folder of an evaluation") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--compare {folder}: {RESULTS} is not readable ({error}); evaluate again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"--compare {folder}: {RESULTS} is not readable ({reason}); evaluate again") from None
     if not isinstance(results, dict) or "model" not in results or "config" not in results:
         raise CheckpointError(f"--compare {folder}: {RESULTS} is not of an evaluation; give an --out folder of ttt-jax eval")
     return results
@@ -101,8 +108,25 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
     """What B gives over A, where both have the same entries; losses on the same documents are paired.
 
-    Raises: UserError when the two have nothing in common.
+    Raises: UserError when the two have nothing in common, CheckpointError when one of them is not what an evaluation writes.
     """
+    with _damage_is_told():
+        return _compare(a, b)
+
+
+@contextlib.contextmanager
+def _damage_is_told() -> Iterator[None]:
+    """A comparison hangs on nothing but two files, so what goes wrong in it is wrong in them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"--compare: one of the two {RESULTS} is damaged ({reason}); evaluate again") from None
+
+
+def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
     rows = [*_compare_losses(a, b), *_compare_synthetic(a, b), *_compare_tasks(a, b)]
     if not rows:
         raise UserError("--compare: the two results have no entry in common; evaluate both with the same options")
@@ -114,8 +138,9 @@ def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], li
 
 
 def comparison_files(a: dict[str, Any], b: dict[str, Any], compared: dict[str, Any], made: list[Table]) -> dict[str, str]:
-    text = json.dumps(compared, indent=1, allow_nan=False) + "\n"
-    return {"comparison.json": text, "comparison.html": comparison_page(a, b, made)}
+    with _damage_is_told():
+        text = json.dumps(compared, indent=1, allow_nan=False) + "\n"
+        return {"comparison.json": text, "comparison.html": comparison_page(a, b, made)}
 
 
 def _row(what: str, mode: str, a: float | None, b: float | None, difference: dict[str, Any]) -> dict[str, Any]:

@@ -30,18 +30,18 @@ pre.json { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12p
 
 def report_page(results: dict[str, Any]) -> str:
     """All tables and plots of one evaluation."""
-    body = [f"<h1>Evaluation of {_escape(results['model'])}</h1>", _facts(results), *_pictures(results)]
+    body = [f"<h1>Evaluation of {escape(results['model'])}</h1>", _facts(results), *_pictures(results)]
     body += [_table(table) for table in tables(results)]
     config = json.dumps(results["config"], indent=2)
-    body.append(f"<details><summary>Model configuration</summary><pre class='json'>{_escape(config)}</pre></details>")
-    return _page(f"Evaluation of {results['model']}", body)
+    body.append(f"<details><summary>Model configuration</summary><pre class='json'>{escape(config)}</pre></details>")
+    return html_page(f"Evaluation of {results['model']}", body)
 
 
 def comparison_page(a: dict[str, Any], b: dict[str, Any], made: list[Table]) -> str:
     body = ["<h1>Comparison</h1>"]
     for name, results in (("A", a), ("B", b)):
-        body += [f"<h2>{name}: {_escape(results['model'])}</h2>", _facts(results)]
-    return _page("Comparison", body + [_table(table) for table in made])
+        body += [f"<h2>{name}: {escape(results['model'])}</h2>", _facts(results)]
+    return html_page("Comparison", body + [_table(table) for table in made])
 
 
 def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) -> str:
@@ -55,24 +55,24 @@ def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) 
     spans = []
     for text, on, off in pieces:
         if on is None or off is None:
-            spans.append(_escape(text))
+            spans.append(escape(text))
             continue
         hint = f"gain {on - off:+.3f} nats (on {on:.3f}, off {off:.3f})"
         colour = gain_colour((on - off) / scale)
-        spans.append(f'<span style="background:{colour}" title="{hint}">{_escape(text)}</span>')
+        spans.append(f'<span style="background:{colour}" title="{hint}">{escape(text)}</span>')
     legend = "".join(
         f'<span style="background:{gain_colour(x)}">{x * scale:+.2f}</span>' for x in (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
     )
     mean = f"Mean gain {gains.mean():+.4f} nats per token over {len(gains)} tokens; " if gains.size else ""
     helped = f"TTT helps on {100 * float((gains > 0).mean()):.1f} % of them." if gains.size else ""
     body = [
-        f"<h1>{_escape(title)}</h1>",
+        f"<h1>{escape(title)}</h1>",
         "<p class='note'>Each token is coloured by log p with TTT minus log p without, on the same weights: blue where "
         f"adaptation helps, orange where it hurts. {mean}{helped} Hover over a token for the figures.</p>",
         f"<p class='legend'>{legend} nats</p>",
         f"<pre class='text'>{''.join(spans)}</pre>",
     ]
-    return _page(title, body)
+    return html_page(title, body)
 
 
 def gain_colour(x: float) -> str:
@@ -82,12 +82,14 @@ def gain_colour(x: float) -> str:
     return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
 
 
-def _escape(text: object) -> str:
+def escape(text: object) -> str:
+    """Text that may stand anywhere in a page."""
     return html.escape(str(text), quote=True)
 
 
-def _page(title: str, body: list[str]) -> str:
-    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{_escape(title)}</title>"
+def html_page(title: str, body: list[str]) -> str:
+    """A whole page of HTML fragments, with the style inside."""
+    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
     view = "<meta name='viewport' content='width=device-width'>"
     return f"{head}{view}<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
 
@@ -104,15 +106,15 @@ def _facts(results: dict[str, Any]) -> str:
         "options": ", ".join(f"{key} {value}" for key, value in results["options"].items() if value not in (None, False)),
     }
     cell = "<td style='text-align:left;white-space:normal'>"
-    rows = "".join(f"<tr><td>{key}</td>{cell}{_escape(value)}</td></tr>" for key, value in facts.items())
+    rows = "".join(f"<tr><td>{key}</td>{cell}{escape(value)}</td></tr>" for key, value in facts.items())
     return f"<table><tbody>{rows}</tbody></table>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_escape(heading)}</th>" for heading in table.headings)
-    rows = "".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    note = f"<p class='note'>{_escape(table.note)}</p>"
-    return f"<h2>{_escape(table.title)}</h2>{note}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    note = f"<p class='note'>{escape(table.note)}</p>"
+    return f"<h2>{escape(table.title)}</h2>{note}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 # -------------------------------------------------------------------------------------------------------- pictures
@@ -129,21 +131,24 @@ def _pictures(results: dict[str, Any]) -> list[str]:
     return made
 
 
-def _figure(width: float, height: float):
+def figure_of(width: float, height: float):
+    """An empty matplotlib figure, inches."""
     from matplotlib.figure import Figure  # no pyplot: its global state and windows are not wanted here
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _image(figure: Any, alt: str) -> str:
+def image(figure: Any, alt: str) -> str:
+    """The figure as SVG inside the page."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     file = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return f'<img alt="{_escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """Horizontal grid, no box."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -160,7 +165,7 @@ def _line(axes: Any, x: Any, entries: list[dict[str, Any]], key: str, **style: A
 
 
 def _perplexity_picture(part: dict[str, Any]) -> str:
-    figure = _figure(11, 6)
+    figure = figure_of(11, 6)
     paired = "gain" in part["lengths"][0]
     axes = figure.subplots(2 if paired else 1, 2, squeeze=False, height_ratios=(2, 1) if paired else (1,))
     lengths, positions = part["lengths"], part["positions"]
@@ -178,21 +183,21 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
             below.axhline(0, color="black", linewidth=0.8)
             below.set_ylabel("gain (nats), 95 %")
         for row in axes[:, column]:
-            _tidy(row)
+            tidy(row)
         axes[-1, column].set_xlabel("context length (tokens)" if column == 0 else "position (tokens)")
     for row in axes[:, 0]:
         row.set_xticks(x_length, [tokens(entry["length"]) for entry in lengths])
     axes[0, 0].set(title=f"Same final {part['block']} tokens, growing context", ylabel="loss (nats per token)")
     axes[0, 1].set_title("By position")
     axes[0, 0].legend(frameon=False)
-    return _image(figure, "Loss by context length and by position, TTT on and off")
+    return image(figure, "Loss by context length and by position, TTT on and off")
 
 
 def _distance_picture(part: dict[str, Any]) -> str | None:
     sweep = [entry for entry in part["entries"] if entry["distance"] is not None]
     if len(sweep) < 2:
         return None
-    figure = _figure(7, 3.6)
+    figure = figure_of(7, 3.6)
     axes = figure.subplots()
     x = [entry["distance"] for entry in sweep]
     for mode in part["modes"]:
@@ -203,12 +208,12 @@ def _distance_picture(part: dict[str, Any]) -> str | None:
     axes.minorticks_off()
     axes.set(xlabel="tokens between needle and question", ylabel="accuracy", ylim=(-0.03, 1.03), title="Recall by distance")
     axes.legend(frameon=False)
-    _tidy(axes)
-    return _image(figure, "Recall accuracy by distance")
+    tidy(axes)
+    return image(figure, "Recall accuracy by distance")
 
 
 def _fast_weight_picture(part: dict[str, Any]) -> str:
-    figure = _figure(11, 3.4)
+    figure = figure_of(11, 3.4)
     panels = (("state_ratio", "||S|| / ||W||"), ("effective_rank", "effective rank of S"), ("output_share", "share of output"))
     for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for n, layer in enumerate(part["layers"]):
@@ -218,7 +223,7 @@ def _fast_weight_picture(part: dict[str, Any]) -> str:
             x = [chunk["chunk"] for chunk in chunks]
             axes.plot(x, [chunk[key] for chunk in chunks], color=colour, marker=".", label=f"layer {layer['layer']}")
         axes.set(title=title, xlabel="chunks read", ylim=(0, None))
-        _tidy(axes)
+        tidy(axes)
         if len(part["layers"]) <= 8:
             axes.legend(frameon=False, fontsize="small")
-    return _image(figure, "Fast weights by layer and chunk")
+    return image(figure, "Fast weights by layer and chunk")

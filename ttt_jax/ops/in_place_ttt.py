@@ -185,6 +185,34 @@ def _update_square(z_BCF, v_BCD, lr):
     return jnp.sum(delta_BDF**2, axis=(1, 2))
 
 
+def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Array, ""]:
+    """Mean cosine between the updates of successive chunks of the first sequence; 0 where no two write one after the other.
+
+    For telemetry: no gradient is meant to be taken.
+
+    Args:
+      sum_F: adds up what the devices that split F have (ops/context_parallel.py).
+    """
+    acc, precision = accumulator(z_BTF.dtype), precision_for(z_BTF.dtype)
+    ids_BT = None if segment_ids_BT is None else segment_ids_BT[:1]
+    v_BTD, _ = _fold_segments(v_BTD[:1], ids_BT, C, acc)
+    M, F = z_BTF.shape[1] // C, z_BTF.shape[2]
+    if M < 2:
+        return jnp.zeros((), acc)
+
+    def step(before_DF, i):
+        z_CF, v_CD = (jax.lax.dynamic_slice_in_dim(x[0], i * C, C) for x in (z_BTF, v_BTD))
+        delta_DF = jnp.einsum("cd,cf->df", v_CD, z_CF, preferred_element_type=acc, precision=precision)
+        products = jnp.stack([jnp.sum(delta_DF * before_DF), jnp.sum(delta_DF**2)])
+        return delta_DF, products if sum_F is None else sum_F(products)
+
+    _, products_M2 = jax.lax.scan(step, jnp.zeros((v_BTD.shape[2], F), acc), jnp.arange(M))
+    dot, square = products_M2[1:, 0], products_M2[:, 1]
+    norms = jnp.sqrt(square[1:]) * jnp.sqrt(square[:-1])
+    counted = (norms > 0).astype(acc)
+    return jnp.sum(counted * dot / jnp.where(norms > 0, norms, 1)) / jnp.maximum(counted.sum(), 1)
+
+
 def _fold_segments(v_BTD, segment_ids_BT, C, acc):
     """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S (resets)."""
     if segment_ids_BT is None:

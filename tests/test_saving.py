@@ -1,0 +1,161 @@
+"""Full disks, signals, and files of lines: what is promised while nothing can be written."""
+
+import errno
+import json
+import os
+import signal
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from ttt_jax.errors import CheckpointError, TrainingError
+from ttt_jax.records import EventLog, LineFile, read_events, truncate_metrics
+from ttt_jax.saving import Saver
+from ttt_jax.signals import Stopped, StopSignal
+from ttt_jax.training import TrainState
+
+STATE = TrainState({"w": jnp.zeros((8,))}, {"m": jnp.zeros((8,))}, jnp.int32(0))
+
+
+class Disk:
+    """A checkpointer on a disk that may be full: at once, or when an asynchronous save is waited for."""
+
+    def __init__(self, directory):
+        self.directory, self.saved, self.full, self.late = directory, [], False, False
+        self._doomed = False
+
+    def saving(self):
+        return False
+
+    def latest_step(self):
+        return max(self.saved, default=None)
+
+    def save(self, step, **items):
+        if self.full and not self.late:
+            raise CheckpointError(f"step {step} could not be written (no space)")
+        self._doomed = self.full
+        if not self.full:
+            self.saved.append(step)
+
+    def wait(self):
+        if self._doomed:
+            self._doomed = False
+            raise CheckpointError("the last save could not be written (no space)")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    fake = types.SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda s: setattr(clock, "now", clock.now + s))
+    monkeypatch.setattr("ttt_jax.saving.time", fake)
+    return clock
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_training_goes_on_and_saves_when_space_returns(late, tmp_path, clock):
+    disk, shown = Disk(tmp_path), []
+    events = EventLog(tmp_path, shown.append)
+    saver = Saver(disk, 5, events)
+    assert [step for step in range(1, 12) if saver.due(step)] == [5, 10]
+    save = lambda step: saver.save(step, STATE, {}, {})
+    save(5)
+    assert not saver.retry_due()
+    disk.full, disk.late = True, late
+    save(10)
+    assert [event["kind"] for event in read_events(tmp_path)] == ["save_failed"]
+    assert "training goes on unsaved since step 5" in shown[0]
+    assert not saver.retry_due(), "not at once again"
+    clock.now += 2
+    assert saver.retry_due()
+    save(11)
+    disk.full = False
+    clock.now += 2
+    assert saver.retry_due()
+    save(12)
+    assert disk.saved == [5, 12]
+    assert [event["kind"] for event in read_events(tmp_path)] == ["save_failed", "save_failed", "saved_again"]
+    clock.now += 2
+    assert not saver.retry_due()
+
+
+def test_no_attempt_without_room(tmp_path, clock, monkeypatch):
+    disk = Disk(tmp_path)
+    saver = Saver(disk, 5, lambda *args, **details: None)
+    disk.full = True
+    saver.save(5, STATE, {}, {})
+    disk.full, clock.now = False, 10.0
+    monkeypatch.setattr("ttt_jax.saving.shutil.disk_usage", lambda path: types.SimpleNamespace(free=10))
+    assert not saver.retry_due()
+    saver.save(10, STATE, {}, {})
+    assert disk.saved == []
+
+
+def test_the_last_save_is_waited_for_and_then_is_an_error(tmp_path, clock):
+    disk = Disk(tmp_path)
+    saver = Saver(disk, 5, lambda *args, **details: None)
+    disk.full = True
+    with pytest.raises(TrainingError, match="after step 0 is lost") as error:
+        saver.save_surely(9, STATE, {}, {}, patience=60, give_up=lambda: False)
+    assert "\n" not in str(error.value)
+    assert 60 <= clock.now < 65
+    with pytest.raises(TrainingError):  # a signal ends the wait
+        saver.save_surely(9, STATE, {}, {}, patience=600, give_up=lambda: clock.now > 70)
+    assert clock.now < 80
+    disk.full = False
+    saver.save_surely(9, STATE, {}, {}, patience=0, give_up=lambda: False)
+    assert disk.saved == [9]
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch):
+    path, write, room = tmp_path / "lines.jsonl", os.write, 15
+    file = LineFile(path)
+    assert file.append({"step": 1})
+
+    def short(fd, data):
+        """A disk with `room` bytes left."""
+        nonlocal room
+        part = data[:room]
+        if not part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room -= len(part)
+        return write(fd, part)
+
+    monkeypatch.setattr(os, "write", short)
+    assert file.append({"step": 2})
+    room = 5
+    for step in (3, 4, 5):
+        assert not file.append({"step": step})
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2], "no half lines"
+    monkeypatch.undo()
+    assert file.append({"step": 6})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    file.close()
+    with path.open("a") as cut:
+        cut.write('{"step": 7')
+    truncate_metrics(path, 4)
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
+
+
+def test_signals():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        with pytest.raises(Stopped):  # nothing to save yet
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):  # if that was swallowed
+            stop.defer()
+    with StopSignal() as stop:
+        stop.defer()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert (stop.requested, stop.name) == (True, "SIGTERM")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):  # everything is saved now
+            stop.at_once()
+    with StopSignal() as stop:
+        stop.defer()
+        stop.at_once()
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
