@@ -155,7 +155,11 @@ def overrides(folder, examples):
     traps = st.sampled_from(["2001-99-99", "!!int x", "[" * 1200, "&a [*a]", "{?: }"])
     values = st.text(max_size=12) | VALUES.map(json.dumps) | traps
     words = st.lists(st.tuples(names, values), min_size=1, max_size=3)
-    fuzz(examples, words, lambda pairs: one_line(lambda: load_config(None, [f"--{k}={v}" for k, v in pairs])))
+
+    def check(pairs):
+        one_line(lambda: load_config(None, [f"--{k}={v}" for k, v in pairs]))
+
+    fuzz(examples, words, check)
 
 
 def data_config(path, **changes):
