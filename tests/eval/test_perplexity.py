@@ -1,6 +1,7 @@
 """Loss by context and position: against `score`, against a slow model of the control, and through files."""
 
 import functools
+import itertools
 import json
 
 import jax
@@ -68,42 +69,50 @@ def test_block_losses_are_those_of_score(rows, changes, block):
 
 @pytest.mark.parametrize("modes", [("off", "on"), ("off", "on", "shuffled")])
 def test_position_losses_are_those_of_score(rows, modes):
-    found = Reader(model_of(), 8).position_losses(rows, K, modes)
+    found = Reader(model_of(), 8).position_losses(rows, modes)
     for mode, ttt in (("off", False), ("on", True)):
         np.testing.assert_allclose(found[mode], losses_of(model_of(), rows, ttt), rtol=1e-4, atol=1e-5)
 
 
-def test_shuffled_is_own_keys_with_the_next_documents_fast_weights(rows):
+@pytest.mark.parametrize("block", [K, K - 1], ids=["on a chunk", "off the chunks"])
+def test_shuffled_reads_each_chunk_with_the_next_documents_fast_weights(rows, block):
     """Built here document by document: states read alone, S taken from the next one's, everything else kept."""
-    model, shuffled = model_of(), Reader(model_of(), 8).block_losses(rows, K, ("shuffled",))["shuffled"]
-    frozen, states = Frozen(model), []
-    read = {"capacity": 64, "at_chunk_start": True, "ttt": True}
-    for row in rows:
-        logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
-        states.append(read_piece(frozen, None, logits, row[None, : L - K], np.full(1, L - K, np.int32), **read)[0])
-    length = np.full(1, K, np.int32)
+    model, shuffled = model_of(), Reader(model_of(), 8).block_losses(rows, block, ("on", "shuffled"))["shuffled"]
+    frozen, C = Frozen(model), model.config.ttt.chunk_size
+    edges = [L - block, *range(-(-(L - block + 1) // C) * C, L, C), L]
+
+    def state_at(row, position):
+        logits, length = jnp.zeros((1, model.config.vocab_size), jnp.float32), np.full(1, position, np.int32)
+        read = {"capacity": 64, "at_chunk_start": True, "ttt": True}
+        return read_piece(frozen, None, logits, row[None, :position], length, **read)[0]
+
+    take = lambda mine, theirs: mine if mine.ttt is None else mine._replace(ttt=mine.ttt._replace(S_BDF=theirs.ttt.S_BDF))
     for b, row in enumerate(rows):
-        own, other = states[b], states[(b + 1) % 3]
-        take = lambda mine, theirs: mine if mine.ttt is None else mine._replace(ttt=mine.ttt._replace(S_BDF=theirs.ttt.S_BDF))
-        layers = tuple(tuple(map(take, *runs)) for runs in zip(own.layers, other.layers, strict=True))
-        state = jax.tree.map(jnp.copy, own.replace(layers=layers))
-        inputs, targets = row[None, L - K : L], row[None, L - K + 1 :]
-        _, logprobs, _ = score_piece(frozen, state, inputs, targets, length, **read, with_logits=False)
-        np.testing.assert_allclose(shuffled[b], -np.asarray(logprobs)[0], rtol=1e-4, atol=1e-5)
-    on = losses_of(model, rows, True)[:, -K:]
+        expected = []
+        for start, stop in itertools.pairwise(edges):
+            own, other = state_at(row, start), state_at(rows[(b + 1) % 3], start)
+            layers = tuple(tuple(map(take, *runs)) for runs in zip(own.layers, other.layers, strict=True))
+            state = jax.tree.map(jnp.copy, own.replace(layers=layers))
+            inputs, targets = row[None, start:stop], row[None, start + 1 : stop + 1]
+            read = {"capacity": 64, "at_chunk_start": start % C == 0, "ttt": True, "with_logits": False}
+            _, logprobs, _ = score_piece(frozen, state, inputs, targets, np.full(1, stop - start, np.int32), **read)
+            expected.append(-np.asarray(logprobs)[0])
+        np.testing.assert_allclose(shuffled[b], np.concatenate(expected), rtol=1e-4, atol=1e-5)
+    on = losses_of(model, rows, True)[:, -block:]
     assert np.abs(shuffled - on).max() > 1e-2
 
 
 def test_exchanging_equal_documents_changes_nothing(rows):
     same = np.repeat(rows[:1], 2, axis=0)
-    found = Reader(model_of(), 8).position_losses(same, K, ("on", "shuffled"))
+    found = Reader(model_of(), 8).position_losses(same, ("on", "shuffled"))
     np.testing.assert_allclose(found["on"], found["shuffled"], rtol=1e-5, atol=1e-6)
 
 
 def test_the_control_equals_on_before_the_first_exchange(rows):
-    found = Reader(model_of(), 8).position_losses(rows, K, ("on", "shuffled"))
-    np.testing.assert_array_equal(found["on"][:, :K], found["shuffled"][:, :K])
-    assert np.abs(found["on"] - found["shuffled"])[:, K:].max() > 1e-2
+    found = Reader(model_of(), 8).position_losses(rows, ("on", "shuffled"))
+    C = model_of().config.ttt.chunk_size
+    np.testing.assert_array_equal(found["on"][:, :C], found["shuffled"][:, :C])
+    assert np.abs(found["on"] - found["shuffled"])[:, C:].max() > 1e-2
 
 
 def test_exchanged_leaves_the_state_alone(rows):
@@ -164,7 +173,7 @@ def test_all_modes_read_the_same_pieces(rows, monkeypatch):
         return original(frozen, state, ids_BP, *args, ttt=ttt, **options)
 
     monkeypatch.setattr(perplexity, "score_piece", spy)
-    Reader(model_of(), 4 * K).position_losses(rows, K, ("off", "on", "shuffled"))
+    Reader(model_of(), 4 * K).position_losses(rows, ("off", "on", "shuffled"))
     assert seen[True] == [n for n in seen[False] for _ in range(2)]
 
 

@@ -6,16 +6,15 @@ Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tok
 last L of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So
 every length scores the *same* K tokens, and only the context differs. By position: the excerpt is read once from its start.
 
-The control "shuffled": everything is computed as with TTT on (this document's keys and values, its pending chunk), but when the
-scored block begins, the fast weights S of every TTT layer are exchanged with those of the next document in the batch, read to
-the same position. What is left of TTT's gain is not due to this document's content. By position the exchange happens
-at the start of each stretch of K tokens; the stream that is read on keeps its own S, and inside a stretch the document's own
-chunks still update.
+The control "shuffled": everything is computed as with TTT on (this document's keys and values, its pending chunk), but each
+scored chunk is read with the fast weights S of the next document in the batch, read to the same position. The stream that is
+read on keeps its own S. What is left of TTT's gain is not due to this document's content.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,36 +58,30 @@ class Reader:
 
     def block_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
         """Losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`: L inputs and the last target."""
-        L = ids_BL1.shape[1] - 1
-        losses: dict[str, Any] = {}
-        if "off" in modes:
-            state = self._read(ids_BL1, 0, L - block, None, L, ttt=False)
-            losses["off"] = self._score(ids_BL1, L - block, L, state, L, ttt=False)[1]
-        if "on" in modes or "shuffled" in modes:
-            state = self._read(ids_BL1, 0, L - block, None, L, ttt=True)
-            if "shuffled" in modes:
-                other = exchanged(state)
-                losses["shuffled"] = self._score(ids_BL1, L - block, L, other, L, ttt=True)[1]
-            if "on" in modes:
-                losses["on"] = self._score(ids_BL1, L - block, L, state, L, ttt=True)[1]
-        return {mode: _join(losses[mode]) for mode in modes}
+        return self._losses(ids_BL1, ids_BL1.shape[1] - 1 - block, modes)
 
-    def position_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
+    def position_losses(self, ids_BL1: np.ndarray, modes: Sequence[str]) -> dict[str, np.ndarray]:
         """Losses float32 [B, L] of all predictions of each row, per mode."""
+        return self._losses(ids_BL1, 0, modes)
+
+    def _losses(self, ids_BL1: np.ndarray, begin: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
+        """Losses of the predictions from position `begin` on; what comes before is only read."""
         L = ids_BL1.shape[1] - 1
         losses: dict[str, list[Any]] = {mode: [] for mode in MODES}
-        # The last stretch is the block that every length scores. "off" is cut like the others, or modes that ought to be equal
-        # would differ by the rounding of other matrix shapes.
-        edges = sorted({0, *range(L, 0, -block)}) if "shuffled" in modes else [0, L]
+        # With the control, every mode is read in the same pieces, or modes that ought to be equal would differ by the rounding
+        # of other matrix shapes.
+        inner = range(-(-(begin + 1) // self.chunk) * self.chunk, L, self.chunk) if "shuffled" in modes else ()
+        edges = [begin, *inner, L]
         for ttt in (False, True):  # one state at a time: it may be large
-            state = None
+            if not set(modes) & ({"on", "shuffled"} if ttt else {"off"}):
+                continue
+            state = self._read(ids_BL1, 0, begin, None, L, ttt=ttt)
             for start, stop in itertools.pairwise(edges):
                 if ttt and "shuffled" in modes:
                     other = exchanged(state) if state is not None else None
                     losses["shuffled"] += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
-                if (not ttt and "off" in modes) or (ttt and set(modes) & {"on", "shuffled"}):
-                    state, scored = self._score(ids_BL1, start, stop, state, L, ttt=ttt)
-                    losses["on" if ttt else "off"] += scored
+                state, scored = self._score(ids_BL1, start, stop, state, L, ttt=ttt)
+                losses["on" if ttt else "off"] += scored
         return {mode: _join(losses[mode]) for mode in modes}
 
     def _cuts(self, start: int, stop: int):
@@ -173,7 +166,7 @@ def evaluate(
       on_progress: called with the number of tokens read so far, over all modes.
 
     Returns: the "perplexity" part of results.json: `lengths` and `positions` with loss and interval per mode, `gain` (off - on)
-      paired by document, and the losses per document.
+      paired by document, the losses per document, and tokens per second after the first batch (None for one batch).
     Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or without TTT layers.
     """
     lengths, block = check_lengths(lengths, block)
@@ -191,20 +184,26 @@ def evaluate(
     starts = position_edges(longest, block)
     by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
     by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in modes}
+    clock = None  # (seconds, tokens) when the first batch, which compiles, was done
     for part in batches(len(documents), batch_size, 2 if "shuffled" in modes else 1):
         rows = [np.asarray(corpus.tokens(documents[i], 0, longest + 1)) for i in part]
         ids_BL1 = np.stack(check_ids(rows, model.config.vocab_size, "documents"))
         for n, L in enumerate(lengths[:-1]):
             for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
                 by_length[mode][n, part] = losses_BK.mean(axis=1, dtype=np.float64)
-        for mode, losses_BL in reader.position_losses(ids_BL1, block, modes).items():
+        for mode, losses_BL in reader.position_losses(ids_BL1, modes).items():
             by_length[mode][-1, part] = losses_BL[:, -block:].mean(axis=1, dtype=np.float64)
             for n, (start, stop) in enumerate(itertools.pairwise(starts)):
                 by_position[mode][n, part] = losses_BL[:, start:stop].mean(axis=1, dtype=np.float64)
+        clock = clock or (time.perf_counter(), total)
+    rate = None
+    if clock is not None and total > clock[1]:
+        rate = (total - clock[1]) / (time.perf_counter() - clock[0])
     return {
         "block": block,
         "documents": [f"{int(corpus.key_N[i]):016x}" for i in documents],
         "tokens_read": total,
+        "tokens_per_second": rate,
         "modes": list(modes),
         "lengths": [{"length": L} | _entry(by_length, n, seed) for n, L in enumerate(lengths)],
         "positions": [
