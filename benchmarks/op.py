@@ -12,9 +12,12 @@ backward at the rate of a large bf16 matmul in the same process. `down` is the p
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 SHAPES = {"0.6b": (1024, 3072), "1.7b": (2048, 6144), "4b": (2560, 9728), "8b": (4096, 12288), "14b": (5120, 17408)}
@@ -30,6 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=words(int), default=[32768])
     parser.add_argument("--batch", type=words(int), default=[1])
     parser.add_argument("--implementations", type=words(str), help="default: all that run here, and None's choice")
+    parser.add_argument("--blocks", type=words(int), help="chunks of a block to compare; default: what the op chooses")
     parser.add_argument("--documents", action="store_true", help="with segment_ids: a document starts every fourth chunk")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
@@ -59,6 +63,7 @@ def measure(args) -> int:
         for C in args.chunks:
             for B in args.batch:
                 names = args.implementations or runnable(B, max(args.tokens), D, F, C)
+                names = [f"{name} x{n}" for name in names for n in args.blocks] if args.blocks else names
                 good = []
                 for name in names:
                     errors = check(name, B, D, F, C, args.documents)
@@ -137,8 +142,15 @@ def functions(name, F, C, segment_ids=None):
 
     from ttt_jax.ops import in_place_ttt
 
+    module = importlib.import_module("ttt_jax.ops.in_place_ttt")  # the package has a function of this name
+    name, _, blocks = name.partition(" x")
+
     def run(z, v, w, state, lr):
-        return in_place_ttt(z, v, w, lr=lr, chunk_size=C, state=state, segment_ids=segment_ids, implementation=name)
+        with contextlib.ExitStack() as stack:
+            if blocks:
+                fast = module._FAST[name]._replace(block=lambda call: int(blocks))
+                stack.enter_context(unittest.mock.patch.dict(module._FAST, {name: fast}))
+            return in_place_ttt(z, v, w, lr=lr, chunk_size=C, state=state, segment_ids=segment_ids, implementation=name)
 
     def forward(z, v, w, state, *_):
         return run(z, v, w, state, jnp.float32(inner_lr(F, C)))

@@ -5,6 +5,7 @@ The TPU kernel runs in Pallas' interpreter, on sizes that do not fill its tiles 
 
 import contextlib
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from kernels_pallas import tpu
 from ttt_jax.errors import UserError
 from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
 
+registry = importlib.import_module("ttt_jax.ops.in_place_ttt")  # the package has a function of this name
 HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]  # the others: test_gpu_kernels.py, tests/gpu
 FAST = [name for name in HERE if name != "reference"]
 KERNELS = ("pallas_tpu",)  # float32 and bfloat16 only
@@ -67,6 +69,28 @@ SHAPES = [(41, 8), (7, 8), (64, 32), (40, 8), (8, 8), (1, 1), (5, 1), (37, 5)]
 def test_matches_the_float64_reference(implementation, T, C, dtype):
     arguments, cotangents = make_inputs(T=T, **SIZES.get(implementation, {}))
     check(arguments, cotangents, dtype, implementation, chunk_size=C)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+@pytest.mark.parametrize(("n", "T", "C"), [(2, 32, 8), (4, 37, 4), (8, 64, 4), (2, 24, 8), (4, 15, 4), (2, 9, 1)])
+def test_blocks_of_chunks(monkeypatch, n, T, C, dtype):
+    """Whole blocks, chunks that fill none, a partial one, and fewer tokens than a block."""
+    name = f"xla in blocks of {n}"
+    monkeypatch.setitem(registry._FAST, name, registry._FAST["xla"]._replace(block=lambda call: n))
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*IMPLEMENTATIONS, name))
+    for clip_norm in (None, 0.05):
+        check(*make_inputs(T=T), dtype, name, chunk_size=C, clip_norm=clip_norm)
+
+
+def test_blocks_are_not_taken_with_documents(monkeypatch):
+    """They would see each other: the same call with and without `segment_ids` of one document, in blocks of 4."""
+    monkeypatch.setitem(registry._FAST, "xla", registry._FAST["xla"]._replace(block=lambda call: 4))
+    (z, v, w, lr, state), _ = make_inputs(T=40)
+    programs = [
+        str(jax.make_jaxpr(lambda z, ids: in_place_ttt(z, v, w, lr=lr, chunk_size=4, state=state, segment_ids=ids))(z, ids))
+        for ids in (None, jnp.ones((2, 40), jnp.int32))
+    ]
+    assert ["remat" in program for program in programs] == [True, False]
 
 
 @pytest.mark.parametrize("documents", ["boundaries", "padding", "all_padding"])

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops import target
+from ttt_jax.ops.blocks import in_blocks
 from ttt_jax.ops.reference import in_place_ttt_reference
 from ttt_jax.ops.xla import accumulator, in_place_ttt_xla, precision_for
 
@@ -37,6 +38,7 @@ class _Implementation(NamedTuple):
     run: Callable[..., Any]
     kernel: bool = True  # a custom call, which the compiler cannot partition over a mesh
     pays: Callable[[_Call], bool] = lambda call: True  # where None may take it: measured, or estimated, to be fastest
+    block: Callable[[_Call], int] = lambda call: 1  # chunks of a block (ops/blocks.py), where that was measured to be faster
 
 
 def _why_not_pallas_tpu(call: _Call) -> str | None:
@@ -131,7 +133,8 @@ def in_place_ttt(
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    implementation = _choose(implementation, _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size))
+    call = _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size)
+    implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None:
         state = jnp.zeros((z_BTF.shape[0], *w_DF.shape), acc)
@@ -150,9 +153,10 @@ def in_place_ttt(
     v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
     if clip_norm is not None:
         v_BTD = _fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
-    return _FAST[implementation].run(
-        z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM
-    )
+    fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
+    if keep_BM is None:
+        return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state)
+    return fast.run(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM)
 
 
 def _choose(implementation: str | None, call: _Call) -> str:
