@@ -56,6 +56,13 @@ def random_model(cfg: config_lib.ModelConfig, dtype: str) -> Transformer:
     return randomised(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract))
 
 
+def set_implementation(model: Transformer, name: str | None) -> Transformer:
+    """The same arrays in a model whose TTT op is computed by another implementation."""
+    cfg = config_lib.replace(model.config, {"ttt.implementation": name})
+    abstract = jax.eval_shape(lambda: Transformer(cfg, model.runtime, key=jax.random.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
+
+
 def check(cfg: config_lib.ModelConfig, dtype: str) -> None:
     """Pieces, steps and one whole pass of a small model of the same family agree, or nothing is timed."""
     small = dataclasses.replace(
@@ -155,6 +162,7 @@ def main() -> None:
     parser.add_argument("--preset", default="default", help="name of a file in configs/")
     parser.add_argument("--chunk", type=int, help="TTT chunk size")
     parser.add_argument("--prefill", default="1024", help="prompt lengths, comma-separated")
+    parser.add_argument("--implementations", help="of the TTT op, to compare in prefill; default: what the op chooses")
     parser.add_argument("--decode-context", type=int, default=512, help="tokens already read when decoding is timed")
     parser.add_argument("--batches", default="1", help="batch sizes of decoding, comma-separated")
     parser.add_argument("--steps", type=int, default=32, help="decode steps per timing")
@@ -182,10 +190,12 @@ def main() -> None:
     lengths = [int(x) for x in args.prefill.split(",") if x]
     for tokens in lengths:
         capacity = max(lengths)  # one capacity, so that one program serves all lengths
-        results = {}
-        for name, ttt in (("off", False), ("on", True)):
-            start = time.perf_counter()
-            seconds = results[name] = prefill_seconds(model, tokens, capacity, ttt, args.repeats)
+        seconds_off = None
+        for name in ("off", *(f"on {x}".strip() for x in (args.implementations or "").split(","))):
+            start, ttt = time.perf_counter(), name != "off"
+            chosen = set_implementation(model, name.partition(" ")[2] or None)
+            seconds = prefill_seconds(chosen, tokens, capacity, ttt, args.repeats)
+            seconds_off = seconds_off or seconds
             work = tokens * model_flops_per_token(
                 cfg if ttt else config_lib.replace(cfg, {"ttt.layers": []}), tokens, training=False
             )
@@ -193,11 +203,10 @@ def main() -> None:
             rows[-1] |= {"tokens_per_second": tokens / seconds, "peak_gib": peak_gib()}
             print(
                 f"prefill {tokens:7} TTT {name:3}: {seconds:7.3f} s to the first token {tokens / seconds:9.0f} tok/s  "
-                f"{work / seconds / flops:5.1%} of the matmul rate  peak so far {peak_gib():5.1f} GiB  "
-                f"(measured in {time.perf_counter() - start:.0f} s)",
+                f"{work / seconds / flops:5.1%} of the matmul rate  overhead {seconds / seconds_off - 1:+.1%}  "
+                f"peak so far {peak_gib():5.1f} GiB  (measured in {time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-        print(f"prefill {tokens:7} TTT overhead {results['on'] / results['off'] - 1:+.1%}", flush=True)
 
     for batch in [int(x) for x in args.batches.split(",") if x]:
         for name, ttt in (("off", False), ("on", True)):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import sys
@@ -74,13 +75,10 @@ def measure(args) -> int:
                         print(f"NOT TIMED, wrong result: {name} {shape} C={C} B={B}: {errors}", flush=True)
                 for T in args.tokens:
                     common = machine | {"shape": shape, "D": D, "F": F, "C": C, "B": B, "T": T, "documents": args.documents}
-                    timed = [down(B, T, D, F, args), *(op(name, B, T, D, F, C, args) for name in good)]
-                    rows = [beside_the_bound(common | row, matmul) for row in timed]
-                    table(rows)
-                    if args.json:
-                        args.json.parent.mkdir(parents=True, exist_ok=True)
-                        with args.json.open("a") as file:
-                            file.writelines(json.dumps(row) + "\n" for row in rows)
+                    heading(common, matmul)
+                    for name in ("down", *good):
+                        timed = down(B, T, D, F, args) if name == "down" else op(name, B, T, D, F, C, args)
+                        report(beside_the_bound(common | timed, matmul), args.json)
     return 1 if wrong else 0
 
 
@@ -118,6 +116,7 @@ def runnable(B, T, D, F, C) -> list[str]:
     return names
 
 
+@functools.lru_cache(maxsize=2)
 def inputs(B, T, D, F, seed=0):
     """Random z, v, w, state, and cotangents of o and S, at magnitudes where every term counts."""
     import jax
@@ -133,6 +132,11 @@ def inputs(B, T, D, F, seed=0):
         return z, v, w, state, do, dS
 
     return make()
+
+
+def blocks_of(name: str) -> int:
+    """`xla x4`: in blocks of four chunks."""
+    return int(name.partition(" x")[2] or 1)
 
 
 def functions(name, F, C, segment_ids=None):
@@ -173,18 +177,34 @@ def documents(B, T, C, chunks=4):
     return jnp.broadcast_to(jnp.arange(T) // (chunks * C) + 1, (B, T)).astype(jnp.int32)
 
 
+def untuned() -> dict | None:
+    """Matmuls that are not timed need not be tuned, which takes long."""
+    import jax
+
+    return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+
+
+@functools.cache
+def exact_results(B, D, F, C, with_documents, chunks):
+    """Inputs of some chunks and a partial one, and what the float32 reference makes of them."""
+    import jax
+    import jax.numpy as jnp
+
+    T = chunks * C + C // 2 + 1
+    arrays = inputs(B, T, D, F, seed=1)
+    ids = documents(B, T, C, 2) if with_documents else None
+    both = jax.jit(functions("reference", F, C, ids)[1], compiler_options=untuned())
+    return arrays, both(*(x.astype(jnp.float32) for x in arrays))
+
+
 def check(name, B, D, F, C, with_documents) -> dict[str, float]:
     """Relative RMS errors against the float32 reference on a few chunks and a partial one."""
     import jax
     import jax.numpy as jnp
 
-    T = 3 * C + C // 2 + 1
-    arrays = inputs(B, T, D, F, seed=1)
-    ids = documents(B, T, C, 2) if with_documents else None
-    got = jax.jit(functions(name, F, C, ids)[1])(*arrays)
-    # Its float32 matmuls need not be tuned, which takes long.
-    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
-    exact = jax.jit(functions("reference", F, C, ids)[1], compiler_options=options)(*(x.astype(jnp.float32) for x in arrays))
+    arrays, exact = exact_results(B, D, F, C, with_documents, 2 * blocks_of(name) + 1)
+    ids = documents(B, arrays[0].shape[1], C, 2) if with_documents else None
+    got = jax.jit(functions(name, F, C, ids)[1], compiler_options=untuned())(*arrays)
     names = ("o", "S", "dz", "dv", "dw", "dstate", "dlr")
     error = jax.jit(lambda a, b: jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
     # The gradient of lr is an inner product, <v, dv> / lr, which may cancel: its error counts beside what it sums.
@@ -269,15 +289,20 @@ def copy_rate(n: int = 2**29) -> float:
     return 2 * x.nbytes / milliseconds(jax.jit(lambda x: x + 1), (x,), 5) * 1e3
 
 
-def table(rows) -> None:
-    first = rows[0]
-    print(f"\n{first['shape']} D={first['D']} F={first['F']} C={first['C']} B={first['B']} T={first['T']}"
-          f"{' documents' if first['documents'] else ''}: bound {first['bound_forward_ms']:.2f} + "
-          f"{first['bound_both_ms'] - first['bound_forward_ms']:.2f} ms")  # fmt: skip
-    print("  ".join(f"{name:>14}" for name in COLUMNS))
-    for row in rows:
-        cells = [row.get(name, "") for name in COLUMNS]
-        print("  ".join(f"{cell:14.3f}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells), flush=True)
+def heading(case: dict, matmul: float) -> None:
+    forward, both = (n * case["B"] * case["T"] * case["D"] * case["F"] / matmul * 1e3 for n in (4, 14))
+    print(f"\n{case['shape']} D={case['D']} F={case['F']} C={case['C']} B={case['B']} T={case['T']}"
+          f"{' documents' if case['documents'] else ''}: bound {forward:.2f} + {both - forward:.2f} ms")  # fmt: skip
+    print("  ".join(f"{name:>14}" for name in COLUMNS), flush=True)
+
+
+def report(row: dict, path: Path | None) -> None:
+    cells = [row.get(name, "") for name in COLUMNS]
+    print("  ".join(f"{cell:14.3f}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells), flush=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -61,3 +61,24 @@ def test_growing_keeps_what_was_read():
     assert grown.k_BKLH.shape == (2, 3, 6, 5)
     np.testing.assert_array_equal(grown.v_BKLH[:, :, :4], 2)
     np.testing.assert_array_equal(grown.v_BKLH[:, :, 4:], 0)
+
+
+@pytest.mark.parametrize("start", [0, 3, 40])
+def test_cudnn_is_given_room_for_a_second_document(monkeypatch, start):
+    """With room for one, jax ignores where it starts: a piece read before the window was full came out wrong."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    seen = {}
+
+    def spy(q, k, v, **options):
+        seen.update(options)
+        return q
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", spy)
+    monkeypatch.setattr(kv_cache.attention, "uses_cudnn", lambda q, implementation: True)
+    W, T = 8, 5
+    q, old = jnp.zeros((1, T, 2, 16)), jnp.zeros((1, 2, W, 16))
+    kv_cache.extend_window(q, q, q, kv_cache.KVCache(old, old), jnp.array([start]))
+    empty = max(W - start, 0)
+    assert seen["q_offsets"].tolist() == seen["kv_offsets"].tolist() == [[empty, -1, -1]]
+    assert seen["q_seqlen"].tolist() == seen["kv_seqlen"].tolist() == [[W + T - empty, -1]]

@@ -203,9 +203,15 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> 
 
 
 def cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
-    """Causal attention inside each document. The public function takes no offsets, the one below it does."""
+    """Causal attention inside each document. The public function takes no offsets, the one below it does.
+
+    Args:
+      offsets_BM: [B, M + 1] int32, starts of up to M documents, -1 behind them. sizes_BM: [B, M] int32, -1 behind them.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    if sizes_BM.shape[1] == 1:  # jax ignores the offset of an only document; a second one, which is not there, makes it look
+        offsets_BM, sizes_BM = (jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offsets_BM, sizes_BM))
     return cudnn.dot_product_attention(
         q_BTNH,
         k_BTKH,

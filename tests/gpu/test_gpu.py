@@ -1,11 +1,14 @@
 """What only a CUDA device can show. Run on one: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu -m gpu"""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerance import TOLERANCE, assert_close
 
+from ttt_jax import kv_cache
 from ttt_jax.attention import self_attention
 from ttt_jax.ops import in_place_ttt
 
@@ -45,6 +48,24 @@ def test_cudnn_attention_matches_the_float32_path(window, packed, T):
         assert np.isfinite(x).all(), name
         mask = real_BT[:, :, None, None]
         assert_close(name, x * mask, y * mask, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("T", [64, 200, 500])
+@pytest.mark.parametrize("start", [(1,), (100, 0), (255, 256), (700, 17)], ids=str)
+def test_a_piece_after_a_window_in_cudnn_matches_the_float32_path(start, T):
+    """Pieces that come before the window is full, exactly full, and long after; rows of one batch at different positions."""
+    W, N, K, H, B = 256, 8, 2, 64, len(start)
+    keys = jax.random.split(jax.random.key(2), 5)
+    sizes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, K, W, H), (B, K, W, H))
+    new_and_old = [jax.random.normal(key, size).astype(jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
+
+    def run(arrays, implementation):
+        q, k, v, *old = arrays
+        extend = functools.partial(kv_cache.extend_window, implementation=implementation)
+        return jax.jit(extend)(q, k, v, kv_cache.KVCache(*old), jnp.asarray(start, jnp.int32))
+
+    oracle = run([x.astype(jnp.float32) for x in new_and_old], "xla")
+    assert_close("o", np.asarray(run(new_and_old, "cudnn"), np.float32), np.asarray(oracle), TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
