@@ -266,6 +266,7 @@ def plan_json(config, topology, *words, timeout):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode in (0, 1), done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(plan))  # `pytest -rP` shows it: the figures are why one waits for these tests
     assert plan["fits"] == (done.returncode == 0)
     return plan
 
