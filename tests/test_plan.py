@@ -189,6 +189,9 @@ def test_a_prefill_estimate():
     assert plan.bytes_by_kind["fast weights"] == 64 * 64 * 4
     assert plan.rows == 2
     assert plan.program == "prefill of 512 tokens"
+    assert plan.notes == ()
+    (note,) = estimate(small("--model.max_positions=256"), parse_topology("h100:8"), prefill=512).notes
+    assert "--prefill 512: the config knows 256 positions" in note
 
 
 def test_advice_names_the_knobs():
