@@ -12,6 +12,7 @@ from test_model import config, make
 from tolerance import assert_close
 
 from ttt_jax import Session, generate, load_pretrained, score
+from ttt_jax.config import RopeConfig
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.model import Runtime
@@ -369,5 +370,5 @@ def test_one_warning_past_max_positions():
     score(model, [ids[:16]])
     generate(model, [ids[:8]], max_new_tokens=9)  # the last one is not read
     score(model_of(max_positions=16, **WINDOW), [ids])
-    yarn = {"rope.kind": "yarn", "rope.factor": 2.0, "rope.original_max_positions": 12}
+    yarn = {"rope": RopeConfig(kind="yarn", factor=2.0, original_max_positions=12)}
     score(model_of(max_positions=16, **yarn), [ids])  # knows 24
