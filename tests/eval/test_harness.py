@@ -120,11 +120,12 @@ def test_begin_token(tmp_path):
 
 
 def test_it_is_registered():
-    from lm_eval.api.registry import get_model
+    from lm_eval.api.registry import get_model, model_registry
 
     import ttt_jax.eval.harness as harness
 
     assert get_model("ttt_jax") is harness.TTTJaxLM
+    assert {"hf", "dummy"} <= set(model_registry.keys())  # lm_eval's own models are known beside it
     with pytest.raises(UserError, match="model_args path: missing"):
         get_model("ttt_jax").create_from_arg_string("ttt=false")
     with pytest.raises(UserError, match="batch_size = 'auto'"):
