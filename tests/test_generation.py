@@ -12,6 +12,7 @@ from test_model import config, make
 from tolerance import assert_close
 
 from ttt_jax import Session, generate, load_pretrained, score
+from ttt_jax.config import RopeConfig
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.model import Runtime
@@ -340,3 +341,34 @@ def test_caches_grow_when_a_session_reads_on():
     whole = generate(model, [np.append(row, 3)], max_new_tokens=5, eos_ids=())
     assert session.generate(5, eos_ids=())[0].token_ids == whole[0].token_ids
     assert jnp.asarray(session.state.position_B).tolist() == [705]
+
+
+# ------------------------------------------------------------------------------------------------------ past the length
+
+
+def test_one_warning_past_max_positions():
+    """Reading, writing and scoring past the length of the config say so, once; a window sees no new distances."""
+    from ttt_jax.eval.answers import Judge
+    from ttt_jax.reading import _say_past_positions
+
+    model, (ids,) = model_of(max_positions=16), prompts([20])
+    actions = {
+        "score": lambda: score(model, [ids]),
+        "prompt": lambda: generate(model, [ids], max_new_tokens=1),
+        "new tokens": lambda: generate(model, [ids[:8]], max_new_tokens=10),
+        "pieces": lambda: [session.extend([part]) or session.generate(2) for part in (ids[:8], ids[8:])],
+        "judge": lambda: Judge(model)([ids]),
+    }
+    for name, action in actions.items():
+        _say_past_positions.cache_clear()
+        session = Session(model)
+        with pytest.warns(UserWarning, match=r"input past position 16, the last that .*model\.max_positions") as caught:
+            action()
+        assert len(caught) == 1, name
+        action()  # warnings are errors in tests
+    _say_past_positions.cache_clear()
+    score(model, [ids[:16]])
+    generate(model, [ids[:8]], max_new_tokens=9)  # the last one is not read
+    score(model_of(max_positions=16, **WINDOW), [ids])
+    yarn = {"rope": RopeConfig(kind="yarn", factor=2.0, original_max_positions=12)}
+    score(model_of(max_positions=16, **yarn), [ids])  # knows 24

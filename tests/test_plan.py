@@ -26,7 +26,8 @@ from ttt_jax.sharding import make_mesh
 ROOT = Path(__file__).resolve().parents[1]
 QWEN3_8B = str(ROOT / "configs/qwen3_8b_longct.yaml")
 
-# As libtpu writes it: a loop without a trip count, one gather in three pieces, a start with (operand, result).
+# As libtpu writes it: a loop without a trip count, one gather in three pieces, a start with (operand, result), a kernel whose
+# attributes go over several lines.
 PROGRAM = """HloModule jit_step
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -51,6 +52,9 @@ PROGRAM = """HloModule jit_step
 }
 
 ENTRY %main (x: f32[8,2]) -> f32[8,16] {
+  %k = f32[8,2]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="splash"}
   %w = (s32[], f32[8,16]) while(%init), condition=%cond, body=%body, metadata={op_name="while"}
   %cp = (bf16[4,4]{1,0}, bf16[4,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), source_target_pairs={{0,1}}
   %done = bf16[4,4]{1,0} collective-permute-done(%cp)
@@ -185,6 +189,9 @@ def test_a_prefill_estimate():
     assert plan.bytes_by_kind["fast weights"] == 64 * 64 * 4
     assert plan.rows == 2
     assert plan.program == "prefill of 512 tokens"
+    assert plan.notes == ()
+    (note,) = estimate(small("--model.max_positions=256"), parse_topology("h100:8"), prefill=512).notes
+    assert "--prefill 512: the config knows 256 positions" in note
 
 
 def test_advice_names_the_knobs():
@@ -266,6 +273,7 @@ def plan_json(config, topology, *words, timeout):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode in (0, 1), done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(plan))  # `pytest -rP` shows it: the figures are why one waits for these tests
     assert plan["fits"] == (done.returncode == 0)
     return plan
 
@@ -302,3 +310,5 @@ def test_qwen3_8b_at_128k_fits_a_v5p_128():
     stored = plan["bytes_by_kind"]["parameters"] + plan["bytes_by_kind"]["optimizer state"]
     assert stored == pytest.approx(3 * 4 * 8.29e9 / 64, rel=0.02)
     assert plan["loops_of_unknown_length"] == 0
+    # All layers are counted: each gathers the keys and values of all tokens, in the forward and in the backward pass.
+    assert plan["collectives"]["all-gather"][1] >= 36 * 2 * 2 * 131072 * 8 * 128 * 2

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -390,6 +392,7 @@ def report(run: Path, out: Path | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
+        warnings.formatwarning = _one_line_warning
         code = cli.main(args=None if argv is None else list(argv), prog_name="ttt-jax", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -405,3 +408,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = _FORMAT_WARNING
+
+
+_FORMAT_WARNING = warnings.formatwarning
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> str:
+    """Warnings for users as errors are printed; those for programmers with the line that they are about."""
+    if issubclass(category, UserWarning):
+        return f"warning: {' '.join(str(message).split())}\n"
+    return _FORMAT_WARNING(message, category, *where, **options)

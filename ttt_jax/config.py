@@ -97,6 +97,11 @@ class ModelConfig:
     init_std: PositiveFloat = 0.02
     ttt: TTTConfig = TTTConfig()
 
+    @property
+    def known_positions(self) -> int:
+        """Positions that the model was made for. With scaled RoPE a checkpoint may state the length before it (Qwen3 does)."""
+        return max(self.max_positions, int(self.rope.factor * (self.rope.original_max_positions or 0)))
+
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:

@@ -32,6 +32,7 @@ from ttt_jax.reading import (
     program,
     read_piece,
     ttt_scale,
+    warn_past_positions,
     with_capacity,
 )
 from ttt_jax.sampling import Sampling, sample
@@ -244,8 +245,10 @@ class Session:
         cfg, B = self.model.config, self.batch_size
         start = time.perf_counter()
         logits_BV = jnp.zeros((B, cfg.vocab_size), jnp.float32)
+        longest = max(int(p) + len(row) for p, row in zip(self.position_B, rows, strict=True)) + room
+        warn_past_positions(self.model, longest - min(room, 1))  # the last new token stays unread
         if needs_capacity(self.model):
-            self._make_room(max(int(p) + len(row) for p, row in zip(self.position_B, rows, strict=True)) + room)
+            self._make_room(longest)
         for part in pieces(rows, self.position_B, self.size, cfg.ttt.chunk_size):
             if self.state is not None and self.state.capacity is not None:  # the padded width may be larger
                 self.state = with_capacity(self.model, self.state, part.ids_BP.shape[1])

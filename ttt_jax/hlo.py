@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 KINDS: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
+# A kernel's attributes may hold line breaks (splash attention's do), and a line of them may begin with `}}`.
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ALONE = re.compile(r"replica_groups=(\{\{0\}|\[\d+,1\])")  # every device by itself: nothing moves
@@ -115,7 +117,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
         if head := _HEAD.match(line):
             lines = found.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             lines = None
         elif lines is not None:
             lines.append(re.sub(r"/\*.*?\*/", "", line))

@@ -134,7 +134,7 @@ def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
     mesh = make_mesh(config.mesh, tpu_devices(topology))
     sizes = {name: int(size) for name, size in mesh.shape.items()}
     rows, tokens = workload(config, sizes, prefill)
-    notes = row_notes(config, sizes) if prefill is None else []
+    notes = row_notes(config, sizes) if prefill is None else prefill_notes(config, prefill)
     if prefill is None:
         state, tx = abstract_state(config, mesh)
         batch = abstract_batch(config, mesh)
@@ -285,6 +285,13 @@ def row_notes(config: Config, sizes: dict[str, int]) -> list[str]:
         f"{micro} rows at a time (data.batch_size / optimizer.accumulate) do not split over data x fsdp = {ways} devices: "
         "rows are computed more than once; change data.batch_size or move devices from mesh.fsdp to mesh.context"
     ]
+
+
+def prefill_notes(config: Config, tokens: int) -> list[str]:
+    """A prefill may be longer than the rows of the config, which are checked."""
+    if tokens <= (known := config.model.known_positions):
+        return []
+    return [f"--prefill {tokens}: the config knows {known} positions (model.max_positions, model.rope); RoPE extrapolates"]
 
 
 def advice(

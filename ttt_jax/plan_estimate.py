@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.plan import Plan, Topology, abstract_batch, advice, row_notes, shard_bytes, workload
+from ttt_jax.plan import Plan, Topology, abstract_batch, advice, prefill_notes, row_notes, shard_bytes, workload
 
 _LOGITS = 1.5 * 2**30  # one block in float32 (loss.py) and its gradient in the compute dtype
 
@@ -63,7 +63,7 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
         total=total,
         fits=fits,
         advice=() if fits else advice(config, sizes, by_kind, topology.memory, prefill),
-        notes=tuple(row_notes(config, sizes) if prefill is None else ()),
+        notes=tuple(row_notes(config, sizes) if prefill is None else prefill_notes(config, prefill)),
         model_flops=rows * tokens * model_flops_per_token(config.model, tokens, training=prefill is None),
     )
 

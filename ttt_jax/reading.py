@@ -7,6 +7,7 @@ are real. Every program is compiled for one of a few shapes: whole pieces, and p
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -80,6 +81,24 @@ def check_ids(rows: Sequence[Any], vocab_size: int, what: str = "ids") -> list[n
             raise UserError(f"{what}: row {i} holds id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
         checked.append(ids.astype(np.int32))
     return checked
+
+
+def warn_past_positions(model: Transformer, tokens: int) -> None:
+    """Warn, once, when a stream of so many tokens has positions that the model's config does not know.
+
+    RoPE tells layers with a window only distances, which stay within it: they are not warned of.
+    """
+    if tokens > model.config.known_positions and needs_capacity(model):
+        _say_past_positions(model.config.known_positions)
+
+
+@functools.cache
+def _say_past_positions(known: int) -> None:
+    warnings.warn(
+        f"input past position {known}, the last that the model's config knows (model.max_positions, model.rope): RoPE "
+        "extrapolates; expect worse results, or shorten the input",
+        stacklevel=4,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ capacity

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ttt_jax.model import Transformer
-from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, score_piece
+from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, score_piece, warn_past_positions
 
 
 class Scores(NamedTuple):
@@ -49,6 +49,7 @@ def score(
     """
     ids = check_ids(rows, model.config.vocab_size)
     B, T = len(ids), max(len(row) for row in ids)
+    warn_past_positions(model, T)
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)
     logits_BTV = np.full((B, T, model.config.vocab_size), np.nan, np.float32) if logits else None
     size, frozen = piece_size(model, piece), Frozen(model)

@@ -1,6 +1,8 @@
 """The lm-evaluation-harness adapter: equal to `score` and `generate`, dummies score 1.0 on needles, errors that help."""
 
+import collections
 import functools
+import importlib
 import json
 import os
 import re
@@ -118,11 +120,12 @@ def test_begin_token(tmp_path):
 
 
 def test_it_is_registered():
-    from lm_eval.api.registry import get_model
+    from lm_eval.api.registry import get_model, model_registry
 
     import ttt_jax.eval.harness as harness
 
     assert get_model("ttt_jax") is harness.TTTJaxLM
+    assert {"hf", "dummy"} <= set(model_registry.keys())  # lm_eval's own models are known beside it
     with pytest.raises(UserError, match="model_args path: missing"):
         get_model("ttt_jax").create_from_arg_string("ttt=false")
     with pytest.raises(UserError, match="batch_size = 'auto'"):
@@ -234,3 +237,98 @@ def test_needles_through_the_adapter(tmp_path):
 
     part = evaluate_tasks(model_of(), tmp_path, ["niah_single_1"], make=silent, **options | {"lengths": [1024]})
     assert part["entries"][0]["on"]["value"] == 0.0
+
+
+class WordTokenizer:
+    """Words and single signs, numbered as they come: RULER's samples have as many tokens as real vocabularies give them."""
+
+    eos_id, fingerprint = 0, "words"
+
+    def __init__(self):
+        self.words = ["</s>"]
+        self.ids = {}
+
+    def encode(self, text):
+        ids = []
+        for word in re.findall(r" ?\w+|\W", text):
+            if word not in self.ids:
+                self.ids[word] = len(self.words)
+                self.words.append(word)
+            ids.append(self.ids[word])
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
+
+
+def solve(text):
+    """The answer to a sample of RULER's variable tracking, common or frequent words, from its text alone."""
+    if "chain(s)" in text:
+        task = text[text.rindex("Memorize and track") :]  # behind the worked example
+        value = re.search(r"assigned the value (\d+)", task)[1]
+        found = re.findall(rf"VAR (\w+) = {value}\b", task)
+        for name in found:
+            found += re.findall(rf"VAR (\w+) = VAR {name}\b", task)
+        return " ".join(found)
+    body, common = text.split("Question:")[0], "numbered list" in text
+    words = re.findall(r"\d+\. (\S+)", body) if common else re.findall(r"\b[a-z]{6}\b", body.split("coded words. ")[1])
+    return " ".join(word for word, _ in collections.Counter(words).most_common(10 if common else 3))
+
+
+def test_tracking_and_counting_through_the_adapter(tmp_path):
+    """RULER's vt, cwe and fwe: a solver that sees the prompt only is right, silence wrong, half an answer half right."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'")
+    pytest.importorskip("wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'")
+    from ttt_jax.eval.harness import TTTJaxLM
+    from ttt_jax.eval.harness_tasks import evaluate_tasks
+
+    model = make(config(num_layers=2, vocab_size=257, **{"ttt.layers": (1,), "ttt.chunk_size": 4}), "float32")
+    model.tokenizer = WordTokenizer()
+    limits = {"chain(s)": 30, "numbered list": 120, "coded text": 50}  # new tokens, by words of the task
+
+    def run(names, answer, length):
+        prompts = []
+
+        class Dummy(TTTJaxLM):
+            def write(self, rows, max_new_tokens, stop, sampling):
+                texts = [self.tokenizer.decode(row) for row in rows]
+                prompts.extend((len(row), text) for row, text in zip(rows, texts, strict=True))
+                assert all(limits[words] == max_new_tokens for text in texts for words in limits if words in text)
+                return [answer(text) for text in texts]
+
+        part = evaluate_tasks(model, tmp_path, names, make=Dummy, lengths=[length], limit=3, modes=["on"])
+        assert {(entry["metric"], entry["samples"]) for entry in part["entries"]} == {(str(length), 3)}
+        return {entry["task"]: entry["on"]["value"] for entry in part["entries"]}, sorted(prompts)
+
+    names = ["ruler_vt", "ruler_fwe", "ruler_cwe"]
+    found, prompts = run(names, solve, 4096)
+    assert found == dict.fromkeys(names, 1.0)
+    assert 2048 < prompts[0][0] <= prompts[-1][0] <= 4096
+    found, again = run(names, lambda text: "", 4096)
+    assert found == dict.fromkeys(names, 0.0)
+    # The same samples at each call; but ruler_cwe shuffles with a generator of its module, which goes on.
+    assert [p for p in again if "numbered list" not in p[1]] == [p for p in prompts if "numbered list" not in p[1]]
+    found, _ = run(["ruler_cwe"], lambda text: " ".join(solve(text).split()[:5]), 2048)
+    assert found == {"ruler_cwe": 0.5}
+
+
+def test_samples_that_cannot_be_made_are_an_error(tmp_path):
+    """With one token per byte: left to itself, the harness would not end, or divide by zero."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'")
+    pytest.importorskip("wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'")
+    from ttt_jax.eval.harness_tasks import _ruler_tokenizer, evaluate_tasks
+
+    def make_samples(module, function, length, tokenizer):
+        module = importlib.import_module(f"lm_eval.tasks.ruler.{module}")
+        with _ruler_tokenizer(tmp_path, tokenizer, length):
+            getattr(module, function)(tokenizer=str(tmp_path), max_seq_lengths=[length])
+
+    with pytest.raises(UserError, match=r"its shortest example has \d+ tokens .* room for 500; leave the task out"):
+        make_samples("vt_utils", "get_vt_dataset", 4096, ByteTokenizer())
+    with pytest.raises(UserError, match=r"its shortest sample has \d+ tokens .* room for 512; raise --lengths"):
+        make_samples("vt_utils", "get_vt_dataset", 512, WordTokenizer())
+    with pytest.raises(UserError, match=r"its shortest sample has \d+ tokens .* room for 256; raise --lengths"):
+        make_samples("fwe_utils", "fwe_download", 256, ByteTokenizer())
+    words = "--tasks ruler_cwe: its shortest sample is longer than 4096 tokens of this model's tokenizer; raise --lengths"
+    with pytest.raises(UserError, match=words):
+        evaluate_tasks(model_of(), tmp_path, ["ruler_cwe"], lengths=[4096], limit=1, modes=["on"])

@@ -13,7 +13,7 @@ import numpy as np
 
 from ttt_jax.loss import token_nll_and_hit
 from ttt_jax.model import State, Transformer
-from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, program, ttt_scale
+from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, program, ttt_scale, warn_past_positions
 
 
 class Judgement(NamedTuple):
@@ -56,6 +56,7 @@ class Judge:
 
     def _batch(self, ids: list[np.ndarray]) -> list[Judgement]:
         B, T, C = len(ids), max(len(row) for row in ids), self.model.config.ttt.chunk_size
+        warn_past_positions(self.model, T)
         capacity = _capacity(T, self.size) if needs_capacity(self.model) else None
         logprobs_BT, greedy_BT = np.zeros((B, T), np.float32), np.zeros((B, T), bool)
         state = None

@@ -8,10 +8,13 @@ import functools
 import importlib.metadata
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+
+import numpy as np
 
 from ttt_jax.errors import DataError, UserError
 from ttt_jax.model import Transformer
@@ -75,11 +78,13 @@ def evaluate_tasks(
     # One length at a time: the harness applies `limit` to the samples of all lengths together.
     for length in sorted(lengths):
         manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": str(path)})
-        random.seed(seed)  # RULER draws its samples from the global generator
-        with _ruler_tokenizer(path, model.tokenizer):
+        random.seed(seed)  # RULER draws its samples from the global generators
+        np.random.seed(seed)
+        with _ruler_tokenizer(path, model.tokenizer, length):
             loaded = {name: _load(manager, name) for name in generated}
         items = [item for group in loaded.values() for item in group]
         for task in _leaves(items):
+            _check_answers(task, length)
             _report_length(task, length)
         for mode, lm in models.items():
             for task, metric, samples, value, error in _run(lm, items, manager, **options):
@@ -118,6 +123,13 @@ def _leaves(items: list[Any]) -> list[Any]:
     return [task for item in items for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
 
 
+def _check_answers(task: Any, length: int) -> None:
+    """RULER's ruler_cwe makes samples without words to find where one with ten of them is too long."""
+    if callable(task.config.custom_dataset) and any(not doc.get("outputs", True) for doc in task.test_docs()):
+        problem = f"its shortest sample is longer than {length} tokens of this model's tokenizer"
+        raise UserError(f"--tasks {task.task_name}: {problem}; raise --lengths or leave the task out")
+
+
 def _report_length(task: Any, length: int) -> None:
     """RULER's tasks name one metric for each of a few lengths; any other length is reported in the same way."""
     aggregations = task.aggregation()
@@ -144,6 +156,8 @@ def _load(manager: Any, name: str) -> list[Any]:
     try:
         loaded = manager.load([name])
         return list(loaded["groups"].values()) or list(loaded["tasks"].values())
+    except UserError as error:
+        raise UserError(f"--tasks {name}: {error}") from None
     except ImportError as error:
         raise UserError(f"--tasks {name}: needs a package that is missing ({_one_line(error)}); {_SCARCE}") from None
     except Exception as error:  # whatever a download raises: OSError, requests, httpx, datasets, nltk
@@ -173,7 +187,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _ruler_tokenizer(path: Path, tokenizer: Any) -> Iterator[None]:
+def _ruler_tokenizer(path: Path, tokenizer: Any, length: int) -> Iterator[None]:
     """RULER loads its tokenizer through transformers by the name `path`; give it the model's, whatever file that came from."""
     try:
         AutoTokenizer: Any = importlib.import_module("transformers").AutoTokenizer
@@ -181,9 +195,12 @@ def _ruler_tokenizer(path: Path, tokenizer: Any) -> Iterator[None]:
         yield
         return
     original: Any = AutoTokenizer.from_pretrained
+    for name, module in list(sys.modules.items()):  # RULER keeps tokenizers by name; this one is of one length
+        if name.startswith("lm_eval.tasks.ruler.") and hasattr(module, "get_tokenizer"):
+            module.get_tokenizer.cache_clear()
 
     def from_pretrained(name: Any, *args: Any, **kwargs: Any) -> Any:
-        return _TaskTokenizer(tokenizer) if str(name) == str(path) else original(name, *args, **kwargs)
+        return _TaskTokenizer(tokenizer, length) if str(name) == str(path) else original(name, *args, **kwargs)
 
     AutoTokenizer.from_pretrained = from_pretrained
     try:
@@ -193,13 +210,39 @@ def _ruler_tokenizer(path: Path, tokenizer: Any) -> Iterator[None]:
 
 
 class _TaskTokenizer:
-    """What RULER's tasks use of a transformers tokenizer."""
+    """What RULER's tasks use of a transformers tokenizer, for samples of one length.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    A sample is made by removing words until it has that length. Where the shortest one is too long, two tasks of lm_eval 0.4.13
+    go on for ever, ruler_vt deaf to Ctrl-C too. They ask for the length of the shortest one first: that call raises UserError.
+    """
+
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+        self._example: int | None = None  # tokens of ruler_vt's worked example, once it is made
 
     def __call__(self, text: str, **kwargs: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=self.encode(text))
+        ids = self.encode(text)
+        if text.startswith("Memorize and track the chain(s)"):
+            self._check_variables(text, len(ids))
+        if text.startswith("Read the following coded text") and "coded words. \nQuestion" in text:
+            self._check_room(len(ids), self._length)
+        return SimpleNamespace(input_ids=ids)
+
+    def _check_variables(self, text: str, tokens: int) -> None:
+        """ruler_vt: first the worked example, of 5 lines and more and at most 500 tokens, then samples of 10 lines and more."""
+        lines, answer = text.count("There and back again."), 30
+        if text.endswith("\n\n"):
+            self._example = tokens
+        elif self._example is None and lines == 5:
+            self._check_room(tokens + answer, 500)
+        elif self._example is not None and lines == 10:
+            self._check_room(tokens + answer + self._example, self._length)
+
+    def _check_room(self, tokens: int, room: int) -> None:
+        if tokens > room:
+            problem = f"has {tokens} tokens of this model's tokenizer, and room for {room}"
+            fix = "raise --lengths" if room == self._length else "leave the task out: the harness fixes this room"
+            raise UserError(f"its shortest {'sample' if room == self._length else 'example'} {problem}; {fix}")
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         return self._tokenizer.encode(text)

@@ -26,7 +26,7 @@ from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import UserError
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.model import State, Transformer
-from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, read_piece, score_piece
+from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, read_piece, score_piece, warn_past_positions
 
 MODES = ("off", "on", "shuffled")
 _BUCKETS = 16
@@ -89,6 +89,7 @@ class Reader:
             yield first, min(first + self.size, stop)
 
     def _arguments(self, L: int, first: int, last: int, ttt: bool) -> dict[str, Any]:
+        warn_past_positions(self.model, L)
         # One capacity for all lengths of about this size: fewer programs to compile.
         capacity = -(-L // self.size) * self.size if needs_capacity(self.model) else None
         return {"capacity": capacity, "at_chunk_start": first % self.chunk == 0, "ttt": ttt}
