@@ -16,7 +16,7 @@ from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_nam
 from ttt_jax.model import Runtime, Transformer
 from ttt_jax.model_folder import OrbaxTensors, check_layout, is_model_folder, read_description
 from ttt_jax.paths import param_path
-from ttt_jax.tensor_files import inside
+from ttt_jax.tensor_files import inside, show
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
@@ -88,7 +88,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id = {found!r}: must be a token id or a list of them")
+            raise CheckpointError(f"{path}: eos_token_id = {show(repr(found))}: must be a token id or a list of them")
         return tuple(ids)
     return ()
 
