@@ -310,7 +310,7 @@ def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, st
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a few lines of them stand for gigabytes) and without absurd nesting: no config needs either."""
+    """Safe YAML without aliases (a few lines of them stand for gigabytes) and absurd nesting: no config needs either."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
