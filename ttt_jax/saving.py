@@ -15,6 +15,7 @@ from ttt_jax.errors import CheckpointError, TrainingError
 from ttt_jax.training import TrainState
 
 _PAUSE = 1.0  # seconds between two looks at the disk, at least
+_OVERHEAD = 1 << 20  # bytes for metadata, for each process
 _SHARE = 10  # a failed save is tried again after this many times as long as it took: at most a tenth of the time is lost
 
 
@@ -41,17 +42,22 @@ class Saver:
         """Whether a save has failed and another attempt could succeed; the same answer on all processes."""
         if self._in_flight is not None and not self._checkpointer.saving():
             self._wait()
-        ready = self._failed and self._in_flight is None and time.monotonic() >= self._try_again and self._has_space()
-        return any_process(ready)
+        ready = self._failed and self._in_flight is None and time.monotonic() >= self._try_again
+        return any_process(ready) and not any_process(not self._has_space())
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Save, asynchronously if so configured. A failure, now or later, is a warning and a reason for `retry_due`."""
         self._wait()
-        if any_process(self._failed) and not any_process(self._has_space()):
+        trees = {"model": state.model, "opt_state": state.opt_state}
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        failed = any_process(self._failed)
+        if (failed or jax.process_count() > 1) and any_process(not self._has_space()):
+            # One process alone finds out by trying. Of several, one that fails inside a save leaves the others waiting.
+            if not failed:
+                self._began = time.monotonic()
+                self._fail(step, CheckpointError(f"checkpoint folder {self._checkpointer.directory}: no space for step {step}"))
             return
         self._began = time.monotonic()
-        trees = {"model": state.model, "opt_state": state.opt_state}
-        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) // jax.process_count()
         try:
             self._checkpointer.save(step, **trees, data_state=data_state, extra=extra)
         except CheckpointError as error:
@@ -124,6 +130,6 @@ class Saver:
     def _has_space(self) -> bool:
         """Room for another checkpoint, as far as the file system tells (it does not know of quotas)."""
         try:
-            return shutil.disk_usage(self._checkpointer.directory).free > self._bytes
+            return shutil.disk_usage(self._checkpointer.directory).free > self._bytes + _OVERHEAD * jax.process_count()
         except OSError:
             return False

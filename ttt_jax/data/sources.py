@@ -341,7 +341,9 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
                     else:
                         yield _text("row", row, text, max_bytes)
                     row += 1
-    except pa.ArrowException as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
         raise file.error(f"not a readable Parquet file ({_one_line(error)}); replace it") from None
 
 
