@@ -73,7 +73,8 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
         name = f"stopped{runs}"
         while sent < trials:
             (process,) = job.start(name, FAULTS='{"sleep": 0.02}', script=DRIVER)
-            at = job.logged(name) + rng.randint(1, 9)
+            found = job.logged(name)
+            at = found + rng.randint(1, 9)
             if sent % 5 == 4:  # while it starts: nothing to save, and nothing to lose
                 job.wait(process, lambda process=process: handles_sigterm(process.pid))
                 time.sleep(rng.uniform(0, 4))
@@ -88,7 +89,7 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
             before, begin = job.logged(name), time.monotonic()
             process.send_signal(signal.SIGINT if sent % 3 == 1 else signal.SIGTERM)
             end([process])
-            early = not job.logged(name)
+            early = before <= found  # no step since this start
             slowest[early] = max(slowest[early], time.monotonic() - begin)
             sent += 1
             starting += early
