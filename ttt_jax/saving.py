@@ -22,6 +22,8 @@ _SHARE = 10  # a failed save is tried again after this many times as long as it 
 class Saver:
     """Saves through a `Checkpointer` and outlives its failures. All processes call every method in the same order.
 
+    Of several processes all look for room before they save; one whose write fails all the same stops (TrainingError).
+
     Args:
       every: steps between checkpoints; 0: only those that are asked for.
       warn: an `EventLog`.
@@ -62,6 +64,7 @@ class Saver:
             self._checkpointer.save(step, **trees, data_state=data_state, extra=extra)
         except CheckpointError as error:
             self._fail(step, error)
+            self._stop_of_several(step)
         else:
             self._in_flight = step
             if not self._checkpointer.saving():
@@ -111,6 +114,7 @@ class Saver:
             self._checkpointer.wait()
         except CheckpointError as error:
             self._fail(step, error)
+            self._stop_of_several(step)
             return
         if self._failed:
             self._failed = False
@@ -126,6 +130,15 @@ class Saver:
             unsaved_step=step,
             newest=newest,
         )
+
+    def _stop_of_several(self, step: int) -> None:
+        """After a failure inside a save, processes may wait for one another in Orbax for good: better to start again."""
+        if jax.process_count() > 1:
+            raise TrainingError(
+                f"checkpoint folder {self._checkpointer.directory}: writing step {step} failed half-way on process "
+                f"{jax.process_index()}, and the processes of this job cannot agree on saves any more; free space and run the "
+                "same command again"
+            )
 
     def _has_space(self) -> bool:
         """Room for another checkpoint, as far as the file system tells (it does not know of quotas)."""

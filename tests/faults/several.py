@@ -103,8 +103,22 @@ def disk_full_of_two(folder: Path, trials: int = 2) -> str:
             assert small.curve(name) == job.curve("whole")
             assert small.documents(name) == job.documents("whole")
             seen.append(f"full from step {at}, " + ("space returned" if returns else "to the end: exit 1, then finished"))
+        name, blind = "inside", SLOW | {"FAULTS": '{"sleep": 0.05, "blind": true}'}
+        jobs = small.start(name, "--checkpoint.wait_for_space=1", **blind)
+        assert small.wait(jobs[0], lambda: small.logged(name) > 12), end(jobs, None)
+        fill(mount / "ballast")
+        begin = time.monotonic()
+        outputs = end(jobs, code=None)
+        lasted = time.monotonic() - begin
+        assert 0 not in [process.returncode for process in jobs], "\n".join(outputs)
+        assert "failed half-way on process" in "".join(outputs), "\n".join(outputs)
+        (mount / "ballast").unlink()
+        end(small.start(name, processes=2))
+        assert small.curve(name) == job.curve("whole")
+        assert small.documents(name) == job.documents("whole")
+        seen.append(f"a write that failed inside a save: both ended after {lasted:.0f} s, then finished")
     finally:
-        subprocess.run(["umount", str(mount)], check=True)
+        subprocess.run(["umount", "-l", str(mount)], check=True)
     return "; ".join(seen) + "; same curve"
 
 
