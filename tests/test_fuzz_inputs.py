@@ -9,8 +9,10 @@ import io
 import json
 import lzma
 import math
+import tempfile
 import warnings
 import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 from eval.test_output import results_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -183,9 +186,18 @@ def parquet_bytes():
     return stream.getvalue()
 
 
-def npy_bytes():
+def arrayrecord_bytes():
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ArrayRecordWriter(f"{folder}/a", "group_size:1")
+        for record in [text.encode() for text in TEXTS] + [npy_bytes(9)]:
+            writer.write(record)
+        writer.close()
+        return Path(folder, "a").read_bytes()
+
+
+def npy_bytes(*shape):
     stream = io.BytesIO()
-    np.save(stream, np.arange(120, dtype=np.uint16).reshape(4, 30))
+    np.save(stream, np.arange(math.prod(shape), dtype=np.uint16).reshape(shape))
     return stream.getvalue()
 
 
@@ -195,7 +207,8 @@ FILES = {
     "a.jsonl.xz": lambda: lzma.compress(JSONL),
     "a.jsonl.zst": lambda: zstandard.ZstdCompressor(write_checksum=True).compress(JSONL),
     "a.parquet": parquet_bytes,
-    "a.npy": npy_bytes,
+    "a.arrayrecord": arrayrecord_bytes,
+    "a.npy": lambda: npy_bytes(4, 30),
     "a.txt": lambda: "naïve text ".encode() * 20,
 }
 

@@ -114,7 +114,6 @@ def test_another_number_of_data_hosts_continues_exactly(words, tmp_path):
     assert_close("losses and norms", numbers(tmp_path / "runs/many"), numbers(tmp_path / "runs/one"), 1e-5)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all(words, tmp_path):
     run = tmp_path / "runs/two"
     jobs = start([*words, "--name=two", "--steps=4000"], processes=2)

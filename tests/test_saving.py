@@ -91,6 +91,26 @@ def test_no_attempt_without_room(tmp_path, clock, monkeypatch):
     assert disk.saved == []
 
 
+def test_several_processes_look_before_they_save(tmp_path, clock, monkeypatch):
+    """One that fails inside a save would leave the others waiting in Orbax."""
+    disk, shown, free = Disk(tmp_path), [], 10
+    monkeypatch.setattr("ttt_jax.saving.jax.process_count", lambda: 2)
+    monkeypatch.setattr("ttt_jax.saving.any_process", lambda flag: flag)
+    monkeypatch.setattr("ttt_jax.saving.shutil.disk_usage", lambda path: types.SimpleNamespace(free=free))
+    saver = Saver(disk, 5, lambda text, **details: shown.append((details["kind"], text)))
+    saver.save(5, STATE, {}, {})
+    saver.save(10, STATE, {}, {})
+    assert disk.saved == []
+    ((kind, text),) = shown
+    assert kind == "save_failed"
+    assert "no space for step 5; training goes on unsaved since step 0" in text
+    free, clock.now = 10**8, 2.0
+    assert saver.retry_due()
+    saver.save(11, STATE, {}, {})
+    assert disk.saved == [11]
+    assert shown[1][0] == "saved_again"
+
+
 def test_the_last_save_is_waited_for_and_then_is_an_error(tmp_path, clock):
     disk = Disk(tmp_path)
     saver = Saver(disk, 5, lambda *args, **details: None)

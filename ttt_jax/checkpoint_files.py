@@ -60,7 +60,7 @@ def find_damage(folder: Path, below: str = "") -> str | None:
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
             return f"{CHECKSUMS}: names files outside of the checkpoint"
         wanted = [(files[name]["bytes"], files[name]["sha256"]) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS}: not readable"
 
     def check(item: tuple[str, tuple[Any, Any]]) -> str | None:

@@ -103,10 +103,14 @@ def _check_match(path: Path, stored: dict[str, Any], wanted: dict[str, Any], nou
 
 
 def read_json(path: Path, item: str) -> dict[str, Any]:
+    """The JSON object that Orbax's `JsonSave` wrote. Raises DamagedError when it is not one."""
     try:
-        return json.loads((path / item / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{item} is a {type(found).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
+    return found
 
 
 def _damaged(path: Path, error: Exception) -> DamagedError:

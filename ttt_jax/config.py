@@ -42,6 +42,7 @@ Layers = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 MAX_YAML_BYTES = 1_000_000
+MAX_YAML_NESTING = 50  # brackets within one another
 REMAT_NAMES = ("attention", "qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target")
 
 
@@ -314,12 +315,18 @@ def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, st
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases: a few lines of them stand for gigabytes, and no config needs one."""
+    """Safe YAML without aliases (a few lines of them stand for gigabytes) and absurd nesting: no config needs either."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read; write the value out")
         return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """PyYAML's time grows with the square of the depth: 1200 brackets take a second."""
+        if self.flow_level >= MAX_YAML_NESTING:
+            raise yaml.YAMLError(f"more than {MAX_YAML_NESTING} brackets within one another; no field needs that")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 def parse_yaml(text: str) -> Any:

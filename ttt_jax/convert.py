@@ -25,7 +25,7 @@ from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.hf import abstract_model, check_tensors, config_from_hf, fill, fresh_ttt_rows, read_raw_config, tensor_names
 from ttt_jax.hf_export import config_to_hf, copy_companions, write_config
-from ttt_jax.model import Transformer
+from ttt_jax.model import Transformer, abstract_transformer
 from ttt_jax.model_folder import (
     Description,
     OrbaxTensors,
@@ -162,7 +162,7 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(f"model {path}: no such folder; give a Hugging Face folder, a converted folder or a run folder")
     if is_model_folder(folder):
         about = read_description(folder)
-        abstract = jax.eval_shape(lambda: Transformer(about.model, key=jax.random.key(0)))
+        abstract = abstract_transformer(about.model)
         check_layout(folder, abstract)
         stored = OrbaxTensors(find_checkpoint(folder), abstract, about.dtypes, about.tied_head)
         tokenizer = about.tokenizer or str(folder)
@@ -181,7 +181,7 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(f"model {path}: holds no config.json, ttt_jax.json or {CONFIG_FILE}; give a model or run folder")
     config = read_run_config(run)
     validate_model(config.model)
-    abstract = jax.eval_shape(lambda: Transformer(config.model, key=jax.random.key(0)))
+    abstract = abstract_transformer(config.model)
     stored = OrbaxTensors(find_checkpoint(folder), abstract)
     load_tokenizer(config.data.tokenizer)  # said now rather than after the conversion
     block = _block(stored.block_bytes)
@@ -342,7 +342,7 @@ def compare_logits(a: Source, b: Source) -> float:
 
     def logits_BTV(source: Source) -> np.ndarray:
         config = replace(source.model, {"ttt.chunk_size": chunk})
-        abstract = jax.eval_shape(lambda: Transformer(config, key=jax.random.key(0)))
+        abstract = abstract_transformer(config)
         if isinstance(source.tensors, OrbaxTensors):  # through Orbax's own reader
             model = load_model_params(source.folder, abstract)
         else:

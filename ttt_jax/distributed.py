@@ -48,6 +48,8 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
         address, count, index = explicit
         where = f"{count} processes through {address} (this is process {index})"
         options = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    # It would take over SIGTERM, behind the back of Python's handlers, and the job would train on until it is killed.
+    jax.config.update("jax_enable_preemption_service", False)
     # jax's client ends the whole process, with a stack trace, when the coordinator never answers; so the line comes first.
     hint = (
         f"not all of {where} came within {timeout} s; start every host with the same coordinator and number of processes, "

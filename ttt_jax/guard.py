@@ -131,8 +131,8 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
         return [Rollback(int(r["step"]), int(r["restored"]), dict(r["data_state"])) for r in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path}: damaged ({error}); restore it from a copy, or start another run") from None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise TrainingError(f"{path}: damaged ({type(error).__name__}); restore it from a copy, or start another run") from None
 
 
 def write_rollbacks(run_dir: Path, rollbacks: list[Rollback]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ttt_jax.config import ModelConfig, from_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.model import Runtime, Transformer
+from ttt_jax.model import Runtime, Transformer, abstract_transformer
 from ttt_jax.paths import param_path
 from ttt_jax.tensor_files import TensorFiles, TensorSource, inside, list_names, read_json_object
 from ttt_jax.ttt import KERNEL
@@ -230,7 +230,7 @@ def abstract_model(cfg: ModelConfig, source: TensorSource, where: str, runtime: 
     count = sum(1 for _ in source)
     if cfg.num_layers > count:  # before anything is built for each layer
         raise CheckpointError(f"checkpoint {where}: its config has {cfg.num_layers} layers, but it holds {count} tensors")
-    return jax.eval_shape(lambda: Transformer(cfg, runtime or Runtime(), key=jax.random.key(0)))
+    return abstract_transformer(cfg, runtime or Runtime())
 
 
 def load_hf_into(abstract: Transformer, folder: str | Path, *, key: jax.Array) -> Transformer:

@@ -351,3 +351,11 @@ def _remat_policy(names: tuple[str, ...]):
         return "dot_product_attention" in primitive.name or by_name(primitive, *args, **params)
 
     return policy
+
+
+def abstract_transformer(cfg: ModelConfig, runtime: Runtime = Runtime()) -> Transformer:
+    """The structure of a model without its arrays: leaves are float32 `jax.ShapeDtypeStruct`.
+
+    Raises: ConfigError if the config contradicts itself.
+    """
+    return jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0)))

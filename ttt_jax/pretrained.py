@@ -13,10 +13,10 @@ from ttt_jax.config import Config, ModelConfig
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_names
-from ttt_jax.model import Runtime, Transformer
+from ttt_jax.model import Runtime, Transformer, abstract_transformer
 from ttt_jax.model_folder import OrbaxTensors, check_layout, is_model_folder, read_description
 from ttt_jax.paths import param_path
-from ttt_jax.tensor_files import inside
+from ttt_jax.tensor_files import inside, show
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
@@ -38,7 +38,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     if is_model_folder(path):
         about = read_description(path)
         cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
-        check_layout(path, jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0))))
+        check_layout(path, abstract_transformer(cfg, runtime))
     elif (path / "config.json").is_file():
         model = load_hf(path, runtime, dtype=dtype)
         model.tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
@@ -48,7 +48,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
         config = read_run_config(path)
         cfg, tokenizer = config.model, config.data.tokenizer
     stacked = dataclasses.replace(runtime, scan_layers=True)  # as train.py and convert write them
-    abstract = jax.eval_shape(lambda: Transformer(cfg, stacked, key=jax.random.key(0)))
+    abstract = abstract_transformer(cfg, stacked)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     model = load_model_params(path, abstract)
     model = model if runtime.scan_layers else unstacked(model)
@@ -60,7 +60,7 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
 def unstacked(model: Transformer) -> Transformer:
     """The same parameters with arrays of their own for each layer (`Runtime.scan_layers` off)."""
     runtime = dataclasses.replace(model.runtime, scan_layers=False)
-    target = jax.eval_shape(lambda: Transformer(model.config, runtime, key=jax.random.key(0)))
+    target = abstract_transformer(model.config, runtime)
     arrays, names = {}, tensor_names(model)
     for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
         own = names[param_path(path)]
@@ -88,7 +88,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id = {found!r}: must be a token id or a list of them")
+            raise CheckpointError(f"{path}: eos_token_id = {show(repr(found))}: must be a token id or a list of them")
         return tuple(ids)
     return ()
 
@@ -110,7 +110,7 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
     if is_model_folder(source):
         about = read_description(source)
         _check_same_model(config.model, about.model, config.init_from)
-        stored = jax.eval_shape(lambda: Transformer(about.model, key=jax.random.key(0)))
+        stored = abstract_transformer(about.model)
         check_layout(source, stored)
         if tensor_names(stored) == tensor_names(abstract):
             return load_model_params(source, abstract)

@@ -91,14 +91,16 @@ class EventLog:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a line cut short by a kill is left out."""
+    """The events of a run, oldest first; a line that is no JSON object, such as one cut short by a kill, is left out."""
     path = Path(run_dir) / EVENTS_FILE
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict):
+            events.append(event)
     return events
 
 
@@ -133,18 +135,21 @@ def truncate_metrics(path: Path, start_step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            text = line.decode("utf-8")
+            step = json.loads(text)["step"]
+            if not isinstance(step, int):
+                raise ValueError("not a number of steps")
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number == len(lines):
                 break
             raise CheckpointError(
                 f"metrics {path}, line {number}: not a JSON object with a step; repair or delete it"
             ) from None
         if start_step > 0 and step <= start_step:
-            kept.append(line + "\n")
+            kept.append(text + "\n")
     if len(kept) != len(lines) or not path.read_bytes().endswith(b"\n"):
         atomic_write_text(path, "".join(kept))

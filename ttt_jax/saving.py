@@ -15,11 +15,14 @@ from ttt_jax.errors import CheckpointError, TrainingError
 from ttt_jax.training import TrainState
 
 _PAUSE = 1.0  # seconds between two looks at the disk, at least
+_OVERHEAD = 1 << 20  # bytes for metadata, for each process
 _SHARE = 10  # a failed save is tried again after this many times as long as it took: at most a tenth of the time is lost
 
 
 class Saver:
     """Saves through a `Checkpointer` and outlives its failures. All processes call every method in the same order.
+
+    Of several processes all look for room before they save; one whose write fails all the same stops (TrainingError).
 
     Args:
       every: steps between checkpoints; 0: only those that are asked for.
@@ -41,21 +44,27 @@ class Saver:
         """Whether a save has failed and another attempt could succeed; the same answer on all processes."""
         if self._in_flight is not None and not self._checkpointer.saving():
             self._wait()
-        ready = self._failed and self._in_flight is None and time.monotonic() >= self._try_again and self._has_space()
-        return any_process(ready)
+        ready = self._failed and self._in_flight is None and time.monotonic() >= self._try_again
+        return any_process(ready) and not any_process(not self._has_space())
 
     def save(self, step: int, state: TrainState, data_state: dict[str, Any], extra: dict[str, Any]) -> None:
         """Save, asynchronously if so configured. A failure, now or later, is a warning and a reason for `retry_due`."""
         self._wait()
-        if any_process(self._failed) and not any_process(self._has_space()):
+        trees = {"model": state.model, "opt_state": state.opt_state}
+        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        failed = any_process(self._failed)
+        if (failed or jax.process_count() > 1) and any_process(not self._has_space()):
+            # One process alone finds out by trying. Of several, one that fails inside a save leaves the others waiting.
+            if not failed:
+                self._began = time.monotonic()
+                self._fail(step, CheckpointError(f"checkpoint folder {self._checkpointer.directory}: no space for step {step}"))
             return
         self._began = time.monotonic()
-        trees = {"model": state.model, "opt_state": state.opt_state}
-        self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) // jax.process_count()
         try:
             self._checkpointer.save(step, **trees, data_state=data_state, extra=extra)
         except CheckpointError as error:
             self._fail(step, error)
+            self._stop_of_several(step)
         else:
             self._in_flight = step
             if not self._checkpointer.saving():
@@ -105,6 +114,7 @@ class Saver:
             self._checkpointer.wait()
         except CheckpointError as error:
             self._fail(step, error)
+            self._stop_of_several(step)
             return
         if self._failed:
             self._failed = False
@@ -121,9 +131,18 @@ class Saver:
             newest=newest,
         )
 
+    def _stop_of_several(self, step: int) -> None:
+        """After a failure inside a save, processes may wait for one another in Orbax for good: better to start again."""
+        if jax.process_count() > 1:
+            raise TrainingError(
+                f"checkpoint folder {self._checkpointer.directory}: writing step {step} failed half-way on process "
+                f"{jax.process_index()}, and the processes of this job cannot agree on saves any more; free space and run the "
+                "same command again"
+            )
+
     def _has_space(self) -> bool:
         """Room for another checkpoint, as far as the file system tells (it does not know of quotas)."""
         try:
-            return shutil.disk_usage(self._checkpointer.directory).free > self._bytes
+            return shutil.disk_usage(self._checkpointer.directory).free > self._bytes + _OVERHEAD * jax.process_count()
         except OSError:
             return False

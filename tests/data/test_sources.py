@@ -56,6 +56,14 @@ def write_arrayrecord(path: Path, records: list[bytes]) -> None:
     writer.close()
 
 
+def damaged_arrayrecord(path: Path, records: list[bytes]) -> None:
+    """The file can be opened, but its first block cannot be read."""
+    write_arrayrecord(path, records)
+    data = bytearray(path.read_bytes())
+    data[64] ^= 1
+    path.write_bytes(data)
+
+
 def npy_bytes(ids: list[int]) -> bytes:
     stream = io.BytesIO()
     np.save(stream, np.asarray(ids, np.uint16))
@@ -208,6 +216,7 @@ BAD_FILES = [
     ("a.parquet", lambda p: pq.write_table(pa.table({"text": [1]}), p), "column 'text' holds int64"),
     ("a.parquet", lambda p: pq.write_table(pa.table({"text": ["a", None]}), p), "row 1 has a null 'text'"),
     ("a.arrayrecord", lambda p: write(p, b"not a record file"), "not a readable ArrayRecord file"),
+    ("a.arrayrecord", lambda p: damaged_arrayrecord(p, [b"one", b"two", b"three"]), "not a readable ArrayRecord file"),
     ("a.arrayrecord", lambda p: write_arrayrecord(p, [npy_bytes([1, 2])[:-3]]), "damaged"),
     ("a.arrayrecord", lambda p: write_arrayrecord(p, [npy_bytes([1, 999])]), "token id 999 is outside"),
     ("a.npy", lambda p: save(p, np.ones(4, np.float32)), "dtype float32"),

@@ -2,7 +2,8 @@
 
 {"sleep": 0.02,            seconds added to every step, so that a trial can hit one
  "nan_loss": [7, 8],       steps whose token weights are NaN: loss and gradients are
- "nan_gradient": [9]}      steps whose loss is finite and whose gradients are NaN
+ "nan_gradient": [9],      steps whose loss is finite and whose gradients are NaN
+ "blind": true}            a full disk shows inside a save only, as a quota does
 """
 
 import json
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     import train
     from ttt_jax import training
     from ttt_jax.data import Loader
+    from ttt_jax.saving import Saver
 
     faults = json.loads(os.environ["FAULTS"])
     put, cross_entropy, read = training.put_batch, training.cross_entropy, Loader.__next__
@@ -48,6 +50,8 @@ if __name__ == "__main__":
     def poisoned_cross_entropy(h_BTD, weight, targets_BT, weights_BT):
         return cross_entropy(poison(h_BTD, (targets_BT == MARK).any()), weight, targets_BT, weights_BT)
 
+    if faults.get("blind"):
+        Saver._has_space = lambda self: True
     Loader.__next__ = slow_read
     training.cross_entropy = poisoned_cross_entropy
     sys.exit(train.main(sys.argv[1:]))

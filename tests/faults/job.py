@@ -18,6 +18,7 @@ from ttt_jax.records import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
+DRIVER = "tests/faults/driver.py"
 WORDS = [
     "--model.d_model=16", "--model.num_layers=2", "--model.num_heads=2", "--model.num_kv_heads=1", "--model.head_dim=8",
     "--model.d_ff=24", "--model.sliding_window=8", "--model.ttt.layers=0", "--model.ttt.chunk_size=8",
@@ -152,3 +153,25 @@ def kill(processes) -> list[str]:
     for process in processes:
         process.send_signal(signal.SIGKILL)
     return end(processes, code=None)
+
+
+def small_disk(mount: Path, size: str = "12m") -> Path:
+    """A tmpfs, to be unmounted by the caller."""
+    mount.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)], check=True)
+    return mount
+
+
+def fill(path: Path) -> None:
+    """Write until there is no byte left."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+        except OSError:
+            pass
+        try:
+            while True:
+                file.write(b"0")
+        except OSError:
+            pass

@@ -2,7 +2,7 @@
 
 Trains a tiny model, breaks it in every way of `scenarios.py`, continues it, and compares with the undisturbed run. Prints a
 table (Markdown); exit code 1 if a promise was broken.
-`disk_full` needs the right to mount a tmpfs. About half an hour on two cores.
+`disk_full` and `disk_full_of_two` need the right to mount a tmpfs. About half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from faults import scenarios  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("kill_9", "sigterm", "disk_full", "corrupt", "truncated_data", "not_finite", "one_of_two")
+    names = ("kill_9", "sigterm", "disk_full", "corrupt", "truncated_data", "not_finite", "one_of_two", "sigterm_of_two",
+             "disk_full_of_two", "shared_cache")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=10)

@@ -16,9 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-from faults.job import Job, end, kill
+from faults.job import DRIVER, Job, end, fill, kill, small_disk
+from faults.several import disk_full_of_two, one_of_two, shared_cache, sigterm_of_two
 
-DRIVER = "tests/faults/driver.py"
+__all__ = [
+    "corrupt", "disk_full", "disk_full_of_two", "kill_9", "not_finite", "one_of_two", "shared_cache", "sigterm",
+    "sigterm_of_two", "truncated_data",
+]  # fmt: skip
 
 
 def kill_9(folder: Path, trials: int, seed: int = 0) -> str:
@@ -69,7 +73,8 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
         name = f"stopped{runs}"
         while sent < trials:
             (process,) = job.start(name, FAULTS='{"sleep": 0.02}', script=DRIVER)
-            at = job.logged(name) + rng.randint(1, 9)
+            found = job.logged(name)
+            at = found + rng.randint(1, 9)
             if sent % 5 == 4:  # while it starts: nothing to save, and nothing to lose
                 job.wait(process, lambda process=process: handles_sigterm(process.pid))
                 time.sleep(rng.uniform(0, 4))
@@ -84,7 +89,7 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
             before, begin = job.logged(name), time.monotonic()
             process.send_signal(signal.SIGINT if sent % 3 == 1 else signal.SIGTERM)
             end([process])
-            early = not job.logged(name)
+            early = before <= found  # no step since this start
             slowest[early] = max(slowest[early], time.monotonic() - begin)
             sent += 1
             starting += early
@@ -107,10 +112,7 @@ def handles_sigterm(pid: int) -> bool:
 
 def disk_full(folder: Path, trials: int = 2) -> str:
     """A tmpfs of 12 MB that a ballast file fills: space returns in time; and too late."""
-    mount = folder / "small"
-    mount.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount)], check=True)
-    seen = []
+    mount, seen = small_disk(folder / "small"), []
     try:
         job = Job(folder, steps=150)
         small = Job(folder, steps=150, runs_dir=mount, words=["--checkpoint.keep=1", "--log.tensorboard=true"])
@@ -150,21 +152,6 @@ def disk_full(folder: Path, trials: int = 2) -> str:
     finally:
         subprocess.run(["umount", str(mount)], check=True)
     return "; ".join(seen)
-
-
-def fill(path: Path) -> None:
-    """Write until there is no byte left."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 16))
-        except OSError:
-            pass
-        try:
-            while True:
-                file.write(b"0")
-        except OSError:
-            pass
 
 
 def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
@@ -274,27 +261,3 @@ def not_finite(folder: Path, trials: int = 2, seed: int = 3) -> str:
         f"5 steps skipped, 1 rollback (at 22 to the weights of 18), {kills} kills around them: same curve; NaN without end: "
         "exit 1 and a report"
     )
-
-
-def one_of_two(folder: Path, trials: int = 2, seed: int = 4) -> str:
-    """kill -9 of one of two gloo processes: the other one ends, and both continue together."""
-    rng, job = random.Random(seed), Job(folder / "two", steps=36, words=["--data.batch_size=4", "--mesh.fsdp=4"])
-    end(job.start("whole", processes=2))
-    lasted = []
-    for trial in range(trials):
-        name = f"killed{trial}"
-        jobs = job.start(name, processes=2, script=DRIVER, FAULTS='{"sleep": 0.05}')
-        at = rng.randint(5, 15)
-        assert job.wait(jobs[0], lambda name=name, at=at: job.logged(name) >= at), end(jobs, None)
-        victim, other = jobs[trial % 2], jobs[1 - trial % 2]
-        victim.send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        end([other], code=None)
-        lasted.append(time.monotonic() - begin)
-        end([victim], code=None)
-        assert other.returncode != 0, "half a job cannot succeed"
-        assert job.newest(name) >= at // 3 * 3 - 6
-        end(job.start(name, processes=2))
-        job.assert_same(name, "whole")
-        assert (job.runs / name / "documents.1.jsonl").read_text() == (job.runs / "whole/documents.1.jsonl").read_text()
-    return f"{trials} kills (process 0 and 1 in turn); the other one ended after {max(lasted):.0f} s at most; same curve"

@@ -23,16 +23,19 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kill_9", "sigterm", "corrupt", "truncated_data", "not_finite", "one_of_two"])
+@pytest.mark.parametrize("name", ["kill_9", "sigterm", "corrupt", "truncated_data", "not_finite", "one_of_two",
+                                  "sigterm_of_two", "shared_cache"])  # fmt: skip
 def test_fault(name, tmp_path):
-    trials = {"kill_9": 6, "sigterm": 3, "corrupt": 1, "truncated_data": 1, "not_finite": 1, "one_of_two": 1}[name]
+    trials = {"kill_9": 6, "sigterm": 3, "corrupt": 1, "truncated_data": 1, "not_finite": 1, "one_of_two": 1,
+              "sigterm_of_two": 2, "shared_cache": 1}[name]  # fmt: skip
     getattr(scenarios, name)(tmp_path, trials)
 
 
 @pytest.mark.slow
-def test_disk_full(tmp_path):
+@pytest.mark.parametrize("name", ["disk_full", "disk_full_of_two"])
+def test_disk_full(name, tmp_path):
     (tmp_path / "probe").mkdir()
     if not can_mount(tmp_path / "probe"):
         pytest.skip("needs the right to mount a tmpfs")
     subprocess.run(["umount", str(tmp_path / "probe")], check=True)
-    scenarios.disk_full(tmp_path)
+    getattr(scenarios, name)(tmp_path)

@@ -341,7 +341,9 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
                     else:
                         yield _text("row", row, text, max_bytes)
                     row += 1
-    except pa.ArrowException as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
         raise file.error(f"not a readable Parquet file ({_one_line(error)}); replace it") from None
 
 
@@ -351,13 +353,14 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
 
     try:
         source: Any = ArrayRecordDataSource(str(file.path))
-    except (RuntimeError, ValueError, IndexError) as error:
+        with source:
+            for start in range(0, len(source), 1024):
+                stop = min(start + 1024, len(source))
+                for number, record in enumerate(source.__getitems__(range(start, stop)), start):
+                    is_tokens = record.startswith(_NPY_MAGIC)
+                    yield _token_record(number, record) if is_tokens else _text("record", number, record, max_bytes)
+    except (RuntimeError, ValueError, IndexError) as error:  # damage anywhere: blocks have checksums of their own
         raise file.error(f"not a readable ArrayRecord file ({_one_line(error)}); replace it") from None
-    with source:
-        for start in range(0, len(source), 1024):
-            for number, record in enumerate(source.__getitems__(range(start, min(start + 1024, len(source)))), start):
-                is_tokens = record.startswith(_NPY_MAGIC)
-                yield _token_record(number, record) if is_tokens else _text("record", number, record, max_bytes)
 
 
 def _token_record(number: int, record: bytes) -> np.ndarray | BadRecord:
