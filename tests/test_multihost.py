@@ -117,9 +117,14 @@ def test_another_number_of_data_hosts_continues_exactly(words, tmp_path):
 def test_a_signal_to_one_process_stops_all(words, tmp_path):
     run = tmp_path / "runs/two"
     jobs = start([*words, "--name=two", "--steps=4000"], processes=2)
-    wait_for_step(run, 5, jobs[0])
-    time.sleep(0.1)
-    jobs[1].send_signal(signal.SIGTERM)
+    try:
+        wait_for_step(run, 5, jobs[0])
+        time.sleep(0.1)
+        jobs[1].send_signal(signal.SIGTERM)
+    except AssertionError:
+        for job in jobs:
+            job.kill()
+        raise
     outputs = finish(jobs)
     assert "stopped by another process after step" in outputs[0]
     steps = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()]
