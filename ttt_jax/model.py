@@ -21,6 +21,7 @@ from flax import nnx, struct
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
 from ttt_jax.kv_cache import KVCache
+from ttt_jax.layer_scan import scan_layers
 from ttt_jax.layers import Attention, Context, RMSNorm, param, rope_tables
 from ttt_jax.ops.xla import accumulator, precision_for
 from ttt_jax.parallel import Parallel
@@ -136,6 +137,18 @@ class Group(nnx.Module):
             # prevent_cse is for recomputation outside of loops, which these scans rule out.
             apply = jax.checkpoint(apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False)
 
+        single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
+        if states is None and not ctx.keep_state and isinstance(ctx.ttt_scale, float) and not single:  # training
+
+            def stateless(block, h_BTD, embed_BTD, ctx):
+                h_BTD, _, stats = apply(block, h_BTD, ctx.replace(embed_BTD=embed_BTD), None)
+                return h_BTD, stats
+
+            rest = ctx.replace(embed_BTD=None)
+            runs = len(self.blocks)
+            h_BTD, stats = scan_layers((stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+            return h_BTD, (None,) * runs, stats
+
         def layer(h_BTD, xs):
             h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])
             return h_BTD, (state, stats)
@@ -148,7 +161,7 @@ class Group(nnx.Module):
                 outs.append(out)
             return h_BTD, tuple(outs)
 
-        if self.repeats == 1 and all(run.count == 1 for run in self.pattern):  # a stack of one is the array itself
+        if single:  # a stack of one is the array itself
             outs = []
             for i, block in enumerate(self.blocks):
                 only = lambda tree: jax.tree.map(lambda x: x.reshape(x.shape[2:]), tree)

@@ -1,0 +1,150 @@
+"""Stacked layers, scanned in place: every layer reads its parameters from the stacks and writes its gradients into them.
+
+R repeats of a pattern, N layers of a run in it, B batch, T tokens, D model width.
+
+A `jax.lax.scan` over the layers of a run inside one over the repeats of a pattern is the same computation, but XLA then
+copies a repeat's parameters and saved activations out of their stacks before the inner loop, and activations and gradients
+into them after it: at Qwen3-1.7B, 4 x 8192 tokens, 58 GB a step (docs/performance.md). Here both loops carry the whole
+stacks. For that the backward is written out: a layer is linearised where it runs, what its backward needs and the caller
+does not have anyway is saved, and the backward runs the same loops in reverse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
+
+Layer = Callable[..., tuple[jax.Array, Any]]  # (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """How the backward of a layer is put together: leaf i is a known one, or (None) the next of those that were saved."""
+
+    treedef: PyTreeDef
+    known: tuple[int | None, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_layers(layers: tuple[Layer, ...], stacks: tuple[Any, ...], h_BTD, source_BTD, rest):
+    """Apply `R` times: for every run of the pattern, its `N` layers one after the other.
+
+    Args:
+      layers: what a layer of each run computes.
+      stacks: parameters of each run, leaves [R, N, ...]. Every leaf of one run has the same R and N.
+      h_BTD: what the first layer reads.
+      source_BTD: an array that every layer may read; differentiable.
+      rest: a pytree of arrays that every layer may read; not differentiated.
+
+    Returns: (h_BTD, stats of each run, leaves [R, N, ...]). No gradient flows through the stats.
+    """
+
+    def layer(i, r, n, h_BTD, _):
+        h_BTD, stats = layers[i](_at(stacks[i], r, n), h_BTD, source_BTD, rest)
+        return h_BTD, stats, None
+
+    h_BTD, stats, _ = _loops(layer, stacks, h_BTD, (None,) * len(layers))
+    return h_BTD, stats
+
+
+def _forward(layers, stacks, h_BTD, source_BTD, rest):
+    def layer(i, r, n, h_BTD, kept):
+        h_BTD, stats, saved, _ = _linearize(layers[i], _at(stacks[i], r, n), h_BTD, source_BTD, rest)
+        return h_BTD, stats, [_put(stack, r, n, leaf) for stack, leaf in zip(kept, saved, strict=True)]
+
+    empty, recipes = [], []
+    for function, stack in zip(layers, stacks, strict=True):
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), stack)
+
+        def trace(*args, function=function):
+            _, _, saved, recipe = _linearize(function, *args)
+            return saved, recipe
+
+        saved, recipe = jax.eval_shape(trace, one, h_BTD, source_BTD, rest)
+        empty.append([jnp.zeros((*_counts(stack), *x.shape), x.dtype) for x in saved])
+        recipes.append(recipe)
+    h_BTD, stats, kept = _loops(layer, stacks, h_BTD, tuple(empty))
+    return (h_BTD, stats), (stacks, source_BTD, rest, kept, tuple(recipes))
+
+
+def _backward(layers, residuals, cotangents):
+    stacks, source_BTD, rest, kept, recipes = residuals
+    dh_BTD, _ = cotangents
+
+    def layer(i, r, n, carry, dstack):
+        dh_BTD, dsource_BTD = carry
+        known = _known(_at(stacks[i], r, n), source_BTD, rest)
+        saved = iter([_at(x, r, n) for x in kept[i]])
+        leaves = [next(saved) if k is None else known[k] for k in recipes[i].known]
+        dparams, dh_BTD, dsource = jax.tree.unflatten(recipes[i].treedef, leaves)(dh_BTD)
+        return (dh_BTD, dsource_BTD + dsource), None, _put(dstack, r, n, dparams)
+
+    zeros = jax.tree.map(jnp.zeros_like, stacks)
+    carry, _, dstacks = _loops(layer, stacks, (dh_BTD, jnp.zeros_like(source_BTD)), zeros, reverse=True)
+    return dstacks, *carry, None
+
+
+scan_layers.defvjp(_forward, _backward)
+
+
+def _linearize(layer: Layer, params, h_BTD, source_BTD, rest):
+    """The layer's outputs, what its backward needs beyond its parameters, `source_BTD` and `rest`, and how to use it."""
+    h_BTD, pullback, stats = jax.vjp(lambda *args: layer(*args, rest), params, h_BTD, source_BTD, has_aux=True)
+    leaves, treedef = jax.tree.flatten(pullback)
+    place = {id(x): k for k, x in enumerate(_known(params, source_BTD, rest))}
+    known = tuple(place.get(id(leaf)) for leaf in leaves)
+    saved = [leaf for leaf, k in zip(leaves, known, strict=True) if k is None]
+    return h_BTD, stats, saved, _Recipe(treedef, known)
+
+
+def _known(params, source_BTD, rest) -> list[jax.Array]:
+    return jax.tree.leaves((params, source_BTD, rest))
+
+
+def _loops(layer, stacks, carry, per_run: tuple[Any, ...], reverse: bool = False):
+    """`carry, stats, per_run[i] = layer(i, r, n, carry, per_run[i])` for every layer in order; stats come back stacked."""
+    order = range(len(stacks))
+
+    def repeat(outer, r):
+        carry, per_run = outer
+        per_run, stats = list(per_run), [None] * len(stacks)
+        for i in reversed(order) if reverse else order:
+
+            def one(inner, n, i=i):
+                carry, stats, mine = layer(i, r, n, *inner)
+                return (carry, mine), stats
+
+            length = _counts(stacks[i])[1]
+            (carry, per_run[i]), stats[i] = jax.lax.scan(one, (carry, per_run[i]), jnp.arange(length), reverse=reverse)
+        return (carry, tuple(per_run)), tuple(stats)
+
+    repeats = _counts(stacks[0])[0]
+    (carry, per_run), stats = jax.lax.scan(repeat, (carry, per_run), jnp.arange(repeats), reverse=reverse)
+    return carry, stats, per_run
+
+
+def _counts(stack) -> tuple[int, int]:
+    """(R, N)"""
+    return jax.tree.leaves(stack)[0].shape[:2]
+
+
+def _at(tree, r, n):
+    def one(x):
+        start = (r, n, *(jnp.zeros_like(r),) * (x.ndim - 2))
+        return jax.lax.dynamic_slice(x, start, (1, 1, *x.shape[2:])).reshape(x.shape[2:])
+
+    return jax.tree.map(one, tree)
+
+
+def _put(tree, r, n, piece):
+    def one(x, y):
+        return jax.lax.dynamic_update_slice(x, y[None, None], (r, n, *(jnp.zeros_like(r),) * y.ndim))
+
+    return jax.tree.map(one, tree, piece)
