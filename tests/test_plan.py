@@ -19,7 +19,7 @@ from ttt_jax.cli import main
 from ttt_jax.config import load_config
 from ttt_jax.errors import UserError
 from ttt_jax.hlo import nbytes, read_collectives
-from ttt_jax.plan import Topology, advice, describe, parse_topology
+from ttt_jax.plan import Topology, advice, describe, out_of_memory, parse_topology
 from ttt_jax.plan_estimate import activations, estimate
 from ttt_jax.sharding import make_mesh
 
@@ -115,6 +115,14 @@ def test_bad_topologies(text, words, capsys):
 def test_topologies():
     assert parse_topology("v5p:4x4x8") == Topology("v5p:4x4x8", "v5p", 128, (4, 4, 8))
     assert parse_topology("h200:64").memory == 141e9
+
+
+def test_both_ways_in_which_libtpu_says_that_memory_is_short():
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    assert out_of_memory(whole, 1e9) == (20.5 * 2**30, 15.75 * 2**30)
+    far = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (130.69G) exceeds available HBM (15.75G)."  # noqa: E501
+    assert out_of_memory(far, 1e9) == (130.69 * 2**30 + 1e9, 15.75 * 2**30)
+    assert out_of_memory("INVALID_ARGUMENT: Mosaic failed", 1e9) is None
 
 
 def test_a_missing_libtpu_is_one_line(monkeypatch, capsys):

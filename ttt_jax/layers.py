@@ -131,12 +131,17 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions_BT) -> tuple[jax.Arra
 
 
 def apply_rope(x_BTNH, rope):
-    """Rotate pairs (i, i + H/2), the Hugging Face layout."""
-    cos, sin = (jnp.broadcast_to(t[:, :, None], (*x_BTNH.shape[:3], t.shape[-1])) for t in rope)
+    """Rotate pairs (i, i + H/2), the Hugging Face layout.
+
+    Written with a reversal of the halves, which XLA fuses with what is before it; slices and a concatenation it does not.
+    """
+    B, T, N, H = x_BTNH.shape
     acc = accumulator(x_BTNH.dtype)
-    a, b = jnp.split(x_BTNH.astype(acc), 2, axis=-1)
-    cos, sin = cos.astype(acc), sin.astype(acc)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    x_BTN2h = x_BTNH.reshape(B, T, N, 2, H // 2).astype(acc)
+    sign_2 = jnp.asarray([-1, 1], acc)[None, None, None, :, None]
+    cos, sin = (jnp.broadcast_to(t[:, :, None, None].astype(acc), x_BTN2h.shape) for t in rope)
+    rotated = x_BTN2h * cos + jnp.flip(x_BTN2h, axis=3) * (jnp.broadcast_to(sign_2, x_BTN2h.shape) * sin)
+    return rotated.astype(x_BTNH.dtype).reshape(B, T, N, H)
 
 
 # -------------------------------------------------------------------------------------------------------- attention

@@ -123,6 +123,21 @@ def tpu_devices(topology: Topology) -> list[Any]:
         raise UserError(f"--topology {topology.text}: libtpu does not offer it ({reason}); use another grid") from None
 
 
+def out_of_memory(message: str, arguments: float) -> tuple[float, float] | None:
+    """Bytes that a program needs and may use, out of libtpu's words; None if they are about something else.
+
+    It has two ways to say it: the first names the whole, the second (a program that is far too large) only the temporaries.
+    """
+    size = r"([\d.]+)([KMGT])"
+    whole = re.search(rf"Used {size} of {size} hbm", message)
+    temporaries = re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    found = whole or temporaries
+    if found is None:
+        return None
+    need, usable = (float(found[i]) * 1024.0 ** (1 + "KMGT".index(found[i + 1])) for i in (1, 3))
+    return need if whole else need + arguments, usable
+
+
 def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
     import jax
 
@@ -163,10 +178,10 @@ def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
         compiled = lowered.compile({"xla_dump_to": folder.name, "xla_dump_hlo_as_text": True})
         text = _dumped_text(folder.name)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
-        if used is None:
+        refused = out_of_memory(str(error), sum(by_kind.values()))
+        if refused is None:
             raise
-        need, usable = (float(used[i]) * 1024.0 ** (1 + "KMGT".index(used[i + 1])) for i in (1, 3))
+        need, usable = refused
         by_kind["temporaries and code"] = need - sum(by_kind.values())
         return Plan(
             **common,

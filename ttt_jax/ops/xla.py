@@ -152,7 +152,7 @@ def _backward(C, residuals, cotangents):
         with jax.named_scope("ttt_grad_update"):
             G_cast_BDF = G_BDF.astype(dtype)
             dv_BCD = _dot("bcf,bdf->bcd", z_BCF, G_cast_BDF, acc)
-            dz_BCF = _chunk(dz_BTF, i, C).astype(acc) + _dot("bcd,bdf->bcf", _scaled(v_BCD, lr), G_cast_BDF, acc)
+            dz_BCF = _chunk(dz_BTF, i, C) + _dot("bcd,bdf->bcf", _scaled(v_BCD, lr), G_cast_BDF, dtype)
         with jax.named_scope("ttt_grad_state"):
             G_BDF = G_BDF + _dot("bcd,bcf->bdf", _chunk(do_BTD, i, C), z_BCF, acc)
             dw_DF, G_BDF = leave(dw_DF, G_BDF, i)
