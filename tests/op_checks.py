@@ -25,13 +25,17 @@ def make_inputs(B=2, T=40, D=12, F=20, seed=0, state_scale=0.3):
 
 
 @functools.cache
-def compiled(**options):
-    """One program per shape and option."""
+def compiled(fresh=False, unread=False, **options):
+    """One program per shape and option. `fresh`: no initial state; `unread`: no gradient reaches the final state."""
 
     def both(arguments, cotangents, segment_ids, clip_norm):
         def run(z, v, w, lr, state):
-            return in_place_ttt(z, v, w, lr=lr, state=state, segment_ids=segment_ids, clip_norm=clip_norm, **options)
+            start = None if fresh else state
+            return in_place_ttt(z, v, w, lr=lr, state=start, segment_ids=segment_ids, clip_norm=clip_norm, **options)
 
+        if unread:
+            o, vjp, S = jax.vjp(run, *arguments, has_aux=True)
+            return (o, S), vjp(cotangents[0])
         out, vjp = jax.vjp(run, *arguments)
         return out, vjp(cotangents)
 

@@ -118,9 +118,9 @@ def test_topologies():
 
 
 def test_both_ways_in_which_libtpu_says_that_memory_is_short():
-    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded by 4.75G."
     assert out_of_memory(whole, 1e9) == (20.5 * 2**30, 15.75 * 2**30)
-    far = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (130.69G) exceeds available HBM (15.75G)."  # noqa: E501
+    far = "E1000: the total memory required for HLO temporaries (130.69G) exceeds available HBM (15.75G). HLO module: step."
     assert out_of_memory(far, 1e9) == (130.69 * 2**30 + 1e9, 15.75 * 2**30)
     assert out_of_memory("INVALID_ARGUMENT: Mosaic failed", 1e9) is None
 

@@ -6,6 +6,7 @@ The TPU kernel runs in Pallas' interpreter, on sizes that do not fill its tiles 
 import contextlib
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,35 @@ SHAPES = [(41, 8), (7, 8), (64, 32), (40, 8), (8, 8), (1, 1), (5, 1), (37, 5)]
 def test_matches_the_float64_reference(implementation, T, C, dtype):
     arguments, cotangents = make_inputs(T=T, **SIZES.get(implementation, {}))
     check(arguments, cotangents, dtype, implementation, chunk_size=C)
+
+
+@pytest.mark.parametrize("documents", ["none", "boundaries"])
+@pytest.mark.parametrize(("implementation", "T", "C"), [*cases(*SHAPES)])
+def test_no_initial_state_and_a_final_state_that_nothing_reads(implementation, best, T, C, documents):
+    """Implementations may leave out what is known to be zero."""
+    make = DOCUMENTS[documents]
+    ids = None if make is None else np.stack([make(T, C), np.ones(T, int)]).astype(np.int32)
+    arguments, cotangents = make_inputs(T=T, **SIZES.get(implementation, {}))
+    for fresh, unread in ((True, False), (False, True), (True, True)):
+        options = {"chunk_size": C, "segment_ids": ids, "fresh": fresh, "unread": unread}
+        check(arguments, cotangents, best[0], implementation, **options)
+
+
+def test_xla_does_not_compute_with_zeros():
+    """Five chunks: the loops are shorter where nothing comes in, and where nothing reads what comes out."""
+    (z, v, w, lr, state), _ = make_inputs(T=40)
+
+    def lengths(state, read):
+        def loss(z, v):
+            o, S = in_place_ttt(z, v, w, lr=lr, chunk_size=8, state=state, implementation="xla")
+            return jnp.sum(o) + (jnp.sum(S) if read else 0)
+
+        return [int(n) for n in re.findall(r"length=(\d+)", str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(z, v)))]
+
+    assert lengths(state, read=True) == [5, 4, 5]  # forward, replay (without the last update), reverse
+    assert lengths(None, read=True) == [4, 3, 5]
+    assert lengths(state, read=False) == [5, 4, 4]
+    assert lengths(None, read=False) == [4, 3, 4]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])

@@ -136,9 +136,9 @@ def in_place_ttt(
     call = _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
-    if state is None:
-        state = jnp.zeros((z_BTF.shape[0], *w_DF.shape), acc)
-    state, lr = state.astype(acc), jnp.asarray(lr, acc)
+    if state is None and implementation != "xla":  # that one knows what not to do with zeros
+        state = jnp.zeros((B, D, F), acc)
+    state, lr = None if state is None else state.astype(acc), jnp.asarray(lr, acc)
     if implementation == "reference":
         return in_place_ttt_reference(
             z_BTF,
