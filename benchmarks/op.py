@@ -4,9 +4,10 @@
     python benchmarks/op.py --shapes 0.6b,4b --chunks 512,1024 --tokens 8192,131072 --batch 1,8 --json runs/op.jsonl
     python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl          # draws what was measured; needs no GPU
 
-A result is checked before it is timed: o, the final state and all gradients against the float32 reference, on the first chunks;
-one that is off by more than 5e-3 relative RMS is not timed, and the exit code is 1. The bound is 4TDF FLOPs forward and 10TDF
-backward at the rate of a large bf16 matmul in the same process. `down` is the plain down-projection of the same tokens.
+The program that is timed is checked first, on the inputs that it is timed with: o, the final state and all gradients against
+the float32 reference (or, where its memory grows too large, against `xla` in float32). One that is off by more than 5e-3
+relative RMS is not timed, and the exit code is 1. The bound is 4TDF FLOPs forward and 10TDF backward at the rate of a large
+bf16 matmul in the same process. `down` is the plain down-projection of the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SHAPES = {"0.6b": (1024, 3072), "1.7b": (2048, 6144), "4b": (2560, 9728), "8b": (4096, 12288), "14b": (5120, 17408)}
 TOLERANCE = 5e-3
@@ -65,22 +66,40 @@ def measure(args) -> int:
             for B in args.batch:
                 names = args.implementations or runnable(B, max(args.tokens), D, F, C)
                 names = [in_blocks(name, n) for name in names for n in args.blocks] if args.blocks else names
-                good = []
-                checks = {name: pool.submit(check, name, B, D, F, C, args.documents) for name in names}
-                for name in names:
-                    errors = checks[name].result()
-                    if max(errors.values()) <= TOLERANCE:
-                        good.append(name)
-                    else:
-                        wrong += 1
-                        print(f"NOT TIMED, wrong result: {name} {shape} C={C} B={B}: {errors}", flush=True)
                 for T in args.tokens:
-                    common = machine | {"shape": shape, "D": D, "F": F, "C": C, "B": B, "T": T, "documents": args.documents}
+                    case = Case(B, T, D, F, C, args.documents)
+                    common = machine | {"shape": shape, **case._asdict()}
                     heading(common, matmul)
-                    for name in ("down", *good):
-                        timed = down(B, T, D, F, args) if name == "down" else op(name, B, T, D, F, C, args)
-                        report(beside_the_bound(common | timed, matmul), args.json)
+                    report(beside_the_bound(common | down(case, args), matmul), args.json)
+                    programs = {name: pool.submit(compile_op, name, case, args.forward_only) for name in names}
+                    concurrent.futures.wait(programs.values())  # tuning would disturb a timing
+                    for name, compiled in programs.items():
+                        errors = check(case, compiled.result())
+                        if max(errors.values()) <= TOLERANCE:
+                            row = common | op(name, case, compiled.result(), args) | {"error": max(errors.values())}
+                            report(beside_the_bound(row, matmul), args.json)
+                        else:
+                            wrong += 1
+                            print(f"NOT TIMED, wrong result: {name}: {errors}", flush=True)
     return 1 if wrong else 0
+
+
+class Case(NamedTuple):
+    """What is computed. With documents, one starts every fourth chunk."""
+
+    B: int
+    T: int
+    D: int
+    F: int
+    C: int
+    documents: bool
+
+    def segment_ids(self):
+        import jax.numpy as jnp
+
+        if not self.documents:
+            return None
+        return jnp.broadcast_to(jnp.arange(self.T) // (4 * self.C) + 1, (self.B, self.T)).astype(jnp.int32)
 
 
 def beside_the_bound(row: dict, matmul: float) -> dict:
@@ -117,7 +136,7 @@ def runnable(B, T, D, F, C) -> list[str]:
     return names
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def inputs(B, T, D, F, seed=0):
     """Random z, v, w, state, and cotangents of o and S, at magnitudes where every term counts."""
     import jax
@@ -143,11 +162,7 @@ def in_blocks(name: str, n: int) -> str:
     return f"{name} x{n}"
 
 
-def blocks_of(name: str) -> int:
-    return int(name.partition(" x")[2] or 1)
-
-
-def functions(name, F, C, segment_ids=None):
+def functions(name: str, case: Case):
     """Forward; and forward + backward, of (z, v, w, state, do, dS)."""
     import jax
     import jax.numpy as jnp
@@ -155,89 +170,77 @@ def functions(name, F, C, segment_ids=None):
     from ttt_jax.ops import in_place_ttt
 
     def run(z, v, w, state, lr):
-        return in_place_ttt(z, v, w, lr=lr, chunk_size=C, state=state, segment_ids=segment_ids, implementation=name)
+        options = {"segment_ids": case.segment_ids(), "implementation": name}
+        return in_place_ttt(z, v, w, lr=lr, chunk_size=case.C, state=state, **options)
 
     def forward(z, v, w, state, *_):
-        return run(z, v, w, state, jnp.float32(inner_lr(F, C)))
+        return run(z, v, w, state, jnp.float32(inner_lr(case)))
 
     def both(z, v, w, state, do, dS):
-        out, vjp = jax.vjp(run, z, v, w, state, jnp.float32(inner_lr(F, C)))
+        out, vjp = jax.vjp(run, z, v, w, state, jnp.float32(inner_lr(case)))
         return out, vjp((do.astype(out[0].dtype), dS))
 
     return forward, both
 
 
-def inner_lr(F, C) -> float:
+def inner_lr(case: Case) -> float:
     """One that gives an update a third of W's norm."""
-    return 0.3 * F**-0.5 / C**0.5
+    return 0.3 * case.F**-0.5 / case.C**0.5
 
 
-def documents(B, T, C, chunks=4):
-    import jax.numpy as jnp
-
-    return jnp.broadcast_to(jnp.arange(T) // (chunks * C) + 1, (B, T)).astype(jnp.int32)
-
-
-def untuned() -> dict | None:
-    """Matmuls that are not timed need not be tuned, which takes long."""
+def compile_op(name: str, case: Case, forward_only: bool) -> list:
+    """The programs that are timed: forward, and forward + backward."""
     import jax
 
-    return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
+    arrays = inputs(*case[:4])
+    return [jax.jit(function).lower(*arrays).compile() for function in functions(name, case)[: 1 if forward_only else 2]]
 
 
-@functools.lru_cache(maxsize=2)
-def exact_results(B, D, F, C, with_documents, chunks):
-    """Inputs of some chunks and a partial one, and what the float32 reference makes of them."""
+@functools.lru_cache(maxsize=1)
+def exact_results(case: Case):
+    """What forward + backward give in float32."""
     import jax
     import jax.numpy as jnp
 
-    T = chunks * C + C // 2 + 1
-    arrays = inputs(B, T, D, F, seed=1)
-    ids = documents(B, T, C, 2) if with_documents else None
-    both = jax.jit(functions("reference", F, C, ids)[1], compiler_options=untuned())
-    return arrays, both(*(x.astype(jnp.float32) for x in arrays))
+    states = 4 * case.B * case.D * case.F * (case.T // case.C)  # the reference's backward holds one for every chunk
+    name = "reference" if states < 2**34 else "xla"
+    both = jax.jit(functions(name, case)[1])
+    return both(*(x.astype(jnp.float32) for x in inputs(*case[:4])))
 
 
-def check(name, B, D, F, C, with_documents) -> dict[str, float]:
-    """Relative RMS errors against the float32 reference on a few chunks and a partial one."""
+def check(case: Case, compiled: list) -> dict[str, float]:
+    """Relative RMS errors of what the compiled programs give."""
     import jax
     import jax.numpy as jnp
 
-    arrays, exact = exact_results(B, D, F, C, with_documents, 2 * blocks_of(name) + 1)
-    ids = documents(B, arrays[0].shape[1], C, 2) if with_documents else None
-    got = jax.jit(functions(name, F, C, ids)[1], compiler_options=untuned())(*arrays)
-    names = ("o", "S", "dz", "dv", "dw", "dstate", "dlr")
+    arrays, exact = inputs(*case[:4]), exact_results(case)
     error = jax.jit(lambda a, b: jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
-    # The gradient of lr is an inner product, <v, dv> / lr, which may cancel: its error counts beside what it sums.
-    sizes = [float(jnp.linalg.norm(x.astype(jnp.float32))) for x in (arrays[1], exact[1][1])]
-    scale = sizes[0] * sizes[1] / inner_lr(F, C)
-    # NaN fails: max() of errors must not lose it.
-    errors = [float(error(a, b)) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)]
-    errors[-1] = abs(float(got[1][4]) - float(exact[1][4])) / max(scale, abs(float(exact[1][4])))
-    return {n: e if e == e else float("inf") for n, e in zip(names, errors, strict=True)}
+    names = ("o", "S", "dz", "dv", "dw", "dstate", "dlr")
+    found = {n: float(error(a, b)) for n, a, b in zip(names, compiled[0](*arrays), exact[0], strict=False)}
+    if len(compiled) > 1:
+        got = compiled[1](*arrays)
+        both = zip(names, jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
+        found = {n: max(float(error(a, b)), found.get(n, 0)) for n, a, b in both}
+        # The gradient of lr is an inner product, <v, dv> / lr, which may cancel: its error counts beside what it sums.
+        sizes = [float(jnp.linalg.norm(x.astype(jnp.float32).ravel())) for x in (arrays[1], exact[1][1])]
+        scale = max(sizes[0] * sizes[1] / inner_lr(case), abs(float(exact[1][4])))
+        found["dlr"] = abs(float(got[1][4]) - float(exact[1][4])) / scale
+    return {n: e if e == e else float("inf") for n, e in found.items()}  # max() of errors must not lose a NaN
 
 
-def op(name, B, T, D, F, C, args) -> dict:
-    import jax
-
-    arrays = inputs(B, T, D, F)
-    ids = documents(B, T, C) if args.documents else None
-    forward, both = functions(name, F, C, ids)
-    row: dict = {"implementation": name}
-    compiled = jax.jit(forward).lower(*arrays).compile()
-    row["forward_ms"] = milliseconds(compiled, arrays, args.repeats)
-    row["temp_GiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**30
-    if not args.forward_only:
-        compiled = jax.jit(both).lower(*arrays).compile()
-        row["both_ms"] = milliseconds(compiled, arrays, args.repeats)
-        row["temp_GiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**30
+def op(name: str, case: Case, compiled: list, args) -> dict:
+    arrays = inputs(*case[:4])
+    row: dict = {"implementation": name, "forward_ms": milliseconds(compiled[0], arrays, args.repeats)}
+    if len(compiled) > 1:
+        row["both_ms"] = milliseconds(compiled[1], arrays, args.repeats)
+    row["temp_GiB"] = compiled[-1].memory_analysis().temp_size_in_bytes / 2**30
     return row
 
 
-def down(B, T, D, F, args) -> dict:
+def down(case: Case, args) -> dict:
     import jax
 
-    z, _, w, _, do, _ = inputs(B, T, D, F)
+    z, _, w, _, do, _ = inputs(*case[:4])
     forward = lambda z, w: z @ w.T
     row: dict = {"implementation": "down", "forward_ms": milliseconds(jax.jit(forward), (z, w), args.repeats)}
     if not args.forward_only:
