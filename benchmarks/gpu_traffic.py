@@ -20,8 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +37,7 @@ from ttt_jax.ops import target
 from ttt_jax.sharding import make_mesh
 from ttt_jax.training import abstract_state, make_train_step
 
+ROOT = Path(__file__).resolve().parents[1]
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
@@ -57,8 +57,8 @@ FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "iota"
 
 
 def devices(count: int) -> list:
-    """H100s on paper, also where there are real ones. Tells the code under test, and jax's attention, that they are what it runs on."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # asks the device at hand, which is a CPU
+    """H100s on paper, also where there are real ones. Makes the code under test, and jax's attention, believe in them."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # it asks the device at hand
 
     jax.config.update("jax_platforms", "cpu")
     cudnn.check_cudnn_version = lambda: 91200
