@@ -4,7 +4,7 @@ R repeats of a pattern, N layers of a run in it, B batch, T tokens, D model widt
 
 A `jax.lax.scan` over the layers of a run inside one over the repeats of a pattern is the same computation, but XLA then
 copies a repeat's parameters and saved activations out of their stacks before the inner loop, and activations and gradients
-into them after it: at Qwen3-1.7B, 4 x 8192 tokens, 58 GB a step (docs/performance.md). Here both loops carry the whole
+into them after it: at Qwen3-1.7B, 4 x 8192 tokens, 65 GB a step (docs/performance.md). Here both loops carry the whole
 stacks. For that the backward is written out: a layer is linearised where it runs, what its backward needs and the caller
 does not have anyway is saved, and the backward runs the same loops in reverse.
 """
