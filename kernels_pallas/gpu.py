@@ -199,7 +199,24 @@ class MosaicLaunches:
         arrays = (*in_place, table, *flat_scalars, *operands)
         if self.interpret:
             return launch(*arrays)
-        return tuple(_launch.bind(*arrays, launch=launch, results=len(in_place)))
+        program = _Program(launch, self, name, C, tuple((x.shape, x.dtype) for x in arrays))
+        return tuple(_launch.bind(*arrays, launch=program, results=len(in_place)))
+
+
+class _Program:
+    """A launch. Equal ones, of two layers say, are lowered once in a module; lowering one takes a second."""
+
+    def __init__(self, run, *key):
+        self.run, self.key = run, key
+
+    def __call__(self, *arrays):
+        return self.run(*arrays)
+
+    def __eq__(self, other):
+        return isinstance(other, _Program) and self.key == other.key
+
+    def __hash__(self):
+        return hash(self.key)
 
 
 # jax's rematerialisation takes programs apart and cannot hand on a ref; it leaves primitives whole.
