@@ -24,11 +24,13 @@ Layer = Callable[..., tuple[jax.Array, Any]]  # (parameters, h_BTD, source_BTD, 
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Recipe:
-    """How the backward of a layer is put together: leaf i is a known one, or (None) the next of those that were saved."""
+    """How the backward of a layer is put together: leaf i is constants[i], or the known one of this number, or (None) the next
+    of those that were saved."""
 
     treedef: PyTreeDef
+    constants: dict[int, Any]
     known: tuple[int | None, ...]
 
 
@@ -82,8 +84,11 @@ def _backward(layers, residuals, cotangents):
         dh_BTD, dsource_BTD = carry
         known = _known(_at(stacks[i], r, n), source_BTD, rest)
         saved = iter([_at(x, r, n) for x in kept[i]])
-        leaves = [next(saved) if k is None else known[k] for k in recipes[i].known]
-        dparams, dh_BTD, dsource = jax.tree.unflatten(recipes[i].treedef, leaves)(dh_BTD)
+        treedef, constants, places = recipes[i].treedef, recipes[i].constants, recipes[i].known
+        leaves = [
+            constants[j] if j in constants else next(saved) if k is None else known[k] for j, k in enumerate(places)
+        ]
+        dparams, dh_BTD, dsource = jax.tree.unflatten(treedef, leaves)(dh_BTD)
         return (dh_BTD, dsource_BTD + dsource), None, _put(dstack, r, n, dparams)
 
     zeros = jax.tree.map(jnp.zeros_like, stacks)
@@ -100,8 +105,9 @@ def _linearize(layer: Layer, params, h_BTD, source_BTD, rest):
     leaves, treedef = jax.tree.flatten(pullback)
     place = {id(x): k for k, x in enumerate(_known(params, source_BTD, rest))}
     known = tuple(place.get(id(leaf)) for leaf in leaves)
-    saved = [leaf for leaf, k in zip(leaves, known, strict=True) if k is None]
-    return h_BTD, stats, saved, _Recipe(treedef, known)
+    constants = {j: leaf for j, leaf in enumerate(leaves) if not isinstance(leaf, jax.core.Tracer)}
+    saved = [leaf for j, leaf in enumerate(leaves) if known[j] is None and j not in constants]
+    return h_BTD, stats, saved, _Recipe(treedef, constants, known)
 
 
 def _known(params, source_BTD, rest) -> list[jax.Array]:

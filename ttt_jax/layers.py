@@ -136,11 +136,10 @@ def apply_rope(x_BTNH, rope):
     Written with a reversal of the halves, which XLA fuses with what is before it; slices and a concatenation it does not.
     """
     B, T, N, H = x_BTNH.shape
-    acc = accumulator(x_BTNH.dtype)
-    x_BTN2h = x_BTNH.reshape(B, T, N, 2, H // 2).astype(acc)
-    sign_2 = jnp.asarray([-1, 1], acc)[None, None, None, :, None]
-    cos, sin = (jnp.broadcast_to(t[:, :, None, None].astype(acc), x_BTN2h.shape) for t in rope)
-    rotated = x_BTN2h * cos + jnp.flip(x_BTN2h, axis=3) * (jnp.broadcast_to(sign_2, x_BTN2h.shape) * sin)
+    x_BTN2h = x_BTNH.reshape(B, T, N, 2, H // 2).astype(accumulator(x_BTNH.dtype))
+    cos, sin = rope
+    spread = lambda *halves: jnp.broadcast_to(jnp.stack(halves, axis=2)[:, :, None].astype(x_BTN2h.dtype), x_BTN2h.shape)
+    rotated = x_BTN2h * spread(cos, cos) + jnp.flip(x_BTN2h, axis=3) * spread(-sin, sin)
     return rotated.astype(x_BTNH.dtype).reshape(B, T, N, H)
 
 
