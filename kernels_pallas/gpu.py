@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from kernels_pallas import chunk_scan
 from kernels_pallas.gpu_tiles import BLOCK_K, BLOCKS, MULTIPLIERS, PIECE, ROWS, TILE, Product, read, run_block, schedule
@@ -228,6 +228,17 @@ mlir.register_lowering(
     _launch, mlir.lower_fun(lambda *arrays, launch, results: launch(*arrays), multiple_results=True), platform="cuda"
 )
 
+
+def _one_after_the_other(arrays, axes, **params):
+    """`jax.vmap`: a launch for each. The batch that a kernel computes at once is B."""
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    spread = lambda x, axis: jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+    arrays = [spread(x, axis) for x, axis in zip(arrays, axes, strict=True)]
+    results = jax.lax.map(lambda one: tuple(_launch.bind(*one, **params)), tuple(arrays))
+    return list(results), [0] * len(results)
+
+
+batching.primitive_batchers[_launch] = _one_after_the_other
 
 class _Place:
     """Which chunk this is, what belongs to it, and the way out of shared memory."""

@@ -86,6 +86,23 @@ def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
     assert text.count("custom_call @mosaic_gpu") >= 3
 
 
+def test_a_vmapped_launch_runs_for_each():
+    """Kernels under `jax.vmap`: a loop over launches. What it computes is tested with a launch that runs anywhere."""
+    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 1, 512, 512), (3, 1, 512, 256), (256, 512)))
+    run = functools.partial(gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512)))
+    function = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
+    assert function.trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
+    program = lambda x, y: (x + 2 * y, y)
+    launch = lambda x, y: gpu._launch.bind(x, y, launch=program, results=2)
+    x_34, y_43 = jnp.arange(12.0).reshape(3, 4), jnp.arange(12.0).reshape(4, 3) ** 2
+    with jax.disable_jit():  # the primitive itself is lowered for CUDA only
+        both = jax.vmap(launch, in_axes=(0, 1))(x_34, y_43)
+        one = jax.vmap(launch, in_axes=(None, 1))(x_34[0], y_43)
+    np.testing.assert_array_equal(both[0], x_34 + 2 * y_43.T)
+    np.testing.assert_array_equal(both[1], y_43.T)
+    np.testing.assert_array_equal(one[0], x_34[:1] + 2 * y_43.T)
+
+
 def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
     try:
         import jax_triton.triton_lib as lib
