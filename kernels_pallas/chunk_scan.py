@@ -149,7 +149,7 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
-def _split(x_BTX, size):
+def _split(x_BTX, size) -> tuple[Any, Any]:
     """Whole chunks, which launches read as an array of their own, and the rest. No copy where there is no rest."""
     return (x_BTX, None) if x_BTX.shape[1] == size else (x_BTX[:, :size], x_BTX[:, size:])
 

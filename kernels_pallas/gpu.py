@@ -243,7 +243,7 @@ batching.primitive_batchers[_launch] = _one_after_the_other
 class _Place:
     """Which chunk this is, what belongs to it, and the way out of shared memory."""
 
-    def __init__(self, C, M=0, i=0, lr=None, keep=None, live=None, staging=(), staged=0):
+    def __init__(self, C, M=0, i: Any = 0, lr=None, keep: Any = None, live: Any = None, staging=(), staged=0):
         self.token, self.slot, self.slot_written = i * C, i % 2, (i + 1) % 2
         self.lr = lr
         self.keep = lambda b: keep[b * M + i]
@@ -267,7 +267,7 @@ def _rows(start):
     return pl.ds(pl.multiple_of(start, ROWS), ROWS)
 
 
-def _update(at, C, D, F, left, right, state, R, w=None, collected=None) -> Product:
+def _update(at, C, D, F, left, right, state, R, w=None, collected: Any = None) -> Product:
     """keep (state + left^T right), and its copy R, with W added where there is one."""
 
     def finish(b, m0, n0):

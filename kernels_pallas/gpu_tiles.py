@@ -171,9 +171,9 @@ def run_block(products, table, stages, lefts, rights, full, empty):
 
             return sums[...]
 
-        sums = pl.run_scoped(scope, plgpu.ACC((ROWS, TILE), jnp.float32))
+        sums: Any = pl.run_scoped(scope, plgpu.ACC((ROWS, TILE), jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
         piece = product.finish(b, pl.multiple_of(m0 + wg * ROWS, ROWS), n0)
-        beside = [None, None]
+        beside: list[Any] = [None, None]
         for k in range(TILE // PIECE):
             step, column = divmod(k * PIECE, BLOCK_K)
             if column == 0 and _extra(product):

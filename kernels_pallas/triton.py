@@ -84,7 +84,7 @@ class TritonLaunches:
 
     def _call(self, kernel, operands, in_place: int, B, tiles, extra=(), **sizes):
         """The last `in_place` operands are updated in place; `extra` are results of their own, after them."""
-        import jax_triton
+        import jax_triton  # pyright: ignore[reportMissingImports]
 
         start = len(operands) - in_place
         out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[start:]] + list(extra)

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import PyTreeDef
+from jax.core import Tracer
 
 Layer = Callable[..., tuple[jax.Array, Any]]  # (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
 
@@ -29,7 +29,7 @@ class _Recipe:
     """How the backward of a layer is put together: leaf i is constants[i], or the known one of this number, or (None) the next
     of those that were saved."""
 
-    treedef: PyTreeDef
+    treedef: Any
     constants: dict[int, Any]
     known: tuple[int | None, ...]
 
@@ -105,7 +105,7 @@ def _linearize(layer: Layer, params, h_BTD, source_BTD, rest):
     leaves, treedef = jax.tree.flatten(pullback)
     place = {id(x): k for k, x in enumerate(_known(params, source_BTD, rest))}
     known = tuple(place.get(id(leaf)) for leaf in leaves)
-    constants = {j: leaf for j, leaf in enumerate(leaves) if not isinstance(leaf, jax.core.Tracer)}
+    constants = {j: leaf for j, leaf in enumerate(leaves) if not isinstance(leaf, Tracer)}
     saved = [leaf for j, leaf in enumerate(leaves) if known[j] is None and j not in constants]
     return h_BTD, stats, saved, _Recipe(treedef, constants, known)
 
@@ -118,6 +118,12 @@ def _loops(layer, stacks, carry, per_run: tuple[Any, ...], reverse: bool = False
     """`carry, stats, per_run[i] = layer(i, r, n, carry, per_run[i])` for every layer in order; stats come back stacked."""
     order = range(len(stacks))
 
+    def scan(body, carry, length):
+        if length > 1:
+            return jax.lax.scan(body, carry, jnp.arange(length, dtype=jnp.int32), reverse=reverse)
+        carry, stats = body(carry, jnp.int32(0))  # without a loop it compiles faster
+        return carry, jax.tree.map(lambda x: x[None], stats)
+
     def repeat(outer, r):
         carry, per_run = outer
         per_run, stats = list(per_run), [None] * len(stacks)
@@ -127,12 +133,10 @@ def _loops(layer, stacks, carry, per_run: tuple[Any, ...], reverse: bool = False
                 carry, stats, mine = layer(i, r, n, *inner)
                 return (carry, mine), stats
 
-            length = _counts(stacks[i])[1]
-            (carry, per_run[i]), stats[i] = jax.lax.scan(one, (carry, per_run[i]), jnp.arange(length), reverse=reverse)
+            (carry, per_run[i]), stats[i] = scan(one, (carry, per_run[i]), _counts(stacks[i])[1])
         return (carry, tuple(per_run)), tuple(stats)
 
-    repeats = _counts(stacks[0])[0]
-    (carry, per_run), stats = jax.lax.scan(repeat, (carry, per_run), jnp.arange(repeats), reverse=reverse)
+    (carry, per_run), stats = scan(repeat, (carry, per_run), _counts(stacks[0])[0])
     return carry, stats, per_run
 
 

@@ -130,8 +130,9 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions_BT) -> tuple[jax.Arra
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
+@jax.custom_vjp
 def apply_rope(x_BTNH, rope):
-    """Rotate pairs (i, i + H/2), the Hugging Face layout.
+    """Rotate pairs (i, i + H/2), the Hugging Face layout. No gradient flows to the tables.
 
     Written with a reversal of the halves, which XLA fuses with what is before it; slices and a concatenation it does not.
     """
@@ -141,6 +142,15 @@ def apply_rope(x_BTNH, rope):
     spread = lambda *halves: jnp.broadcast_to(jnp.stack(halves, axis=2)[:, :, None].astype(x_BTN2h.dtype), x_BTN2h.shape)
     rotated = x_BTN2h * spread(cos, cos) + jnp.flip(x_BTN2h, axis=3) * spread(-sin, sin)
     return rotated.astype(x_BTNH.dtype).reshape(B, T, N, H)
+
+
+def _rotate_back(rope, dx_BTNH):
+    cos, sin = rope
+    return apply_rope(dx_BTNH, (cos, -sin)), None
+
+
+# The transpose of a rotation. Derived by jax, it would keep the tables spread over batch and heads for every layer.
+apply_rope.defvjp(lambda x_BTNH, rope: (apply_rope(x_BTNH, rope), rope), _rotate_back)
 
 
 # -------------------------------------------------------------------------------------------------------- attention

@@ -141,13 +141,12 @@ class Group(nnx.Module):
         if states is None and not ctx.keep_state and isinstance(ctx.ttt_scale, float) and not single:  # training
 
             def stateless(block, h_BTD, embed_BTD, ctx):
-                h_BTD, _, stats = apply(block, h_BTD, ctx.replace(embed_BTD=embed_BTD), None)
+                h_BTD, _, stats = apply(block, h_BTD, dataclasses.replace(ctx, embed_BTD=embed_BTD), None)
                 return h_BTD, stats
 
-            rest = ctx.replace(embed_BTD=None)
-            runs = len(self.blocks)
-            h_BTD, stats = scan_layers((stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
-            return h_BTD, (None,) * runs, stats
+            runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
+            results: Any = scan_layers((stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+            return results[0], (None,) * runs, results[1]
 
         def layer(h_BTD, xs):
             h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])

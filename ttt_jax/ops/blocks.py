@@ -16,6 +16,7 @@ would have to end with a block.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def in_blocks(run, n: int, z_BTF, v_BTD, w_DF, *, lr, chunk_size: int, state_BDF
     z_whole_BTF, v_whole_BTD = z_BTF[:, :T], v_BTD[:, :T]
     o_BTD, S_BDF = run(z_whole_BTF, v_whole_BTD, w_DF, lr=lr, chunk_size=n * chunk_size, state_BDF=state_BDF, keep_BM=None)
     with jax.named_scope("ttt_inside_blocks"):
-        inside_BTD = inside_blocks(z_whole_BTF, v_whole_BTD, lr, chunk_size, n)
+        inside_BTD: Any = inside_blocks(z_whole_BTF, v_whole_BTD, lr, chunk_size, n)
         o_BTD = (o_BTD.astype(inside_BTD.dtype) + inside_BTD).astype(o_BTD.dtype)
     if z_BTF.shape[1] > T:
         rest = z_BTF[:, T:], v_BTD[:, T:]
