@@ -71,6 +71,10 @@ def test_values_and_gradients_are_those_of_the_plain_loop(x64):
     for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         assert x.dtype == y.dtype
         assert relative_rms(x, y) < 1e-13
+    one = jax.tree.map(lambda x: x[:1], stacks)  # one repeat, and outside of jit: a run of one layer is then no loop
+    single = jax.grad(lambda one: jnp.sum(scan_layers(layers, one, h_BTD, source_BTD, rest)[0]))
+    for x, y in zip(jax.tree.leaves(single(one)), jax.tree.leaves(jit(single)(one)), strict=True):
+        assert relative_rms(x, y) < 1e-13
     without_gradient, _ = jit(lambda *args: scan_layers(layers, *args))(stacks, h_BTD, source_BTD, rest)
     np.testing.assert_allclose(without_gradient, got, rtol=1e-13)
 
@@ -117,7 +121,7 @@ def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(monkeyp
 
     def spy(*args):
         out = _linearize(*args)
-        seen.append([(x.shape, x.dtype) for x in out[2]])
+        seen.append([(x.shape, x.dtype) for x in out[3].saved(out[2])])
         return out
 
     monkeypatch.setattr("ttt_jax.layer_scan._linearize", spy)

@@ -33,6 +33,14 @@ class _Recipe:
     constants: dict[int, Any]
     known: tuple[int | None, ...]
 
+    def saved(self, leaves):
+        return [leaf for j, leaf in enumerate(leaves) if self.known[j] is None and j not in self.constants]
+
+    def leaves(self, known, saved):
+        saved = iter(saved)
+        order = enumerate(self.known)
+        return [self.constants[j] if j in self.constants else next(saved) if k is None else known[k] for j, k in order]
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def scan_layers(layers: tuple[Layer, ...], stacks: tuple[Any, ...], h_BTD, source_BTD, rest):
@@ -58,7 +66,8 @@ def scan_layers(layers: tuple[Layer, ...], stacks: tuple[Any, ...], h_BTD, sourc
 
 def _forward(layers, stacks, h_BTD, source_BTD, rest):
     def layer(i, r, n, h_BTD, kept):
-        h_BTD, stats, saved, _ = _linearize(layers[i], _at(stacks[i], r, n), h_BTD, source_BTD, rest)
+        h_BTD, stats, leaves, _ = _linearize(layers[i], _at(stacks[i], r, n), h_BTD, source_BTD, rest)
+        saved = recipes[i].saved(leaves)
         return h_BTD, stats, [_put(stack, r, n, leaf) for stack, leaf in zip(kept, saved, strict=True)]
 
     empty, recipes = [], []
@@ -66,8 +75,8 @@ def _forward(layers, stacks, h_BTD, source_BTD, rest):
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), stack)
 
         def trace(*args, function=function):
-            _, _, saved, recipe = _linearize(function, *args)
-            return saved, recipe
+            _, _, leaves, recipe = _linearize(function, *args)
+            return recipe.saved(leaves), recipe
 
         saved, recipe = jax.eval_shape(trace, one, h_BTD, source_BTD, rest)
         empty.append([jnp.zeros((*_counts(stack), *x.shape), x.dtype) for x in saved])
@@ -83,12 +92,8 @@ def _backward(layers, residuals, cotangents):
     def layer(i, r, n, carry, dstack):
         dh_BTD, dsource_BTD = carry
         known = _known(_at(stacks[i], r, n), source_BTD, rest)
-        saved = iter([_at(x, r, n) for x in kept[i]])
-        treedef, constants, places = recipes[i].treedef, recipes[i].constants, recipes[i].known
-        leaves = [
-            constants[j] if j in constants else next(saved) if k is None else known[k] for j, k in enumerate(places)
-        ]
-        dparams, dh_BTD, dsource = jax.tree.unflatten(treedef, leaves)(dh_BTD)
+        leaves = recipes[i].leaves(known, [_at(x, r, n) for x in kept[i]])
+        dparams, dh_BTD, dsource = jax.tree.unflatten(recipes[i].treedef, leaves)(dh_BTD)
         return (dh_BTD, dsource_BTD + dsource), None, _put(dstack, r, n, dparams)
 
     zeros = jax.tree.map(jnp.zeros_like, stacks)
@@ -100,14 +105,13 @@ scan_layers.defvjp(_forward, _backward)
 
 
 def _linearize(layer: Layer, params, h_BTD, source_BTD, rest):
-    """The layer's outputs, what its backward needs beyond its parameters, `source_BTD` and `rest`, and how to use it."""
+    """The layer's outputs, the leaves that its backward is made of, and the recipe for that (of abstract values only)."""
     h_BTD, pullback, stats = jax.vjp(lambda *args: layer(*args, rest), params, h_BTD, source_BTD, has_aux=True)
     leaves, treedef = jax.tree.flatten(pullback)
     place = {id(x): k for k, x in enumerate(_known(params, source_BTD, rest))}
     known = tuple(place.get(id(leaf)) for leaf in leaves)
     constants = {j: leaf for j, leaf in enumerate(leaves) if not isinstance(leaf, Tracer)}
-    saved = [leaf for j, leaf in enumerate(leaves) if known[j] is None and j not in constants]
-    return h_BTD, stats, saved, _Recipe(treedef, constants, known)
+    return h_BTD, stats, leaves, _Recipe(treedef, constants, known)
 
 
 def _known(params, source_BTD, rest) -> list[jax.Array]:
