@@ -72,8 +72,10 @@ def test_matches_the_float64_reference(implementation, T, C, dtype):
     check(arguments, cotangents, dtype, implementation, chunk_size=C)
 
 
-@pytest.mark.parametrize("documents", ["none", "boundaries"])
-@pytest.mark.parametrize(("implementation", "T", "C"), [*cases(*SHAPES)])
+@pytest.mark.parametrize(
+    ("implementation", "T", "C", "documents"),
+    [*cases((41, 8, "boundaries"), (41, 8, "none"), (8, 8, "none"), (7, 8, "none"), (40, 8, "none"))],
+)
 def test_no_initial_state_and_a_final_state_that_nothing_reads(implementation, best, T, C, documents):
     """Implementations may leave out what is known to be zero."""
     make = DOCUMENTS[documents]
