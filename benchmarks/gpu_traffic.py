@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax import config as config_lib
-from ttt_jax import reading
+from ttt_jax import hlo, reading
 from ttt_jax.hlo import nbytes
 from ttt_jax.model import Runtime, Transformer
 from ttt_jax.ops import target
@@ -117,17 +117,11 @@ class Instruction:
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Computations by name, their instructions by name; and the entry's name."""
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            current = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and (match := Instruction.PATTERN.match(re.sub(r"/\*.*?\*/", "", line.strip()))):
-            current[match[1]] = Instruction(line.strip(), match)
-    return computations, entry
+    found, entry = hlo.computations(text)
+    matches = {
+        name: [(line.strip(), Instruction.PATTERN.match(line.strip())) for line in lines] for name, lines in found.items()
+    }
+    return {name: {m[1]: Instruction(line, m) for line, m in pairs if m} for name, pairs in matches.items()}, entry or ""
 
 
 def fusion_bytes(inner: dict[str, Instruction]) -> int:
@@ -160,8 +154,8 @@ def traffic(text: str) -> list[tuple[int, int, str, str, str]]:
         here = computations[name]
         for i in here.values():
             if i.op == "while":
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.line)
-                rounds = int(trips[1]) if trips else 1
+                condition = [j.line for j in computations[i.called("condition")].values()]
+                rounds = hlo.trips(i.line, condition) or 1
                 walk(i.called("body"), times * rounds, f"{path}/{rounds}")
             elif i.op == "call":
                 walk(i.called("to_apply"), times, path)

@@ -240,6 +240,7 @@ def _one_after_the_other(arrays, axes, **params):
 
 batching.primitive_batchers[_launch] = _one_after_the_other
 
+
 class _Place:
     """Which chunk this is, what belongs to it, and the way out of shared memory."""
 

@@ -40,7 +40,7 @@ def read_collectives(text: str) -> Collectives:
 
     Raises: ValueError when the text has no entry computation.
     """
-    computations, entry = _computations(text)
+    found, entry = computations(text)
     if entry is None:
         raise ValueError("not the text of a compiled program: it has no ENTRY computation")
     counts, sizes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
@@ -49,7 +49,7 @@ def read_collectives(text: str) -> Collectives:
 
     def walk(name: str, times: int) -> None:
         nonlocal unknown
-        for line in computations.get(name, ()):
+        for line in found.get(name, ()):
             if match := _COLLECTIVE.search(line):
                 result, kind, start = match.groups()
                 chain = re.search(r'chain_id="(\d+)"', line)
@@ -64,9 +64,9 @@ def read_collectives(text: str) -> Collectives:
                 continue
             called = dict(_CALLED.findall(line))
             if " while(" in line:
-                trips = _trips(line, computations.get(called.get("condition", ""), ()))
-                unknown += trips is None
-                walk(called["body"], times * (trips or 1))
+                rounds = trips(line, found.get(called.get("condition", ""), ()))
+                unknown += rounds is None
+                walk(called["body"], times * (rounds or 1))
                 continue
             # A reduction's `to_apply` is arithmetic; a call's is a program.
             names = [called[key] for key in ("calls",) if key in called] + (
@@ -109,7 +109,7 @@ def _result(started: str, kind: str) -> str:
     return parts[1]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+def computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     """Name -> instructions of every computation, and the name of the entry."""
     found: dict[str, list[str]] = {}
     entry, lines = None, None
@@ -124,7 +124,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return found, entry
 
 
-def _trips(line: str, condition: list[str] | tuple[()]) -> int | None:
+def trips(line: str, condition: list[str] | tuple[()]) -> int | None:
     """Rounds of a loop; None when its text does not say."""
     if known := _TRIPS.search(line):
         return int(known[1])
