@@ -182,7 +182,32 @@ def test_batches(count, size, least):
     parts = batches(count, size, least)
     assert np.concatenate(parts).tolist() == list(range(count))
     assert all(len(part) >= least for part in parts)
-    assert max(map(len, parts)) <= max(size, least + 1)
+    assert max(map(len, parts)) == len(parts[0]) <= max(size, least + 1)
+
+
+def test_all_batches_run_the_same_programs(tmp_path, monkeypatch):
+    """Batches of three and two documents: the smaller is filled up, which changes nothing for its documents."""
+    import ttt_jax.eval.perplexity as perplexity
+
+    np.save(tmp_path / "ids.npy", np.random.default_rng(1).integers(0, 31, (5, L + 1)).astype(np.int32))
+    corpus = open_documents(model_of(), tmp_path / "ids.npy")
+    options = {"lengths": [16, L], "block": K, "modes": ("off", "on", "shuffled"), "piece": 8}
+    alone = evaluate(model_of(), corpus, [3, 4], batch_size=2, **options)
+    seen = set()
+    for name in ("read_piece", "score_piece"):
+
+        def spy(frozen, state, *args, original=getattr(perplexity, name), **more):
+            seen.add({len(x) for x in args if isinstance(x, np.ndarray)}.pop())
+            return original(frozen, state, *args, **more)
+
+        monkeypatch.setattr(perplexity, name, spy)
+    both = evaluate(model_of(), corpus, list(range(5)), batch_size=3, **options)
+    assert seen == {3}
+    assert both["tokens_read"] == 5 * tokens_to_read([16, L], K, options["modes"])
+    for part in ("lengths", "positions"):
+        for entry, expected in zip(both[part], alone[part], strict=True):
+            for mode in options["modes"]:
+                np.testing.assert_allclose(entry["per_document"][mode][3:], expected["per_document"][mode], rtol=1e-5)
 
 
 def test_position_edges():

@@ -138,9 +138,17 @@ def exchanged(state: State | None) -> State:
 
 
 def batches(count: int, size: int, at_least: int) -> list[np.ndarray]:
-    """Indices 0 to count - 1 in batches of about equal size, each of `at_least` or more."""
+    """Indices 0 to count - 1 in batches of about equal size, each of `at_least` or more; none is larger than the first."""
     parts = min(-(-count // size), max(1, count // at_least))
     return [part for part in np.array_split(np.arange(count), parts) if len(part)]
+
+
+def filled_up(rows_BX: np.ndarray, size: int) -> np.ndarray:
+    """The rows, repeated in order up to `size` of them, so that all batches run the same compiled programs.
+
+    The last row's neighbour (its control's fast weights) stays the first row, as if none had been added.
+    """
+    return rows_BX[np.arange(size) % len(rows_BX)]
 
 
 def evaluate(
@@ -186,13 +194,15 @@ def evaluate(
     by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
     by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in modes}
     clock = None  # (seconds, tokens) when the first batch, which compiles, was done
-    for part in batches(len(documents), batch_size, 2 if "shuffled" in modes else 1):
+    parts = batches(len(documents), batch_size, 2 if "shuffled" in modes else 1)
+    for part in parts:
         rows = [np.asarray(corpus.tokens(documents[i], 0, longest + 1)) for i in part]
-        ids_BL1 = np.stack(check_ids(rows, model.config.vocab_size, "documents"))
+        ids_BL1 = filled_up(np.stack(check_ids(rows, model.config.vocab_size, "documents")), len(parts[0]))
         for n, L in enumerate(lengths[:-1]):
             for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
-                by_length[mode][n, part] = losses_BK.mean(axis=1, dtype=np.float64)
+                by_length[mode][n, part] = losses_BK[: len(part)].mean(axis=1, dtype=np.float64)
         for mode, losses_BL in reader.position_losses(ids_BL1, modes).items():
+            losses_BL = losses_BL[: len(part)]
             by_length[mode][-1, part] = losses_BL[:, -block:].mean(axis=1, dtype=np.float64)
             for n, (start, stop) in enumerate(itertools.pairwise(starts)):
                 by_position[mode][n, part] = losses_BL[:, start:stop].mean(axis=1, dtype=np.float64)
