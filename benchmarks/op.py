@@ -2,8 +2,10 @@
 
     python benchmarks/op.py                                                   # 4B shapes, C = 1024, 32k tokens
     python benchmarks/op.py --shapes 0.6b,4b --chunks 512,1024 --tokens 8192,131072 --batch 1,8 --json runs/op.jsonl
+    python benchmarks/op.py --cases 4b:1024:1:32768,1.7b:1024:4:8192          # shape:C:B:T instead of all combinations
     python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl          # draws what was measured; needs no GPU
 
+All programs of all cases are compiled first, side by side: that takes most of the time, and would disturb a timing.
 The program that is timed is checked first, on the inputs that it is timed with: o, the final state and all gradients against
 the float32 reference (or, where its memory grows too large, against `xla` in float32). One that is off by more than 5e-3
 relative RMS is not timed, and the exit code is 1. The bound is 4TDF FLOPs forward and 10TDF backward at the rate of a large
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chunks", type=words(int), default=[1024])
     parser.add_argument("--tokens", type=words(int), default=[32768])
     parser.add_argument("--batch", type=words(int), default=[1])
+    parser.add_argument("--cases", type=words(str), help="SHAPE:C:B:T,... instead of the four options above")
     parser.add_argument("--implementations", type=words(str), help="default: all that run here, and None's choice")
     parser.add_argument("--blocks", type=words(int), help="chunks of a block to compare; default: what the op chooses")
     parser.add_argument("--documents", action="store_true", help="with segment_ids: a document starts every fourth chunk")
@@ -54,33 +57,36 @@ def main(argv: list[str]) -> int:
 def measure(args) -> int:
     import jax
 
-    device = jax.devices()[0]
-    matmul, copy = matmul_rate(), copy_rate()
-    machine = {"device": device.device_kind, "jax": jax.__version__}
+    if args.cases:
+        named = [(shape, int(B), int(T), int(C)) for shape, C, B, T in (case.split(":") for case in args.cases)]
+    else:
+        named = [(s, B, T, C) for s in args.shapes for C in args.chunks for B in args.batch for T in args.tokens]
+    work, pool, start = [], concurrent.futures.ThreadPoolExecutor(), time.perf_counter()
+    for shape, B, T, C in named:
+        D, F = SHAPES[shape] if shape in SHAPES else map(int, shape.split("x"))
+        case = Case(B, T, D, F, C, args.documents)
+        names = args.implementations or runnable(B, T, D, F, C)
+        names = [in_blocks(name, n) for name in names for n in args.blocks] if args.blocks else names
+        programs = {name: pool.submit(compile_op, name, case, args.forward_only) for name in ("down", "exact", *names)}
+        work.append((shape, case, programs))
+    concurrent.futures.wait([program for *_, programs in work for program in programs.values()])
+    print(f"compiled {sum(len(programs) for *_, programs in work)} variants in {time.perf_counter() - start:.0f} s", flush=True)
+    matmul, copy, wrong = matmul_rate(), copy_rate(), 0
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     machine |= {"matmul_TFLOPs": matmul / 1e12, "copy_GBs": copy / 1e9}
     print(machine, flush=True)
-    wrong, pool = 0, concurrent.futures.ThreadPoolExecutor(8)  # compiling takes most of the time
-    for shape in args.shapes:
-        D, F = SHAPES[shape] if shape in SHAPES else map(int, shape.split("x"))
-        for C in args.chunks:
-            for B in args.batch:
-                names = args.implementations or runnable(B, max(args.tokens), D, F, C)
-                names = [in_blocks(name, n) for name in names for n in args.blocks] if args.blocks else names
-                for T in args.tokens:
-                    case = Case(B, T, D, F, C, args.documents)
-                    common = machine | {"shape": shape, **case._asdict()}
-                    heading(common, matmul)
-                    report(beside_the_bound(common | down(case, args), matmul), args.json)
-                    programs = {name: pool.submit(compile_op, name, case, args.forward_only) for name in names}
-                    concurrent.futures.wait(programs.values())  # tuning would disturb a timing
-                    for name, compiled in programs.items():
-                        errors = check(case, compiled.result())
-                        if max(errors.values()) <= TOLERANCE:
-                            row = common | op(name, case, compiled.result(), args) | {"error": max(errors.values())}
-                            report(beside_the_bound(row, matmul), args.json)
-                        else:
-                            wrong += 1
-                            print(f"NOT TIMED, wrong result: {name}: {errors}", flush=True)
+    for shape, case, programs in work:
+        common = machine | {"shape": shape, **case._asdict()}
+        heading(common, matmul)
+        exact = programs.pop("exact").result()
+        for name, program in programs.items():
+            errors = check(case, program.result(), exact) if name != "down" else {"o": 0.0}
+            if max(errors.values()) <= TOLERANCE:
+                row = common | op(name, case, program.result(), args) | {"error": max(errors.values())}
+                report(beside_the_bound(row, matmul), args.json)
+            else:
+                wrong += 1
+                print(f"NOT TIMED, wrong result: {name}: {errors}", flush=True)
     return 1 if wrong else 0
 
 
@@ -189,31 +195,31 @@ def inner_lr(case: Case) -> float:
 
 
 def compile_op(name: str, case: Case, forward_only: bool) -> list:
-    """The programs that are timed: forward, and forward + backward."""
+    """The programs that are timed: forward, and forward + backward. "down" is the plain down-projection; "exact" is the
+    reference in float32, forward + backward."""
     import jax
 
-    arrays = inputs(*case[:4])
-    return [jax.jit(function).lower(*arrays).compile() for function in functions(name, case)[: 1 if forward_only else 2]]
+    arrays = jax.eval_shape(lambda: inputs.__wrapped__(*case[:4]))
+    made = down() if name == "down" else functions(name, case)
+    if name == "exact":
+        states = 4 * case.B * case.D * case.F * (case.T // case.C)  # the reference's backward holds one for every chunk
+        made = functions("reference" if states < 2**34 else "xla", case)[1:]
+        arrays = [jax.ShapeDtypeStruct(x.shape, "float32") for x in arrays]
+    return [jax.jit(function).lower(*arrays).compile() for function in made[: 1 if forward_only else 2]]
 
 
 @functools.lru_cache(maxsize=1)
-def exact_results(case: Case):
+def exact_results(case: Case, program):
     """What forward + backward give in float32."""
-    import jax
-    import jax.numpy as jnp
-
-    states = 4 * case.B * case.D * case.F * (case.T // case.C)  # the reference's backward holds one for every chunk
-    name = "reference" if states < 2**34 else "xla"
-    both = jax.jit(functions(name, case)[1])
-    return both(*(x.astype(jnp.float32) for x in inputs(*case[:4])))
+    return program(*(x.astype("float32") for x in inputs(*case[:4])))
 
 
-def check(case: Case, compiled: list) -> dict[str, float]:
+def check(case: Case, compiled: list, exact_program: list) -> dict[str, float]:
     """Relative RMS errors of what the compiled programs give."""
     import jax
     import jax.numpy as jnp
 
-    arrays, exact = inputs(*case[:4]), exact_results(case)
+    arrays, exact = inputs(*case[:4]), exact_results(case, exact_program[0])
     error = jax.jit(lambda a, b: jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
     names = ("o", "S", "dz", "dv", "dw", "dstate", "dlr")
     found = {n: float(error(a, b)) for n, a, b in zip(names, compiled[0](*arrays), exact[0], strict=False)}
@@ -237,20 +243,17 @@ def op(name: str, case: Case, compiled: list, args) -> dict:
     return row
 
 
-def down(case: Case, args) -> dict:
+def down():
+    """The plain down-projection's forward; and forward + backward."""
     import jax
 
-    z, _, w, _, do, _ = inputs(*case[:4])
     forward = lambda z, w: z @ w.T
-    row: dict = {"implementation": "down", "forward_ms": milliseconds(jax.jit(forward), (z, w), args.repeats)}
-    if not args.forward_only:
 
-        def both(z, w, do):
-            out, vjp = jax.vjp(forward, z, w)
-            return out, vjp(do)
+    def both(z, v, w, state, do, dS):
+        out, vjp = jax.vjp(forward, z, w)
+        return out, vjp(do)
 
-        row["both_ms"] = milliseconds(jax.jit(both), (z, w, do), args.repeats)
-    return row
+    return lambda z, v, w, *_: forward(z, w), both
 
 
 def least_bytes(B, T, D, F) -> int:
@@ -318,18 +321,20 @@ def draw(rows: list[dict], path: Path) -> None:
 
     rows = [row for row in rows if row["implementation"] != "down"]
     case = lambda row: f"{row['shape']} C={row['C']}\nB={row['B']} T={row['T'] // 1024}k"
-    cases, names = list(dict.fromkeys(map(case, rows))), list(dict.fromkeys(row["implementation"] for row in rows))
+    cases, names = list(dict.fromkeys(map(case, rows))), sorted({row["implementation"] for row in rows}, reverse=True)
     figure, axes = plt.subplots(2, 1, figsize=(max(7, 1.1 * len(cases)), 7), sharex=True)
     for axis, key, title in zip(axes, ("forward_ratio", "both_ratio"), ("forward", "forward + backward"), strict=True):
-        for k, name in enumerate(names):
-            values = {case(row): row.get(key) for row in rows if row["implementation"] == name}
-            x = [n + (k - (len(names) - 1) / 2) * 0.8 / len(names) for n, c in enumerate(cases) if values.get(c)]
-            axis.bar(x, [values[c] for c in cases if values.get(c)], width=0.8 / len(names), label=name)
+        for n, this in enumerate(cases):
+            here = {row["implementation"]: row[key] for row in rows if case(row) == this and key in row}
+            for k, name in enumerate(sorted(here, reverse=True)):
+                x = n + (k - (len(here) - 1) / 2) * 0.8 / max(len(here), 2)
+                axis.bar(x, here[name], width=0.8 / max(len(here), 2), color=f"C{names.index(name)}")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_title(f"{title}: time over the bound ({rows[0]['device']})")
         axis.set_xticks(range(len(cases)), cases, fontsize=7)
-    axes[0].legend()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{k}") for k in range(len(names))]
+    figure.legend(handles, names, loc="upper center", ncols=len(names))
     figure.savefig(path, dpi=120)
 
 

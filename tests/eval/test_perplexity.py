@@ -194,13 +194,16 @@ def test_all_batches_run_the_same_programs(tmp_path, monkeypatch):
     options = {"lengths": [16, L], "block": K, "modes": ("off", "on", "shuffled"), "piece": 8}
     alone = evaluate(model_of(), corpus, [3, 4], batch_size=2, **options)
     seen = set()
-    for name in ("read_piece", "score_piece"):
 
-        def spy(frozen, state, *args, original=getattr(perplexity, name), **more):
+    def spy(original):
+        def run(frozen, state, *args, **more):
             seen.add({len(x) for x in args if isinstance(x, np.ndarray)}.pop())
             return original(frozen, state, *args, **more)
 
-        monkeypatch.setattr(perplexity, name, spy)
+        return run
+
+    for name in ("read_piece", "score_piece"):
+        monkeypatch.setattr(perplexity, name, spy(getattr(perplexity, name)))
     both = evaluate(model_of(), corpus, list(range(5)), batch_size=3, **options)
     assert seen == {3}
     assert both["tokens_read"] == 5 * tokens_to_read([16, L], K, options["modes"])

@@ -143,6 +143,28 @@ def test_mosaic_says_what_it_cannot_do(call, reason):
     assert got is None if reason is None else reason in got
 
 
+@pytest.mark.parametrize(
+    ("shape", "documents", "expected"),
+    [
+        ((4, 8192, 2048, 6144, 1024), False, ("pallas_gpu", 1)),
+        ((1, 32768, 2560, 9728, 1024), True, ("pallas_gpu", 1)),
+        ((1, 32768, 2560, 9728, 512), False, ("pallas_gpu", 2)),
+        ((1, 32768, 2560, 9728, 512), True, ("xla", 1)),
+        ((1, 32768, 2560, 9728, 256), False, ("xla", 1)),
+        ((1, 512, 2560, 9728, 1024), False, ("xla", 1)),  # less than a chunk: nothing to update
+        ((1, 600, 2560, 9728, 512), False, ("xla", 1)),  # less than a block
+        ((8, 8192, 1024, 3072, 1024), False, ("xla", 1)),
+    ],
+)
+def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape, documents, expected):
+    """The table of docs/performance.md."""
+    module = importlib.import_module("ttt_jax.ops.in_place_ttt")
+    monkeypatch.setattr(module.target, "platform", lambda: "gpu")
+    monkeypatch.setattr(module.target, "on_one_device", lambda: True)
+    name = module._choose(None, call := module._Call("gpu", BF16, *shape, documents))
+    assert (name, module._FAST[name].block(call)) == expected
+
+
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])
 def test_a_named_kernel_does_not_fall_back(implementation):
     (z, v, w, lr, _), _ = make_inputs(B=1, T=8, D=4, F=8)

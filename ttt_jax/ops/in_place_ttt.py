@@ -29,6 +29,7 @@ class _Call(NamedTuple):
     D: int
     F: int
     C: int
+    documents: bool  # segment_ids are given
 
 
 class _Implementation(NamedTuple):
@@ -78,14 +79,21 @@ def _run_triton(*args, **kwargs):
 
 
 def _pallas_gpu_pays(call: _Call) -> bool:
-    """Measured at D = 2560, F = 9728, C = 1024 (docs/performance.md); larger sizes have no less arithmetic per byte of S."""
-    return call.C >= 1024 and call.T >= call.C and call.D * call.F >= 2560 * 9728
+    """Measured faster than XLA on an H100 at C = 1024 from D, F = 2048, 6144 to 5120, 17408, and at C = 512 in pairs at
+    2560, 9728 (docs/performance.md). Longer chunks and larger matrices have no less arithmetic per byte of S."""
+    n = _pallas_gpu_block(call)
+    return n * call.C <= call.T and (n == 2 or (call.C >= 1024 and call.D * call.F >= 2048 * 6144))
+
+
+def _pallas_gpu_block(call: _Call) -> int:
+    """Documents cannot be computed in blocks."""
+    return 2 if call.C == 512 and call.D * call.F >= 2560 * 9728 and not call.documents else 1
 
 
 # The fastest first. "reference" is not among them: it takes documents and clipping as they come.
 _FAST = {
     "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
-    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays),
+    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays, block=_pallas_gpu_block),
     "triton": _Implementation(_why_not_triton, _run_triton, pays=lambda call: False),  # pallas_gpu was faster where it runs
     "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
 }
@@ -133,7 +141,7 @@ def in_place_ttt(
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size)
+    call = _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
