@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Primitive
@@ -44,8 +45,6 @@ def why_not(platform: str, dtype, C: int, D: int, F: int) -> str | None:
         capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))  # without a device: compiling ahead of time
         if not capability.startswith("9."):
             return f"it needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        return "inside a shard_map jax does not let a Pallas kernel update arrays in place that vary over mesh axes"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it computes in bfloat16, not in {jnp.dtype(dtype)}"
     for name, size in (("chunk_size", C), ("D", D), ("F", F)):
@@ -224,9 +223,17 @@ _launch = Primitive("ttt_launch")
 _launch.multiple_results = True
 _launch.def_impl(lambda *arrays, launch, results: jax.jit(launch)(*arrays))
 _launch.def_abstract_eval(lambda *avals, launch, results: avals[:results])
-mlir.register_lowering(
-    _launch, mlir.lower_fun(lambda *arrays, launch, results: launch(*arrays), multiple_results=True), platform="cuda"
-)
+
+
+def _lower(ctx, *arrays, launch, results):
+    """As the program of one device, which it is, also inside a `shard_map`: jax lets no ref vary over mesh axes."""
+    plain = lambda avals: [ShapedArray(x.shape, x.dtype) for x in avals]
+    ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return mlir.lower_fun(lambda *arrays: launch(*arrays), multiple_results=True)(ctx, *arrays)
+
+
+mlir.register_lowering(_launch, _lower, platform="cuda")
 
 
 def _one_after_the_other(arrays, axes, **params):

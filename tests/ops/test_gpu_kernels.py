@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 
 from kernels_pallas import gpu, gpu_tiles, triton
@@ -68,6 +70,25 @@ def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
     assert text.count("custom_call @mosaic_gpu") == (2 if backward else 1)  # a gradient alone needs no forward launch
     # The state and the output are updated in place.
     assert "output_operand_alias" in text
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_mosaic_lowers_inside_a_shard_map(check_vma):
+    """jax lets no ref vary over mesh axes; the launch is lowered as what it is, the program of one device."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(z, v, w):
+        def run(z, v, w):
+            state_BDF = jnp.zeros((1, 256, 512), jnp.float32)
+            return gpu.in_place_ttt_gpu(z, v, w, lr=jnp.float32(1), chunk_size=256, state_BDF=state_BDF)[0]
+
+        specs = {"in_specs": (P("data"), P("data"), P()), "out_specs": P("data"), "check_vma": check_vma}
+        return jax.shard_map(run, mesh=mesh, **specs)(z, v, w).astype(jnp.float32).sum()
+
+    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    arguments = place((2, 600, 512), P("data")), place((2, 600, 256), P("data")), place((256, 512), P())
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
@@ -163,6 +184,8 @@ def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape,
     monkeypatch.setattr(module.target, "on_one_device", lambda: True)
     name = module._choose(None, call := module._Call("gpu", BF16, *shape, documents))
     assert (name, module._FAST[name].block(call)) == expected
+    monkeypatch.setattr(module.target, "one_of_several", lambda: True)
+    assert module._choose(None, call) == "xla"
 
 
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])

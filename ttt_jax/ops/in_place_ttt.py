@@ -80,9 +80,12 @@ def _run_triton(*args, **kwargs):
 
 def _pallas_gpu_pays(call: _Call) -> bool:
     """Measured faster than XLA on an H100 at C = 1024 from D, F = 2048, 6144 to 5120, 17408, and at C = 512 in pairs at
-    2560, 9728 (docs/performance.md). Longer chunks and larger matrices have no less arithmetic per byte of S."""
+    2560, 9728 (docs/performance.md). Longer chunks and larger matrices have no less arithmetic per byte of S. Not measured
+    beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them."""
     n = _pallas_gpu_block(call)
-    return n * call.C <= call.T and (n == 2 or (call.C >= 1024 and call.D * call.F >= 2048 * 6144))
+    if n * call.C > call.T or target.one_of_several():
+        return False
+    return n == 2 or (call.C >= 1024 and call.D * call.F >= 2048 * 6144)
 
 
 def _pallas_gpu_block(call: _Call) -> int:
@@ -131,7 +134,7 @@ def in_place_ttt(
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F in multiples of 256),
         "triton" (NVIDIA, jax-triton), or None for the fastest that supports the platform and shapes. A named one that
         cannot run raises; it never falls back. Kernels (all but the first two) are not partitioned over a mesh by the
-        compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis.
+        compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis, and on GPUs not at all.
 
     Returns:
       o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to continue the stream with.

@@ -21,6 +21,12 @@ def on_one_device() -> bool:
     return manual or (mesh.empty and jax.device_count() == 1)
 
 
+def one_of_several() -> bool:
+    """Whether this is one device's part of a program for several, whose collectives run beside it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def may_be_one_device() -> bool:
     """Whether a kernel that the caller has named can be taken at its word: not inside a mesh that the compiler partitions."""
     mesh = jax.sharding.get_abstract_mesh()
