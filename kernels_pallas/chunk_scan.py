@@ -6,7 +6,7 @@ its gradient (D F), R what is read of S or G: a bf16 copy.
 Every chunk is one launch. Its products read only what the launch before it left, so their output tiles share one grid and
 fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.
 
-    forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T, one big matmul; u = lr v
+    forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T; u = lr v
     replay     dz_i = do_i R                       S += u_i^T z_i      R = bf16(W + S)    forward in time again
     reverse    dv_i = lr z_i R^T, dz_i += u_i R    G += do_i^T z_i     R = bf16(G)
 
@@ -36,8 +36,12 @@ class Scalars(NamedTuple):
 class Launches(Protocol):
     """The three kernels. Arrays in the place of results are updated in place."""
 
-    def forward(self, C: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
-        """o, S, R."""
+    def base(self, C: int, z_BTF, w_DF) -> Any:
+        """z W^T in float32: of all tokens, or of the first chunk where `forward` goes on with it."""
+        ...
+
+    def forward(self, C: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, base, S_BDF, R_2BDF) -> tuple[Any, Any, Any, Any]:
+        """o, base, S, R."""
         ...
 
     def replay(self, C: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
@@ -81,6 +85,12 @@ def varying_like(x, results):
         return jax.lax.pcast(result, missing, to="varying") if missing else result
 
     return jax.tree.map(mark, results)
+
+
+def slow_apply(z_BTF, w_DF):
+    """z W^T of all tokens in one matmul, float32."""
+    with jax.named_scope("ttt_apply_slow"):
+        return _dot("btf,df->btd", z_BTF, w_DF)
 
 
 def _dot(subscripts, x, y):
@@ -131,20 +141,19 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD[:, : M * C], lr)
-    with jax.named_scope("ttt_apply_slow"):
-        base_BTD = _dot("btf,df->btd", z_BTF, w_DF)
-    (z_whole_BTF, z_tail_BCF), (base_whole_BTD, base_tail_BCD) = _split(z_BTF, M * C), _split(base_BTD, M * C)
+    z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
     S_BDF, live_BM = _enter(state_BDF, factors_BM)
 
     def step(carry, i):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, lr, factors_BM[:, 1:], live_BM)
-            return varying_like(z_BTF, launches.forward(C, scalars, z_whole_BTF, u_BTD, base_whole_BTD, *carry))
+            return varying_like(z_BTF, launches.forward(C, scalars, z_whole_BTF, u_BTD, w_DF, *carry))
 
-    carry = varying_like(z_BTF, (jnp.zeros(base_whole_BTD.shape, dtype), S_BDF, _slots(S_BDF.astype(dtype))))
-    o_BTD, S_BDF, R_2BDF = _scan(step, carry, M)
+    base = launches.base(C, z_whole_BTF, w_DF) if M else None
+    carry = varying_like(z_BTF, (jnp.zeros(u_BTD.shape, dtype), base, S_BDF, _slots(S_BDF.astype(dtype))))
+    o_BTD, _, S_BDF, R_2BDF = _scan(step, carry, M)
     if tail:  # the trailing partial chunk reads the state and does not write it
-        o_BCD = base_tail_BCD + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = slow_apply(z_tail_BCF, w_DF) + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 

@@ -28,9 +28,9 @@ _interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
-def interpreted(params, multiprocessors: int = 4):
+def interpreted(params, multiprocessors: int = 4, **layout):
     """Kernels traced inside run in Pallas' interpreter (`plgpu.InterpretGPUParams`), on any platform. For tests: very slow."""
-    token = _interpreted.set(MosaicLaunches(multiprocessors=multiprocessors, interpret=params))
+    token = _interpreted.set(MosaicLaunches(multiprocessors=multiprocessors, interpret=params, **layout))
     try:
         yield
     finally:
@@ -67,24 +67,49 @@ class MosaicLaunches:
 
     stages: int = 4  # of the ring
     staged: int = 1  # pieces of a multiplier on their way from shared to device memory
+    # Whether a forward launch also computes z W^T of the next chunk, work without traffic, instead of one matmul before all
+    # launches. To be timed (docs/performance.md).
+    base_ahead: bool = False
     multiprocessors: int | None = None  # None: as many as the device has
     interpret: Any = None
 
-    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+    def base(self, C, z_BTF, w_DF):
+        if not self.base_ahead:
+            return chunk_scan.slow_apply(z_BTF, w_DF)
+        first_BCD = chunk_scan.slow_apply(z_BTF[:, :C], w_DF)
+        return jnp.stack([first_BCD, jnp.zeros_like(first_BCD)])  # launch i reads slot i % 2 and writes the other
+
+    def forward(self, C, scalars, z_BTF, u_BTD, w_DF, o_BTD, base, S_BDF, R_2BDF):
         F, D = z_BTF.shape[2], u_BTD.shape[2]
 
-        def products(at, z, u, base, o, S, R):
+        def apply(at, z, o, R, beside, row):
             def finish(b, m0, n0):
                 return lambda k, n, sums, base, _: at.write(k, (o.at[b, _rows(at.token + m0), n], base + sums))
 
             fast = lambda b: (R.at[at.slot, b], 0)
-            beside = lambda b: (base.at[b], None)
-            return [
-                Product("nt", C, D, F, lambda b: (z.at[b], at.token), fast, finish, beside, at.token, lambda b: at.live(b)),
-                _update(at, C, D, F, u, z, S, R),
-            ]
+            return Product("nt", C, D, F, lambda b: (z.at[b], at.token), fast, finish, beside, row, lambda b: at.live(b))
 
-        return self._call("ttt_forward", C, scalars, products, (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF))
+        def apply_ahead(at, z, w, base):
+            def finish(b, m0, n0):
+                return lambda k, n, sums, _, __: at.write(k, (base.at[at.slot_written, b, _rows(m0), n], sums))
+
+            of_next, slow = lambda b: (z.at[b], at.token + C), lambda b: (w, 0)
+            return Product("nt", C, D, F, of_next, slow, finish, lambda b: (None, None), live=lambda b: at.more)
+
+        def products(at, z, u, base, o, S, R):
+            beside = lambda b: (base.at[b], None)
+            return [apply(at, z, o, R, beside, at.token), _update(at, C, D, F, u, z, S, R)]
+
+        def products_ahead(at, z, u, w, o, base, S, R):
+            beside = lambda b: (base.at[at.slot, b], None)
+            return [apply(at, z, o, R, beside, 0), apply_ahead(at, z, w, base), _update(at, C, D, F, u, z, S, R)]
+
+        if self.base_ahead:
+            in_place = o_BTD, base, S_BDF, R_2BDF
+            return self._call("ttt_forward", C, scalars, products_ahead, (z_BTF, u_BTD, w_DF), in_place)
+        in_place = o_BTD, S_BDF, R_2BDF
+        o_BTD, S_BDF, R_2BDF = self._call("ttt_forward", C, scalars, products, (z_BTF, u_BTD, base), in_place)
+        return o_BTD, base, S_BDF, R_2BDF
 
     def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         F, D = z_BTF.shape[2], u_BTD.shape[2]
@@ -256,6 +281,7 @@ class _Place:
         self.lr = lr
         self.keep = lambda b: keep[b * M + i]
         self.live = lambda b: live[b * M + i]
+        self.more = jnp.int32(i + 1 < M)  # whether a chunk follows
         self.staging, self.staged = staging, staged
 
     def write(self, k, *parts):

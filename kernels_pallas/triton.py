@@ -56,11 +56,16 @@ def in_place_ttt_triton(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_B
 class TritonLaunches:
     tile: Tile
 
-    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+    def base(self, C, z_BTF, w_DF):
+        return chunk_scan.slow_apply(z_BTF, w_DF)
+
+    def forward(self, C, scalars, z_BTF, u_BTD, w_DF, o_BTD, base, S_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(D, F)
-        operands = (*scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF)
-        return self._call(_kernels().forward, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1])
+        operands = (*scalars, z_BTF, u_BTD, base, o_BTD, S_BDF, R_2BDF)
+        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1]}
+        o_BTD, S_BDF, R_2BDF = self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
+        return o_BTD, base, S_BDF, R_2BDF
 
     def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]

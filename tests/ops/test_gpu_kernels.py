@@ -136,15 +136,19 @@ def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
 @pytest.mark.skipif(not HAS_INTERPRETER, reason="this jax does not offer the GPU interpreter")
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", ["none", "boundaries", "padding"])
-@pytest.mark.parametrize(("T", "clip_norm"), [(3 * 256 + 41, None), (2 * 256, 0.3)])
-def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, documents, clip_norm):
+@pytest.mark.parametrize(
+    ("T", "clip_norm", "layout"),
+    [(3 * 256 + 41, None, {}), (2 * 256, 0.3, {}), (3 * 256 + 41, None, {"base_ahead": True})],
+    ids=["ragged", "clipped", "base_ahead"],
+)
+def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, clip_norm, layout, documents):
     # jax 0.12's interpreter reports a race between a feeder's copy into a slot and the read before it, which 0.11's does not:
     # the two are ordered by the slot's cluster barrier. Why is not known (docs/performance.md).
     races = jax.__version_info__ < (0, 12)
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
     arguments, cotangents = make_inputs(T=T, **SIZES)
-    with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=races)):
+    with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=races), **layout):
         check(arguments, cotangents, BF16, "pallas_gpu", chunk_size=256, segment_ids=ids, clip_norm=clip_norm)
 
 
