@@ -181,6 +181,7 @@ def run_block(products, table, stages, lefts, rights, full, empty):
                 plgpu.barrier_wait(full.at[slot])
                 for j, (array, ring) in enumerate(zip(product.beside(b), (rights[2], lefts[0]), strict=True)):
                     beside[j] = None if array is None else read(ring, (slot, rows, slice(None)))
+                plgpu.commit_smem()  # or TMA might overwrite what an ordinary read has not read yet
                 plgpu.barrier_arrive(empty.at[slot])
             columns = pl.ds(pl.multiple_of(n0 + k * PIECE, PIECE), PIECE)
             sums_piece = sums[:, k * PIECE : (k + 1) * PIECE]

@@ -141,15 +141,13 @@ def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
     [(3 * 256 + 41, None, {}), (2 * 256, 0.3, {}), (3 * 256 + 41, None, {"base_ahead": True})],
     ids=["ragged", "clipped", "base_ahead"],
 )
-def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, clip_norm, layout, documents):
-    # jax 0.12's interpreter reports a race between a feeder's copy into a slot and the read before it, which 0.11's does not:
-    # the two are ordered by the slot's cluster barrier. Why is not known (docs/performance.md).
-    races = jax.__version_info__ < (0, 12)
+def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, clip_norm, layout, documents, capfd):
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
     arguments, cotangents = make_inputs(T=T, **SIZES)
-    with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=races), **layout):
+    with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=True), **layout):
         check(arguments, cotangents, BF16, "pallas_gpu", chunk_size=256, segment_ids=ids, clip_norm=clip_norm)
+    assert "RACE DETECTED" not in capfd.readouterr().out  # jax 0.11 prints them, 0.12 raises
 
 
 @pytest.mark.parametrize(
