@@ -6,7 +6,7 @@ its gradient (D F), R what is read of S or G: a bf16 copy.
 Every chunk is one launch. Its products read only what the launch before it left, so their output tiles share one grid and
 fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.
 
-    forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T; u = lr v
+    forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T; u is lr v
     replay     dz_i = do_i R                       S += u_i^T z_i      R = bf16(W + S)    forward in time again
     reverse    dv_i = lr z_i R^T, dz_i += u_i R    G += do_i^T z_i     R = bf16(G)
 
@@ -23,11 +23,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+BASE_TOKENS = 32768  # of which z W^T exists in float32 at one time, at least
+
 
 class Scalars(NamedTuple):
     """What a launch reads from small arrays in device memory."""
 
     i: jax.Array  # [1] int32: the chunk
+    row: jax.Array  # [1] int32: where the chunk starts in `base`
     lr: jax.Array  # [1] float32
     keep_BM: jax.Array  # [B, M] float32: what an update multiplies its state by, last thing
     live_BM: jax.Array  # [B, M] int32: 0 where R is zero
@@ -36,12 +39,12 @@ class Scalars(NamedTuple):
 class Launches(Protocol):
     """The three kernels. Arrays in the place of results are updated in place."""
 
-    def base(self, C: int, z_BTF, w_DF) -> Any:
-        """z W^T in float32: of all tokens, or of the first chunk where `forward` goes on with it."""
+    def written(self, v_BTD, lr) -> Any:
+        """u as the launches take it: lr v, or v itself where they multiply the products by lr."""
         ...
 
-    def forward(self, C: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, base, S_BDF, R_2BDF) -> tuple[Any, Any, Any, Any]:
-        """o, base, S, R."""
+    def forward(self, C: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
+        """o, S, R. `base_BTD`, float32, holds these tokens or more, the chunk from `scalars.row` on."""
         ...
 
     def replay(self, C: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
@@ -61,14 +64,14 @@ class Launches(Protocol):
 def in_place_ttt(launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
     """Same contract as `ttt_jax.ops.xla.in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
     if keep_BM is None:
-        z_BTF, v_BTD, w_DF, lr, state_BDF = _varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF)
+        z_BTF, v_BTD, w_DF, lr, state_BDF = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF)
     else:
-        z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = _varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+        z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
     results: Any = _in_place_ttt(launches, chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
     return results
 
 
-def _varying_alike(*arrays):
+def varying_alike(*arrays):
     """Inside a `shard_map`: all arrays marked as varying over the axes that one of them varies over."""
     axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     union = frozenset().union(*axes)
@@ -88,7 +91,7 @@ def varying_like(x, results):
 
 
 def slow_apply(z_BTF, w_DF):
-    """z W^T of all tokens in one matmul, float32."""
+    """z W^T of many chunks in one matmul, float32."""
     with jax.named_scope("ttt_apply_slow"):
         return _dot("btf,df->btd", z_BTF, w_DF)
 
@@ -98,14 +101,19 @@ def _dot(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _scaled(v_BTD, lr):
-    return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
-
-
-def _scan(step, carry, length, reverse=False):
+def _scan(step, carry, chunks: range, reverse=False):
     """`carry` after `step(carry, i)` for all i; with none, nothing is traced, because there may be no chunk to launch for."""
     body = lambda carry, i: (step(carry, i), None)
-    return jax.lax.scan(body, carry, jnp.arange(length), reverse=reverse)[0] if length else carry
+    return jax.lax.scan(body, carry, jnp.arange(chunks.start, chunks.stop), reverse=reverse)[0] if chunks else carry
+
+
+def _stretches(B: int, M: int, C: int) -> list[range]:
+    """Chunks whose z W^T exists at one time, so that a long sequence needs no array of its length in float32.
+
+    Only for one sequence: there the tokens of a stretch are a contiguous piece of z, which XLA hands to cuBLAS without a copy.
+    """
+    size = max(BASE_TOKENS // C, -(-M // 8), 1) if B == 1 else max(M, 1)
+    return [range(first, min(first + size, M)) for first in range(0, M, size)]
 
 
 def _factors(keep_BM, B, M):
@@ -121,8 +129,9 @@ def _slots(R_BDF):
     return jnp.stack([R_BDF, R_BDF])
 
 
-def _scalars(i, lr, keep_BM, live_BM):
-    return Scalars(jnp.asarray(i, jnp.int32).reshape(1), lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
+def _scalars(i, row, lr, keep_BM, live_BM):
+    i, row = (jnp.asarray(x, jnp.int32).reshape(1) for x in (i, row))
+    return Scalars(i, row, lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -140,22 +149,27 @@ def _enter(state_BDF, factors_BM):
 def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
-    factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD[:, : M * C], lr)
-    z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
+    residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
+    (z_whole_BTF, z_tail_BCF), (v_whole_BTD, _) = (_split(x, M * C) for x in (z_BTF, v_BTD))
+    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_whole_BTD, lr)
     S_BDF, live_BM = _enter(state_BDF, factors_BM)
 
-    def step(carry, i):
+    def step(base_BTD, first, carry, i):
         with jax.named_scope("ttt_forward"):
-            scalars = _scalars(i, lr, factors_BM[:, 1:], live_BM)
-            return varying_like(z_BTF, launches.forward(C, scalars, z_whole_BTF, u_BTD, w_DF, *carry))
+            scalars = _scalars(i, (i - first) * C, lr, factors_BM[:, 1:], live_BM)
+            return varying_like(z_BTF, launches.forward(C, scalars, z_whole_BTF, u_BTD, base_BTD, *carry))
 
-    base = launches.base(C, z_whole_BTF, w_DF) if M else None
-    carry = varying_like(z_BTF, (jnp.zeros(u_BTD.shape, dtype), base, S_BDF, _slots(S_BDF.astype(dtype))))
-    o_BTD, _, S_BDF, R_2BDF = _scan(step, carry, M)
+    carry = varying_like(z_BTF, (jnp.zeros_like(v_whole_BTD), S_BDF, _slots(S_BDF.astype(dtype))))
+    for chunks in _stretches(B, M, C):
+        if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
+            w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
+        base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
+        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks)
+    o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
         o_BCD = slow_apply(z_tail_BCF, w_DF) + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
-    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    return (o_BTD, S_BDF), residuals
 
 
 def _split(x_BTX, size) -> tuple[Any, Any]:
@@ -169,17 +183,17 @@ def _backward(launches, C, residuals, cotangents):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     (z_BTF, z_tail_BCF), (do_BTD, do_tail_BCD), (v_BTD, _) = (_split(x, M * C) for x in (z_BTF, do_BTD, v_BTD))
-    factors_BM, u_BTD = _factors(keep_BM, B, M), _scaled(v_BTD, lr)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_BTD, lr)
     all_live_BM = jnp.ones((B, M), jnp.int32)
 
     def replay(carry, i):
         with jax.named_scope("ttt_replay"):
-            scalars = _scalars(i, lr, factors_BM[:, 1:], all_live_BM)
+            scalars = _scalars(i, 0, lr, factors_BM[:, 1:], all_live_BM)
             return varying_like(z_BTF, launches.replay(C, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
 
     S_BDF, _ = _enter(state_BDF, factors_BM)
     weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)  # gradients tolerate the rounding of W + S
-    dz_BTF, _, R_2BDF = _scan(replay, varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF))), M)
+    dz_BTF, _, R_2BDF = _scan(replay, varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF))), range(M))
 
     dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     if tail:
@@ -193,7 +207,7 @@ def _backward(launches, C, residuals, cotangents):
     def reverse(carry, i):
         dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr = carry
         with jax.named_scope("ttt_reverse"):
-            scalars = _scalars(i, lr, factors_BM[:, :-1], all_live_BM)
+            scalars = _scalars(i, 0, lr, factors_BM[:, :-1], all_live_BM)
             *carry, partial_dlr = varying_like(
                 z_BTF,
                 launches.reverse(C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF),
@@ -203,7 +217,7 @@ def _backward(launches, C, residuals, cotangents):
     collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
     # Launch i reads slot i % 2.
     carry = (dz_BTF, jnp.zeros_like(v_BTD), collected_BDF, G_BDF, _slots(G_BDF.astype(dtype)), jnp.zeros((), jnp.float32))
-    carry = _scan(reverse, varying_like(z_BTF, carry), M, reverse=True)
+    carry = _scan(reverse, varying_like(z_BTF, carry), range(M), reverse=True)
     dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
     dw_DF = dw_DF + G_BDF.sum(axis=0)
     if collected_BDF is not None:

@@ -28,9 +28,9 @@ _interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
-def interpreted(params, multiprocessors: int = 4, **layout):
+def interpreted(params, multiprocessors: int = 4):
     """Kernels traced inside run in Pallas' interpreter (`plgpu.InterpretGPUParams`), on any platform. For tests: very slow."""
-    token = _interpreted.set(MosaicLaunches(multiprocessors=multiprocessors, interpret=params, **layout))
+    token = _interpreted.set(MosaicLaunches(multiprocessors=multiprocessors, interpret=params))
     try:
         yield
     finally:
@@ -67,49 +67,28 @@ class MosaicLaunches:
 
     stages: int = 4  # of the ring
     staged: int = 1  # pieces of a multiplier on their way from shared to device memory
-    # Whether a forward launch also computes z W^T of the next chunk, work without traffic, instead of one matmul before all
-    # launches. To be timed (docs/performance.md).
-    base_ahead: bool = False
     multiprocessors: int | None = None  # None: as many as the device has
     interpret: Any = None
 
-    def base(self, C, z_BTF, w_DF):
-        if not self.base_ahead:
-            return chunk_scan.slow_apply(z_BTF, w_DF)
-        first_BCD = chunk_scan.slow_apply(z_BTF[:, :C], w_DF)
-        return jnp.stack([first_BCD, jnp.zeros_like(first_BCD)])  # launch i reads slot i % 2 and writes the other
+    def written(self, v_BTD, lr):
+        """Sums are multiplied by lr: no array of lr v is made, and none is rounded."""
+        return v_BTD
 
-    def forward(self, C, scalars, z_BTF, u_BTD, w_DF, o_BTD, base, S_BDF, R_2BDF):
+    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
         F, D = z_BTF.shape[2], u_BTD.shape[2]
 
-        def apply(at, z, o, R, beside, row):
+        def products(at, z, u, base, o, S, R):
             def finish(b, m0, n0):
                 return lambda k, n, sums, base, _: at.write(k, (o.at[b, _rows(at.token + m0), n], base + sums))
 
-            fast = lambda b: (R.at[at.slot, b], 0)
-            return Product("nt", C, D, F, lambda b: (z.at[b], at.token), fast, finish, beside, row, lambda b: at.live(b))
-
-        def apply_ahead(at, z, w, base):
-            def finish(b, m0, n0):
-                return lambda k, n, sums, _, __: at.write(k, (base.at[at.slot_written, b, _rows(m0), n], sums))
-
-            of_next, slow = lambda b: (z.at[b], at.token + C), lambda b: (w, 0)
-            return Product("nt", C, D, F, of_next, slow, finish, lambda b: (None, None), live=lambda b: at.more)
-
-        def products(at, z, u, base, o, S, R):
+            source, fast = lambda b: (z.at[b], at.token), lambda b: (R.at[at.slot, b], 0)
             beside = lambda b: (base.at[b], None)
-            return [apply(at, z, o, R, beside, at.token), _update(at, C, D, F, u, z, S, R)]
+            return [
+                Product("nt", C, D, F, source, fast, finish, beside, at.row, lambda b: at.live(b)),
+                _update(at, C, D, F, u, z, S, R, at.lr),
+            ]
 
-        def products_ahead(at, z, u, w, o, base, S, R):
-            beside = lambda b: (base.at[at.slot, b], None)
-            return [apply(at, z, o, R, beside, 0), apply_ahead(at, z, w, base), _update(at, C, D, F, u, z, S, R)]
-
-        if self.base_ahead:
-            in_place = o_BTD, base, S_BDF, R_2BDF
-            return self._call("ttt_forward", C, scalars, products_ahead, (z_BTF, u_BTD, w_DF), in_place)
-        in_place = o_BTD, S_BDF, R_2BDF
-        o_BTD, S_BDF, R_2BDF = self._call("ttt_forward", C, scalars, products, (z_BTF, u_BTD, base), in_place)
-        return o_BTD, base, S_BDF, R_2BDF
+        return self._call("ttt_forward", C, scalars, products, (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF))
 
     def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         F, D = z_BTF.shape[2], u_BTD.shape[2]
@@ -121,16 +100,16 @@ class MosaicLaunches:
             weight = lambda b: (R.at[at.slot, b], 0)
             return [
                 Product("nn", C, F, D, lambda b: (do.at[b], at.token), weight, finish, lambda b: (None, None)),
-                _update(at, C, D, F, u, z, S, R, w),
+                _update(at, C, D, F, u, z, S, R, at.lr, w),
             ]
 
         return self._call("ttt_replay", C, scalars, products, (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF))
 
     def reverse(self, C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
-        (B, _, F), D = z_BTF.shape, u_BTD.shape[2]
+        (B, _, F), D = z_BTF.shape, v_BTD.shape[2]
         collects = dw_BDF is not None
 
-        def products(at, z, u, v, do, dz, dv, G, R, dlr, dw=None):
+        def products(at, z, v, do, dz, dv, G, R, dlr, dw=None):
             def finish_v(b, m0, n0):
                 by_row = []
 
@@ -144,20 +123,20 @@ class MosaicLaunches:
 
             def finish_z(b, m0, n0):
                 return lambda k, n, sums, _, dz_before: at.write(
-                    k, (dz.at[b, _rows(at.token + m0), n], dz_before.astype(jnp.float32) + sums)
+                    k, (dz.at[b, _rows(at.token + m0), n], dz_before.astype(jnp.float32) + at.lr * sums)
                 )
 
             fast = lambda b: (R.at[at.slot, b], 0)
             of = lambda array: lambda b: (array.at[b], at.token)
             return [
                 Product("nt", C, D, F, of(z), fast, finish_v, lambda b: (None, v.at[b]), at.token),
-                Product("nn", C, F, D, of(u), fast, finish_z, lambda b: (None, dz.at[b]), at.token),
+                Product("nn", C, F, D, of(v), fast, finish_z, lambda b: (None, dz.at[b]), at.token),
                 _update(at, C, D, F, do, z, G, R, collected=dw),
             ]
 
         partial_dlr = jnp.zeros((B, D // TILE, C), jnp.float32)
         in_place = (dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *((dw_BDF,) if collects else ()))
-        results = self._call("ttt_reverse", C, scalars, products, (z_BTF, u_BTD, v_BTD, do_BTD), in_place)
+        results = self._call("ttt_reverse", C, scalars, products, (z_BTF, v_BTD, do_BTD), in_place)
         dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *dw = results
         return dz_BTF, dv_BTD, dw[0] if collects else None, G_BDF, R_2BDF, partial_dlr
 
@@ -169,9 +148,9 @@ class MosaicLaunches:
         sizes = products(_Place(C), *[None] * (len(operands) + len(in_place)))
         table = jnp.asarray(schedule(tuple((p.rows, p.columns, p.length, p.kind == "tn") for p in sizes), B, sms // BLOCKS))
 
-        def body(table, i, lr, keep, live, *arrays):
+        def body(table, i, row, lr, keep, live, *arrays):
             *arrays, left_k, right_k, full, empty, low, high = arrays
-            at = _Place(C, M, i[0], lr[0], keep, live, (low, high), self.staged)
+            at = _Place(C, M, i[0], row[0], lr[0], keep, live, (low, high), self.staged)
             run_block(products(at, *arrays), table, self.stages, left_k, right_k, full, empty)
 
         swizzled = functools.partial(
@@ -213,7 +192,7 @@ class MosaicLaunches:
             interpret=self.interpret or False,
             name=name,
         )
-        flat_scalars = (scalars.i, scalars.lr, scalars.keep_BM.reshape(-1), scalars.live_BM.reshape(-1))
+        flat_scalars = tuple(x.reshape(-1) for x in scalars)
 
         def launch(*arrays):
             refs = [jax.new_ref(x) for x in arrays[: len(in_place)]]
@@ -276,12 +255,11 @@ batching.primitive_batchers[_launch] = _one_after_the_other
 class _Place:
     """Which chunk this is, what belongs to it, and the way out of shared memory."""
 
-    def __init__(self, C, M=0, i: Any = 0, lr=None, keep: Any = None, live: Any = None, staging=(), staged=0):
-        self.token, self.slot, self.slot_written = i * C, i % 2, (i + 1) % 2
+    def __init__(self, C, M=0, i: Any = 0, row: Any = 0, lr=None, keep: Any = None, live: Any = None, staging=(), staged=0):
+        self.token, self.row, self.slot, self.slot_written = i * C, row, i % 2, (i + 1) % 2
         self.lr = lr
         self.keep = lambda b: keep[b * M + i]
         self.live = lambda b: live[b * M + i]
-        self.more = jnp.int32(i + 1 < M)  # whether a chunk follows
         self.staging, self.staged = staging, staged
 
     def write(self, k, *parts):
@@ -301,15 +279,15 @@ def _rows(start):
     return pl.ds(pl.multiple_of(start, ROWS), ROWS)
 
 
-def _update(at, C, D, F, left, right, state, R, w=None, collected: Any = None) -> Product:
-    """keep (state + left^T right), and its copy R, with W added where there is one."""
+def _update(at, C, D, F, left, right, state, R, scale: Any = 1.0, w=None, collected: Any = None) -> Product:
+    """keep (state + scale left^T right), and its copy R, with W added where there is one."""
 
     def finish(b, m0, n0):
         kept = at.keep(b)
 
         def piece(k, n, sums, before, w_piece):
             part = b, _rows(m0), n
-            total = before + sums
+            total = before + scale * sums
             value = kept * total
             copy = value if w is None else value + w_piece.astype(jnp.float32)
             at.write(k, (state.at[part], value), (R.at[at.slot_written, *part], copy))

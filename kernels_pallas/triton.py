@@ -56,16 +56,16 @@ def in_place_ttt_triton(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_B
 class TritonLaunches:
     tile: Tile
 
-    def base(self, C, z_BTF, w_DF):
-        return chunk_scan.slow_apply(z_BTF, w_DF)
+    def written(self, v_BTD, lr):
+        """Sums start from the state, so what they sum has to have its size."""
+        return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
 
-    def forward(self, C, scalars, z_BTF, u_BTD, w_DF, o_BTD, base, S_BDF, R_2BDF):
+    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(D, F)
-        operands = (*scalars, z_BTF, u_BTD, base, o_BTD, S_BDF, R_2BDF)
-        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1]}
-        o_BTD, S_BDF, R_2BDF = self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
-        return o_BTD, base, S_BDF, R_2BDF
+        operands = (*scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF)
+        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "T_BASE": base_BTD.shape[1]}
+        return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
 
     def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
@@ -107,7 +107,7 @@ class TritonLaunches:
             BM=t.BM,
             BN=t.BN,
             BK=t.BK,
-            PRECISION="ieee" if operands[4].dtype == jnp.float32 else "tf32",
+            PRECISION="ieee" if operands[len(chunk_scan.Scalars._fields)].dtype == jnp.float32 else "tf32",
         )
         return tuple(results)
 

@@ -1,6 +1,6 @@
 """Device code of `triton.py`. Needs triton to be installed; nothing else imports it.
 
-u is lr v. Every kernel starts with the four arrays of `chunk_scan.Scalars`; arrays updated in place come twice, as operand and
+u is lr v. Every kernel starts with the five arrays of `chunk_scan.Scalars`; arrays updated in place come twice, as operand and
 as result, and are one buffer. Offsets of whole arrays are 64-bit, offsets inside a chunk 32-bit.
 """
 
@@ -84,8 +84,9 @@ def _update(
 
 @triton.jit
 def forward(
-    i, lr, keep, live, z, u, base, o_in, S_in, R_in, o, S, R,
+    i, row, lr, keep, live, z, u, base, o_in, S_in, R_in, o, S, R,
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
+    T_BASE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     reads: tl.constexpr = ((C + BM - 1) // BM) * ((D + BN - 1) // BN)
@@ -98,7 +99,8 @@ def forward(
         first = b * T + chunk * C
         m0, n0 = _tile_of(pid % reads, C, D, BM, BN)
         at, inside = _inside(m0, n0, C, D, BM, BN)
-        acc = tl.load(base + first * D + at, mask=inside, other=0.0)
+        base += (b * T_BASE + tl.load(row)) * D
+        acc = tl.load(base + at, mask=inside, other=0.0)
         if tl.load(live + b * M + chunk) != 0:
             fast = R_in + (slot * B + b) * D * F
             acc = _product(acc, z + first * F, fast, m0, n0, C, D, F, F, 1, 1, F, BM, BN, BK, PRECISION)
@@ -118,7 +120,7 @@ def forward(
 
 @triton.jit
 def replay(
-    i, lr, keep, live, z, u, do, w, dz_in, S_in, R_in, dz, S, R,
+    i, row, lr, keep, live, z, u, do, w, dz_in, S_in, R_in, dz, S, R,
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +153,7 @@ def replay(
 
 @triton.jit
 def reverse(
-    i, lr, keep, live, z, u, v, do, dz_in, dv_in, dw_in, G_in, R_in, dz, dv, dw, G, R, dlr,
+    i, row, lr, keep, live, z, u, v, do, dz_in, dv_in, dw_in, G_in, R_in, dz, dv, dw, G, R, dlr,
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
     COLLECT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 
-from kernels_pallas import gpu
 from ttt_jax.ops import in_place_ttt
 
 pytestmark = [
@@ -28,13 +27,6 @@ def test_kernels_match_the_float64_reference(implementation, dtype, D, F, C, doc
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, C), (2, T))
     check(*make_inputs(T=T, D=D, F=F), dtype, implementation, chunk_size=C, segment_ids=ids)
-
-
-def test_z_of_the_next_chunk_in_the_same_launch(monkeypatch):
-    """The layout that is not the default yet."""
-    plain = gpu.MosaicLaunches
-    monkeypatch.setattr(gpu, "MosaicLaunches", lambda: plain(base_ahead=True))
-    check(*make_inputs(T=4 * 256 + 17, D=512, F=1024), BF16, "pallas_gpu", chunk_size=256)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])

@@ -21,7 +21,7 @@ from tolerance import TOLERANCE, assert_close, relative_rms
 
 from kernels_pallas import tpu
 from ttt_jax.errors import UserError
-from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
+from ttt_jax.ops import IMPLEMENTATIONS, blocks, in_place_ttt
 
 registry = importlib.import_module("ttt_jax.ops.in_place_ttt")  # the package has a function of this name
 HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]  # the others: test_gpu_kernels.py, tests/gpu
@@ -114,6 +114,16 @@ def test_blocks_of_chunks(monkeypatch, n, T, C, dtype):
         check(*make_inputs(T=T), dtype, name, chunk_size=C, clip_norm=clip_norm)
 
 
+@pytest.mark.parametrize(("tokens", "T"), [(1, 40), (32, 40), (40, 43)])
+def test_a_few_blocks_at_a_time(monkeypatch, tokens, T):
+    """10 blocks of two rows: one by one, four by four and two, five by five."""
+    name = f"xla in blocks, {tokens} tokens"
+    monkeypatch.setitem(registry._FAST, name, registry._FAST["xla"]._replace(block=lambda call: 2))
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*IMPLEMENTATIONS, name))
+    monkeypatch.setattr(blocks, "TOKENS", tokens)
+    check(*make_inputs(T=T), F64, name, chunk_size=4)
+
+
 def test_blocks_are_not_taken_with_documents(monkeypatch):
     """They would see each other: the same call with and without `segment_ids` of one document, in blocks of 4."""
     monkeypatch.setitem(registry._FAST, "xla", registry._FAST["xla"]._replace(block=lambda call: 4))
@@ -122,7 +132,7 @@ def test_blocks_are_not_taken_with_documents(monkeypatch):
         str(jax.make_jaxpr(lambda z, ids: in_place_ttt(z, v, w, lr=lr, chunk_size=4, state=state, segment_ids=ids))(z, ids))
         for ids in (None, jnp.ones((2, 40), jnp.int32))
     ]
-    assert ["remat" in program for program in programs] == [True, False]
+    assert ["_in_blocks" in program for program in programs] == [True, False]
 
 
 @pytest.mark.parametrize("documents", ["boundaries", "padding", "all_padding"])

@@ -1,13 +1,14 @@
 """Several chunks per step of the scan: the exact dual form inside a block, so that the state moves once per block.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, n chunks of a block (a power of two), H tokens of half a block.
+B batch, T tokens, D model width, F MLP width, C chunk size, n chunks of a block (a power of two), L = nC its tokens, N blocks,
+P pairs of halves of a block, of H tokens each.
 
 The chunks of a block read the state at its start, and what the chunks before them in the block write is applied to them without
 being written: for chunk i of a block that starts with S,
 
     o_i = z_i (W + S)^T + lr sum_{j<i} (z_i z_j^T) v_j          then  S += lr sum_j v_j^T z_j
 
-The first term and the update are the same op with chunks of nC tokens, whatever implements it. The sum is taken by halves: the
+The first term and the update are the same op with chunks of L tokens, whatever implements it. The sum is taken by halves: the
 second C tokens of a pair read the first ones, the second 2C those before them, and so on, so that every product is dense and
 no entry is computed for nothing. It costs T C (n - 1) (D + F) FLOPs. The caller sees to it that there are no documents: they
 would have to end with a block.
@@ -21,7 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.chunk_scan import varying_alike, varying_like
 from ttt_jax.ops.xla import accumulator, precision_for
+
+TOKENS = 16384  # that are computed inside their blocks at one time, so that temporaries do not grow with T
 
 
 def in_blocks(run, n: int, z_BTF, v_BTD, w_DF, *, lr, chunk_size: int, state_BDF):
@@ -29,35 +33,135 @@ def in_blocks(run, n: int, z_BTF, v_BTD, w_DF, *, lr, chunk_size: int, state_BDF
 
     Chunks that fill no block are run one by one behind the others.
     """
-    T = z_BTF.shape[1] // (n * chunk_size) * (n * chunk_size)
-    if n == 1 or T == 0:
+    if n == 1 or z_BTF.shape[1] < n * chunk_size:
         return run(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state_BDF, keep_BM=None)
-    z_whole_BTF, v_whole_BTD = z_BTF[:, :T], v_BTD[:, :T]
-    o_BTD, S_BDF = run(z_whole_BTF, v_whole_BTD, w_DF, lr=lr, chunk_size=n * chunk_size, state_BDF=state_BDF, keep_BM=None)
-    with jax.named_scope("ttt_inside_blocks"):
-        inside_BTD: Any = inside_blocks(z_whole_BTF, v_whole_BTD, lr, chunk_size, n)
-        o_BTD = (o_BTD.astype(inside_BTD.dtype) + inside_BTD).astype(o_BTD.dtype)
+    if state_BDF is None:
+        state_BDF = jnp.zeros((z_BTF.shape[0], *w_DF.shape), lr.dtype)
+    results: Any = _in_blocks(run, n, chunk_size, *varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF))
+    return results
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_blocks(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF):
+    o_BTD, S_BDF = _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF)
+    return _inside(n, C, o_BTD, z_BTF, v_BTD, lr), S_BDF
+
+
+def _forward(run, n, C, *arrays):
+    return _in_blocks(run, n, C, *arrays), arrays
+
+
+def _backward(run, n, C, arrays, cotangents):
+    z_BTF, v_BTD, _, lr, _ = arrays
+    _, vjp = jax.vjp(functools.partial(_between, run, n, C), *arrays)
+    dz_BTF, dv_BTD, dw_DF, dlr, dstate_BDF = vjp(cotangents)
+    dz_BTF, dv_BTD, dlr = _inside_backward(n, C, dz_BTF, dv_BTD, dlr, cotangents[0], z_BTF, v_BTD, lr)
+    return dz_BTF, dv_BTD, dw_DF, dlr, dstate_BDF
+
+
+_in_blocks.defvjp(_forward, _backward)
+
+
+def _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF):
+    """All but what chunks read of their own block; chunks behind the last block one by one."""
+    T = z_BTF.shape[1] // (n * C) * (n * C)
+    run = functools.partial(run, lr=lr, keep_BM=None)
+    o_BTD, S_BDF = run(z_BTF[:, :T], v_BTD[:, :T], w_DF, chunk_size=n * C, state_BDF=state_BDF)
     if z_BTF.shape[1] > T:
-        rest = z_BTF[:, T:], v_BTD[:, T:]
-        tail_BTD, S_BDF = run(*rest, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=S_BDF, keep_BM=None)
+        tail_BTD, S_BDF = run(z_BTF[:, T:], v_BTD[:, T:], w_DF, chunk_size=C, state_BDF=S_BDF)
         o_BTD = jnp.concatenate([o_BTD, tail_BTD], axis=1)
     return o_BTD, S_BDF
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)  # scores are made again in the backward, not kept
-def _halves(z_BTF, u_BTD, H):
-    """The second H of every 2H tokens read the first H: float32 (float64) [B, T, D], zero for the first ones."""
-    (B, T, _), D = z_BTF.shape, u_BTD.shape[2]
-    acc, precision = accumulator(z_BTF.dtype), precision_for(z_BTF.dtype)
-    dot = lambda subscripts, x, y: jnp.einsum(subscripts, x, y, preferred_element_type=acc, precision=precision)
-    z_BM2HF, u_BM2HD = (x.reshape(B, T // (2 * H), 2, H, x.shape[2]) for x in (z_BTF, u_BTD))
-    scores_BMHH = dot("bmif,bmjf->bmij", z_BM2HF[:, :, 1], z_BM2HF[:, :, 0]).astype(z_BTF.dtype)
-    read_BMHD = dot("bmij,bmjd->bmid", scores_BMHH, u_BM2HD[:, :, 0])
-    return jnp.stack([jnp.zeros_like(read_BMHD), read_BMHD], axis=2).reshape(B, T, D)
+@jax.named_scope("ttt_inside_blocks")
+def _inside(n, C, o_BTD, z_BTF, v_BTD, lr):
+    """o + lr sum_{j<i} (z_i z_j^T) v_j over the chunks j before chunk i in its block."""
+
+    def add(o_NLD, z_NLF, v_NLD):
+        total_NLD, u_NLD = o_NLD.astype(lr.dtype), _scaled(v_NLD, lr)
+        for H in _halves(n, C):
+            z_NP2HF, u_NP2HD = _paired(z_NLF, H), _paired(u_NLD, H)
+            read_NPHD = _dot("nphk,npkd->nphd", _scores(z_NP2HF), u_NP2HD[:, :, 0])
+            total_NLD += jnp.stack([jnp.zeros_like(read_NPHD), read_NPHD], axis=2).reshape(total_NLD.shape)
+        return (total_NLD,), jnp.zeros((), lr.dtype)
+
+    (o_BTD,), _ = _by_groups(n * C, add, (o_BTD,), (z_BTF, v_BTD))
+    return o_BTD
 
 
-def inside_blocks(z_BTF, v_BTD, lr, C: int, n: int):
-    """lr sum_{j<i} (z_i z_j^T) v_j over the chunks j before chunk i in its block, in the accumulation dtype."""
-    u_BTD = (lr * v_BTD.astype(lr.dtype)).astype(v_BTD.dtype)
-    halves = [C << k for k in range(n.bit_length() - 1)]  # C, 2C, .. nC / 2
-    return sum((_halves(z_BTF, u_BTD, H) for H in halves[1:]), start=_halves(z_BTF, u_BTD, halves[0]))
+@jax.named_scope("ttt_inside_blocks")
+def _inside_backward(n, C, dz_BTF, dv_BTD, dlr, do_BTD, z_BTF, v_BTD, lr):
+    """dz, dv and dlr with the shares of `_inside` added to them. Scores are made again, not kept."""
+    dtype = z_BTF.dtype
+
+    def add(dz_NLF, dv_NLD, do_NLD, z_NLF, v_NLD):
+        u_NLD, du_NLD = _scaled(v_NLD, lr), jnp.zeros(v_NLD.shape, lr.dtype)
+        for H in _halves(n, C):
+            z_NP2HF, u_NP2HD, do_NPHD = _paired(z_NLF, H), _paired(u_NLD, H), _paired(do_NLD, H)[:, :, 1]
+            dscores_NPHH = _dot("nphd,npkd->nphk", do_NPHD, u_NP2HD[:, :, 0]).astype(dtype)
+            second_NPHF = _dot("nphk,npkf->nphf", dscores_NPHH, z_NP2HF[:, :, 0], dtype)
+            first_NPHF = _dot("nphk,nphf->npkf", dscores_NPHH, z_NP2HF[:, :, 1], dtype)
+            dz_NLF += jnp.stack([first_NPHF, second_NPHF], axis=2).reshape(dz_NLF.shape)
+            du_NPHD = _dot("nphk,nphd->npkd", _scores(z_NP2HF), do_NPHD)
+            du_NLD += jnp.stack([du_NPHD, jnp.zeros_like(du_NPHD)], axis=2).reshape(du_NLD.shape)
+        return (dz_NLF, dv_NLD.astype(lr.dtype) + lr * du_NLD), jnp.sum(du_NLD * v_NLD.astype(lr.dtype))
+
+    (dz_BTF, dv_BTD), more = _by_groups(n * C, add, (dz_BTF, dv_BTD), (do_BTD, z_BTF, v_BTD))
+    return dz_BTF, dv_BTD, dlr + more
+
+
+def _by_groups(L, add, updated, others):
+    """`add(*updated, *others)` of some blocks at a time, which know nothing of each other.
+
+    Args:
+      add: of arrays [N, L, ..]; returns the updated ones, and a number.
+      updated, others: arrays [B, T, ..]; what lies behind the last whole block of a row is left as it is.
+
+    Returns:
+      The updated arrays and the sum of the numbers.
+    """
+    B, T = updated[0].shape[:2]
+    N, whole = B * (T // L), T // L * L
+    some, count = max(1, TOKENS // L), len(updated)
+    flat = [x[:, :whole].reshape(N, L, x.shape[2]) for x in (*updated, *others)]
+
+    def group(size, first, carry):
+        done, total = carry
+        pieces = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in (*done, *flat[count:])]
+        new, number = add(*pieces)
+        put = lambda x, piece: jax.lax.dynamic_update_slice_in_dim(x, piece.astype(x.dtype), first, axis=0)
+        return tuple(map(put, done, new)), total + number
+
+    carry = tuple(flat[:count]), varying_like(flat[0], jnp.zeros((), accumulator(flat[0].dtype)))
+    if some <= N:
+        carry = jax.lax.fori_loop(0, N // some, lambda i, carry: group(some, i * some, carry), carry)
+    if N % some:
+        carry = group(N % some, N // some * some, carry)
+    done, total = carry
+    done = [x.reshape(B, whole, x.shape[2]) for x in done]
+    if whole < T:
+        done = [jnp.concatenate([x, before[:, whole:]], axis=1) for x, before in zip(done, updated, strict=True)]
+    return done, total
+
+
+def _halves(n, C) -> list[int]:
+    """C, 2C, .. half a block."""
+    return [C << k for k in range(n.bit_length() - 1)]
+
+
+def _paired(x_NLX, H):
+    return x_NLX.reshape(x_NLX.shape[0], -1, 2, H, x_NLX.shape[2])
+
+
+def _scores(z_NP2HF):
+    """Of the second half of every pair with the first."""
+    return _dot("nphf,npkf->nphk", z_NP2HF[:, :, 1], z_NP2HF[:, :, 0]).astype(z_NP2HF.dtype)
+
+
+def _scaled(v_NLD, lr):
+    return (lr * v_NLD.astype(lr.dtype)).astype(v_NLD.dtype)
+
+
+def _dot(subscripts, x, y, dtype=None):
+    dtype = dtype or accumulator(x.dtype)
+    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype, precision=precision_for(x.dtype))
