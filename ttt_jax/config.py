@@ -103,6 +103,11 @@ class ModelConfig:
         """Positions that the model was made for. With scaled RoPE a checkpoint may state the length before it (Qwen3 does)."""
         return max(self.max_positions, int(self.rope.factor * (self.rope.original_max_positions or 0)))
 
+    @property
+    def document_multiple(self) -> int:
+        """Documents of a packed row start at multiples of so many tokens: of a chunk, or of what cuDNN's attention asks for."""
+        return self.ttt.chunk_size if self.ttt.layers else 64
+
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:

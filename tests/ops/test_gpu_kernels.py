@@ -172,11 +172,17 @@ def test_mosaic_says_what_it_cannot_do(call, reason):
         ((4, 8192, 2048, 6144, 1024), False, ("pallas_gpu", 1)),
         ((1, 32768, 2560, 9728, 1024), True, ("pallas_gpu", 1)),
         ((1, 32768, 2560, 9728, 512), False, ("pallas_gpu", 2)),
-        ((1, 32768, 2560, 9728, 512), True, ("xla", 1)),
-        ((1, 32768, 2560, 9728, 256), False, ("xla", 1)),
+        ((4, 8192, 2048, 6144, 512), False, ("pallas_gpu", 2)),
+        ((1, 32768, 2560, 9728, 512), True, ("pallas_gpu", 1)),
+        ((1, 32768, 2560, 9728, 256), False, ("pallas_gpu", 4)),
+        ((1, 900, 2560, 9728, 256), False, ("pallas_gpu", 2)),  # blocks of 512 tokens
+        ((1, 32768, 2560, 9728, 4096), False, ("pallas_gpu", 1)),
+        ((8, 8192, 1024, 3072, 1024), False, ("pallas_gpu", 1)),
+        ((4, 8192, 2048, 6144, 256), False, ("xla", 1)),  # not measured, as what follows
+        ((8, 8192, 1024, 3072, 512), False, ("xla", 1)),
+        ((8, 16384, 768, 2048, 512), False, ("xla", 1)),
         ((1, 512, 2560, 9728, 1024), False, ("xla", 1)),  # less than a chunk: nothing to update
-        ((1, 600, 2560, 9728, 512), False, ("xla", 1)),  # less than a block
-        ((8, 8192, 1024, 3072, 1024), False, ("xla", 1)),
+        ((1, 600, 2560, 9728, 512), False, ("pallas_gpu", 1)),  # less than a block
     ],
 )
 def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape, documents, expected):

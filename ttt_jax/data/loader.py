@@ -77,7 +77,7 @@ class Loader(Iterator[Batch]):
             "data.pack": data.pack,
             "data.shuffle": data.shuffle,
             "seed": config.seed,
-            "model.ttt.chunk_size": _chunk(config),
+            "model.ttt.chunk_size": config.model.document_multiple,
             "open rows": [OPEN_BINS, PATIENCE],
         }
         self._rows_done = 0
@@ -261,16 +261,11 @@ def _table(config: Config, tokenizer: Tokenizer, corpus: Corpus, *, pack: bool) 
     return cut_pieces(
         corpus,
         row_length=config.data.seq_len,
-        chunk=_chunk(config),
+        chunk=config.model.document_multiple,
         pack=pack,
         vocab_size=vocab_size,
         pad_id=pad_id,
     )
-
-
-def _chunk(config: Config) -> int:
-    ttt = config.model.ttt
-    return ttt.chunk_size if ttt.layers else 1
 
 
 def _mark_flags_parsed() -> None:

@@ -79,18 +79,19 @@ def _run_triton(*args, **kwargs):
 
 
 def _pallas_gpu_pays(call: _Call) -> bool:
-    """Measured faster than XLA on an H100 at C = 1024 from D, F = 2048, 6144 to 5120, 17408, and at C = 512 in pairs at
-    2560, 9728 (docs/performance.md). Longer chunks and larger matrices have no less arithmetic per byte of S. Not measured
-    beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them."""
-    n = _pallas_gpu_block(call)
-    if n * call.C > call.T or target.one_of_several():
-        return False
-    return n == 2 or (call.C >= 1024 and call.D * call.F >= 2048 * 6144)
+    """Measured faster than XLA on an H100 at every shape that was tried: C = 1024 from D, F = 1024, 3072 to 5120, 17408, and
+    to C = 4096 at 2560, 9728; C = 256 at 2560, 9728 and 512 from 2048, 6144 on, in blocks or not (docs/performance.md). Not
+    measured beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them.
+    """
+    smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
+    return call.C <= call.T and call.D * call.F >= smallest and not target.one_of_several()
 
 
 def _pallas_gpu_block(call: _Call) -> int:
-    """Documents cannot be computed in blocks."""
-    return 2 if call.C == 512 and call.D * call.F >= 2560 * 9728 and not call.documents else 1
+    """Blocks of 1024 tokens were the fastest where they were tried. Documents cannot be computed in blocks."""
+    if call.documents or call.D * call.F < 2048 * 6144:
+        return 1
+    return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
 
 
 # The fastest first. "reference" is not among them: it takes documents and clipping as they come.
