@@ -84,7 +84,7 @@ def _pallas_gpu_pays(call: _Call) -> bool:
     measured beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them.
     """
     smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
-    return call.C <= call.T and call.D * call.F >= smallest and not target.one_of_several()
+    return call.C <= call.T and smallest <= call.D * call.F and not target.one_of_several()
 
 
 def _pallas_gpu_block(call: _Call) -> int:
