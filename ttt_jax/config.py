@@ -157,6 +157,7 @@ class OptimizerConfig:
     clip_norm: PositiveFloat | None = 1.0  # global gradient norm
     accumulate: Positive = 1  # micro-batches per step; divides data.batch_size
     ttt_lr_warmup_steps: NonNegative = 0  # raise the inner learning rate linearly from 0 over these steps
+    ttt_drop: Fraction = 0.0  # share of the steps, at random, that train with TTT off: a model that works both ways
     groups: tuple[ParamGroup, ...] = ()
 
     def warmup(self, steps: int) -> int:

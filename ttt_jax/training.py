@@ -5,6 +5,7 @@ B rows, T tokens. A batch is a dict of [B, T] arrays: ids, targets, segment_ids,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def make_train_step(
 
     Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, skipped (1 or 0: this step),
     skipped_steps (all of them so far), and for each TTT layer the mean over rows of ||S||/||W|| after the row and of the
-    norm of the last update.
+    norm of the last update, both 0 in a step that `optimizer.ttt_drop` trains with TTT off.
     """
     schedule, optimizer = learning_rate(config.optimizer, config.steps), config.optimizer
 
@@ -117,10 +118,24 @@ def make_train_step(
         (loss, grads), stats = jax.lax.scan(add, zero, micro)
         return loss, stats, grads
 
+    def without_ttt(model: Transformer, batch: Batch):
+        loss, _, grads = gradients(model, batch, 0.0)
+        _, stats, _ = jax.eval_shape(functools.partial(gradients, scale=1.0), model, batch)
+        return loss, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats), grads  # nothing was written
+
     def train_step(state: TrainState, batch: Batch):
         updates_before = updates_done(state.opt_state)
         scale = 1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, updates_before)
-        loss, stats, grads = gradients(state.model, batch, scale)
+        if optimizer.ttt_drop:
+            loss, stats, grads = jax.lax.cond(
+                jax.random.bernoulli(jax.random.fold_in(jax.random.key(config.seed), state.step), optimizer.ttt_drop),
+                without_ttt,
+                functools.partial(gradients, scale=scale),
+                state.model,
+                batch,
+            )
+        else:
+            loss, stats, grads = gradients(state.model, batch, scale)
         norm = gradient_norm(optimizer, grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
