@@ -188,7 +188,8 @@ def train(config: Config, stop: StopSignal) -> None:
                 clock, clock_step = time.perf_counter(), step
                 timer.restart()
             stop.at_once()
-            logger.message("evaluating held-out loss by position, TTT on and off")
+            both = ", TTT on and off" if config.model.ttt.layers else ""
+            logger.message(f"evaluating held-out loss by position{both}")
             by_position = heldout()
             if cache:
                 cache.seal()

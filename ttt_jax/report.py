@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def write_report(
         **provenance(),
         "config": to_dict(config),
     }
-    pictures = _draw(run_dir, losses, report["heldout"])
+    pictures = _draw(run_dir, losses, report["heldout"], bool(config.model.ttt.layers))
     atomic_write_text(run_dir / "report.json", json.dumps(report, indent=2, default=_plain) + "\n")
     atomic_write_text(run_dir / "report.md", _markdown(report, config, summary, pictures))
     return report
@@ -105,9 +105,10 @@ def print_report(report: dict[str, Any], run_dir: str | Path, console: Console |
     console = console or Console()
     if report["heldout"]["positions"]:
         table = Table(title="Held-out loss by position", title_justify="left", title_style="bold")
-        for heading in _HEADINGS:
+        headings, rows = _table(report)
+        for heading in headings:
             table.add_column(heading, justify="right")
-        for row in _rows(report["heldout"]):
+        for row in rows:
             table.add_row(*row)
         console.print(table)
     console.print(_sentence(report), highlight=False, markup=False)
@@ -116,15 +117,18 @@ def print_report(report: dict[str, Any], run_dir: str | Path, console: Console |
 
 # ------------------------------------------------------------------------------------------------------------ text
 
-_HEADINGS = ("positions", "TTT off", "TTT on", "gain")
 
-
-def _rows(heldout: dict[str, Any]) -> Iterable[tuple[str, str, str, str]]:
-    columns = (heldout[key] for key in ("positions", "ttt_off", "ttt_on", "gain"))
-    for (start, stop), off, on, gain in zip(*columns, strict=True):
-        yield f"{start} to {stop - 1}", _show(off), _show(on), _show(gain, "+.4f")
-    means = [_mean([value for value in heldout[key] if value is not None]) for key in ("ttt_off", "ttt_on", "gain")]
-    yield "mean", _show(means[0]), _show(means[1]), _show(means[2], "+.4f")
+def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the losses by position; without TTT layers there is one loss, not two equal ones."""
+    columns = {"TTT off": ("ttt_off", ".4f"), "TTT on": ("ttt_on", ".4f"), "gain": ("gain", "+.4f")}
+    if not report["config"]["model"]["ttt"]["layers"]:
+        columns = {"loss": ("ttt_off", ".4f")}
+    heldout = report["heldout"]
+    cells = [[f"{start} to {stop - 1}" for start, stop in heldout["positions"]] + ["mean"]]
+    for key, form in columns.values():
+        values = [*heldout[key], _mean([value for value in heldout[key] if value is not None])]
+        cells.append([_show(value, form) for value in values])
+    return ["positions", *columns], [list(row) for row in zip(*cells, strict=True)]
 
 
 def _sentence(report: dict[str, Any]) -> str:
@@ -137,14 +141,16 @@ def _sentence(report: dict[str, Any]) -> str:
 def _markdown(report: dict[str, Any], config: Config, summary: dict[str, Any], pictures: list[str]) -> str:
     lines = [f"# Run {report['name']}", "", _sentence(report) + ".", ""]
     if report["heldout"]["positions"]:
+        headings, rows = _table(report)
+        both = "; fast weights on and off on the same slow weights. Gain: off minus on" if config.model.ttt.layers else ""
         lines += [
             "## Held-out loss by position",
             "",
-            "Nats per token on held-out rows; fast weights on and off on the same slow weights. Gain: off minus on.",
+            f"Nats per token on held-out rows{both}.",
             "",
-            "| " + " | ".join(_HEADINGS) + " |",
-            "|---:|---:|---:|---:|",
-            *("| " + " | ".join(row) + " |" for row in _rows(report["heldout"])),
+            "| " + " | ".join(headings) + " |",
+            "|" + "---:|" * len(headings),
+            *("| " + " | ".join(row) + " |" for row in rows),
             "",
         ]
     lines += [line for name in pictures for line in (f"![{name[:-4].replace('_', ' ')}]({name})", "")]
@@ -233,7 +239,7 @@ def _commit() -> str | None:
 # -------------------------------------------------------------------------------------------------------- pictures
 
 
-def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any]) -> list[str]:
+def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any], ttt: bool) -> list[str]:
     """Draw what there is to draw; returns the file names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -267,20 +273,22 @@ def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any
         tidy(axes)
         names.append(save(figure, "loss_curve.png"))
     if heldout["positions"]:
-        figure = Figure(figsize=(7, 5.5), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        figure = Figure(figsize=(7, 5.5 if ttt else 4), layout="constrained")
+        upper, *below = np.atleast_1d(figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt]))
         centres = [(start + stop) / 2 for start, stop in heldout["positions"]]
         widths = [0.8 * (stop - start) for start, stop in heldout["positions"]]
         on, off, gain = (np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain"))  # None -> nan
         upper.plot(centres, off, color=_OFF, linewidth=2, marker="s", label="TTT off")
-        upper.plot(centres, on, color=_ON, linewidth=2, marker="o", label="TTT on")
-        upper.set(ylabel="loss (nats per token)", title="Held-out loss by position, same weights")
-        upper.legend(frameon=False)
-        lower.bar(centres, gain, width=widths, color=_ON)
-        lower.axhline(0, color="black", linewidth=0.8)
-        lower.set(ylabel="gain (off - on)", xlabel="position in the row (tokens)")
-        tidy(upper)
-        tidy(lower)
+        upper.set(ylabel="loss (nats per token)", title="Held-out loss by position" + (", same weights" if ttt else ""))
+        for lower in below:
+            upper.plot(centres, on, color=_ON, linewidth=2, marker="o", label="TTT on")
+            upper.legend(frameon=False)
+            lower.bar(centres, gain, width=widths, color=_ON)
+            lower.axhline(0, color="black", linewidth=0.8)
+            lower.set(ylabel="gain (off - on)")
+        for axes in (upper, *below):
+            tidy(axes)
+        axes.set(xlabel="position in the row (tokens)")
         names.append(save(figure, "loss_by_position.png"))
     return names
 
