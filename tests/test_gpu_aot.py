@@ -68,3 +68,30 @@ def test_eight_gpus(implementation):
     total = (found["temporaries"] + found["arguments"]) * 2**30 / 1e9
     assert total == pytest.approx(36.1, rel=0.1)
     assert (found["passes"] < 850) == (implementation is not None)
+
+
+OP = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
+import gpu_traffic, jax, numpy as np, op
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+whole = NamedSharding(Mesh(np.array(gpu_traffic.devices(1)), ("x",)), PartitionSpec())
+case = op.Case(1, {T}, 2560, 9728, {C}, False)
+arrays = jax.eval_shape(lambda: op.inputs.__wrapped__(*case[:4]))
+arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in arrays]
+for function in op.functions("pallas_gpu", case):
+    compiled = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).compile(gpu_traffic.OPTIONS)
+    print("temporaries", compiled.memory_analysis().temp_size_in_bytes / 2**30)
+"""
+
+
+@pytest.mark.parametrize(("C", "T", "most"), [(1024, 32768, 0.5), (1024, 131072, 0.5), (512, 65536, 0.6)])
+def test_what_the_op_needs_beside_its_results(C, T, most):
+    """4B shapes: at most 0.5 GiB, forward and with the backward, at any length; a little more in blocks of chunks."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-c", OP.format(root=str(SCRIPT.parent.parent), C=C, T=T)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("temporaries")]
+    assert len(found) == 2
+    assert 0.1 < max(found) < most
