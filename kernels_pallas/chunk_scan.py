@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.varying import varying_alike, varying_like
+
 BASE_TOKENS = 32768  # of which z W^T exists in float32 at one time, at least
 
 
@@ -63,31 +65,9 @@ class Launches(Protocol):
 
 def in_place_ttt(launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
     """Same contract as `ttt_jax.ops.xla.in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
-    if keep_BM is None:
-        z_BTF, v_BTD, w_DF, lr, state_BDF = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF)
-    else:
-        z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
-    results: Any = _in_place_ttt(launches, chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    results: Any = _in_place_ttt(launches, chunk_size, *arrays)
     return results
-
-
-def varying_alike(*arrays):
-    """Inside a `shard_map`: all arrays marked as varying over the axes that one of them varies over."""
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = frozenset().union(*axes)
-    missing = [tuple(union - own) for own in axes]
-    return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
-
-
-def varying_like(x, results):
-    """`results`, marked as varying over the mesh axes that x varies over: a custom call does not say so itself."""
-    axes = jax.typeof(x).manual_axis_type.varying
-
-    def mark(result):
-        missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
-        return jax.lax.pcast(result, missing, to="varying") if missing else result
-
-    return jax.tree.map(mark, results)
 
 
 def slow_apply(z_BTF, w_DF):

@@ -39,6 +39,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.varying import varying_alike
+
 LANES, SUBLANES = 128, 16  # of a bf16 tile; float32 needs 8 sublanes only
 DEFAULT_VMEM = 64 * 2**20  # of v5p and v7x, per core; v5e and v6e have twice as much
 HEADROOM = 8 * 2**20  # of VMEM: what the estimate in `_vmem` does not see (the compiler's own temporaries)
@@ -138,7 +140,7 @@ def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
 
     keep_BM = jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM
     w_DF, state_BDF = _pad(w_DF, (Dp, Fp)), _pad(state_BDF, (B, Dp, Fp))
-    arguments = _varying_alike(chunks(z_BTF, Fp), chunks(v_BTD, Dp), w_DF, lr, state_BDF, keep_BM)
+    arguments = varying_alike(chunks(z_BTF, Fp), chunks(v_BTD, Dp), w_DF, lr, state_BDF, keep_BM)
     results: Any = _in_place_ttt(_target(), *arguments)
     o_BMCD, S_BDF = results
     return o_BMCD[:, :, :C, :D].reshape(B, M * C, D)[:, :T], S_BDF[:, :D, :F]
@@ -146,15 +148,6 @@ def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
 
 def _pad(x, shape):
     return x if x.shape == shape else jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
-
-
-def _varying_alike(*arrays):
-    """Inside a `shard_map`: all arrays marked as varying over the axes that one of them varies over. A kernel's results do,
-    and so do the gradients that its backward returns; the transpose of `pcast` sums those of what all devices share."""
-    axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    union = frozenset().union(*axes)
-    missing = [tuple(union - own) for own in axes]
-    return [jax.lax.pcast(x, more, to="varying") if more else x for x, more in zip(arrays, missing, strict=True)]
 
 
 def _round_up(size: int, multiple: int) -> int:

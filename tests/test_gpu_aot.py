@@ -19,16 +19,22 @@ pytestmark = [
 SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_traffic.py"
 
 
-def compiled(*words: str) -> dict[str, dict[str, float]]:
-    """GiB of temporaries and arguments and GB of passes, TTT off and on."""
+def python(*words: str) -> str:
+    """What it prints, in a process of its own: this one was started for CPUs (conftest.py)."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [sys.executable, str(SCRIPT), "--chunk", "1024", *words]
+    command = [sys.executable, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def compiled(*words: str) -> dict[str, dict[str, float]]:
+    """GiB of temporaries and arguments and GB of passes, TTT off and on."""
+    printed = python(str(SCRIPT), "--chunk", "1024", *words)
     number = r"([\d.]+)"
     line = rf"TTT (\w+): temporaries {number} GiB, arguments {number} GiB; passes {number} GB"
     names = "temporaries", "arguments", "passes"
-    return {ttt: dict(zip(names, map(float, rest), strict=True)) for ttt, *rest in re.findall(line, done.stdout)}
+    return {ttt: dict(zip(names, map(float, rest), strict=True)) for ttt, *rest in re.findall(line, printed)}
 
 
 def test_a_training_step():
@@ -88,10 +94,7 @@ for function in op.functions("pallas_gpu", case):
 @pytest.mark.parametrize(("C", "T", "most"), [(1024, 32768, 0.5), (1024, 131072, 0.5), (512, 65536, 0.6)])
 def test_what_the_op_needs_beside_its_results(C, T, most):
     """4B shapes: at most 0.5 GiB, forward and with the backward, at any length; a little more in blocks of chunks."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [sys.executable, "-c", OP.format(root=str(SCRIPT.parent.parent), C=C, T=T)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("temporaries")]
+    printed = python("-c", OP.format(root=str(SCRIPT.parent.parent), C=C, T=T))
+    found = [float(line.split()[1]) for line in printed.splitlines() if line.startswith("temporaries")]
     assert len(found) == 2
     assert 0.1 < max(found) < most

@@ -286,9 +286,9 @@ def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any
             lower.bar(centres, gain, width=widths, color=_ON)
             lower.axhline(0, color="black", linewidth=0.8)
             lower.set(ylabel="gain (off - on)")
+        [upper, *below][-1].set(xlabel="position in the row (tokens)")
         for axes in (upper, *below):
             tidy(axes)
-        axes.set(xlabel="position in the row (tokens)")
         names.append(save(figure, "loss_by_position.png"))
     return names
 

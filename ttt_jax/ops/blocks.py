@@ -22,8 +22,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.chunk_scan import varying_alike, varying_like
-from ttt_jax.ops.xla import accumulator, precision_for
+from kernels_pallas.varying import varying_alike
+from ttt_jax.ops.xla import dot, scaled
 
 TOKENS = 16384  # that are computed inside their blocks at one time, so that temporaries do not grow with T
 
@@ -35,8 +35,6 @@ def in_blocks(run, n: int, z_BTF, v_BTD, w_DF, *, lr, chunk_size: int, state_BDF
     """
     if n == 1 or z_BTF.shape[1] < n * chunk_size:
         return run(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state_BDF, keep_BM=None)
-    if state_BDF is None:
-        state_BDF = jnp.zeros((z_BTF.shape[0], *w_DF.shape), lr.dtype)
     results: Any = _in_blocks(run, n, chunk_size, *varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF))
     return results
 
@@ -77,15 +75,15 @@ def _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF):
 def _inside(n, C, o_BTD, z_BTF, v_BTD, lr):
     """o + lr sum_{j<i} (z_i z_j^T) v_j over the chunks j before chunk i in its block."""
 
-    def add(o_NLD, z_NLF, v_NLD):
-        total_NLD, u_NLD = o_NLD.astype(lr.dtype), _scaled(v_NLD, lr)
+    def add(_, o_NLD, z_NLF, v_NLD):
+        total_NLD, u_NLD = o_NLD.astype(lr.dtype), scaled(v_NLD, lr)
         for H in _halves(n, C):
             z_NP2HF, u_NP2HD = _paired(z_NLF, H), _paired(u_NLD, H)
-            read_NPHD = _dot("nphk,npkd->nphd", _scores(z_NP2HF), u_NP2HD[:, :, 0])
+            read_NPHD = dot("nphk,npkd->nphd", _scores(z_NP2HF, lr.dtype), u_NP2HD[:, :, 0], lr.dtype)
             total_NLD += jnp.stack([jnp.zeros_like(read_NPHD), read_NPHD], axis=2).reshape(total_NLD.shape)
-        return (total_NLD,), jnp.zeros((), lr.dtype)
+        return None, total_NLD
 
-    (o_BTD,), _ = _by_groups(n * C, add, (o_BTD,), (z_BTF, v_BTD))
+    _, o_BTD = _by_groups(n * C, add, None, (o_BTD,), (z_BTF, v_BTD))
     return o_BTD
 
 
@@ -94,54 +92,51 @@ def _inside_backward(n, C, dz_BTF, dv_BTD, dlr, do_BTD, z_BTF, v_BTD, lr):
     """dz, dv and dlr with the shares of `_inside` added to them. Scores are made again, not kept."""
     dtype = z_BTF.dtype
 
-    def add(dz_NLF, dv_NLD, do_NLD, z_NLF, v_NLD):
-        u_NLD, du_NLD = _scaled(v_NLD, lr), jnp.zeros(v_NLD.shape, lr.dtype)
+    def add(dlr, dz_NLF, dv_NLD, do_NLD, z_NLF, v_NLD):
+        u_NLD, du_NLD = scaled(v_NLD, lr), jnp.zeros(v_NLD.shape, lr.dtype)
         for H in _halves(n, C):
             z_NP2HF, u_NP2HD, do_NPHD = _paired(z_NLF, H), _paired(u_NLD, H), _paired(do_NLD, H)[:, :, 1]
-            dscores_NPHH = _dot("nphd,npkd->nphk", do_NPHD, u_NP2HD[:, :, 0]).astype(dtype)
-            second_NPHF = _dot("nphk,npkf->nphf", dscores_NPHH, z_NP2HF[:, :, 0], dtype)
-            first_NPHF = _dot("nphk,nphf->npkf", dscores_NPHH, z_NP2HF[:, :, 1], dtype)
+            dscores_NPHH = dot("nphd,npkd->nphk", do_NPHD, u_NP2HD[:, :, 0], lr.dtype).astype(dtype)
+            second_NPHF = dot("nphk,npkf->nphf", dscores_NPHH, z_NP2HF[:, :, 0], dtype)
+            first_NPHF = dot("nphk,nphf->npkf", dscores_NPHH, z_NP2HF[:, :, 1], dtype)
             dz_NLF += jnp.stack([first_NPHF, second_NPHF], axis=2).reshape(dz_NLF.shape)
-            du_NPHD = _dot("nphk,nphd->npkd", _scores(z_NP2HF), do_NPHD)
+            du_NPHD = dot("nphk,nphd->npkd", _scores(z_NP2HF, lr.dtype), do_NPHD, lr.dtype)
             du_NLD += jnp.stack([du_NPHD, jnp.zeros_like(du_NPHD)], axis=2).reshape(du_NLD.shape)
-        return (dz_NLF, dv_NLD.astype(lr.dtype) + lr * du_NLD), jnp.sum(du_NLD * v_NLD.astype(lr.dtype))
+        return dlr + jnp.sum(du_NLD * v_NLD.astype(lr.dtype)), dz_NLF, dv_NLD.astype(lr.dtype) + lr * du_NLD
 
-    (dz_BTF, dv_BTD), more = _by_groups(n * C, add, (dz_BTF, dv_BTD), (do_BTD, z_BTF, v_BTD))
-    return dz_BTF, dv_BTD, dlr + more
+    dlr, dz_BTF, dv_BTD = _by_groups(n * C, add, dlr, (dz_BTF, dv_BTD), (do_BTD, z_BTF, v_BTD))
+    return dz_BTF, dv_BTD, dlr
 
 
-def _by_groups(L, add, updated, others):
-    """`add(*updated, *others)` of some blocks at a time, which know nothing of each other.
+def _by_groups(L, add, total, updated, others):
+    """`total, *updated = add(total, *updated, *others)` of some blocks after others; blocks know nothing of each other.
 
     Args:
-      add: of arrays [N, L, ..]; returns the updated ones, and a number.
+      add: takes and returns arrays [N, L, ..].
       updated, others: arrays [B, T, ..]; what lies behind the last whole block of a row is left as it is.
-
-    Returns:
-      The updated arrays and the sum of the numbers.
     """
     B, T = updated[0].shape[:2]
     N, whole = B * (T // L), T // L * L
-    some, count = max(1, TOKENS // L), len(updated)
-    flat = [x[:, :whole].reshape(N, L, x.shape[2]) for x in (*updated, *others)]
+    some = max(1, TOKENS // L)
+    flat = lambda arrays: [x[:, :whole].reshape(N, L, x.shape[2]) for x in arrays]
+    others = flat(others)
 
     def group(size, first, carry):
-        done, total = carry
-        pieces = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in (*done, *flat[count:])]
-        new, number = add(*pieces)
+        total, *done = carry
+        total, *new = add(total, *(jax.lax.dynamic_slice_in_dim(x, first, size) for x in (*done, *others)))
         put = lambda x, piece: jax.lax.dynamic_update_slice_in_dim(x, piece.astype(x.dtype), first, axis=0)
-        return tuple(map(put, done, new)), total + number
+        return [total, *map(put, done, new)]
 
-    carry = tuple(flat[:count]), varying_like(flat[0], jnp.zeros((), accumulator(flat[0].dtype)))
+    carry = [total, *flat(updated)]
     if some <= N:
         carry = jax.lax.fori_loop(0, N // some, lambda i, carry: group(some, i * some, carry), carry)
     if N % some:
         carry = group(N % some, N // some * some, carry)
-    done, total = carry
+    total, *done = carry
     done = [x.reshape(B, whole, x.shape[2]) for x in done]
     if whole < T:
         done = [jnp.concatenate([x, before[:, whole:]], axis=1) for x, before in zip(done, updated, strict=True)]
-    return done, total
+    return total, *done
 
 
 def _halves(n, C) -> list[int]:
@@ -153,15 +148,6 @@ def _paired(x_NLX, H):
     return x_NLX.reshape(x_NLX.shape[0], -1, 2, H, x_NLX.shape[2])
 
 
-def _scores(z_NP2HF):
+def _scores(z_NP2HF, acc):
     """Of the second half of every pair with the first."""
-    return _dot("nphf,npkf->nphk", z_NP2HF[:, :, 1], z_NP2HF[:, :, 0]).astype(z_NP2HF.dtype)
-
-
-def _scaled(v_NLD, lr):
-    return (lr * v_NLD.astype(lr.dtype)).astype(v_NLD.dtype)
-
-
-def _dot(subscripts, x, y, dtype=None):
-    dtype = dtype or accumulator(x.dtype)
-    return jnp.einsum(subscripts, x, y, preferred_element_type=dtype, precision=precision_for(x.dtype))
+    return dot("nphf,npkf->nphk", z_NP2HF[:, :, 1], z_NP2HF[:, :, 0], acc).astype(z_NP2HF.dtype)

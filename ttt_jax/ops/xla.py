@@ -44,7 +44,7 @@ def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
     return _in_place_ttt(chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
-def _dot(subscripts, x, y, acc):
+def dot(subscripts, x, y, acc):
     return jnp.einsum(subscripts, x, y, preferred_element_type=acc, precision=precision_for(x.dtype))
 
 
@@ -66,14 +66,14 @@ def _enter(S_BDF, keep_BM, i):
     return S_BDF if keep_BM is None else _factor(keep_BM, i) * S_BDF
 
 
-def _scaled(v_BCD, lr):
+def scaled(v_BCD, lr):
     return (lr * v_BCD.astype(lr.dtype)).astype(v_BCD.dtype)
 
 
 def _write(S_BDF, v_BCD, z_BCF, lr):
     """S + lr v^T z. The factor goes into v, so that the matmul can accumulate straight into S. No S is zero."""
     with jax.named_scope("ttt_update"):
-        return _add(S_BDF, _dot("bcd,bcf->bdf", _scaled(v_BCD, lr), z_BCF, lr.dtype))
+        return _add(S_BDF, dot("bcd,bcf->bdf", scaled(v_BCD, lr), z_BCF, lr.dtype))
 
 
 def _add(x, y):
@@ -97,7 +97,7 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     M, tail = divmod(T, C)
     with jax.named_scope("ttt_apply_slow"):
         # One matmul over all tokens fills the machine better than one per chunk.
-        base_BTD = _dot("btf,df->btd", z_BTF, w_DF, acc)
+        base_BTD = dot("btf,df->btd", z_BTF, w_DF, acc)
     if state_BDF is None and M == 0:
         return base_BTD.astype(dtype), jnp.zeros((B, D, F), acc)
 
@@ -107,7 +107,7 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
             if size == 1:  # decoding is bound by reading S: a matmul would cast a copy of it first
                 fast_BCD = jnp.sum(S_BDF * z_BCF.astype(acc), axis=-1)[:, None]
             else:
-                fast_BCD = _dot("bcf,bdf->bcd", z_BCF, S_BDF.astype(dtype), acc)
+                fast_BCD = dot("bcf,bdf->bcd", z_BCF, S_BDF.astype(dtype), acc)
             return _put(o_BTD, i, C, _chunk(base_BTD, i, C, size) + fast_BCD)
 
     def step(carry, i):
@@ -144,9 +144,9 @@ def _backward(C, residuals, cotangents):
         with jax.named_scope("ttt_grad_apply"):
             do_BCD = _chunk(do_BTD, i, C, size)
             if S_BDF is None:
-                return _put(dz_BTF, i, C, _dot("bcd,df->bcf", do_BCD, w_DF, acc))
+                return _put(dz_BTF, i, C, dot("bcd,df->bcf", do_BCD, w_DF, acc))
             weight_BDF = (w_DF.astype(acc)[None] + S_BDF).astype(dtype)
-            return _put(dz_BTF, i, C, _dot("bcd,bdf->bcf", do_BCD, weight_BDF, acc))
+            return _put(dz_BTF, i, C, dot("bcd,bdf->bcf", do_BCD, weight_BDF, acc))
 
     def enter(S_BDF, i):
         return None if S_BDF is None else _enter(S_BDF, keep_BM, i)
@@ -175,7 +175,7 @@ def _backward(C, residuals, cotangents):
     def collect(dw_DF, G_BDF, i, size=C):
         with jax.named_scope("ttt_grad_state"):
             z_BCF, do_BCD = _chunk(z_BTF, i, C, size), _chunk(do_BTD, i, C, size)
-            return leave(dw_DF, _add(G_BDF, _dot("bcd,bcf->bdf", do_BCD, z_BCF, acc)), i)
+            return leave(dw_DF, _add(G_BDF, dot("bcd,bcf->bdf", do_BCD, z_BCF, acc)), i)
 
     # What G starts with is not the slow weight's.
     dw_DF = jnp.zeros((D, F), acc) if G_BDF is None else -G_BDF.sum(axis=0)
@@ -187,9 +187,9 @@ def _backward(C, residuals, cotangents):
         z_BCF, v_BCD = _chunk(z_BTF, i, C), _chunk(v_BTD, i, C)
         with jax.named_scope("ttt_grad_update"):
             G_cast_BDF = G_BDF.astype(dtype)
-            dv_BCD = _dot("bcf,bdf->bcd", z_BCF, G_cast_BDF, acc)
+            dv_BCD = dot("bcf,bdf->bcd", z_BCF, G_cast_BDF, acc)
             # In 16 bit cuBLAS adds to the chunk's dz before it rounds; a sum in float32 would be passes over memory.
-            dz_BCF = _chunk(dz_BTF, i, C) + _dot("bcd,bdf->bcf", _scaled(v_BCD, lr), G_cast_BDF, dtype)
+            dz_BCF = _chunk(dz_BTF, i, C) + dot("bcd,bdf->bcf", scaled(v_BCD, lr), G_cast_BDF, dtype)
         dw_DF, G_BDF = collect(dw_DF, G_BDF, i)
         dlr = dlr + jnp.sum(v_BCD.astype(acc) * dv_BCD)
         return _put(dz_BTF, i, C, dz_BCF), _put(dv_BTD, i, C, lr * dv_BCD), dlr, dw_DF, G_BDF
