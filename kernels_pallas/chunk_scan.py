@@ -3,14 +3,15 @@
 B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of the fast weight (D F), G
 its gradient (D F), R what is read of S or G: a bf16 copy.
 
-Every chunk is one launch. Its products read only what the launch before it left, so their output tiles share one grid and
-fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.
+A chunk's products read only what the chunk before it left, so their output tiles share one grid and fill the machine together;
+alone, z S^T has 80 tiles for an H100's 132 multiprocessors. A launch computes one chunk, or several where it can make their
+tiles wait for each other.
 
     forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T; u is lr v
     replay     dz_i = do_i R                       S += u_i^T z_i      R = bf16(W + S)    forward in time again
     reverse    dv_i = lr z_i R^T, dz_i += u_i R    G += do_i^T z_i     R = bf16(G)
 
-An update writes S and R in one pass over the float32 state, which nothing else touches. R has two slots: launch i reads one and
+An update writes S and R in one pass over the float32 state, which nothing else touches. R has two slots: chunk i reads one and
 writes the other. Where a document starts, `keep` is 0 and the update before it leaves zeros; `live` is 0 for chunks that read
 zeros, whose apply is skipped.
 """
@@ -31,32 +32,38 @@ BASE_TOKENS = 32768  # of which z W^T exists in float32 at one time, at least
 class Scalars(NamedTuple):
     """What a launch reads from small arrays in device memory."""
 
-    i: jax.Array  # [1] int32: the chunk
-    row: jax.Array  # [1] int32: where the chunk starts in `base`
+    i: jax.Array  # [1] int32: the launch's first chunk
+    row: jax.Array  # [1] int32: where it starts in `base`
     lr: jax.Array  # [1] float32
     keep_BM: jax.Array  # [B, M] float32: what an update multiplies its state by, last thing
     live_BM: jax.Array  # [B, M] int32: 0 where R is zero
 
 
 class Launches(Protocol):
-    """The three kernels. Arrays in the place of results are updated in place."""
+    """The three kernels, each for n chunks from `scalars.i` on. Arrays in the place of results are updated in place."""
 
     def written(self, v_BTD, lr) -> Any:
         """u as the launches take it: lr v, or v itself where they multiply the products by lr."""
         ...
 
-    def forward(self, C: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
-        """o, S, R. `base_BTD`, float32, holds these tokens or more, the chunk from `scalars.row` on."""
+    def span(self, B: int, C: int, D: int, F: int) -> int:
+        """The most chunks that one launch takes."""
         ...
 
-    def replay(self, C: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
+    def forward(self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
+        """o, S, R. `base_BTD`, float32, holds these tokens or more, the first chunk from `scalars.row` on."""
+        ...
+
+    def replay(
+        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
+    ) -> tuple[Any, Any, Any]:
         """dz, S, R."""
         ...
 
     def reverse(
-        self, C: int, scalars: Scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
+        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """dz, dv, dW, G, R, and partial sums of <v, z R^T> in an array of any shape.
+        """dz, dv, dW, G, R, and partial sums of <v, z R^T> in an array of any shape; from chunk `scalars.i` backwards.
 
         dW [B, D, F] float32 collects G wherever `keep` is 0; it is None where the caller has no documents.
         """
@@ -81,10 +88,21 @@ def _dot(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _scan(step, carry, chunks: range, reverse=False):
-    """`carry` after `step(carry, i)` for all i; with none, nothing is traced, because there may be no chunk to launch for."""
-    body = lambda carry, i: (step(carry, i), None)
-    return jax.lax.scan(body, carry, jnp.arange(chunks.start, chunks.stop), reverse=reverse)[0] if chunks else carry
+def _scan(step, carry, chunks: range, span: int, reverse=False):
+    """`carry` after `step(carry, i, n)` for launches of at most `span` chunks, n each, i the first that it takes.
+
+    With no chunk nothing is traced.
+    """
+    if not chunks:
+        return carry
+    n = -(-len(chunks) // -(-len(chunks) // span))
+    full, rest = divmod(len(chunks), n)
+    at = lambda done: chunks.stop - 1 - done if reverse else chunks.start + done
+    if full == 1:
+        carry = step(carry, at(0), n)
+    else:
+        carry, _ = jax.lax.scan(lambda carry, k: (step(carry, at(k * n), n), None), carry, jnp.arange(full))
+    return step(carry, at(full * n), rest) if rest else carry
 
 
 def _stretches(B: int, M: int, C: int) -> list[range]:
@@ -105,7 +123,7 @@ def _factors(keep_BM, B, M):
 
 
 def _slots(R_BDF):
-    """Both slots of R; launch 0 reads the first and writes the second."""
+    """Both slots of R; chunk 0 reads the first and writes the second."""
     return jnp.stack([R_BDF, R_BDF])
 
 
@@ -133,18 +151,19 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (z_whole_BTF, z_tail_BCF), (v_whole_BTD, _) = (_split(x, M * C) for x in (z_BTF, v_BTD))
     factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_whole_BTD, lr)
     S_BDF, live_BM = _enter(state_BDF, factors_BM)
+    span = launches.span(B, C, *w_DF.shape)
 
-    def step(base_BTD, first, carry, i):
+    def step(base_BTD, first, carry, i, n):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, (i - first) * C, lr, factors_BM[:, 1:], live_BM)
-            return varying_like(z_BTF, launches.forward(C, scalars, z_whole_BTF, u_BTD, base_BTD, *carry))
+            return varying_like(z_BTF, launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry))
 
     carry = varying_like(z_BTF, (jnp.zeros_like(v_whole_BTD), S_BDF, _slots(S_BDF.astype(dtype))))
     for chunks in _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
             w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
         base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
-        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks)
+        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks, span)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
         o_BCD = slow_apply(z_tail_BCF, w_DF) + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
@@ -166,14 +185,16 @@ def _backward(launches, C, residuals, cotangents):
     factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_BTD, lr)
     all_live_BM = jnp.ones((B, M), jnp.int32)
 
-    def replay(carry, i):
+    span = launches.span(B, C, *w_DF.shape)
+
+    def replay(carry, i, n):
         with jax.named_scope("ttt_replay"):
             scalars = _scalars(i, 0, lr, factors_BM[:, 1:], all_live_BM)
-            return varying_like(z_BTF, launches.replay(C, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
+            return varying_like(z_BTF, launches.replay(C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
 
     S_BDF, _ = _enter(state_BDF, factors_BM)
     weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)  # gradients tolerate the rounding of W + S
-    dz_BTF, _, R_2BDF = _scan(replay, varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF))), range(M))
+    dz_BTF, _, R_2BDF = _scan(replay, varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF))), range(M), span)
 
     dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     if tail:
@@ -184,20 +205,20 @@ def _backward(launches, C, residuals, cotangents):
         dw_DF = dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0)
         G_BDF = keep_B11 * G_BDF
 
-    def reverse(carry, i):
+    def reverse(carry, i, n):
         dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr = carry
         with jax.named_scope("ttt_reverse"):
             scalars = _scalars(i, 0, lr, factors_BM[:, :-1], all_live_BM)
             *carry, partial_dlr = varying_like(
                 z_BTF,
-                launches.reverse(C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF),
+                launches.reverse(C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF),
             )
             return (*carry, dlr + partial_dlr.sum())
 
     collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
-    # Launch i reads slot i % 2.
+    # Chunk i reads slot i % 2.
     carry = (dz_BTF, jnp.zeros_like(v_BTD), collected_BDF, G_BDF, _slots(G_BDF.astype(dtype)), jnp.zeros((), jnp.float32))
-    carry = _scan(reverse, varying_like(z_BTF, carry), range(M), reverse=True)
+    carry = _scan(reverse, varying_like(z_BTF, carry), range(M), span, reverse=True)
     dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
     dw_DF = dw_DF + G_BDF.sum(axis=0)
     if collected_BDF is not None:

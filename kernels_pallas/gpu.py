@@ -1,8 +1,8 @@
 """In-Place TTT on Hopper GPUs in Pallas (Mosaic GPU): the three launches of `chunk_scan.py`.
 
-Letters as there. Blocks stay on the multiprocessors and go through tiles of several products (`gpu_tiles.py`): apply tiles,
-which sum over all of F, run beside updates, which move the state, so that arithmetic and traffic overlap. Which tiles a pair of
-blocks computes is a table made when the kernel is traced: the longest first, each to the pair with the least work.
+Letters as there. Blocks stay on the multiprocessors and go through tiles of several products and chunks (`gpu_tiles.py`): apply
+tiles, which sum over all of F, run beside updates, which move the state, so that arithmetic and traffic overlap. Which tiles a
+pair of blocks computes, in which order, is a table made when the kernel is traced.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from jax.interpreters import batching, mlir
 
 from kernels_pallas import chunk_scan
 from kernels_pallas.gpu_tiles import BLOCK_K, BLOCKS, MULTIPLIERS, PIECE, ROWS, TILE, Product, read, run_block, schedule
+
+MOST_TILES, MOST_CHUNKS = 16384, 64  # of a launch
 
 _interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.ContextVar("interpreted", default=None)
 
@@ -74,7 +76,18 @@ class MosaicLaunches:
         """Sums are multiplied by lr: no array of lr v is made, and none is rounded."""
         return v_BTD
 
-    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+    def span(self, B, C, D, F):
+        """As many as keep the table of tiles small.
+
+        Tiles of several chunks wait for each other, so all blocks must run at the same time: one chunk where other kernels,
+        NCCL's, may hold multiprocessors. And in the interpreter, which has no semaphores.
+        """
+        if self.interpret or jax.sharding.get_abstract_mesh().size > 1:
+            return 1
+        tiles = D * F + 2 * C * (D + F)  # at most, in the backward
+        return max(1, min(MOST_CHUNKS, MOST_TILES * TILE**2 // (B * tiles)))
+
+    def forward(self, C, n, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
         F, D = z_BTF.shape[2], u_BTD.shape[2]
 
         def products(at, z, u, base, o, S, R):
@@ -88,9 +101,9 @@ class MosaicLaunches:
                 _update(at, C, D, F, u, z, S, R, at.lr),
             ]
 
-        return self._call("ttt_forward", C, scalars, products, (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF))
+        return self._call("ttt_forward", C, n, scalars, products, (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF))
 
-    def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
+    def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         F, D = z_BTF.shape[2], u_BTD.shape[2]
 
         def products(at, z, u, do, w, dz, S, R):
@@ -103,9 +116,9 @@ class MosaicLaunches:
                 _update(at, C, D, F, u, z, S, R, at.lr, w),
             ]
 
-        return self._call("ttt_replay", C, scalars, products, (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF))
+        return self._call("ttt_replay", C, n, scalars, products, (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF))
 
-    def reverse(self, C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
+    def reverse(self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
         (B, _, F), D = z_BTF.shape, v_BTD.shape[2]
         collects = dw_BDF is not None
 
@@ -117,7 +130,7 @@ class MosaicLaunches:
                     by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
                     at.write(k, (dv.at[b, _rows(at.token + m0), n], at.lr * sums))
                     if k == TILE // PIECE - 1:
-                        dlr[b, n0 // TILE, _rows(m0)] = sum(by_row)
+                        dlr[b, n0 // TILE, _rows(at.step * C + m0)] = sum(by_row)
 
                 return piece
 
@@ -134,24 +147,31 @@ class MosaicLaunches:
                 _update(at, C, D, F, do, z, G, R, collected=dw),
             ]
 
-        partial_dlr = jnp.zeros((B, D // TILE, C), jnp.float32)
+        partial_dlr = jnp.zeros((B, D // TILE, n * C), jnp.float32)
         in_place = (dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *((dw_BDF,) if collects else ()))
-        results = self._call("ttt_reverse", C, scalars, products, (z_BTF, v_BTD, do_BTD), in_place)
+        results = self._call("ttt_reverse", C, -n, scalars, products, (z_BTF, v_BTD, do_BTD), in_place)
         dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *dw = results
         return dz_BTF, dv_BTD, dw[0] if collects else None, G_BDF, R_2BDF, partial_dlr
 
-    def _call(self, name, C, scalars, products, operands, in_place):
-        """Results are the arrays of `in_place`, updated."""
+    def _call(self, name, C, n, scalars, products, operands, in_place):
+        """|n| chunks, backwards where n is negative. Results are the arrays of `in_place`, updated."""
         B, M = scalars.keep_BM.shape
         sms = self.multiprocessors or _multiprocessors()
         # The shapes of the products do not depend on what they read.
         sizes = products(_Place(C), *[None] * (len(operands) + len(in_place)))
-        table = jnp.asarray(schedule(tuple((p.rows, p.columns, p.length, p.kind == "tn") for p in sizes), B, sms // BLOCKS))
+        shapes = tuple((p.rows, p.columns, p.length, p.updates) for p in sizes)
+        table = jnp.asarray(schedule(shapes, B, sms // BLOCKS, abs(n)))
 
         def body(table, i, row, lr, keep, live, *arrays):
             *arrays, left_k, right_k, full, empty, low, high = arrays
-            at = _Place(C, M, i[0], row[0], lr[0], keep, live, (low, high), self.staged)
-            run_block(products(at, *arrays), table, self.stages, left_k, right_k, full, empty)
+            finished = pl.get_global(plgpu.SemaphoreType.REGULAR((abs(n), B, 2))) if abs(n) > 1 else None
+
+            def products_of(step):
+                chunk = i[0] + (step if n > 0 else -step)
+                at = _Place(C, M, step, chunk, row[0] + step * C, lr[0], keep, live, (low, high), self.staged)
+                return products(at, *arrays)
+
+            run_block(products_of, table, finished, self.stages, left_k, right_k, full, empty)
 
         swizzled = functools.partial(
             plgpu.SMEM, dtype=jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -202,7 +222,7 @@ class MosaicLaunches:
         arrays = (*in_place, table, *flat_scalars, *operands)
         if self.interpret:
             return launch(*arrays)
-        program = _Program(launch, self, name, C, tuple((x.shape, x.dtype) for x in arrays))
+        program = _Program(launch, self, name, C, n, tuple((x.shape, x.dtype) for x in arrays))
         return tuple(_launch.bind(*arrays, launch=program, results=len(in_place)))
 
 
@@ -255,8 +275,10 @@ batching.primitive_batchers[_launch] = _one_after_the_other
 class _Place:
     """Which chunk this is, what belongs to it, and the way out of shared memory."""
 
-    def __init__(self, C, M=0, i: Any = 0, row: Any = 0, lr=None, keep: Any = None, live: Any = None, staging=(), staged=0):
-        self.token, self.row, self.slot, self.slot_written = i * C, row, i % 2, (i + 1) % 2
+    def __init__(
+        self, C, M=0, step: Any = 0, i: Any = 0, row: Any = 0, lr=None, keep: Any = None, live: Any = None, staging=(), staged=0
+    ):
+        self.step, self.token, self.row, self.slot, self.slot_written = step, i * C, row, i % 2, (i + 1) % 2
         self.lr = lr
         self.keep = lambda b: keep[b * M + i]
         self.live = lambda b: live[b * M + i]

@@ -60,20 +60,24 @@ class TritonLaunches:
         """Sums start from the state, so what they sum has to have its size."""
         return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
 
-    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+    def span(self, B, C, D, F):
+        """Programs of one grid cannot wait for each other."""
+        return 1
+
+    def forward(self, C, n, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(D, F)
         operands = (*scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF)
         sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "T_BASE": base_BTD.shape[1]}
         return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
 
-    def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
+    def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, F), self._count(D, F)
         operands = (*scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF)
         return self._call(_kernels().replay, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1])
 
-    def reverse(self, C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
+    def reverse(self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(C, F), self._count(D, F)
         collect = dw_BDF is not None

@@ -25,28 +25,68 @@ SIZES = {"D": 256, "F": 512}  # one tile of 256 in a dimension, two in the other
 HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")  # jax 0.11 and later
 
 
-@pytest.mark.parametrize(("B", "clusters"), [(1, 66), (3, 66), (1, 400)])
-def test_every_tile_is_computed_once_and_the_work_is_even(B, clusters):
-    shapes = ((1024, 2560, 9728, False), (2560, 9728, 1024, True))
-    table = gpu_tiles.schedule(shapes, B, clusters)
-    seen, costs = set(), []
+APPLY_AND_UPDATE = ((1024, 2560, 9728, False), (2560, 9728, 1024, True))
+TWO_APPLIES = ((1024, 2560, 9728, False), (1024, 9728, 2560, False), (2560, 9728, 1024, True))
+SMALL = ((256, 256, 512, False), (256, 512, 256, True))
+
+
+def queues(table) -> list[list[gpu_tiles.Tile]]:
+    """Of each cluster."""
     for row in table:
-        count = row[0, 0]
-        tiles = [tuple(map(int, tile)) for tile in row[1 : 1 + count]]
-        assert not seen.intersection(tiles)
-        assert not row[1 + count :].any()
-        seen.update(tiles)
-        costs.append(sum(shapes[k][2] // gpu_tiles.BLOCK_K + gpu_tiles.EPILOGUE_STEPS for k, *_ in tiles))
+        assert not row[1 + row[0, 0] :].any()
+    return [[gpu_tiles.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table]
+
+
+@pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
+@pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 1), (3, 66, 2), (1, 66, 8), (1, 400, 3)])
+def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, steps):
+    taken = queues(gpu_tiles.schedule(shapes, B, clusters, steps))
+    seen = [(t.step, t.product, t.b, t.row, t.column) for queue in taken for t in queue]
     every = {
-        (k, b, m, n)
-        for k, (rows, columns, _, _) in enumerate(shapes)
+        (step, k, b, m, n)
+        for step in range(steps)
+        for k, (rows, columns, *_) in enumerate(shapes)
         for b in range(B)
         for m in range(0, rows, 256)
         for n in range(0, columns, 256)
     }
-    assert seen == every
-    if clusters == 66:  # within one update tile of each other, or of the longest tile
-        assert max(costs) - min(costs) <= 9728 // gpu_tiles.BLOCK_K
+    assert sorted(seen) == sorted(every)
+    if clusters == 66 and shapes is not SMALL:
+        more = {False: gpu_tiles.APPLY_STEPS, True: gpu_tiles.UPDATE_STEPS}
+        cost = [length // gpu_tiles.BLOCK_K + more[updates] for *_, length, updates in shapes]
+        costs = [sum(cost[t.product] for t in queue) for queue in taken]
+        assert max(costs) <= 1.1 * np.mean(costs)
+
+
+@pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
+@pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 6), (2, 66, 4), (1, 400, 3), (3, 4, 5), (1, 1, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, B, clusters, steps, seed):
+    """Runs the table, tiles of any duration: counts rise where it says so, and tiles start when they reach what it names."""
+    taken = queues(gpu_tiles.schedule(shapes, B, clusters, steps))
+    rng, now = np.random.default_rng(seed), 0.0
+    group = lambda t: (t.step, t.b, shapes[t.product][3])
+    started, ended, counts = {}, {}, {}
+    at, running = [0] * clusters, {}
+    speed = rng.uniform(0.2, 5, clusters)  # of a cluster
+    while any(at[c] < len(taken[c]) for c in range(clusters)):
+        for c in range(clusters):
+            if c not in running and at[c] < len(taken[c]):
+                t = taken[c][at[c]]
+                needed = ((False, t.applies_before), (True, t.updates_before))
+                if all(counts.get((t.step - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs):
+                    running[c] = now + speed[c] * rng.exponential()
+                    started.setdefault(group(t), []).append(now)
+        assert running, "every cluster waits"
+        c = min(running, key=lambda c: running[c])
+        now = running.pop(c)
+        t, at[c] = taken[c][at[c]], at[c] + 1
+        ended.setdefault(group(t), []).append(now)
+        if t.last:
+            counts[group(t)] = counts.get(group(t), 0) + 1
+    for (step, b, updates), times in started.items():
+        for before in [True, False] if updates else [True]:  # what writes its operand; what reads the copy that it overwrites
+            assert step == 0 or min(times) >= max(ended[step - 1, b, before])
 
 
 def lowered(implementation, backward):
