@@ -338,5 +338,5 @@ def _table(queues, updates) -> np.ndarray:
             needed = [(step - 1, b, kind) for kind in ((False, True) if is_update else (True,)) if step > 0]
             wait = {g[2]: count[g] for g in needed if g not in known}
             known.update(needed)
-            table[c, 1 + j] = Tile(*tile, wait.get(False, 0), wait.get(True, 0), last[c][j])
+            table[c, 1 + j] = (*tile, wait.get(False, 0), wait.get(True, 0), last[c][j])  # a Tile
     return table
