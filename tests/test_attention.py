@@ -190,7 +190,148 @@ def test_a_named_implementation_that_cannot_run_says_why():
     ],
 )
 def test_what_cudnn_takes(monkeypatch, dtype, H, ids, multiple, words):
+    assert_reason(monkeypatch, (1, 2, 1, H), dtype, multiple if ids else None, words)
+
+
+def assert_reason(monkeypatch, shape, dtype, multiple, words):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    q = jnp.zeros((1, 2, 1, H), dtype)
-    reason = attention._why_not_cudnn(q, jnp.zeros((1, 2), jnp.int32) if ids else None, multiple)
+    q, ids = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+    reason = attention._why_not_cudnn(q, None if multiple is None else ids, multiple or 1)
     assert (reason is None) if words is None else (words in reason)
+
+
+# -------------------------------------------------------------------------------- packed calls within cuDNN's workspace
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("T", "H", "multiple", "words"),
+    [
+        (2**15, 128, 1024, None),
+        (2**17, 128, 2048, None),  # 4 GiB, just within
+        (2**17, 128, 2047, "2048 tokens or more in rows of 131072, got 2047: one head's backward would take 4.1 GiB"),
+        (2**20, 128, 1024, "multiples of 131072 tokens or more in rows of 1048576, got 1024"),
+        (2**20, 128, 2**17, None),
+        (2**20, 128, None, None),  # not packed
+        (2**24, 128, 2**24, None),  # room for one document is an ordinary call
+        (2**24, 128, 2**23, "multiples of 16777216 tokens"),
+    ],
+)
+def test_cudnn_is_refused_where_one_head_takes_too_much(monkeypatch, T, H, multiple, words):
+    assert_reason(monkeypatch, (8, T, 32, H), "bfloat16", multiple, words)
+
+
+def workspace(rows, M, T, heads, kv_heads, H):
+    """As measured on an H100 (docs/performance.md)."""
+    return rows * M * T * heads * H * 4 * (2 if heads > kv_heads else 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "split"),
+    [
+        ((8, 32, 16384, 12, 12, 64), (2, 12)),  # Books: 1.5 GiB a row
+        ((7, 32, 16384, 12, 12, 64), (2, 12)),  # 1, 2, 2, 2
+        ((8, 128, 16384, 12, 12, 64), (1, 6)),
+        ((8, 256, 16384, 12, 12, 64), (1, 4)),
+        ((1, 32, 32768, 32, 8, 128), (1, 4)),  # one KV head
+        ((2, 64, 32768, 32, 8, 128), (1, 2)),  # half of one
+        ((2, 128, 32768, 32, 8, 128), (1, 1)),  # 2 GiB, and no second gradient of k and v with one head
+        ((2, 256, 32768, 32, 8, 128), (1, 1)),
+        ((1, 1024, 2**20, 32, 8, 128), (1, 1)),  # refused before
+        ((4, 2, 128, 8, 8, 64), (4, 8)),
+    ],
+    ids=str,
+)
+def test_split_of_real_shapes(shape, split):
+    assert attention._split_call(*shape) == split
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (12, 12), (6, 2), (32, 8), (35, 5), (5, 1)])
+@pytest.mark.parametrize("M", [2, 24, 100, 200, 400])
+def test_split_covers_everything_in_few_equal_calls_within_the_bound(N, K, M):
+    for B in (1, 2, 7, 8):
+        check_split(B, M, 16384, N, K, 128)
+
+
+def check_split(B, M, T, N, K, H):
+    G = N // K
+    rows, heads = attention._split_call(B, M, T, N, K, H)
+    row_parts, head_parts = attention._parts(B, rows), attention._head_parts(N, K, heads)
+    whole = lambda parts: [i for part in parts for i in range(part.start, part.stop)]
+    assert whole(row_parts) == list(range(B))
+    assert whole([n for n, _ in head_parts]) == list(range(N))
+    for n, k in head_parts:  # every query head meets its own KV head
+        assert [i // G for i in whole([n])] == [i for i in whole([k]) for _ in range(len(whole([n])) // (k.stop - k.start))]
+    size = lambda part: part.stop - part.start
+    sizes = [size(n) if heads < G else size(n) // G for n, _ in head_parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(map(size, row_parts)) - min(map(size, row_parts)) <= 1
+    assert max(map(size, row_parts)) == rows
+    assert max(size(n) for n, _ in head_parts) == heads
+    assert all(workspace(rows, M, T, size(n), size(k), H) <= 4 * GIB for n, k in head_parts)
+    # With one call fewer, its largest part would be too large.
+    if heads == N and rows < B:
+        assert workspace(-(-B // (len(row_parts) - 1)), M, T, N, K, H) > 4 * GIB
+    elif G <= heads < N:
+        kv_heads = -(-K // (len(head_parts) - 1))
+        assert workspace(1, M, T, kv_heads * G, kv_heads, H) > 4 * GIB
+    elif heads < G:
+        assert workspace(1, M, T, -(-G // (len(head_parts) // K - 1)), 1, H) > 4 * GIB
+    if rows > 1:
+        assert heads == N
+
+
+def documents_in_xla(calls):
+    """Stands for the call of cuDNN, whose arguments it takes, and notes the rows, query heads and KV heads of each."""
+
+    def call(q, k, v, offsets_BM, sizes_BM, window):
+        (B, T, N, _), K = q.shape, k.shape[2]
+        calls.append((B, N, K))
+        assert offsets_BM.shape == (B, sizes_BM.shape[1] + 1)
+        t_1T = jnp.arange(T, dtype=jnp.int32)[None]
+        starts_BM1, sizes_BM1 = offsets_BM[:, :-1, None], sizes_BM[:, :, None]
+        inside_BMT = (t_1T[None] >= starts_BM1) & (t_1T[None] < starts_BM1 + sizes_BM1)
+        ids_BT = jnp.argmax(inside_BMT, axis=1).astype(jnp.int32)
+        return attention.blocked(q, k, v, t_1T, t_1T, ids_BT, ids_BT, window)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "fit", "calls"),
+    [
+        (4, 4, 12, [(3, 4, 4)]),
+        (4, 4, 11, [(1, 4, 4), (2, 4, 4)]),
+        (4, 4, 7, [(1, 4, 4)] * 3),
+        (4, 4, 3, [(1, 2, 2)] * 6),
+        (4, 4, 1, [(1, 1, 1)] * 12),
+        (6, 2, 35, [(1, 6, 2), (2, 6, 2)]),
+        (6, 2, 12, [(1, 6, 2)] * 3),
+        (6, 2, 11, [(1, 3, 1)] * 6),
+        (6, 2, 5, [(1, 1, 1), (1, 2, 1)] * 6),
+        (6, 2, 1, [(1, 1, 1)] * 18),
+    ],
+)
+def test_split_calls_give_the_values_and_gradients_of_one(monkeypatch, N, K, fit, calls):
+    """`fit`: the constant in heads of one row, of which a call with more query than KV heads takes two for each."""
+    B, T, multiple, H = 3, 24, 4, 8
+    segments = np.array([[1] * 8 + [2] * 16, [1] * 4 + [2] * 4 + [3] * 12 + [4] * 4, [5] * 24])
+    got = []
+    monkeypatch.setattr(attention, "_WORKSPACE_BYTES", fit * workspace(1, T // multiple, T, 1, 1, H))
+    monkeypatch.setattr(attention, "_cudnn_call", documents_in_xla(got))
+    monkeypatch.setattr(attention, "_why_not_cudnn", lambda *_: None)
+    options = {"segment_ids_BT": jnp.asarray(segments, jnp.int32), "segment_multiple": multiple, "implementation": "cudnn"}
+    arguments = make_inputs(B=B, T=T, N=N, K=K, H=H)
+    check(self_attention, arguments, causal_mask(B, T, 5, segments), "float64", window=5, **options)
+    assert got == calls
+
+
+def test_a_stream_is_not_split(monkeypatch):
+    """One document a row, read without a backward: nothing to save, and splitting costs time."""
+    got = []
+    monkeypatch.setattr(attention, "_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(attention, "_cudnn_call", documents_in_xla(got))
+    q, k, v, _ = map(jnp.asarray, make_inputs(T=9))
+    attention.cudnn_documents(q, k, v, jnp.asarray([[0, -1], [3, -1]]), jnp.asarray([[9], [6]]), 4)
+    assert got == [(2, 4, 2)]
