@@ -55,6 +55,7 @@ def attention_shard(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise UserError(f"attention implementation {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     T = q_BTNH.shape[1]
+    segment_multiple = math.gcd(segment_multiple, T)  # counted from where a shard starts
     axis_ = _Axis(axis, shards)
     options = {"window": window, "segment_multiple": segment_multiple, "implementation": implementation}
     if window is not None:
