@@ -51,7 +51,7 @@ class TTTConfig:
     """In-Place TTT (arXiv 2604.06169, section 3): which layers adapt, and how."""
 
     layers: Layers = ()  # indices of the layers whose down-projection is a fast weight
-    chunk_size: Positive = 4096  # C, tokens between two updates
+    chunk_size: Positive = 4096  # C, tokens between two updates; packed documents start at its multiples, also without layers
     lr: float = 3.0  # inner learning rate
     target: Literal["hidden_states", "input_embed"] = "hidden_states"  # source of the target: MLP input or embeddings
     proj: bool = True  # multiply the convolved source by W_target
@@ -102,11 +102,6 @@ class ModelConfig:
     def known_positions(self) -> int:
         """Positions that the model was made for. With scaled RoPE a checkpoint may state the length before it (Qwen3 does)."""
         return max(self.max_positions, int(self.rope.factor * (self.rope.original_max_positions or 0)))
-
-    @property
-    def document_multiple(self) -> int:
-        """Documents of a packed row start at multiples of so many tokens: of a chunk, or of what cuDNN's attention asks for."""
-        return self.ttt.chunk_size if self.ttt.layers else 64
 
 
 @dataclass(frozen=True, config=_STRICT)

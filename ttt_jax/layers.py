@@ -201,7 +201,7 @@ class Attention(nnx.Module):
                     v_BTKH,
                     window=self.window,
                     segment_ids_BT=ctx.segment_ids_BT,
-                    segment_multiple=cfg.document_multiple,
+                    segment_multiple=cfg.ttt.chunk_size,
                     implementation=implementation,
                 )
                 cache = self._fill(k_BTKH, v_BTKH, ctx) if ctx.keep_state else None

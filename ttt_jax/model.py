@@ -241,7 +241,7 @@ class Transformer(nnx.Module):
           keep_state: return a state (training does without).
           lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past them mean nothing.
           segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start at multiples of
-            `config.document_multiple`; only for a fresh start.
+            `config.ttt.chunk_size`; only for a fresh start.
           ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
           capacity: slots of the KV caches that a fresh start allocates; None lets them grow with every call.
           at_chunk_start: the caller knows that every row that reads here stands at a chunk boundary: pieces then cost what a

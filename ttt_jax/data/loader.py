@@ -77,7 +77,7 @@ class Loader(Iterator[Batch]):
             "data.pack": data.pack,
             "data.shuffle": data.shuffle,
             "seed": config.seed,
-            "model.ttt.chunk_size": config.model.document_multiple,
+            "model.ttt.chunk_size": config.model.ttt.chunk_size,
             "open rows": [OPEN_BINS, PATIENCE],
         }
         self._rows_done = 0
@@ -261,7 +261,7 @@ def _table(config: Config, tokenizer: Tokenizer, corpus: Corpus, *, pack: bool) 
     return cut_pieces(
         corpus,
         row_length=config.data.seq_len,
-        chunk=config.model.document_multiple,
+        chunk=config.model.ttt.chunk_size,
         pack=pack,
         vocab_size=vocab_size,
         pad_id=pad_id,
