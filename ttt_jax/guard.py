@@ -23,6 +23,7 @@ from ttt_jax.run_dir import atomic_write_text
 
 ROLLBACKS_FILE = "rollbacks.json"
 FAILURE_FILE = "failure.md"
+GOOD_RATIO = 0.5  # of S to W, from scratch (docs/results.md)
 _NAMED = 4  # documents in a line on the terminal; events.jsonl has all
 
 
@@ -49,7 +50,7 @@ class Guard:
 
     def __init__(self, config: Config, events: EventLog, describe: Callable[[Any], list[Any]], in_a_row: int = 0) -> None:
         self._config, self._events, self._describe = config.guard, events, describe
-        self._clip_norm = config.model.ttt.clip_norm
+        self._clip_norm, self._lr = config.model.ttt.clip_norm, config.model.ttt.lr
         self.in_a_row = in_a_row
         self._unseen: tuple[int, Any, Any] | None = None
         self._place: dict[str, str] = {}  # layer -> where its ratio was last: "in", "below" or "above" its range
@@ -114,7 +115,11 @@ class Guard:
                 continue
             clip = "" if self._clip_norm else " or set model.ttt.clip_norm, which limits each chunk's update"
             verdict, fix = (
-                (f"above guard.max_state_ratio = {high:g}: it explodes", f"lower model.ttt.lr{clip}")
+                (
+                    f"above guard.max_state_ratio = {high:g}: it explodes",
+                    # S is a sum of updates, each in proportion to lr.
+                    f"lower model.ttt.lr (here {self._lr * GOOD_RATIO / ratio:.1g} would give {GOOD_RATIO:g}){clip}",
+                )
                 if place == "above"
                 else (f"below guard.min_state_ratio = {low:g}: it collapses", "raise model.ttt.lr or train its target")
             )
