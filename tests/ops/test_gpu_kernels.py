@@ -132,6 +132,18 @@ def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
     assert text.count("custom_call @mosaic_gpu") == (2 if n == 1 else 3)  # XLA removes what is not read
 
 
+def test_a_launch_takes_several_chunks_on_one_device_only():
+    """Their blocks wait for each other, and beside NCCL's kernels not all of them might run."""
+    launches, spans = gpu.MosaicLaunches(), []
+    assert launches.span(1, 1024, 2560, 9728) == 21  # 21 x 764 tiles, counted as in the backward
+    assert launches.span(1, 256, 256, 512) == gpu.MOST_CHUNKS
+    assert launches.span(64, 4096, 5120, 17408) == 1
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    inside = lambda x: (spans.append(launches.span(1, 256, 256, 512)), x)[1]
+    jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.zeros(4))
+    assert spans == [1]
+
+
 def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
     """As training calls it. jax cannot take a kernel apart that holds refs; it must find a primitive."""
     z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 512, 512), (1, 512, 256), (256, 512)))
