@@ -56,7 +56,9 @@ def test_config_is_light():
     path = ROOT / "ttt_jax/config.py"
     assert not imports(path) - set(imports_any(path, *allowed, "ttt_jax.errors"))
     errors = ROOT / "ttt_jax/errors.py"
-    assert not imports(errors) - set(imports_any(errors, "__future__"))
+    assert not imports(errors) - set(imports_any(errors, "__future__", "typing", "ttt_jax.terminal"))
+    terminal = ROOT / "ttt_jax/terminal.py"
+    assert not imports(terminal) - set(imports_any(terminal, "__future__", "re", "typing"))
 
 
 @pytest.mark.parametrize("path", files("ttt_jax/ops/*.py"), ids=module_name)
