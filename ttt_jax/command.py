@@ -147,6 +147,8 @@ class _Signals:
         self.seen = number
         raise Ended
 
+    _handle.interrupts = True  # pyright: ignore[reportFunctionMemberAccess]  (for HeldBack)
+
     def _unraisable(self, what: Any) -> None:
         if issubclass(what.exc_type, KeyboardInterrupt):  # swallowed in a destructor: once more, where it is not
             _thread.interrupt_main(signal.Signals(self.seen or signal.SIGINT))

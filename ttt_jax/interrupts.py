@@ -13,8 +13,9 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 class HeldBack:
     """A context manager that holds the first signal back until its block is left, and hands it on then.
 
-    The block looks at `requested` where it can stop, and stops. A second signal is handed on at once. Signals that are ignored,
-    or that end the process without Python's knowledge, stay as they are; so do all of them outside the main thread.
+    The block looks at `requested` where it can stop, and stops. A second signal is handed on at once.
+    Only handlers that raise KeyboardInterrupt are replaced: Python's own, and those with an attribute
+    `interrupts`. All others stay as they are, and so does everything outside the main thread.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class HeldBack:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 handler = signal.getsignal(number)
-                if callable(handler):
+                if handler is signal.default_int_handler or getattr(handler, "interrupts", False):
                     self._before[number] = handler
                     signal.signal(number, self._handle)
         return self
