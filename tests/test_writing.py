@@ -38,7 +38,7 @@ def test_a_string_is_one_stop():
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], b"XY", 5, None, [5], [b"a"], {"a": 1}, [["a"]]])
 def test_what_is_no_stop_is_one_line(stop):
-    with pytest.raises(UserError, match="^stop") as error:
+    with pytest.raises(UserError, match=r"^stop") as error:
         stop_strings(stop)
     assert "\n" not in str(error.value)
 
