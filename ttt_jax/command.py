@@ -8,11 +8,11 @@ TTT_JAX_TRACEBACK=1 shows the traceback of every error before its line.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -150,8 +150,10 @@ class _Signals:
     _handle.interrupts = True  # pyright: ignore[reportFunctionMemberAccess]  (for HeldBack)
 
     def _unraisable(self, what: Any) -> None:
-        if issubclass(what.exc_type, KeyboardInterrupt):  # swallowed in a destructor: once more, where it is not
-            _thread.interrupt_main(signal.Signals(self.seen or signal.SIGINT))
+        if issubclass(what.exc_type, KeyboardInterrupt):  # swallowed in a destructor: once more, when that is left
+            again = threading.Timer(0.05, os.kill, (os.getpid(), self.seen or signal.SIGINT))
+            again.daemon = True
+            again.start()
         elif not self.seen:
             self._hook(what)
 
