@@ -272,6 +272,20 @@ def start(*words, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
 
 
+def test_an_import_is_not_interrupted(tmp_path):
+    """Compiled modules crash (seen: a segmentation fault): the signal waits until the import is done, and counts then."""
+    (tmp_path / "slow_module.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nprint('whole')\n"
+    )
+    code = (
+        "import sys, time, click\nfrom ttt_jax.command import run\n@click.command()\ndef x():\n"
+        "    import slow_module\n    time.sleep(60)\nsys.argv = ['x']\nsys.exit(run(x, 'x'))"
+    )
+    environment = dict(os.environ) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "whole\n", "error: interrupted\n")
+
+
 def test_a_reader_that_is_gone():
     """`ttt-jax ... | head -1`, and with nobody there at all."""
     job = start("--help")

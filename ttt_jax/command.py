@@ -118,6 +118,15 @@ def _closed() -> int:
     return CLOSED
 
 
+def _importing(frame: Any) -> bool:
+    """Whether the frame is one of an import, at any depth."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class _Signals:
     """Takes over the signals of this process; `seen` is the number of the last one, 0 for none.
 
@@ -145,15 +154,22 @@ class _Signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         self.seen = number
+        if _importing(frame):  # compiled modules crash when their import is interrupted
+            self._once_more()
+            return
         raise Ended
+
+    def _once_more(self) -> None:
+        """Send the signal again in a moment."""
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), self.seen or signal.SIGINT))
+        timer.daemon = True
+        timer.start()
 
     _handle.interrupts = True  # pyright: ignore[reportFunctionMemberAccess]  (for HeldBack)
 
     def _unraisable(self, what: Any) -> None:
         if issubclass(what.exc_type, KeyboardInterrupt):  # swallowed in a destructor: once more, when that is left
-            again = threading.Timer(0.05, os.kill, (os.getpid(), self.seen or signal.SIGINT))
-            again.daemon = True
-            again.start()
+            self._once_more()
         elif not self.seen:
             self._hook(what)
 
