@@ -84,7 +84,9 @@ def test_every_end_is_one_line(error, code, line, capsys, monkeypatch):
     assert out == ""
     assert shown.count("\n") == bool(line)
     assert shown.startswith(f"error: {line}" if line else "")
-    expected = isinstance(error, (UserError, KeyboardInterrupt, click.Abort, click.ClickException, BrokenPipeError))
+    expected = isinstance(
+        error, (UserError, KeyboardInterrupt, click.Abort, click.ClickException, BrokenPipeError)
+    )
     assert (TRACEBACK in shown) == (not expected)
     monkeypatch.setenv(TRACEBACK, "1")
     assert run(fail, "x", []) == code
@@ -149,7 +151,9 @@ def test_ctrl_c_while_reading_leaves_a_whole_session(tmp_path):
     for stop_at in (8, 24):
         session = Session(model, piece=8)
         session.extend([ids])
-        session.on_read = lambda tokens, stop_at=stop_at: send(signal.SIGINT) if tokens == stop_at else None
+        session.on_read = lambda tokens, stop_at=stop_at: (
+            send(signal.SIGINT) if tokens == stop_at else None
+        )
         with pytest.raises(KeyboardInterrupt):
             session.generate(5, eos_ids=())
         assert session.position_B.tolist() == [stop_at]
@@ -204,7 +208,17 @@ def command(tmp_path, monkeypatch, capsys):
             yield lambda done: act() if done == at else None
 
         monkeypatch.setattr("ttt_jax.progress.progress", progress)
-        words = ("--session", session, "--max-new-tokens", 4, "--piece", 8, "--ignore-eos", "--json", *words)
+        words = (
+            "--session",
+            session,
+            "--max-new-tokens",
+            4,
+            "--piece",
+            8,
+            "--ignore-eos",
+            "--json",
+            *words,
+        )
         code = main(["generate", "--model", "m", *map(str, words)])
         return code, *capsys.readouterr()
 
@@ -216,7 +230,10 @@ def test_ctrl_c_saves_the_session_of_generate(command):
     generate, model, session, path, ids = command
     code, out, error = generate("--ids", path, at=40, act=lambda: send(signal.SIGINT))
     assert (code, out, error.count("\n")) == (130, "", 1)
-    assert f"interrupted; session {session} saved (40 tokens read, 60 still to be read): go on with it" in error
+    assert (
+        f"interrupted; session {session} saved (40 tokens read, 60 still to be read): go on with it"
+        in error
+    )
     assert [file.name for file in sorted(session.parent.iterdir())] == ["ids.npy", "s.safetensors"]
     kept = Session.load(session, model)
     assert (int(kept.position_B[0]), kept.unread[0].tolist()) == (40, ids[40:].tolist())
@@ -230,7 +247,9 @@ def test_ctrl_c_leaves_a_session_that_is_to_be_kept(command):
     generate, _, session, path, _ = command
     generate("--ids", path)
     before = session.read_bytes()
-    code, out, error = generate("--ids", path, "--keep-session", at=40, act=lambda: send(signal.SIGINT))
+    code, out, error = generate(
+        "--ids", path, "--keep-session", at=40, act=lambda: send(signal.SIGINT)
+    )
     assert (code, out, error) == (130, "", "error: interrupted\n")
     assert session.read_bytes() == before
 
@@ -269,7 +288,14 @@ def start(*words, **options):
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
     environment.pop(TRACEBACK, None)
     command = [sys.executable, "-m", "ttt_jax", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 def test_an_import_is_not_interrupted(tmp_path):
@@ -281,8 +307,12 @@ def test_an_import_is_not_interrupted(tmp_path):
         "import sys, time, click\nfrom ttt_jax.command import run\n@click.command()\ndef x():\n"
         "    import slow_module\n    time.sleep(60)\nsys.argv = ['x']\nsys.exit(run(x, 'x'))"
     )
-    environment = dict(os.environ) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    environment = dict(os.environ) | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "whole\n", "error: interrupted\n")
 
 

@@ -14,14 +14,24 @@ from ttt_jax.data.tokenizer import ByteTokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-TTT = {"ttt_layers": [1], "ttt_mode": True, "ttt_proj": True, "ttt_lr": 0.5, "ttt_chunk": 4, "ttt_target": "hidden_states"}
+TTT = {
+    "ttt_layers": [1],
+    "ttt_mode": True,
+    "ttt_proj": True,
+    "ttt_lr": 0.5,
+    "ttt_chunk": 4,
+    "ttt_target": "hidden_states",
+}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A Hugging Face folder whose tokenizer is the one of bytes."""
     monkeypatch.chdir(tmp_path)
-    make_folder(tmp_path / "small", {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 257} | TTT)
+    make_folder(
+        tmp_path / "small",
+        {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 257} | TTT,
+    )
 
     def with_bytes(path, **options):
         model = load_pretrained(tmp_path / "small" if "path/to" in str(path) else path, **options)
@@ -39,8 +49,12 @@ def run(source, names):
     for statement in tree.body:
         code = compile(ast.Module([statement], []), "README.md", "exec")
         exec(code, names)  # what the README says, and nothing else
-    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    loaded = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    stored = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    loaded = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+    }
     return stored, loaded
 
 

@@ -17,7 +17,19 @@ from ttt_jax.terminal import for_stream, printable
 # Clears the screen, renames the window, rings, asks the terminal to answer, C1 CSI, turns the line round, markup, HTML, a lone
 # surrogate of a file name.
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b31m\u202efdp.exe\u2069[/b][red]<script>alert(1)</script>\r\x00\x7f\udc80"
-OBEYED = set(map(chr, [*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
+OBEYED = set(
+    map(
+        chr,
+        [
+            *range(32),
+            *range(127, 160),
+            0x2028,
+            0x2029,
+            *range(0x202A, 0x202F),
+            *range(0x2066, 0x206A),
+        ],
+    )
+)
 
 
 def test_printable():
@@ -92,7 +104,19 @@ def test_a_comparison_with_markup_in_its_names(tmp_path, capsys):
             "entries": [{"task": "[/b]\x1b[2J", "metric": "acc", "samples": 1, "on": {"value": 0.5, "stderr": None}}],
         }  # fmt: skip
         (tmp_path / name / "results.json").write_text(json.dumps(results))
-    assert main(["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "--compare",
+                str(tmp_path / "a"),
+                str(tmp_path / "b"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert r"[/b]\x1b[2J acc" in out
     assert not (OBEYED - {"\n"}) & set(out)
@@ -120,7 +144,9 @@ def test_events_and_messages_of_a_run(tmp_path, capsys):
     with EventLog(tmp_path, shown.append) as events:
         events(f"step 7 skipped; its documents: {HOSTILE[:-1]} #812")
     assert not OBEYED & set(shown[0])
-    assert read_events(tmp_path)[0]["text"].startswith("step 7 skipped; its documents: a\x1b[2J")  # the file has it as it is
+    assert read_events(tmp_path)[0]["text"].startswith(
+        "step 7 skipped; its documents: a\x1b[2J"
+    )  # the file has it as it is
 
 
 @pytest.mark.filterwarnings("ignore:No artists with labels")
@@ -133,7 +159,12 @@ def test_the_page_of_a_run_with_hostile_names(tmp_path, capsys):
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     event = {"time": "2026", "step": 1, "kind": "<b>", "text": "<script>alert(1)</script>\x1b[2J"}
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
-    bad = {"file": "<img src=x onerror=alert(1)>", "index": 1, "reason": "<script>", "text": "<script>"}
+    bad = {
+        "file": "<img src=x onerror=alert(1)>",
+        "index": 1,
+        "reason": "<script>",
+        "text": "<script>",
+    }
     (run / "quarantine.jsonl").write_text(json.dumps(bad) + "\n")
     assert main(["report", str(run)]) == 0
     capsys.readouterr()
@@ -145,7 +176,10 @@ def test_the_page_of_a_run_with_hostile_names(tmp_path, capsys):
 
 def test_generate_shows_what_a_model_writes(tmp_path, capsys, monkeypatch):
     """Bytes of control codes, streamed to a terminal and to a file."""
-    make_folder(tmp_path / "m", {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1, "vocab_size": 257})
+    make_folder(
+        tmp_path / "m",
+        {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1, "vocab_size": 257},
+    )
     written = "\x1b]0;owned\x07ok\n"
 
     class Writes:
@@ -163,7 +197,9 @@ def test_generate_shows_what_a_model_writes(tmp_path, capsys, monkeypatch):
     from ttt_jax.writing import Completion
 
     monkeypatch.setattr("ttt_jax.generation.Session", Writes)
-    monkeypatch.setattr("ttt_jax.cli.load_model", lambda *a, **o: type("M", (), {"tokenizer": ByteTokenizer()}))
+    monkeypatch.setattr(
+        "ttt_jax.cli.load_model", lambda *a, **o: type("M", (), {"tokenizer": ByteTokenizer()})
+    )
     words = ["generate", "--model", str(tmp_path / "m"), "--prompt", "x"]
     assert main(words) == 0
     assert capsys.readouterr().out == written + "\n"

@@ -41,18 +41,24 @@ def with_nan_at(token):
 # ---------------------------------------------------------------------------------------------------------------- ids
 
 
-@pytest.mark.parametrize("ids", [[[1, V]], [[-1, 2]], np.array([[0, 2**31 - 1]], np.int64)], ids=str)
+@pytest.mark.parametrize(
+    "ids", [[[1, V]], [[-1, 2]], np.array([[0, 2**31 - 1]], np.int64)], ids=str
+)
 def test_ids_outside_the_vocabulary_of_an_eager_call(ids):
     """Before: NaN for the first, the last token of the vocabulary for the second."""
     for array in (np.asarray(ids), jnp.asarray(np.asarray(ids), jnp.int32)):
-        with pytest.raises(UserError, match=rf"ids: hold id .*; the model's vocabulary has ids 0 to {V - 1}"):
+        with pytest.raises(
+            UserError, match=rf"ids: hold id .*; the model's vocabulary has ids 0 to {V - 1}"
+        ):
             model_of()(array)
 
 
 def test_traced_ids_are_not_looked_at():
     text = model_of().__call__.__doc__
     assert "outside the vocabulary then give NaN" in text
-    shape = jax.eval_shape(lambda ids: model_of()(ids)[0], jax.ShapeDtypeStruct((1, 3), jnp.int32)).shape
+    shape = jax.eval_shape(
+        lambda ids: model_of()(ids)[0], jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    ).shape
     assert shape == (1, 3, V)
 
 
@@ -93,7 +99,9 @@ ZERO = "the fast weights of every TTT layer stay zero"
 )
 def test_a_model_that_was_converted_and_never_trained(name, act):
     model = changed(model_of(), name, jnp.zeros_like)
-    with pytest.warns(UserWarning, match=f"{ZERO}: .*converted, never trained.*TTT on will equal TTT off") as caught:
+    with pytest.warns(
+        UserWarning, match=f"{ZERO}: .*converted, never trained.*TTT on will equal TTT off"
+    ) as caught:
         act(model)
     assert len(caught) == 1
 
@@ -125,14 +133,18 @@ def test_an_inner_learning_rate_of_zero():
 
 
 def test_the_range_is_that_of_the_guard():
-    assert (LOW, HIGH) == (GuardConfig().min_state_ratio, GuardConfig().max_state_ratio) == (1e-6, 3.0)
+    assert (
+        (LOW, HIGH) == (GuardConfig().min_state_ratio, GuardConfig().max_state_ratio) == (1e-6, 3.0)
+    )
 
 
 def test_one_warning_a_watch():
     """Layer, value and bound; exact zeros, and what is in the range, say nothing."""
     watch = Watch(model_of(**{"num_layers": 4, "ttt.layers": (1, 3)}))
     watch.look(np.array([[0.0, 2.9], [1e-6, 3.0]]))
-    with pytest.warns(UserWarning, match=r"fast weights of layer 3 of row 1: \|\|S\|\|/\|\|W\|\| = 3.01, above 3"):
+    with pytest.warns(
+        UserWarning, match=r"fast weights of layer 3 of row 1: \|\|S\|\|/\|\|W\|\| = 3.01, above 3"
+    ):
         watch.look(np.array([[1.0, 0.0], [1.0, 3.01]]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -156,7 +168,9 @@ RATIO = r"fast weights of layer 0.*: \|\|S\|\|/\|\|W\|\| = .*, above 3"
         lambda m, ids: score(m, [ids], piece=8),
         lambda m, ids: Session(m, piece=8).read([ids]),
         lambda m, ids: generate(m, [ids], max_new_tokens=1),
-        lambda m, ids: generate(m, [ids[:2]], max_new_tokens=12, eos_ids=()),  # the chunks end while it writes
+        lambda m, ids: generate(
+            m, [ids[:2]], max_new_tokens=12, eos_ids=()
+        ),  # the chunks end while it writes
         lambda m, ids: Judge(m, piece=8)([ids]),
     ],
     ids=["score", "read", "generate", "write", "judge"],
@@ -187,7 +201,9 @@ def test_score_says_nan_and_keeps_what_was_computed():
     rows = prompts([20, 20], vocab=V - 1)
     expected = score(model_of(), rows, piece=8).logprobs_BT
     rows[1][10] = V - 1
-    with pytest.raises(NotFiniteError, match="row 1 from token 8 on: numbers that are not finite") as error:
+    with pytest.raises(
+        NotFiniteError, match="row 1 from token 8 on: numbers that are not finite"
+    ) as error:
         score(with_nan_at(V - 1), rows, piece=8)
     kept = error.value.partial.logprobs_BT
     assert "\n" not in str(error.value)
@@ -200,8 +216,14 @@ def test_score_says_nan_and_keeps_what_was_computed():
 def test_fast_weights_that_overflow_are_no_gain():
     """An inner learning rate of 1e25: finite losses after the norm, which `eval` reported with an interval."""
     model, (ids,) = model_of(**{"ttt.lr": 1e25}), prompts([24])
-    for act in (lambda: Session(model, piece=8).read([ids]), lambda: generate(model, [ids], max_new_tokens=2)):
-        with pytest.raises(NotFiniteError, match=r"numbers that are not finite \(fast weights of layer 0: .* = (inf|nan)\)"):
+    for act in (
+        lambda: Session(model, piece=8).read([ids]),
+        lambda: generate(model, [ids], max_new_tokens=2),
+    ):
+        with pytest.raises(
+            NotFiniteError,
+            match=r"numbers that are not finite \(fast weights of layer 0: .* = (inf|nan)\)",
+        ):
             act()
 
 
@@ -223,7 +245,11 @@ def test_a_lost_session_stays_lost(tmp_path):
     session = Session(with_nan_at(V - 1))
     with pytest.raises(NotFiniteError, match="row 0"):
         session.read([[1, 2, V - 1, 3, 4, 5, 6, 7]])
-    for act in (lambda: session.generate(1), lambda: session.read([[1]]), lambda: session.save(tmp_path / "s")):
+    for act in (
+        lambda: session.generate(1),
+        lambda: session.read([[1]]),
+        lambda: session.save(tmp_path / "s"),
+    ):
         with pytest.raises(NotFiniteError):
             act()
     assert not list(tmp_path.iterdir())
@@ -249,8 +275,12 @@ def test_sessions_with_such_numbers_are_refused(value, tmp_path):
         bad[name].flat[3] = value
         crc = {key: zlib.crc32(np.ascontiguousarray(x).tobytes()) for key, x in bad.items()}
         text = json.dumps(manifest | {"crc32": crc}, sort_keys=True)
-        save_file(bad, path, metadata={"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))})
-        with pytest.raises(CheckpointError, match=f"tensor {name} holds numbers that are not finite, or too large"):
+        save_file(
+            bad, path, metadata={"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))}
+        )
+        with pytest.raises(
+            CheckpointError, match=f"tensor {name} holds numbers that are not finite, or too large"
+        ):
             Session.load(path, model_of())
 
 
@@ -281,7 +311,15 @@ def test_score_command(lost_model, tmp_path, capsys):
     ids = prompts([20], vocab=V - 1)[0]
     ids[10] = V - 1
     np.save(tmp_path / "ids.npy", ids)
-    words = ["score", "--model", lost_model, "--ids", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "o.npz")]
+    words = [
+        "score",
+        "--model",
+        lost_model,
+        "--ids",
+        str(tmp_path / "ids.npy"),
+        "--out",
+        str(tmp_path / "o.npz"),
+    ]
     assert main([*words, "--piece", "8"]) == 1
     out, error = capsys.readouterr()
     assert (out, error.count("\n")) == ("", 1)
@@ -294,10 +332,21 @@ def test_score_command(lost_model, tmp_path, capsys):
 def test_generate_command(lost_model, tmp_path, capsys):
     np.save(tmp_path / "ids.npy", np.array([[1, 2, 3], [1, V - 1, 3]]))
     session = tmp_path / "s.safetensors"
-    words = ["generate", "--model", lost_model, "--ids", str(tmp_path / "ids.npy"), "--max-new-tokens", "3", "--json"]
+    words = [
+        "generate",
+        "--model",
+        lost_model,
+        "--ids",
+        str(tmp_path / "ids.npy"),
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]
     assert main([*words, "--session", str(session), "--ignore-eos"]) == 1
     out, error = capsys.readouterr()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]  # NaN is no JSON
+    rows = [
+        json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()
+    ]  # NaN is no JSON
     assert [row["finish_reason"] for row in rows] == ["length", "not_finite"]
     assert len(rows[0]["token_ids"]) == 3
     assert error.count("\n") == 1
@@ -310,7 +359,15 @@ def test_eval_command(lost_model, tmp_path, capsys):
     rows = np.stack(prompts([40, 40, 40], vocab=V - 1))
     rows[2, 5] = V - 1
     np.save(tmp_path / "ids.npy", rows)
-    words = ["eval", "--model", lost_model, "--perplexity", str(tmp_path / "ids.npy"), "--lengths", "16,32"]
+    words = [
+        "eval",
+        "--model",
+        lost_model,
+        "--perplexity",
+        str(tmp_path / "ids.npy"),
+        "--lengths",
+        "16,32",
+    ]
     words += ["--batch-size", "1", "--no-shuffled", "--out", str(tmp_path / "out")]
     assert main(words) == 1
     out, error = capsys.readouterr()
@@ -323,7 +380,15 @@ def test_eval_command(lost_model, tmp_path, capsys):
 def test_eval_of_fast_weights_that_overflow(tmp_path, capsys):
     save_pretrained(model_of(**{"ttt.lr": 1e25}), tmp_path / "m", dtype="float32")
     np.save(tmp_path / "ids.npy", np.stack(prompts([40, 40])))
-    words = ["eval", "--model", str(tmp_path / "m"), "--perplexity", str(tmp_path / "ids.npy"), "--lengths", "16,32"]
+    words = [
+        "eval",
+        "--model",
+        str(tmp_path / "m"),
+        "--perplexity",
+        str(tmp_path / "ids.npy"),
+        "--lengths",
+        "16,32",
+    ]
     assert main([*words, "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "numbers that are not finite" in error
@@ -334,7 +399,15 @@ def test_eval_of_fast_weights_that_overflow(tmp_path, capsys):
 def test_eval_says_at_the_start_that_ttt_does_nothing(tmp_path, capsys):
     save_pretrained(changed(model_of(), "conv", jnp.zeros_like), tmp_path / "m", dtype="float32")
     np.save(tmp_path / "ids.npy", np.stack(prompts([40, 40])))
-    words = ["eval", "--model", str(tmp_path / "m"), "--perplexity", str(tmp_path / "ids.npy"), "--lengths", "16"]
+    words = [
+        "eval",
+        "--model",
+        str(tmp_path / "m"),
+        "--perplexity",
+        str(tmp_path / "ids.npy"),
+        "--lengths",
+        "16",
+    ]
     words += ["--no-shuffled"]
     with pytest.warns(UserWarning, match=ZERO) as caught:
         assert main([*words, "--block", "8", "--out", str(tmp_path / "out")]) == 0
@@ -347,5 +420,9 @@ def test_text_of_a_row_that_is_lost_is_kept():
     from ttt_jax.writing import Writer
 
     writer = Writer(ByteTokenizer(), (), set(), 10)
-    assert [writer.add(97, 0.0), writer.add(0xE2, 0.0), writer.end("not_finite")] == ["a", "", "\ufffd"]
+    assert [writer.add(97, 0.0), writer.add(0xE2, 0.0), writer.end("not_finite")] == [
+        "a",
+        "",
+        "\ufffd",
+    ]
     assert writer.completion().text == "a\ufffd"

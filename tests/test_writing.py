@@ -47,7 +47,14 @@ def test_what_is_no_stop_is_one_line(stop):
 def test_the_text_is_that_of_all_tokens(seed):
     """Any bytes, valid or not, in any mixture: pieces that are shown make up what decoding everything gives."""
     rng = np.random.default_rng(seed)
-    parts = ["é漢😀 a".encode(), bytes([0xFF]), bytes([0xE2, 0x82]), bytes([0xF0, 0x9F]), bytes([0x80]), "\ufffd".encode()]
+    parts = [
+        "é漢😀 a".encode(),
+        bytes([0xFF]),
+        bytes([0xE2, 0x82]),
+        bytes([0xF0, 0x9F]),
+        bytes([0x80]),
+        "\ufffd".encode(),
+    ]
     ids = b"".join(parts[i] for i in rng.integers(0, len(parts), 60))
     shown, completion = written(ids)
     assert shown == completion.text == ids.decode("utf-8", errors="replace")
@@ -58,7 +65,9 @@ def test_a_character_is_shown_when_it_is_complete():
     assert [writer.add(i, 0.0) for i in "é😀".encode()] == ["", "é", "", "", "", "😀"]
 
 
-@pytest.mark.parametrize("ids", [bytes([0xFF]) * 4000, bytes([0x80, 0xC0]) * 2000, "\ufffd".encode() * 1300])
+@pytest.mark.parametrize(
+    "ids", [bytes([0xFF]) * 4000, bytes([0x80, 0xC0]) * 2000, "\ufffd".encode() * 1300]
+)
 def test_what_is_never_valid_costs_the_same_per_token(ids):
     """Quadratic before: 8 million tokens decoded for 4,000."""
     tokenizer = Counting()

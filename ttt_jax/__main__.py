@@ -1,4 +1,5 @@
-"""`python -m ttt_jax`, and the console script `ttt-jax`: light, so that a Ctrl-C while it starts finds somebody at home."""
+"""`python -m ttt_jax`, and the console script `ttt-jax`: light, so that a Ctrl-C while it starts
+finds somebody at home."""
 
 import os
 import sys
@@ -14,7 +15,8 @@ def main() -> int:
         print("error: interrupted", file=sys.stderr)
         code = 130
     if code > 128:
-        # What runs in other threads (a compilation, a write) has not been waited for, and would crash while Python shuts down.
+        # What runs in other threads (a compilation, a write) has not been waited for, and would
+        # crash while Python shuts down.
         sys.stderr.flush()
         os._exit(code)
     return code

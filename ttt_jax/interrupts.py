@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a stream is read or written: not in the middle of a step, which would lose its state."""
+"""Ctrl-C, SIGTERM and SIGHUP while a stream is read or written: not in the middle of a step, which
+would lose its state."""
 
 from __future__ import annotations
 
@@ -7,15 +8,19 @@ import threading
 from types import TracebackType
 from typing import Any
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class HeldBack:
-    """A context manager that holds the first signal back until its block is left, and hands it on then.
+    """A context manager that holds the first signal back until its block is left, and hands it on
+    then.
 
-    The block looks at `requested` where it can stop, and stops. A second signal is handed on at once.
-    Only handlers that raise KeyboardInterrupt are replaced: Python's own, and those with an attribute
-    `interrupts`. All others stay as they are, and so does everything outside the main thread.
+    The block looks at `requested` where it can stop, and stops. A second signal is handed on at
+    once. Only handlers that raise KeyboardInterrupt are replaced: Python's own, and those with an
+    attribute `interrupts`. All others stay as they are, and so does everything outside the main
+    thread.
     """
 
     def __init__(self) -> None:
@@ -32,7 +37,12 @@ class HeldBack:
                     signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.requested and error is None:

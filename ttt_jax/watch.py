@@ -1,7 +1,9 @@
-"""What inference looks at: numbers that are not finite, fast weights out of their range, fast weights that can only be zero.
+"""What inference looks at: numbers that are not finite, fast weights out of their range, fast
+weights that can only be zero.
 
-B rows, L TTT layers in ascending order. The norms come out of programs that run anyway, as one more small output [L, B], and
-the host looks at them where it has the programs' other results in hand, so that the device never waits.
+B rows, L TTT layers in ascending order. The norms come out of programs that run anyway, as one more
+small output [L, B], and the host looks at them where it has the programs' other results in hand, so
+that the device never waits.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _said: set[str] | None = None  # inside of `one_warning`: what has been said
 
 @contextlib.contextmanager
 def one_warning() -> Iterator[None]:
-    """Inside of the block each of this module's warnings comes once, however many sessions and scorings it has."""
+    """Inside of the block each of this module's warnings comes once, however many sessions and
+    scorings it has."""
     global _said
     before, _said = _said, set()
     try:
@@ -47,7 +50,8 @@ def _say(kind: str, text: str) -> None:
 
 
 def state_ratios(stats: dict[int, dict[str, Any]]) -> jax.Array | None:
-    """||S||/||W|| [L, B] of the stats of `Transformer.hidden`; None where TTT is off. For use in programs."""
+    """||S||/||W|| [L, B] of the stats of `Transformer.hidden`; None where TTT is off. For use in
+    programs."""
     return jnp.stack([stats[layer]["state_ratio_B"] for layer in sorted(stats)]) if stats else None
 
 
@@ -68,7 +72,8 @@ class Watch:
         self.lost: dict[int, str] = {}
 
     def note(self, ratio_LB: jax.Array | None) -> None:
-        """Take the norms of a program that has been dispatched, and look at those of a few before."""
+        """Take the norms of a program that has been dispatched, and look at those of a few
+        before."""
         if ratio_LB is not None:
             self._waiting.append(ratio_LB)
         while len(self._waiting) > _BEHIND:
@@ -80,7 +85,8 @@ class Watch:
             self.look(self._waiting.popleft())
 
     def look(self, ratio_LB: Any) -> None:
-        """Look at norms: warn, once, of the first one out of range; note in `lost` the rows that are not finite."""
+        """Look at norms: warn, once, of the first one out of range; note in `lost` the rows that
+        are not finite."""
         ratio_LB = np.asarray(ratio_LB, np.float64)
         for at, row in np.argwhere(~np.isfinite(ratio_LB)):
             where = f"fast weights of layer {self._layers[at]}: ||S||/||W|| = {ratio_LB[at, row]:g}"
@@ -91,14 +97,23 @@ class Watch:
         self._warned = True
         at, row = np.argwhere(outside_LB)[0]
         ratio = ratio_LB[at, row]
-        verdict = f"above {HIGH:g}: they drown the weights" if ratio > HIGH else f"below {LOW:g}: TTT changes next to nothing"
-        fix = "lower model.ttt.lr, read less, or train at this length" if ratio > HIGH else "raise model.ttt.lr or train it"
+        verdict = (
+            f"above {HIGH:g}: they drown the weights"
+            if ratio > HIGH
+            else f"below {LOW:g}: TTT changes next to nothing"
+        )
+        fix = (
+            "lower model.ttt.lr, read less, or train at this length"
+            if ratio > HIGH
+            else "raise model.ttt.lr or train it"
+        )
         row = f" of row {row}" if ratio_LB.shape[1] > 1 else ""
-        text = f"fast weights of layer {self._layers[at]}{row}: ||S||/||W|| = {ratio:.3g}, {verdict}; {fix}"
-        _say("range", text)
+        where = f"fast weights of layer {self._layers[at]}{row}"
+        _say("range", f"{where}: ||S||/||W|| = {ratio:.3g}, {verdict}; {fix}")
 
     def check(self, what: str, names: list[Any] | None = None) -> None:
-        """Look at all norms, and raise NotFiniteError when a row is lost. `names`: of the rows, for the message."""
+        """Look at all norms, and raise NotFiniteError when a row is lost. `names`: of the rows, for
+        the message."""
         self.settle()
         if self.lost:
             row = min(self.lost)
@@ -117,23 +132,31 @@ def is_finite(x: np.ndarray) -> bool:
     return bool((np.abs(x) <= LARGEST).all()) if x.size else True  # False for NaN
 
 
-# ------------------------------------------------------------------------------------------------------ zero targets
+# ------------------------------------------------------------------------------------ zero targets
 
 
 def warn_of_zero_targets(model: Transformer) -> None:
     """Say, in one line, that TTT does nothing in layers whose targets are zero whatever is read.
 
-    That is a model which was converted and never trained: a convolution or a projection of zeros, or an
-    inner learning rate of 0.
+    That is a model which was converted and never trained: a convolution or a projection of zeros,
+    or an inner learning rate of 0.
     """
     ttt = model.config.ttt
     zero = sorted(ttt.layers) if ttt.lr == 0 else _zero_layers(model)
     if not zero:
         return
-    why = "model.ttt.lr is 0" if ttt.lr == 0 else "their targets are zero (converted, never trained?)"
-    some = "every TTT layer" if len(zero) == len(ttt.layers) else "TTT layers " + ", ".join(map(str, zero))
+    why = (
+        "model.ttt.lr is 0" if ttt.lr == 0 else "their targets are zero (converted, never trained?)"
+    )
+    some = (
+        "every TTT layer"
+        if len(zero) == len(ttt.layers)
+        else "TTT layers " + ", ".join(map(str, zero))
+    )
     more = "; TTT on will equal TTT off exactly" if len(zero) == len(ttt.layers) else ""
-    _say("zero", f"the fast weights of {some} stay zero: {why}{more}; train the model with TTT first")
+    _say(
+        "zero", f"the fast weights of {some} stay zero: {why}{more}; train the model with TTT first"
+    )
 
 
 def _zero_layers(model: Transformer) -> list[int]:
@@ -146,7 +169,11 @@ def _zero_layers(model: Transformer) -> list[int]:
             target = block.mlp.target
             arrays = [x[...] for x in (target.conv, target.proj) if x is not None]
             used_N = np.logical_and.reduce([np.asarray(_any_per_layer(x)) for x in arrays])
-            zero += [layer for layer, used in zip(group.layer_indices(at), used_N, strict=True) if not used]
+            zero += [
+                layer
+                for layer, used in zip(group.layer_indices(at), used_N, strict=True)
+                if not used
+            ]
     return sorted(zero)
 
 

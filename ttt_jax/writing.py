@@ -1,4 +1,5 @@
-"""One row of a generation: its tokens, and its text as it becomes readable. A token costs the same however many came before."""
+"""One row of a generation: its tokens, and its text as it becomes readable. A token costs the same
+however many came before."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from typing import Any
 from ttt_jax.errors import UserError
 
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
-# Tokens that may wait for the rest of a character. UTF-8 needs four bytes at most, so text that is still not readable then
-# never will be.
+# Tokens that may wait for the rest of a character. UTF-8 needs four bytes at most, so text that is
+# still not readable then never will be.
 _WAITING, _LONGEST = 8, 4
 
 
@@ -21,8 +22,10 @@ class Completion:
     Fields:
       token_ids: the new tokens, the end token or those of the stop string included.
       logprobs: of each of them, under the model (before temperature and filters), nats.
-      text: decoded, without special tokens and cut before the stop string; None without a tokenizer.
-      finish_reason: "eos", "stop", "length", "not_finite" (the model's next token was not a number), or "interrupted".
+      text: decoded, without special tokens and cut before the stop string; None without a
+        tokenizer.
+      finish_reason: "eos", "stop", "length", "not_finite" (the model's next token was not a
+        number), or "interrupted".
     """
 
     token_ids: list[int]
@@ -32,13 +35,18 @@ class Completion:
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:
-    """The strings of an argument `stop`: one string, or a sequence of them. Raises UserError for anything else."""
+    """The strings of an argument `stop`: one string, or a sequence of them. Raises UserError for
+    anything else."""
     words = (stop,) if isinstance(stop, str) else stop
     if not isinstance(words, Sequence) or isinstance(words, bytes | bytearray):
-        raise UserError(f"stop = {stop!r:.80}: must be a string or a list of strings; leave it out for none")
+        raise UserError(
+            f"stop = {stop!r:.80}: must be a string or a list of strings; leave it out for none"
+        )
     for word in words:
         if not isinstance(word, str):
-            raise UserError(f"stop: {word!r:.80} is not a string; give a string or a list of strings")
+            raise UserError(
+                f"stop: {word!r:.80} is not a string; give a string or a list of strings"
+            )
         if not word:
             raise UserError("stop: an empty string would end everything at once; leave it out")
     return tuple(words)
@@ -61,7 +69,8 @@ class Writer:
         self.finish_reason = ""
         self._shown: list[str] = []  # pieces handed out
         self._held = ""  # readable, but it may be the beginning of a stop string
-        self._context, self._read = 0, 0  # tokens before `_read` are text already; decoding starts at `_context`, for spaces
+        # Tokens before `_read` are text already; decoding starts at `_context`, for spaces.
+        self._context, self._read = 0, 0
 
     def add(self, token: int, logprob: float) -> str:
         """Take a token; returns the text that can be shown now."""
@@ -74,7 +83,8 @@ class Writer:
         if self.tokenizer is None:
             return ""
         self._held += self._readable(final=bool(self.finish_reason))
-        # What has been shown holds no beginning of a stop string, so that only the rest has to be searched.
+        # What has been shown holds no beginning of a stop string, so that only the rest has to be
+        # searched.
         cuts = [at for at in map(self._held.find, self.stop) if at >= 0]
         if cuts:
             self.finish_reason, self._held = "stop", self._held[: min(cuts)]
@@ -95,9 +105,14 @@ class Writer:
     def _show(self) -> str:
         keep = 0
         if not self.finish_reason:
-            beginning = lambda word: (n for n in range(1, len(word)) if self._held.endswith(word[:n]))
+            beginning = lambda word: (
+                n for n in range(1, len(word)) if self._held.endswith(word[:n])
+            )
             keep = max((n for word in self.stop for n in beginning(word)), default=0)
-        piece, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        piece, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
         if piece:
             self._shown.append(piece)
         return piece
@@ -115,7 +130,8 @@ class Writer:
         return now[len(before) :]
 
     def _boundary(self, end: int, now: str) -> tuple[int, str]:
-        """A token a few before the end at which no character is cut, and the text up to it; the end if there is none."""
+        """A token a few before the end at which no character is cut, and the text up to it; the end
+        if there is none."""
         for cut in range(end - _LONGEST, end - _WAITING, -1):
             head = self._decode(self._context, cut)
             if head + self._decode(cut, end) == now:

@@ -38,8 +38,14 @@ def forbidden():
 
 def test_pieces_are_kept_exactly(tmp_path):
     kept = Unfinished(tmp_path / "out", ABOUT)
-    assert not tmp_path.joinpath("out").exists()  # nothing is written before there is something to keep
-    value = {"on": np.random.default_rng(0).standard_normal(50).tolist(), "tiny": 5e-324, "big": 1.7e308}
+    assert not tmp_path.joinpath(
+        "out"
+    ).exists()  # nothing is written before there is something to keep
+    value = {
+        "on": np.random.default_rng(0).standard_normal(50).tolist(),
+        "tiny": 5e-324,
+        "big": 1.7e308,
+    }
     assert kept.piece(("perplexity", 0), lambda: value) == value
     assert kept.piece(("perplexity", 0), forbidden) == value
     again = Unfinished(tmp_path / "out", ABOUT)
@@ -61,7 +67,9 @@ def test_another_command_is_refused_and_may_be_dropped(tmp_path):
     assert len(dropped) == 0
     dropped.piece(("b",), lambda: 2)
     assert len(Unfinished(tmp_path, ABOUT | {"lengths": [16]})) == 1
-    assert len(Unfinished(tmp_path, ABOUT | {"lengths": [16]}, overwrite=True)) == 1  # the same one goes on
+    assert (
+        len(Unfinished(tmp_path, ABOUT | {"lengths": [16]}, overwrite=True)) == 1
+    )  # the same one goes on
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])
@@ -77,7 +85,9 @@ def test_a_line_that_a_kill_cut_short_is_dropped(cut, tmp_path):
     assert Unfinished(tmp_path, ABOUT).piece((2,), forbidden) == "new"
 
 
-@pytest.mark.parametrize("text", ["x\n", "[1]\n", '{"format": 1}\n{"key": 1}\n', "\ud800\n", "[" * 10000 + "\n"])
+@pytest.mark.parametrize(
+    "text", ["x\n", "[1]\n", '{"format": 1}\n{"key": 1}\n', "\ud800\n", "[" * 10000 + "\n"]
+)
 def test_damage_is_one_line(text, tmp_path):
     (tmp_path / UNFINISHED).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError) as error:
@@ -111,7 +121,15 @@ def test_only_an_unfinished_folder_may_be_filled(tmp_path):
 def words(tmp_path):
     save_pretrained(model_of(vocab_size=97), tmp_path / "m", dtype="float32")
     np.save(tmp_path / "ids.npy", np.stack(prompts([40] * 6, vocab=97)))
-    words = ["eval", "--model", tmp_path / "m", "--perplexity", tmp_path / "ids.npy", "--lengths", "16,32"]
+    words = [
+        "eval",
+        "--model",
+        tmp_path / "m",
+        "--perplexity",
+        tmp_path / "ids.npy",
+        "--lengths",
+        "16,32",
+    ]
     return [str(word) for word in [*words, "--batch-size", "2", "--piece", "16"]]
 
 
@@ -199,9 +217,16 @@ def test_synthetic_tasks_are_kept_one_by_one(tmp_path):
             seen.append(len(rows))
             if len(seen) == 4:
                 raise KeyboardInterrupt
-            return [Judgement(np.full(len(row) - 1, -0.5, np.float32), np.ones(len(row) - 1, bool)) for row in rows]
+            return [
+                Judgement(np.full(len(row) - 1, -0.5, np.float32), np.ones(len(row) - 1, bool))
+                for row in rows
+            ]
 
-    options = {"lengths": [128], "examples": 2, "tasks": ("single_needle", "multi_needle", "induction")}
+    options = {
+        "lengths": [128],
+        "examples": 2,
+        "tasks": ("single_needle", "multi_needle", "induction"),
+    }
     judges = {"off": Right(), "on": Right()}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, **options, judges=judges, kept=Unfinished(tmp_path, ABOUT))

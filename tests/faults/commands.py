@@ -1,8 +1,9 @@
 """Ctrl-C in every command: `python tests/faults/commands.py [--signals 20] [--only NAME ...]`.
 
 Each command runs undisturbed once, then again and again with SIGINT at a random instant between its
-start and its end. It may finish, or end with 130 and one line; nothing half-written may stay behind,
-and the same command afterwards gives what the undisturbed one gave. Prints a table (Markdown).
+start and its end. It may finish, or end with 130 and one line; nothing half-written may stay
+behind, and the same command afterwards gives what the undisturbed one gave. Prints a table
+(Markdown).
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ def prepare(folder: Path) -> dict[str, tuple[list[str], str]]:
         "convert": (["convert", str(model), at("orbax"), "--to", "orbax", "--verify"], "orbax"),
         "score": (["score", *reads, "--out", at("s.npz")], "s.npz"),
         "generate": (
-            ["generate", *reads, "--ignore-eos", "--max-new-tokens", "64", "--session", at("s.safetensors")],
+            ["generate", *reads, "--ignore-eos", "--session", at("s.safetensors")],
             "s.safetensors",
         ),
         "eval": (
-            ["eval", *data, "--lengths", "16,32", "--batch-size", "2", "--no-shuffled", "--out", at("out")],
+            ["eval", *data, "--lengths", "16,32", "--batch-size", "2", "--out", at("out")],
             "out",
         ),
         "plan": (["plan", "--config", preset, "--topology", "h100:8", "--json"], ""),
@@ -70,7 +71,9 @@ def prepare(folder: Path) -> dict[str, tuple[list[str], str]]:
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-m", "ttt_jax", *words], env=environment, cwd=folder, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ttt_jax", *words], env=environment, cwd=folder, **pipes
+    )
 
 
 def remove(path: Path) -> None:
@@ -85,7 +88,9 @@ def left_behind(folder: Path, known: set[str], written: str) -> list[str]:
     return sorted({path.name for path in folder.iterdir()} - known - {written})
 
 
-def attack(name: str, words: list[str], written: str, folder: Path, signals: int) -> tuple[str, bool]:
+def attack(
+    name: str, words: list[str], written: str, folder: Path, signals: int
+) -> tuple[str, bool]:
     """Returns (what was seen, whether it held)."""
     known, rng = {path.name for path in folder.iterdir()}, random.Random(name)
     begin = time.monotonic()
@@ -109,7 +114,9 @@ def attack(name: str, words: list[str], written: str, folder: Path, signals: int
             wrong.append(f"at {after:.2f} s: did not end")
             continue
         code = job.returncode
-        lines = [line for line in error.splitlines() if not line.startswith(("warning: ", "going on: "))]
+        lines = [
+            line for line in error.splitlines() if not line.startswith(("warning: ", "going on: "))
+        ]
         if code == 130 and len(lines) == 1 and lines[0].startswith("error: interrupted"):
             seen["130, one line" + (", session saved" if "saved (" in lines[0] else "")] += 1
         elif code == 0 and not lines:
@@ -137,11 +144,15 @@ def attack(name: str, words: list[str], written: str, folder: Path, signals: int
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--signals", type=int, default=20)
     parser.add_argument("--only", nargs="+")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # jobs in the background of a shell ignore it
     folder = Path(tempfile.mkdtemp(prefix="commands-"))
     held = True
     print("| command | seen | promise | time |\n|---|---|---|---:|")

@@ -1,4 +1,5 @@
-"""What an evaluation has computed so far: `unfinished.jsonl` in its --out folder, until the results are there.
+"""What an evaluation has computed so far: `unfinished.jsonl` in its --out folder, until the results
+are there.
 
 The first line says which command, model and code wrote it; each other line is one finished piece of
 work (a batch of documents, a synthetic task, a harness length) under its key. The same command goes
@@ -29,7 +30,8 @@ class Unfinished:
       about: what has to be equal for another start to go on: name -> plain JSON values.
       overwrite: drop the pieces of another command instead of refusing.
 
-    Raises: UserError when the folder holds the pieces of another command, CheckpointError when they are damaged.
+    Raises: UserError when the folder holds the pieces of another command, CheckpointError when they
+      are damaged.
     """
 
     def __init__(self, folder: Path | None, about: dict[str, Any], overwrite: bool = False) -> None:
@@ -48,10 +50,10 @@ class Unfinished:
         wrong = [name for name, value in self._about.items() if header.get(name) != value]
         if wrong and not overwrite:
             name = wrong[0]
+            difference = f"{name}: {header.get(name)!r:.80} there, {self._about[name]!r:.80} here"
             raise UserError(
-                f"--out {folder}: holds an unfinished evaluation of another command ({name}: "
-                f"{header.get(name)!r:.80} there, {self._about[name]!r:.80} here); give the same command, another "
-                "folder, or --overwrite to drop it"
+                f"--out {folder}: holds an unfinished evaluation of another command ({difference}); "
+                "give the same command, another folder, or --overwrite to drop it"
             )
         if wrong:
             self._known = {}
@@ -77,7 +79,9 @@ class Unfinished:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if not self._begun:
-                self._path.write_text(json.dumps(self._about, allow_nan=False) + "\n", encoding="utf-8")
+                self._path.write_text(
+                    json.dumps(self._about, allow_nan=False) + "\n", encoding="utf-8"
+                )
                 self._begun = True
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -109,5 +113,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
         raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {reason}); {fix}") from None
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {reason}); {fix}"
+        ) from None
     return header, known, sum(map(len, lines))
