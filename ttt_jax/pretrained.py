@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 
 from ttt_jax.checkpoint import find_checkpoint, load_model_params, read_run_config
+from ttt_jax.companion_files import companion_fields, excerpt, find_companion
 from ttt_jax.config import Config, ModelConfig
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
@@ -16,7 +16,8 @@ from ttt_jax.hf import load_hf, load_hf_into, load_into, read_config, tensor_nam
 from ttt_jax.model import Runtime, Transformer, abstract_transformer
 from ttt_jax.model_folder import OrbaxTensors, check_layout, is_model_folder, read_description
 from ttt_jax.paths import param_path
-from ttt_jax.tensor_files import inside, show
+
+MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token
 
 
 def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
@@ -34,26 +35,29 @@ def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtim
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if not path.is_dir():
         raise CheckpointError(f"model {path}: no such folder; give a Hugging Face, converted or run folder")
-    has_tokenizer = inside(path, "tokenizer.json").is_file()
+    has_tokenizer = find_companion(path, "tokenizer.json") is not None
     if is_model_folder(path):
         about = read_description(path)
         cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
         check_layout(path, abstract_transformer(cfg, runtime))
-    elif (path / "config.json").is_file():
+    elif find_companion(path, "config.json") is not None:
+        # What is small is refused before what is large is read.
+        eos_ids = read_eos_ids(path, read_config(path).vocab_size)
+        tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
         model = load_hf(path, runtime, dtype=dtype)
-        model.tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
-        model.eos_ids = read_eos_ids(path)
+        model.tokenizer, model.eos_ids = tokenizer, eos_ids
         return model
     else:
         config = read_run_config(path)
         cfg, tokenizer = config.model, config.data.tokenizer
+    eos_ids = read_eos_ids(path, cfg.vocab_size)
+    loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     stacked = dataclasses.replace(runtime, scan_layers=True)  # as train.py and convert write them
     abstract = abstract_transformer(cfg, stacked)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     model = load_model_params(path, abstract)
     model = model if runtime.scan_layers else unstacked(model)
-    model.eos_ids = read_eos_ids(path)
-    model.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
+    model.tokenizer, model.eos_ids = loaded_tokenizer, eos_ids
     return model
 
 
@@ -70,25 +74,24 @@ def unstacked(model: Transformer) -> Transformer:
     return jax.tree_util.tree_map_with_path(leaf, target)
 
 
-def read_eos_ids(folder: Path) -> tuple[int, ...]:
+def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     """The end tokens of `generation_config.json`, else of `config.json`; none when neither names one.
 
-    Raises: CheckpointError when the file is not JSON or the field not a token id or a list of them.
+    Raises: CheckpointError when the file is not a JSON object of bounded size, or the field is not a token id below
+      `vocab_size` or a list of `MAX_EOS_IDS` of them at most.
     """
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            found = raw.get("eos_token_id") if isinstance(raw, dict) else None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not readable JSON ({error}); restore it or delete it") from None
+        found = companion_fields(folder, name).get("eos_token_id")
         if found is None:
             continue
-        ids = found if isinstance(found, list) else [found]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id = {show(repr(found))}: must be a token id or a list of them")
+        where, ids = f"{folder / name}: eos_token_id", found if isinstance(found, list) else [found]
+        if len(ids) > MAX_EOS_IDS:
+            raise CheckpointError(f"{where} lists {len(ids)} tokens; at most {MAX_EOS_IDS} may end a text")
+        for i in ids:
+            if type(i) is not int or not 0 <= i < vocab_size:
+                raise CheckpointError(
+                    f"{where} = {excerpt(i)}: must be a token id from 0 to {vocab_size - 1}, or a list of them; correct it"
+                )
         return tuple(ids)
     return ()
 
@@ -117,7 +120,7 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
         # Other TTT layers or windows group the layers otherwise: tensor by tensor.
         tensors = OrbaxTensors(find_checkpoint(source), stored)
         return load_into(abstract, tensors, config.init_from, key=jax.random.key(config.seed))
-    if (source / "config.json").is_file():
+    if find_companion(source, "config.json") is not None:
         _check_same_model(config.model, read_config(source), config.init_from)
         return load_hf_into(abstract, source, key=jax.random.key(config.seed))
     return load_model_params(source, abstract)
