@@ -348,7 +348,7 @@ def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
     """
     path = _find(Path(run_dir_or_checkpoint).absolute(), run_dir_or_checkpoint)
     if wrong := find_damage(path, f"{_MODEL}/"):
-        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); name an older step's folder, or restore the file")
+        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); restore the file, or use an older step or the original")
     if not has_checksums(path):
         warnings.warn(f"checkpoint {path}: has no checksums (an older version's); read unverified", stacklevel=3)
     return path
