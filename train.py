@@ -60,6 +60,7 @@ def train(config: Config, stop: StopSignal) -> None:
     from ttt_jax.report import bucket_losses, print_report, write_report
     from ttt_jax.saving import Saver
     from ttt_jax.sharding import make_mesh
+    from ttt_jax.start_check import checked_start
     from ttt_jax.telemetry import StepTimer, host_memory_bytes, make_probe, write_environment
     from ttt_jax.training import (
         abstract_state,
@@ -81,7 +82,7 @@ def train(config: Config, stop: StopSignal) -> None:
     rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
     abstract, tx = abstract_state(config, mesh)
     # Asked of all processes: one may have created it before another one looks.
-    first = None if any_process(config.run_dir.exists()) else initial_model(config, abstract.model)
+    first = None if any_process(config.run_dir.exists()) else checked_start(config, abstract.model, rows, mesh)
     prepare_run_dir(config)  # nothing is written before everything has been checked
     cache, warnings = open_cache(config)
     if main_process:

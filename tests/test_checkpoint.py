@@ -236,9 +236,11 @@ def test_nothing_to_restore(tmp_path, checkpointer):
     assert message.endswith("2: no such step; the newest one is 1")
 
 
+@pytest.mark.filterwarnings("ignore:.*has no checksums")
 def test_damaged_checkpoint(tmp_path):
     model = {"w": jnp.ones((64,))}  # one leaf: Orbax reads the leaves at once, and drops the others when one fails
     save_model_params(tmp_path, model)
+    (tmp_path / "checksums.json").unlink()  # as an older version wrote it
     for path in (tmp_path / "model").glob("**/d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "incomplete or damaged" in refusal(load_model_params, tmp_path, model)
@@ -258,6 +260,12 @@ def three(tmp_path):
         for step in (1, 2, 3):
             save(checkpointer, step, Model(seed=step))
     return tmp_path / "checkpoints"
+
+
+def older(step):
+    """What an older version wrote: no checksums, and nothing that speaks of them."""
+    (step / "checksums.json").unlink()
+    (step / "extra/metadata").write_text("{}")
 
 
 def flip(path):
@@ -320,7 +328,7 @@ def test_checksums_cannot_be_forged_into_other_folders(three):
 
 
 def test_checkpoints_of_older_versions_have_no_checksums(three):
-    (three / "3/checksums.json").unlink()
+    older(three / "3")
     warned = []
     step, _ = newest_of(three, Model(), warned)
     assert step == 3

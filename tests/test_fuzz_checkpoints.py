@@ -21,12 +21,13 @@ from safetensors.numpy import save_file
 import ttt_jax.convert
 import ttt_jax.hf
 import ttt_jax.pretrained
+from ttt_jax.companion_files import MAX_JSON_BYTES, inside
 from ttt_jax.convert import convert, open_source
 from ttt_jax.errors import CheckpointError, ConfigError, UserError
 from ttt_jax.hf import check_tensors, config_from_hf, load_hf
 from ttt_jax.model import abstract_transformer
 from ttt_jax.pretrained import load_pretrained
-from ttt_jax.tensor_files import MAX_HEADER_BYTES, MAX_JSON_BYTES, TensorFiles, inside
+from ttt_jax.tensor_files import MAX_HEADER_BYTES, TensorFiles
 
 SMALL = {
     "model_type": "qwen3", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py"), *ROOT.glob("train.py")))
 ABOVE_THE_MODEL = (
     *("data", "checkpoint", "run_dir", "report", "metrics", "optimizer", "initial", "training"),
+    *("pretrained", "model_changes", "start_check", "convert"),
     *("generate", "eval", "cli"),
 )
 

@@ -3,7 +3,7 @@
     checkpoints/STEP/model           every parameter under its dotted path (OCDBT)
     checkpoints/STEP/opt_state       every moment and counter under its dotted path
     checkpoints/STEP/data_state      JSON: where the data iterator stands
-    checkpoints/STEP/extra           JSON: anything else
+    checkpoints/STEP/extra           JSON: anything else, the step's number, and that there are checksums
     checkpoints/STEP/checksums.json  SHA-256 of every file
 
 A step folder gets its final name only when all of it is on disk, so a kill during a save costs that save alone. Trees
@@ -26,8 +26,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ttt_jax.checkpoint_files import (
+    FORMAT,
     find_damage,
     finished_steps,
+    format_note,
     has_checksums,
     is_finished,
     prune,
@@ -39,7 +41,7 @@ from ttt_jax.checkpoint_trees import DamagedError, flat, one_line, read_json, re
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.distributed import any_process, from_first_process
 from ttt_jax.errors import CheckpointError
-from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config
+from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config, sync
 
 __all__ = [
     "Checkpointer",
@@ -147,7 +149,7 @@ class Checkpointer:
                 _MODEL: save_args(flat(model)),
                 _OPT_STATE: ocp.args.PyTreeSave(flat(opt_state)),
                 _DATA_STATE: ocp.args.JsonSave(data_state),
-                _EXTRA: ocp.args.JsonSave(extra or {}),
+                _EXTRA: ocp.args.JsonSave((extra or {}) | {FORMAT: format_note(step)}),
             }
         )
         try:
@@ -161,6 +163,7 @@ class Checkpointer:
     def _finish(self) -> None:
         self._writer.wait_until_finished()
         if jax.process_index() == 0:
+            sync(self.directory)  # the new name is on the disk before older steps are removed
             prune(self.directory, self._config.keep)
 
     def saving(self) -> bool:
@@ -251,7 +254,7 @@ class Checkpointer:
     def extra(self, step: int) -> dict[str, Any]:
         """What a step was saved with as `extra`, as the first process reads it; {} when it cannot be read."""
         try:
-            answer = read_json(self.directory / str(step), _EXTRA) if jax.process_index() == 0 else {}
+            answer = _read_extra(self.directory / str(step)) if jax.process_index() == 0 else {}
         except DamagedError:
             answer = {}
         return from_first_process(answer)
@@ -263,7 +266,7 @@ class Checkpointer:
     def _read(self, path: Path, model: Any, opt_state: Any) -> Restored:
         model = restore_tree(path / _MODEL, model, "parameter", _FIX_MODEL)
         opt_state = restore_tree(path / _OPT_STATE, opt_state, "optimizer state", _FIX_OPT_STATE)
-        return Restored(model, opt_state, read_json(path, _DATA_STATE), read_json(path, _EXTRA))
+        return Restored(model, opt_state, read_json(path, _DATA_STATE), _read_extra(path))
 
     def wait(self) -> None:
         """Return when no save is in flight. Raises `CheckpointError` when one has failed; each failure is raised once."""
@@ -293,6 +296,11 @@ class Checkpointer:
         )
 
 
+def _read_extra(path: Path) -> dict[str, Any]:
+    """What `save` was given, without what it added. Raises DamagedError."""
+    return {name: value for name, value in read_json(path, _EXTRA).items() if name != FORMAT}
+
+
 # ------------------------------------------------------------------------------------------------- parameters alone
 
 
@@ -308,6 +316,8 @@ def save_model_params(path: str | Path, model: Any) -> None:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
             writer.save(target, args=save_args(flat(model)))
+        names = (name.relative_to(target.parent).as_posix() for name in target.rglob("*") if name.is_file())
+        write_checksums(target.parent, names)
     except OSError as error:
         raise CheckpointError(f"checkpoint {target}: could not be written ({one_line(error)})") from None
 
@@ -338,7 +348,9 @@ def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
     """
     path = _find(Path(run_dir_or_checkpoint).absolute(), run_dir_or_checkpoint)
     if wrong := find_damage(path, f"{_MODEL}/"):
-        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); name an older step's folder, or restore the file")
+        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); restore the file, or use an older step or the original")
+    if not has_checksums(path):
+        warnings.warn(f"checkpoint {path}: has no checksums (an older version's); read unverified", stacklevel=3)
     return path
 
 

@@ -13,46 +13,93 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ttt_jax.run_dir import atomic_write_text
+from ttt_jax.companion_files import excerpt, read_json_object, show
+from ttt_jax.errors import CheckpointError
+from ttt_jax.run_dir import atomic_write_text, sync
 
 CHECKSUMS = "checksums.json"
+FORMAT = "format"  # field of `extra` that a checkpoint says about itself: its step, and that checksums were written
+EXTRA_FILE = "extra/metadata"
+_DESCRIPTION = "ttt_jax.json"  # of a converted folder, where the field `checksums` says the same
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last; a restore does not read them
-_MAX_BYTES = 256 << 20  # of checksums.json itself
+_MAX_BYTES = 256 << 20  # of checksums.json, and of the files that say that there is one
 _LEFTOVERS = (".orbax-checkpoint-tmp", ".deleting")
 
 
 # ------------------------------------------------------------------------------------------------------- checksums
 
 
-def write_checksums(folder: Path) -> None:
-    """Record every file below `folder` in its `checksums.json`, atomically. Raises OSError."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if name != CHECKSUMS and name not in _LATER]
+def format_note(step: int) -> dict[str, Any]:
+    """What a checkpoint says about itself in its `extra`, under `FORMAT`."""
+    return {"step": step, "checksums": True}
+
+
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Record files below `folder` in its `checksums.json`, atomically, and bring all of them to the disk.
+
+    Args:
+      names: of the files, relative to `folder`; None: every file there is.
+
+    Raises: OSError.
+    """
+    if names is None:
+        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for name in names if name != CHECKSUMS and name not in _LATER)
     files = dict(zip(names, _in_parallel(lambda name: _describe(folder / name), names), strict=True))
     text = json.dumps({"version": 1, "files": files, "files_sha256": _digest(files)}, indent=0)
     atomic_write_text(folder / CHECKSUMS, text)
+    sync_tree(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring every file and folder below `folder`, and itself, to the disk: after a power cut they are there. Raises OSError."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
 
 
 def find_damage(folder: Path, below: str = "") -> str | None:
     """Compare a checkpoint with its checksums: None when all is well, else what is wrong, beginning with a file's name.
 
     Args:
-      below: only files whose path below `folder` starts with this, such as `model/`.
+      below: only files whose path below `folder` starts with this, such as `model/` (and what the checkpoint says of itself).
 
-    A checkpoint without `checksums.json` (an older version's) cannot be compared: None; see `has_checksums`.
+    A missing `checksums.json` is damage where the checkpoint says that it was written. An older version's checkpoint does
+    not say so, and cannot be compared: None; see `has_checksums`. A step's folder must have the step's number for a name.
     """
-    path = folder / CHECKSUMS
-    if not path.exists():
-        return None
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            return f"{CHECKSUMS}: too large"
-        record = json.loads(path.read_text(encoding="utf-8"))
+        if wrong := _irregular(folder, below):
+            return wrong
+        note = _own_note(folder)
+    except OSError as error:
+        return f"{below or folder.name}: {error.strerror}"
+    if isinstance(note, str):
+        return note
+    if not (folder / CHECKSUMS).exists():
+        return f"{CHECKSUMS}: missing" if note.get("checksums") else None
+    if wrong := compare_files(folder, (below, EXTRA_FILE, _DESCRIPTION)):
+        return wrong
+    step = note.get("step")
+    if folder.name.isdecimal() and step is not None and step != int(folder.name):
+        return f"{EXTRA_FILE}: it is of step {excerpt(step)}, and the folder was renamed"
+    return None
+
+
+def compare_files(folder: Path, below: tuple[str, ...] = ("",)) -> str | None:
+    """Compare files with `checksums.json`, which must be there: None, or what is wrong, beginning with a file's name.
+
+    Args:
+      below: only files whose path starts with one of these.
+    """
+    try:
+        record = read_json_object(folder / CHECKSUMS, CheckpointError, _MAX_BYTES)
         files = record["files"]
         if record["version"] != 1 or record["files_sha256"] != _digest(files):
             return f"{CHECKSUMS}: does not match itself"
@@ -60,7 +107,7 @@ def find_damage(folder: Path, below: str = "") -> str | None:
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
             return f"{CHECKSUMS}: names files outside of the checkpoint"
         wanted = [(files[name]["bytes"], files[name]["sha256"]) for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return f"{CHECKSUMS}: not readable"
 
     def check(item: tuple[str, tuple[Any, Any]]) -> str | None:
@@ -69,18 +116,43 @@ def find_damage(folder: Path, below: str = "") -> str | None:
             if not (folder / name).is_file():
                 return f"{name}: missing"
             if (folder / name).stat().st_size != size:
-                return f"{name}: {(folder / name).stat().st_size} bytes instead of {size}"
+                return f"{name}: {(folder / name).stat().st_size} bytes instead of {excerpt(size)}"
             if _describe(folder / name)["sha256"] != sha256:
                 return f"{name}: its content changed since it was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        except (OSError, ValueError) as error:
+            return f"{show(name)}: {getattr(error, 'strerror', None) or error}"
         return None
 
     return next((wrong for wrong in _in_parallel(check, list(zip(names, wanted, strict=True))) if wrong), None)
 
 
 def has_checksums(folder: Path) -> bool:
+    """Whether `find_damage` can compare the files of a checkpoint."""
     return (folder / CHECKSUMS).exists()
+
+
+def _irregular(folder: Path, below: str) -> str | None:
+    """A pipe or a device among the files, at which a reader would hang."""
+    for path in (folder / below, folder / EXTRA_FILE, folder / _DESCRIPTION, folder / CHECKSUMS):
+        places = [path] if not path.is_dir() else (Path(root, name) for root, _, names in os.walk(path) for name in names)
+        for place in places:
+            if os.path.lexists(place) and not (place.is_file() or place.is_dir()):
+                return f"{place.relative_to(folder).as_posix()}: not a regular file"
+    return None
+
+
+def _own_note(folder: Path) -> dict[str, Any] | str:
+    """What a step or a converted folder says of itself (`step`, `checksums`), or what is wrong with the file that says it."""
+    for name in (EXTRA_FILE, _DESCRIPTION):
+        if os.path.lexists(folder / name):
+            try:
+                found = read_json_object(folder / name, CheckpointError, _MAX_BYTES)
+            except CheckpointError:
+                return f"{name}: not readable"
+            note = found.get(FORMAT, {}) if name == EXTRA_FILE else {"checksums": found.get("checksums")}
+            return note if isinstance(note, dict) else f"{name}: not readable"
+    # Every version wrote `extra` into a step's folder. Without it nothing would say that checksums are missing.
+    return f"{EXTRA_FILE}: missing" if folder.name.isdecimal() else {}
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ttt_jax.companion_files import read_json_object
 from ttt_jax.errors import CheckpointError
 from ttt_jax.paths import param_path
 
 _CHUNK_BYTES = 32 << 20
+MAX_STATE_BYTES = 256 << 20  # of data_state and extra
 
 
 class DamagedError(CheckpointError):
@@ -105,12 +106,9 @@ def _check_match(path: Path, stored: dict[str, Any], wanted: dict[str, Any], nou
 def read_json(path: Path, item: str) -> dict[str, Any]:
     """The JSON object that Orbax's `JsonSave` wrote. Raises DamagedError when it is not one."""
     try:
-        found = json.loads((path / item / "metadata").read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"{item} is a {type(found).__name__}, not an object")
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json_object(path / item / "metadata", CheckpointError, MAX_STATE_BYTES)
+    except CheckpointError as error:
         raise _damaged(path, error) from None
-    return found
 
 
 def _damaged(path: Path, error: Exception) -> DamagedError:

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 
 from ttt_jax.checkpoint import find_checkpoint, load_model_params, read_run_config
+from ttt_jax.checkpoint_files import sync_tree, write_checksums
+from ttt_jax.companion_files import find_companion
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
@@ -37,8 +39,17 @@ from ttt_jax.model_folder import (
     write_description,
 )
 from ttt_jax.progress import progress
-from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE
-from ttt_jax.tensor_files import TensorFiles, TensorSource, TensorSpec, all_finite, list_names, row_blocks, write_tensors
+from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE, sync
+from ttt_jax.tensor_files import (
+    TensorFiles,
+    TensorSource,
+    TensorSpec,
+    all_finite,
+    list_names,
+    row_blocks,
+    tensor_file_names,
+    write_tensors,
+)
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -141,8 +152,10 @@ def convert(
                     writer.write(spec.name, start, array.astype(dtypes[spec.name], copy=False))
             tokenizer = "bytes" if opened.tokenizer == "bytes" else None
             write_description(folder, Description(model, raw, own, tied_head, tokenizer))
+        write_checksums(folder, tensor_file_names(folder) if to == "hf" else None)
         if opened.tokenizer != "bytes":
-            copy_companions(opened.tokenizer, folder)
+            copy_companions(opened.tokenizer, folder)  # without checksums, like config.json: people change them by hand
+        sync_tree(folder)
         if verify:
             rms = compare_logits(opened, open_source(folder))
             changed = any(spec.dtype != tensors.dtype(spec.name) for spec in specs)
@@ -170,7 +183,7 @@ def open_source(path: str | Path) -> Source:
         tokenizer = about.tokenizer or str(folder)
         block = _block(stored.block_bytes)
         return Source("converted folder", folder, about.model, about.hf_config, stored, abstract, block, tokenizer)
-    if (folder / "config.json").is_file():
+    if find_companion(folder, "config.json") is not None:
         raw = read_raw_config(folder)
         model = config_from_hf(raw, str(folder / "config.json"))
         files = TensorFiles(folder)
@@ -396,6 +409,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             parts.rename(output)
+        sync(output.parent)
     except BaseException as error:
         shutil.rmtree(parts, ignore_errors=True)
         if isinstance(error, OSError):

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from ttt_jax.companion_files import find_companion, read_json_object
 from ttt_jax.config import ModelConfig, from_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model import Runtime, Transformer, abstract_transformer
 from ttt_jax.paths import param_path
-from ttt_jax.tensor_files import TensorFiles, TensorSource, inside, list_names, read_json_object
+from ttt_jax.tensor_files import TensorFiles, TensorSource, list_names
 from ttt_jax.ttt import KERNEL
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
@@ -43,8 +44,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def read_raw_config(folder: str | Path) -> dict[str, Any]:
     """The fields of `config.json` as they are. Raises CheckpointError (no such file) or ConfigError (no JSON object)."""
-    path = inside(Path(folder), "config.json")
-    if not path.is_file():
+    path = find_companion(Path(folder), "config.json")
+    if path is None:
         raise CheckpointError(f"checkpoint {folder}: no config.json; give a Hugging Face model folder")
     return read_json_object(path, ConfigError)
 

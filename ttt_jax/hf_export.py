@@ -6,6 +6,7 @@ at all.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from collections.abc import Callable
@@ -16,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.checkpoint_files import sync_tree, write_checksums
+from ttt_jax.companion_files import MAX_TOKENIZER_BYTES, check_regular, inside
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import OWN_TTT_FIELDS, tensor_names
 from ttt_jax.model import Transformer
 from ttt_jax.paths import param_path
-from ttt_jax.tensor_files import TensorSpec, inside, write_tensors
+from ttt_jax.run_dir import sync
+from ttt_jax.tensor_files import TensorSpec, tensor_file_names, write_tensors
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -66,6 +70,7 @@ def save_pretrained(
         parts.mkdir(parents=True)
         _write_folder(model, parts, raw, dtype, max_shard_bytes, carry_from)
         parts.rename(folder)
+        sync(folder.absolute().parent)
     except OSError as error:
         shutil.rmtree(parts, ignore_errors=True)
         raise CheckpointError(f"output {folder}: could not be written ({error}); free space or choose another folder") from None
@@ -74,8 +79,10 @@ def save_pretrained(
 def _write_folder(model, parts: Path, raw: dict[str, Any], dtype: str, max_shard_bytes: int, carry_from) -> None:
     write_config(parts, raw)
     _write_tensors(model, parts, dtype, max_shard_bytes)
+    write_checksums(parts, tensor_file_names(parts))
     if carry_from is not None:
         copy_companions(carry_from, parts)
+    sync_tree(parts)
 
 
 def write_config(folder: Path, raw: dict[str, Any]) -> None:
@@ -88,18 +95,26 @@ def copy_companions(source: str | Path | None, folder: Path) -> None:
     Args:
       source: a folder, or a tokenizer.json alone; None copies nothing.
 
-    Raises: CheckpointError for a link that leaves the source's folder.
+    Raises: CheckpointError for a link that leaves the source's folder, a pipe or device, and a file of absurd size.
     """
     if source is None:
         return
     source = Path(source).expanduser()
-    if source.is_file():
-        shutil.copyfile(source, folder / "tokenizer.json")
+    if not source.is_dir():
+        _copy(source, folder / "tokenizer.json")
         return
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if inside(source, path.name).is_file():
-                shutil.copyfile(path, folder / path.name)
+    for name in sorted(entry.name for entry in source.iterdir()):  # glob would pass over links that lead nowhere
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS):
+            path = inside(source, name)
+            if not path.is_dir() or path.suffix:  # folders of further templates are left out
+                _copy(path, folder / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    size = check_regular(source, CheckpointError)
+    if size > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{source}: {size} bytes; such a file has at most {MAX_TOKENIZER_BYTES}")
+    shutil.copyfile(source, target)
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     FOLDER/ttt_jax.json            model config, tokenizer, and what restores the Hugging Face folder exactly
     FOLDER/model/                  every parameter under its dotted path, as in a checkpoint of train.py
+    FOLDER/checksums.json          SHA-256 of the two above
     FOLDER/tokenizer.json, generation_config.json, ...
 
 There is no `config.json`, so that no other tool takes the folder for a Hugging Face model. Arrays are stacked over layers, as
@@ -29,13 +30,14 @@ import tensorstore as ts
 from etils import epath
 
 from ttt_jax.checkpoint_trees import check_chunks
+from ttt_jax.companion_files import find_companion, inside, read_json_object, show
 from ttt_jax.config import ModelConfig, from_dict, to_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import tensor_names
 from ttt_jax.model import Transformer
 from ttt_jax.paths import param_path
 from ttt_jax.run_dir import atomic_write_text
-from ttt_jax.tensor_files import FLOATS, TensorSpec, all_finite, inside, list_names, read_json_object, show
+from ttt_jax.tensor_files import FLOATS, TensorSpec, all_finite, list_names
 
 DESCRIPTION = "ttt_jax.json"
 MODEL = "model"
@@ -75,19 +77,21 @@ class Description:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    return (Path(folder) / DESCRIPTION).is_file()
+    """Whether `ttt_jax.json` is there. Raises CheckpointError when it is a link that leaves the folder, or no file."""
+    return find_companion(Path(folder), DESCRIPTION) is not None
 
 
 def write_description(folder: Path, description: Description) -> None:
     fields = {"format": _FORMAT, "model": to_dict(description.model), "hf_config": description.hf_config}
     fields |= {"dtypes": description.dtypes, "tied_head": description.tied_head, "tokenizer": description.tokenizer}
+    fields["checksums"] = True  # so that a checksums.json which is gone is noticed
     atomic_write_text(folder / DESCRIPTION, json.dumps(fields, indent=2) + "\n")
 
 
 def read_description(folder: str | Path) -> Description:
     """Raises CheckpointError when `ttt_jax.json` is missing, damaged or of another version."""
-    path = inside(Path(folder), DESCRIPTION)
-    if not path.is_file():
+    path = find_companion(Path(folder), DESCRIPTION)
+    if path is None:
         raise CheckpointError(f"model {folder}: no {DESCRIPTION}; give a folder that ttt-jax convert --to orbax wrote")
     raw = read_json_object(path, CheckpointError)
     if raw.get("format") != _FORMAT:
@@ -142,6 +146,8 @@ def check_layout(folder: Path, abstract: Transformer) -> None:
             counts = [math.ceil(size / part) for size, part in zip(header["shape"], header["chunks"], strict=True)]
             for index in np.ndindex(*counts):
                 path = model / name / ".".join(map(str, index))
+                if path.is_symlink():
+                    inside(model, path.relative_to(model).as_posix())
                 if not path.is_file() or path.stat().st_size != nbytes:
                     raise CheckpointError(f"{path}: missing, or not of {nbytes} bytes; convert again")
     except OSError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from ttt_jax.companion_files import read_bounded
 from ttt_jax.config import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
 from ttt_jax.distributed import from_first_process
 from ttt_jax.errors import CheckpointError, ConfigError
@@ -41,6 +42,16 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def prepare_run_dir(config: Config) -> bool:
@@ -101,12 +112,10 @@ def read_run_config(run_dir: str | Path) -> Config:
     """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
     path = Path(run_dir) / CONFIG_FILE
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} has more than {MAX_YAML_BYTES} bytes")
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        if not os.path.lexists(path):
+            raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run")
+        tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES, CheckpointError).decode("utf-8"))
         return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
-    except FileNotFoundError:
-        raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run") from None
     except ConfigError as error:
         raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

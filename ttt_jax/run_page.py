@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttt_jax.companion_files import MAX_JSON_BYTES
 from ttt_jax.config import Config, dump_yaml
 from ttt_jax.data.quarantine import QUARANTINE_FILE
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import COLOURS, escape, figure_of, html_page, image, tidy
 from ttt_jax.run_dir import ENVIRONMENT_FILE, METRICS_FILE, atomic_write_text, read_run_config
-from ttt_jax.tensor_files import MAX_JSON_BYTES
 
 PAGE_FILE = "report.html"
 _MAX_LINES_BYTES = 512 << 20

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.checkpoint_files import CHECKSUMS, compare_files
+from ttt_jax.companion_files import inside, read_json_object, show
+from ttt_jax.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
+_NOTE = "ttt_jax_checksums"  # in the metadata of a file: the name of what holds its checksum
 MAX_HEADER_BYTES = 25_000_000  # 70B models have 0.1 MB
-MAX_JSON_BYTES = 25_000_000  # config.json and the index
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
 }  # fmt: skip
@@ -73,15 +75,21 @@ class TensorFiles:
     """The safetensors of a folder, sharded or not, as a `TensorSource`. Files are open only while they are read."""
 
     def __init__(self, folder: str | Path):
-        """Reads and checks every header. Raises CheckpointError naming the file and what is wrong with it."""
+        """Read and check every header, and compare the files with their checksums if this project wrote them.
+
+        Raises: CheckpointError naming the file and what is wrong with it.
+        """
         self.folder = Path(folder)
         self.largest_file = 0
         self._entries: dict[str, _Entry] = {}
+        promised = False
         for name, listed in _shards(self.folder).items():
             path = inside(self.folder, name)
             if not path.is_file():
                 raise CheckpointError(f"checkpoint {folder}: {name} is missing (only safetensors are read, never pickles)")
-            for tensor, entry in _read_header(path).items():
+            entries, says_so = _read_header(path)
+            promised = promised or says_so
+            for tensor, entry in entries.items():
                 if tensor in self._entries:
                     raise CheckpointError(f"checkpoint {folder}: tensor {show(tensor)} is in two files")
                 self._entries[tensor] = entry
@@ -89,6 +97,7 @@ class TensorFiles:
             if listed:
                 raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} does not hold {list_names(sorted(listed))}")
             self.largest_file = max(self.largest_file, path.stat().st_size)
+        _compare(self.folder, promised)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -131,54 +140,31 @@ def all_finite(array: np.ndarray) -> bool:
     return True
 
 
-def show(name: str) -> str:
-    """A name from a file, fit for a one-line message."""
-    name = name if len(name) <= 200 else name[:197] + "..."
-    return name if name.isprintable() else repr(name)
-
-
 def list_names(names: Sequence[str], limit: int = 100) -> str:
     shown = ", ".join(show(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder/name`, unless it is a link that leaves the folder. The `blobs` of a Hugging Face cache are its own.
-
-    Raises: CheckpointError naming the link.
-    """
-    path, root = folder / name, folder.resolve()
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise CheckpointError(f"{path}: not a readable file ({error})") from None
-    roots = [root]
-    if root.parent.name == "snapshots":  # models--X/snapshots/REVISION/file -> ../../blobs/HASH
-        roots.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in roots):
-        raise CheckpointError(f"{path}: a link to {real}, outside the checkpoint's folder; put the file itself there")
-    return path
-
-
-def read_json_object(path: Path, error: type[UserError]) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises `error`, one line."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error(f"{path}: {size} bytes; such a file has at most {MAX_JSON_BYTES}")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as problem:  # bad UTF-8, bad JSON, absurd integers, absurd nesting
-        if isinstance(problem, UserError):
-            raise
-        raise error(f"{path}: not valid JSON: {' '.join(str(problem).split())[:200]}") from None
-    except OSError as problem:
-        raise error(f"{path}: could not be read ({problem.strerror})") from None
-    if not isinstance(raw, dict):
-        raise error(f"{path}: expected an object of fields, got {type(raw).__name__}")
-    return raw
+def tensor_file_names(folder: Path) -> list[str]:
+    """The names of what `write_tensors` wrote: safetensors and their index."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == INDEX_FILE)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
+
+
+def _compare(folder: Path, promised: bool) -> None:
+    """Compare with `checksums.json`; a file of that name that the tensors do not speak of may be of another tool.
+
+    Raises: CheckpointError.
+    """
+    wrong = None
+    if promised and not (folder / CHECKSUMS).exists():
+        wrong = f"{CHECKSUMS}: missing"
+    elif promised:
+        wrong = compare_files(folder)
+    if wrong:
+        raise CheckpointError(f"checkpoint {folder}: damaged ({wrong}); restore the file, or convert the original again")
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
@@ -200,7 +186,8 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     return dict(sorted(shards.items()))
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> tuple[dict[str, _Entry], bool]:
+    """The tensors of a file, and whether it says that checksums were written beside it."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -218,7 +205,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         raise _broken(path, f"its header is not JSON: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(header, dict):
         raise _broken(path, "its header is not an object")
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", None)
+    promised = isinstance(about, dict) and about.get(_NOTE) == CHECKSUMS
     entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -227,7 +215,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         end += entry.nbytes
     if end != size:
         raise _broken(path, f"its tensors end at byte {end}, the file at {size}")
-    return entries
+    return entries, promised
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -290,7 +278,8 @@ def write_tensors(
 ) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` (one tensor at least) with their index.
 
-    Headers are written first, from the specs, so that no more than one block is held at a time.
+    Headers are written first, from the specs, so that no more than one block is held at a time. They say that there are
+    checksums, which the caller writes when everything else is there.
 
     Args:
       blocks: the rows of a tensor in order, in the spec's dtype.
@@ -314,7 +303,7 @@ def write_tensors(
 
 
 def _write_file(path: Path, specs: list[TensorSpec], blocks: Callable[[TensorSpec], Iterator[np.ndarray]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _NOTE: CHECKSUMS}}
     end = 0
     for spec in specs:
         offsets = [end, end := end + spec.nbytes]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from ttt_jax.errors import DataError
+from ttt_jax.companion_files import MAX_TOKENIZER_BYTES, companion_fields, find_companion, read_bounded
+from ttt_jax.errors import CheckpointError, DataError
 
 # Tried in this order when no file beside tokenizer.json names the end token.
-_MAX_BYTES = 512 << 20  # of a tokenizer.json; the largest in use have 35 MB
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -68,10 +67,8 @@ class JsonTokenizer:
     def __init__(self, path: Path) -> None:
         import tokenizers  # a slow import that the byte tokenizer does not need
 
+        raw = read_bounded(path, MAX_TOKENIZER_BYTES, CheckpointError)
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"more than {_MAX_BYTES} bytes")
-            raw = path.read_bytes()
             tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
         except BaseException as error:  # a malformed file raises bare Exception; a panic of its Rust code is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -101,13 +98,13 @@ class JsonTokenizer:
         return [np.asarray(item.ids, np.uint32) for item in encoded]
 
     def _find_eos(self, folder: Path) -> int | None:
-        named = _read_json(folder / "tokenizer_config.json").get("eos_token")
+        named = companion_fields(folder, "tokenizer_config.json").get("eos_token")
         if isinstance(named, dict):
             named = named.get("content")
         if isinstance(named, str) and (token := self._tokenizer.token_to_id(named)) is not None:
             return token
         for name in ("generation_config.json", "config.json"):
-            value = _read_json(folder / name).get("eos_token_id")
+            value = companion_fields(folder, name).get("eos_token_id")
             value = value[0] if isinstance(value, list) and value else value
             # A config.json may belong to a larger vocabulary than the tokenizer's.
             if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size:
@@ -125,18 +122,22 @@ def load_tokenizer(spec: str) -> Tokenizer:
       spec: `"bytes"`, a `tokenizer.json`, or a folder that holds one.
 
     Raises:
-      DataError: one line, when there is no such file or it cannot be read.
+      DataError: one line, when there is no such file, or it (or a file beside it that names the end token) cannot be read.
     """
     if spec == "bytes":
         return ByteTokenizer()
     path = Path(spec).expanduser()
-    if os.path.isdir(path):  # False, not an error, for names that no file system takes
-        path = path / "tokenizer.json"
-        if not os.path.isfile(path):
-            raise _error(spec, "the folder holds no tokenizer.json; export one, or use 'bytes'")
-    if not os.path.isfile(path):
-        raise _error(spec[:200], "no such file; give 'bytes', a tokenizer.json or a folder that holds one")
-    return JsonTokenizer(path)
+    try:
+        if os.path.isdir(path):  # False, not an error, for names that no file system takes
+            found = find_companion(path, "tokenizer.json")
+            if found is None:
+                raise _error(spec, "the folder holds no tokenizer.json; export one, or use 'bytes'")
+            return JsonTokenizer(found)
+        if not os.path.lexists(path):
+            raise _error(spec[:200], "no such file; give 'bytes', a tokenizer.json or a folder that holds one")
+        return JsonTokenizer(path)
+    except CheckpointError as error:
+        raise _error(spec[:200], str(error)) from None
 
 
 def _error(spec: str, problem: str) -> DataError:
@@ -149,12 +150,3 @@ def _one_line(error: BaseException) -> str:
 
 def _well_formed(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one: these files only refine the choice of the end token."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

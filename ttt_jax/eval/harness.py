@@ -24,8 +24,10 @@ import lm_eval.models  # pyright: ignore[reportMissingImports]  # noqa: F401  (i
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
-from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.companion_files import companion_fields
+from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
+from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.generation import Session
 from ttt_jax.model import Transformer
 from ttt_jax.progress import progress
@@ -86,7 +88,8 @@ class TTTJaxLM(TemplateLM):
         self.batch_size, self.piece = int(batch_size), piece
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         self._watch = Watch(model)
-        self._settings = _tokenizer_settings(self.path)
+        self._settings = {} if self.path is None else companion_fields(self.path, "tokenizer_config.json")
+        self._template: ChatTemplate | None = None
         bos = self._settings.get("bos_token")
         bos = bos.get("content") if isinstance(bos, dict) else bos
         ids = self.tokenizer.encode(bos) if isinstance(bos, str) else []
@@ -206,46 +209,13 @@ class TTTJaxLM(TemplateLM):
 
         Raises: UserError when the folder has none (of this name).
         """
-        found = self._settings.get("chat_template")
-        file = self.path / "chat_template.jinja" if self.path is not None else None
-        if found is None and file is not None and file.is_file():
-            found = file.read_text(encoding="utf-8")
-        if isinstance(found, list):
-            named = {entry["name"]: entry["template"] for entry in found}
-            name = chat_template if isinstance(chat_template, str) else "default"
-            if name not in named:
-                raise UserError(f"chat template {name!r}: the model has {', '.join(sorted(named))}; name one of them")
-            return named[name]
-        if not isinstance(found, str):
-            raise UserError(f"--chat: {self.path} has no chat_template in tokenizer_config.json; add it or drop --chat")
-        return found
+        return find_template(self.path, self._settings, chat_template if isinstance(chat_template, str) else "default")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages as one prompt; without `add_generation_prompt` the last message is left open, to be continued."""
-        import jinja2  # pyright: ignore[reportMissingImports]
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[reportMissingImports]
-
-        def refuse(message: str) -> None:
-            raise UserError(f"chat template: {message}")
-
-        extensions = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
-        special = {
-            name: value.get("content") if isinstance(value, dict) else value
-            for name, value in self._settings.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
-        }
-        try:
-            template = environment.from_string(self.chat_template() or "")
-            text = template.render(messages=chat_history, add_generation_prompt=add_generation_prompt, **special)
-        except jinja2.TemplateError as error:
-            raise UserError(f"chat template: cannot be rendered ({error}); fix tokenizer_config.json") from None
-        if not add_generation_prompt:
-            last = chat_history[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)]
-        return text
+        if self._template is None:
+            self._template = ChatTemplate(self.chat_template() or "", special_tokens(self._settings))
+        return self._template.render(chat_history, add_generation_prompt)
 
 
 def _load(path: Path, dtype: str | None) -> Transformer:
@@ -257,17 +227,6 @@ def _load(path: Path, dtype: str | None) -> Transformer:
     on_cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
     return load_pretrained(path, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=on_cpu))
-
-
-def _tokenizer_settings(path: Path | None) -> dict[str, Any]:
-    file = path / "tokenizer_config.json" if path is not None else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable JSON ({error}); restore it") from None
-    return settings if isinstance(settings, dict) else {}
 
 
 def main() -> int:

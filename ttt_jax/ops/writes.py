@@ -24,7 +24,7 @@ ROUNDS = 5
 LEAF = 32  # size from which on a matrix is inverted element by element
 
 
-def transformed(write: str, z_BTF, v_BTD, chunk_size: int, *, ridge: float = 1.0, unit=1.0):
+def transformed(write: str, z_BTF, v_BTD, chunk_size: int, *, ridge: float = 1.0, unit: jax.typing.ArrayLike = 1.0):
     """Make targets v' such that v'^T z is what `write` writes for (z, v); in v's dtype.
 
     Args:
