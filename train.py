@@ -50,7 +50,14 @@ def train(config: Config, stop: StopSignal) -> None:
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
     from ttt_jax.compile_cache import open_cache
-    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader, rejected_records, write_quarantine
+    from ttt_jax.data import (
+        heldout_remarks,
+        heldout_rows,
+        load_tokenizer,
+        make_loader,
+        rejected_records,
+        write_quarantine,
+    )
     from ttt_jax.distributed import any_process, initialize
     from ttt_jax.guard import Guard
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
@@ -87,6 +94,7 @@ def train(config: Config, stop: StopSignal) -> None:
     if main_process:
         warnings += write_environment(config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model)))
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
+        warnings += heldout_remarks(config, tokenizer)
 
     def fresh():
         return init_state(config, abstract, tx, first or initial_model(config, abstract.model))

@@ -141,7 +141,8 @@ def test_rejections_are_kept_with_cached_tokens(tmp_path, monkeypatch):
 def test_a_file_that_shrinks_during_the_run_is_named(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.arange(200_000, dtype=np.uint16).reshape(100, 2000) % 250)
-    config = config_of(path, data__heldout=[str(path)], data__seq_len=2000, data__batch_size=2)
+    np.save(tmp_path / "heldout.npy", np.arange(2000, dtype=np.uint16) % 240)
+    config = config_of(path, data__heldout=[str(tmp_path / "heldout.npy")], data__seq_len=2000, data__batch_size=2)
     loader = make_loader(config, tokenizer=TOKENIZER)
     next(loader)
     fresh = make_loader(replace(config, {"seed": 1}), tokenizer=TOKENIZER)

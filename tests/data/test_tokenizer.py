@@ -91,7 +91,8 @@ def test_json_without_eos(tmp_path):
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.eos_id is None
     (tmp_path / "a.txt").write_text(TEXT)
-    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "a.txt")]}
+    (tmp_path / "b.txt").write_text(TEXT.upper())
+    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "b.txt")]}
     config = replace(Config(), {"model.vocab_size": 300, "data.tokenizer": str(folder), **data})
     with pytest.raises(DataError, match=r"^config field data.eos = true: .* has no end token; set data.eos false$"):
         make_loader(config, tokenizer=tokenizer)
@@ -102,11 +103,12 @@ def test_json_through_the_loader(tmp_path):
     folder = make_tokenizer(tmp_path / "tok")
     tokenizer = load_tokenizer(str(folder))
     (tmp_path / "a.txt").write_text(TEXT)
-    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "a.txt")]}
+    (tmp_path / "b.txt").write_text(TEXT.upper())
+    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "b.txt")]}
     config = replace(Config(), {"model.vocab_size": 300, "data.seq_len": 64, "data.pack": False, **data})
     row = heldout_rows(config, tokenizer=tokenizer, rows=1)
     ids = row["ids"][row["segment_ids"] == 1]
-    assert ids.tolist() == [*tokenizer.encode(TEXT), tokenizer.eos_id]
+    assert ids.tolist() == [*tokenizer.encode(TEXT.upper()), tokenizer.eos_id]
     batch = next(make_loader(config, tokenizer=tokenizer))
     assert tokenizer.decode(batch["ids"][0]) == TEXT
 
