@@ -65,6 +65,7 @@ def train(config: Config, stop: StopSignal) -> None:
     from ttt_jax.records import DocumentLog, EventLog
     from ttt_jax.recovery import Recovery
     from ttt_jax.report import bucket_losses, print_report, write_report
+    from ttt_jax.resume_changes import check_resume
     from ttt_jax.saving import Saver
     from ttt_jax.sharding import make_mesh
     from ttt_jax.telemetry import StepTimer, host_memory_bytes, make_probe, write_environment
@@ -89,8 +90,10 @@ def train(config: Config, stop: StopSignal) -> None:
     abstract, tx = abstract_state(config, mesh)
     # Asked of all processes: one may have created it before another one looks.
     first = None if any_process(config.run_dir.exists()) else initial_model(config, abstract.model)
+    changes = check_resume(config, loader)
     prepare_run_dir(config)  # nothing is written before everything has been checked
     cache, warnings = open_cache(config)
+    warnings += changes
     if main_process:
         warnings += write_environment(config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model)))
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))

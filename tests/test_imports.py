@@ -57,6 +57,8 @@ def test_config_is_light():
     assert not imports(path) - set(imports_any(path, *allowed, "pydantic", "ttt_jax.errors", "ttt_jax.config_yaml"))
     below = ROOT / "ttt_jax/config_yaml.py"
     assert not imports(below) - set(imports_any(below, "__future__", "re", "collections", "typing", "yaml"))
+    fields = ROOT / "ttt_jax/resume_fields.py"
+    assert not imports(fields) - set(imports_any(fields, "__future__"))
     errors = ROOT / "ttt_jax/errors.py"
     assert not imports(errors) - set(imports_any(errors, "__future__"))
 
@@ -98,6 +100,15 @@ def test_the_model_is_layered(name, above):
 @pytest.mark.parametrize("path", files("ttt_jax/data/*.py"), ids=module_name)
 def test_data_knows_nothing_of_the_model(path):
     assert not imports_any(path, *(f"ttt_jax.{m}" for m in ("model", "ttt", "layers", "ops", "checkpoint", "training")))
+
+
+def test_digests_know_nothing_of_files_and_configs():
+    assert not imports_any(ROOT / "ttt_jax/data/digests.py", "ttt_jax")
+
+
+def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():
+    for name in ("run_dir", "checkpoint_files", "config", "resume_fields"):
+        assert not imports_any(ROOT / f"ttt_jax/{name}.py", "ttt_jax.resume_changes", "ttt_jax.data"), name
 
 
 def test_nothing_imports_the_training_script():

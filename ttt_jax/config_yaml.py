@@ -34,17 +34,25 @@ class _Loader(yaml.SafeLoader):
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """PyYAML's time grows with the square of the depth: 1200 brackets take a second."""
         if self.flow_level >= MAX_YAML_NESTING:
-            raise yaml.YAMLError(f"more than {MAX_YAML_NESTING} brackets within one another; no field needs that")
+            raise yaml.YAMLError(
+                f"more than {MAX_YAML_NESTING} brackets within one another; no field needs that"
+            )
         super().fetch_flow_collection_start(TokenClass)
 
 
 _OTHERS = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_TAG + "int", _TAG + "float")]
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in (_TAG + "int", _TAG + "float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.yaml_implicit_resolvers = _OTHERS
-_Loader.add_implicit_resolver(_TAG + "int", re.compile(f"(?:{_INT.pattern})$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(_TAG + "float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    _TAG + "int", re.compile(f"(?:{_INT.pattern})$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _TAG + "float", re.compile(f"(?:{_FLOAT.pattern})$"), list("-+0123456789.")
+)
 
 
 def parse_yaml(text: str, is_text: Callable[[str, str], bool] = lambda field, word: False) -> Any:
@@ -66,9 +74,19 @@ def parse_yaml(text: str, is_text: Callable[[str, str], bool] = lambda field, wo
         return loader.construct_document(node)
     except yaml.YAMLError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         # From values that only look like dates or numbers, from wrong tags and from absurd nesting.
-        raise yaml.YAMLError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise yaml.YAMLError(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     finally:
         loader.dispose()
 
@@ -82,11 +100,17 @@ def _prepare(node: yaml.Node, field: str, is_text: Callable[[str, str], bool]) -
             if isinstance(key, yaml.ScalarNode):
                 name, line = key.value, key.start_mark.line + 1
                 if (first := seen.get((key.tag, name))) is not None:
-                    raise yaml.YAMLError(f"line {line}: {name[:60]!r} is given twice (first in line {first}); keep one of them")
+                    raise yaml.YAMLError(
+                        f"line {line}: {name[:60]!r} is given twice (first in line {first}); keep one of them"
+                    )
                 seen[key.tag, name] = line
             _prepare(value, f"{field}.{name}" if field else name, is_text)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _prepare(item, field, is_text)
-    elif isinstance(node, yaml.ScalarNode) and node.tag != _TAG + "null" and is_text(field, node.value):
+    elif (
+        isinstance(node, yaml.ScalarNode)
+        and node.tag != _TAG + "null"
+        and is_text(field, node.value)
+    ):
         node.tag = _TAG + "str"

@@ -18,7 +18,11 @@ SHORT = "Licensed under the Apache License. "
 
 
 def config_of(train: Path, heldout: Path | None = None, **changes) -> Config:
-    base = {"data.train": [str(train)], "data.heldout": [str(heldout)] if heldout else [], "data.seq_len": 64}
+    base = {
+        "data.train": [str(train)],
+        "data.heldout": [str(heldout)] if heldout else [],
+        "data.seq_len": 64,
+    }
     return replace(Config(), base | {"data.batch_size": 2} | changes)
 
 
@@ -33,11 +37,15 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize("how", ["itself", "copy", "symlink", "gz", "jsonl", "tokens", "tokens with an end"])
+@pytest.mark.parametrize(
+    "how", ["itself", "copy", "symlink", "gz", "jsonl", "tokens", "tokens with an end"]
+)
 def test_the_training_file_under_another_name_is_refused(tmp_path, how):
     train = tmp_path / "train.txt"
     train.write_text(LONG)
-    heldout = {"itself": train, "gz": tmp_path / "b.txt.gz", "jsonl": tmp_path / "b.jsonl"}.get(how, tmp_path / "b.txt")
+    heldout = {"itself": train, "gz": tmp_path / "b.txt.gz", "jsonl": tmp_path / "b.jsonl"}.get(
+        how, tmp_path / "b.txt"
+    )
     if how == "copy":
         heldout.write_text(LONG)
     elif how == "symlink":
@@ -51,8 +59,13 @@ def test_the_training_file_under_another_name_is_refused(tmp_path, how):
         np.save(heldout, np.array([*LONG.encode(), *([256] if "end" in how else [])], np.int32))
     message = refusal(config_of(train, heldout))
     record = 1 if how == "jsonl" else 0
-    assert message.startswith(f"config field data.heldout = '{heldout}': 1 of {record + 1} held-out documents")
-    assert f"are training documents too, for instance {heldout.name} #{record} is data.train's train.txt #0" in message
+    assert message.startswith(
+        f"config field data.heldout = '{heldout}': 1 of {record + 1} held-out documents"
+    )
+    assert (
+        f"are training documents too, for instance {heldout.name} #{record} is data.train's train.txt #0"
+        in message
+    )
 
 
 def test_many_short_copies_are_refused_and_few_are_left_out(tmp_path):
@@ -63,14 +76,18 @@ def test_many_short_copies_are_refused_and_few_are_left_out(tmp_path):
     assert "40 of 40 held-out documents" in refusal(config_of(train, heldout))
     heldout.write_bytes(jsonl([*texts[:3], "fresh " * 20]))
     assert "3 of 4 held-out documents" in refusal(config_of(train, heldout))
-    heldout.write_bytes(jsonl(["fresh " * 900, SHORT, SHORT, "more of it"]))  # 70 of some 5500 tokens: above one per cent
+    heldout.write_bytes(
+        jsonl(["fresh " * 900, SHORT, SHORT, "more of it"])
+    )  # 70 of some 5500 tokens: above one per cent
     assert "2 of 4 held-out documents" in refusal(config_of(train, heldout))
     heldout.write_bytes(jsonl(["fresh " * 900, SHORT, "more of it"]))
     config = config_of(train, heldout)
     assert check_data(config, tokenizer=TOKENIZER).heldout_documents == 2
     (line,) = heldout_remarks(config, TOKENIZER)
-    assert line == f"data.heldout: left out 1 of 3 held-out documents ({len(SHORT) + 1} of {5401 + len(SHORT) + 1 + 11} tokens)" + (
-        ", which are copies of training documents"
+    assert (
+        line
+        == f"data.heldout: left out 1 of 3 held-out documents ({len(SHORT) + 1} of {5401 + len(SHORT) + 1 + 11} tokens)"
+        + (", which are copies of training documents")
     )
     rows = heldout_rows(config, tokenizer=TOKENIZER, rows=1000)
     assert not any(bytes(row[:12].astype(np.uint8)) == SHORT[:12].encode() for row in rows["ids"])

@@ -70,7 +70,10 @@ def _refuse(config: Config, train: Corpus, heldout: Corpus, copy_N: np.ndarray) 
     twin = int(np.argmax(train.digest_N == heldout.digest_N[longest]))
     (here, record), (there, other) = (
         locate(config, corpus.key_N[[place]], field=field)[0]
-        for corpus, place, field in ((heldout, longest, "data.heldout"), (train, twin, "data.train"))
+        for corpus, place, field in (
+            (heldout, longest, "data.heldout"),
+            (train, twin, "data.train"),
+        )
     )
     raise DataError(
         f"{heldout.label}: {_count(heldout, copy_N)}, are training documents too, for instance {here} #{record} is "
