@@ -104,6 +104,9 @@ def test_data_knows_nothing_of_the_model(path):
 
 def test_digests_know_nothing_of_files_and_configs():
     assert not imports_any(ROOT / "ttt_jax/data/digests.py", "ttt_jax")
+    assert not imports_any(ROOT / "ttt_jax/data/compressed.py", "ttt_jax")
+    pages = ROOT / "ttt_jax/data/parquet_pages.py"
+    assert not set(imports_any(pages, "ttt_jax")) - set(imports_any(pages, "ttt_jax.data.compressed"))
 
 
 def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():

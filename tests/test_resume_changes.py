@@ -42,7 +42,9 @@ def another_value(field):
         return [{"pattern": "x"}]
     hint = hint_of(field)
     options = [hint, *typing.get_args(hint)]
-    choices = [c for o in options if typing.get_origin(o) is typing.Literal for c in typing.get_args(o)]
+    choices = [
+        c for o in options if typing.get_origin(o) is typing.Literal for c in typing.get_args(o)
+    ]
     if choices:
         return next(choice for choice in choices if choice != now)
     if isinstance(now, bool):
@@ -122,7 +124,11 @@ def checkpoint(config, step, state):
 
 
 def contents(folder):
-    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        str(p): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in Path(folder).rglob("*")
+        if p.is_file()
+    }
 
 
 def test_a_refusal_for_changed_data_comes_before_anything_is_written(tmp_path):
@@ -176,7 +182,11 @@ def start(tmp_path, monkeypatch):
 
 
 def history(folder):
-    return [json.loads(line) for line in (folder / "environments.jsonl").read_text().splitlines() if line]
+    return [
+        json.loads(line)
+        for line in (folder / "environments.jsonl").read_text().splitlines()
+        if line
+    ]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ def numeric_settings() -> dict[str, Any]:
     found: dict[str, Any] = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     for name in _SWITCHES:
         value = getattr(jax.config, name, None)
-        found[name] = value if isinstance(value, bool | int | str) else None if value is None else str(value)
+        found[name] = (
+            value if isinstance(value, bool | int | str) else None if value is None else str(value)
+        )
     return found
 
 

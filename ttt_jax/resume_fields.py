@@ -1,9 +1,9 @@
 """Which fields of a config may change when a run continues: every field is named here, and a test sees to that.
 
-    refused    the curve would be another one
-    rounding   accepted, and said once: the same arithmetic in another order
-    measured   accepted, and said once: the curve stays, held-out figures before and after cannot be compared
-    free       accepted: where, how often and how safely, not what is computed
+refused    the curve would be another one
+rounding   accepted, and said once: the same arithmetic in another order
+measured   accepted, and said once: the curve stays, held-out figures before and after cannot be compared
+free       accepted: where, how often and how safely, not what is computed
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Hashes of what documents hold: SHA-256 of their token ids, cut to 64 bits.
 
-Text is hashed whole while it is tokenised. An `.npy` file, or the cached tokens of a large text, is hashed whole up to its first
-2^30 tokens. Of what lies behind them, 4,096 pieces of 16,384 tokens are hashed, at equal distances, the last tokens included.
+Text is hashed whole while it is tokenised. An `.npy` file, or the cached tokens of a large text, is
+hashed whole up to its first 2^30 tokens. Of what lies behind them, 4,096 pieces of 16,384 tokens are
+hashed, at equal distances, the last tokens included.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def split(config: Config, tokenizer: Tokenizer) -> Split:
         return Split(train, heldout, None)
     if copy_N.all():
         raise DataError(
-            f"{heldout.label}: all {len(copy_N)} documents that data.heldout_fraction = {config.data.heldout_fraction} holds out "
-            "are copies of training documents; remove the copies, or name other files in data.heldout"
+            f"{heldout.label}: all {len(copy_N)} documents that data.heldout_fraction = "
+            f"{config.data.heldout_fraction} holds out are copies of training documents; remove the "
+            "copies, or name other files in data.heldout"
         )
     field = "data.heldout" if config.data.heldout else "data.heldout_fraction"
     remark = f"{field}: left out {_count(heldout, copy_N)}, which are copies of training documents"
