@@ -191,7 +191,7 @@ def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> 
                     if not has_text:
                         _check_tokenizer(config, tokenizer)
                     has_text = True
-                    documents = tokenizer.encode_documents(batch)
+                    documents = _encode(file, tokenizer, batch)
                     end = [tokenizer.eos_id] if data.eos and tokenizer.eos_id is not None else []
                 for ids in documents:
                     writer.append(ids, end)
@@ -208,6 +208,13 @@ def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> 
         packed = np.frombuffer(rejected.to_json().encode(), np.uint8)
         tokens = writer.finish(**columns, rejected=packed, has_text=np.asarray(has_text))
         return _Part(tokens, **columns, rejected=rejected, has_text=has_text)
+
+
+def _encode(file: SourceFile, tokenizer: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_documents(texts)
+    except DataError as error:
+        raise file.error(str(error)) from None
 
 
 def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
