@@ -212,7 +212,13 @@ def test_a_batch_names_its_documents(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (heldout := tmp_path / ".heldout").mkdir()
     (heldout / "c.jsonl").write_text('{"text": "held out"}\n')
-    settings = {"train": [str(tmp_path)], "seq_len": 16, "batch_size": 4, "heldout": [str(heldout)], "format": "jsonl"}
+    settings = {
+        "train": [str(tmp_path)],
+        "seq_len": 16,
+        "batch_size": 4,
+        "heldout": [str(heldout)],
+        "format": "jsonl",
+    }
     config = from_dict(RunConfig, {"data": settings})
     tokenizer = load_tokenizer("bytes")
     corpus = load_corpus(config, tokenizer)

@@ -1,4 +1,6 @@
-"""Each config field, and each switch outside the config, on a resume: refused, accepted and said once, or free."""
+"""Each config field, and each switch outside the config, on a resume: refused, accepted and said
+once, or free.
+"""
 
 import json
 import re
@@ -71,7 +73,8 @@ def test_every_field_is_in_the_table_once():
 def test_a_changed_field_is_refused_said_or_free(tmp_path, field):
     config = replace(BASE, {"runs_dir": str(tmp_path / "runs")})
     prepare_run_dir(config)
-    changed = replace(config, {field: another_value(field)})
+    value = str(tmp_path / "elsewhere") if field == "runs_dir" else another_value(field)
+    changed = replace(config, {field: value})
     assert changed != config
     if field in ("name", "runs_dir"):  # the folder is moved along
         changed.run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ def test_a_refusal_for_changed_data_comes_before_anything_is_written(tmp_path):
     assert check_resume(config, loader) == []
 
 
-# ------------------------------------------------------------------------------------------- environment
+# -------------------------------------------------------------------------------------- environment
 
 NOW: dict[str, typing.Any] = {
     "date": "d",
@@ -167,7 +170,8 @@ NOW: dict[str, typing.Any] = {
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Writes the environment of a start that differs from NOW in some places; returns its warnings."""
+    """Writes the environment of a start that differs from NOW in some places; returns its warnings.
+    """
 
     def run(**groups):
         now = json.loads(json.dumps(NOW))

@@ -243,9 +243,9 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
     Args:
       path: YAML file; None takes `configs/default.yaml`'s place with the dataclass defaults.
-      overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as it is
-        written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`, `null`,
-        `1e-4`). Of two for one field the last counts.
+      overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as
+        it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
+        `null`, `1e-4`). Of two for one field the last counts.
 
     Raises:
       ConfigError: one line naming the field, the value and the fix.
@@ -275,20 +275,39 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _as_written(cls: type, field: str, word: str) -> bool:
-    """Whether a word is a text field's value. `off` of a field that may be null is not: it could mean either."""
+    """Whether a word is a text field's value. `off` of a field that may be null is not: it could
+    mean either.
+    """
     hint = _hint(cls, field)
-    switched = _takes(hint, type(None)) and not _takes(hint, tuple) and word.lower() in ("off", "no", "false")
+    switched = (
+        _takes(hint, type(None))
+        and not _takes(hint, tuple)
+        and word.lower() in ("off", "no", "false")
+    )
     return _takes(hint, str) and not switched
 
 
 def _refuse_switches(kind: Any, value: Any, name: str) -> None:
-    """Raise ConfigError for a boolean (`yes`, `on`) in the place of a number, which pydantic would take for 1 or 0."""
+    """Raise ConfigError for a boolean (`yes`, `on`) in the place of a number, which pydantic would
+    take for 1 or 0.
+    """
     if isinstance(value, bool) and not _takes(kind, bool):
-        fix = "write null for none, or the word in quotes" if _takes(kind, type(None)) else "the field is none"
-        raise ConfigError(f"config field {name} = {str(value).lower()}: a switch (yes, no, on, off, true, false); {fix}")
+        fix = (
+            "write null for none, or the word in quotes"
+            if _takes(kind, type(None))
+            else "the field is none"
+        )
+        raise ConfigError(
+            f"config field {name} = {str(value).lower()}: a switch (yes, no, on, off, true, "
+            f"false); {fix}"
+        )
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         for key, item in value.items():
-            _refuse_switches(_hint(typing.cast(type, kind), str(key)), item, f"{name}.{key}" if name else str(key))
+            _refuse_switches(
+                _hint(typing.cast(type, kind), str(key)),
+                item,
+                f"{name}.{key}" if name else str(key),
+            )
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             group = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), kind)
@@ -296,7 +315,9 @@ def _refuse_switches(kind: Any, value: Any, name: str) -> None:
 
 
 def _hint(cls: type, field: str) -> Any:
-    """The type of a dotted field below `cls`, items of a list under the list's name; None when there is no such field."""
+    """The type of a dotted field below `cls`, items of a list under the list's name; None when
+    there is no such field.
+    """
     kind: Any = cls
     for part in field.split("."):
         group = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), None)
@@ -316,7 +337,9 @@ def _takes(kind: Any, wanted: type) -> bool:
 
 @functools.cache
 def _kinds(kind: Any) -> frozenset[Any]:
-    """The classes that a type is made of: `tuple[str, ...] | None` is tuple, str and NoneType; a Literal, its values' types."""
+    """The classes that a type is made of: `tuple[str, ...] | None` is tuple, str and NoneType; a
+    Literal, its values' types.
+    """
     if typing.get_origin(kind) is Literal:
         return frozenset(type(value) for value in typing.get_args(kind))
     found = {typing.get_origin(kind) or kind}
@@ -343,7 +366,9 @@ def replace(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tuple[str, Any]]:
-    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for what is a text."""
+    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for what is
+    a text.
+    """
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -382,10 +407,14 @@ def _scalar(key: str, word: str, cls: type) -> Any:
         if not quoted and not optional and not listed and _as_written(cls, key, word):
             return word
     try:
-        return parse_yaml(word, lambda field, word: _as_written(cls, f"{key}.{field}" if field else key, word))
+        return parse_yaml(
+            word, lambda field, word: _as_written(cls, f"{key}.{field}" if field else key, word)
+        )
     except yaml.YAMLError as error:
         twice = str(error).partition(": ")[2] if "given twice" in str(error) else ""
-        raise ConfigError(f"--{key} {word[:60]!r}: {twice or 'not a YAML value; quote it or check its brackets'}") from None
+        raise ConfigError(
+            f"--{key} {word[:60]!r}: {twice or 'not a YAML value; quote it or check its brackets'}"
+        ) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -395,11 +424,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"config {path}: more than {MAX_YAML_BYTES} bytes; give a config")
-        tree = parse_yaml(path.read_text(encoding="utf-8"), lambda *place: _as_written(Config, *place))
+        tree = parse_yaml(
+            path.read_text(encoding="utf-8"), lambda *place: _as_written(Config, *place)
+        )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+        raise ConfigError(
+            f"config {path}: cannot be read ({error.strerror}); give a YAML file"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

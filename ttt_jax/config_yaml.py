@@ -1,7 +1,9 @@
-"""YAML for configs: plain data only, and nothing that YAML 1.1 would read as another thing than what stands there.
+"""YAML for configs: plain data only, and nothing that YAML 1.1 would read as another thing than
+what stands there.
 
-`no` and `123` are texts where the field is a text, `0100` is no octal number and `1:30` no 90, and a key that is written twice
-is refused. This module imports only PyYAML, so that `--help` is instant.
+`no` and `123` are texts where the field is a text, `0100` is no octal number and `1:30` no 90, and
+a key that is written twice is refused. This module imports only PyYAML, so that `--help` is
+instant.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ NULLS = ("", "~", "null", "Null", "NULL")
 # Without YAML 1.1's octal numbers (0100) and its base 60 (1:30): nobody means these.
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)")
 _FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
 )
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a few lines of them stand for gigabytes) and absurd nesting: no config needs either."""
+    """Safe YAML without aliases (a few lines of them stand for gigabytes) and absurd nesting: no
+    config needs either.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -59,11 +64,12 @@ def parse_yaml(text: str, is_text: Callable[[str, str], bool] = lambda field, wo
     """Plain data from YAML.
 
     Args:
-      is_text: whether the word of a dotted field is taken as it is written. A null stays one. Items of a list have the name
-        of the list.
+      is_text: whether the word of a dotted field is taken as it is written. A null stays one. Items
+        of a list have the name of the list.
 
     Raises:
-      yaml.YAMLError: for everything that is wrong with the text, a key that is written twice included.
+      yaml.YAMLError: for everything that is wrong with the text, a key that is written twice
+      included.
     """
     loader = _Loader(text)
     try:
@@ -101,7 +107,8 @@ def _prepare(node: yaml.Node, field: str, is_text: Callable[[str, str], bool]) -
                 name, line = key.value, key.start_mark.line + 1
                 if (first := seen.get((key.tag, name))) is not None:
                     raise yaml.YAMLError(
-                        f"line {line}: {name[:60]!r} is given twice (first in line {first}); keep one of them"
+                        f"line {line}: {name[:60]!r} is given twice (first in line {first}); "
+                        "keep one of them"
                     )
                 seen[key.tag, name] = line
             _prepare(value, f"{field}.{name}" if field else name, is_text)

@@ -1,7 +1,8 @@
 """What has changed since a run's last start: refused before anything is written, or said once.
 
-`resume_fields.py` says which config fields may change. The environment counts, too: versions, devices, and the switches of
-jax and XLA that change rounding. `environment.json` describes the newest start, `environments.jsonl` each of them, a line each.
+`resume_fields.py` says which config fields may change. The environment counts, too: versions,
+devices, and the switches of jax and XLA that change rounding. `environment.json` describes the
+newest start, `environments.jsonl` each of them, a line each.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _check_resume(config: Config, loader: Loader) -> dict[str, Any]:
 
 
 def changed_fields(before: Config, now: Config) -> list[str]:
-    """Lines for the user about changed fields that are accepted: one for rounding, one for what is measured."""
+    """Lines for the user about changed fields that are accepted: one for rounding, one for what is
+    measured.
+    """
     old, new = _flat(to_dict(before)), _flat(to_dict(now))
     lines = []
     for kind, consequence in (
@@ -83,11 +86,13 @@ def changed_fields(before: Config, now: Config) -> list[str]:
     return lines
 
 
-# -------------------------------------------------------------------------------------------------- environment
+# -------------------------------------------------------------------------------------- environment
 
 
 def numeric_settings() -> dict[str, Any]:
-    """Switches outside the config that change rounding: environment variables, and jax's own as they are in effect."""
+    """Switches outside the config that change rounding: environment variables, and jax's own as
+    they are in effect.
+    """
     import jax
 
     found: dict[str, Any] = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
@@ -102,7 +107,8 @@ def numeric_settings() -> dict[str, Any]:
 def changed_environment(
     run_dir: str | Path, before: dict[str, Any] | None, now: dict[str, Any]
 ) -> list[str]:
-    """A line for the user when versions, devices or switches are not those of the last start; else none.
+    """A line for the user when versions, devices or switches are not those of the last start; else
+    none.
 
     Args:
       before, now: as `environment.json` has them; before: None at the first start.
@@ -142,7 +148,8 @@ def read_environment(run_dir: str | Path) -> dict[str, Any] | None:
 def append_environment(
     run_dir: str | Path, before: dict[str, Any] | None, now: dict[str, Any]
 ) -> None:
-    """Add a start to `environments.jsonl`; `before`, the last one, goes first where there is no such file yet.
+    """Add a start to `environments.jsonl`; `before`, the last one, goes first where there is no
+    such file yet.
 
     Raises: OSError.
     """

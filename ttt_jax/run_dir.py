@@ -1,8 +1,8 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
-              environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)  compile_cache/
-              report.html (`ttt-jax report`)
+              environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)
+              compile_cache/ report.html (`ttt-jax report`)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
 This module imports no jax, unless several processes have to agree.
@@ -111,7 +111,8 @@ def read_run_config(run_dir: str | Path) -> Config:
 
 
 def check_same_curve(run_dir: Path, config: Config) -> None:
-    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`."""
+    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`.
+    """
     try:
         before = read_run_config(run_dir)
     except CheckpointError as error:
@@ -127,7 +128,9 @@ def check_same_curve(run_dir: Path, config: Config) -> None:
 
 def _curve_fields(config: Config) -> dict[str, Any]:
     """Dotted field -> value, of the fields that shape the training curve. Derived ones in their effective form."""
-    fields = {key: value for key, value in _flatten(to_dict(config)).items() if on_resume(key) == REFUSED}
+    fields = {
+        key: value for key, value in _flatten(to_dict(config)).items() if on_resume(key) == REFUSED
+    }
     optimizer = config.optimizer
     fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)  # a ratio means a number of steps
     unused = {"optimizer.warmup_ratio"}

@@ -116,8 +116,8 @@ def write_environment(run_dir: str | Path, **facts: Any) -> list[str]:
 
     It replaces that of an earlier start; `environments.jsonl` keeps them all.
 
-    Returns: warnings: what is not as it was at the last start, and what could not be written; a full disk does
-      not keep a run from starting.
+    Returns: warnings: what is not as it was at the last start, and what could not be written; a
+      full disk does not keep a run from starting.
     """
     path = Path(run_dir) / ENVIRONMENT_FILE
     now = {**provenance(), "settings": numeric_settings(), **facts}

@@ -1,4 +1,6 @@
-"""Files that expand a thousand times: refused in one line, in little memory; what is cut short is noticed at every byte."""
+"""Files that expand a thousand times: refused in one line, in little memory; what is cut short is
+noticed at every byte.
+"""
 
 import gzip
 import io
@@ -145,7 +147,7 @@ def test_a_zst_file_that_is_cut_short_is_noticed_at_every_byte(tmp_path, name):
             stream.read()
 
 
-# -------------------------------------------------------------------------------------------- Parquet, ArrayRecord
+# ----------------------------------------------------------------------------- Parquet, ArrayRecord
 
 
 def write_dictionary(path: Path, text: str, rows: int) -> None:

@@ -165,7 +165,9 @@ def test_fewer_pieces_than_rows(tmp_path, config):
     data = str(tmp_path / "only.txt")
     (tmp_path / "other.txt").write_text("another document")
     heldout = str(tmp_path / "other.txt")
-    loader = make_loader(replace(config, {"data.train": [data], "data.heldout": [heldout]}), tokenizer=TOKENIZER)
+    loader = make_loader(
+        replace(config, {"data.train": [data], "data.heldout": [heldout]}), tokenizer=TOKENIZER
+    )
     batch = take(loader, 3)[-1]
     assert (batch["segment_ids"].max(-1) == 2).all()  # 19 tokens take 24: two of them in a row of 64
 

@@ -146,7 +146,9 @@ def test_a_file_that_shrinks_during_the_run_is_named(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.arange(200_000, dtype=np.uint16).reshape(100, 2000) % 250)
     np.save(tmp_path / "heldout.npy", np.arange(2000, dtype=np.uint16) % 240)
-    config = config_of(path, data__heldout=[str(tmp_path / "heldout.npy")], data__seq_len=2000, data__batch_size=2)
+    config = config_of(
+        path, data__heldout=[str(tmp_path / "heldout.npy")], data__seq_len=2000, data__batch_size=2
+    )
     loader = make_loader(config, tokenizer=TOKENIZER)
     next(loader)
     fresh = make_loader(replace(config, {"seed": 1}), tokenizer=TOKENIZER)
@@ -235,7 +237,9 @@ def test_lines_that_nest_too_deep_are_bad_records(tmp_path):
     assert "\n" not in str(error.value)
     found = corpus.load_corpus(replace(config, {"data.max_bad_records": 0.5}), TOKENIZER)
     assert (len(found), found.rejected.bad) == (20, len(deep))
-    assert all(entry["kind"] in ("not JSON", "wrong type", "no text") for entry in found.rejected.listed)
+    assert all(
+        entry["kind"] in ("not JSON", "wrong type", "no text") for entry in found.rejected.listed
+    )
 
 
 def test_what_killed_writers_left_in_the_cache_is_removed(tmp_path, monkeypatch):
@@ -284,9 +288,17 @@ def test_a_kill_while_tokenising_leaves_nothing_for_good(tmp_path):
         "w = cache.TokenWriter('k', np.dtype(np.uint16)); w.append(np.arange(100), [])\n"
         "print(os.listdir(os.environ['TTT_JAX_CACHE']), flush=True); os.kill(os.getpid(), 9)"
     )
-    env = {**os.environ, "TTT_JAX_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    env = {
+        **os.environ,
+        "TTT_JAX_CACHE": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
     assert "partial-" in done.stdout, done.stderr
     assert len(list(tmp_path.iterdir())) == 1
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
     assert len(list(tmp_path.iterdir())) == 1  # its own, not that of the first

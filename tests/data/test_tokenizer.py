@@ -152,7 +152,9 @@ def test_a_panic_of_the_tokenizer_is_one_line(tmp_path, capfd):
         lambda: tokenizer.encode_documents([b"a" * 40 + b"!"] * 4),
         lambda: make_loader(config, tokenizer=tokenizer),
     ):
-        with pytest.raises(DataError, match=r"tokenizer .*tokenizer\.json: fails on a text \(Onig") as error:
+        with pytest.raises(
+            DataError, match=r"tokenizer .*tokenizer\.json: fails on a text \(Onig"
+        ) as error:
             action()
         assert "\n" not in str(error.value)
     assert "data.train" in str(error.value)

@@ -100,7 +100,8 @@ class TokenWriter:
             self._spill()
 
     def finish(self, length_N: np.ndarray, **columns: Any) -> TokenArray:
-        """All tokens; the documents' lengths and the other arrays are kept beside them when they went to a file.
+        """All tokens; the documents' lengths and the other arrays are kept beside them when they
+        went to a file.
 
         Raises: DataError, one line, when the cache folder takes no more.
         """
@@ -112,9 +113,16 @@ class TokenWriter:
         try:
             self._file.flush()
             tokens_N = np.memmap(partial, dtype=self._dtype, mode="r")
-            np.savez(_index_of(partial), length_N=length_N, tokens_digest=np.uint64(digest_array(tokens_N)), **columns)
+            np.savez(
+                _index_of(partial),
+                length_N=length_N,
+                tokens_digest=np.uint64(digest_array(tokens_N)),
+                **columns,
+            )
             partial.replace(tokens)
-            _index_of(partial).replace(index)  # last and atomically: its presence says that the tokens are complete
+            _index_of(partial).replace(
+                index
+            )  # last and atomically: its presence says that the tokens are complete
         except OSError as error:
             raise _not_written(error) from None
         self._file.close()
@@ -125,7 +133,8 @@ class TokenWriter:
             if self._file is None:
                 cache_folder().mkdir(parents=True, exist_ok=True)
                 remove_partial()
-                self._file = tempfile.NamedTemporaryFile(dir=cache_folder(), prefix=_PARTIAL, delete=False)  # noqa: SIM115
+                options: Any = {"dir": cache_folder(), "prefix": _PARTIAL, "delete": False}
+                self._file = tempfile.NamedTemporaryFile(**options)  # noqa: SIM115
                 _lock(self._file)
             for block in self._blocks:
                 self._file.write(block.data)
@@ -138,14 +147,18 @@ class TokenWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # closing writes what waits, and the disk may be full
+            with contextlib.suppress(
+                OSError
+            ):  # closing writes what waits, and the disk may be full
                 self._file.close()
             for path in (Path(self._file.name), _index_of(Path(self._file.name))):
                 path.unlink(missing_ok=True)
 
 
 def remove_partial() -> None:
-    """Remove the files that writers have left which were killed. A writer holds a lock on its file while it lives."""
+    """Remove the files that writers have left which were killed. A writer holds a lock on its file
+    while it lives.
+    """
     for path in cache_folder().glob(f"{_PARTIAL}*"):
         with contextlib.suppress(OSError):
             if path.suffix == ".npz":  # nobody locks it, but it is complete within seconds
@@ -172,20 +185,24 @@ def _index_of(partial: Path) -> Path:
 
 def _not_written(error: OSError) -> DataError:
     return DataError(
-        f"cache folder {cache_folder()}: cannot write tokenised text there ({error.strerror}); free some space, or "
-        "name another folder in the environment variable TTT_JAX_CACHE"
+        f"cache folder {cache_folder()}: cannot write tokenised text there ({error.strerror}); free "
+        "some space, or name another folder in the environment variable TTT_JAX_CACHE"
     )
 
 
 def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.ndarray]] | None:
-    """What `TokenWriter` kept under `key`: tokens and the other arrays; None when nothing complete and unchanged is there."""
+    """What `TokenWriter` kept under `key`: tokens and the other arrays; None when nothing complete
+    and unchanged is there.
+    """
     tokens, index = _paths(key)
     try:
         with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # numpy closes no damaged file
             arrays = dict(saved)
         if tokens.stat().st_size != int(arrays["length_N"].sum()) * dtype.itemsize:
             return None
-        if digest_array(np.memmap(tokens, dtype=dtype, mode="r")) != int(arrays.pop("tokens_digest")):
+        if digest_array(np.memmap(tokens, dtype=dtype, mode="r")) != int(
+            arrays.pop("tokens_digest")
+        ):
             return None
     except Exception:  # absent, or damaged in one of zip's and numpy's many ways: built again
         return None

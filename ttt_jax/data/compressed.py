@@ -1,7 +1,8 @@
 """Compressed files, read in pieces, with a budget for what comes out of them.
 
-What comes out may be `MAX_RATIO` times what went in, or `FREE_BYTES`, whichever is more. Text compresses by a factor of 3 to
-20, logs that repeat themselves by 100; zeros by 1,000 (gz), 7,000 (xz) and 30,000 (zst). Memory does not depend on the ratio.
+What comes out may be `MAX_RATIO` times what went in, or `FREE_BYTES`, whichever is more. Text
+compresses by a factor of 3 to 20, logs that repeat themselves by 100; zeros by 1,000 (gz), 7,000
+(xz) and 30,000 (zst). Memory does not depend on the ratio.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ def check_budget(out: int, size: int) -> None:
     """Raise BudgetError when `out` bytes are too many for `size` compressed ones."""
     if out > FREE_BYTES and out > MAX_RATIO * size:
         raise BudgetError(
-            f"expands to more than {MAX_RATIO} times its size ({out} bytes from {size}); if that is meant, give it unpacked"
+            f"expands to more than {MAX_RATIO} times its size ({out} bytes from {size}); if that is "
+            "meant, give it unpacked"
         )
 
 
 def open_compressed(path: Path) -> IO[bytes]:
     """The bytes of a .gz, .xz or .zst file, of any number of members or frames.
 
-    Reading raises BudgetError, and what the decompressors raise: OSError, EOFError, zlib.error, lzma.LZMAError,
+    Reading raises BudgetError, and what the decompressors raise: OSError, EOFError, zlib.error,
+      lzma.LZMAError,
     zstandard.ZstdError.
 
     Raises:
@@ -70,7 +73,8 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        # What one read of the file gives, so that damage behind it takes nothing away from what came before.
+        # What one read of the file gives, so that damage behind it takes nothing away from what
+        # came before.
         data = self._stream.read1(len(buffer))
         count = len(data)
         buffer[:count] = data
@@ -86,7 +90,9 @@ class _Bounded(io.RawIOBase):
 
 
 class _ZstStream:
-    """All frames of a .zst file. zstandard's own reader takes a file that is cut short for one that ends there."""
+    """All frames of a .zst file. zstandard's own reader takes a file that is cut short for one that
+    ends there.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         if zstandard is None:
@@ -109,7 +115,8 @@ class _ZstStream:
 
 
 class _FrameWalker:
-    """A file of zstd frames as the decompressor reads it; follows the headers of frames and blocks (RFC 8878).
+    """A file of zstd frames as the decompressor reads it; follows the headers of frames and blocks
+    (RFC 8878).
 
     Attributes:
       complete: whether what has been read so far ends where a frame ends.

@@ -2,8 +2,9 @@
 
 Text is tokenised once, before training. That finds every unreadable record before anything is compiled, and it makes
 the order of training independent of the number of hosts, because document lengths are known. A small corpus stays in
-memory, a large one goes to the cache folder (`cache.py`). `.npy` files are mapped where they lie. Every document has a
-hash of its tokens (`digests.py`): a run is not continued on other ones, and held-out documents are not training documents.
+memory, a large one goes to the cache folder (`cache.py`). `.npy` files are mapped where they lie.
+Every document has a hash of its tokens (`digests.py`): a run is not continued on other ones, and
+held-out documents are not training documents.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Corpus:
       start_N: int64, its first token there.
       length_N: int64, its number of tokens.
       key_N: uint64, a hash of its identity (file name in the corpus, and index in the file); `locate` inverts it.
-      digest_N: uint64, a hash of its tokens, without an end token behind them; 0 where they were not read (digests.py).
+      digest_N: uint64, a hash of its tokens, without an end token behind them; 0 where they were
+        not read (digests.py).
       rejected: the malformed records, which were left out.
       has_text: whether any document went through the tokenizer.
       label: the config field and value that errors name.
@@ -272,7 +274,12 @@ def _map_npy(file: SourceFile, vocab_size: int, eos_id: int | None) -> _Part:
     rows, width = (1, array.size) if array.ndim == 1 else array.shape
     tokens = TokenArray(path=file.path) if mappable else TokenArray(flat)
     digest_N = digest_rows(flat, rows, width, _dtype(vocab_size), eos_id)
-    return _Part(tokens, np.full(rows, width, np.int64), _keys(file, np.arange(rows, dtype=np.int64)), digest_N)
+    return _Part(
+        tokens,
+        np.full(rows, width, np.int64),
+        _keys(file, np.arange(rows, dtype=np.int64)),
+        digest_N,
+    )
 
 
 def _check_ids(file: SourceFile, ids: np.ndarray, vocab_size: int) -> None:
@@ -309,12 +316,17 @@ def _keys(file: SourceFile, index_N: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def locate(config: Config, key_K: np.ndarray, *, field: str = "data.train") -> list[tuple[str, int]]:
-    """(file name, index of the record in it) of documents of `data.train` or `data.heldout`, by their keys.
+def locate(
+    config: Config, key_K: np.ndarray, *, field: str = "data.train"
+) -> list[tuple[str, int]]:
+    """(file name, index of the record in it) of documents of `data.train` or `data.heldout`, by
+    their keys.
 
     The inverse of `_keys`, so that nothing is stored. A file that is gone since gives ("unknown file (key ...)", -1).
     """
-    files = find_files(getattr(config.data, field.rpartition(".")[2]), field=field, format=config.data.format)
+    files = find_files(
+        getattr(config.data, field.rpartition(".")[2]), field=field, format=config.data.format
+    )
     mixed_K = _unshift(key_K, 31) * _inverse(_MIX2)
     mixed_K = _unshift(mixed_K, 27) * _inverse(_MIX1)
     mixed_K = _unshift(mixed_K, 30)

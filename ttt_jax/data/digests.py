@@ -1,8 +1,8 @@
 """Hashes of what documents hold: SHA-256 of their token ids, cut to 64 bits.
 
 Text is hashed whole while it is tokenised. An `.npy` file, or the cached tokens of a large text, is
-hashed whole up to its first 2^30 tokens. Of what lies behind them, 4,096 pieces of 16,384 tokens are
-hashed, at equal distances, the last tokens included.
+hashed whole up to its first 2^30 tokens. Of what lies behind them, 4,096 pieces of 16,384 tokens
+are hashed, at equal distances, the last tokens included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ _AT_ONCE = 1 << 24  # tokens that are converted at once
 
 
 def hashed_ranges(tokens: int) -> list[tuple[int, int]]:
-    """The ranges `(start, stop)` of an array of so many tokens that are hashed, in order, without overlap."""
+    """The ranges `(start, stop)` of an array of so many tokens that are hashed, in order, without
+    overlap.
+    """
     ranges = [(0, min(tokens, WHOLE))]
     rest = tokens - WHOLE
     if rest > 0:
@@ -36,7 +38,8 @@ def digest_tokens(ids: np.ndarray, dtype: np.dtype, eos_id: int | None = None) -
     Args:
       ids: integers `[length]`.
       dtype: unsigned; the ids are hashed as little-endian numbers of this size.
-      eos_id: an end token that does not count when it is the last one. Texts are hashed before they get theirs.
+      eos_id: an end token that does not count when it is the last one. Texts are hashed before they
+        get theirs.
     """
     if eos_id is not None and len(ids) and int(ids[-1]) == eos_id:
         ids = ids[:-1]
@@ -49,7 +52,8 @@ def digest_tokens(ids: np.ndarray, dtype: np.dtype, eos_id: int | None = None) -
 def digest_rows(
     flat_N: np.ndarray, rows: int, width: int, dtype: np.dtype, eos_id: int | None = None
 ) -> np.ndarray:
-    """uint64 `[rows]`: `digest_tokens` of each row of `width` tokens; of the parts that are hashed where that is not all.
+    """uint64 `[rows]`: `digest_tokens` of each row of `width` tokens; of the parts that are hashed
+    where that is not all.
 
     A row of which nothing is hashed has 0.
     """
@@ -71,7 +75,9 @@ def digest_rows(
 
 
 def digest_array(flat_N: np.ndarray) -> int:
-    """The hash of an array as a whole, of the ranges that are hashed; it tells whether a cached array is the one written."""
+    """The hash of an array as a whole, of the ranges that are hashed; it tells whether a cached
+    array is the one written.
+    """
     return int(digest_rows(flat_N, 1, len(flat_N), flat_N.dtype)[0]) if len(flat_N) else 0
 
 

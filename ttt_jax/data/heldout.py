@@ -1,13 +1,16 @@
 """Training and held-out documents of a config, and the rule that no document is both.
 
-Two documents are the same when their tokens are, an end token behind them left aside: the name and the format of the file, its
-compression and a link to it do not matter. Copies are never evaluated:
+Two documents are the same when their tokens are, an end token behind them left aside: the name and
+the format of the file, its compression and a link to it do not matter. Copies are never evaluated:
 
-- Held out of `data.train` itself: a held-out document that is a copy of a training document is left out, and counted.
-- Named in `data.heldout`: refused when a copy has `LONG` tokens or more, or when copies hold more than `SHARE` of all held-out
-  tokens. Fewer (an empty file, a licence that many files share) are left out, and counted.
+- Held out of `data.train` itself: a held-out document that is a copy of a training document is left
+  out, and counted.
+- Named in `data.heldout`: refused when a copy has `LONG` tokens or more, or when copies hold more
+  than `SHARE` of all held-out tokens. Fewer (an empty file, a licence that many files share) are
+  left out, and counted.
 
-Only whole documents are compared. A document that is part of a longer one, or differs by one token, is another one.
+Only whole documents are compared. A document that is part of a longer one, or differs by one token,
+is another one.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ SHARE = 0.01
 
 
 class Split(NamedTuple):
-    """Fields: the documents to train on, those to evaluate on, and a line for the user about what was left out, or None."""
+    """Fields: the documents to train on, those to evaluate on, and a line for the user about what
+    was left out, or None.
+    """
 
     train: Corpus
     heldout: Corpus
@@ -38,7 +43,8 @@ def split(config: Config, tokenizer: Tokenizer) -> Split:
     """The documents of `config`.
 
     Raises:
-      DataError: one line, for anything wrong with the files, and when held-out documents are training documents.
+      DataError: one line, for anything wrong with the files, and when held-out documents are
+        training documents.
     """
     train = load_corpus(config, tokenizer, field="data.train")
     if config.data.heldout:
@@ -54,8 +60,8 @@ def split(config: Config, tokenizer: Tokenizer) -> Split:
     if copy_N.all():
         raise DataError(
             f"{heldout.label}: all {len(copy_N)} documents that data.heldout_fraction = "
-            f"{config.data.heldout_fraction} holds out are copies of training documents; remove the "
-            "copies, or name other files in data.heldout"
+            f"{config.data.heldout_fraction} holds out are copies of training documents; remove "
+            "the copies, or name other files in data.heldout"
         )
     field = "data.heldout" if config.data.heldout else "data.heldout_fraction"
     remark = f"{field}: left out {_count(heldout, copy_N)}, which are copies of training documents"
@@ -77,8 +83,9 @@ def _refuse(config: Config, train: Corpus, heldout: Corpus, copy_N: np.ndarray) 
         )
     )
     raise DataError(
-        f"{heldout.label}: {_count(heldout, copy_N)}, are training documents too, for instance {here} #{record} is "
-        f"data.train's {there} #{other}; name other files, or take them out of data.train"
+        f"{heldout.label}: {_count(heldout, copy_N)}, are training documents too, for instance "
+        f"{here} #{record} is data.train's {there} #{other}; name other files, or take them out of "
+        "data.train"
     )
 
 
@@ -98,7 +105,9 @@ def _parts(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
 
 @functools.lru_cache(maxsize=2)
 def _copies(train: Corpus, heldout: Corpus) -> np.ndarray:
-    """bool: which held-out documents are training documents. Those whose tokens were not read (digests.py) are none."""
+    """bool: which held-out documents are training documents. Those whose tokens were not read
+    (digests.py) are none.
+    """
     return np.isin(heldout.digest_N, train.digest_N) & (heldout.digest_N != 0)
 
 

@@ -65,7 +65,13 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(
-        self, config: Config, table: PieceTable, *, tokenizer: Tokenizer, slots: Sequence[int], heldout: Corpus
+        self,
+        config: Config,
+        table: PieceTable,
+        *,
+        tokenizer: Tokenizer,
+        slots: Sequence[int],
+        heldout: Corpus,
     ) -> None:
         data = config.data
         rows = len(slots)
@@ -157,21 +163,24 @@ class Loader(Iterator[Batch]):
             before = identity.get(name)
             if before != value and not (name in _NEWER and name not in identity):
                 raise DataError(
-                    f"data state: {_NAMES.get(name, name)} changed since the checkpoint ({before} then, {value} now); restore "
-                    "the old ones, or start a new run from the checkpoint's weights with init_from"
+                    f"data state: {_NAMES.get(name, name)} changed since the checkpoint ({before} "
+                    f"then, {value} now); restore the old ones, or start a new run from the "
+                    "checkpoint's weights with init_from"
                 )
         if "content" in identity:
             return []
         return [
-            "data state: the checkpoint is of a version that recorded names and lengths of documents only; that their content "
-            "is the same was not compared, and will be from the next checkpoint on"
+            "data state: the checkpoint is of a version that recorded names and lengths of "
+            "documents only; that their content is the same was not compared, and will be from the "
+            "next checkpoint on"
         ]
 
     def set_state(self, state: dict[str, Any]) -> list[str]:
         """Continue where `state` was taken, bit for bit.
 
-        `state` may come from any process of a run with any number of them. Rows whose state it does not hold are found
-        by planning the stream again from its start, which takes about 15 microseconds for each piece of a document.
+        `state` may come from any process of a run with any number of them. Rows whose state it does
+        not hold are found by planning the stream again from its start, which takes about 15
+        microseconds for each piece of a document.
 
         Returns, raises: as `check_state`.
         """
@@ -260,7 +269,9 @@ def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected
 
 
 def heldout_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Lines for the user about the held-out documents: how many are left out because they are training documents."""
+    """Lines for the user about the held-out documents: how many are left out because they are
+    training documents.
+    """
     remark = split(config, tokenizer).remark
     return [] if remark is None else [remark]
 

@@ -1,7 +1,8 @@
 """How large the pages of a Parquet column are, read from their headers before anything is unpacked.
 
-A value of a column is part of a page, of data or of the dictionary; so the largest page says how many values may be unpacked
-at once. A dictionary of one long text takes a few kB in the file and stands for that text in every row.
+A value of a column is part of a page, of data or of the dictionary; so the largest page says how
+many values may be unpacked at once. A dictionary of one long text takes a few kB in the file and
+stands for that text in every row.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def largest_page(file: IO[bytes], start: int, length: int) -> int:
       start, length: where the chunk lies.
 
     Raises:
-      BudgetError: a page, or all of them, unpack to more than their size allows (`compressed.check_budget`).
+      BudgetError: a page, or all of them, unpack to more than their size allows
+        (`compressed.check_budget`).
       ValueError: what lies there are no pages.
     """
     place, largest, unpacked = start, 0, 0
@@ -63,11 +65,13 @@ def _read_page(file: IO[bytes], place: int) -> Page:
     return Page(end, fields[3], fields[2])
 
 
-# ------------------------------------------------------------------------------------ Thrift's compact protocol
+# ------------------------------------------------------------------------ Thrift's compact protocol
 
 
 def _read_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, int], int]:
-    """(field number -> value of the integer fields, end). Raises IndexError behind the end of `data`, ValueError."""
+    """(field number -> value of the integer fields, end). Raises IndexError behind the end of
+    `data`, ValueError.
+    """
     fields: dict[int, int] = {}
     number = 0
     while True:

@@ -1,4 +1,6 @@
-"""Panics of a library written in Rust: one line, in the place of its stack traces on standard error."""
+"""Panics of a library written in Rust: one line, in the place of its stack traces on standard
+error.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ _lock = threading.Lock()  # there is one standard error
 def panics_as_errors(what: str, fix: str) -> Iterator[None]:
     """Raise DataError, "what (the panic's first line); fix", for a panic inside.
 
-    A panic writes its message and a stack trace a thread to standard error before Python hears of it. So what is
-    written there meanwhile is held back, and shown afterwards unless it is a panic's.
+    A panic writes its message and a stack trace a thread to standard error before Python hears of
+    it. So what is written there meanwhile is held back, and shown afterwards unless it is a
+    panic's.
     """
     with _lock, _held_back() as shown:
         try:
@@ -33,7 +36,9 @@ def panics_as_errors(what: str, fix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[list[bool]]:
-    """Hold back what is written to standard error; show it at the end unless the list has been emptied by then."""
+    """Hold back what is written to standard error; show it at the end unless the list has been
+    emptied by then.
+    """
     shown = [True]
     try:
         usual = os.dup(2)

@@ -326,7 +326,8 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
 
 
 def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[bytes | None]:
-    """The values of a column, row group by row group, as many at once as `_AT_ONCE` bytes surely hold.
+    """The values of a column, row group by row group, as many at once as `_AT_ONCE` bytes surely
+    hold.
 
     Raises: BudgetError, and what pyarrow raises.
     """
@@ -334,7 +335,9 @@ def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[b
 
     with file.path.open("rb") as raw:
         for group in range(table.metadata.num_row_groups):
-            rows = max(1, min(1024, _AT_ONCE // max(1, _largest_value(raw, table, group, text_field))))
+            rows = max(
+                1, min(1024, _AT_ONCE // max(1, _largest_value(raw, table, group, text_field)))
+            )
             options = {"batch_size": rows, "row_groups": [group], "columns": [text_field]}
             for batch in table.iter_batches(**options):
                 # As bytes: pyarrow does not check that strings are UTF-8.
@@ -342,7 +345,9 @@ def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[b
 
 
 def _largest_value(raw: IO[bytes], table: Any, group: int, text_field: str) -> int:
-    """No value of the column is longer, in bytes; `_AT_ONCE` when its pages cannot be told: then one row at a time."""
+    """No value of the column is longer, in bytes; `_AT_ONCE` when its pages cannot be told: then
+    one row at a time.
+    """
     columns = table.metadata.row_group(group)
     for number in range(columns.num_columns):
         column = columns.column(number)
@@ -368,7 +373,8 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
                 records = source.__getitems__(range(start, min(start + count, len(source))))
                 out += sum(map(len, records))
                 check_budget(out, size)
-                # Nothing says how large the next ones are, so this goes by those before, one to begin with.
+                # Nothing says how large the next ones are, so this goes by those before, one to
+                # begin with.
                 count = max(1, min(1024, 2 * count, _AT_ONCE // max(1, *map(len, records))))
                 for number, record in enumerate(records, start):
                     is_tokens = record.startswith(_NPY_MAGIC)

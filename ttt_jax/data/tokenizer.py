@@ -89,7 +89,9 @@ class JsonTokenizer:
         self.fingerprint: str = hashlib.sha256(raw + str(self.eos_id).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no special tokens are added. Raises DataError when the tokenizer panics on it."""
+        """The ids of `text`; no special tokens are added. Raises DataError when the tokenizer
+        panics on it.
+        """
         with self._panics():
             return self._tokenizer.encode(_well_formed(text), add_special_tokens=False).ids
 
@@ -106,7 +108,9 @@ class JsonTokenizer:
 
     def _panics(self) -> contextlib.AbstractContextManager[None]:
         """For instance of a regular expression that gives up on a text."""
-        return panics_as_errors(f"tokenizer {self._path}: fails on a text", "use another tokenizer.json")
+        return panics_as_errors(
+            f"tokenizer {self._path}: fails on a text", "use another tokenizer.json"
+        )
 
     def _find_eos(self, folder: Path) -> int | None:
         named = _read_json(folder / "tokenizer_config.json").get("eos_token")
