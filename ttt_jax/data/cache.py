@@ -133,8 +133,7 @@ class TokenWriter:
             if self._file is None:
                 cache_folder().mkdir(parents=True, exist_ok=True)
                 remove_partial()
-                options: Any = {"dir": cache_folder(), "prefix": _PARTIAL, "delete": False}
-                self._file = tempfile.NamedTemporaryFile(**options)  # noqa: SIM115
+                self._file = _create_partial()
                 _lock(self._file)
             for block in self._blocks:
                 self._file.write(block.data)
@@ -153,6 +152,10 @@ class TokenWriter:
                 self._file.close()
             for path in (Path(self._file.name), _index_of(Path(self._file.name))):
                 path.unlink(missing_ok=True)
+
+
+def _create_partial() -> IO[bytes]:
+    return tempfile.NamedTemporaryFile(dir=cache_folder(), prefix=_PARTIAL, delete=False)
 
 
 def remove_partial() -> None:
