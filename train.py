@@ -50,7 +50,14 @@ def train(config: Config, stop: StopSignal) -> None:
 
     from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
     from ttt_jax.compile_cache import open_cache
-    from ttt_jax.data import heldout_rows, load_tokenizer, make_loader, rejected_records, write_quarantine
+    from ttt_jax.data import (
+        heldout_remarks,
+        heldout_rows,
+        load_tokenizer,
+        make_loader,
+        rejected_records,
+        write_quarantine,
+    )
     from ttt_jax.distributed import any_process, initialize
     from ttt_jax.guard import Guard
     from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
@@ -58,6 +65,7 @@ def train(config: Config, stop: StopSignal) -> None:
     from ttt_jax.records import DocumentLog, EventLog
     from ttt_jax.recovery import Recovery
     from ttt_jax.report import bucket_losses, print_report, write_report
+    from ttt_jax.resume_changes import check_resume
     from ttt_jax.saving import Saver
     from ttt_jax.sharding import make_mesh
     from ttt_jax.start_check import checked_start
@@ -83,11 +91,14 @@ def train(config: Config, stop: StopSignal) -> None:
     abstract, tx = abstract_state(config, mesh)
     # Asked of all processes: one may have created it before another one looks.
     first = None if any_process(config.run_dir.exists()) else checked_start(config, abstract.model, rows, mesh)
+    changes = check_resume(config, loader)
     prepare_run_dir(config)  # nothing is written before everything has been checked
     cache, warnings = open_cache(config)
+    warnings += changes
     if main_process:
         warnings += write_environment(config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model)))
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
+        warnings += heldout_remarks(config, tokenizer)
 
     def fresh():
         return init_state(config, abstract, tx, first or initial_model(config, abstract.model))

@@ -87,8 +87,17 @@ def test_off_elsewhere_and_unusable(config, tmp_path, monkeypatch):
 def test_training_is_the_same_bit_for_bit(tmp_path):
     """Without the cache, with an empty one, and with a full one of which an entry is damaged."""
     (tmp_path / "text.txt").write_text("fast weights update chunk by chunk " * 60)
-    text, runs, cache = (tmp_path / name for name in ("text.txt", "runs", "c"))
-    words = [*TINY, f"--data.train={text}", f"--data.heldout={text}", f"--runs_dir={runs}", f"--compile_cache={cache}"]
+    (tmp_path / "heldout.txt").write_text("fast weights are read chunk by chunk " * 60)
+    text, heldout, runs, cache = (
+        tmp_path / name for name in ("text.txt", "heldout.txt", "runs", "c")
+    )
+    words = [
+        *TINY,
+        f"--data.train={text}",
+        f"--data.heldout={heldout}",
+        f"--runs_dir={runs}",
+        f"--compile_cache={cache}",
+    ]
     words += ["--steps=5", "--optimizer.warmup_steps=1", "--checkpoint.every=0"]
 
     def train(*more):

@@ -277,3 +277,89 @@ def test_presets_show_no_tabs_and_fit_the_line():
     for path in PRESETS:
         if path.stem != "default":
             assert not re.search(r"\t|.{121,}", path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["off", "no", "123", "1e3", "0100", "1:30", "2024-01-01", "null", "1_0", "~x", "a: b", "[x"],
+)
+def test_a_text_field_takes_the_word_as_written(tmp_path, word):
+    assert load_config(None, ["--data.text_field", word]).data.text_field == word
+    assert load_config(None, [f"--data.text_field={word}"]).data.text_field == word
+    if word != "[x":  # a bracket opens a list
+        assert load_config(None, ["--data.train", word]).data.train == (word,)
+    assert load_config(None, ["--data.text_field", f"'{word}'"]).data.text_field == word
+    if word not in ("null", "~x", "a: b", "[x"):  # in a file these are YAML's own
+        path = tmp_path / "c.yaml"
+        path.write_text(
+            f"name: {word}\ndata:\n  train: [{word}, b]\noptimizer:\n  groups: [{{pattern: {word}}}]\n"
+        )
+        read = load_config(path, ["--name", "x"])
+        assert read.data.train == (word, "b")
+        assert read.optimizer.groups[0].pattern == word
+        assert (
+            load_config(None, ["--optimizer.groups", f"[{{pattern: {word}}}]"])
+            .optimizer.groups[0]
+            .pattern
+            == word
+        )
+
+
+def test_what_else_words_of_the_command_line_mean():
+    for name in ("off", "123", "1_0"):
+        assert load_config(None, ["--name", name]).name == name
+    assert load_config(None, ["--data.heldout", "2020,no"]).data.heldout == ("2020", "no")
+    assert load_config(None, ["--data.heldout", "[2020, no]"]).data.heldout == ("2020", "no")
+    assert load_config(None, ["--compile_cache", "null", "--init_from", "~"]).compile_cache is None
+    assert load_config(None, ["--data.pack", "off", "--log.tensorboard", "no"]).data.pack is False
+    assert load_config(None, ["--steps", "0100"]).steps == 100  # not octal
+    assert load_config(None, ["--steps", "1_000"]).steps == 1000
+    assert load_config(None, ["--optimizer.lr", "1.5e-4"]).optimizer.lr == 1.5e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--steps yes", ["config field steps = true", "a switch"]),
+        ("--optimizer.lr on", ["config field optimizer.lr = true", "a switch"]),
+        ("--steps 1:30", ["config field steps = 1:30", "integer"]),
+        ("--model.ttt.layers [yes]", ["config field model.ttt.layers.0 = true", "a switch"]),
+        (
+            "--optimizer.groups [{pattern:x,lr_multiplier:yes}]",
+            ["optimizer.groups.0.lr_multiplier = true", "a switch"],
+        ),
+        ("--compile_cache off", ["config field compile_cache = false", "write null"]),
+        ("--log.wandb no", ["config field log.wandb = false", "write null"]),
+        (
+            "--optimizer.groups [{pattern:x,pattern:y}]",
+            ["--optimizer.groups", "'pattern' is given twice"],
+        ),
+    ],
+)
+def test_a_word_that_would_become_something_else_is_refused(words, expected):
+    field, value = words.split(" ")
+    with pytest.raises(ConfigError) as error:
+        load_config(None, [field, value.replace(":", ": ") if "{" in value else value])
+    for part in expected:
+        assert part in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("steps: 1\nname: x\nsteps: 3\n", r"line 3: 'steps' is given twice \(first in line 1\)"),
+        (
+            "model:\n  ttt:\n    lr: 1\n    proj: no\n    lr: 2\n",
+            r"line 5: 'lr' is given twice \(first in line 3\)",
+        ),
+        ("model: {d_model: 1, d_model: 1}\n", "line 1: 'd_model' is given twice"),
+        ('steps: 1\n"steps": 2\n', "line 2: 'steps' is given twice"),
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused(tmp_path, text, where):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=where) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -124,6 +124,7 @@ class Data:
 
     def set_state(self, state):
         self.at = state["at"]
+        return []
 
 
 def tree(value):
@@ -209,7 +210,15 @@ def test_a_damaged_record_of_rollbacks_is_one_line(tmp_path):
 def test_a_batch_names_its_documents(tmp_path):
     for name, texts in {"a": ["x" * 50, "y" * 9], "b": ["z" * 5, "u" * 7, "v" * 20]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {"train": [str(tmp_path)], "seq_len": 16, "batch_size": 4, "heldout": [str(tmp_path)], "format": "jsonl"}
+    (heldout := tmp_path / ".heldout").mkdir()
+    (heldout / "c.jsonl").write_text('{"text": "held out"}\n')
+    settings = {
+        "train": [str(tmp_path)],
+        "seq_len": 16,
+        "batch_size": 4,
+        "heldout": [str(heldout)],
+        "format": "jsonl",
+    }
     config = from_dict(RunConfig, {"data": settings})
     tokenizer = load_tokenizer("bytes")
     corpus = load_corpus(config, tokenizer)

@@ -53,9 +53,28 @@ def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
 
 
 def test_config_is_light():
-    allowed = ("__future__", "dataclasses", "difflib", "functools", "os", "re", "typing", "pathlib", "math", "yaml", "pydantic")
+    allowed = (
+        "__future__",
+        "dataclasses",
+        "difflib",
+        "functools",
+        "os",
+        "re",
+        "types",
+        "typing",
+        "pathlib",
+        "yaml",
+    )
     path = ROOT / "ttt_jax/config.py"
-    assert not imports(path) - set(imports_any(path, *allowed, "ttt_jax.errors"))
+    assert not imports(path) - set(
+        imports_any(path, *allowed, "pydantic", "ttt_jax.errors", "ttt_jax.config_yaml")
+    )
+    below = ROOT / "ttt_jax/config_yaml.py"
+    assert not imports(below) - set(
+        imports_any(below, "__future__", "re", "collections", "typing", "yaml")
+    )
+    fields = ROOT / "ttt_jax/resume_fields.py"
+    assert not imports(fields) - set(imports_any(fields, "__future__"))
     errors = ROOT / "ttt_jax/errors.py"
     assert not imports(errors) - set(imports_any(errors, "__future__", "typing", "ttt_jax.terminal"))
     terminal = ROOT / "ttt_jax/terminal.py"
@@ -99,6 +118,22 @@ def test_the_model_is_layered(name, above):
 @pytest.mark.parametrize("path", files("ttt_jax/data/*.py"), ids=module_name)
 def test_data_knows_nothing_of_the_model(path):
     assert not imports_any(path, *(f"ttt_jax.{m}" for m in ("model", "ttt", "layers", "ops", "checkpoint", "training")))
+
+
+def test_digests_know_nothing_of_files_and_configs():
+    assert not imports_any(ROOT / "ttt_jax/data/digests.py", "ttt_jax")
+    assert not imports_any(ROOT / "ttt_jax/data/compressed.py", "ttt_jax")
+    pages = ROOT / "ttt_jax/data/parquet_pages.py"
+    assert not set(imports_any(pages, "ttt_jax")) - set(
+        imports_any(pages, "ttt_jax.data.compressed")
+    )
+
+
+def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():
+    for name in ("run_dir", "checkpoint_files", "config", "resume_fields"):
+        assert not imports_any(
+            ROOT / f"ttt_jax/{name}.py", "ttt_jax.resume_changes", "ttt_jax.data"
+        ), name
 
 
 def test_nothing_imports_the_training_script():

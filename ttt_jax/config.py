@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import re
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,9 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ttt_jax.config_yaml import MAX_YAML_BYTES as MAX_YAML_BYTES
+from ttt_jax.config_yaml import NULLS
+from ttt_jax.config_yaml import parse_yaml as parse_yaml
 from ttt_jax.errors import ConfigError
 
 T = typing.TypeVar("T")
@@ -41,8 +45,6 @@ def _as_list(value: Any) -> Any:
 Layers = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
-MAX_YAML_BYTES = 1_000_000
-MAX_YAML_NESTING = 50  # brackets within one another
 REMAT_NAMES = ("attention", "qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target")
 
 
@@ -244,7 +246,9 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
     Args:
       path: YAML file; None takes `configs/default.yaml`'s place with the dataclass defaults.
-      overrides: command-line words, `--a.b value` or `--a.b=value`; values are YAML (`[0,6,12]`, `null`, `1e-4`).
+      overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as
+        it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
+        `null`, `1e-4`). Of two for one field the last counts.
 
     Raises:
       ConfigError: one line naming the field, the value and the fix.
@@ -261,6 +265,7 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
 def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
     """Build a config dataclass from nested dictionaries; a wrong field is a one-line `ConfigError`."""
+    _refuse_switches(cls, tree, "")
     try:
         return _adapter(cls).validate_python(tree)
     except ValidationError as error:
@@ -270,6 +275,80 @@ def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can hold."""
     return _adapter(type(config)).dump_python(config, mode="json")
+
+
+def _as_written(cls: type, field: str, word: str) -> bool:
+    """Whether a word is a text field's value. `off` of a field that may be null is not: it could
+    mean either.
+    """
+    hint = _hint(cls, field)
+    switched = (
+        _takes(hint, type(None))
+        and not _takes(hint, tuple)
+        and word.lower() in ("off", "no", "false")
+    )
+    return _takes(hint, str) and not switched
+
+
+def _refuse_switches(kind: Any, value: Any, name: str) -> None:
+    """Raise ConfigError for a boolean (`yes`, `on`) in the place of a number, which pydantic would
+    take for 1 or 0.
+    """
+    if isinstance(value, bool) and not _takes(kind, bool):
+        fix = (
+            "write null for none, or the word in quotes"
+            if _takes(kind, type(None))
+            else "the field is none"
+        )
+        raise ConfigError(
+            f"config field {name} = {str(value).lower()}: a switch (yes, no, on, off, true, "
+            f"false); {fix}"
+        )
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_switches(
+                _hint(typing.cast(type, kind), str(key)),
+                item,
+                f"{name}.{key}" if name else str(key),
+            )
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            group = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), kind)
+            _refuse_switches(group, item, f"{name}.{number}")
+
+
+def _hint(cls: type, field: str) -> Any:
+    """The type of a dotted field below `cls`, items of a list under the list's name; None when
+    there is no such field.
+    """
+    kind: Any = cls
+    for part in field.split("."):
+        group = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), None)
+        kind = _hints(group).get(part) if group is not None else None
+    return kind
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _takes(kind: Any, wanted: type) -> bool:
+    """Whether a field of this type holds a `wanted`, by itself or in a list."""
+    return wanted in _kinds(kind)
+
+
+@functools.cache
+def _kinds(kind: Any) -> frozenset[Any]:
+    """The classes that a type is made of: `tuple[str, ...] | None` is tuple, str and NoneType; a
+    Literal, its values' types.
+    """
+    if typing.get_origin(kind) is Literal:
+        return frozenset(type(value) for value in typing.get_args(kind))
+    found = {typing.get_origin(kind) or kind}
+    for part in typing.get_args(kind):
+        found |= _kinds(part)
+    return frozenset(found - {types.UnionType, typing.Union, Ellipsis})
 
 
 @functools.cache
@@ -289,8 +368,10 @@ def replace(config: Any, changes: dict[str, Any]) -> Any:
     return from_dict(type(config), tree)
 
 
-def parse_overrides(words: typing.Sequence[str]) -> list[tuple[str, Any]]:
-    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`."""
+def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tuple[str, Any]]:
+    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for what is
+    a text.
+    """
     pairs, rest = [], list(words)
     while rest:
         word = rest.pop(0)
@@ -301,7 +382,8 @@ def parse_overrides(words: typing.Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ConfigError(f"argument {word!r} has no value: write {word} VALUE")
             value = rest.pop(0)
-        pairs.append((key.replace("-", "_"), _scalar(key, value)))
+        key = key.replace("-", "_")
+        pairs.append((key, _scalar(key, value, cls)))
     return pairs
 
 
@@ -318,37 +400,24 @@ def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, st
     return rows
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a few lines of them stand for gigabytes) and absurd nesting: no config needs either."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
-        return super().compose_node(parent, index)
-
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        """PyYAML's time grows with the square of the depth: 1200 brackets take a second."""
-        if self.flow_level >= MAX_YAML_NESTING:
-            raise yaml.YAMLError(f"more than {MAX_YAML_NESTING} brackets within one another; no field needs that")
-        super().fetch_flow_collection_start(TokenClass)
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain data from YAML. Raises yaml.YAMLError for everything that is wrong with the text."""
+def _scalar(key: str, word: str, cls: type) -> Any:
+    """The value of a word of the command line: of a text field the word itself, else YAML."""
+    hint = _hint(cls, key)
+    if _takes(hint, str):
+        quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
+        optional = _takes(hint, type(None)) and word in NULLS
+        listed = _takes(hint, tuple) and word.startswith("[")
+        if not quoted and not optional and not listed and _as_written(cls, key, word):
+            return word
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        # From values that only look like dates or numbers, from wrong tags and from absurd nesting.
-        raise yaml.YAMLError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _scalar(key: str, text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--{key} {text[:60]!r}: not a YAML value; quote it or check its brackets") from None
+        return parse_yaml(
+            word, lambda field, word: _as_written(cls, f"{key}.{field}" if field else key, word)
+        )
+    except yaml.YAMLError as error:
+        twice = str(error).partition(": ")[2] if "given twice" in str(error) else ""
+        raise ConfigError(
+            f"--{key} {word[:60]!r}: {twice or 'not a YAML value; quote it or check its brackets'}"
+        ) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -358,11 +427,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"config {path}: more than {MAX_YAML_BYTES} bytes; give a config")
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(
+            path.read_text(encoding="utf-8"), lambda *place: _as_written(Config, *place)
+        )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); give a YAML file") from None
+        raise ConfigError(
+            f"config {path}: cannot be read ({error.strerror}); give a YAML file"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -51,12 +51,12 @@ class Recovery:
         if rollback is not None and restored and restored[0] > rollback.restored:
             restored = self._restore(rollback.restored + 1) if rollback.restored else None
         if rollback is not None:
-            self.loader.set_state(rollback.data_state)
+            self._place_loader(rollback.data_state, rollback.step)
             return self._placed(restored, rollback.step), rollback.step, 0
         if restored is None:
             return self.fresh(), 0, 0
         step, state = restored[0], restored[1]
-        self.loader.set_state(state.data_state)
+        self._place_loader(state.data_state, step)
         return self._placed(restored, step), step, int(state.extra.get(_IN_A_ROW, 0))
 
     def notes(self, in_a_row: int) -> dict[str, Any]:
@@ -110,6 +110,10 @@ class Recovery:
         if jax.process_index() == 0:
             reason += f"; see {write_failure(config.run_dir, config, reason)}"
         raise TrainingError(from_first_process(reason))
+
+    def _place_loader(self, data_state: dict[str, Any], step: int) -> None:
+        for remark in self.loader.set_state(data_state):
+            self.events(remark, kind="resumed", step=step)
 
     def _restore(self, before: int | None) -> Any:
         return self.checkpointer.restore_newest(model=self.abstract.model, opt_state=self.abstract.opt_state, before=before)

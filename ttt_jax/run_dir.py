@@ -1,7 +1,8 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
-              environment.json  quarantine.jsonl (if records were malformed)  compile_cache/  report.html (`ttt-jax report`)
+              environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)
+              compile_cache/ report.html (`ttt-jax report`)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
 This module imports no jax, unless several processes have to agree.
@@ -20,17 +21,12 @@ from ttt_jax.companion_files import read_bounded
 from ttt_jax.config import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
 from ttt_jax.distributed import from_first_process
 from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.resume_fields import REFUSED, on_resume
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
-
-# Where and how the run is computed and watched, not what is learnt (up to rounding).
-_FREE = (
-    "name", "runs_dir", "remat_save", "mesh", "checkpoint", "guard", "log", "eval", "data.workers", "model.ttt.implementation",
-    "optimizer.accumulate", "data.max_bad_records", "compile_cache",
-)  # fmt: skip
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -89,7 +85,7 @@ def _prepare(config: Config) -> bool:
         present = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
         resuming = CONFIG_FILE in present
         if resuming:
-            _check_same_curve(run_dir, config)
+            check_same_curve(run_dir, config)
         else:
             # A run that was killed inside its very first write leaves only the temporary file.
             foreign = sorted(present - {f".{CONFIG_FILE}.tmp"})
@@ -123,7 +119,9 @@ def read_run_config(run_dir: str | Path) -> Config:
         raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it") from None
 
 
-def _check_same_curve(run_dir: Path, config: Config) -> None:
+def check_same_curve(run_dir: Path, config: Config) -> None:
+    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`.
+    """
     try:
         before = read_run_config(run_dir)
     except CheckpointError as error:
@@ -139,7 +137,9 @@ def _check_same_curve(run_dir: Path, config: Config) -> None:
 
 def _curve_fields(config: Config) -> dict[str, Any]:
     """Dotted field -> value, of the fields that shape the training curve. Derived ones in their effective form."""
-    fields = {key: value for key, value in _flatten(to_dict(config)).items() if not _is_free(key)}
+    fields = {
+        key: value for key, value in _flatten(to_dict(config)).items() if on_resume(key) == REFUSED
+    }
     optimizer = config.optimizer
     fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)  # a ratio means a number of steps
     unused = {"optimizer.warmup_ratio"}
@@ -158,10 +158,6 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(free + ".") for free in _FREE)
 
 
 def _short(value: Any) -> str:

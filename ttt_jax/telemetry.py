@@ -19,6 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.report import provenance
+from ttt_jax.resume_changes import (
+    append_environment,
+    changed_environment,
+    numeric_settings,
+    read_environment,
+)
 from ttt_jax.run_dir import ENVIRONMENT_FILE, atomic_write_text
 from ttt_jax.sharding import Mesh, batch_sharding
 
@@ -106,13 +112,20 @@ def make_probe(
 
 
 def write_environment(run_dir: str | Path, **facts: Any) -> list[str]:
-    """`environment.json`: date, commit, hardware and versions of this start, and `facts`. Replaces that of an earlier one.
+    """`environment.json`: date, commit, hardware, versions and switches of this start, and `facts`.
 
-    Returns: warnings; a full disk does not keep a run from starting.
+    It replaces that of an earlier start; `environments.jsonl` keeps them all.
+
+    Returns: warnings: what is not as it was at the last start, and what could not be written; a
+      full disk does not keep a run from starting.
     """
     path = Path(run_dir) / ENVIRONMENT_FILE
+    now = {**provenance(), "settings": numeric_settings(), **facts}
+    before = read_environment(run_dir)
+    warnings = changed_environment(run_dir, before, now)
     try:
-        atomic_write_text(path, json.dumps({**provenance(), **facts}, indent=2) + "\n")
+        atomic_write_text(path, json.dumps(now, indent=2) + "\n")
+        append_environment(run_dir, before, now)
     except OSError as error:
-        return [f"{path}: not written ({error.strerror})"]
-    return []
+        warnings.append(f"{path}: not written ({error.strerror})")
+    return warnings

@@ -163,7 +163,11 @@ def test_changed_data_or_packing_is_refused(config, tmp_path):
 def test_fewer_pieces_than_rows(tmp_path, config):
     (tmp_path / "only.txt").write_text("one short document")
     data = str(tmp_path / "only.txt")
-    loader = make_loader(replace(config, {"data.train": [data], "data.heldout": [data]}), tokenizer=TOKENIZER)
+    (tmp_path / "other.txt").write_text("another document")
+    heldout = str(tmp_path / "other.txt")
+    loader = make_loader(
+        replace(config, {"data.train": [data], "data.heldout": [heldout]}), tokenizer=TOKENIZER
+    )
     batch = take(loader, 3)[-1]
     assert (batch["segment_ids"].max(-1) == 2).all()  # 19 tokens take 24: two of them in a row of 64
 

@@ -27,6 +27,7 @@ def make_corpus(lengths: list[int]) -> Corpus:
         start_N=np.cumsum(length_N) - length_N,
         length_N=length_N,
         key_N=np.arange(len(lengths), dtype=np.uint64),
+        digest_N=np.arange(1, len(lengths) + 1, dtype=np.uint64),
         rejected=Rejected(),
         has_text=False,
         label="test",

@@ -4,6 +4,10 @@ import collections
 import errno
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -141,7 +145,10 @@ def test_rejections_are_kept_with_cached_tokens(tmp_path, monkeypatch):
 def test_a_file_that_shrinks_during_the_run_is_named(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.arange(200_000, dtype=np.uint16).reshape(100, 2000) % 250)
-    config = config_of(path, data__heldout=[str(path)], data__seq_len=2000, data__batch_size=2)
+    np.save(tmp_path / "heldout.npy", np.arange(2000, dtype=np.uint16) % 240)
+    config = config_of(
+        path, data__heldout=[str(tmp_path / "heldout.npy")], data__seq_len=2000, data__batch_size=2
+    )
     loader = make_loader(config, tokenizer=TOKENIZER)
     next(loader)
     fresh = make_loader(replace(config, {"seed": 1}), tokenizer=TOKENIZER)
@@ -216,3 +223,82 @@ def test_a_full_disk_keeps_no_run_from_starting(tmp_path, monkeypatch):
     assert text.endswith("could not be written (No space left on device)")
     assert telemetry.write_environment(tmp_path) == [f"{tmp_path / 'environment.json'}: not written (No space left on device)"]
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_that_nest_too_deep_are_bad_records(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = json.dumps({"text": "a good line"}).encode()
+    deep = [b'{"text": ' + b"[" * n + b"]" * n + b"}" for n in (900, 990, 1000, 5000, 100_000)]
+    deep += [b'{"a":' * n + b"1" + b"}" * n for n in (900, 990, 1000, 100_000)]
+    path.write_bytes(b"\n".join([good] * 20 + deep))
+    config = config_of(path, data__max_record_bytes=1 << 20)
+    with pytest.raises(DataError, match="line 21") as error:
+        corpus.load_corpus(config, TOKENIZER)
+    assert "\n" not in str(error.value)
+    found = corpus.load_corpus(replace(config, {"data.max_bad_records": 0.5}), TOKENIZER)
+    assert (len(found), found.rejected.bad) == (20, len(deep))
+    assert all(
+        entry["kind"] in ("not JSON", "wrong type", "no text") for entry in found.rejected.listed
+    )
+
+
+def test_what_killed_writers_left_in_the_cache_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "MEMORY_LIMIT", 64)
+    ids = np.arange(100, dtype=np.uint16)
+    (tmp_path / "partial-killed").write_bytes(b"x")
+    (tmp_path / "partial-killed.npz").write_bytes(b"x")
+    os.utime(tmp_path / "partial-killed.npz", (0, 0))
+    with cache.TokenWriter("living", ids.dtype) as living:
+        living.append(ids, [])
+        (mine,) = tmp_path.glob("partial-*")  # that of the killed one is gone
+        assert mine.name != "partial-killed"
+        with cache.TokenWriter("other", ids.dtype) as other:
+            other.append(ids, [])
+            assert mine.exists()
+            assert len(list(tmp_path.glob("partial-*"))) == 2
+            other.finish(np.array([100]))
+        living.finish(np.array([100]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("tokens-living.bin", "tokens-living.npz", "tokens-other.bin", "tokens-other.npz")
+    ]
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "MEMORY_LIMIT", 64)
+
+    def full(path, **arrays):
+        Path(path).write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.np, "savez", full)
+    with cache.TokenWriter("x", np.dtype(np.uint16)) as writer:
+        writer.append(np.arange(100), [])
+        with pytest.raises(DataError, match="cannot write tokenised text there") as error:
+            writer.finish(np.array([100]))
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_tokenising_leaves_nothing_for_good(tmp_path):
+    """A process that is killed cannot clean up; the next one does."""
+    script = (
+        "import os, numpy as np; from ttt_jax.data import cache; cache.MEMORY_LIMIT = 64\n"
+        "w = cache.TokenWriter('k', np.dtype(np.uint16)); w.append(np.arange(100), [])\n"
+        "print(os.listdir(os.environ['TTT_JAX_CACHE']), flush=True); os.kill(os.getpid(), 9)"
+    )
+    env = {
+        **os.environ,
+        "TTT_JAX_CACHE": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
+    assert "partial-" in done.stdout, done.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
+    assert len(list(tmp_path.iterdir())) == 1  # its own, not that of the first

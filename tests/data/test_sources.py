@@ -278,13 +278,13 @@ def test_heldout_split_is_stable_and_disjoint(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(jsonl([f"document {i}" for i in range(400)]))
     config = config_of(path, data__heldout_fraction=0.1)
-    train, heldout = corpus.split_corpus(config, corpus.load_corpus(config, TOKENIZER))
+    train, heldout = corpus.split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
     assert len(train) + len(heldout) == 400
     assert 20 < len(heldout) < 65
     assert not set(train.key_N.tolist()) & set(heldout.key_N.tolist())
 
     path.write_bytes(jsonl([f"document {i}" for i in range(800)]))  # growing the file moves no document
-    _, later = corpus.split_corpus(config, corpus.load_corpus(config, TOKENIZER))
+    _, later = corpus.split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
     assert set(later.key_N.tolist()) >= set(heldout.key_N.tolist())
     assert len(later) < 130
 

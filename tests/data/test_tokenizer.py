@@ -1,6 +1,8 @@
 """The built-in byte tokenizer and tokenizer.json files."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from ttt_jax.config import Config, replace
 from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
+from ttt_jax.data.rust_panics import panics_as_errors
 from ttt_jax.errors import DataError
 
 TEXT = "the cat sat on the mat, naïve 日本 the end"
@@ -91,7 +94,8 @@ def test_json_without_eos(tmp_path):
     tokenizer = load_tokenizer(str(folder))
     assert tokenizer.eos_id is None
     (tmp_path / "a.txt").write_text(TEXT)
-    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "a.txt")]}
+    (tmp_path / "b.txt").write_text(TEXT.upper())
+    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "b.txt")]}
     config = replace(Config(), {"model.vocab_size": 300, "data.tokenizer": str(folder), **data})
     with pytest.raises(DataError, match=r"^config field data.eos = true: .* has no end token; set data.eos false$"):
         make_loader(config, tokenizer=tokenizer)
@@ -102,11 +106,12 @@ def test_json_through_the_loader(tmp_path):
     folder = make_tokenizer(tmp_path / "tok")
     tokenizer = load_tokenizer(str(folder))
     (tmp_path / "a.txt").write_text(TEXT)
-    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "a.txt")]}
+    (tmp_path / "b.txt").write_text(TEXT.upper())
+    data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "b.txt")]}
     config = replace(Config(), {"model.vocab_size": 300, "data.seq_len": 64, "data.pack": False, **data})
     row = heldout_rows(config, tokenizer=tokenizer, rows=1)
     ids = row["ids"][row["segment_ids"] == 1]
-    assert ids.tolist() == [*tokenizer.encode(TEXT), tokenizer.eos_id]
+    assert ids.tolist() == [*tokenizer.encode(TEXT.upper()), tokenizer.eos_id]
     batch = next(make_loader(config, tokenizer=tokenizer))
     assert tokenizer.decode(batch["ids"][0]) == TEXT
 
@@ -119,3 +124,51 @@ def test_errors_are_one_line(tmp_path):
             load_tokenizer(str(tmp_path / name))
         assert str(caught.value).startswith("config field data.tokenizer = ")
         assert "\n" not in str(caught.value)
+
+
+def panicking(folder: Path) -> Path:
+    """A tokenizer whose regular expression gives up on "aaaa...": its library panics there."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate("abcdefgh x!")}, merges=[])
+    )
+    pattern = tokenizers.Regex(r"(?:a|aa|ab?)+c")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(tmp_path, capfd):
+    folder = panicking(tmp_path / "tok")
+    tokenizer = load_tokenizer(str(folder))
+    (tmp_path / "a.txt").write_text("a" * 40 + "!")
+    config = replace(
+        Config(),
+        {"model.vocab_size": 300, "data.tokenizer": str(folder), "data.train": [str(tmp_path)]}
+        | {"data.eos": False},
+    )
+    for action in (
+        lambda: tokenizer.encode("a" * 40 + "!"),
+        lambda: tokenizer.encode_documents([b"a" * 40 + b"!"] * 4),
+        lambda: make_loader(config, tokenizer=tokenizer),
+    ):
+        with pytest.raises(
+            DataError, match=r"tokenizer .*tokenizer\.json: fails on a text \(Onig"
+        ) as error:
+            action()
+        assert "\n" not in str(error.value)
+    assert "data.train" in str(error.value)
+    assert "a.txt" in str(error.value)
+    assert capfd.readouterr().err == ""
+    assert tokenizer.encode("abc") == [0, 1, 2]
+    assert tokenizer.decode([0, 1]) != ""
+
+
+def test_what_else_is_written_to_standard_error_is_shown(capfd):
+    with panics_as_errors("x", "y"):
+        os.write(2, b"a warning of another thread\n")
+    with contextlib.suppress(KeyError), panics_as_errors("x", "y"):
+        os.write(2, b"before an error\n")
+        raise KeyError
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "a warning of another thread\nbefore an error\nafter\n"

@@ -203,8 +203,8 @@ def truncated_data(folder: Path, trials: int = 1) -> str:
 
     tokens = np.random.default_rng(0).integers(0, 250, (4000, 33)).astype(np.int32)
     paths = [folder / "data" / name for name in ("train.npy", "heldout.npy")]
-    for path in paths:
-        np.save(path, tokens)
+    for path, part in zip(paths, (tokens[:3900], tokens[3900:]), strict=True):
+        np.save(path, part)
     mapped = Job(folder / "data", steps=40, runs_dir=folder / "data" / "mapped")
     mapped.words += [f"--data.train={paths[0]}", f"--data.heldout={paths[1]}"]
     mapped.finish("whole")
@@ -215,7 +215,7 @@ def truncated_data(folder: Path, trials: int = 1) -> str:
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, output
         assert "train.npy" in errors[0], errors
-    np.save(paths[0], tokens)
+    np.save(paths[0], tokens[:3900])
     mapped.finish("cut")
     mapped.assert_same("cut", "whole")
     return f"{refused}; mapped .npy: the run stopped and named the file, as the next start did; same curve with it back"

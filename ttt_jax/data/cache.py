@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 
+from ttt_jax.data.digests import digest_array
 from ttt_jax.errors import DataError
 from ttt_jax.npy_file import map_npy
 
 MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
+_PARTIAL = "partial-"  # how the names of unfinished files begin
+_STALE = 86_400.0  # seconds after which an unfinished file that cannot be locked is nobody's
 
 
 def cache_folder() -> Path:
@@ -95,32 +100,45 @@ class TokenWriter:
             self._spill()
 
     def finish(self, length_N: np.ndarray, **columns: Any) -> TokenArray:
-        """All tokens; the documents' lengths and the other arrays are kept beside them when they went to a file."""
+        """All tokens; the documents' lengths and the other arrays are kept beside them when they
+        went to a file.
+
+        Raises: DataError, one line, when the cache folder takes no more.
+        """
         if self._file is None:
             return TokenArray(np.concatenate([np.empty(0, self._dtype), *self._blocks]))
         self._spill()
-        self._file.close()
         tokens, index = _paths(self._key)
         partial = Path(self._file.name)
-        partial_index = partial.with_suffix(".npz")
-        np.savez(partial_index, length_N=length_N, **columns)
-        partial.replace(tokens)
-        partial_index.replace(index)  # last and atomically: its presence says that the tokens are complete
+        try:
+            self._file.flush()
+            tokens_N = np.memmap(partial, dtype=self._dtype, mode="r")
+            np.savez(
+                _index_of(partial),
+                length_N=length_N,
+                tokens_digest=np.uint64(digest_array(tokens_N)),
+                **columns,
+            )
+            partial.replace(tokens)
+            _index_of(partial).replace(
+                index
+            )  # last and atomically: its presence says that the tokens are complete
+        except OSError as error:
+            raise _not_written(error) from None
+        self._file.close()
         return TokenArray(path=tokens, dtype=self._dtype.str)
 
     def _spill(self) -> None:
-        folder = cache_folder()
         try:
             if self._file is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.NamedTemporaryFile(dir=folder, prefix="partial-", delete=False)  # noqa: SIM115
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                remove_partial()
+                self._file = _create_partial()
+                _lock(self._file)
             for block in self._blocks:
                 self._file.write(block.data)
         except OSError as error:
-            raise DataError(
-                f"cache folder {folder}: cannot write tokenised text there ({error.strerror}); free some space, or "
-                "name another folder in the environment variable TTT_JAX_CACHE"
-            ) from None
+            raise _not_written(error) from None
         self._blocks, self._pending = [], 0
 
     def __enter__(self) -> TokenWriter:
@@ -128,17 +146,66 @@ class TokenWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # closing writes what waits, and the disk may be full
+                self._file.close()
+            for path in (Path(self._file.name), _index_of(Path(self._file.name))):
+                path.unlink(missing_ok=True)
+
+
+def _create_partial() -> IO[bytes]:
+    return tempfile.NamedTemporaryFile(dir=cache_folder(), prefix=_PARTIAL, delete=False)
+
+
+def remove_partial() -> None:
+    """Remove the files that writers have left which were killed. A writer holds a lock on its file
+    while it lives.
+    """
+    for path in cache_folder().glob(f"{_PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if path.suffix == ".npz":  # nobody locks it, but it is complete within seconds
+                if time.time() - path.stat().st_mtime > _STALE:
+                    path.unlink()
+                continue
+            with path.open("rb") as file:
+                if _lock(file) or time.time() - path.stat().st_mtime > _STALE:
+                    path.unlink()
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; whether that was possible."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another one has it, or this file system has no locks
+        return False
+    return True
+
+
+def _index_of(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".npz")
+
+
+def _not_written(error: OSError) -> DataError:
+    return DataError(
+        f"cache folder {cache_folder()}: cannot write tokenised text there ({error.strerror}); free "
+        "some space, or name another folder in the environment variable TTT_JAX_CACHE"
+    )
 
 
 def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.ndarray]] | None:
-    """What `TokenWriter` kept under `key`: tokens and the other arrays; None when there is nothing complete."""
+    """What `TokenWriter` kept under `key`: tokens and the other arrays; None when nothing complete
+    and unchanged is there.
+    """
     tokens, index = _paths(key)
     try:
         with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # numpy closes no damaged file
             arrays = dict(saved)
         if tokens.stat().st_size != int(arrays["length_N"].sum()) * dtype.itemsize:
+            return None
+        if digest_array(np.memmap(tokens, dtype=dtype, mode="r")) != int(
+            arrays.pop("tokens_digest")
+        ):
             return None
     except Exception:  # absent, or damaged in one of zip's and numpy's many ways: built again
         return None

@@ -3,6 +3,8 @@
 Text is tokenised once, before training. That finds every unreadable record before anything is compiled, and it makes
 the order of training independent of the number of hosts, because document lengths are known. A small corpus stays in
 memory, a large one goes to the cache folder (`cache.py`). `.npy` files are mapped where they lie.
+Every document has a hash of its tokens (`digests.py`): a run is not continued on other ones, and
+held-out documents are not training documents.
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ import numpy as np
 
 from ttt_jax.config import Config
 from ttt_jax.data.cache import TokenArray, TokenWriter, load_cached
+from ttt_jax.data.digests import digest_rows, digest_tokens
 from ttt_jax.data.progress import TokenProgress
 from ttt_jax.data.quarantine import BadRecord, Rejected, Rejects
 from ttt_jax.data.sources import Record, SourceFile, find_files, open_npy, read_documents
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
-_CACHE_VERSION = 2  # of what `_tokenise` keeps
+_CACHE_VERSION = 3  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
 _CHECK_TOKENS = 1 << 30  # tokens of one .npy file that are checked up front; the rest is checked when it is read
 _recent: collections.OrderedDict[str, Corpus] = collections.OrderedDict()  # train and held-out share one corpus
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     """Documents as slices of flat token arrays.
 
@@ -39,6 +42,8 @@ class Corpus:
       start_N: int64, its first token there.
       length_N: int64, its number of tokens.
       key_N: uint64, a hash of its identity (file name in the corpus, and index in the file); `locate` inverts it.
+      digest_N: uint64, a hash of its tokens, without an end token behind them; 0 where they were
+        not read (digests.py).
       rejected: the malformed records, which were left out.
       has_text: whether any document went through the tokenizer.
       label: the config field and value that errors name.
@@ -49,6 +54,7 @@ class Corpus:
     start_N: np.ndarray
     length_N: np.ndarray
     key_N: np.ndarray
+    digest_N: np.ndarray
     rejected: Rejected
     has_text: bool
     label: str
@@ -63,12 +69,16 @@ class Corpus:
 
     def select(self, keep_N: np.ndarray) -> Corpus:
         """The documents where the boolean `keep_N` is true."""
-        columns = {name: getattr(self, name)[keep_N] for name in ("array_N", "start_N", "length_N", "key_N")}
-        return dataclasses.replace(self, **columns)
+        names = ("array_N", "start_N", "length_N", "key_N", "digest_N")
+        return dataclasses.replace(self, **{name: getattr(self, name)[keep_N] for name in names})
 
     def fingerprint(self) -> str:
         """A hash of which documents these are, and of their lengths."""
         return hashlib.sha256(self.key_N.tobytes() + self.length_N.tobytes()).hexdigest()[:16]
+
+    def content(self) -> str:
+        """A hash of the documents' tokens, as far as `digests.py` reads them."""
+        return hashlib.sha256(self.digest_N.tobytes()).hexdigest()[:16]
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.train") -> Corpus:
@@ -92,12 +102,14 @@ def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.trai
     return _recent[key]
 
 
-def split_corpus(config: Config, corpus: Corpus) -> tuple[Corpus, Corpus]:
+def split_corpus(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     """Split `data.train` into (training, held-out) documents by a hash of their identity.
+
+    Args:
+      fraction: `data.heldout_fraction`.
 
     A document's side depends on nothing but its own name and index, so that growing the corpus moves no document.
     """
-    fraction = config.data.heldout_fraction
     held_N = corpus.key_N < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
     if not held_N.any():
         held_N[np.argmin(corpus.key_N)] = True
@@ -118,6 +130,7 @@ class _Part(NamedTuple):
     tokens: TokenArray
     length_N: np.ndarray
     key_N: np.ndarray
+    digest_N: np.ndarray
     rejected: Rejected = Rejected()
     has_text: bool = False
 
@@ -126,7 +139,7 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
     text = [file for file in files if file.format != "npy"]
     mapped = [file for file in files if file.format == "npy"]
     parts = [_tokenise(config, tokenizer, text)] if text else []
-    parts += [_map_npy(file, config.model.vocab_size) for file in mapped]
+    parts += [_map_npy(file, config.model.vocab_size, tokenizer.eos_id) for file in mapped]
     rejected = parts[0].rejected
     rejected.check(label, config.data.max_bad_records)
     length_N = np.concatenate([part.length_N for part in parts])
@@ -136,6 +149,7 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
         start_N=np.concatenate([np.cumsum(part.length_N) - part.length_N for part in parts]),
         length_N=length_N,
         key_N=np.concatenate([part.key_N for part in parts]),
+        digest_N=np.concatenate([part.digest_N for part in parts]),
         rejected=rejected,
         has_text=parts[0].has_text,
         label=label,
@@ -158,11 +172,12 @@ def _text_settings(config: Config, tokenizer: Tokenizer) -> list[Any]:
 
 def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> _Part:
     data, vocab_size = config.data, config.model.vocab_size
-    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    dtype = _dtype(vocab_size)
     key = _key(files, _text_settings(config, tokenizer))
     if (cached := _cached_part(key, dtype)) is not None:
         return cached
     lengths: list[int] = []
+    digests: list[int] = []
     keys: list[np.ndarray] = []
     has_text = False
     rejects = Rejects(data.max_bad_records)
@@ -178,18 +193,30 @@ def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> 
                     if not has_text:
                         _check_tokenizer(config, tokenizer)
                     has_text = True
-                    documents = tokenizer.encode_documents(batch)
+                    documents = _encode(file, tokenizer, batch)
                     end = [tokenizer.eos_id] if data.eos and tokenizer.eos_id is not None else []
                 for ids in documents:
                     writer.append(ids, end)
                     lengths.append(len(ids) + len(end))
+                    digests.append(digest_tokens(ids, dtype, None if end else tokenizer.eos_id))
                 progress.add(sum(map(len, documents)))
             keys.append(_keys(file, np.asarray(index, np.int64)))
-        columns = {"length_N": np.asarray(lengths, np.int64), "key_N": np.concatenate(keys)}
+        columns = {
+            "length_N": np.asarray(lengths, np.int64),
+            "key_N": np.concatenate(keys),
+            "digest_N": np.asarray(digests, np.uint64),
+        }
         rejected = rejects.result()
         packed = np.frombuffer(rejected.to_json().encode(), np.uint8)
         tokens = writer.finish(**columns, rejected=packed, has_text=np.asarray(has_text))
         return _Part(tokens, **columns, rejected=rejected, has_text=has_text)
+
+
+def _encode(file: SourceFile, tokenizer: Tokenizer, texts: list[bytes]) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_documents(texts)
+    except DataError as error:
+        raise file.error(str(error)) from None
 
 
 def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
@@ -198,7 +225,7 @@ def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
         return None
     tokens, arrays = cached
     try:
-        columns = {name: arrays[name] for name in ("length_N", "key_N")}
+        columns = {name: arrays[name] for name in ("length_N", "key_N", "digest_N")}
         rejected = Rejected.from_json(arrays["rejected"].tobytes().decode())
         return _Part(tokens, **columns, rejected=rejected, has_text=bool(arrays["has_text"]))
     except (KeyError, ValueError, TypeError):
@@ -233,7 +260,12 @@ def _batches(documents: Iterator[bytes | np.ndarray]) -> Iterator[list[bytes] | 
         yield batch
 
 
-def _map_npy(file: SourceFile, vocab_size: int) -> _Part:
+def _dtype(vocab_size: int) -> np.dtype:
+    """How token ids are stored and hashed."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _map_npy(file: SourceFile, vocab_size: int, eos_id: int | None) -> _Part:
     array = open_npy(file)
     mappable = array.flags.c_contiguous  # a file in Fortran order is copied
     flat = array.reshape(-1)
@@ -241,7 +273,13 @@ def _map_npy(file: SourceFile, vocab_size: int) -> _Part:
         _check_ids(file, flat[start : min(start + (1 << 24), _CHECK_TOKENS)], vocab_size)
     rows, width = (1, array.size) if array.ndim == 1 else array.shape
     tokens = TokenArray(path=file.path) if mappable else TokenArray(flat)
-    return _Part(tokens, np.full(rows, width, np.int64), _keys(file, np.arange(rows, dtype=np.int64)))
+    digest_N = digest_rows(flat, rows, width, _dtype(vocab_size), eos_id)
+    return _Part(
+        tokens,
+        np.full(rows, width, np.int64),
+        _keys(file, np.arange(rows, dtype=np.int64)),
+        digest_N,
+    )
 
 
 def _check_ids(file: SourceFile, ids: np.ndarray, vocab_size: int) -> None:
@@ -278,12 +316,17 @@ def _keys(file: SourceFile, index_N: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def locate(config: Config, key_K: np.ndarray) -> list[tuple[str, int]]:
-    """(file name, index of the record in it) of documents of `data.train`, by their keys.
+def locate(
+    config: Config, key_K: np.ndarray, *, field: str = "data.train"
+) -> list[tuple[str, int]]:
+    """(file name, index of the record in it) of documents of `data.train` or `data.heldout`, by
+    their keys.
 
     The inverse of `_keys`, so that nothing is stored. A file that is gone since gives ("unknown file (key ...)", -1).
     """
-    files = find_files(config.data.train, field="data.train", format=config.data.format)
+    files = find_files(
+        getattr(config.data, field.rpartition(".")[2]), field=field, format=config.data.format
+    )
     mixed_K = _unshift(key_K, 31) * _inverse(_MIX2)
     mixed_K = _unshift(mixed_K, 27) * _inverse(_MIX1)
     mixed_K = _unshift(mixed_K, 30)
@@ -314,6 +357,8 @@ def _key(files: list[SourceFile], settings: list[Any]) -> str:
     digest = hashlib.sha256(repr(settings).encode())
     for file in files:
         stat = file.path.stat()
-        identity = (str(file.path.resolve()), file.name, file.format, stat.st_size, stat.st_mtime_ns)
+        # The time of the inode's last change, too: tools that copy files set the other one back.
+        times = stat.st_mtime_ns, stat.st_ctime_ns
+        identity = (str(file.path.resolve()), file.name, file.format, stat.st_size, *times)
         digest.update(repr(identity).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:24]

@@ -10,7 +10,8 @@ import grain
 import numpy as np
 
 from ttt_jax.config import Config
-from ttt_jax.data.corpus import Corpus, load_corpus, locate, split_corpus
+from ttt_jax.data.corpus import Corpus, load_corpus, locate
+from ttt_jax.data.heldout import split
 from ttt_jax.data.packing import OPEN_BINS, PATIENCE, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
 from ttt_jax.data.quarantine import Rejected
 from ttt_jax.data.tokenizer import Tokenizer
@@ -19,6 +20,12 @@ from ttt_jax.errors import DataError
 Batch = dict[str, np.ndarray]
 _FIELDS = ("ids", "targets", "weights", "segment_ids", "positions")
 _STATE_VERSION = 1
+_NAMES = {
+    "data": "the training documents (names or lengths)",
+    "content": "the content of training documents",
+    "heldout": "the held-out documents",
+}
+_NEWER = ("content", "heldout")  # what states of older versions do not have
 _DAMAGED = "data state: damaged; go on from another checkpoint"
 
 
@@ -57,7 +64,15 @@ class Loader(Iterator[Batch]):
     The global batch does not depend on how processes and `data.workers` share its rows out.
     """
 
-    def __init__(self, config: Config, table: PieceTable, *, tokenizer: Tokenizer, slots: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        table: PieceTable,
+        *,
+        tokenizer: Tokenizer,
+        slots: Sequence[int],
+        heldout: Corpus,
+    ) -> None:
         data = config.data
         rows = len(slots)
         self._config, self._table = config, table
@@ -71,6 +86,8 @@ class Loader(Iterator[Batch]):
         self._order = order.repeat(None)  # reshuffles with another seed in each epoch
         self._identity = {
             "data": table.corpus.fingerprint(),
+            "content": table.corpus.content(),
+            "heldout": heldout.fingerprint() + heldout.content(),
             "data.tokenizer": tokenizer.fingerprint,
             "data.seq_len": data.seq_len,
             "data.batch_size": data.batch_size,
@@ -129,27 +146,48 @@ class Loader(Iterator[Batch]):
             "slots": {str(slot): state for slot, state in self._states.items()},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, bit for bit.
+    def check_state(self, state: dict[str, Any]) -> list[str]:
+        """Compare what a state was taken of with this loader's data and settings; nothing changes.
 
-        `state` may come from any process of a run with any number of them. Rows whose state it does not hold are found
-        by planning the stream again from its start, which takes about 15 microseconds for each piece of a document.
+        Returns: lines for the user about what could not be compared.
 
         Raises:
           DataError: one line, when the data or how it is packed has changed since.
         """
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             raise DataError("data state: not one of this version's; start a new run, or use the version that wrote it")
-        identity, done, slots = (state.get(name) for name in ("identity", "batches", "slots"))
-        if not isinstance(identity, dict) or not isinstance(slots, dict) or type(done) is not int or done < 0:
+        identity = state.get("identity")
+        if not isinstance(identity, dict):
             raise DataError(_DAMAGED)
         for name, value in self._identity.items():
-            if (before := identity.get(name)) != value:
-                what = "the training documents or their tokens" if name == "data" else name
+            before = identity.get(name)
+            if before != value and not (name in _NEWER and name not in identity):
                 raise DataError(
-                    f"data state: {what} changed since the checkpoint ({before} then, {value} now); restore the old "
-                    "setting, or start a new run from the checkpoint's weights with init_from"
+                    f"data state: {_NAMES.get(name, name)} changed since the checkpoint ({before} "
+                    f"then, {value} now); restore the old ones, or start a new run from the "
+                    "checkpoint's weights with init_from"
                 )
+        if "content" in identity:
+            return []
+        return [
+            "data state: the checkpoint is of a version that recorded names and lengths of "
+            "documents only; that their content is the same was not compared, and will be from the "
+            "next checkpoint on"
+        ]
+
+    def set_state(self, state: dict[str, Any]) -> list[str]:
+        """Continue where `state` was taken, bit for bit.
+
+        `state` may come from any process of a run with any number of them. Rows whose state it does
+        not hold are found by planning the stream again from its start, which takes about 15
+        microseconds for each piece of a document.
+
+        Returns, raises: as `check_state`.
+        """
+        remarks = self.check_state(state)
+        done, slots = state.get("batches"), state.get("slots")
+        if not isinstance(slots, dict) or type(done) is not int or done < 0:
+            raise DataError(_DAMAGED)
         states: dict[int, dict[str, Any]] = {}
         for slot in self._slots if done else ():
             plan = SlotPlan(self._order, self._table, slot, self._total_slots)
@@ -165,6 +203,7 @@ class Loader(Iterator[Batch]):
             states[slot] = plan.get_state()
         self.close()
         self._rows_done, self._states = done, states
+        return remarks
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again starts them where the stream stands."""
@@ -206,11 +245,11 @@ def make_loader(
         raise DataError(f"process_index = {process_index}: must be from 0 to process_count - 1 = {process_count - 1}")
     if batch_size % process_count:
         raise DataError(f"config field data.batch_size = {batch_size}: must be a multiple of the {process_count} processes")
-    train, _ = _split(config, tokenizer)
+    train, heldout, _ = split(config, tokenizer)
     table = _table(config, tokenizer, train, pack=config.data.pack)
     share = batch_size // process_count
     slots = range(process_index * share, (process_index + 1) * share) if rows is None else rows
-    return Loader(config, table, tokenizer=tokenizer, slots=slots)
+    return Loader(config, table, tokenizer=tokenizer, slots=slots, heldout=heldout)
 
 
 def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
@@ -219,7 +258,7 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
     Raises:
       DataError: one line, for anything wrong with the data.
     """
-    train, heldout = _split(config, tokenizer)
+    train, heldout, _ = split(config, tokenizer)
     return DataSummary(len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum()))
 
 
@@ -227,6 +266,14 @@ def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected
     """Config field -> the malformed records of its files, for the loader's and the held-out rows' data."""
     fields = ["data.train", *(["data.heldout"] if config.data.heldout else [])]
     return {field: load_corpus(config, tokenizer, field=field).rejected for field in fields}
+
+
+def heldout_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Lines for the user about the held-out documents: how many are left out because they are
+    training documents.
+    """
+    remark = split(config, tokenizer).remark
+    return [] if remark is None else [remark]
 
 
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
@@ -237,21 +284,13 @@ def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
     Returns:
       Arrays `[R, T]`, R = `rows` or fewer when there are not enough documents.
     """
-    _, corpus = _split(config, tokenizer)
+    corpus = split(config, tokenizer).heldout
     table = _table(config, tokenizer, corpus, pack=False)
     short_P = corpus.length_N[table.document_P] < table.row_length
     # By hash within a rank, so that the rows do not all come from the first folder of the corpus.
     chosen = np.lexsort((corpus.key_N[table.document_P], short_P, table.start_P))[:rows]
     rendered = [render_row([table[i]], [table.row_length], table.row_length, table.pad_id) for i in chosen.tolist()]
     return {name: np.stack([row[name] for row in rendered]) for name in _FIELDS}
-
-
-def _split(config: Config, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """(training, held-out) documents."""
-    train = load_corpus(config, tokenizer, field="data.train")
-    if config.data.heldout:
-        return train, load_corpus(config, tokenizer, field="data.heldout")
-    return split_corpus(config, train)
 
 
 def _table(config: Config, tokenizer: Tokenizer, corpus: Corpus, *, pack: bool) -> PieceTable:

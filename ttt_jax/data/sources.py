@@ -7,8 +7,6 @@ in order, and gives a `BadRecord` in the place of a record that is no document; 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import io
 import json
 import lzma
 import os
@@ -16,10 +14,12 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
+from ttt_jax.data.compressed import SUFFIXES, BudgetError, check_budget, open_compressed
+from ttt_jax.data.parquet_pages import largest_page
 from ttt_jax.data.quarantine import BadRecord, bad_record
 from ttt_jax.errors import DataError
 from ttt_jax.npy_file import map_npy, parse_npy
@@ -30,7 +30,6 @@ except ImportError:  # needed for .zst files only
     zstandard = None
 
 STDLIB = "stdlib"
-_COMPRESSION = (".gz", ".xz", ".zst")
 _FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -42,6 +41,8 @@ _FORMATS = {
 # Of the standard library: tests, bundled third-party code, and generated or tabular modules.
 _STDLIB_SKIP = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings", "_bundled"}
 _NPY_MAGIC = b"\x93NUMPY"
+_AT_ONCE = 64 << 20  # bytes of records that are unpacked at once
+_HEAD = 1000  # bytes of a line of which an excerpt is made
 Record = bytes | np.ndarray | BadRecord
 # What the decompressors raise on a damaged file.
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError) + ((zstandard.ZstdError,) if zstandard else ())
@@ -126,6 +127,8 @@ def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iter
             count += 1
     except FileNotFoundError:
         raise file.error("has vanished; restore the file") from None
+    except BudgetError as error:
+        raise file.error(str(error)) from None
     except _DAMAGE as error:
         raise file.error(f"cannot be read beyond its first {count} records ({_one_line(error)}); replace the file") from None
 
@@ -167,7 +170,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 def _format_of(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSION:
+    if suffixes and suffixes[-1] in SUFFIXES:
         suffixes.pop()
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
@@ -204,68 +207,27 @@ def _stdlib(label: str) -> list[SourceFile]:
 
 
 def _open(file: SourceFile) -> IO[bytes]:
-    suffix = file.path.suffix.lower()
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(file.path, "rb"))
-    if suffix == ".xz":
-        return cast(IO[bytes], lzma.open(file.path, "rb"))
-    if suffix == ".zst":
-        return _open_zst(file)
-    return open(file.path, "rb")
+    if file.path.suffix.lower() not in SUFFIXES:
+        return open(file.path, "rb")
+    try:
+        return open_compressed(file.path)
+    except ModuleNotFoundError as error:
+        raise file.error(str(error)) from None
 
 
-def _open_zst(file: SourceFile) -> IO[bytes]:
-    if zstandard is None:
-        raise file.error("reading .zst needs the package zstandard; pip install zstandard")
-    return io.BufferedReader(_ZstStream(file.path), 1 << 20)
-
-
-class _ZstStream(io.RawIOBase):
-    """All frames of a .zst file. zstandard's own reader takes a file that is cut short for one that ends there."""
-
-    _PIECE = 1 << 12  # compressed bytes at a time: a block of zeros grows by a factor of 30,000
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = path.open("rb")
-        self._frame: Any = None
-        self._rest, self._ready = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._rest or self._file.read(self._PIECE)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before the end of a frame")
-                return 0
-            if self._frame is None:
-                assert zstandard is not None
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(data)
-            self._rest = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _text(unit: str, number: int, text: bytes, max_bytes: int) -> bytes | BadRecord:
+def _text(
+    unit: str, number: int, text: bytes, max_bytes: int, *, is_utf8: bool = False
+) -> bytes | BadRecord:
     """A text, if it is one."""
     if len(text) > max_bytes:
         problem = f"has {len(text)} bytes or more, data.max_record_bytes = {max_bytes}"
         return bad_record(unit, number, "too large", problem, text)
-    if not text.strip() and unit != "file":  # an empty file is an ordinary thing, an empty record is not
+    # An empty file is an ordinary thing, an empty record is not.
+    if (not text or text.isspace()) and unit != "file":
         return bad_record(unit, number, "empty", "has an empty text", text)
     try:
-        text.decode("utf-8")
+        if not is_utf8:
+            text.decode("utf-8")
     except UnicodeDecodeError as error:
         return bad_record(unit, number, "not UTF-8", f"is not UTF-8 at byte {error.start}", text)
     return text
@@ -290,22 +252,38 @@ def _read_jsonl(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[R
                 yield bad_record("line", number, "too large", problem, line)
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(1 << 20)
-            elif line.strip():
-                yield _json_text(number, line, text_field, max_bytes)
+            elif not line.isspace():
+                head, ended = line[:_HEAD], line.endswith(b"\n")
+                try:
+                    words = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    problem = f"is not UTF-8 at byte {error.start}"
+                    yield bad_record("line", number, "not UTF-8", problem, head)
+                    continue
+                line = b""  # a line may have a GB, and each form of it takes as much
+                yield _json_text(number, [words], text_field, max_bytes, head, ended)
 
 
-def _json_text(number: int, line: bytes, text_field: str, max_bytes: int) -> bytes | BadRecord:
+def _json_text(
+    number: int, words: list[str], text_field: str, max_bytes: int, head: bytes, ended: bool
+) -> bytes | BadRecord:
+    """The text of a JSON line.
+
+    Args:
+      words: the line, which is taken out, so that its memory can be given back.
+      head, ended: its first bytes, and whether it ended with a line break.
+    """
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return bad_record("line", number, "not UTF-8", f"is not UTF-8 at byte {error.start}", line)
+        record = json.loads(words.pop())
     except (ValueError, RecursionError) as error:
-        hint = "" if line.endswith(b"\n") else ", and has no end: the file may be cut short"
-        return bad_record("line", number, "not JSON", f"is not JSON ({_one_line(error)}){hint}", line)
+        hint = "" if ended else ", and has no end: the file may be cut short"
+        problem = f"is not JSON ({_one_line(error)}){hint}"
+        return bad_record("line", number, "not JSON", problem, head)
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        return bad_record("line", number, *_missing(record, text_field), line)
-    return _text("line", number, text.encode("utf-8", errors="replace"), max_bytes)
+        return bad_record("line", number, *_missing(record, text_field), head)
+    del record
+    return _text("line", number, text.encode("utf-8", errors="replace"), max_bytes, is_utf8=True)
 
 
 def _missing(record: object, text_field: str) -> tuple[str, str]:
@@ -333,18 +311,54 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
             kind = table.schema_arrow.field(text_field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise file.error(f"column {text_field!r} holds {kind}, not strings; set data.text_field")
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).cast(pa.large_binary()).to_pylist():  # pyarrow checks no UTF-8
-                    if text is None:
-                        yield bad_record("row", row, "no text", f"has a null {text_field!r}")
-                    else:
-                        yield _text("row", row, text, max_bytes)
-                    row += 1
-    except DataError:
+            size, out = file.path.stat().st_size, 0
+            for row, text in enumerate(_parquet_column(file, table, text_field)):
+                if text is None:
+                    yield bad_record("row", row, "no text", f"has a null {text_field!r}")
+                else:
+                    out += len(text)
+                    check_budget(out, size)
+                    yield _text("row", row, text, max_bytes)
+    except (DataError, BudgetError):
         raise
     except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
         raise file.error(f"not a readable Parquet file ({_one_line(error)}); replace it") from None
+
+
+def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[bytes | None]:
+    """The values of a column, row group by row group, as many at once as `_AT_ONCE` bytes surely
+    hold.
+
+    Raises: BudgetError, and what pyarrow raises.
+    """
+    import pyarrow as pa
+
+    with file.path.open("rb") as raw:
+        for group in range(table.metadata.num_row_groups):
+            rows = max(
+                1, min(1024, _AT_ONCE // max(1, _largest_value(raw, table, group, text_field)))
+            )
+            options = {"batch_size": rows, "row_groups": [group], "columns": [text_field]}
+            for batch in table.iter_batches(**options):
+                # As bytes: pyarrow does not check that strings are UTF-8.
+                yield from batch.column(0).cast(pa.large_binary()).to_pylist()
+
+
+def _largest_value(raw: IO[bytes], table: Any, group: int, text_field: str) -> int:
+    """No value of the column is longer, in bytes; `_AT_ONCE` when its pages cannot be told: then
+    one row at a time.
+    """
+    columns = table.metadata.row_group(group)
+    for number in range(columns.num_columns):
+        column = columns.column(number)
+        if column.path_in_schema == text_field:
+            starts = [column.data_page_offset, column.dictionary_page_offset or 0]
+            start = min(place for place in starts if place > 0)
+            try:
+                return largest_page(raw, start, column.total_compressed_size)
+            except ValueError:
+                return _AT_ONCE
+    return _AT_ONCE
 
 
 def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
@@ -353,12 +367,21 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
 
     try:
         source: Any = ArrayRecordDataSource(str(file.path))
+        size, out, start, count = file.path.stat().st_size, 0, 0, 1
         with source:
-            for start in range(0, len(source), 1024):
-                stop = min(start + 1024, len(source))
-                for number, record in enumerate(source.__getitems__(range(start, stop)), start):
+            while start < len(source):
+                records = source.__getitems__(range(start, min(start + count, len(source))))
+                out += sum(map(len, records))
+                check_budget(out, size)
+                # Nothing says how large the next ones are, so this goes by those before, one to
+                # begin with.
+                count = max(1, min(1024, 2 * count, _AT_ONCE // max(1, *map(len, records))))
+                for number, record in enumerate(records, start):
                     is_tokens = record.startswith(_NPY_MAGIC)
                     yield _token_record(number, record) if is_tokens else _text("record", number, record, max_bytes)
+                start += len(records)
+    except BudgetError:
+        raise
     except (RuntimeError, ValueError, IndexError) as error:  # damage anywhere: blocks have checksums of their own
         raise file.error(f"not a readable ArrayRecord file ({_one_line(error)}); replace it") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from ttt_jax.companion_files import MAX_TOKENIZER_BYTES, companion_fields, find_companion, read_bounded
+from ttt_jax.data.rust_panics import panics_as_errors
 from ttt_jax.errors import CheckpointError, DataError
 
 # Tried in this order when no file beside tokenizer.json names the end token.
@@ -77,15 +79,18 @@ class JsonTokenizer:
         # Files often carry padding or truncation settings, which would silently change documents.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._path = tokenizer, path
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes, so the number of entries is not enough
         self.eos_id: int | None = self._find_eos(path.parent)
         self.fingerprint: str = hashlib.sha256(raw + str(self.eos_id).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no special tokens are added."""
-        return self._tokenizer.encode(_well_formed(text), add_special_tokens=False).ids
+        """The ids of `text`; no special tokens are added. Raises DataError when the tokenizer
+        panics on it.
+        """
+        with self._panics():
+            return self._tokenizer.encode(_well_formed(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -94,8 +99,15 @@ class JsonTokenizer:
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """UTF-8 documents to uint32 `[length]` arrays, on all cores."""
         texts = [document.decode("utf-8", errors="replace") for document in documents]
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with self._panics():
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(item.ids, np.uint32) for item in encoded]
+
+    def _panics(self) -> contextlib.AbstractContextManager[None]:
+        """For instance of a regular expression that gives up on a text."""
+        return panics_as_errors(
+            f"tokenizer {self._path}: fails on a text", "use another tokenizer.json"
+        )
 
     def _find_eos(self, folder: Path) -> int | None:
         named = companion_fields(folder, "tokenizer_config.json").get("eos_token")
