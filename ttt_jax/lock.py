@@ -331,6 +331,8 @@ class RunLock:
         from ttt_jax.distributed import any_process, from_first_process
 
         reason = self._lock.lost() if self._main else None
+        if reason and not (self.run_dir / "config.yaml").exists():
+            reason = "it has vanished"  # a save in flight may have made a folder of that name again
         if any_process(reason is not None):
             raise TrainingError(
                 f"run folder {self.run_dir}: {from_first_process(reason)}; stopped, because what is learnt cannot be saved "

@@ -35,7 +35,7 @@ class StopSignal:
         self.before_leaving: list[Callable[[], object]] = []
         self._deferred = False
         self._before: dict[int, Any] = {}
-        self._last = float("-inf")
+        self._interrupted: float | None = None  # when the first SIGINT came
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -58,9 +58,12 @@ class StopSignal:
             raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        again = self.requested and number == signal.SIGINT and now - self._last > _SAME
-        self.requested, self.name, self._last = True, self.name or name, now
+        name, again = signal.Signals(number).name, False
+        self.requested, self.name = True, self.name or name
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            again = self._interrupted is not None and now - self._interrupted > _SAME
+            self._interrupted = self._interrupted or now
         if not self._deferred:
             self._leave(0, 1, f"stopped by {name}; run the same command again to continue")
         if again:
