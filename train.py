@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     with StopSignal() as stop:
         from ttt_jax.errors import TrainingError, UserError
         from ttt_jax.failure import failures_in_one_line
-        from ttt_jax.terminal import quiet_background, unbreakable_output
+        from ttt_jax.lost_terminal import quiet_background, unbreakable_output
 
         with unbreakable_output(), quiet_background():
             try:

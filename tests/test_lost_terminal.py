@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from ttt_jax.terminal import Unbreakable, quiet_background, unbreakable_output
+from ttt_jax.lost_terminal import Unbreakable, quiet_background, unbreakable_output
 
 ROOT = Path(__file__).parent.parent
 PRINTS = """
 import sys
-from ttt_jax.terminal import unbreakable_output
+from ttt_jax.lost_terminal import unbreakable_output
 with unbreakable_output():
     for i in range(3000):
         print("a line of a log", i, flush=True)
