@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from faults.instants import handles, interrupted_twice, lost_terminal, signals_anywhere, two_jobs
 from faults.job import DRIVER, Job, end, fill, kill, small_disk
 from faults.several import disk_full_of_two, one_of_two, shared_cache, sigterm_of_two
 
 __all__ = [
-    "corrupt", "disk_full", "disk_full_of_two", "kill_9", "not_finite", "one_of_two", "shared_cache", "sigterm",
-    "sigterm_of_two", "truncated_data",
+    "corrupt", "disk_full", "disk_full_of_two", "interrupted_twice", "kill_9", "lost_terminal", "not_finite", "one_of_two",
+    "shared_cache", "signals_anywhere", "sigterm", "sigterm_of_two", "truncated_data", "two_jobs",
 ]  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
             found = job.logged(name)
             at = found + rng.randint(1, 9)
             if sent % 5 == 4:  # while it starts: nothing to save, and nothing to lose
-                job.wait(process, lambda process=process: handles_sigterm(process.pid))
+                job.wait(process, lambda process=process: handles(process.pid))
                 time.sleep(rng.uniform(0, 4))
             elif not job.wait(process, lambda name=name, at=at: job.logged(name) >= at):
                 end([process])
@@ -102,12 +103,6 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
         f"{sent} signals in {runs} runs ({starting} while starting), all exit 0; the slowest took "
         f"{slowest[False]:.1f} s while training, {slowest[True]:.1f} s while starting"
     )
-
-
-def handles_sigterm(pid: int) -> bool:
-    """Whether the process has installed its handler: before, Python itself ends, and there is nothing to save."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def disk_full(folder: Path, trials: int = 2) -> str:
