@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], signals: StopSignal | None = None) -> int:
     """Exit code: 0 done (or stopped by a signal with everything saved), 1 failed, 2 wrong arguments, data or checkpoint."""
-    with StopSignal() as stop:
+    with signals or StopSignal() as stop:
         from ttt_jax.errors import TrainingError, UserError
         from ttt_jax.failure import failures_in_one_line
         from ttt_jax.lost_terminal import quiet_background, unbreakable_output
@@ -248,4 +248,4 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
 
 
 if __name__ == "__main__":
-    end_process(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:], StopSignal(last=True)))

@@ -28,12 +28,15 @@ class StopSignal:
     Until `defer`, a signal ends the process with exit code 0 and one line, after calling what is in `before_leaving`. From
     then on it sets `requested`, which the training loop reads after each step; only a second SIGINT ends the process at
     once, with exit code 1 and one line.
+
+    Args:
+      last: what comes after the block is the end of the process, and signals are ignored there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
         self.requested, self.name = False, ""
         self.before_leaving: list[Callable[[], object]] = []
-        self._deferred = False
+        self._deferred, self._last = False, last
         self._before: dict[int, Any] = {}
         self._interrupted: float | None = None  # when the first SIGINT came
 
@@ -46,7 +49,7 @@ class StopSignal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._last else handler)
 
     def defer(self) -> None:
         """From here on there is something to save."""

@@ -69,6 +69,9 @@ def signals_anywhere(folder: Path, trials: int, seed: int = 6) -> str:
                 assert stopped <= 1, output
                 assert stopped or "report: " in output, output
                 seen["after its end" if ended else "stopped" if stopped else "finished all the same"] += 1
+            elif not process.returncode:  # it had ended, and was not reaped yet
+                assert_quiet(output)
+                seen["in its last moments"] += 1
             else:  # the interpreter's own start, about 15 ms: it ends as Python does
                 assert process.returncode in (-number, 1), f"{number.name}: {process.returncode}\n{output}"
                 seen["before Python got to train.py"] += 1
