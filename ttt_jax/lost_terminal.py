@@ -22,19 +22,19 @@ _MAY_RETURN = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EINTR, errno.EIO)
 class Unbreakable:
     """A text stream whose `write` and `flush` never raise.
 
-    While the sink takes nothing (a full disk), lines are dropped and counted; the first that is taken again says how many.
-    When its reader is gone for good (a closed pipe), all later output goes to the null device.
+    While the sink takes nothing (a full disk), lines wait in its buffer, and are dropped when that is full; the first one
+    that is taken again says so. When its reader is gone for good (a closed pipe), all later output goes to the null device.
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._dropped = stream, 0
+        self._stream, self._gap = stream, False
 
     def write(self, text: str) -> int:
         try:
-            if self._dropped and text:
+            if self._gap and text:
                 self._stream.flush()
-                dropped, self._dropped = self._dropped, 0
-                self._stream.write(f"({dropped} writes were lost here: the output could not be written)\n")
+                self._gap = False
+                self._stream.write("(this output could not be written for a while: lines may be missing above)\n")
             self._stream.write(text)
         except (OSError, ValueError) as error:
             self._failed(error)
@@ -54,7 +54,7 @@ class Unbreakable:
         return getattr(self._stream, name)
 
     def _failed(self, error: Exception) -> None:
-        self._dropped += 1
+        self._gap = True
         if getattr(error, "errno", None) not in _MAY_RETURN:
             _to_null(self._stream)
 
