@@ -37,7 +37,7 @@ from ttt_jax.model_folder import (
     write_description,
 )
 from ttt_jax.progress import progress
-from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE
+from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE, sync_tree
 from ttt_jax.tensor_files import TensorFiles, TensorSource, TensorSpec, all_finite, list_names, row_blocks, write_tensors
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
@@ -384,6 +384,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         parts.mkdir(parents=True)
         yield parts
+        sync_tree(parts)
         if os.path.lexists(output):  # checked before: --overwrite
             output.rename(old)
             try:

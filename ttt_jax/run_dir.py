@@ -56,6 +56,14 @@ def sync(path: str | Path) -> None:
             os.close(file)
 
 
+def sync_tree(folder: Path) -> None:
+    """`sync` of everything in a folder, and of the folder."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            sync(path)
+    sync(folder)
+
+
 def prepare_run_dir(config: Config) -> bool:
     """Create `config.run_dir` with its `config.yaml`, or check that the folder continues the same training curve.
 
