@@ -97,7 +97,7 @@ def prefill_seconds(model: Transformer, tokens: int, capacity: int, ttt: bool, r
     def run():
         state, logits = None, jnp.zeros((1, cfg.vocab_size), jnp.float32)
         for part in pieces(rows, np.zeros(1, np.int64), size, cfg.ttt.chunk_size):
-            state, logits = read_piece(
+            state, logits, _ = read_piece(
                 frozen,
                 state,
                 logits,

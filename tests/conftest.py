@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 
 from pathlib import Path
 
+import awake  # noqa: F401  models of tests have fast weights that write
 import jax
 import numpy as np
 import pytest

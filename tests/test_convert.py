@@ -207,7 +207,7 @@ def test_a_plain_model_gets_ttt_that_changes_nothing_yet(plain, to, tmp_path, ca
     assert "4 of them new" in out
     assert "relative RMS of the logits 0.0e+00" in out
     model = load_pretrained(tmp_path / "out")
-    assert model.config.ttt == TTTConfig(layers=(0, 2), chunk_size=8, lr=0.5)
+    assert model.config.ttt == TTTConfig(layers=(0, 2), chunk_size=8, lr=0.5, normalize_source=True)
     np.testing.assert_array_equal(logits(model), logits(load_pretrained(plain)))
     convert(tmp_path / "out", tmp_path / "hf", to="hf")
     before, after = read_folder(plain), read_folder(tmp_path / "hf")
@@ -220,6 +220,11 @@ def test_a_plain_model_gets_ttt_that_changes_nothing_yet(plain, to, tmp_path, ca
         else:
             np.testing.assert_array_equal(x, np.diag(np.diagonal(x)))
             assert 0.5 < np.std(np.diagonal(x)) / 0.02 < 1.5
+
+
+def test_new_targets_may_keep_the_official_source(plain, tmp_path):
+    convert(plain, tmp_path / "out", to="hf", ttt={"layers": [1], "normalize_source": False})
+    assert not read_config(tmp_path / "out").ttt.normalize_source
 
 
 def test_fresh_parameters_depend_on_the_seed_alone(plain, tmp_path):

@@ -48,6 +48,14 @@ def test_official_checkpoints_come_back_byte_for_byte(golden_model, tmp_path, ma
             assert len(sizes) == 1 or sum(sizes) <= max_shard_bytes
 
 
+def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
+    plain = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,)))
+    own = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5))
+    assert not {"ttt_normalize_source", "ttt_write", "ttt_ridge"} & config_to_hf(plain).keys()
+    for model in (plain, own):
+        assert config_from_hf(config_to_hf(model)).ttt == model.ttt
+
+
 def test_bfloat16_is_rounded_once(golden_model, tmp_path):
     folder, _ = golden_model
     save_pretrained(load_hf(folder), tmp_path / "out")

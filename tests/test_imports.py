@@ -56,7 +56,9 @@ def test_config_is_light():
     path = ROOT / "ttt_jax/config.py"
     assert not imports(path) - set(imports_any(path, *allowed, "ttt_jax.errors"))
     errors = ROOT / "ttt_jax/errors.py"
-    assert not imports(errors) - set(imports_any(errors, "__future__"))
+    assert not imports(errors) - set(imports_any(errors, "__future__", "typing", "ttt_jax.terminal"))
+    terminal = ROOT / "ttt_jax/terminal.py"
+    assert not imports(terminal) - set(imports_any(terminal, "__future__", "re", "typing"))
 
 
 @pytest.mark.parametrize("path", files("ttt_jax/ops/*.py"), ids=module_name)
@@ -158,3 +160,23 @@ def test_only_sharding_names_mesh_axes():
     for path in SOURCES:
         if path != ROOT / "ttt_jax/sharding.py":
             assert not named_axes(path.read_text(encoding="utf-8"), axes), path
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("terminal", ()),
+        ("interrupts", ()),
+        ("command", ("errors", "interrupts", "terminal")),  # and no jax: --help does not wait
+        ("writing", ("errors",)),
+        ("watch", ("config", "errors", "model")),
+        ("decoding", ("model", "reading", "sampling", "watch")),
+        ("eval.unfinished", ("errors",)),
+    ],
+)
+def test_what_inference_is_made_of(name, allowed):
+    path = ROOT / f"ttt_jax/{name.replace('.', '/')}.py"
+    found = {module.split(".")[1] for module in imports_any(path, "ttt_jax") if "." in module}
+    assert found <= set(allowed), path
+    if name in ("terminal", "interrupts", "command", "writing", "eval.unfinished"):
+        assert not imports_any(path, "jax", "numpy"), path

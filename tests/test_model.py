@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from awake import new_target
 from fast_jit import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import relative_rms
 
+from ttt_jax import ttt
 from ttt_jax.config import REMAT_NAMES, ModelConfig, TTTConfig
 from ttt_jax.errors import UserError
 from ttt_jax.hf import tensor_names
@@ -34,6 +36,8 @@ BASE = ModelConfig(
     ttt=TTTConfig(layers=(1, 3), chunk_size=C, lr=0.5),
 )
 EMBED = {"ttt.target": "input_embed"}
+RIDGE = {"ttt.write": "ridge", "ttt.normalize_source": True, "ttt.lr": 2.0}
+SPECTRAL = {"ttt.write": "spectral", "ttt.normalize_source": True}
 WINDOW = {"sliding_window": 3, "full_attention_layers": (0, 2)}  # shorter than most pieces, and a full layer in between
 
 
@@ -127,7 +131,9 @@ def assert_same_state(state, other, chunk=C):
 # ---------------------------------------------------------------------------------------------------------- causality
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 2, **EMBED}], ids=["hidden", "embed, window"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": 2, **EMBED}, RIDGE, SPECTRAL], ids=["hidden", "embed, window", "ridge", "spectral"]
+)
 def test_future_tokens_have_no_gradient(changes, x64):
     """Every token has its own embedding row, so d output_t / d row_s is the influence of token s on token t."""
     T = 14
@@ -154,6 +160,8 @@ STREAMS = {
     "hidden": {},
     "embed, window shorter than pieces": EMBED | WINDOW,
     "window longer than pieces, clipped": {"sliding_window": 18, "ttt.clip_norm": 0.5},
+    "ridge, embed, window": EMBED | WINDOW | RIDGE,
+    "spectral": SPECTRAL,
     "biases, no projection": {"ttt.layers": (0, 1), "qkv_bias": True, "mlp_bias": True, "ttt.proj": False},
 }
 
@@ -255,7 +263,11 @@ def test_rows_of_a_batch_are_independent(x64):
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("changes", [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW, RIDGE, SPECTRAL],
+    ids=["plain", "everything", "ridge", "spectral"],
+)
 def test_packed_documents_equal_each_document_alone(changes, x64):
     """Values, and gradients of every parameter; documents start on chunks, padding fills the last chunk of each."""
     model = make(config(**changes))
@@ -452,6 +464,21 @@ def test_bfloat16_stays_close_to_float32():
         jnp.bfloat16,
     )
     assert 1e-4 < relative_rms(x, y) < 3e-2
+
+
+def test_a_new_model_starts_as_if_it_had_no_fast_weights(monkeypatch):
+    """The paper's appendix: the convolution is zero and W_target diagonal, from scratch too."""
+    monkeypatch.setattr(ttt, "initial_target", new_target)
+    cfg = config(d_model=64, init_std=0.05)
+    model = jit(lambda key: Transformer(cfg, key=key))(jax.random.key(0))
+    target = model.groups[0].blocks[-1].mlp.target
+    assert not np.asarray(target.conv[...]).any()
+    for proj in np.asarray(target.proj[...]).reshape(-1, 64, 64):
+        np.testing.assert_array_equal(proj, np.diag(np.diag(proj)))
+        assert np.diag(proj).std() == pytest.approx(0.05, rel=0.3)
+        assert np.diag(proj).all()
+    ids = tokens(1, 3 * C)
+    np.testing.assert_array_equal(run(model, ids)[0], run(without_ttt(model), ids)[0])
 
 
 def test_initialisation():

@@ -1,8 +1,26 @@
-"""`python -m ttt_jax`, same as the console script `ttt-jax`."""
+"""`python -m ttt_jax`, and the console script `ttt-jax`: light, so that a Ctrl-C while it starts
+finds somebody at home."""
 
+import os
 import sys
 
-from ttt_jax.cli import main
+
+def main() -> int:
+    """Run the command of this process; returns its exit code, unless a signal ends it."""
+    try:
+        from ttt_jax.cli import main as run
+
+        code = run()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = 130
+    if code > 128:
+        # What runs in other threads (a compilation, a write) has not been waited for, and would
+        # crash while Python shuts down.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
 
 if __name__ == "__main__":
     sys.exit(main())

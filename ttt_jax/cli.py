@@ -1,24 +1,26 @@
 """The command line: `ttt-jax COMMAND`, same as `python -m ttt_jax COMMAND`.
 
-Every command checks its arguments and reads its files' headers before jax compiles anything. Exit code: 0 done, 1 failed,
-2 wrong arguments, config, data or checkpoint; each with one line on stderr.
+Every command checks its arguments and reads its files' headers before jax compiles anything. Exit codes are in command.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from ttt_jax import __version__
-from ttt_jax.errors import TrainingError, UserError
+from ttt_jax.command import run as run_command
+from ttt_jax.command_io import encode, load_model, print_completions, read_ids, read_text, saved_early
+from ttt_jax.errors import NotFiniteError, UserError
+from ttt_jax.interrupts import HeldBack
 from ttt_jax.output_lock import one_writer
+from ttt_jax.terminal import for_stream, printable
 
 
 class _Epilog(click.Command):
@@ -70,18 +72,14 @@ def convert(source: Path, output: Path, to: str, dtype: str | None, shard_gb: fl
     """
     from ttt_jax.convert import VERIFY_LIMIT
     from ttt_jax.convert import convert as run
-    from ttt_jax.errors import VerificationError
 
     click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
     options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite}
-    try:
-        report = run(source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options)
-    except VerificationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = run(source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options)
     size = f"{report.tensors} tensors, {report.nbytes / 1e6:,.1f} MB"
-    print(f"{source} -> {output}: {size} in {report.seconds:.1f} s" + f", {report.fresh} of them new" * (report.fresh > 0))
+    names = printable(f"{source} -> {output}")
+    print(f"{names}: {size} in {report.seconds:.1f} s" + f", {report.fresh} of them new" * (report.fresh > 0))
     if report.relative_rms is not None:
         print(f"verify: relative RMS of the logits {report.relative_rms:.1e} (limit for an unchanged dtype: {VERIFY_LIMIT:g})")
     return 0
@@ -122,9 +120,9 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
     click.get_current_context().with_resource(one_writer(out, "--out"))
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists already; choose another file or pass --overwrite")
-    rows = None if ids is None else _read_ids(ids, "--ids")
-    document = None if text is None else _read_text(text, "--text")
-    model = _load(folder, dtype)
+    rows = None if ids is None else read_ids(ids, "--ids")
+    document = None if text is None else read_text(text, "--text")
+    model = load_model(folder, dtype)
 
     import numpy as np
 
@@ -132,22 +130,34 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
     from ttt_jax.scoring import score as score_rows
 
     if document is not None:
-        rows = [_encode(model, document, "--text")]
+        rows = [encode(model, document, "--text")]
     assert rows is not None
-    with progress("scoring", max(len(row) for row in rows), "tokens") as advance_to:
-        result = score_rows(model, rows, ttt=not no_ttt, logits=logits, piece=piece, on_progress=advance_to)
+    failure = None
+    try:
+        with progress("scoring", max(len(row) for row in rows), "tokens") as advance_to:
+            result = score_rows(model, rows, ttt=not no_ttt, logits=logits, piece=piece, on_progress=advance_to)
+    except NotFiniteError as error:
+        failure, result = error, error.partial
     arrays = {"logprobs": result.logprobs_BT} | ({"logits": result.logits_BTV} if logits else {})
     part = out.with_name(f".{out.name}.tmp.npz")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         np.savez(part, **arrays)  # pyright: ignore[reportArgumentType]
         part.rename(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
+    except BaseException as error:  # Ctrl-C, too: nothing half-written stays behind
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"--out {out}: could not be written ({error}); free space or choose another file") from None
-    nats = -float(np.nanmean(result.logprobs_BT)) if result.logprobs_BT.size else float("nan")
+    if failure is not None:
+        raise NotFiniteError(f"{failure}; {out} holds what was computed")
     tokens = sum(len(row) for row in rows)
-    print(f"{len(rows)} x {tokens // len(rows)} tokens, mean loss {nats:.4f} nats, perplexity {np.exp(nats):.3f}: {out}")
+    shape = printable(f"{len(rows)} x {tokens // len(rows)} tokens")
+    if result.logprobs_BT.size:  # the rows of a file are equally long
+        nats = -float(result.logprobs_BT.mean(dtype=np.float64))
+        shape += f", mean loss {nats:.4f} nats, perplexity {np.exp(nats):.3f}"
+    print(printable(f"{shape}: {out}"))
 
 
 @cli.command(
@@ -189,14 +199,14 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
         raise click.UsageError("no prompt: give --prompt TEXT, --prompt-file FILE or --ids FILE.npy")
     if session is not None and not keep_session:
         click.get_current_context().with_resource(one_writer(session, "--session"))
-    texts = [_read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
-    rows = _read_ids(ids, "--ids") if ids else None
-    model = _load(folder, dtype, for_decoding=True)
+    texts = [read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
+    rows = read_ids(ids, "--ids") if ids else None
+    model = load_model(folder, dtype, for_decoding=True)
 
     from ttt_jax.generation import Session
     from ttt_jax.progress import progress
 
-    rows = rows or [_encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts]
+    rows = rows or [encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts]
     if session is not None and session.exists():
         stream = Session.load(session, model, piece=piece)
         if no_ttt == stream.ttt:
@@ -209,26 +219,37 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
     if rows:
         stream.extend(rows)
     show = not as_json and stream.batch_size == 1 and model.tokenizer is not None
-    with progress("reading", max((len(ids) for ids in stream.unread), default=0), "tokens") as stream.on_read:
-        completions = stream.generate(
-            options["max_new_tokens"],
-            sampling,
-            stop=options["stop"],
-            eos_ids=() if options["ignore_eos"] else None,
-            seed=options["seed"],
-            on_text=(lambda _, text: print(text, end="", flush=True)) if show else None,
-        )
-    if session is not None and not keep_session:
-        stream.save(session)
-    timings = dataclasses.asdict(stream.timings)
-    for b, completion in enumerate(completions):
-        if as_json:
-            print(json.dumps(dataclasses.asdict(completion) | {"timings": timings}))
-        elif show:
-            print()
-        else:
-            print(f"--- {b} ({completion.finish_reason}) ---")
-            print(completion.text if completion.text is not None else completion.token_ids)
+    write = lambda _, text: print(for_stream(text, sys.stdout), end="", flush=True)
+    waiting, failure = max((len(ids) for ids in stream.unread), default=0), None
+    try:
+        with progress("reading", waiting, "tokens") as stream.on_read:
+            completions = stream.generate(
+                options["max_new_tokens"],
+                sampling,
+                stop=options["stop"],
+                eos_ids=() if options["ignore_eos"] else None,
+                seed=options["seed"],
+                on_text=write if show else None,
+            )
+    except NotFiniteError as error:
+        completions, failure = error.partial or [], error
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if session is None or keep_session:
+            raise
+        with HeldBack():
+            stream.save(session)
+        told = saved_early(stream, session)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(told) from None
+        print(f"output closed; {told}", file=sys.stderr)
+        raise
+    if session is not None and not keep_session and failure is None:
+        with HeldBack():  # a Ctrl-C would lose what was read
+            stream.save(session)
+    print_completions(completions, dataclasses.asdict(stream.timings), as_json, show)
+    if failure is not None:
+        kept = "" if session is None or keep_session else f"; {session} is not written"
+        raise NotFiniteError(f"{failure}{kept}")
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluate
@@ -290,58 +311,11 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
         first, second = compare
         output.print_tables(run.compare(first, second, chosen, out, overwrite))
     elif out is not None:
-        results, text_html = run.evaluate(chosen)
+        results, text_html = run.evaluate(chosen, out, overwrite)
         output.write_folder(out, output.files_of(results, text_html), overwrite)
         output.print_results(results)
     if out is not None:
-        print(f"results: {out}")
-
-
-def _load(folder: Path, dtype: str | None, for_decoding: bool = False):
-    import jax
-
-    from ttt_jax.model import Runtime
-    from ttt_jax.pretrained import load_pretrained
-
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = dtype or ("float32" if on_cpu else "bfloat16")
-    # Decoding on an accelerator wants layers with arrays of their own; on a CPU the scan's shorter compile time wins.
-    return load_pretrained(folder, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=on_cpu or not for_decoding))
-
-
-def _encode(model, text: str, option: str) -> list[int]:
-    if model.tokenizer is None:
-        raise UserError(f"{option}: text needs a tokenizer and the model's folder has no tokenizer.json; use --ids FILE.npy")
-    ids = model.tokenizer.encode(text)
-    if not ids:
-        raise UserError(f"{option}: the text is empty; give at least one token")
-    return ids
-
-
-def _read_text(path: Path, option: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{option} {path}: not UTF-8 at byte {error.start}; convert it") from None
-    except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror or error}; give a readable text file") from None
-
-
-def _read_ids(path: Path, option: str):
-    """Rows of token ids. Never unpickles."""
-    import numpy as np
-
-    from ttt_jax.npy_file import map_npy
-
-    try:
-        array = map_npy(path)
-    except ValueError as error:
-        raise UserError(f"{option} {path}: not an integer array in .npy format ({error}); write it with numpy.save") from None
-    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"{option} {path}: holds {array.dtype} {list(array.shape)}; it must be an integer array [T] or [B, T]")
-    if not array.size:
-        raise UserError(f"{option} {path}: holds no tokens; give at least one")
-    return list(np.atleast_2d(np.asarray(array)))
+        print(printable(f"results: {out}"))
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -373,7 +347,7 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     config, target = load_config(path, overrides), parse_topology(topology)
     prepare_environment()  # before jax is imported
     result = make_plan(config, target, prefill)
-    print(json.dumps(dataclasses.asdict(result)) if as_json else describe(result))
+    print(json.dumps(dataclasses.asdict(result)) if as_json else printable(describe(result), "\n"))
     return 0 if result.fits else 1
 
 
@@ -392,37 +366,9 @@ def report(run: Path, out: Path | None) -> None:
     """One HTML page of a training run, finished or not: curves, warnings, quarantined records, configuration, environment."""
     from ttt_jax.run_page import write_page
 
-    print(f"report: {write_page(run, out)}")
+    print(printable(f"report: {write_page(run, out)}"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code."""
-    try:
-        warnings.formatwarning = _one_line_warning
-        code = cli.main(args=None if argv is None else list(argv), prog_name="ttt-jax", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 0
-    except click.ClickException as error:
-        where = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
-        print(f"error: {where}{' '.join(error.format_message().split())}", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
-    except (click.Abort, KeyboardInterrupt):
-        print("error: interrupted", file=sys.stderr)
-        return 1
-    finally:
-        warnings.formatwarning = _FORMAT_WARNING
-
-
-_FORMAT_WARNING = warnings.formatwarning
-
-
-def _one_line_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> str:
-    """Warnings for users as errors are printed; those for programmers with the line that they are about."""
-    if issubclass(category, UserWarning):
-        return f"warning: {' '.join(str(message).split())}\n"
-    return _FORMAT_WARNING(message, category, *where, **options)
+    """Run a command and return its exit code (command.py)."""
+    return run_command(cli, "ttt-jax", argv)

@@ -55,6 +55,9 @@ class TTTConfig:
     lr: float = 3.0  # inner learning rate
     target: Literal["hidden_states", "input_embed"] = "hidden_states"  # source of the target: MLP input or embeddings
     proj: bool = True  # multiply the convolved source by W_target
+    normalize_source: bool = False  # divide the source by its rms, so that lr means the same for every model
+    write: Literal["sum", "ridge", "spectral"] = "sum"  # what a chunk writes for its targets (docs/writes.md)
+    ridge: PositiveFloat = 1.0  # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
     clip_norm: PositiveFloat | None = None  # rescale each chunk's update to this Frobenius norm when it exceeds it
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None  # None: the fastest
 

@@ -110,6 +110,8 @@ def convert(
     fresh = {name for name in names if ".mlp.ttt_" in name} if model != opened.model else set()
     if any(name in opened.tensors for name in fresh):
         fresh = set()  # the tensors are there, only config.json does not say so
+    if fresh and "normalize_source" not in (ttt or {}):  # new targets need not follow the official code
+        model = replace(model, {"ttt.normalize_source": True})
     check_tensors(abstract, opened.tensors, str(source), optional=fresh)
     tensors = _Equipped(opened.tensors, fresh, model, jax.random.key(seed))
     tied_head = abstract.head is None and _HEAD in opened.tensors

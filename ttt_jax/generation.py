@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax.decoding import decode_step, first_token
 from ttt_jax.errors import UserError
+from ttt_jax.interrupts import HeldBack
 from ttt_jax.model import State, Transformer
 from ttt_jax.reading import (
     Frozen,
@@ -29,34 +31,17 @@ from ttt_jax.reading import (
     needs_capacity,
     piece_size,
     pieces,
-    program,
     read_piece,
-    ttt_scale,
     warn_past_positions,
     with_capacity,
 )
-from ttt_jax.sampling import Sampling, sample
+from ttt_jax.sampling import Sampling
+from ttt_jax.watch import Watch, not_finite, warn_of_zero_targets
+from ttt_jax.writing import Completion, Writer, stop_strings
 
 GREEDY = Sampling()
 _ROUND_CAPACITY = 256  # KV slots: fewer shapes to compile for
 _IN_FLIGHT = 3  # decode steps that the host dispatches before it looks at the first one's token
-
-
-@dataclasses.dataclass
-class Completion:
-    """What one row wrote.
-
-    Fields:
-      token_ids: the new tokens, the end token or those of the stop string included.
-      logprobs: of each of them, under the model (before temperature and filters), nats.
-      text: decoded, without special tokens and cut before the stop string; None without a tokenizer.
-      finish_reason: "eos", "stop" or "length".
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str | None
-    finish_reason: str
 
 
 @dataclasses.dataclass
@@ -73,6 +58,9 @@ class Timings:
 class Session:
     """A batch of streams of one model: read, generate, branch, save.
 
+    Fast weights are watched (watch.py): one warning when ||S||/||W|| leaves its range, and NotFiniteError, then and ever after,
+    for numbers that are not finite. Ctrl-C takes effect between two pieces or tokens: the session is whole, and may be saved.
+
     Args:
       model: from `load_pretrained`.
       batch_size: number of streams.
@@ -88,6 +76,9 @@ class Session:
         self.unread = [np.zeros((0,), np.int32) for _ in range(batch_size)]
         self.position_B = np.zeros(batch_size, np.int64)  # the host's copy, so that nothing waits for the device
         self.timings = Timings()
+        self.watch = Watch(model)
+        if ttt:
+            warn_of_zero_targets(model)
         self.on_read: Callable[[int], None] | None = None  # called with the tokens per row that one `read` has fed so far
         self._capacity = 0  # KV slots of a state that does not exist yet
 
@@ -98,11 +89,12 @@ class Session:
     def read(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
         """Append a text or token ids to each stream and read them, all but the last token.
 
-        Raises: UserError for another number of rows, text without a tokenizer, ids outside the vocabulary.
+        Raises: UserError for another number of rows, text without a tokenizer, ids outside the vocabulary; NotFiniteError.
         """
         self.extend(rows)
-        self._read([ids[:-1] for ids in self.unread])
-        self.unread = [ids[-1:] for ids in self.unread]
+        with HeldBack() as signals:
+            self._read(1, signals)
+        self.watch.check("session: row")
 
     def extend(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
         """Append to each stream without reading yet; `generate` reads what is unread. Raises as `read` does."""
@@ -144,8 +136,8 @@ class Session:
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
         *,
-        stop: Sequence[str] = (),
-        eos_ids: Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        eos_ids: int | Sequence[int] | None = None,
         seed: int | Sequence[int] = 0,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
@@ -154,45 +146,69 @@ class Session:
         A row's result does not depend on the other rows. The new tokens belong to the stream: the next `read` follows them.
 
         Args:
-          stop: strings that end a row; the completion's text is cut before them.
+          stop: a string that ends a row, or several; the completion's text is cut before it.
           eos_ids: tokens that end a row; None: those of the model's tokenizer and generation config; () for none.
           seed: of a row's randomness; one number gives row i the seed `seed + i`.
-          on_text: called with (row, piece of text) as text comes.
+          on_text: called with (row, piece of text) as text comes. What it raises ends the generation and comes out of it,
+            when the tokens that were on their way belong to the stream.
 
-        Raises: UserError when a stream is empty, or for stop strings without a tokenizer.
+        Raises: UserError when a stream is empty, for stop strings without a tokenizer, for ids outside the vocabulary;
+          NotFiniteError when a row's next token is not a number: its `partial` holds the completions so far.
         """
         B = self.batch_size
+        max_new_tokens = _whole("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
         empty = [b for b, ids in enumerate(self.unread) if not len(ids)]
         if empty:
             raise UserError(f"prompt: stream {empty[0]} is empty; read at least one token first")
-        if (stop or on_text) and self.model.tokenizer is None:
+        words, eos = stop_strings(stop), self._eos_ids(eos_ids)
+        if (words or on_text) and self.model.tokenizer is None:
             raise UserError("stop strings and streamed text need a tokenizer; put tokenizer.json into the model's folder")
-        if any(not text for text in stop):
-            raise UserError("stop: an empty string would end everything at once; leave it out")
-        eos = model_eos_ids(self.model) if eos_ids is None else tuple(eos_ids)
-        seeds = [seed + b for b in range(B)] if isinstance(seed, int) else list(seed)
+        one = isinstance(seed, (int, np.integer))
+        seeds = [int(seed) + b for b in range(B)] if one else [_whole("seed", n) for n in seed]  # pyright: ignore
         if len(seeds) != B:
             raise UserError(f"seed: {len(seeds)} seeds for {B} streams; give one number or one for each stream")
-        seed_B = jnp.asarray(np.array(seeds) % 2**31, jnp.int32)
-        writers = [_Writer(self.model.tokenizer, stop, set(eos), max_new_tokens) for _ in range(B)]
+        self.watch.check("session: row")
+        writers = [Writer(self.model.tokenizer, words, set(eos), max_new_tokens) for _ in range(B)]
+        failure = None
+        with HeldBack() as signals:
+            start = time.perf_counter()
+            logits_BV = self._read(0, signals, room=max_new_tokens)
+            if not any(len(ids) for ids in self.unread):  # else a signal came while it read
+                seed_B = jnp.asarray([n % 2**31 for n in seeds], jnp.int32)
+                failure = self._write(logits_BV, writers, seed_B, sampling, eos, signals, on_text, start)
+        if failure is not None:
+            raise failure
+        completions = [writer.completion() for writer in writers]
+        if self.watch.lost:
+            row = min(self.watch.lost)
+            error = not_finite(f"row {row} after {len(writers[row].ids)} new tokens", self.watch.lost[row])
+            error.partial = completions
+            raise error
+        return completions
 
-        start = time.perf_counter()
-        logits_BV = self._read(self.unread, room=max_new_tokens)
-        self.unread = [np.zeros((0,), np.int32) for _ in range(B)]
-        alive_B = jnp.ones((B,), bool)
-        position_B = jnp.asarray(self.position_B, jnp.int32)
-        out = first_token(logits_BV, position_B, alive_B, seed_B, sampling=sampling, eos=eos)
+    def _write(
+        self, logits_BV, writers: list[Writer], seed_B, sampling: Sampling, eos: tuple[int, ...],
+        signals: HeldBack, on_text: Callable[[int, str], None] | None, start: float,
+    ) -> BaseException | None:  # fmt: skip
+        """Let the writers write, starting from logits; returns what `on_text` raised. The streams are whole afterwards."""
+        lost_B = np.array([b in self.watch.lost for b in range(len(writers))])
+        out = first_token(
+            logits_BV, jnp.asarray(self.position_B, jnp.int32), jnp.asarray(~lost_B), seed_B, sampling=sampling, eos=eos
+        )
         in_flight = collections.deque([out])
-        dispatched, first_seen = 1, None
-        synchronous = bool(stop)  # a stop string is found by the host, and nothing may be read behind it
+        dispatched, first_seen, failure = 1, None, None
+        for b in np.flatnonzero(lost_B):
+            writers[b].end("not_finite")
+        synchronous = bool(writers[0].stop)  # a stop string is found by the host, and nothing may be read behind it
         clock_C = self.model.config.ttt.chunk_size if self.model.config.ttt.layers and self.ttt else None
         while True:
-            running = [not writer.finish_reason for writer in writers]
-            if dispatched < max_new_tokens and any(running) and len(in_flight) < (1 if synchronous else _IN_FLIGHT):
+            running = np.array([not writer.finish_reason for writer in writers])
+            go_on = running.any() and dispatched < writers[0].limit and not signals.requested and failure is None
+            if go_on and len(in_flight) < (1 if synchronous else _IN_FLIGHT):
                 assert self.state is not None
-                token_B, _, _, alive_B = out
+                token_B, _, _, alive_B, _ = out
                 self.state, out = decode_step(
                     self.frozen,
                     self.state,
@@ -210,25 +226,51 @@ class Session:
                 continue
             if not in_flight:
                 break
-            ids_B, logprobs_B, written_B, _ = (np.asarray(x) for x in in_flight.popleft())
+            show = on_text if failure is None else None
+            try:
+                self._take(in_flight.popleft(), writers, show)
+            except BaseException as error:  # what a caller's function raises must not leave half a stream behind
+                failure = error
             first_seen = first_seen or time.perf_counter()
-            for b, writer in enumerate(writers):
-                if written_B[b] and not writer.finish_reason:
-                    text = writer.add(int(ids_B[b]), float(logprobs_B[b]))
-                    if on_text is not None and text:
-                        on_text(b, text)
             if synchronous:  # rows that the host has stopped stop on the device too
                 still_B = np.array([not writer.finish_reason for writer in writers])
-                out = (*out[:3], jnp.asarray(still_B))
+                out = (*out[:3], jnp.asarray(still_B), out[4])
         assert self.state is not None
         self.position_B = np.asarray(self.state.position_B).astype(np.int64)
         for b, writer in enumerate(writers):
             self.unread[b] = np.array(writer.ids[-1:], np.int32)
+            if not writer.finish_reason:
+                writer.end("interrupted")
         end = time.perf_counter()
         self.timings.first_token_seconds = (first_seen or end) - start
-        self.timings.decode_tokens += sum(len(writer.ids) - 1 for writer in writers)
+        self.timings.decode_tokens += sum(max(len(writer.ids) - 1, 0) for writer in writers)
         self.timings.decode_seconds += end - (first_seen or end)
-        return [writer.completion() for writer in writers]
+        return failure
+
+    def _take(self, out, writers: list[Writer], on_text: Callable[[int, str], None] | None) -> None:
+        """Give each row that runs its token of one step, then show the text."""
+        ids_B, logprobs_B, written_B = (np.asarray(x) for x in out[:3])
+        if out[4] is not None:  # computed by the step that the tokens come from
+            self.watch.look(out[4])
+        pieces = []
+        for b, writer in enumerate(writers):
+            if not written_B[b] or writer.finish_reason:
+                continue
+            if np.isfinite(logprobs_B[b]):
+                pieces.append((b, writer.add(int(ids_B[b]), float(logprobs_B[b]))))
+            else:
+                self.watch.lost.setdefault(b, f"the next token's log-probability is {logprobs_B[b]}")
+            if b in self.watch.lost:
+                pieces.append((b, writer.end("not_finite")))
+        for b, text in pieces:
+            if on_text is not None and text:
+                on_text(b, text)
+
+    def _eos_ids(self, eos_ids: int | Sequence[int] | None) -> tuple[int, ...]:
+        if eos_ids is None:
+            return model_eos_ids(self.model)
+        ids = [eos_ids] if isinstance(eos_ids, (int, np.integer)) else list(eos_ids)
+        return tuple(check_ids([ids], self.model.config.vocab_size, "eos_ids")[0].tolist()) if ids else ()
 
     def _encode(self, row: str | Sequence[int] | np.ndarray) -> Any:
         if not isinstance(row, str):
@@ -240,34 +282,50 @@ class Session:
             raise UserError("prompt: the text is empty; give at least one token")
         return ids
 
-    def _read(self, rows: Sequence[np.ndarray], room: int = 0) -> jax.Array:
-        """Feed each row its ids; logits after each row's last token. `room`: tokens that will follow."""
+    def _read(self, keep: int, signals: HeldBack, room: int = 0) -> jax.Array:
+        """Feed each row what is unread but its last `keep` tokens, until a signal is there; what is fed is not unread any more.
+
+        Args:
+          room: tokens that will follow.
+
+        Returns: logits [B, V] after each row's last token.
+        """
         cfg, B = self.model.config, self.batch_size
         start = time.perf_counter()
+        rows = [ids[: len(ids) - keep] for ids in self.unread]
         logits_BV = jnp.zeros((B, cfg.vocab_size), jnp.float32)
         longest = max(int(p) + len(row) for p, row in zip(self.position_B, rows, strict=True)) + room
         warn_past_positions(self.model, longest - min(room, 1))  # the last new token stays unread
         if needs_capacity(self.model):
             self._make_room(longest)
-        for part in pieces(rows, self.position_B, self.size, cfg.ttt.chunk_size):
-            if self.state is not None and self.state.capacity is not None:  # the padded width may be larger
-                self.state = with_capacity(self.model, self.state, part.ids_BP.shape[1])
-            self.state, logits_BV = read_piece(
-                self.frozen,
-                self.state,
-                logits_BV,
-                part.ids_BP,
-                part.lengths_B,
-                capacity=max(self._capacity, part.ids_BP.shape[1]) if needs_capacity(self.model) else None,
-                at_chunk_start=part.at_chunk_start,
-                ttt=self.ttt,
-            )
-            if self.on_read is not None:
-                jax.block_until_ready(logits_BV)
-                self.on_read(part.start + int(part.lengths_B.max()))
-        self.position_B = self.position_B + np.array([len(row) for row in rows])
+        read_B = np.zeros(B, np.int64)
+        try:
+            for part in pieces(rows, self.position_B, self.size, cfg.ttt.chunk_size):
+                if signals.requested:
+                    break
+                if self.state is not None and self.state.capacity is not None:  # the padded width may be larger
+                    self.state = with_capacity(self.model, self.state, part.ids_BP.shape[1])
+                self.state, logits_BV, ratio_LB = read_piece(
+                    self.frozen,
+                    self.state,
+                    logits_BV,
+                    part.ids_BP,
+                    part.lengths_B,
+                    capacity=max(self._capacity, part.ids_BP.shape[1]) if needs_capacity(self.model) else None,
+                    at_chunk_start=part.at_chunk_start,
+                    ttt=self.ttt,
+                )
+                read_B = read_B + part.lengths_B
+                self.watch.note(ratio_LB)
+                if self.on_read is not None:
+                    jax.block_until_ready(logits_BV)
+                    self.on_read(int(read_B.max()))
+        finally:
+            self.position_B = self.position_B + read_B
+            self.unread = [ids[n:] for ids, n in zip(self.unread, read_B, strict=True)]
         jax.block_until_ready(logits_BV)
-        self.timings.read_tokens += sum(len(row) for row in rows)
+        self.watch.settle()
+        self.timings.read_tokens += int(read_B.sum())
         self.timings.read_seconds += time.perf_counter() - start
         return logits_BV
 
@@ -280,48 +338,6 @@ class Session:
             self.state = with_capacity(self.model, self.state, max(rounded, 2 * self.state.capacity))
 
 
-class _Writer:
-    """One row's tokens, and its text as it becomes readable."""
-
-    def __init__(self, tokenizer, stop: Sequence[str], eos: set[int], limit: int) -> None:
-        self.tokenizer, self.stop, self.eos, self.limit = tokenizer, tuple(stop), eos, limit
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason = ""
-        self.text = ""
-        self._context, self._read = 0, 0  # tokens before `_read` are in the text; decoding starts at `_context`, for spaces
-        self._shown = 0  # characters handed out
-
-    def add(self, token: int, logprob: float) -> str:
-        """Take a token; returns the text that can be shown now."""
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        if token in self.eos:
-            self.finish_reason = "eos"
-        elif len(self.ids) == self.limit:
-            self.finish_reason = "length"
-        if self.tokenizer is None:
-            return ""
-        before = self.tokenizer.decode(self.ids[self._context : self._read])
-        now = self.tokenizer.decode(self.ids[self._context :])
-        if self.finish_reason or not now.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character may be incomplete
-            self.text += now[len(before) :]
-            self._context, self._read = self._read, len(self.ids)
-        cuts = [at for at in map(self.text.find, self.stop) if at >= 0]
-        held = 0
-        if cuts:
-            self.finish_reason, self.text = "stop", self.text[: min(cuts)]
-        elif not self.finish_reason:  # the end of the text may be the beginning of a stop string
-            held = max((n for word in self.stop for n in range(1, len(word)) if self.text.endswith(word[:n])), default=0)
-        piece = self.text[self._shown : len(self.text) - held]
-        self._shown += len(piece)
-        return piece
-
-    def completion(self) -> Completion:
-        text = None if self.tokenizer is None else self.text
-        return Completion(self.ids, self.logprobs, text, self.finish_reason or "length")
-
-
 def generate(
     model: Transformer,
     prompts: str | Sequence[Any],
@@ -331,8 +347,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: Sequence[str] = (),
-    eos_ids: Sequence[int] | None = None,
+    stop: str | Sequence[str] = (),
+    eos_ids: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     session: Session | None = None,
     ttt: bool = True,
@@ -349,7 +365,8 @@ def generate(
       ttt: False switches the adaptation off; a session keeps its own setting.
 
     Returns: one `Completion` per prompt.
-    Raises: UserError for empty prompts, ids outside the vocabulary, settings out of range.
+    Raises: UserError for empty prompts, ids outside the vocabulary, settings out of range; NotFiniteError, see
+      `Session.generate`.
     """
     rows = _as_rows(prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p)
@@ -361,10 +378,20 @@ def generate(
 def _as_rows(prompts: str | Sequence[Any]) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
-    rows = list(prompts)
+    try:
+        rows = list(prompts)
+    except TypeError:
+        raise UserError(f"prompts = {prompts!r:.80}: give a text, token ids, or a list of those") from None
     if not rows:
         raise UserError("prompts: none given; pass a text or token ids")
     return [rows] if all(isinstance(x, (int, np.integer)) for x in rows) else rows
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} = {value!r:.80}: must be a whole number") from None
 
 
 def model_eos_ids(model: Transformer) -> tuple[int, ...]:
@@ -373,26 +400,3 @@ def model_eos_ids(model: Transformer) -> tuple[int, ...]:
     if model.tokenizer is not None and model.tokenizer.eos_id is not None:
         ids.add(model.tokenizer.eos_id)
     return tuple(sorted(ids))
-
-
-# ------------------------------------------------------------------------------------------------------------ programs
-
-
-@functools.partial(jax.jit, static_argnames=("sampling", "eos"))
-def first_token(logits_BV, position_B, alive_B, seed_B, *, sampling: Sampling, eos: tuple[int, ...]):
-    """Sample. Returns (token_B, logprob_B, alive_B before, alive_B after): a row that is not alive has written nothing."""
-    token_B, logprob_B = sample(logits_BV, sampling, seed_B, position_B)
-    ended_B = jnp.zeros_like(alive_B)
-    for token in eos:
-        ended_B |= token_B == token
-    return token_B, logprob_B, alive_B, alive_B & ~ended_B
-
-
-@program(("sampling", "eos", "ends_chunk", "ttt"))
-def decode_step(model, state: State, token_B, alive_B, seed_B, *, sampling, eos, ends_chunk, ttt):
-    """Read the token of each row that is alive, and sample the next. Returns (state, as `first_token`)."""
-    h_B1D, new_state, _ = model.hidden(
-        token_B[:, None], state, lengths=alive_B.astype(jnp.int32), ttt_scale=ttt_scale(ttt), ends_chunk=ends_chunk
-    )
-    logits_BV = model.logits(h_B1D)[:, 0]
-    return new_state, first_token(logits_BV, new_state.position_B, alive_B, seed_B, sampling=sampling, eos=eos)

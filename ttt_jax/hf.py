@@ -26,6 +26,8 @@ FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
 _LIMITS = {"num_hidden_layers": 4096, "hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**28, "head_dim": 2**16,
            "num_attention_heads": 2**16, "num_key_value_heads": 2**16}  # fmt: skip
 _TTT_FIELDS = {"ttt_layers": "layers", "ttt_chunk": "chunk_size", "ttt_lr": "lr", "ttt_target": "target", "ttt_proj": "proj"}
+# Fields that the official code does not know: absent means what it does.
+OWN_TTT_FIELDS = {"ttt_normalize_source": "normalize_source", "ttt_write": "write", "ttt_ridge": "ridge"}
 
 
 # ------------------------------------------------------------------------------------------------------------ config
@@ -113,7 +115,7 @@ def _short(value: Any, quote: bool = True) -> str:
 
 
 def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
-    return {ours: raw[theirs] for theirs, ours in _TTT_FIELDS.items() if raw.get(theirs) is not None}
+    return {ours: raw[theirs] for theirs, ours in (_TTT_FIELDS | OWN_TTT_FIELDS).items() if raw.get(theirs) is not None}
 
 
 def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: str) -> tuple[int | None, list[int]]:

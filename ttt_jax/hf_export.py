@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.config import ModelConfig
+from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.hf import tensor_names
+from ttt_jax.hf import OWN_TTT_FIELDS, tensor_names
 from ttt_jax.model import Transformer
 from ttt_jax.paths import param_path
 from ttt_jax.tensor_files import TensorSpec, inside, write_tensors
@@ -140,6 +140,9 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
             raise ConfigError(f"config field model.ttt.clip_norm = {ttt.clip_norm:g}: the official format has no field for it")
         raw |= {"ttt_mode": True, "ttt_layers": list(ttt.layers), "ttt_chunk": ttt.chunk_size, "ttt_lr": ttt.lr}
         raw |= {"ttt_target": ttt.target, "ttt_proj": ttt.proj}
+        # Left out where they say what the official code does, so that its checkpoints stay as they are.
+        own = {theirs: (getattr(ttt, ours), getattr(TTTConfig(), ours)) for theirs, ours in OWN_TTT_FIELDS.items()}
+        raw |= {name: value for name, (value, default) in own.items() if value != default}
     return raw
 
 

@@ -26,6 +26,7 @@ from ttt_jax.config import Config, ModelConfig, to_dict
 from ttt_jax.errors import ConfigError
 from ttt_jax.records import LineFile, truncate_metrics
 from ttt_jax.run_dir import METRICS_FILE, atomic_write_text
+from ttt_jax.terminal import printable
 
 # key of the scalar -> how the terminal shows it
 _SHOWN = {
@@ -141,6 +142,7 @@ class MetricsLogger:
 
     def message(self, text: str) -> None:
         """Print a line without tearing the progress display."""
+        text = printable(text, "\n\t")  # it may name documents
         if self._live is not None:
             self._live.console.print(text, highlight=False, markup=False)
         elif self._enabled:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
+from jax.core import Tracer
 
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
@@ -208,12 +210,15 @@ class Transformer(nnx.Module):
         """Read tokens and return logits for each next token.
 
         Args:
-          ids_BT: int32 token ids.
+          ids_BT: int32 token ids. Inside of `jax.jit` their values are not known: ids outside the vocabulary then give NaN
+            (negative ones count from its end); `reading.check_ids` looks at them before.
           state: where the stream was left; None starts fresh.
           options: see `hidden`.
 
         Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives the same logits.
+        Raises: UserError for ids outside the vocabulary, where their values are known.
         """
+        _check_known_ids(ids_BT, self.config.vocab_size)
         h_BTD, new_state, _ = self.hidden(ids_BT, state, keep_state=True, **options)
         assert new_state is not None
         return self.logits(h_BTD), new_state
@@ -236,7 +241,7 @@ class Transformer(nnx.Module):
         """Final hidden states (after the last norm).
 
         Args:
-          ids_BT: int32 token ids.
+          ids_BT: int32 token ids inside the vocabulary; their values are not looked at, and others give NaN.
           state: from an earlier call, or `init_state`; None starts fresh.
           keep_state: return a state (training does without).
           lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past them mean nothing.
@@ -330,6 +335,16 @@ def layer_kinds(cfg: ModelConfig) -> list[LayerKind]:
     return [
         LayerKind(i in cfg.ttt.layers, None if i in full else cfg.sliding_window) for i in range(cfg.num_layers)
     ]
+
+
+def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
+    """Raise UserError for ids outside the vocabulary; of traced arrays, and parts of other processes', nothing is known."""
+    if isinstance(ids_BT, Tracer) or not getattr(ids_BT, "is_fully_addressable", True):
+        return
+    ids_BT = np.asarray(ids_BT)
+    if ids_BT.size and (ids_BT.min() < 0 or ids_BT.max() >= vocab_size):
+        bad = ids_BT[(ids_BT < 0) | (ids_BT >= vocab_size)][0]
+        raise UserError(f"ids: hold id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
 
 
 def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[Run, ...], int]]:

@@ -19,6 +19,7 @@ from ttt_jax import kv_cache
 from ttt_jax.errors import UserError
 from ttt_jax.loss import token_nll
 from ttt_jax.model import State, Transformer
+from ttt_jax.watch import state_ratios
 
 _SMALLEST = 16  # tokens in the smallest piece; single tokens are the decode step's
 
@@ -71,7 +72,10 @@ def check_ids(rows: Sequence[Any], vocab_size: int, what: str = "ids") -> list[n
     """Rows as int32 arrays. Raises UserError for an empty row, another shape or dtype, and ids outside the vocabulary."""
     checked = []
     for i, row in enumerate(rows):
-        ids = np.asarray(row)
+        try:
+            ids = np.asarray(row)
+        except ValueError:
+            raise UserError(f"{what}: row {i} is not a list of token ids but nested unevenly; each must be flat") from None
         if ids.ndim != 1 or ids.size == 0:
             raise UserError(f"{what}: row {i} has shape {ids.shape}; each must be a non-empty list of token ids")
         if not np.issubdtype(ids.dtype, np.integer):
@@ -170,26 +174,34 @@ def ttt_scale(ttt: bool) -> float:
 
 @program(("capacity", "at_chunk_start", "ttt"))
 def read_piece(model, state: State | None, logits_BV, ids_BP, lengths_B, *, capacity, at_chunk_start, ttt):
-    """Read a piece. Returns (state, logits_BV after each row's last token; those of a row that reads nothing stay)."""
-    h_BPD, state = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
+    """Read a piece.
+
+    Returns: (state, logits_BV after each row's last token, ||S||/||W|| [L, B] or None). The logits of a row that reads nothing
+      stay.
+    """
+    h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
     last_B = jnp.maximum(lengths_B - 1, 0)
     h_B1D = jax.vmap(lambda h_PD, n: jax.lax.dynamic_slice_in_dim(h_PD, n, 1, axis=0))(h_BPD, last_B)
     new_BV = model.logits(h_B1D)[:, 0]
-    return state, jnp.where((lengths_B > 0)[:, None], new_BV, logits_BV)
+    return state, jnp.where((lengths_B > 0)[:, None], new_BV, logits_BV), ratio_LB
 
 
 @program(("capacity", "at_chunk_start", "ttt", "with_logits"))
 def score_piece(
     model, state: State | None, ids_BP, targets_BP, lengths_B, *, capacity, at_chunk_start, ttt, with_logits
 ):
-    """Read a piece. Returns (state, log-probabilities of the targets float32 [B, P], logits float32 [B, P, V] or None)."""
-    h_BPD, state = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
+    """Read a piece.
+
+    Returns: (state, log-probabilities of the targets float32 [B, P], logits float32 [B, P, V] or None,
+      ||S||/||W|| [L, B] or None).
+    """
+    h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
     logits_BPV = model.logits(h_BPD).astype(jnp.float32) if with_logits else None
-    return state, -token_nll(h_BPD, model.output_weight, targets_BP).astype(jnp.float32), logits_BPV
+    return state, -token_nll(h_BPD, model.output_weight, targets_BP).astype(jnp.float32), logits_BPV, ratio_LB
 
 
 def _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt):
-    h_BPD, state, _ = model.hidden(
+    h_BPD, state, stats = model.hidden(
         ids_BP,
         state,
         keep_state=True,
@@ -198,4 +210,4 @@ def _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt):
         capacity=capacity if state is None else None,
         at_chunk_start=at_chunk_start,
     )
-    return h_BPD, state
+    return h_BPD, state, state_ratios(stats)

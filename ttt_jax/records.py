@@ -18,6 +18,7 @@ from typing import Any
 
 from ttt_jax.errors import CheckpointError
 from ttt_jax.run_dir import atomic_write_text
+from ttt_jax.terminal import printable
 
 EVENTS_FILE = "events.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
@@ -98,7 +99,7 @@ class EventLog:
         """Record an event. `details`: what JSON can hold."""
         if not self._enabled:
             return
-        self._show(f"warning: {text}")
+        self._show(printable(f"warning: {text}"))
         now = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
         step = self.step if step is None else step
         try:

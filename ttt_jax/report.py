@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ttt_jax.config import Config, dump_yaml, to_dict
 from ttt_jax.run_dir import atomic_write_text
+from ttt_jax.terminal import printable
 
 REPORT_FILE = "report.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -112,7 +113,8 @@ def print_report(report: dict[str, Any], run_dir: str | Path, console: Console |
             table.add_row(*row)
         console.print(table)
     console.print(_sentence(report), highlight=False, markup=False)
-    console.print(f"report: {Path(run_dir) / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
+    path = printable(f"report: {Path(run_dir) / 'report.md'}")
+    console.print(path, highlight=False, markup=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ text

@@ -12,6 +12,7 @@ import numpy as np
 
 from ttt_jax.model import Transformer
 from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, score_piece, warn_past_positions
+from ttt_jax.watch import Watch, not_finite, warn_of_zero_targets
 
 
 class Scores(NamedTuple):
@@ -45,7 +46,10 @@ def score(
       piece: tokens read at a time, rounded to chunks; None: 8192, on CPUs 2048.
       on_progress: called with the number of tokens per row read so far.
 
-    Raises: UserError for rows that are not token ids of the model.
+    Warns, once, when ||S||/||W|| leaves its range, and when TTT can do nothing (watch.py).
+
+    Raises: UserError for rows that are not token ids of the model; NotFiniteError when one of the numbers is not finite: its
+      `partial` holds the Scores, NaN where nothing was computed. Rows that are finite are scored to their end.
     """
     ids = check_ids(rows, model.config.vocab_size)
     B, T = len(ids), max(len(row) for row in ids)
@@ -53,13 +57,16 @@ def score(
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)
     logits_BTV = np.full((B, T, model.config.vocab_size), np.nan, np.float32) if logits else None
     size, frozen = piece_size(model, piece), Frozen(model)
+    watch, lost = Watch(model), {}  # row -> where its numbers are not finite
+    if ttt:
+        warn_of_zero_targets(model)
     state, capacity = None, (-(-T // size) * size if needs_capacity(model) else None)
     for part in pieces(ids, np.zeros(B, np.int64), size, model.config.ttt.chunk_size):
         targets_BP = np.zeros_like(part.ids_BP)
         for targets_P, row, n in zip(targets_BP, ids, part.lengths_B, strict=True):
             following = row[part.start + 1 : part.start + 1 + n]
             targets_P[: len(following)] = following
-        state, piece_logprobs, piece_logits = score_piece(
+        state, piece_logprobs, piece_logits, ratio_LB = score_piece(
             frozen,
             state,
             part.ids_BP,
@@ -76,6 +83,21 @@ def score(
             logprobs_BT[b, part.start : part.start + max(known, 0)] = piece_logprobs[b, : max(known, 0)]
             if logits_BTV is not None and piece_logits is not None:
                 logits_BTV[b, part.start : part.start + n] = np.asarray(piece_logits[b, :n])
+            bad_P = ~np.isfinite(piece_logprobs[b, : max(known, 0)])
+            if logits_BTV is not None:
+                bad_P = ~np.isfinite(logits_BTV[b, part.start : part.start + n]).all(axis=1)
+            if bad_P.any():
+                lost.setdefault(b, f"row {b} from token {part.start + int(bad_P.argmax())} on")
+        if ratio_LB is not None:
+            watch.look(ratio_LB)  # of the program whose results are here
+            for b in watch.lost:
+                lost.setdefault(b, f"row {b} in tokens {part.start} to {part.start + int(part.lengths_B[b]) - 1}")
+        if len(lost) == B:
+            break
         if on_progress is not None:
             on_progress(min(part.start + part.ids_BP.shape[1], T))
+    if lost:
+        error = not_finite(lost[min(lost)], watch.lost.get(min(lost), ""))
+        error.partial = Scores(logprobs_BT, logits_BTV)
+        raise error
     return Scores(logprobs_BT, logits_BTV)

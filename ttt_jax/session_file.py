@@ -15,6 +15,7 @@ Nothing in the file is executed or unpickled. The layout does not depend on how 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ from ttt_jax.model import LayerState, State, Transformer
 from ttt_jax.paths import param_path
 from ttt_jax.reading import needs_capacity
 from ttt_jax.ttt import TTTState
+from ttt_jax.watch import is_finite, not_finite
 
 FORMAT = "ttt_jax session 1"
 
@@ -44,10 +46,14 @@ FORMAT = "ttt_jax session 1"
 def save_session(session: Session, path: str | Path) -> None:
     """Write the session; a file of that name is replaced when the new one is complete.
 
-    Raises: CheckpointError when it cannot be written.
+    Raises: CheckpointError when it cannot be written; NotFiniteError for numbers that are not finite.
     """
     path = Path(path)
+    session.watch.check("session: row")
     tensors = _tensors(session)
+    for name, x in tensors.items():
+        if not is_finite(x):
+            raise not_finite(f"session {path}: not written, {name}")
     manifest = json.dumps(
         {
             "format": FORMAT,
@@ -65,8 +71,11 @@ def save_session(session: Session, path: str | Path) -> None:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.rename(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+    except BaseException as error:  # Ctrl-C, too: nothing half-written stays behind
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise CheckpointError(f"session {path}: could not be written ({error}); free space or choose another file") from None
 
 
@@ -96,8 +105,8 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
     for name, x in tensors.items():
         if _crc32(x) != manifest["crc32"][name]:
             raise _damaged(path, f"the checksum of tensor {name} does not match")
-        if name.endswith(".S") and not np.isfinite(x).all():
-            raise _damaged(path, f"tensor {name} holds numbers that are not finite")
+        if not is_finite(x):
+            raise _damaged(path, f"tensor {name} holds numbers that are not finite, or too large for any stream")
     B, cfg = len(tensors["position"]), model.config
     if tensors["position"].min() < 0:
         raise _damaged(path, "a position is negative")

@@ -18,9 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from ttt_jax.config import ModelConfig
 from ttt_jax.layers import Context, linear, param
 from ttt_jax.ops import in_place_ttt, update_cosine, update_norm
+from ttt_jax.ops.writes import transformed
 from ttt_jax.ops.xla import accumulator, precision_for
 from ttt_jax.parallel import Parallel
 
+_TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
 
 
@@ -38,6 +40,23 @@ class TTTState(NamedTuple):
     source_BCD: jax.Array
 
 
+def initial_target(key: jax.Array, D: int, std: float) -> tuple[jax.Array, jax.Array]:
+    """Make the target's parameters: convolution [D, KERNEL] of zeros, diagonal W_target [D, D] ~ N(0, std^2).
+
+    Both are float32. The model starts as if it had no fast weights (paper, appendix; the same from scratch and for
+    continual training, where hf.py reads it row by row).
+    """
+    diagonal_D = std * jax.random.normal(key, (D,), jnp.float32)
+    return jnp.zeros((D, KERNEL), jnp.float32), jnp.diag(diagonal_D)
+
+
+def unit_rms(x_BTD: jax.Array) -> jax.Array:
+    """Divide each token's vector by its root mean square, in x's dtype; zeros stay zeros."""
+    x = x_BTD.astype(accumulator(x_BTD.dtype))
+    square_BT1 = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(square_BT1 + _TINY)).astype(x_BTD.dtype)
+
+
 class Target(nnx.Module):
     """Targets v = conv(source) @ W_target: a depthwise convolution inside each chunk, then an optional projection.
 
@@ -47,16 +66,18 @@ class Target(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, key: jax.Array):
         D = cfg.d_model
-        conv_key, proj_key = jax.random.split(key)
-        # As the official modules are initialised for training from scratch; hf.py gives continual training its own.
-        self.conv = param(conv_key, (D, 1, KERNEL), ("embed", "conv_in", "conv_taps"), 1 / math.sqrt(3 * KERNEL))
-        self.proj = param(proj_key, (D, D), ("embed", "embed_out"), cfg.init_std) if cfg.ttt.proj else None
+        self.normalize_source = cfg.ttt.normalize_source
+        conv_DK, proj_DD = initial_target(key, D, cfg.init_std)
+        self.conv = nnx.Param(conv_DK[:, None], axes=("embed", "conv_in", "conv_taps"))
+        self.proj = nnx.Param(proj_DD, axes=("embed", "embed_out")) if cfg.ttt.proj else None
 
     def __call__(self, source_BTD, chunk_size: int, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
         """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype. `pin`: see `Context.pin`."""
         B, T, D = source_BTD.shape
         C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
         acc = accumulator(dtype)
+        if self.normalize_source:
+            source_BTD = unit_rms(source_BTD)
         conv_DK = self.conv[...].astype(acc)[:, 0]
         source_BMCD = source_BTD.reshape(B, T // C, C, D)
         padded = jnp.pad(source_BMCD, ((0, 0), (0, 0), (reach, reach), (0, 0)))
@@ -137,22 +158,29 @@ class MLP(nnx.Module):
             implementation=ttt.implementation,
         )
 
-    def _targets(self, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
-        """Targets of the whole chunks, zeros for the rest; `whole_B` limits the chunks of each row further."""
-        C = self.cfg.ttt.chunk_size
+    def _targets(self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
+        """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the chunks of each row."""
+        ttt, C = self.cfg.ttt, self.cfg.ttt.chunk_size
         T = source_BTD.shape[1]
         M = T // C
         if self.target is None or M == 0:
             return jnp.zeros_like(source_BTD)
         v_BTD = self.target(source_BTD[:, : M * C], C, pin)
+        if ttt.write != "sum":
+            unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])  # a row of W
+            v_BTD = pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, ridge=ttt.ridge, unit=unit))
         if whole_B is not None:
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
             v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
         v_BTD = jnp.pad(v_BTD, ((0, 0), (0, T - M * C), (0, 0)))
         return checkpoint_name(v_BTD, "ttt_target")
 
+    def _slow_norm(self, acc):
+        """||W||_F, without a gradient."""
+        return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(self.down[...]).astype(acc))))
+
     def _stats(self, S_BDF, update_norm_B):
-        slow = jnp.sqrt(jnp.sum(jnp.square(self.down[...].astype(S_BDF.dtype))))
+        slow = self._slow_norm(S_BDF.dtype)
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
         return {"state_ratio_B": jax.lax.stop_gradient(fast_B / slow), "update_norm_B": update_norm_B}
 
@@ -174,7 +202,7 @@ class MLP(nnx.Module):
         B, T, _ = z_BTF.shape
         lr = self._lr(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
-        v_BTD = self._targets(source_BTD, whole_B, ctx.pin)
+        v_BTD = self._targets(z_BTF, source_BTD, whole_B, ctx.pin)
         parallel = ctx.parallel if ctx.parallel is not None and ctx.parallel.splits(T, C) else None
         S_BDF = None if state is None else state.S_BDF
         y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, parallel)
@@ -211,7 +239,7 @@ class MLP(nnx.Module):
 
         z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
         whole_B = (pending_B + length_B) // C
-        v_BLD = self._targets(source_BLD, whole_B)
+        v_BLD = self._targets(z_BLF, source_BLD, whole_B)
         y_BLD, S_BDF = self._op(z_BLF, v_BLD, lr, state.S_BDF)
         y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(y_BLD, pending_B)
         stats = self._stats(S_BDF, self._last_update_norm(z_BLF, v_BLD, lr))
@@ -231,7 +259,7 @@ class MLP(nnx.Module):
         complete_B = (pending_B == C - 1) & (read_B > 0)
 
         def update(S_BDF):
-            v_BCD = self._targets(source_BCD, complete_B.astype(jnp.int32))
+            v_BCD = self._targets(z_BCF, source_BCD, complete_B.astype(jnp.int32))
             return self._op(z_BCF, v_BCD, lr, S_BDF)[1], self._last_update_norm(z_BCF, v_BCD, lr)
 
         skip = lambda S_BDF: (S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype))

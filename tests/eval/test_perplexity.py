@@ -95,7 +95,7 @@ def test_shuffled_reads_each_chunk_with_the_next_documents_fast_weights(rows, bl
             state = jax.tree.map(jnp.copy, own.replace(layers=layers))
             inputs, targets = row[None, start:stop], row[None, start + 1 : stop + 1]
             read = {"capacity": 64, "at_chunk_start": start % C == 0, "ttt": True, "with_logits": False}
-            _, logprobs, _ = score_piece(frozen, state, inputs, targets, np.full(1, stop - start, np.int32), **read)
+            _, logprobs, *_ = score_piece(frozen, state, inputs, targets, np.full(1, stop - start, np.int32), **read)
             expected.append(-np.asarray(logprobs)[0])
         np.testing.assert_allclose(shuffled[b], np.concatenate(expected), rtol=1e-4, atol=1e-5)
     on = losses_of(model, rows, True)[:, -block:]

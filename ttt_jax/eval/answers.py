@@ -14,6 +14,7 @@ import numpy as np
 from ttt_jax.loss import token_nll_and_hit
 from ttt_jax.model import State, Transformer
 from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, program, ttt_scale, warn_past_positions
+from ttt_jax.watch import Watch, not_finite, state_ratios
 
 
 class Judgement(NamedTuple):
@@ -30,16 +31,26 @@ class Judge:
       ttt: False switches the adaptation off.
       batch_size: rows read at once.
       piece: tokens read at a time, rounded to chunks; None: 8192, on CPUs 2048.
+      watch: of the fast weights; None makes one.
     """
 
-    def __init__(self, model: Transformer, *, ttt: bool = True, batch_size: int = 8, piece: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        ttt: bool = True,
+        batch_size: int = 8,
+        piece: int | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.watch = watch or Watch(model)
         self.model, self.ttt, self.batch_size = model, ttt, batch_size
         self.frozen, self.size = Frozen(model), piece_size(model, piece)
 
     def __call__(self, rows: Sequence[Sequence[int]], on_row: Callable[[int], None] | None = None) -> list[Judgement]:
         """One judgement per row, in the order given. `on_row` is called with the number of rows done.
 
-        Raises: UserError for rows that are not token ids of the model.
+        Raises: UserError for rows that are not token ids of the model; NotFiniteError.
         """
         ids = check_ids(rows, self.model.config.vocab_size)
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together: little padding, few shapes
@@ -48,7 +59,11 @@ class Judge:
             part = order[start : start + self.batch_size]
             # Filled up with one-token rows, so that the last batch is no program of its own.
             padded = [ids[i] for i in part] + [ids[part[0]][:1]] * (self.batch_size - len(part) if start else 0)
-            for i, judgement in zip(part, self._batch(padded), strict=False):
+            judged = self._batch(padded)
+            for at, (i, judgement) in enumerate(zip(part, judged, strict=False)):
+                why = self.watch.lost.get(at, "")
+                if why or not np.isfinite(judgement.logprobs_T).all():
+                    raise not_finite(f"sequence {i} of {len(ids)} ({len(ids[i])} tokens)", why)
                 result[i] = judgement
             if on_row is not None:
                 on_row(start + len(part))
@@ -66,10 +81,12 @@ class Judge:
                 following = row[part.start + 1 : part.start + 1 + n]
                 targets_P[: len(following)] = following
             static = {"capacity": capacity, "at_chunk_start": part.at_chunk_start, "ttt": self.ttt}
-            state, nll_BP, hit_BP = judge_piece(self.frozen, state, part.ids_BP, targets_BP, part.lengths_B, **static)
+            state, nll_BP, hit_BP, ratio_LB = judge_piece(self.frozen, state, part.ids_BP, targets_BP, part.lengths_B, **static)
+            self.watch.note(ratio_LB)
             width = min(part.ids_BP.shape[1], T - part.start)
             logprobs_BT[:, part.start : part.start + width] = -np.asarray(nll_BP)[:, :width]
             greedy_BT[:, part.start : part.start + width] = np.asarray(hit_BP)[:, :width]
+        self.watch.settle()
         return [Judgement(logprobs_BT[b, : len(row) - 1], greedy_BT[b, : len(row) - 1]) for b, row in enumerate(ids)]
 
 
@@ -81,8 +98,11 @@ def _capacity(tokens: int, piece: int) -> int:
 
 @program(("capacity", "at_chunk_start", "ttt"))
 def judge_piece(model, state: State | None, ids_BP, targets_BP, lengths_B, *, capacity, at_chunk_start, ttt):
-    """Read a piece. Returns (state, -log p(target) float32 [B, P], target is the most likely token, bool [B, P])."""
-    h_BPD, state, _ = model.hidden(
+    """Read a piece.
+
+    Returns: (state, -log p(target) float32 [B, P], target is the most likely token, bool [B, P], ||S||/||W|| [L, B] or None).
+    """
+    h_BPD, state, stats = model.hidden(
         ids_BP,
         state,
         keep_state=True,
@@ -92,4 +112,4 @@ def judge_piece(model, state: State | None, ids_BP, targets_BP, lengths_B, *, ca
         at_chunk_start=at_chunk_start,
     )
     nll_BP, hit_BP = token_nll_and_hit(h_BPD, model.output_weight, targets_BP)
-    return state, nll_BP.astype(jnp.float32), hit_BP
+    return state, nll_BP.astype(jnp.float32), hit_BP, state_ratios(stats)

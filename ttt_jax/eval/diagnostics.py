@@ -47,7 +47,7 @@ def fast_weights(model: Transformer, ids: np.ndarray, *, points: int = _POINTS) 
         for end in range(position + C, stop + C, C):
             part = ids[position : min(end, stop)].astype(np.int32)[None]
             logits_BV = jnp.zeros((1, model.config.vocab_size), jnp.float32)
-            state, _ = read_piece(
+            state, *_ = read_piece(
                 frozen, state, logits_BV, part, np.full(1, part.shape[1], np.int32),
                 capacity=capacity, at_chunk_start=position % C == 0, ttt=True,
             )  # fmt: skip

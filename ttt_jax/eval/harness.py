@@ -30,6 +30,7 @@ from ttt_jax.generation import Session
 from ttt_jax.model import Transformer
 from ttt_jax.progress import progress
 from ttt_jax.sampling import Sampling
+from ttt_jax.watch import Watch
 
 
 class TTTJaxLM(TemplateLM):
@@ -84,6 +85,7 @@ class TTTJaxLM(TemplateLM):
         self.path = Path(path) if path is not None else None
         self.batch_size, self.piece = int(batch_size), piece
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
+        self._watch = Watch(model)
         self._settings = _tokenizer_settings(self.path)
         bos = self._settings.get("bos_token")
         bos = bos.get("content") if isinstance(bos, dict) else bos
@@ -117,7 +119,7 @@ class TTTJaxLM(TemplateLM):
     def judge(self, rows: Sequence[Sequence[int]]) -> list[Judgement]:
         """Log-probabilities of the tokens of each row. A dummy overrides this."""
         with progress("scoring", len(rows), "requests") as advance_to:
-            judge = Judge(self.model, ttt=self.ttt, batch_size=self.batch_size, piece=self.piece)
+            judge = Judge(self.model, ttt=self.ttt, batch_size=self.batch_size, piece=self.piece, watch=self._watch)
             return judge(rows, advance_to)
 
     def write(

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import importlib.metadata
+import math
 import random
 import re
 import sys
@@ -16,7 +17,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ttt_jax.errors import DataError, UserError
+from ttt_jax.errors import DataError, NotFiniteError, UserError
+from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.model import Transformer
 
 _SCARCE = "pip install 'ttt-jax[eval]'"
@@ -54,6 +56,7 @@ def evaluate_tasks(
     piece: int | None = None,
     seed: int = 0,
     make: Callable[..., Any] | None = None,
+    kept: Unfinished | None = None,
 ) -> dict[str, Any]:
     """Run tasks, the same samples for each mode.
 
@@ -62,11 +65,13 @@ def evaluate_tasks(
       lengths: of tasks that make their own samples (RULER), in tokens of the model's tokenizer.
       limit: samples per task; None: all.
       make: builds the harness's LM from (path, model=, ttt=, batch_size=, piece=); None: `TTTJaxLM`. Tests put dummies here.
+      kept: lengths and modes that an earlier start finished, and where this one keeps its own.
 
     Returns: the "tasks" part of results.json.
     Raises: UserError for unknown tasks, DataError when a task's data cannot be had, saying what to put where.
     """
     check_tasks(names)
+    kept = Unfinished(None, {}) if kept is None else kept
     from ttt_jax.eval.harness import TTTJaxLM
 
     TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
@@ -87,7 +92,9 @@ def evaluate_tasks(
             _check_answers(task, length)
             _report_length(task, length)
         for mode, lm in models.items():
-            for task, metric, samples, value, error in _run(lm, items, manager, **options):
+            key = ("tasks", *names, length, mode)
+            found = kept.piece(key, lambda lm=lm, items=items, manager=manager: list(_run(lm, items, manager, **options)))
+            for task, metric, samples, value, error in found:
                 entry = values.setdefault((task, metric), {"task": task, "metric": metric, "samples": samples})
                 entry[mode] = {"value": value, "stderr": error}
         generated = [name for name, group in loaded.items() if any(callable(t.config.custom_dataset) for t in _leaves(group))]
@@ -115,6 +122,9 @@ def _run(lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed)
         fewshot_random_seed=seed,
     )
     for task, metric, value, error in _values(found):
+        if not math.isfinite(value):
+            raise NotFiniteError(f"--tasks {task}: {metric} = {value}; leave the task out, or give more samples")
+        error = error if error is not None and math.isfinite(error) else None  # of one sample there is none
         yield task, metric, found["n-samples"].get(task, {}).get("effective", 0), value, error
 
 

@@ -12,28 +12,42 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import Table, interval, number, tables, tokens
+from ttt_jax.eval.unfinished import UNFINISHED
 from ttt_jax.run_dir import atomic_write_text
+from ttt_jax.terminal import printable
 
 RESULTS = "results.json"
 _MAX_BYTES = 256 << 20  # of results.json
 _WIDTH = 150  # columns when the output is a file
-_OURS = {RESULTS, "report.html", "text.html", "comparison.json", "comparison.html", "a", "b"}
+_OURS = {RESULTS, "report.html", "text.html", "comparison.json", "comparison.html", "a", "b", UNFINISHED}
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError when `out` exists and may not be replaced: never anything but a result folder."""
-    if not out.exists() and not out.is_symlink():
+    """Raises UserError when `out` exists and may not be replaced: never anything but a result folder.
+
+    One that holds nothing, or only what an interrupted evaluation has kept, may be filled without `overwrite`.
+    """
+    if (not out.exists() and not out.is_symlink()) or _is_unfinished(out):
         return
     if not overwrite:
         raise UserError(f"--out {out}: exists already; choose another folder or pass --overwrite")
     foreign = sorted({path.name for path in out.iterdir()} - _OURS) if out.is_dir() and not out.is_symlink() else [out.name]
     if foreign:
         raise UserError(f"--out {out}: holds {foreign[0]!r}, so it is not a result folder; choose another folder")
+
+
+def _is_unfinished(out: Path) -> bool:
+    if out.is_symlink() or not out.is_dir():
+        return False
+    inner = [path for name in ("a", "b") if (path := out / name).is_dir() and not path.is_symlink()]
+    found = [path for folder in (out, *inner) for path in folder.iterdir() if path not in inner]
+    return all(path.name == UNFINISHED and path.is_file() for path in found)
 
 
 def write_folder(out: Path, files: dict[str, str], overwrite: bool) -> None:
@@ -55,8 +69,10 @@ def write_folder(out: Path, files: dict[str, str], overwrite: bool) -> None:
             out.rename(old)
         part.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C, too: nothing half-written stays behind
         shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"--out {out}: could not be written ({error.strerror}); free space or choose another folder") from None
 
 
@@ -88,13 +104,17 @@ def print_tables(made: list[Table], console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_WIDTH)
+    # Names of tasks, models and documents are other people's: no markup, and nothing that a terminal obeys.
+    plain = lambda text: Text(printable(text))
     for table in made:
-        rich = RichTable(title=table.title, caption=table.note, title_justify="left", caption_justify="left")
+        rich = RichTable(
+            title=plain(table.title), caption=plain(table.note), title_justify="left", caption_justify="left"
+        )
         rich.title_style = "bold"
         for n, heading in enumerate(table.headings):
-            rich.add_column(heading, justify="left" if n == 0 else "right", no_wrap=n == 0)
+            rich.add_column(plain(heading), justify="left" if n == 0 else "right", no_wrap=n == 0)
         for row in table.rows:
-            rich.add_row(*row)
+            rich.add_row(*map(plain, row))
         console.print(rich)
 
 

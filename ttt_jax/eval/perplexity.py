@@ -13,6 +13,7 @@ read on keeps its own S. What is left of TTT's gain is not due to this document'
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -25,8 +26,10 @@ import numpy as np
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import UserError
 from ttt_jax.eval.statistics import mean_with_interval
+from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.model import State, Transformer
 from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, read_piece, score_piece, warn_past_positions
+from ttt_jax.watch import Watch, not_finite
 
 MODES = ("off", "on", "shuffled")
 _BUCKETS = 16
@@ -54,6 +57,7 @@ class Reader:
         self.model, self.frozen = model, Frozen(model)
         self.size = piece_size(model, piece)
         self.chunk = model.config.ttt.chunk_size
+        self.watch = Watch(model)
         self.on_tokens: Callable[[int], None] = lambda tokens: None  # called with every token (per row) that was read
 
     def block_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
@@ -100,7 +104,9 @@ class Reader:
         for first, last in self._cuts(start, stop):
             lengths_B = np.full(B, last - first, np.int32)
             options = self._arguments(L, first, last, ttt)
-            state, logits_BV = read_piece(self.frozen, state, logits_BV, ids_BL1[:, first:last], lengths_B, **options)
+            ids_BP = ids_BL1[:, first:last]
+            state, logits_BV, ratio_LB = read_piece(self.frozen, state, logits_BV, ids_BP, lengths_B, **options)
+            self.watch.note(ratio_LB)
             self.on_tokens(last - first)
         return state
 
@@ -111,7 +117,9 @@ class Reader:
             lengths_B = np.full(B, last - first, np.int32)
             targets_BP = ids_BL1[:, first + 1 : last + 1]
             options = self._arguments(L, first, last, ttt) | {"with_logits": False}
-            state, logprobs_BP, _ = score_piece(self.frozen, state, ids_BL1[:, first:last], targets_BP, lengths_B, **options)
+            ids_BP = ids_BL1[:, first:last]
+            state, logprobs_BP, _, ratio_LB = score_piece(self.frozen, state, ids_BP, targets_BP, lengths_B, **options)
+            self.watch.note(ratio_LB)
             losses.append(logprobs_BP)
             if len(losses) > _IN_FLIGHT:  # the host follows a few pieces behind, so that the device never waits for it
                 losses[-_IN_FLIGHT - 1] = np.asarray(losses[-_IN_FLIGHT - 1])
@@ -163,6 +171,7 @@ def evaluate(
     piece: int | None = None,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
+    kept: Unfinished | None = None,
 ) -> dict[str, Any]:
     """Loss of a fixed final block for each context length, and loss by position.
 
@@ -173,18 +182,21 @@ def evaluate(
       modes: some of "off", "on", "shuffled"; the order of the result.
       batch_size: documents read at once.
       on_progress: called with the number of tokens read so far, over all modes.
+      kept: batches that an earlier start finished, and where this one keeps its own.
 
     Returns: the "perplexity" part of results.json: `lengths` and `positions` with loss and interval per mode, `gain` (off - on)
       paired by document, the losses per document, and tokens per second after the first batch (None for one batch).
-    Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or without TTT layers.
+    Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or without TTT layers;
+      NotFiniteError, naming the document.
     """
     lengths, block = check_lengths(lengths, block)
     check_modes(model, modes, len(documents))
-    reader, total = Reader(model, piece), 0
+    reader, total, fresh = Reader(model, piece), 0, 0
+    kept = Unfinished(None, {}) if kept is None else kept
 
     def advance(tokens: int) -> None:
-        nonlocal total
-        total += tokens * len(part)
+        nonlocal total, fresh
+        total, fresh = total + tokens * len(part), fresh + tokens * len(part)
         if on_progress is not None:
             on_progress(total)
 
@@ -197,19 +209,27 @@ def evaluate(
     parts = batches(len(documents), batch_size, 2 if "shuffled" in modes else 1)
     for part in parts:
         rows = [np.asarray(corpus.tokens(documents[i], 0, longest + 1)) for i in part]
-        ids_BL1 = filled_up(np.stack(check_ids(rows, model.config.vocab_size, "documents")), len(parts[0]))
-        for n, L in enumerate(lengths[:-1]):
-            for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
-                by_length[mode][n, part] = losses_BK[: len(part)].mean(axis=1, dtype=np.float64)
-        for mode, losses_BL in reader.position_losses(ids_BL1, modes).items():
-            losses_BL = losses_BL[: len(part)]
-            by_length[mode][-1, part] = losses_BL[:, -block:].mean(axis=1, dtype=np.float64)
-            for n, (start, stop) in enumerate(itertools.pairwise(starts)):
-                by_position[mode][n, part] = losses_BL[:, start:stop].mean(axis=1, dtype=np.float64)
-        clock = clock or (time.perf_counter(), total)
+        rows = np.stack(check_ids(rows, model.config.vocab_size, "documents"))
+        ids_BL1 = filled_up(rows, len(parts[0]))
+        names = [int(documents[i]) for i in part]
+        content = hashlib.sha256(rows.tobytes()).hexdigest()
+        before = total
+        found = kept.piece(
+            ("perplexity", *names, content),
+            lambda ids=ids_BL1, names=names: _losses_of(reader, ids, names, lengths, block, modes, starts),
+        )
+        if total == before:  # kept by an earlier start
+            total += tokens_to_read(lengths, block, modes) * len(part)
+            if on_progress is not None:
+                on_progress(total)
+        else:
+            clock = clock or (time.perf_counter(), fresh)
+        for mode in modes:
+            by_length[mode][:, part] = found["lengths"][mode]
+            by_position[mode][:, part] = found["positions"][mode]
     rate = None
-    if clock is not None and total > clock[1]:
-        rate = (total - clock[1]) / (time.perf_counter() - clock[0])
+    if clock is not None and fresh > clock[1]:
+        rate = (fresh - clock[1]) / (time.perf_counter() - clock[0])
     return {
         "block": block,
         "documents": [f"{int(corpus.key_N[i]):016x}" for i in documents],
@@ -221,6 +241,40 @@ def evaluate(
             {"start": starts[n], "stop": starts[n + 1]} | _entry(by_position, n, seed) for n in range(len(starts) - 1)
         ],
     }
+
+
+def _losses_of(
+    reader: Reader,
+    ids_BL1: np.ndarray,
+    names: list[int],
+    lengths: list[int],
+    block: int,
+    modes: Sequence[str],
+    starts: list[int],
+) -> dict[str, dict[str, list]]:
+    """Mean losses of the documents of a batch, the first `len(names)` rows: per mode, by length and by position.
+
+    Raises: NotFiniteError.
+    """
+    n, longest = len(names), lengths[-1]
+    found: dict[str, dict[str, list]] = {"lengths": {mode: [] for mode in modes}, "positions": {mode: [] for mode in modes}}
+
+    def take(part: str, mode: str, losses_BX: np.ndarray) -> None:
+        mean_B = losses_BX.mean(axis=1, dtype=np.float64)
+        if not np.isfinite(mean_B).all():
+            name = names[int(np.flatnonzero(~np.isfinite(mean_B))[0])]
+            raise not_finite(f"document {name} with TTT {mode}", next(iter(reader.watch.lost.values()), ""))
+        found[part][mode].append(mean_B.tolist())
+
+    for L in lengths[:-1]:
+        for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
+            take("lengths", mode, losses_BK[:n])
+    for mode, losses_BL in reader.position_losses(ids_BL1, modes).items():
+        take("lengths", mode, losses_BL[:n, -block:])
+        for start, stop in itertools.pairwise(starts):
+            take("positions", mode, losses_BL[:n, start:stop])
+    reader.watch.check("document", [names[i % n] for i in range(len(ids_BL1))])
+    return found
 
 
 def check_modes(model: Transformer, modes: Sequence[str], documents: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ttt_jax.errors import UserError
+from ttt_jax.errors import NotFiniteError, UserError
+from ttt_jax.eval.unfinished import Unfinished
+from ttt_jax.terminal import printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,31 +88,79 @@ def harness_tasks(options: Options) -> list[str]:
     return [task for task in options.tasks if task != "synthetic"]
 
 
-def evaluate(options: Options) -> tuple[dict[str, Any], str | None]:
+def evaluate(options: Options, out: Path | None = None, overwrite: bool = False) -> tuple[dict[str, Any], str | None]:
     """Returns (results, the page of the coloured text or None).
 
+    Args:
+      out: keep what is finished in this folder, and go on behind what an interrupted start of the same command has kept there.
+      overwrite: drop what another command has kept there.
+
     Raises: UserError, one line, for whatever the options get wrong; before anything is compiled where that can be known.
+      NotFiniteError, and KeyboardInterrupt, whose messages say what is kept.
     """
     check(options)
-    import jax
-
-    from ttt_jax.config import to_dict
-    from ttt_jax.model import Runtime
-    from ttt_jax.pretrained import load_pretrained
-    from ttt_jax.report import provenance
+    about = _plain_options(options) | _code()
+    Unfinished(out, about, overwrite)  # refuses another command before the model is loaded
+    from ttt_jax.session_file import fingerprint
+    from ttt_jax.watch import one_warning, warn_of_zero_targets
 
     begin = time.perf_counter()
+    model, dtype = _load(options)
+    about |= {"compute_dtype": dtype, "parameters": fingerprint(model) if out is not None else None}
+    kept = Unfinished(out, about, overwrite)
+    if len(kept):
+        where = printable(out)
+        print(f"going on: {len(kept)} finished pieces of work are in {where}", file=sys.stderr, flush=True)
+    results: dict[str, Any] = {"model": str(options.model), "dtype": dtype, "options": _plain_options(options)}
+    try:
+        with one_warning():
+            if options.ttt != "off":
+                warn_of_zero_targets(model)
+            text_html = _parts(options, model, results, kept)
+    except (KeyboardInterrupt, NotFiniteError) as error:
+        if not len(kept):
+            raise
+        told = f"{len(kept)} finished pieces of work are kept in {out}; the same command goes on behind them"
+        interrupted = isinstance(error, KeyboardInterrupt)
+        raise type(error)(told if interrupted else f"{error}; {told}") from None
+    from ttt_jax.config import to_dict
+    from ttt_jax.report import provenance
+
+    results |= provenance() | {"seconds": time.perf_counter() - begin, "config": to_dict(model.config)}
+    return results, text_html
+
+
+def _load(options: Options):
+    """(model, dtype)."""
+    import jax
+
+    from ttt_jax.model import Runtime
+    from ttt_jax.pretrained import load_pretrained
+
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     decodes = bool(harness_tasks(options)) and jax.default_backend() != "cpu"
     model = load_pretrained(options.model, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=not decodes))
     if not model.config.ttt.layers and options.ttt != "off":
         raise UserError("--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off")
-    results: dict[str, Any] = {"model": str(options.model), "dtype": dtype, "options": _plain_options(options)}
+    return model, dtype
+
+
+def _code() -> dict[str, Any]:
+    """What else decides the figures: the commit and the version of jax."""
+    import importlib.metadata
+
+    from ttt_jax.report import _commit
+
+    return {"commit": _commit(), "jax": importlib.metadata.version("jax")}
+
+
+def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:
+    """Fill the results; returns the page of the coloured text or None."""
     text_html = None
     if options.perplexity:
-        text_html = _perplexity(options, model, results)
+        text_html = _perplexity(options, model, results, kept)
     if "synthetic" in options.tasks:
-        _synthetic(options, model, results)
+        _synthetic(options, model, results, kept)
     if harness_tasks(options):
         from ttt_jax.eval.harness_tasks import evaluate_tasks
 
@@ -125,9 +176,9 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str | None]:
             batch_size=options.batch_size,
             piece=options.piece,
             seed=options.seed,
+            kept=kept,
         )
-    results |= provenance() | {"seconds": time.perf_counter() - begin, "config": to_dict(model.config)}
-    return results, text_html
+    return text_html
 
 
 def _plain_options(options: Options) -> dict[str, Any]:
@@ -137,7 +188,7 @@ def _plain_options(options: Options) -> dict[str, Any]:
     }
 
 
-def _perplexity(options: Options, model, results: dict[str, Any]) -> str | None:
+def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:
     from ttt_jax.eval import diagnostics, perplexity
     from ttt_jax.eval.documents import choose, open_documents
     from ttt_jax.eval.page import text_page
@@ -163,6 +214,7 @@ def _perplexity(options: Options, model, results: dict[str, Any]) -> str | None:
             piece=options.piece,
             seed=options.seed,
             on_progress=advance_to,
+            kept=kept,
         )
         results["perplexity"]["seconds"] = time.perf_counter() - begin
     if not (options.diagnostics or options.text_page):
@@ -173,7 +225,7 @@ def _perplexity(options: Options, model, results: dict[str, Any]) -> str | None:
     return text_page(pieces, f"{options.model}: where TTT helps") if options.text_page else None
 
 
-def _synthetic(options: Options, model, results: dict[str, Any]) -> None:
+def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
     from ttt_jax.eval import synthetic
     from ttt_jax.progress import progress
 
@@ -190,6 +242,7 @@ def _synthetic(options: Options, model, results: dict[str, Any]) -> None:
             piece=options.piece,
             seed=options.seed,
             on_progress=advance_to,
+            kept=kept,
         )
 
 
@@ -211,7 +264,7 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
                 f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an evaluation, or a model and "
                 "--perplexity DATA or --tasks TASKS"
             )
-        results, text_html = evaluate(dataclasses.replace(options, model=folder))
+        results, text_html = evaluate(dataclasses.replace(options, model=folder), out and out / name, overwrite)
         files |= {f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()}
         both.append(results)
     first, second = both

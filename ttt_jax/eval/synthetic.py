@@ -25,6 +25,7 @@ import numpy as np
 from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
 from ttt_jax.eval.statistics import mean_with_interval
+from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.model import Transformer
 
 TASKS = ("single_needle", "multi_needle", "multi_query", "variables", "induction", "distance")
@@ -245,6 +246,7 @@ def evaluate(
     seed: int = 0,
     judges: dict[str, Callable[[list[list[int]]], list[Judgement]]] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    kept: Unfinished | None = None,
 ) -> dict[str, Any]:
     """The whole suite.
 
@@ -255,6 +257,7 @@ def evaluate(
       form: "ids" (any model) or "text" (needs a tokenizer).
       judges: who answers, per mode; None: the model. Tests put oracles here.
       on_progress: called with the number of sequences judged.
+      kept: tasks that an earlier start finished, and where this one keeps its own.
 
     Returns: the "synthetic" part of results.json.
     Raises: UserError when a task does not fit a length, the vocabulary is too small, or text is asked for without a tokenizer.
@@ -267,15 +270,22 @@ def evaluate(
                 options = {"length": length, "count": examples, "seed": seed, "distance": distance}
                 cases.append((task, length, distance, make_examples(task, alphabet, **options)))
     judges = judges or {mode: Judge(model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in ttt}
+    kept = Unfinished(None, {}) if kept is None else kept
     entries, done = [], 0
+
+    def grade(mode: str, made: list[Example]) -> dict[str, list[float]]:
+        judged = judges[mode]([example.ids for example in made])
+        right, nll = zip(*(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True)
+        return {"right": list(right), "nll": list(nll)}
+
     for task, length, distance, made in cases:
         entry: dict[str, Any] = {"task": task, "length": length, "distance": distance}
         accuracy: dict[str, np.ndarray] = {}
         for mode in ttt:
-            judged = judges[mode]([example.ids for example in made])
-            right, nll = zip(*(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True)
-            accuracy[mode] = np.array(right)
-            measured = {"accuracy": accuracy[mode], "nll": np.array(nll)}
+            key = ("synthetic", task, length, distance, mode)
+            found = kept.piece(key, lambda mode=mode, made=made: grade(mode, made))
+            accuracy[mode] = np.array(found["right"])
+            measured = {"accuracy": accuracy[mode], "nll": np.array(found["nll"])}
             entry[mode] = {name: mean_with_interval(values, seed=seed) for name, values in measured.items()}
             done += len(made)
             if on_progress is not None:

@@ -1,0 +1,142 @@
+"""What chunks write, against oracles that form the D x F matrices in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fast_jit import jit
+from tolerance import TOLERANCE, assert_close
+
+from ttt_jax.ops.writes import NEWTON_SCHULZ, ROUNDS, inverse, solve, transformed
+
+B, M, C, D, F = 2, 3, 40, 12, 20  # more tokens than keys have dimensions, and not a power of two
+
+
+def chunk_arrays(dtype, C=C, D=D, F=F, seed=0, like=0.5):
+    """Keys that share a direction, as keys of text do, and targets."""
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal((B, M * C, F)) + like * np.sqrt(F)
+    v = rng.standard_normal((B, M * C, D)) + 0.3
+    return tuple(jnp.asarray(x, dtype) for x in (z, v))
+
+
+def written(v_BTD, z_BTF, C=C):
+    """v^T z of every chunk, float64 [B M D F]."""
+    chunks = lambda x: np.asarray(x, np.float64).reshape(B, M, C, -1)
+    return np.einsum("bmcd,bmcf->bmdf", chunks(v_BTD), chunks(z_BTF))
+
+
+def ridge_oracle(z_BTF, v_BTD, lam, C=C):
+    """V^T Z (Z^T Z + lambda m I)^-1, m the mean squared norm of the chunk's keys."""
+    z = np.asarray(z_BTF, np.float64).reshape(B, M, C, -1)
+    mean = np.square(z).sum(-1).mean(-1)[..., None, None]
+    system = np.einsum("bmcf,bmcg->bmfg", z, z) + lam * mean * np.eye(z.shape[-1])
+    return written(v_BTD, z_BTF, C) @ np.linalg.inv(system)
+
+
+def spectral_oracle(z_BTF, v_BTD):
+    a, b, c = NEWTON_SCHULZ
+    x = written(v_BTD, z_BTF)
+    x = x / np.linalg.norm(x, axis=(2, 3), keepdims=True)
+    for _ in range(ROUNDS):
+        gram = x @ np.swapaxes(x, 2, 3)
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    return x
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("like", "lam"), [(0.0, 0.1), (0.5, 1.0), (5.0, 0.1), (60.0, 1.0)])
+def test_ridge_is_least_squares(dtype, lam, like):
+    """Also where all keys are alike, as in a table of dots: a product with the inverse alone would lose cond^2 there."""
+    with jax.enable_x64(dtype == "float64"):
+        z, v = chunk_arrays(dtype, like=like)
+        out = jit(lambda z, v: transformed("ridge", z, v, C, ridge=lam))(z, v)
+        assert out.dtype == v.dtype
+        assert_close("write", written(out, z), ridge_oracle(z, v, lam), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_spectral_writes_are_newton_schulz_on_the_update(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        z, v = chunk_arrays(dtype)
+        got = written(jit(lambda z, v: transformed("spectral", z, v, C, unit=0.5))(z, v), z)
+        tolerance = {"float64": 1e-10, "float32": 1e-4}[dtype]  # token space squares the condition number
+        assert_close("write", got, 0.5 * spectral_oracle(z, v), tolerance)
+        assert (np.linalg.svd(got, compute_uv=False)[..., :4] > 0.5 * 0.6).all()
+
+
+@pytest.mark.parametrize("write", ["ridge", "spectral"])
+def test_bfloat16_rounds_the_targets_once(write, x64):
+    """What is written then differs by more where keys are alike (docs/writes.md): v' is of bf16 as v is."""
+    z, v = chunk_arrays("bfloat16")
+    exact = transformed(write, z.astype("float64"), v.astype("float64"), C)
+    assert_close("targets", transformed(write, z, v, C), exact, TOLERANCE["bfloat16"])
+
+
+def test_lambda_and_rate_have_no_unit(x64):
+    """Keys k times as large are written 1 / k times as strongly: what is read back stays."""
+    z, v = chunk_arrays("float64")
+    one, three = (transformed("ridge", k * z, v, C) for k in (1.0, 3.0))
+    np.testing.assert_allclose(written(three, 3 * z), written(one, z) / 3, rtol=1e-9)
+
+
+@pytest.mark.parametrize("write", ["ridge", "spectral"])
+def test_gradients(write, x64):
+    """The write's gradient against differences of the oracle, in random directions of z and v."""
+    z, v = chunk_arrays("float64")
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((B, M, D, F))
+    oracle = {"ridge": lambda z, v: ridge_oracle(z, v, 1.0), "spectral": spectral_oracle}[write]
+
+    def loss(z, v):
+        chunks = lambda x: x.reshape(B, M, C, -1)
+        out = transformed(write, z, v, C)
+        return jnp.sum(jnp.einsum("bmcd,bmcf->bmdf", chunks(out), chunks(z)) * weight)
+
+    dz, dv = jit(jax.grad(loss, (0, 1)))(z, v)
+    for _ in range(3):
+        step_z, step_v = rng.standard_normal(z.shape), rng.standard_normal(v.shape)
+        ends = [np.sum(oracle(z + h * step_z, v + h * step_v) * weight) for h in (1e-5, -1e-5)]
+        along = float(np.sum(dz * step_z) + np.sum(dv * step_v))
+        assert along == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
+
+
+def test_solve_has_the_gradient_of_the_inverse(x64):
+    rng = np.random.default_rng(0)
+    root, v = jnp.asarray(rng.standard_normal((2, 9, 9))), jnp.asarray(rng.standard_normal((2, 9, 4)))
+    through = lambda f: jax.grad(lambda r, v: jnp.sum(jnp.sin(f(r @ jnp.swapaxes(r, 1, 2) + jnp.eye(9)[None], v))), (0, 1))
+    for ours, theirs in zip(through(solve)(root, v), through(jnp.linalg.solve)(root, v), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("C", [1, 31, 32, 33, 100, 256])
+def test_inverse_by_halves(C, x64):
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((2, C, C))
+    a = jnp.asarray(root @ np.swapaxes(root, 1, 2) / C + np.eye(C) + 1.0)  # one direction that all share
+    np.testing.assert_allclose(jit(inverse)(a) @ a, np.broadcast_to(np.eye(C), a.shape), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("write", ["ridge", "spectral"])
+def test_chunks_of_zeros_write_nothing_and_have_a_gradient(write):
+    """At a model's start the targets are zero; slots of a pending chunk that hold nothing are zero on both sides."""
+    z, v = chunk_arrays("float32")
+    z, v = z.at[:, :C].set(0), v.at[:, : 2 * C].set(0)
+    out, vjp = jax.vjp(lambda z, v: transformed(write, z, v, C), z, v)
+    assert not np.asarray(out[:, : 2 * C]).any()
+    assert np.asarray(out[:, 2 * C :]).any()
+    for gradient in vjp(jnp.ones_like(out)):
+        assert np.isfinite(gradient).all()
+
+
+def test_chunks_know_nothing_of_each_other(x64):
+    z, v = chunk_arrays("float64")
+    for write in ("ridge", "spectral"):
+        whole = transformed(write, z, v, C)
+        alone = transformed(write, z[:, C : 2 * C], v[:, C : 2 * C], C)
+        np.testing.assert_allclose(whole[:, C : 2 * C], alone, rtol=0, atol=1e-13)
+
+
+def test_sum_is_the_papers_rule():
+    z, v = chunk_arrays("float32")
+    assert transformed("sum", z, v, C) is v

@@ -1,0 +1,85 @@
+"""The library example of README.md, line by line on a small model: it runs, and does what its comments say."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hf_folders import make_folder
+
+from ttt_jax import load_pretrained, save_pretrained
+from ttt_jax.data.tokenizer import ByteTokenizer
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+TTT = {
+    "ttt_layers": [1],
+    "ttt_mode": True,
+    "ttt_proj": True,
+    "ttt_lr": 0.5,
+    "ttt_chunk": 4,
+    "ttt_target": "hidden_states",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A Hugging Face folder whose tokenizer is the one of bytes."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(
+        tmp_path / "small",
+        {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 257} | TTT,
+    )
+
+    def with_bytes(path, **options):
+        model = load_pretrained(tmp_path / "small" if "path/to" in str(path) else path, **options)
+        model.tokenizer = ByteTokenizer()
+        return model
+
+    monkeypatch.setattr("ttt_jax.load_pretrained", with_bytes, raising=False)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield tmp_path
+
+
+def run(source, names):
+    """Run a block statement by statement; returns what each of its names is assigned, and how often each is read."""
+    tree = ast.parse(source)
+    for statement in tree.body:
+        code = compile(ast.Module([statement], []), "README.md", "exec")
+        exec(code, names)  # what the README says, and nothing else
+    stored = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    loaded = {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+    }
+    return stored, loaded
+
+
+def test_the_library_example(folder):
+    names = {}
+    stored, loaded = run(BLOCKS[0], names)
+    # Results that the example ends with are shown, not used.
+    assert stored - loaded <= {"_", "logits", "logits_off", "o", "S"}
+    vocab = names["model"].config.vocab_size
+    length = names["ids"].shape[1]
+    assert names["logits"].shape == names["logits_off"].shape == (1, length, vocab)
+    assert names["state"].position_B.tolist() == [2 * length]
+    twice = np.concatenate([names["ids"]] * 2, axis=1)
+    whole, _ = names["model"](twice)
+    np.testing.assert_allclose(names["logits"], whole[:, length:], rtol=1e-3, atol=1e-3)
+    assert np.abs(names["logits_off"] - whole[:, :length]).max() > 1e-3
+    assert load_pretrained(folder / "hf_folder").config == names["model"].config
+    assert save_pretrained is names["save_pretrained"]
+    assert names["o"].shape == (2, 4096, 256)
+
+
+def test_the_generation_example(folder, capsys):
+    names = {"document": "a book " * 5, "question": "who?"}
+    names["model"] = load_pretrained(folder / "small")
+    names["model"].tokenizer = ByteTokenizer()
+    run(BLOCKS[1], names)
+    assert names["session"].position_B.tolist() == [len("a book " * 5) - 1]
+    assert capsys.readouterr().out.count("\n") >= 2
