@@ -11,44 +11,84 @@ below `runs/` that receives checkpoints, metrics and the report.
 
 from __future__ import annotations
 
+# First, so that a signal finds a handler: the other imports take seconds, and are made below it.
+from ttt_jax.signals import Stopped, StopSignal, end_process  # isort: split
+
 import functools
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ttt_jax.config import Config, fields_help, load_config
-from ttt_jax.errors import TrainingError, UserError
-from ttt_jax.signals import Stopped, StopSignal
+if TYPE_CHECKING:
+    from ttt_jax.config import Config
+    from ttt_jax.lock import RunLock
+    from ttt_jax.telemetry import StepTimer
 
 DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 
 
-def main(argv: list[str]) -> int:
-    """Exit code: 0 done (or stopped by SIGTERM with everything saved), 1 failed, 2 wrong arguments, data or checkpoint."""
+def main(argv: list[str], signals: StopSignal | None = None) -> int:
+    """Exit code: 0 done (or stopped by a signal with everything saved), 1 failed, 2 wrong arguments, data or checkpoint."""
+    with signals or StopSignal() as stop:
+        from ttt_jax.errors import TrainingError, UserError
+        from ttt_jax.failure import failures_in_one_line
+        from ttt_jax.lost_terminal import quiet_background, unbreakable_output
+
+        with unbreakable_output(), quiet_background():
+            try:
+                with failures_in_one_line(None):
+                    return _command(argv, stop)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1 if isinstance(error, TrainingError) else 2
+
+
+def _command(argv: list[str], stop: StopSignal) -> int:
+    from ttt_jax.config import fields_help, load_config
+
     if "-h" in argv or "--help" in argv:
         print(__doc__)
         for name, kind, default in fields_help():
             print(f"  --{name:38} {default}   ({kind})")
         return 0
+    has_preset = bool(argv) and not argv[0].startswith("-")
+    config = load_config(argv[0] if has_preset else DEFAULT, argv[1:] if has_preset else argv)
     try:
-        has_preset = bool(argv) and not argv[0].startswith("-")
-        config = load_config(argv[0] if has_preset else DEFAULT, argv[1:] if has_preset else argv)
-        with StopSignal() as stop:
-            try:
-                train(config, stop)
-            except Stopped:
-                print(f"stopped by {stop.name}; run the same command again to continue", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+        train(config, stop)
+    except Stopped:
+        print(f"stopped by {stop.name}; run the same command again to continue", flush=True)
     return 0
 
 
 def train(config: Config, stop: StopSignal) -> None:
+    """Train in `config.run_dir`, as its only writer; a finished run shows its report and changes nothing."""
+    import jax
+
+    from ttt_jax.distributed import initialize, on_first_process
+    from ttt_jax.failure import failures_in_one_line
+    from ttt_jax.finished import show_if_finished
+    from ttt_jax.lock import RunLock
+    from ttt_jax.telemetry import StepTimer
+
+    timer = StepTimer()
+    initialize()  # before jax looks at its devices
+    main_process = jax.process_index() == 0
+    if on_first_process(lambda: show_if_finished(config)):
+        return
+    with RunLock(config.run_dir, main_process) as lock:
+        stop.before_leaving.append(lock.release)
+        if on_first_process(lambda: show_if_finished(config)):  # by the process that had the lock until now
+            return
+        with failures_in_one_line(config.run_dir if main_process else None):
+            _train(config, stop, lock, timer)
+
+
+def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) -> None:
     import jax
     import numpy as np
 
-    from ttt_jax.checkpoint import Checkpointer, prepare_run_dir
+    from ttt_jax.checkpoint import Checkpointer
     from ttt_jax.compile_cache import open_cache
     from ttt_jax.data import (
         heldout_remarks,
@@ -58,18 +98,19 @@ def train(config: Config, stop: StopSignal) -> None:
         rejected_records,
         write_quarantine,
     )
-    from ttt_jax.distributed import any_process, initialize
+    from ttt_jax.distributed import any_process, on_first_process
     from ttt_jax.guard import Guard
-    from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
+    from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_curve
     from ttt_jax.pretrained import initial_model
     from ttt_jax.records import DocumentLog, EventLog
     from ttt_jax.recovery import Recovery
     from ttt_jax.report import bucket_losses, print_report, write_report
     from ttt_jax.resume_changes import check_resume
+    from ttt_jax.run_dir import check_run_dir, prepare_run_dir
     from ttt_jax.saving import Saver
     from ttt_jax.sharding import make_mesh
     from ttt_jax.start_check import checked_start
-    from ttt_jax.telemetry import StepTimer, host_memory_bytes, make_probe, write_environment
+    from ttt_jax.telemetry import host_memory_bytes, make_probe, write_environment
     from ttt_jax.training import (
         abstract_state,
         evaluate_by_position,
@@ -80,8 +121,6 @@ def train(config: Config, stop: StopSignal) -> None:
         put_batch,
     )
 
-    timer = StepTimer()
-    initialize()  # before jax looks at its devices
     processes, main_process = jax.process_count(), jax.process_index() == 0
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -89,8 +128,8 @@ def train(config: Config, stop: StopSignal) -> None:
     loader = make_loader(config, tokenizer=tokenizer, rows=local_rows(mesh, batch_shape))
     rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
     abstract, tx = abstract_state(config, mesh)
-    # Asked of all processes: one may have created it before another one looks.
-    first = None if any_process(config.run_dir.exists()) else checked_start(config, abstract.model, rows, mesh)
+    running = on_first_process(lambda: check_run_dir(config))
+    first = None if running else checked_start(config, abstract.model, rows, mesh)
     changes = check_resume(config, loader)
     prepare_run_dir(config)  # nothing is written before everything has been checked
     cache, warnings = open_cache(config)
@@ -122,12 +161,18 @@ def train(config: Config, stop: StopSignal) -> None:
         batch_size = min(config.data.batch_size, len(rows["ids"]))
         probe = make_probe(position_nll, rows, mesh, batch_size)
 
-        def heldout() -> dict:
-            on, off = evaluate_by_position(position_nll, state.model, rows, mesh, batch_size)
+        def closing_nll(*batch):
+            if any_process(stop.requested):
+                raise Stopped
+            return position_nll(*batch)
+
+        def heldout(nll=position_nll) -> dict:
+            on, off = evaluate_by_position(nll, state.model, rows, mesh, batch_size)
             positions, losses_on = bucket_losses(on, rows["weights"], config.eval.buckets)
             _, losses_off = bucket_losses(off, rows["weights"], config.eval.buckets)
             return {"positions": positions, "ttt_on": losses_on, "ttt_off": losses_off}
 
+        stop.defer()  # from here on a signal waits for the end of a step
         with (
             MetricsLogger(config, config.run_dir, total_steps=config.steps, start_step=step, enabled=main_process) as logger,
             DocumentLog(config.run_dir, step, jax.process_index(), enabled=config.log.documents) as document_log,
@@ -141,7 +186,6 @@ def train(config: Config, stop: StopSignal) -> None:
                 logger.message(f"{processes} processes, {jax.device_count()} devices")
             start_step = clock_step = step
             clock, trained_tokens, trained_seconds = time.perf_counter(), 0, 0.0
-            stop.defer()  # from here on a signal waits for the end of a step
             while step < config.steps:
                 batch = timer.fetch(lambda: put_batch(next(loader), mesh, config.data.batch_size))
                 state, metrics = train_step(state, batch)
@@ -159,6 +203,8 @@ def train(config: Config, stop: StopSignal) -> None:
                 stopping = stop.requested if processes == 1 else logged and any_process(stop.requested)
                 due_save = saver.due(step) or stopping or step == config.steps
                 due_probe = config.log.probe_every and step % config.log.probe_every == 0
+                if due_save or logged:
+                    lock.check()
                 if due_save or due_probe or logged:
                     guard.settle()
                 if guard.must_roll_back:
@@ -199,20 +245,20 @@ def train(config: Config, stop: StopSignal) -> None:
                     return
                 clock, clock_step = time.perf_counter(), step
                 timer.restart()
-            stop.at_once()
             both = ", TTT on and off" if config.model.ttt.layers else ""
             logger.message(f"evaluating held-out loss by position{both}")
-            by_position = heldout()
+            by_position = heldout(closing_nll)
             if cache:
                 cache.seal()
 
+    lock.check()
     if main_process:
-        curve = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("loss") is not None]
-        rate = trained_tokens / trained_seconds if trained_seconds else curve[-1].get("tokens_per_second")
-        summary = {"steps": step, "tokens_per_second": rate, "loss_first": curve[0]["loss"], "loss_last": curve[-1]["loss"]}
+        curve = read_curve(config.run_dir / "metrics.jsonl")
+        rate = trained_tokens / trained_seconds if trained_seconds else (curve or [{}])[-1].get("tokens_per_second")
+        summary = {"steps": step, "tokens_per_second": rate}
         report = write_report(config.run_dir, config=config, heldout=by_position, curve=curve, summary=summary)
         print_report(report, config.run_dir)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:], StopSignal(last=True)))

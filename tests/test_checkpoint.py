@@ -398,3 +398,23 @@ def test_kill_during_an_asynchronous_save(tmp_path):
         checkpointer.wait()
         assert checkpointer.latest_step() == 2
     assert sorted(entry.name for entry in path.iterdir()) == ["1", "2"]  # what the kill left is gone
+
+
+def test_what_a_checkpoint_needs_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Every file of it, not only the arrays, is synced under its temporary name; then the name itself."""
+    synced, real = [], os.fsync
+
+    def fsync(file):
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    tree = {"w": jnp.zeros((4,))}
+    with Checkpointer(tmp_path / "checkpoints", CheckpointConfig()) as checkpointer:
+        checkpointer.save(3, model=tree, opt_state=tree, data_state={"at": 1})
+    folder = tmp_path / "checkpoints" / "3"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    early = {path.partition("3.orbax-checkpoint-tmp")[2].partition("/")[2] for path in synced}
+    assert {"data_state/metadata", "extra/metadata", "checksums.json", "model/_METADATA"} <= files
+    assert files - early <= {"_CHECKPOINT_METADATA", "commit_success.txt"}, "Orbax writes these last; nothing reads them"
+    assert synced[-1] == str(folder.parent)

@@ -1,6 +1,7 @@
 """Steps that are not finite change nothing; fast weights out of range are named; rollbacks and the end of patience."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ttt_jax import guard as guard_module
 from ttt_jax.checkpoint import Checkpointer
 from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config
 from ttt_jax.config import Config as RunConfig
@@ -105,6 +107,27 @@ def test_fast_weights_out_of_range_are_named_once(tmp_path):
     assert "below guard.min_state_ratio = 0.001: it collapses" in shown[2]
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advice"),
+    [
+        (2.5, "lower model.ttt.lr (here 0.002 would give 0.5)"),
+        (1e9, "lower model.ttt.lr (now 0.01; try a tenth)"),
+        (float("inf"), "lower model.ttt.lr (now 0.01; try a tenth)"),
+        (float("nan"), "lower model.ttt.lr (now 0.01; try a tenth)"),
+    ],
+)
+def test_a_ratio_without_end_is_a_warning_with_a_usable_advice(tmp_path, ratio, advice):
+    """JSON has no infinity; and 0 is no learning rate to advise."""
+    shown = []
+    guard = guard_of(tmp_path, shown, min_state_ratio=1e-3, max_state_ratio=2.0)
+    guard._lr = 0.01
+    guard.check_fast_weights(3, {"ttt/layer_01/state_ratio": 0.5})
+    guard.check_fast_weights(4, {"ttt/layer_01/state_ratio": ratio})
+    (text,), (event,) = shown, read_events(tmp_path)
+    assert f"||S||/||W|| = {ratio:.3g} at step 4, above guard.max_state_ratio = 2: it explodes; {advice} or set" in text
+    assert (event["step"], event["ratio"]) == (4, ratio if np.isfinite(ratio) else str(ratio))
+
+
 def test_a_range_needs_two_ends():
     with pytest.raises(ConfigError, match=r"guard\.min_state_ratio = 5: must be below guard\.max_state_ratio = 3"):
         load_config(None, ["--guard.min_state_ratio=5"])
@@ -173,6 +196,25 @@ def test_rollback_takes_good_weights_and_goes_on_with_the_data(run):
     report = (run.config.run_dir / "failure.md").read_text()
     assert "back to the weights of step 6; the data of steps 7 to 10 is left out (rollback 1 of 2)" in report
     assert [event["kind"] for event in read_events(run.config.run_dir)] == ["rolled_back", "rolled_back", "gave_up"]
+
+
+@pytest.mark.parametrize("fault", ["full disk", "damaged events"])
+def test_giving_up_is_one_line_whatever_the_folder_holds(run, monkeypatch, fault):
+    run.config = dataclasses.replace(run.config, guard=GuardConfig(rollbacks=0))
+    if fault == "damaged events":
+        lines = ['{"a": 1}', '{"kind": "step_skipped", "documents": [[1], 2]}', '{"kind": "rolled_back"}']
+        (run.config.run_dir / "events.jsonl").write_text("\n".join(lines) + "\n")
+    else:
+
+        def full(path, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(guard_module, "atomic_write_text", full)
+    state = run.resume()[0]
+    told = r"no failure\.md \(No space" if fault == "full disk" else r"see .*failure\.md$"
+    with pytest.raises(TrainingError, match=told):
+        run.roll_back(state, 10)
+    assert (run.config.run_dir / "failure.md").exists() is (fault == "damaged events")
 
 
 def test_a_checkpoint_after_a_rollback_ends_it(run):

@@ -136,6 +136,34 @@ def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():
         ), name
 
 
+@pytest.mark.parametrize(
+    ("name", "below"),
+    [
+        ("signals", ()),
+        ("lost_terminal", ()),
+        ("failure", ("errors",)),
+        ("lock", ("errors", "distributed")),
+        ("output_lock", ("errors", "lock")),
+        ("finished", ("config", "report", "run_dir")),
+    ],
+)
+def test_what_watches_over_a_run_is_light(name, below):
+    """Signals find their handler before anything heavy is imported, and a second job is refused without jax."""
+    path = ROOT / f"ttt_jax/{name}.py"
+    ours = set(imports_any(path, "ttt_jax")) - {"ttt_jax"}
+    assert not ours - set(imports_any(path, *(f"ttt_jax.{module}" for module in below)))
+    assert not imports_any(path, "jax", "numpy", "orbax")
+
+
+def test_the_first_import_of_the_training_script_is_its_signals():
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    found = [n for n in tree.body if isinstance(n, ast.ImportFrom | ast.Import)]
+    first = next(n for n in found if getattr(n, "module", "") != "__future__")
+    assert isinstance(first, ast.ImportFrom)
+    assert first.module == "ttt_jax.signals"
+    assert [n for n in found if "ttt_jax" in ast.unparse(n)] == [first], "the others are imported below the handler"
+
+
 def test_nothing_imports_the_training_script():
     for path in SOURCES:
         assert not imports_any(path, "train"), path

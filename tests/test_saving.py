@@ -4,7 +4,11 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -15,6 +19,7 @@ from ttt_jax.saving import Saver
 from ttt_jax.signals import Stopped, StopSignal
 from ttt_jax.training import TrainState
 
+ROOT = Path(__file__).parent.parent
 STATE = TrainState({"w": jnp.zeros((8,))}, {"m": jnp.zeros((8,))}, jnp.int32(0))
 
 
@@ -157,25 +162,109 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3, 4))
 
 
-def test_signals():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignal() as stop:
-        with pytest.raises(Stopped):  # nothing to save yet
-            signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(Stopped):  # if that was swallowed
-            stop.defer()
-    with StopSignal() as stop:
+STARTING = """
+import sys, time
+from ttt_jax.signals import StopSignal, end_process
+with StopSignal() as stop:
+    stop.before_leaving += [lambda: 1 / 0, lambda: print("left", flush=True)]
+    if "defer" in sys.argv:
         stop.defer()
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
-        assert (stop.requested, stop.name) == (True, "SIGTERM")
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(Stopped):  # everything is saved now
-            stop.at_once()
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+        while True:
+            time.sleep(0.01)
+    except BaseException as error:
+        print("raised", error)
+"""
+
+
+def signalled(word, *signals, pause=0.0):
+    """Exit code, standard output and error of a process that gets signals."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTING, word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(pause)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_there_is_nothing_to_lose_ends_the_process(number):
+    """From the handler: an exception may be raised inside an import or below C++ code."""
+    line = f"stopped by {number.name}; run the same command again to continue\n"
+    assert signalled("start", number) == (0, "left\n" + line, "")
+
+
+def test_a_second_interrupt_is_one_line():
+    code, out, err = signalled("defer", signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT, pause=0.7)
+    assert (code, out) == (1, "left\n")
+    assert err.startswith("error: interrupted by a second SIGINT: what was learnt since the last checkpoint is lost; ")
+    assert err.count("\n") == 1
+
+
+def test_signals_while_there_is_something_to_lose():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with StopSignal() as stop:
         stop.defer()
         stop.at_once()
-        with pytest.raises(Stopped):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        signal.raise_signal(signal.SIGINT)  # a launcher hands on what the terminal has sent as well: one interrupt
+        assert (stop.requested, stop.name) == (True, "SIGHUP")
+        with pytest.raises(Stopped):  # everything is saved now
+            stop.at_once()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_end_of_a_process_is_bounded():
+    """A thread of a library that never ends, and a signal after the work is done."""
+    script = (
+        "import threading, signal, time\nfrom ttt_jax.signals import end_process\n"
+        "threading.Thread(target=time.sleep, args=[60]).start()\n"
+        "threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()\nend_process(3, 1.0)"
+    )
+    begin = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("removed", ["file", "folder"])
+def test_a_file_of_lines_that_is_removed_is_begun_anew(tmp_path, removed):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = LineFile(folder / "metrics.jsonl")
+    assert file.append({"step": 1})
+    assert not file.lost_now()
+    (folder / "metrics.jsonl").unlink()
+    if removed == "folder":
+        folder.rmdir()
+        assert not file.append({"step": 2})
+        folder.mkdir()
+    assert file.append({"step": 3})
+    assert (file.lost_now(), file.lost_now()) == (True, False)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == ([3] if removed == "file" else [2, 3])
+    file.close()
+
+
+def test_numbers_that_json_does_not_have_are_no_reason_to_fail(tmp_path):
+    with EventLog(tmp_path, lambda text: None) as events:
+        events("a", ratio=float("inf"), parts=[{"x": float("nan")}, (-float("inf"), 1.5)])
+    (event,) = read_events(tmp_path)
+    assert (event["ratio"], event["parts"]) == ("inf", [{"x": "nan"}, ["-inf", 1.5]])

@@ -41,7 +41,7 @@ from ttt_jax.checkpoint_trees import DamagedError, flat, one_line, read_json, re
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.distributed import any_process, from_first_process
 from ttt_jax.errors import CheckpointError
-from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config, sync
+from ttt_jax.run_dir import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config, sync, sync_tree
 
 __all__ = [
     "Checkpointer",
@@ -84,6 +84,7 @@ class _WithChecksums(ocp.CompositeCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         write_checksums(Path(directory))
+        sync_tree(Path(directory))  # Orbax and tensorstore see to the arrays; the JSON beside them is needed as much
 
 
 @ocp.args.register_with_handler(_WithChecksums, for_save=True, for_restore=True)
@@ -163,7 +164,7 @@ class Checkpointer:
     def _finish(self) -> None:
         self._writer.wait_until_finished()
         if jax.process_index() == 0:
-            sync(self.directory)  # the new name is on the disk before older steps are removed
+            sync(self.directory)  # the new name, before older ones are removed
             prune(self.directory, self._config.keep)
 
     def saving(self) -> bool:

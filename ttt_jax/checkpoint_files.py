@@ -21,7 +21,7 @@ from typing import Any
 
 from ttt_jax.companion_files import excerpt, read_json_object, show
 from ttt_jax.errors import CheckpointError
-from ttt_jax.run_dir import atomic_write_text, sync
+from ttt_jax.run_dir import atomic_write_text
 
 CHECKSUMS = "checksums.json"
 FORMAT = "format"  # field of `extra` that a checkpoint says about itself: its step, and that checksums were written
@@ -54,15 +54,6 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     files = dict(zip(names, _in_parallel(lambda name: _describe(folder / name), names), strict=True))
     text = json.dumps({"version": 1, "files": files, "files_sha256": _digest(files)}, indent=0)
     atomic_write_text(folder / CHECKSUMS, text)
-    sync_tree(folder)
-
-
-def sync_tree(folder: Path) -> None:
-    """Bring every file and folder below `folder`, and itself, to the disk: after a power cut they are there. Raises OSError."""
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync(Path(root, name))
-        sync(Path(root))
 
 
 def find_damage(folder: Path, below: str = "") -> str | None:

@@ -19,6 +19,7 @@ from ttt_jax.command import run as run_command
 from ttt_jax.command_io import encode, load_model, print_completions, read_ids, read_text, saved_early
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.interrupts import HeldBack
+from ttt_jax.output_lock import one_writer
 from ttt_jax.terminal import for_stream, printable
 
 
@@ -72,6 +73,7 @@ def convert(source: Path, output: Path, to: str, dtype: str | None, shard_gb: fl
     from ttt_jax.convert import VERIFY_LIMIT
     from ttt_jax.convert import convert as run
 
+    click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
     options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite}
     report = run(source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options)
@@ -115,6 +117,7 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
     """Log-probabilities of given tokens, any length, adapting while reading."""
     if (ids is None) == (text is None):
         raise click.UsageError("give the input by --ids FILE.npy or by --text FILE, one of them")
+    click.get_current_context().with_resource(one_writer(out, "--out"))
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists already; choose another file or pass --overwrite")
     rows = None if ids is None else read_ids(ids, "--ids")
@@ -194,6 +197,8 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
         raise click.UsageError("--keep-session needs --session FILE")
     if not (prompt or prompt_file or ids) and not (session and session.exists()):
         raise click.UsageError("no prompt: give --prompt TEXT, --prompt-file FILE or --ids FILE.npy")
+    if session is not None and not keep_session:
+        click.get_current_context().with_resource(one_writer(session, "--session"))
     texts = [read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
     rows = read_ids(ids, "--ids") if ids else None
     model = load_model(folder, dtype, for_decoding=True)
@@ -292,6 +297,7 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
     if not compare and out is None:
         raise click.UsageError("--out DIR is missing: where the results go")
     if out is not None:
+        click.get_current_context().with_resource(one_writer(out, "--out"))
         output.check_out(out, overwrite)
     chosen = run.Options(
         model=folder or compare[0],

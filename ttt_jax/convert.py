@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from ttt_jax.checkpoint import find_checkpoint, load_model_params, read_run_config
-from ttt_jax.checkpoint_files import sync_tree, write_checksums
+from ttt_jax.checkpoint_files import write_checksums
 from ttt_jax.companion_files import find_companion
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ from ttt_jax.model_folder import (
     write_description,
 )
 from ttt_jax.progress import progress
-from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE, sync
+from ttt_jax.run_dir import CHECKPOINT_FOLDER, CONFIG_FILE, sync, sync_tree
 from ttt_jax.tensor_files import (
     TensorFiles,
     TensorSource,
@@ -155,7 +155,6 @@ def convert(
         write_checksums(folder, tensor_file_names(folder) if to == "hf" else None)
         if opened.tokenizer != "bytes":
             copy_companions(opened.tokenizer, folder)  # without checksums, like config.json: people change them by hand
-        sync_tree(folder)
         if verify:
             rms = compare_logits(opened, open_source(folder))
             changed = any(spec.dtype != tensors.dtype(spec.name) for spec in specs)
@@ -399,6 +398,7 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         parts.mkdir(parents=True)
         yield parts
+        sync_tree(parts)
         if os.path.lexists(output):  # checked before: --overwrite
             output.rename(old)
             try:

@@ -14,10 +14,10 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ttt_jax.errors import ConfigError, TrainingError
+from ttt_jax.errors import CheckpointError, ConfigError, TrainingError, UserError
 
 NAMES = ("TTT_JAX_COORDINATOR", "TTT_JAX_NUM_PROCESSES", "TTT_JAX_PROCESS_ID")
 _TIMEOUT = "TTT_JAX_TIMEOUT"
@@ -95,6 +95,26 @@ def from_first_process(value: Any) -> Any:
     buffer = np.zeros(size, np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode())
+
+
+def on_first_process(function: Callable[[], Any]) -> Any:
+    """Process 0 calls the function; all get its value (what JSON can hold), or all raise its UserError.
+
+    Waits for the slowest; one process alone just calls it.
+    """
+    if "jax" not in sys.modules or sys.modules["jax"].process_count() == 1:
+        return function()
+    answer: dict[str, Any] = {}
+    if sys.modules["jax"].process_index() == 0:
+        try:
+            answer["value"] = function()
+        except UserError as error:
+            answer |= {"error": str(error)[:2000], "kind": type(error).__name__}
+    answer = from_first_process(answer)
+    if "error" in answer:
+        kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError, TrainingError)}
+        raise kinds.get(answer["kind"], UserError)(answer["error"])
+    return answer["value"]
 
 
 def from_all_processes(value: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from ttt_jax.run_dir import atomic_write_text
 ROLLBACKS_FILE = "rollbacks.json"
 FAILURE_FILE = "failure.md"
 GOOD_RATIO = 0.5  # of S to W, from scratch (docs/results.md)
+_NEAR = 1000.0  # ratio up to which S is taken to be proportional to the inner learning rate
 _NAMED = 4  # documents in a line on the terminal; events.jsonl has all
 
 
@@ -103,29 +104,32 @@ class Guard:
         """Warn when ||S||/||W|| of a layer leaves its range, once for each time.
 
         A ratio that has been below the range from the start is no collapse: targets may be initialised with zeros. Nor is
-        one of exactly 0: the last documents of all rows are shorter than a chunk.
+        one of exactly 0: the last documents of all rows are shorter than a chunk. One that is not a number is above.
         """
         low, high = self._config.min_state_ratio, self._config.max_state_ratio
         for name, ratio in scalars.items():
-            if not name.endswith("/state_ratio") or not ratio > 0:
+            if not name.endswith("/state_ratio") or ratio <= 0:
                 continue
-            place = "above" if ratio > high else "below" if ratio < low else "in"
+            place = "in" if low <= ratio <= high else "below" if ratio < low else "above"
             before, self._place[name] = self._place.get(name, "below"), place
             if place == before or place == "in":
                 continue
-            clip = "" if self._clip_norm else " or set model.ttt.clip_norm, which limits each chunk's update"
             verdict, fix = (
-                (
-                    f"above guard.max_state_ratio = {high:g}: it explodes",
-                    # S is a sum of updates, each in proportion to lr.
-                    f"lower model.ttt.lr (here {self._lr * GOOD_RATIO / ratio:.1g} would give {GOOD_RATIO:g}){clip}",
-                )
+                (f"above guard.max_state_ratio = {high:g}: it explodes", self._lower_lr(ratio))
                 if place == "above"
                 else (f"below guard.min_state_ratio = {low:g}: it collapses", "raise model.ttt.lr or train its target")
             )
             layer = name.split("/")[1]
             text = f"fast weights of {layer}: ||S||/||W|| = {ratio:.3g} at step {step}, {verdict}; {fix}"
             self._events(text, kind="fast_weights", step=step, layer=layer, ratio=ratio, low=low, high=high)
+
+    def _lower_lr(self, ratio: float) -> str:
+        """What to do about S that is too large."""
+        clip = "" if self._clip_norm else " or set model.ttt.clip_norm, which limits each chunk's update"
+        how = f"now {self._lr:g}; try a tenth"
+        if ratio <= _NEAR:  # S is a sum of updates, each in proportion to lr; far out, S has changed what it is made of
+            how = f"here {self._lr * GOOD_RATIO / ratio:.1g} would give {GOOD_RATIO:g}"
+        return f"lower model.ttt.lr ({how}){clip}"
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
@@ -148,14 +152,16 @@ def write_rollbacks(run_dir: Path, rollbacks: list[Rollback]) -> None:
 def write_failure(run_dir: Path, config: Config, reason: str) -> Path:
     """`failure.md`: what happened before the run gave up, from its events."""
     lines = [f"# Run {config.name} stopped", "", reason, ""]
-    events = read_events(run_dir)
+    texts = ("time", "text", "loss", "grad_norm")
+    events = [{**dict.fromkeys(texts, "?"), "step": "?", "kind": "", "documents": [], **e} for e in read_events(run_dir)]
     went_back = [event for event in events if event["kind"] == "rolled_back"]
     lines += ["## Rollbacks", "", *(f"- {event['time']}: {event['text']}" for event in went_back), ""]
     skipped = [event for event in events if event["kind"] == "step_skipped"][-50:]
     lines += ["## Skipped steps (the last 50 at most)", "", "| step | loss | gradient norm | documents |"]
     lines += ["|---:|---:|---:|---|"]
     for event in skipped:
-        documents = "; ".join(f"{file} #{index} from token {start}" for _, file, index, start, _ in event["documents"])
+        named = [piece for piece in event["documents"] if isinstance(piece, list) and len(piece) == 5]
+        documents = "; ".join(f"{file} #{index} from token {start}" for _, file, index, start, _ in named)
         lines.append(f"| {event['step']} | {event['loss']} | {event['grad_norm']} | {documents} |")
     others = [event for event in events if event["kind"] not in ("rolled_back", "step_skipped")][-20:]
     lines += ["", "## Other warnings", "", *(f"- step {event['step']}: {event['text']}" for event in others), ""]

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.checkpoint_files import sync_tree, write_checksums
+from ttt_jax.checkpoint_files import write_checksums
 from ttt_jax.companion_files import MAX_TOKENIZER_BYTES, check_regular, inside
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import OWN_TTT_FIELDS, tensor_names
 from ttt_jax.model import Transformer
 from ttt_jax.paths import param_path
-from ttt_jax.run_dir import sync
+from ttt_jax.run_dir import sync, sync_tree
 from ttt_jax.tensor_files import TensorSpec, tensor_file_names, write_tensors
 
 ARCHITECTURES = {

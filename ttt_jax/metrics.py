@@ -55,7 +55,7 @@ class MetricsLogger:
           CheckpointError: an existing `metrics.jsonl` cannot be read.
         """
         self._enabled = enabled
-        self._total = total_steps
+        self._total, self._start, self._missing = total_steps, start_step, False
         self._live: Live | None = None
         self._jsonl = self._tensorboard = self._wandb = None
         if not enabled:
@@ -63,6 +63,7 @@ class MetricsLogger:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
+        self._missing = bool(start_step) and not path.exists()
         truncate_metrics(path, start_step)
         if config.log.tensorboard:
             self._tensorboard = _open_tensorboard(run_dir / "tensorboard", start_step)
@@ -85,6 +86,8 @@ class MetricsLogger:
     def __enter__(self) -> MetricsLogger:
         if self._live is not None:
             self._live.start()
+        if self._missing:
+            self.message(f"warning: {METRICS_FILE} is missing; the curve begins after step {self._start}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -105,6 +108,8 @@ class MetricsLogger:
         values = {key: float(value) for key, value in scalars.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._jsonl.append({"step": step, **finite})
+        if self._jsonl.lost_now():
+            self.message(f"warning: {METRICS_FILE} was removed; the steps before {step} are missing from the curve")
         if self._tensorboard is not None:
             self._to_tensorboard(step, values)
         if self._wandb is not None:
@@ -145,6 +150,11 @@ class MetricsLogger:
 
     def _display(self, text: str) -> Group:
         return Group(self._progress, Text(text, no_wrap=True, overflow="ellipsis"))
+
+
+def read_curve(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl` that have a loss, oldest first; none when the file is not there."""
+    return [row for row in read_metrics(path) if row.get("loss") is not None] if Path(path).exists() else []
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ttt_jax.config import Config
 from ttt_jax.data import Loader
 from ttt_jax.distributed import from_first_process
 from ttt_jax.errors import TrainingError
-from ttt_jax.guard import Rollback, read_rollbacks, write_failure, write_rollbacks
+from ttt_jax.guard import FAILURE_FILE, Rollback, read_rollbacks, write_failure, write_rollbacks
 from ttt_jax.records import EventLog
 from ttt_jax.training import TrainState
 
@@ -108,7 +108,10 @@ class Recovery:
         )
         self.events(reason, kind="gave_up", step=step)
         if jax.process_index() == 0:
-            reason += f"; see {write_failure(config.run_dir, config, reason)}"
+            try:
+                reason += f"; see {write_failure(config.run_dir, config, reason)}"
+            except OSError as error:  # of a full disk; the events are on the terminal
+                reason += f"; no {FAILURE_FILE} ({error.strerror})"
         raise TrainingError(from_first_process(reason))
 
     def _place_loader(self, data_state: dict[str, Any], step: int) -> None:

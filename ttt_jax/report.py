@@ -26,14 +26,13 @@ from ttt_jax.config import Config, dump_yaml, to_dict
 from ttt_jax.run_dir import atomic_write_text
 from ttt_jax.terminal import printable
 
+REPORT_FILE = "report.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey.
 _ON, _OFF, _FAINT = "#0072B2", "#D55E00", "#9DC3DE"
 
 
-def bucket_losses(
-    nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int
-) -> tuple[list[list[int]], list[float | None]]:
+def bucket_losses(nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int) -> tuple[list[list[int]], list[float | None]]:
     """Mean loss by position.
 
     Args:
@@ -96,8 +95,9 @@ def write_report(
         "config": to_dict(config),
     }
     pictures = _draw(run_dir, losses, report["heldout"], bool(config.model.ttt.layers))
-    atomic_write_text(run_dir / "report.json", json.dumps(report, indent=2, default=_plain) + "\n")
     atomic_write_text(run_dir / "report.md", _markdown(report, config, summary, pictures))
+    # Last: it is what makes a run a finished one.
+    atomic_write_text(run_dir / REPORT_FILE, json.dumps(report, indent=2, default=_plain) + "\n")
     return report
 
 
@@ -265,9 +265,7 @@ def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any
         steps, values = zip(*losses, strict=True)
         smooth = _smooth(values)
         noisy = len(values) >= 20
-        axes.plot(
-            steps, values, color=_FAINT if noisy else _ON, linewidth=1.2, label="logged", marker="" if noisy else "o"
-        )
+        axes.plot(steps, values, color=_FAINT if noisy else _ON, linewidth=1.2, label="logged", marker="" if noisy else "o")
         if noisy:
             axes.plot(steps, smooth, color=_ON, linewidth=2, label="smoothed")
             axes.legend(frameon=False)

@@ -10,6 +10,7 @@ This module imports no jax, unless several processes have to agree.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,8 +20,9 @@ import yaml
 
 from ttt_jax.companion_files import read_bounded
 from ttt_jax.config import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
-from ttt_jax.distributed import from_first_process
+from ttt_jax.distributed import on_first_process
 from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.lock import RUN_LOCK
 from ttt_jax.resume_fields import REFUSED, on_resume
 
 CONFIG_FILE = "config.yaml"
@@ -38,16 +40,31 @@ def atomic_write_text(path: str | Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync(path.parent)
+    sync(path.parent)  # the name, too
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises OSError."""
+def sync(path: str | Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises OSError.
+
+    A file system that has no such call is left alone.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` everything in a folder, links left out, and the folder. Raises OSError."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not os.path.islink(path := os.path.join(root, name)):
+                sync(path)
+        sync(root)
 
 
 def prepare_run_dir(config: Config) -> bool:
@@ -61,39 +78,36 @@ def prepare_run_dir(config: Config) -> bool:
     Raises:
       CheckpointError: one line; the folder holds another run or other files, or cannot be written. Nothing is changed.
     """
-    if _process_count() == 1:
-        return _prepare(config)
-    import jax
+    return on_first_process(lambda: _prepare(config))
 
-    answer: dict[str, Any] = {}
-    if jax.process_index() == 0:
-        try:
-            answer["resuming"] = _prepare(config)
-        except CheckpointError as error:
-            answer["error"] = str(error)[:2000]
-    answer = from_first_process(answer)
-    if "error" in answer:
-        raise CheckpointError(answer["error"])
-    return answer["resuming"]
+
+def check_run_dir(config: Config) -> bool:
+    """Whether `config.run_dir` is a run of this config already. Writes nothing.
+
+    Raises:
+      CheckpointError: one line; the folder holds another run or other files.
+    """
+    run_dir = config.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise CheckpointError(f"run folder {run_dir}: is a file; choose another name or runs_dir")
+    present = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
+    if CONFIG_FILE in present:
+        check_same_curve(run_dir, config)
+        return True
+    # A run that was killed before its very first write was done leaves these.
+    foreign = sorted(present - {f".{CONFIG_FILE}.tmp", RUN_LOCK})
+    if foreign:
+        raise CheckpointError(
+            f"run folder {run_dir}: holds {foreign[0]!r} but no {CONFIG_FILE}, so it is not a run; "
+            "choose another name or runs_dir"
+        )
+    return False
 
 
 def _prepare(config: Config) -> bool:
     run_dir = config.run_dir
     try:
-        if run_dir.exists() and not run_dir.is_dir():
-            raise CheckpointError(f"run folder {run_dir}: is a file; choose another name or runs_dir")
-        present = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
-        resuming = CONFIG_FILE in present
-        if resuming:
-            check_same_curve(run_dir, config)
-        else:
-            # A run that was killed inside its very first write leaves only the temporary file.
-            foreign = sorted(present - {f".{CONFIG_FILE}.tmp"})
-            if foreign:
-                raise CheckpointError(
-                    f"run folder {run_dir}: holds {foreign[0]!r} but no {CONFIG_FILE}, so it is not a run; "
-                    "choose another name or runs_dir"
-                )
+        resuming = check_run_dir(config)
         run_dir.mkdir(parents=True, exist_ok=True)
         text = dump_yaml(config)
         path = run_dir / CONFIG_FILE
@@ -137,9 +151,7 @@ def check_same_curve(run_dir: Path, config: Config) -> None:
 
 def _curve_fields(config: Config) -> dict[str, Any]:
     """Dotted field -> value, of the fields that shape the training curve. Derived ones in their effective form."""
-    fields = {
-        key: value for key, value in _flatten(to_dict(config)).items() if on_resume(key) == REFUSED
-    }
+    fields = {key: value for key, value in flatten(to_dict(config)).items() if on_resume(key) == REFUSED}
     optimizer = config.optimizer
     fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)  # a ratio means a number of steps
     unused = {"optimizer.warmup_ratio"}
@@ -150,11 +162,12 @@ def _curve_fields(config: Config) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in unused}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -163,12 +176,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _process_count() -> int:
-    import sys
-
-    # Without jax in the process there is no multi-host run; asking jax would initialise its backends.
-    if "jax" not in sys.modules:
-        return 1
-    return sys.modules["jax"].process_count()

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     from ttt_jax import training
     from ttt_jax.data import Loader
     from ttt_jax.saving import Saver
+    from ttt_jax.signals import StopSignal, end_process
 
     faults = json.loads(os.environ["FAULTS"])
     put, cross_entropy, read = training.put_batch, training.cross_entropy, Loader.__next__
@@ -54,4 +55,4 @@ if __name__ == "__main__":
         Saver._has_space = lambda self: True
     Loader.__next__ = slow_read
     training.cross_entropy = poisoned_cross_entropy
-    sys.exit(train.main(sys.argv[1:]))
+    end_process(train.main(sys.argv[1:], StopSignal(last=True)))

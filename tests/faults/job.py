@@ -47,8 +47,10 @@ class Job:
                 (self.corpus / f"{i:04d}.txt").write_text(text)
         self.words = [*WORDS, f"--steps={steps}", f"--data.train={self.corpus}", *(words or [])]
 
-    def start(self, name: str, *extra: str, processes: int = 1, script: str = "train.py", **environment: str):
-        """The run `name`, as so many processes; a list of them."""
+    def start(
+        self, name: str, *extra: str, processes: int = 1, script: str = "train.py", log: Path | None = None, **environment: str
+    ):
+        """The run `name`, as so many processes; a list of them. What they print goes to `log`, or is what `end` returns."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -68,7 +70,8 @@ class Job:
                 keys = ("TTT_JAX_COORDINATOR", "TTT_JAX_NUM_PROCESSES", "TTT_JAX_PROCESS_ID", "TTT_JAX_TIMEOUT")
                 env |= dict(zip(keys, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True))
             words = [*self.words, f"--runs_dir={self.runs}", f"--name={name}", *extra]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            out = subprocess.PIPE if log is None else log.open("w")
+            pipes = {"stdout": out, "stderr": subprocess.STDOUT, "text": True}
             started.append(subprocess.Popen([sys.executable, script, *words], cwd=ROOT, env=env | environment, **pipes))
         return started
 

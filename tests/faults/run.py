@@ -1,4 +1,4 @@
-"""The fault harness: `python tests/faults/run.py [--only NAME ...] [--kills 50] [--signals 10] [--keep]`.
+"""The fault harness: `python tests/faults/run.py [--only NAME ...] [--kills 50] [--signals 10] [--instants 200] [--keep]`.
 
 Trains a tiny model, breaks it in every way of `scenarios.py`, continues it, and compares with the undisturbed run. Prints a
 table (Markdown); exit code 1 if a promise was broken.
@@ -26,14 +26,16 @@ from faults import scenarios  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("kill_9", "sigterm", "disk_full", "corrupt", "truncated_data", "not_finite", "one_of_two", "sigterm_of_two",
-             "disk_full_of_two", "shared_cache")  # fmt: skip
+             "disk_full_of_two", "shared_cache", "two_jobs", "interrupted_twice", "lost_terminal",
+             "signals_anywhere")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=10)
+    parser.add_argument("--instants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the runs behind and print where")
     args = parser.parse_args()
-    trials = {"kill_9": args.kills, "sigterm": args.signals}
+    trials = {"kill_9": args.kills, "sigterm": args.signals, "signals_anywhere": args.instants}
     folder, rows = Path(tempfile.mkdtemp(prefix="faults-")), []
     for name in args.only:
         begin = time.monotonic()

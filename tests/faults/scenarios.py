@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from faults.instants import assert_quiet, handles, interrupted_twice, lost_terminal, signals_anywhere, two_jobs
 from faults.job import DRIVER, Job, end, fill, kill, small_disk
 from faults.several import disk_full_of_two, one_of_two, shared_cache, sigterm_of_two
 
 __all__ = [
-    "corrupt", "disk_full", "disk_full_of_two", "kill_9", "not_finite", "one_of_two", "shared_cache", "sigterm",
-    "sigterm_of_two", "truncated_data",
+    "corrupt", "disk_full", "disk_full_of_two", "interrupted_twice", "kill_9", "lost_terminal", "not_finite", "one_of_two",
+    "shared_cache", "signals_anywhere", "sigterm", "sigterm_of_two", "truncated_data", "two_jobs",
 ]  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
             found = job.logged(name)
             at = found + rng.randint(1, 9)
             if sent % 5 == 4:  # while it starts: nothing to save, and nothing to lose
-                job.wait(process, lambda process=process: handles_sigterm(process.pid))
+                job.wait(process, lambda process=process: handles(process.pid))
                 time.sleep(rng.uniform(0, 4))
             elif not job.wait(process, lambda name=name, at=at: job.logged(name) >= at):
                 end([process])
@@ -104,12 +105,6 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
     )
 
 
-def handles_sigterm(pid: int) -> bool:
-    """Whether the process has installed its handler: before, Python itself ends, and there is nothing to save."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
-
-
 def disk_full(folder: Path, trials: int = 2) -> str:
     """A tmpfs of 12 MB that a ballast file fills: space returns in time; and too late."""
     mount, seen = small_disk(folder / "small"), []
@@ -133,8 +128,10 @@ def disk_full(folder: Path, trials: int = 2) -> str:
                 output = end([process])[0]
                 assert "could not be written" in output
                 assert "saving works again" in output
+                assert_quiet(output)
             else:
                 output = end([process], code=1)[0]
+                assert_quiet(output)
                 errors = [line for line in output.splitlines() if line.startswith("error: ")]
                 assert len(errors) == 1, output
                 assert "is lost; free space" in errors[0], errors
@@ -149,9 +146,30 @@ def disk_full(folder: Path, trials: int = 2) -> str:
                 f"full from step {at}, " + (f"then '{last[0][:60]}'" if returns else "to the end: exit 1, then finished")
             )
             shutil.rmtree(mount / name)
+        seen.append(log_on_a_full_disk(job, small, mount))
     finally:
-        subprocess.run(["umount", str(mount)], check=True)
+        subprocess.run(["umount", "-l", str(mount)], check=True)
     return "; ".join(seen)
+
+
+def log_on_a_full_disk(job: Job, small: Job, mount: Path) -> str:
+    """The run's own output is on the disk that is full."""
+    log = mount / "log"
+    (process,) = small.start("logged", "--checkpoint.wait_for_space=60", script=DRIVER, FAULTS='{"sleep": 0.1}', log=log)
+    assert small.wait(process, lambda: small.logged("logged") >= 20)
+    fill(mount / "ballast")
+    size = -1
+    while size != (size := log.stat().st_size):  # its last block has room for some lines
+        time.sleep(2.5)
+    assert process.poll() is None, "a log on a full disk ended the run: " + log.read_text()[-2000:]
+    (mount / "ballast").unlink()
+    assert process.wait(300) == 0, log.read_text()[-2000:]
+    text = log.read_text()
+    assert "lines may be missing above" in text, text
+    assert "report: " in text, text
+    assert_quiet(text)
+    assert small.curve("logged") == job.curve("whole150")
+    return "the log on the full disk as well: trained on, the gap is said in it"
 
 
 def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
