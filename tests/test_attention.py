@@ -87,6 +87,17 @@ def test_windowed_blocks(monkeypatch, T, window, together):
     check(run, arguments, causal_mask(2, T, window), "float64")
 
 
+def test_tokens_of_segment_0_do_not_see_what_lies_before_the_row(x64):
+    """A row that begins with segment 0 (padding, or a document of that number): both paths give the same everywhere."""
+    q, k, v, _ = map(jnp.asarray, make_inputs())
+    ids = jnp.asarray([[0] * 20 + [1] * 17, [0] * 3 + [2] * 30 + [0] * 4], jnp.int32)
+    got = self_attention(q, k, v, window=5, segment_ids_BT=ids, implementation="xla")  # 5 < 37 / 2: in windows
+    position = jnp.arange(37, dtype=jnp.int32)[None]
+    want = attention.blocked(q, k, v, position, position, ids, ids, 5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(got[:, 0], np.repeat(v[:, 0], 2, axis=1), rtol=0, atol=1e-14)
+
+
 def test_a_window_of_one_token_sees_itself(x64):
     q, k, v, do = map(jnp.asarray, make_inputs(T=9))
     got = value_and_gradients(functools.partial(self_attention, window=1), q, k, v, do)

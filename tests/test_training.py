@@ -1,13 +1,21 @@
-"""The training step with TTT off in some of the steps."""
+"""The training step: TTT off in some of the steps, schedules; and the closing evaluation."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_guard import SMALL, batch
 
 from ttt_jax.config import Config, from_dict, replace
+from ttt_jax.loss import token_nll
 from ttt_jax.sharding import make_mesh
-from ttt_jax.training import abstract_state, init_state, make_train_step
+from ttt_jax.training import (
+    abstract_state,
+    evaluate_by_position,
+    init_state,
+    make_position_nll,
+    make_train_step,
+)
 
 
 def runs(steps, times=1, **fields):
@@ -43,3 +51,67 @@ def test_the_share_of_dropped_steps_and_their_places():
     places = [[step["ttt/layer_00/state_ratio"] == 0 for step in metrics] for metrics, _ in found]
     assert places[0] == places[1] != places[2]
     assert all(6 <= sum(row) <= 18 for row in places)  # 12 on average; outside once in 300 seeds
+
+
+def uneven():
+    """Rows with 16 real tokens, 3, none, .. (all of one document)."""
+    rows = batch()
+    lengths = np.array([16, 3, 16, 0, 9, 1, 16, 2])
+    real = np.arange(16)[None] < lengths[:, None]
+    return rows | {"weights": jnp.asarray(real, jnp.float32), "segment_ids": jnp.asarray(real, jnp.int32)}
+
+
+def test_schedules_count_updates_not_batches():
+    """A skipped step moves neither the learning rate, nor its logged value, nor the inner rate's warm-up."""
+    fields = {"steps": 40, "optimizer.warmup_steps": 8, "optimizer.ttt_lr_warmup_steps": 8}
+    config = replace(from_dict(Config, SMALL), fields)
+    abstract, tx = abstract_state(config, make_mesh(config.mesh))
+    step = make_train_step(config, tx)
+
+    def run(bad):
+        state, rows = init_state(config, abstract, tx), []
+        for i in range(4 + len(bad)):
+            state, metrics = step(state, batch(np.nan) if i in bad else batch())
+            rows += [] if i in bad else [{name: float(value) for name, value in metrics.items()}]
+        return rows
+
+    quiet, disturbed = run(()), run((1, 3, 4))
+    assert [row["learning_rate"] for row in quiet] == pytest.approx([config.optimizer.lr * i / 8 for i in range(4)])
+    ratios = [row["ttt/layer_00/state_ratio"] for row in quiet]
+    assert ratios[0] == 0 < ratios[1] < ratios[2] < ratios[3], "the inner rate rises from zero"
+    for name in quiet[0].keys() - {"skipped_steps"}:
+        assert [row[name] for row in disturbed] == [row[name] for row in quiet], name
+
+
+def test_the_closing_evaluation_knows_on_from_off():
+    """Row by row what `hidden` says with the inner rate as it is, and with TTT switched off; the last batch is filled up."""
+    config = replace(from_dict(Config, SMALL), {"model.ttt.lr": 50.0})
+    mesh = make_mesh(config.mesh)
+    abstract, tx = abstract_state(config, mesh)
+    model = init_state(config, abstract, tx).model
+    model = jax.tree_util.tree_map_with_path(written, model)
+    rows = {name: np.asarray(x)[:5] for name, x in uneven().items()}
+    on, off = evaluate_by_position(make_position_nll(mesh), model, rows, mesh, batch_size=2)
+
+    @jax.jit
+    def expected(model, scale):
+        h, _, _ = model.hidden(rows["ids"], segment_ids=rows["segment_ids"], positions=rows["positions"], ttt_scale=scale)
+        return token_nll(h, model.output_weight, rows["targets"])
+
+    real = rows["weights"] > 0
+    want_on, want_off = (np.asarray(expected(model, jnp.float32(scale))) for scale in (1.0, 0.0))
+    np.testing.assert_allclose(on[real], want_on[real], rtol=1e-5)
+    np.testing.assert_allclose(off[real], want_off[real], rtol=1e-5)
+    late = real & (np.arange(16) >= 8)[None]  # the first chunk reads nothing
+    assert (np.abs(want_on - want_off)[late] > 1e-3).mean() > 0.9
+    assert not np.abs(want_on - want_off)[:, :8].any()
+
+
+def written(path, leaf):
+    """A target that writes, however it is initialised: the identity in the convolution's middle, and as projection."""
+    name = jax.tree_util.keystr(path)
+    if "conv" in name:
+        return jnp.zeros_like(leaf).at[..., 2].set(1.0)
+    if "target" in name and "proj" in name:
+        return jnp.broadcast_to(jnp.eye(leaf.shape[-1], dtype=leaf.dtype), leaf.shape)
+    return leaf
