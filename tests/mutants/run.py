@@ -12,7 +12,7 @@ nothing that a caller can see says why in `same`; it is run too, and has to live
 The work tree is never touched: everything happens in a copy of it under --folder. The tests are first
 run on the unbroken copy, so that a test that fails anyway kills nothing. A result is added to --results
 (JSON lines) as soon as it is there; the same command goes on behind it. A result counts until the
-mutant, or the file that it breaks, changes.
+mutant, or the file that it breaks, changes; of one that lived, until its tests change.
 
 Exit code 0: every mutant was noticed (those with `same` were not); 1: some were not; 2: the list is out
 of date, or a test fails on the unbroken tree.
@@ -63,9 +63,17 @@ class Mutant:
     limit: int = 600
 
     def digest(self, root: Path) -> str:
-        """Of everything that the result depends on, but for the tests' own text."""
-        whole = (self.before, self.after, self.tests, (root / self.file).read_text(encoding="utf-8"))
-        return hashlib.sha256(repr(whole).encode()).hexdigest()[:16]
+        """Of the mutant and of the file that it breaks."""
+        return _sha(self.before, self.after, self.tests, (root / self.file).read_text(encoding="utf-8"))
+
+    def tests_digest(self, root: Path) -> str:
+        """Of the tests: who lived is tried again when they change."""
+        files = sorted({test.partition("::")[0] for test in self.tests})
+        return _sha(*((root / "tests" / name).read_text(encoding="utf-8") for name in files))
+
+
+def _sha(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def load_mutants(folder: Path = HERE) -> list[Mutant]:
@@ -141,7 +149,7 @@ def run_tests(root: Path, tests: tuple[str, ...], limit: int) -> tuple[str, str,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # a test's own processes go with it
-        preexec_fn=lambda: os.nice(10),  # noqa: PLW1509
+        preexec_fn=lambda: os.nice(10),
     )
     try:
         output, _ = process.communicate(timeout=limit)
@@ -174,7 +182,13 @@ def add_result(path: Path, row: dict) -> None:
 def newest(mutants: list[Mutant], rows: list[dict], root: Path) -> dict[str, dict]:
     """The last result of each mutant that is still valid."""
     last = {row["name"]: row for row in rows if "name" in row}
-    return {m.name: last[m.name] for m in mutants if m.name in last and last[m.name]["digest"] == m.digest(root)}
+
+    def valid(m: Mutant) -> bool:
+        if m.name not in last or last[m.name]["digest"] != m.digest(root):
+            return False
+        return last[m.name]["state"] in ("failed", "endless") or last[m.name].get("tests") == m.tests_digest(root)
+
+    return {m.name: last[m.name] for m in mutants if valid(m)}
 
 
 def table(mutants: list[Mutant], results: dict[str, dict]) -> str:
@@ -231,7 +245,8 @@ def run_all(root: Path, mutants: list[Mutant], results: Path) -> int:
         word = {"failed": "noticed", "endless": "noticed", "passed": "LIVES", "error": "ERROR"}[state]
         word = "lives, as it should" if state == "passed" and mutant.same else word
         print(f"{i:3d}/{len(todo)} {word:8s} {seconds:5.0f} s  {mutant.file}: {mutant.name}  {by}", flush=True)
-        row = {"name": mutant.name, "digest": digest, "state": state, "by": by, "seconds": round(seconds, 1)}
+        row = {"name": mutant.name, "digest": digest, "tests": mutant.tests_digest(root)}
+        row |= {"state": state, "by": by, "seconds": round(seconds, 1)}
         add_result(results, row)
     done = newest(mutants, read_results(results), root)
     print(count(mutants, done))

@@ -10,6 +10,7 @@ elements.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,14 @@ from fast_jit import jit
 from op_checks import make_inputs, results, rounded
 from tolerance import TOLERANCE, assert_close
 
+from kernels_pallas import tpu
 from ttt_jax.ops import in_place_ttt
 
 RATIOS = [1e-6, 1e-4, 1e-2, 0.3, 1.0, 3.0]
 B, T, D, F, C = 1, 96, 32, 48, 16
 ROUNDED_ONCE = 0.02  # share of elements that a float32 sum may leave on the other side of a tie
-run = jit(functools.partial(in_place_ttt, lr=0.7, chunk_size=C, implementation="xla"))
+op = functools.partial(in_place_ttt, lr=0.7, chunk_size=C)
+run = jit(functools.partial(op, implementation="xla"))
 
 
 def bf16(x):
@@ -96,14 +99,16 @@ def test_the_adaptation_term_and_the_state(way, ratio):
     assert_close("output", np.asarray(whole, np.float64), o, TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-def test_a_chunk_rounds_its_output_once(ratio):
+@pytest.mark.parametrize(("implementation", "ratio"), [*(("xla", ratio) for ratio in RATIOS), ("pallas_tpu", 0.3)])
+def test_a_chunk_rounds_its_output_once(implementation, ratio):
     """S is bf16 already, so its bf16 copy costs nothing: the two products are added in float32."""
     z, v, w, S = scaled_inputs(ratio)
-    o = np.einsum("btf,bdf->btd", z, w[None] + S)[:, :C]
-    z16, v16, w16 = (jnp.asarray(x, jnp.bfloat16) for x in (z, v, w))
-    for end in (C, C - 3):  # a whole chunk, and a trailing part of one
-        got, _ = run(z16[:, :end], v16[:, :end], w16, state=jnp.asarray(S, jnp.float32))
+    o = np.einsum("btf,bdf->btd", z, w[None] + S)
+    z16, v16, w16 = (jnp.asarray(x, jnp.bfloat16) for x in (z, 0 * v, w))  # nothing is written
+    for end in (T, T - 3):  # whole chunks, and a trailing part of one
+        with tpu.interpreted():
+            arrays = z16[:, :end], v16[:, :end], w16
+            got, _ = op(*arrays, state=jnp.asarray(S, jnp.float32), implementation=implementation)
         assert np.mean(np.asarray(got, np.float64) != bf16(o[:, :end])) <= ROUNDED_ONCE
 
 
@@ -145,3 +150,18 @@ def test_the_inner_rate_is_not_rounded():
     for name, value in got.items():
         along = np.vdot(value, oracle[name]) / np.vdot(oracle[name], oracle[name])
         assert abs(along - 1) < 5e-4, (name, along)
+
+
+def test_float32_products_ask_for_float32():
+    """On TPUs, and on GPUs with tf32, a float32 product without a precision is made of bf16 or tf32 ones."""
+    (z, v, w, lr, state), (do, dS) = jax.tree.map(jnp.float32, make_inputs(T=20))
+
+    def both(z, v, w, lr, state):
+        op = functools.partial(in_place_ttt, chunk_size=8, clip_norm=0.5, segment_ids=jnp.ones((2, 20), jnp.int32))
+        out, pull = jax.vjp(lambda z, v, w, lr, state: op(z, v, w, lr=lr, state=state), z, v, w, lr, state)
+        return out, pull((do, dS))
+
+    products = re.findall(r"= dot_general\[(.*?)\n *\]", str(jax.make_jaxpr(both)(z, v, w, lr, state)), re.DOTALL)
+    assert len(products) >= 8
+    for product in products:
+        assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product, product
