@@ -125,6 +125,17 @@ def test_bfloat16(window):
     assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_softmax_is_computed_in_float32_under_bfloat16(window):
+    """Logits of about 10, which as bf16 numbers would be off by 0.03 and their probabilities by as much."""
+    q, k, v, _ = make_inputs(T=33)
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (10 * q, k, v)]
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        oracle = np.asarray(plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window))))
+    o = self_attention(*(jnp.asarray(x, jnp.bfloat16) for x in rounded), window=window)
+    assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
+
+
 def test_large_logits_stay_finite():
     q, k, v, do = make_inputs(T=20)
     run = functools.partial(self_attention, segment_ids_BT=jnp.zeros((2, 20), jnp.int32))

@@ -249,6 +249,7 @@ def test_windows():
     mistral = config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": 32})
     assert (mistral.sliding_window, mistral.full_attention_layers) == (32, ())
     assert config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    assert config_from_hf(QWEN3 | {"model_type": "mistral"}).sliding_window == 4096, "transformers' default"
     on = QWEN3 | {"sliding_window": 32, "use_sliding_window": True}
     some = config_from_hf(on | {"layer_types": ["full_attention", "sliding_attention"] * 2})
     assert (some.sliding_window, some.full_attention_layers) == (32, (0, 2))

@@ -1,15 +1,19 @@
 """The training step: TTT off in some of the steps, schedules; and the closing evaluation."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_guard import SMALL, batch
+from test_guard import SMALL, batch, bits
 
 from ttt_jax.config import Config, from_dict, replace
 from ttt_jax.loss import token_nll
 from ttt_jax.sharding import make_mesh
 from ttt_jax.training import (
+    TrainState,
     abstract_state,
     evaluate_by_position,
     init_state,
@@ -61,35 +65,44 @@ def uneven():
     return rows | {"weights": jnp.asarray(real, jnp.float32), "segment_ids": jnp.asarray(real, jnp.int32)}
 
 
-def test_schedules_count_updates_not_batches():
-    """A skipped step moves neither the learning rate, nor its logged value, nor the inner rate's warm-up."""
-    fields = {"steps": 40, "optimizer.warmup_steps": 8, "optimizer.ttt_lr_warmup_steps": 8}
+class Job(NamedTuple):
+    config: Config
+    step: Callable
+    fresh: Callable[[], TrainState]  # whose targets write from the first step on
+
+
+@pytest.fixture(scope="module")
+def job():
+    """A run with both warm-ups; compiled once."""
+    fields = {"steps": 40, "optimizer.warmup_steps": 8, "optimizer.ttt_lr_warmup_steps": 8, "model.ttt.lr": 5.0}
     config = replace(from_dict(Config, SMALL), fields)
     abstract, tx = abstract_state(config, make_mesh(config.mesh))
-    step = make_train_step(config, tx)
+    first = init_state(config, abstract, tx)
+    first = first._replace(model=jax.tree_util.tree_map_with_path(written, first.model))
+    return Job(config, make_train_step(config, tx), lambda: jax.tree.map(jnp.copy, first))
+
+
+def test_schedules_count_updates_not_batches(job):
+    """A skipped step moves neither the learning rate, nor its logged value, nor the inner rate's warm-up."""
 
     def run(bad):
-        state, rows = init_state(config, abstract, tx), []
+        state, rows = job.fresh(), []
         for i in range(4 + len(bad)):
-            state, metrics = step(state, batch(np.nan) if i in bad else batch())
+            state, metrics = job.step(state, batch(np.nan) if i in bad else batch())
             rows += [] if i in bad else [{name: float(value) for name, value in metrics.items()}]
         return rows
 
     quiet, disturbed = run(()), run((1, 3, 4))
-    assert [row["learning_rate"] for row in quiet] == pytest.approx([config.optimizer.lr * i / 8 for i in range(4)])
+    assert [row["learning_rate"] for row in quiet] == pytest.approx([job.config.optimizer.lr * i / 8 for i in range(4)])
     ratios = [row["ttt/layer_00/state_ratio"] for row in quiet]
     assert ratios[0] == 0 < ratios[1] < ratios[2] < ratios[3], "the inner rate rises from zero"
     for name in quiet[0].keys() - {"skipped_steps"}:
         assert [row[name] for row in disturbed] == [row[name] for row in quiet], name
 
 
-def test_the_closing_evaluation_knows_on_from_off():
+def test_the_closing_evaluation_knows_on_from_off(job):
     """Row by row what `hidden` says with the inner rate as it is, and with TTT switched off; the last batch is filled up."""
-    config = replace(from_dict(Config, SMALL), {"model.ttt.lr": 50.0})
-    mesh = make_mesh(config.mesh)
-    abstract, tx = abstract_state(config, mesh)
-    model = init_state(config, abstract, tx).model
-    model = jax.tree_util.tree_map_with_path(written, model)
+    mesh, model = make_mesh(job.config.mesh), job.fresh().model
     rows = {name: np.asarray(x)[:5] for name, x in uneven().items()}
     on, off = evaluate_by_position(make_position_nll(mesh), model, rows, mesh, batch_size=2)
 
@@ -105,6 +118,18 @@ def test_the_closing_evaluation_knows_on_from_off():
     late = real & (np.arange(16) >= 8)[None]  # the first chunk reads nothing
     assert (np.abs(want_on - want_off)[late] > 1e-3).mean() > 0.9
     assert not np.abs(want_on - want_off)[:, :8].any()
+
+
+def test_batches_of_padding_alone_and_gradients_that_overflow(job):
+    """No token counts: a loss of zero, not 0 / 0. A finite loss whose gradient's norm is not finite changes nothing."""
+    state, metrics = job.step(job.fresh(), batch(0.0))
+    assert [float(metrics[name]) for name in ("loss", "grad_norm", "skipped")] == [0, 0, 0]
+    before = bits(state[:2])
+    signs = jnp.broadcast_to(jnp.where(jnp.arange(16) % 2 == 0, 1e20, -1e20).astype(jnp.float32), (8, 16))
+    state, metrics = job.step(state, batch() | {"weights": signs})
+    assert np.isfinite(float(metrics["loss"]))
+    assert float(metrics["skipped"]) == 1
+    assert bits(state[:2]) == before
 
 
 def written(path, leaf):

@@ -125,9 +125,9 @@ def copy_tree(folder: Path) -> None:
 @contextlib.contextmanager
 def broken(root: Path, mutant: Mutant) -> Iterator[None]:
     """The copy at `root` with one line changed."""
+    assert root.resolve() != ROOT, "only a copy is ever broken"
     path = root / mutant.file
     text = path.read_text(encoding="utf-8")
-    assert root != ROOT, "only a copy is ever broken"
     assert text.count(mutant.before) == 1, mutant.name
     path.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
     try:
@@ -161,7 +161,8 @@ def run_tests(root: Path, tests: tuple[str, ...], limit: int) -> tuple[str, str,
     if process.returncode == PASSED:
         return "passed", "", seconds
     lines = output.splitlines()
-    failed = next((line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))), "")
+    summary = (line for line in lines if line.startswith(("FAILED ", "ERROR ")))
+    failed = next(summary, "").partition(" ")[2].partition(" - ")[0]
     if process.returncode == FAILED and failed:
         return "failed", failed.removeprefix("tests/"), seconds
     return "error", " / ".join(lines[-3:]), seconds
