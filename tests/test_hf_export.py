@@ -62,11 +62,13 @@ def test_layers_of_repeated_stacks_keep_their_places(tmp_path):
     """Two plain layers and one with TTT, twice: each layer's parameters come back in that layer."""
     cfg = dataclasses.replace(SMALL, num_layers=6, ttt=TTTConfig(layers=(2, 5), chunk_size=4))
     model = Transformer(cfg, key=jax.random.key(0))
-    assert [(group.repeats, [run.count for run in group.pattern]) for group in model.groups] == [(2, [2, 1])]
+    (group,) = model.groups
+    assert (group.repeats, [run.count for run in group.pattern]) == (2, [2, 1])
     save_pretrained(model, tmp_path / "out", dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "out"), model)
-    first, last = (tensors(tmp_path / "out")[f"model.layers.{i}.mlp.gate_proj.weight"] for i in (1, 4))
-    np.testing.assert_array_equal(model.groups[0].blocks[0].mlp.gate[...][:, 1], np.stack([first, last]))
+    written = tensors(tmp_path / "out")
+    second = np.stack([written[f"model.layers.{i}.mlp.gate_proj.weight"] for i in (1, 4)])
+    np.testing.assert_array_equal(group.blocks[0].mlp.gate[...][:, 1], second)
 
 
 def test_bfloat16_is_rounded_once(golden_model, tmp_path):

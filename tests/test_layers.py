@@ -9,8 +9,9 @@ from ttt_jax.layers import RMSNorm
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
 def test_rms_norm_is_computed_in_float32(size):
-    """bf16 in and out, rounded once: of 4096 elements few are not the bf16 number nearest to the exact one. At 1e-3 the mean
-    square is as small as eps."""
+    """bf16 in and out, rounded once: of 4096 elements few are not the bf16 number nearest to the
+    exact one. At 1e-3 the mean square is as small as eps.
+    """
     rng = np.random.default_rng(0)
     x = np.asarray(jnp.asarray(size * rng.standard_normal((4, 1024)), jnp.bfloat16), np.float64)
     norm = RMSNorm(1024, "embed", 1e-6, key=None)

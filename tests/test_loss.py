@@ -131,7 +131,8 @@ def test_token_nll(monkeypatch, rows, x64):
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, rows):
-    """Of equal logits the lowest id, as argmax: rows 2 and 9 of the weights are the same, and so are all of a zero state."""
+    """Of equal logits the lowest id, as argmax: rows 2 and 9 of the weights are the same, and all
+    logits of a zero state are."""
     if rows is not None:
         monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
     h, w, targets, _ = make_inputs("float32")

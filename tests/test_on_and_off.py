@@ -1,4 +1,6 @@
-"""Which loss is which: a run's report against the same model scored apart, and the pictures' labels."""
+"""Which loss is which: a run's report against the same model scored apart, and the pictures'
+labels.
+"""
 
 import io
 import json
@@ -19,7 +21,9 @@ from ttt_jax.scoring import score
 
 
 def test_a_reports_losses_are_those_of_score(tmp_path):
-    """After some steps with a high rate on and off differ; `score` reads the checkpoint with TTT on, and off."""
+    """After some steps with a high rate on and off differ; `score` reads the checkpoint with TTT
+    on, and off.
+    """
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     rng = np.random.default_rng(0)
@@ -27,19 +31,23 @@ def test_a_reports_losses_are_those_of_score(tmp_path):
         text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
         (corpus / f"{i:02d}.txt").write_text(text)
     words = [
-        *TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path}", "--name=run", "--steps=6", "--model.ttt.lr=5",
-        "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", "--eval.every=6", "--log.probe_every=6",
-        "--guard.max_state_ratio=1e9",
+        *TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path}", "--name=run", "--steps=6",
+        "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", "--eval.every=6",
+        "--log.probe_every=6", "--guard.max_state_ratio=1e9",
     ]  # fmt: skip
     assert train.main(words) == 0
     config = load_config(tmp_path / "run" / "config.yaml")
-    rows = heldout_rows(config, tokenizer=load_tokenizer(config.data.tokenizer), rows=config.eval.rows)
+    rows = heldout_rows(
+        config, tokenizer=load_tokenizer(config.data.tokenizer), rows=config.eval.rows
+    )
     model = load_pretrained(tmp_path / "run")
     losses = {}
     for name, ttt in (("ttt_on", True), ("ttt_off", False)):
         nll = -score(model, rows["ids"], ttt=ttt).logprobs_BT
         counted = rows["weights"][:, :-1] > 0
-        cut = lambda start, stop, nll=nll, counted=counted: float(nll[:, start:stop][counted[:, start:stop]].mean())
+        cut = lambda start, stop, nll=nll, counted=counted: float(
+            nll[:, start:stop][counted[:, start:stop]].mean()
+        )
         losses[name] = [cut(0, 16), cut(16, 31)]
         losses[f"{name} of all"] = float(nll[counted].mean())
     assert abs(losses["ttt_on"][1] - losses["ttt_off"][1]) > 1e-3, "otherwise nothing is told apart"
@@ -82,9 +90,14 @@ def test_columns_are_headed_as_what_they_are(tmp_path):
     print_report(report, tmp_path, Console(file=(out := io.StringIO()), width=80))
     text = (tmp_path / "report.md").read_text()
     for lines in (out.getvalue().splitlines(), text.splitlines()):
-        cells = [[cell.strip() for cell in line.replace("┃", "│").replace("|", "│").split("│")[1:-1]] for line in lines]
+        cells = [
+            [cell.strip() for cell in line.replace("┃", "│").replace("|", "│").split("│")[1:-1]]
+            for line in lines
+        ]
         head = next(row for row in cells if row and row[0] == "positions")
-        table = {row[0]: dict(zip(head, row, strict=True)) for row in cells if len(row) == len(head)}
+        table = {
+            row[0]: dict(zip(head, row, strict=True)) for row in cells if len(row) == len(head)
+        }
         assert table["512 to 1023"] == {
             "positions": "512 to 1023", "TTT off": "2.5000", "TTT on": "2.2500", "gain": "+0.2500"
         }  # fmt: skip

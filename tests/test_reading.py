@@ -33,5 +33,7 @@ def test_a_piece_starts_chunks_when_every_row_that_reads_does(lengths, positions
 def test_ids_of_the_vocabulary_and_no_others():
     assert check_ids([[0, 22]], 23)[0].dtype == np.int32
     for row, bad in (([0, 23], 23), ([-1, 3], -1), ([3, 2**40], 2**40)):
-        with pytest.raises(UserError, match=f"row 1 holds id {bad}; the model's vocabulary has ids 0 to 22"):
+        with pytest.raises(
+            UserError, match=f"row 1 holds id {bad}; the model's vocabulary has ids 0 to 22"
+        ):
             check_ids([[1], row], 23)

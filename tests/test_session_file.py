@@ -12,7 +12,9 @@ from ttt_jax.session_file import fingerprint
 
 
 def test_the_state_comes_back_bit_for_bit_under_bfloat16(tmp_path):
-    """S is float32 whatever the compute dtype: rounded on disk, a small update would be lost by saving."""
+    """S is float32 whatever the compute dtype: rounded on disk, a small update would be lost by
+    saving.
+    """
     model = jax.tree.map(lambda x: x, model_of())
     model.runtime = Runtime(dtype="bfloat16")
     session = Session(model, 2)
@@ -28,7 +30,9 @@ def test_the_state_comes_back_bit_for_bit_under_bfloat16(tmp_path):
 
 
 def test_values_that_change_places_make_another_model():
-    """Two elements of a matrix exchanged, two layers exchanged: sums over all bits stay, the fingerprint does not."""
+    """Two elements of a matrix exchanged, two layers exchanged: sums over all bits stay, the
+    fingerprint does not.
+    """
     model = model_of()
     first = fingerprint(model)
     assert first == fingerprint(jax.tree.map(lambda x: x + 0, model))

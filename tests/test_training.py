@@ -62,7 +62,8 @@ def uneven():
     rows = batch()
     lengths = np.array([16, 3, 16, 0, 9, 1, 16, 2])
     real = np.arange(16)[None] < lengths[:, None]
-    return rows | {"weights": jnp.asarray(real, jnp.float32), "segment_ids": jnp.asarray(real, jnp.int32)}
+    real = jnp.asarray(real, jnp.int32)
+    return rows | {"weights": real.astype(jnp.float32), "segment_ids": real}
 
 
 class Job(NamedTuple):
@@ -74,7 +75,8 @@ class Job(NamedTuple):
 @pytest.fixture(scope="module")
 def job():
     """A run with both warm-ups; compiled once."""
-    fields = {"steps": 40, "optimizer.warmup_steps": 8, "optimizer.ttt_lr_warmup_steps": 8, "model.ttt.lr": 5.0}
+    fields = {"steps": 40, "optimizer.warmup_steps": 8, "optimizer.ttt_lr_warmup_steps": 8}
+    fields["model.ttt.lr"] = 5.0
     config = replace(from_dict(Config, SMALL), fields)
     abstract, tx = abstract_state(config, make_mesh(config.mesh))
     first = init_state(config, abstract, tx)
@@ -83,7 +85,7 @@ def job():
 
 
 def test_schedules_count_updates_not_batches(job):
-    """A skipped step moves neither the learning rate, nor its logged value, nor the inner rate's warm-up."""
+    """A skipped step moves neither the learning rate, nor its logged value, nor the inner rate."""
 
     def run(bad):
         state, rows = job.fresh(), []
@@ -93,7 +95,8 @@ def test_schedules_count_updates_not_batches(job):
         return rows
 
     quiet, disturbed = run(()), run((1, 3, 4))
-    assert [row["learning_rate"] for row in quiet] == pytest.approx([job.config.optimizer.lr * i / 8 for i in range(4)])
+    rates = [job.config.optimizer.lr * i / 8 for i in range(4)]
+    assert [row["learning_rate"] for row in quiet] == pytest.approx(rates)
     ratios = [row["ttt/layer_00/state_ratio"] for row in quiet]
     assert ratios[0] == 0 < ratios[1] < ratios[2] < ratios[3], "the inner rate rises from zero"
     for name in quiet[0].keys() - {"skipped_steps"}:
@@ -101,14 +104,18 @@ def test_schedules_count_updates_not_batches(job):
 
 
 def test_the_closing_evaluation_knows_on_from_off(job):
-    """Row by row what `hidden` says with the inner rate as it is, and with TTT switched off; the last batch is filled up."""
+    """Row by row what `hidden` says with the inner rate as it is, and with TTT switched off.
+
+    The last batch is filled up.
+    """
     mesh, model = make_mesh(job.config.mesh), job.fresh().model
     rows = {name: np.asarray(x)[:5] for name, x in uneven().items()}
     on, off = evaluate_by_position(make_position_nll(mesh), model, rows, mesh, batch_size=2)
 
     @jax.jit
     def expected(model, scale):
-        h, _, _ = model.hidden(rows["ids"], segment_ids=rows["segment_ids"], positions=rows["positions"], ttt_scale=scale)
+        packed = {name: rows[name] for name in ("segment_ids", "positions")}
+        h, _, _ = model.hidden(rows["ids"], **packed, ttt_scale=scale)
         return token_nll(h, model.output_weight, rows["targets"])
 
     real = rows["weights"] > 0
@@ -121,19 +128,20 @@ def test_the_closing_evaluation_knows_on_from_off(job):
 
 
 def test_batches_of_padding_alone_and_gradients_that_overflow(job):
-    """No token counts: a loss of zero, not 0 / 0. A finite loss whose gradient's norm is not finite changes nothing."""
+    """No token counts: a loss of zero, not 0 / 0. A finite loss whose gradient's norm is not finite
+    changes nothing."""
     state, metrics = job.step(job.fresh(), batch(0.0))
     assert [float(metrics[name]) for name in ("loss", "grad_norm", "skipped")] == [0, 0, 0]
     before = bits(state[:2])
-    signs = jnp.broadcast_to(jnp.where(jnp.arange(16) % 2 == 0, 1e20, -1e20).astype(jnp.float32), (8, 16))
-    state, metrics = job.step(state, batch() | {"weights": signs})
+    huge = jnp.where(jnp.arange(16) % 2 == 0, 1e20, -1e20).astype(jnp.float32)
+    state, metrics = job.step(state, batch() | {"weights": jnp.broadcast_to(huge, (8, 16))})
     assert np.isfinite(float(metrics["loss"]))
     assert float(metrics["skipped"]) == 1
     assert bits(state[:2]) == before
 
 
 def written(path, leaf):
-    """A target that writes, however it is initialised: the identity in the convolution's middle, and as projection."""
+    """A target that writes, however it is initialised: the token itself."""
     name = jax.tree_util.keystr(path)
     if "conv" in name:
         return jnp.zeros_like(leaf).at[..., 2].set(1.0)

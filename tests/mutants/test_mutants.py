@@ -1,4 +1,7 @@
-"""The list of mutants is up to date, and the script does what it says; running it all takes most of an hour."""
+"""The list of mutants is up to date, and the script does what it says.
+
+Running it all takes most of an hour: `python tests/mutants/run.py`.
+"""
 
 import contextlib
 import importlib.util
@@ -22,7 +25,9 @@ def script():
 
 
 def test_every_line_is_there_once_and_every_test_exists(script):
-    """When this fails: the line was reworded. Give the mutant the new text, or take another line that means the same."""
+    """When this fails: the line was reworded. Give the mutant the new text, or take another line
+    that means the same.
+    """
     mutants = script.load_mutants()
     assert script.problems(mutants) == []
     assert len(mutants) >= 55
@@ -65,12 +70,20 @@ def test_the_copy_is_broken_and_mended_again_and_the_work_tree_never(script, tmp
 
 
 def test_results_are_gone_on_with_until_something_changes(script, tmp_path):
-    """Three mutants of one line: one noticed, one not, one that may not be; nothing is run twice."""
+    """Three mutants of one line: one noticed, one not, one that may not be; none is run twice."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "a.py").write_text("x = 1  # one\n")
-    (tmp_path / "tests/test_a.py").write_text("from a import x\n\ndef test_x():\n    assert x == 1\n")
-    make = lambda name, before, after, same="": script.Mutant(name, "a.py", before, after, ("test_a.py::test_x",), same)
-    mutants = [make("dead", "x = 1", "x = 2"), make("alive", "# one", "# two"), make("same", "# one", "#", "a comment")]
+    (tmp_path / "tests/test_a.py").write_text(
+        "from a import x\n\ndef test_x():\n    assert x == 1\n"
+    )
+    make = lambda name, before, after, same="": script.Mutant(
+        name, "a.py", before, after, ("test_a.py::test_x",), same
+    )
+    mutants = [
+        make("dead", "x = 1", "x = 2"),
+        make("alive", "# one", "# two"),
+        make("same", "# one", "#", "a comment"),
+    ]
     results = tmp_path / "results.jsonl"
     assert script.run_all(tmp_path, mutants, results) == 1, "one lives"
     rows = script.read_results(results)
@@ -84,10 +97,14 @@ def test_results_are_gone_on_with_until_something_changes(script, tmp_path):
     assert "| dead | a.py | `test_a.py::test_x` |" in text
     assert "| alive | a.py | **nobody** |" in text
     assert "| same | a.py | nobody: a comment |" in text
-    (tmp_path / "tests/test_a.py").write_text("def test_x():\n    assert '# one' in open('a.py').read()\n")
-    assert set(script.newest(mutants, rows, tmp_path)) == {"dead"}, "who lived is tried again when the tests change"
-    assert script.run_all(tmp_path, mutants[:2], results) == 0
+    (tmp_path / "tests/test_a.py").write_text(
+        "def test_x():\n    assert '# one' in open('a.py').read()\n"
+    )
+    assert set(script.newest(mutants, rows, tmp_path)) == {"dead"}, (
+        "who lived is tried again when the tests change"
+    )
     (tmp_path / "tests/test_a.py").write_text("def test_x():\n    assert False\n")
-    assert script.run_all(tmp_path, [make("new", "x = 1", "x = 3")], results) == 0, "was seen to pass before"
+    new = [make("new", "x = 1", "x = 3")]
+    assert script.run_all(tmp_path, new, results) == 0, "its test was seen to pass before"
     results.unlink()
-    assert script.run_all(tmp_path, [make("new", "x = 1", "x = 3")], results) == 2, "a test that fails anyway kills nothing"
+    assert script.run_all(tmp_path, new, results) == 2, "a test that fails anyway kills nothing"

@@ -1,12 +1,14 @@
-"""bf16 against float64 over ||S|| / ||W||: prefill, pieces of chunks and single tokens (docs/numerics.md).
+"""bf16 against float64 over ||S|| / ||W||: prefill, pieces of chunks and single tokens
+(docs/numerics.md).
 
-B batch, T tokens, D model width, F MLP width, C chunk size, S accumulated update of the fast weight.
+B batch, T tokens, D model width, F MLP width, C chunk size, S accumulated update of the fast
+weight.
 
-Three things are asked of each way of reading. The adaptation term o - z W^T, read with W = 0, and the
-state are within 5e-3 of float64. And with W in place the output is *rounded once*: nearly every element
-is the bf16 number nearest to the exact one. A second rounding on the way, of the fast product or of S,
-costs about as much as the output's own and hides in a relative error; here it moves a third of all
-elements.
+Three things are asked of each way of reading. The adaptation term o - z W^T, read with W = 0, and
+the state are within 5e-3 of float64. And with W in place the output is *rounded once*: nearly every
+element is the bf16 number nearest to the exact one. A second rounding on the way, of the fast
+product or of S, costs about as much as the output's own and hides in a relative error; here it
+moves a third of all elements.
 """
 
 import functools
@@ -36,7 +38,9 @@ def bf16(x):
 
 
 def scaled_inputs(ratio):
-    """z, v, W, S in float64, all bf16 numbers; ||S|| = ratio ||W||, and the updates grow it by a half."""
+    """z, v, W, S in float64, all bf16 numbers; ||S|| = ratio ||W||, and the updates grow it by a
+    half.
+    """
     (z, v, w, _, state), _ = make_inputs(B=B, T=T, D=D, F=F, seed=3)
     state = bf16(state * ratio * np.linalg.norm(w) / np.linalg.norm(state))
     z, w = bf16(z), bf16(w)
@@ -99,7 +103,9 @@ def test_the_adaptation_term_and_the_state(way, ratio):
     assert_close("output", np.asarray(whole, np.float64), o, TOLERANCE["bfloat16"])
 
 
-@pytest.mark.parametrize(("implementation", "ratio"), [*(("xla", ratio) for ratio in RATIOS), ("pallas_tpu", 0.3)])
+@pytest.mark.parametrize(
+    ("implementation", "ratio"), [*(("xla", ratio) for ratio in RATIOS), ("pallas_tpu", 0.3)]
+)
 def test_a_chunk_rounds_its_output_once(implementation, ratio):
     """S is bf16 already, so its bf16 copy costs nothing: the two products are added in float32."""
     z, v, w, S = scaled_inputs(ratio)
@@ -125,19 +131,23 @@ def test_a_token_reads_the_state_in_float32(ratio):
 
 
 def test_an_initial_state_is_not_rounded():
-    """A stream is read on from a float32 state under bf16: what is not written stays bit for bit."""
+    """A stream is read on from a float32 state under bf16: what is not written stays bit for bit.
+    """
     (z, v, w, _, state), _ = make_inputs(T=2 * C, D=D, F=F)
     z, v, w = (jnp.asarray(x, jnp.bfloat16) for x in (z, 0 * v, w))
     state = jnp.asarray(state, jnp.float32)
     for implementation in ("reference", "xla"):
-        got = in_place_ttt(z, v, w, lr=0.7, chunk_size=C, state=state, implementation=implementation)[1]
+        got = in_place_ttt(
+            z, v, w, lr=0.7, chunk_size=C, state=state, implementation=implementation
+        )[1]
         np.testing.assert_array_equal(got, state)
 
 
 def test_the_inner_rate_is_not_rounded():
     """No result is off by a factor; 0.7012 as a bf16 number would be 0.703125, 0.3 % more.
 
-    The part along the exact result: the rounding of many elements, each its own way, does not reach it.
+    The part along the exact result: the rounding of many elements, each its own way, does not reach
+    it.
     """
     arguments, cotangents = make_inputs(B=2, T=64, D=D, F=F)
     arguments = (*arguments[:3], 0.7012, arguments[4])
@@ -153,15 +163,23 @@ def test_the_inner_rate_is_not_rounded():
 
 
 def test_float32_products_ask_for_float32():
-    """On TPUs, and on GPUs with tf32, a float32 product without a precision is made of bf16 or tf32 ones."""
+    """On TPUs, and on GPUs with tf32, a float32 product without a precision is made of bf16 or tf32
+    ones.
+    """
     (z, v, w, lr, state), (do, dS) = jax.tree.map(jnp.float32, make_inputs(T=20))
 
     def both(z, v, w, lr, state):
-        op = functools.partial(in_place_ttt, chunk_size=8, clip_norm=0.5, segment_ids=jnp.ones((2, 20), jnp.int32))
-        out, pull = jax.vjp(lambda z, v, w, lr, state: op(z, v, w, lr=lr, state=state), z, v, w, lr, state)
+        op = functools.partial(
+            in_place_ttt, chunk_size=8, clip_norm=0.5, segment_ids=jnp.ones((2, 20), jnp.int32)
+        )
+        out, pull = jax.vjp(
+            lambda z, v, w, lr, state: op(z, v, w, lr=lr, state=state), z, v, w, lr, state
+        )
         return out, pull((do, dS))
 
-    products = re.findall(r"= dot_general\[(.*?)\n *\]", str(jax.make_jaxpr(both)(z, v, w, lr, state)), re.DOTALL)
+    products = re.findall(
+        r"= dot_general\[(.*?)\n *\]", str(jax.make_jaxpr(both)(z, v, w, lr, state)), re.DOTALL
+    )
     assert len(products) >= 8
     for product in products:
         assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product, product
