@@ -4,6 +4,7 @@
     python tests/mutants/run.py --only rope        those whose name or file contains the word
     python tests/mutants/run.py --show             the table of what has been run, in Markdown
     python tests/mutants/run.py --check            only whether every line is still there
+    python tests/mutants/run.py --mend             follow lines that moved to another file
 
 The lines are data: `*.toml` beside this file. Each gives a name, a file, the text `before`, the
 text `after`, and the tests that should notice (node ids of pytest below tests/). A mutant that
@@ -103,6 +104,8 @@ def problems(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
             what = (
                 "there is no such file" if count < 0 else f"`before` occurs {count} times, not once"
             )
+            there = elsewhere(mutant, root)
+            what += f"; now in {there}: --mend" if there else ""
             found.append(f"{mutant.name}: {mutant.file}: {what}")
         if mutant.before == mutant.after:
             found.append(f"{mutant.name}: changes nothing")
@@ -112,6 +115,36 @@ def problems(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
         if not mutant.tests:
             found.append(f"{mutant.name}: names no test")
     return found
+
+
+def elsewhere(mutant: Mutant, root: Path = ROOT) -> str | None:
+    """The one file of the library that has the text once, where its own has it no more."""
+    paths = [path for part in ("ttt_jax", "kernels_pallas") for path in (root / part).rglob("*.py")]
+    counts = {path: path.read_text(encoding="utf-8").count(mutant.before) for path in paths}
+    found = [path for path, count in counts.items() if count]
+    one = len(found) == 1 and counts[found[0]] == 1 and found[0] != root / mutant.file
+    return found[0].relative_to(root).as_posix() if one else None
+
+
+def mend(mutants: list[Mutant], folder: Path = HERE, root: Path = ROOT) -> list[str]:
+    """Follow lines that moved to another file: rewrite `file` in the lists. Returns what moved."""
+    moved = []
+    for mutant in mutants:
+        path = root / mutant.file
+        if path.is_file() and mutant.before in path.read_text(encoding="utf-8"):
+            continue
+        if (there := elsewhere(mutant, root)) is None:
+            continue
+        old, new = (
+            f"name = {json.dumps(mutant.name, ensure_ascii=False)}\nfile = {json.dumps(file)}\n"
+            for file in (mutant.file, there)
+        )
+        for toml in folder.glob("*.toml"):
+            text = toml.read_text(encoding="utf-8")
+            if old in text:
+                toml.write_text(text.replace(old, new), encoding="utf-8")
+                moved.append(f"{mutant.name}: {mutant.file} -> {there}")
+    return moved
 
 
 def _exists(root: Path, test: str) -> bool:
@@ -240,7 +273,7 @@ def count(mutants: list[Mutant], results: dict[str, dict]) -> str:
 
 
 def check_unbroken(root: Path, mutants: list[Mutant], results: Path) -> str | None:
-    """Run what has not been seen to pass on the unbroken copy, file by file. Returns what failed."""
+    """Run what has not been seen to pass on the unbroken copy, file by file. None: all pass."""
     passed = {test for row in read_results(results) for test in row.get("unbroken", [])}
     missing = sorted({test for mutant in mutants for test in mutant.tests} - passed)
     for name, group in itertools.groupby(missing, lambda test: test.partition("::")[0]):
@@ -286,7 +319,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="default: FOLDER/results.jsonl")
     parser.add_argument("--show", action="store_true", help="the table so far, and nothing is run")
     parser.add_argument("--check", action="store_true", help="only whether the list is up to date")
+    parser.add_argument("--mend", action="store_true", help="rewrite the files of lines that moved")
     args = parser.parse_args(words)
+    if args.mend:
+        print("\n".join(mend(load_mutants())) or "nothing moved")
     results = args.results or args.folder / "results.jsonl"
     mutants = load_mutants()
     if found := problems(mutants):

@@ -58,6 +58,28 @@ def test_what_is_out_of_date_is_named(script, tmp_path):
     assert "two mutants have this name" in script.problems([right, right], tmp_path)[0]
 
 
+def test_a_line_that_moved_is_followed(script, tmp_path):
+    (tmp_path / "ttt_jax").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_a.py").write_text("")
+    (tmp_path / "ttt_jax/a.py").write_text("x = 1\n")
+    (tmp_path / "ttt_jax/b.py").write_text("y = 1\n")
+    entry = '[[mutant]]\nname = "moved"\nfile = "ttt_jax/a.py"\nbefore = "y = 1"\nafter = "y = 2"\n'
+    (tmp_path / "list.toml").write_text(entry + 'tests = ["test_a.py"]\n')
+    (line,) = script.problems(script.load_mutants(tmp_path), tmp_path)
+    assert line.endswith("occurs 0 times, not once; now in ttt_jax/b.py: --mend")
+    moved = script.mend(script.load_mutants(tmp_path), tmp_path, tmp_path)
+    assert moved == ["moved: ttt_jax/a.py -> ttt_jax/b.py"]
+    (mutant,) = script.load_mutants(tmp_path)
+    assert mutant.file == "ttt_jax/b.py"
+    assert script.problems([mutant], tmp_path) == []
+    (tmp_path / "ttt_jax/c.py").write_text("x = 1\ny = 1\n")
+    (tmp_path / "ttt_jax/b.py").write_text("")
+    assert script.mend([mutant], tmp_path, tmp_path) == ["moved: ttt_jax/b.py -> ttt_jax/c.py"]
+    (tmp_path / "ttt_jax/b.py").write_text("y = 1\n" * 2)
+    assert script.mend([mutant], tmp_path, tmp_path) == [], "in two places: nobody knows which"
+
+
 def test_the_copy_is_broken_and_mended_again_and_the_work_tree_never(script, tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     mutant = script.Mutant("m", "a.py", "x = 1", "x = 2", ("test_a.py",))
