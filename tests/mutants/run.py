@@ -197,8 +197,8 @@ def run_tests(root: Path, tests: tuple[str, ...], limit: int) -> tuple[str, str,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # a test's own processes go with it
-        preexec_fn=lambda: os.nice(10),
     )
+    os.setpriority(os.PRIO_PROCESS, process.pid, 10)
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
