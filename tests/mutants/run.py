@@ -255,7 +255,8 @@ def table(mutants: list[Mutant], results: dict[str, dict]) -> str:
             if row["state"] == "passed" and mutant.same:
                 noticed = f"nobody: {mutant.same}"
             seconds = f"{row['seconds']:.0f}"
-        lines.append(f"| {mutant.name} | {mutant.file} | {noticed} | {seconds} |")
+        cells = [mutant.name, mutant.file, noticed, seconds]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
 
