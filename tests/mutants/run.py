@@ -324,6 +324,7 @@ def main(words: list[str] | None = None) -> int:
     args = parser.parse_args(words)
     if args.mend:
         print("\n".join(mend(load_mutants())) or "nothing moved")
+        return 0
     results = args.results or args.folder / "results.jsonl"
     mutants = load_mutants()
     if found := problems(mutants):
