@@ -87,6 +87,18 @@ def test_windowed_blocks(monkeypatch, T, window, together):
     check(run, arguments, causal_mask(2, T, window), "float64")
 
 
+def test_tokens_of_segment_0_do_not_see_what_lies_before_the_row(x64):
+    """A row that begins with segment 0 (padding, or a document of that number): both paths agree."""
+    q, k, v, _ = map(jnp.asarray, make_inputs())
+    ids = jnp.asarray([[0] * 20 + [1] * 17, [0] * 3 + [2] * 30 + [0] * 4], jnp.int32)
+    # A window of 5 of 37 tokens is computed in blocks of the window.
+    got = self_attention(q, k, v, window=5, segment_ids_BT=ids, implementation="xla")
+    position = jnp.arange(37, dtype=jnp.int32)[None]
+    want = attention.blocked(q, k, v, position, position, ids, ids, 5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(got[:, 0], np.repeat(v[:, 0], 2, axis=1), rtol=0, atol=1e-14)
+
+
 def test_a_window_of_one_token_sees_itself(x64):
     q, k, v, do = map(jnp.asarray, make_inputs(T=9))
     got = value_and_gradients(functools.partial(self_attention, window=1), q, k, v, do)
@@ -111,6 +123,17 @@ def test_bfloat16(window):
         oracle = np.asarray(plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window))))
     o = self_attention(*(jnp.asarray(x, jnp.bfloat16) for x in rounded), window=window)
     assert o.dtype == jnp.bfloat16
+    assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_softmax_is_computed_in_float32_under_bfloat16(window):
+    """Logits of about 10, which as bf16 numbers would be off by 0.03, and so their probabilities."""
+    q, k, v, _ = make_inputs(T=33)
+    rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (10 * q, k, v)]
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        oracle = np.asarray(plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window))))
+    o = self_attention(*(jnp.asarray(x, jnp.bfloat16) for x in rounded), window=window)
     assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
 
 

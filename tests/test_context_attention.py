@@ -111,14 +111,18 @@ def test_lengths_that_do_not_divide_are_left_to_gspmd(x64):
     check(parallel(context=4), inputs(T=9), 1e-10)
 
 
+@pytest.mark.parametrize("window", [9, 10])
 @pytest.mark.parametrize("shards", [2, 4])
-def test_cudnn_is_told_of_documents_that_shards_do_not_hold_whole(x64, monkeypatch, shards):
-    """Documents at multiples of 16 in shards of 24 and 12 tokens."""
+def test_cudnn_is_told_of_documents_that_shards_do_not_hold_whole(x64, monkeypatch, shards, window):
+    """Documents at multiples of 16 in shards of 24 and 12 tokens; the first queries see 8 tokens of the
+    neighbour, which is a multiple of where documents start, or 9."""
     monkeypatch.setattr(attention, "_why_not_cudnn", lambda *_: None)
     monkeypatch.setattr(attention, "_cudnn_call", documents_in_xla([]))
     x, ids = inputs(), jnp.asarray(np.stack([[1] * 16 + [2] * 16 + [3] * 16, [1] * 32 + [2] * 16]), jnp.int32)
-    want = value_and_gradients(functools.partial(self_attention, implementation="xla", window=9, segment_ids_BT=ids), *x)
-    options = {"window": 9, "segment_ids_BT": ids, "segment_multiple": 16, "implementation": "cudnn"}
+    options = {"window": window, "segment_ids_BT": ids}
+    alone = functools.partial(self_attention, implementation="xla", **options)
+    want = value_and_gradients(alone, *x)
+    options |= {"segment_multiple": 16, "implementation": "cudnn"}
     got = value_and_gradients(functools.partial(parallel(context=shards).attention, **options), *x)
     for name in NAMES:
         assert_close(name, got[name], want[name], 1e-10)

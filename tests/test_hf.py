@@ -236,6 +236,8 @@ def test_families():
     assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.o_bias, qwen3.sliding_window) == (True, False, False, None)
     qwen2 = config_from_hf(QWEN3 | {"model_type": "qwen2"})
     assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias) == (False, True, False, False)
+    biased = config_from_hf(QWEN3 | {"model_type": "qwen2", "attention_bias": True})
+    assert (biased.qkv_bias, biased.o_bias) == (True, False), "transformers' Qwen2 ignores the field"
     llama = config_from_hf(QWEN3 | {"model_type": "llama", "attention_bias": True, "mlp_bias": True})
     assert (llama.qk_norm, llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (False, True, True, True)
     bare = {key: value for key, value in QWEN3.items() if key not in ("num_key_value_heads", "head_dim")}
@@ -247,6 +249,8 @@ def test_windows():
     mistral = config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": 32})
     assert (mistral.sliding_window, mistral.full_attention_layers) == (32, ())
     assert config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    default = config_from_hf(QWEN3 | {"model_type": "mistral"})
+    assert default.sliding_window == 4096, "transformers' default"
     on = QWEN3 | {"sliding_window": 32, "use_sliding_window": True}
     some = config_from_hf(on | {"layer_types": ["full_attention", "sliding_attention"] * 2})
     assert (some.sliding_window, some.full_attention_layers) == (32, (0, 2))
@@ -345,6 +349,20 @@ def test_yarn_rope_frequencies(base, factor, length, head_dim):
     assert (got[0], got[-1]) == pytest.approx((1.0 if index(32) > 0 else got[0], plain[-1] / factor), rel=1e-12)
     set_by_hand = dataclasses.replace(RopeConfig("yarn", base, factor, length), attention_factor=0.7)
     assert rope_frequencies(set_by_hand, head_dim)[1] == 0.7
+
+
+def test_yarn_over_an_original_context_longer_than_every_wavelength():
+    """The range's upper end may lie beyond the last pair (index 31), up to head_dim - 1, as in
+    transformers' code: the last pair is then not stretched by the whole factor."""
+    got, _ = rope_frequencies(RopeConfig("yarn", 1e4, 4.0, 1 << 20), 64)
+    # Turns over the original length: 32 at index 29.7, 1 at 41.8 (rounded outwards).
+    r = np.clip((np.arange(32) - 29) / (42 - 29), 0, 1)
+    plain = 1e4 ** (-np.arange(32) / 32)
+    np.testing.assert_allclose(got, plain * (1 - r + r / 4), rtol=1e-13)
+    # With base 10, 32 turns at index 20.2 and 1 at 68.4, which is cut at head_dim - 1 = 63.
+    got, _ = rope_frequencies(RopeConfig("yarn", 10.0, 4.0, 860), 64)
+    r = np.clip((np.arange(32) - 20) / (63 - 20), 0, 1)
+    np.testing.assert_allclose(got, 10.0 ** (-np.arange(32) / 32) * (1 - r + r / 4), rtol=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------ continual training

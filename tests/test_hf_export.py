@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ttt_jax.config import ModelConfig, RopeConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.hf import TensorFiles, config_from_hf, load_hf, read_config
 from ttt_jax.hf_export import config_to_hf, save_pretrained
+from ttt_jax.model import Transformer
 
 SMALL = ModelConfig(
     vocab_size=31, d_model=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, rope=RopeConfig(base=5e5)
@@ -54,6 +56,19 @@ def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
     assert not {"ttt_normalize_source", "ttt_write", "ttt_ridge"} & config_to_hf(plain).keys()
     for model in (plain, own):
         assert config_from_hf(config_to_hf(model)).ttt == model.ttt
+
+
+def test_layers_of_repeated_stacks_keep_their_places(tmp_path):
+    """Two plain layers and one with TTT, twice: each layer's parameters come back in that layer."""
+    cfg = dataclasses.replace(SMALL, num_layers=6, ttt=TTTConfig(layers=(2, 5), chunk_size=4))
+    model = Transformer(cfg, key=jax.random.key(0))
+    (group,) = model.groups
+    assert (group.repeats, [run.count for run in group.pattern]) == (2, [2, 1])
+    save_pretrained(model, tmp_path / "out", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "out"), model)
+    written = tensors(tmp_path / "out")
+    second = np.stack([written[f"model.layers.{i}.mlp.gate_proj.weight"] for i in (1, 4)])
+    np.testing.assert_array_equal(group.blocks[0].mlp.gate[...][:, 1], second)
 
 
 def test_bfloat16_is_rounded_once(golden_model, tmp_path):

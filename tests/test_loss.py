@@ -10,7 +10,7 @@ from fast_jit import jit
 from tolerance import TOLERANCE, assert_close
 
 from ttt_jax import loss
-from ttt_jax.loss import cross_entropy, token_nll
+from ttt_jax.loss import cross_entropy, token_nll, token_nll_and_hit
 
 B, T, D, V = 2, 13, 6, 17
 
@@ -127,6 +127,27 @@ def test_token_nll(monkeypatch, rows, x64):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
     half = token_nll(jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets))
     assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, rows):
+    """Of equal logits the lowest id, as argmax: rows 2 and 9 of the weights are the same, and all
+    logits of a zero state are."""
+    if rows is not None:
+        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+    h, w, targets, _ = make_inputs("float32")
+    w[9] = w[2] = 4 * h[0, 0]  # the most likely ones of that token
+    h[1, 3] = 0
+    targets[0, 0], targets[1, 3], targets[1, 4] = 9, 5, 0
+    h, w, targets = jnp.asarray(h, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(targets)
+    best = np.argmax(np.einsum("btd,vd->btv", h, w), axis=-1)
+    for _ in range(2):
+        nll, hit = jit(token_nll_and_hit)(h, w, targets)
+        np.testing.assert_array_equal(hit, targets == best)
+        np.testing.assert_allclose(nll, token_nll(h, w, targets), rtol=1e-6)
+        assert bool(hit[0, 0]) == (int(targets[0, 0]) == 2)
+        assert bool(hit[1, 3]) == (int(targets[1, 3]) == 0)
+        targets = targets.at[0, 0].set(2).at[1, 3].set(0)
 
 
 def test_logits_are_held_block_by_block(monkeypatch):

@@ -48,6 +48,9 @@ def test_resuming_gives_the_file_of_an_uninterrupted_run(tmp_path):
     write(tmp_path / "parts", range(60, 101, 10), start_step=50)
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl")[4] == {"step": 50, **curve(50)}
+    write(tmp_path / "each", range(1, 8))
+    write(tmp_path / "each", [], start_step=4)  # the step after the checkpoint's is taken again
+    assert [row["step"] for row in read_metrics(tmp_path / "each" / "metrics.jsonl")] == [1, 2, 3, 4]
     write(tmp_path / "parts", [10], start_step=0)  # killed before the first checkpoint: all anew
     assert [row["step"] for row in read_metrics(tmp_path / "parts" / "metrics.jsonl")] == [10]
 

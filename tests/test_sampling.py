@@ -70,3 +70,16 @@ def test_a_row_depends_on_its_seed_and_position_alone():
 def test_values_out_of_range(field, value):
     with pytest.raises(UserError, match=f"{field} = "):
         Sampling(**{"temperature": 1.0, field: value})
+
+
+def test_temperature_comes_before_the_filters():
+    """At temperature 2 the most likely token has less of the mass, so top-p keeps more tokens."""
+    n, softmax = 2000, lambda x: np.exp(x) / np.exp(x).sum()
+    logits, positions = np.tile(LOGITS[:1], (n, 1)), np.arange(n, dtype=np.int32)
+    ids, logprobs = draw(Sampling(2.0, top_p=0.6), logits, np.zeros(n, np.int32), positions)
+    needed = lambda p: int(np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.6)) + 1
+    hot = softmax(LOGITS[0] / 2)
+    assert needed(hot) > needed(softmax(LOGITS[0]))
+    assert set(ids.tolist()) == set(np.argsort(-hot)[: needed(hot)].tolist())
+    # The log-probabilities are the model's own.
+    np.testing.assert_allclose(logprobs, np.log(softmax(LOGITS[0]))[ids], rtol=1e-5)

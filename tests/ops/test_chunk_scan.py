@@ -106,6 +106,13 @@ def test_the_scan_matches_the_float64_reference(plain, documents, T):
     check(*make_inputs(T=T), F32, plain, chunk_size=8, segment_ids=ids)
 
 
+@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
+def test_the_last_document_starts_with_the_partial_chunk(plain):
+    ids = np.broadcast_to(DOCUMENTS["boundaries"](35, 8), (2, 35))
+    assert ids[0, 31] != ids[0, 32]
+    check(*make_inputs(T=35), F32, plain, chunk_size=8, segment_ids=ids)
+
+
 @pytest.mark.parametrize(("scaled", "most"), [(False, 1), (False, 2)])
 @pytest.mark.parametrize("T", [5 * 8 + 3, 8, 5])
 def test_a_long_sequence_in_stretches(plain, T, monkeypatch):
