@@ -109,7 +109,8 @@ def token_cache(folder, examples):
     with cache.TokenWriter("k", np.dtype(np.uint16)) as writer:
         writer.append(np.arange(20, dtype=np.uint16), [])
         writer._spill()
-        columns = {"length_N": np.array([12, 8]), "key_N": np.array([5, 6], np.uint64)}
+        columns = {"length_N": np.array([12, 8])}
+        columns |= {"key_N": np.array([5, 6], np.uint64), "digest_N": np.array([7, 8], np.uint64)}
         rejected = np.frombuffer(corpus.Rejected().to_json().encode(), np.uint8)
         writer.finish(**columns, rejected=rejected, has_text=np.asarray(True))
     original = index.read_bytes()
@@ -118,7 +119,8 @@ def token_cache(folder, examples):
         index.write_bytes(damage(original, changes))
         part = corpus._cached_part("k", np.dtype(np.uint16))
         if part is not None:  # zip has checksums
-            assert [part.length_N.tolist(), part.key_N.tolist()] == [[12, 8], [5, 6]]
+            got = [part.length_N.tolist(), part.key_N.tolist(), part.digest_N.tolist()]
+            assert got == [[12, 8], [5, 6], [7, 8]]
             assert part.tokens.read(0, 20).tolist() == list(range(20))
 
     fuzz(examples, st.lists(CHANGES, min_size=1, max_size=3), check)
