@@ -1,6 +1,7 @@
 """Shared fixtures: eight fake CPU devices, strict dtype promotion, and the official code's arrays."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tiny programs: LLVM's optimisations cost more time than they save, and results do not depend on them.
@@ -40,3 +41,18 @@ def golden_model(request):
     folder = GOLDEN / request.param
     with np.load(folder / "io.npz", allow_pickle=False) as arrays:
         return folder, dict(arrays)
+
+
+@pytest.fixture
+def interruptible():
+    """Let Ctrl-C through: jobs in the background of a shell ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def usual_promotion():
+    """Promote as jax does for users, not as strictly as in the other tests."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

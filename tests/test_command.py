@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import click
-import jax
 import numpy as np
 import pytest
 from test_generation import prompts
@@ -23,19 +22,7 @@ from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import DataError, NotFiniteError, TrainingError, UserError, VerificationError
 from ttt_jax.interrupts import HeldBack
 
-
-@pytest.fixture(autouse=True)
-def _interruptible():
-    """Jobs in the background of a shell ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(autouse=True)
-def _usual_promotion():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("interruptible", "usual_promotion")
 
 
 class PanicException(BaseException):

@@ -41,7 +41,7 @@ def format_note(step: int) -> dict[str, Any]:
 
 
 def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Record files below `folder` in its `checksums.json`, atomically, and bring all of them to the disk.
+    """Record files below `folder` in its `checksums.json`, atomically. `sync_tree` is the caller's.
 
     Args:
       names: of the files, relative to `folder`; None: every file there is.

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ttt_jax.errors import CheckpointError, ConfigError, TrainingError, UserError
+from ttt_jax.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 
 NAMES = ("TTT_JAX_COORDINATOR", "TTT_JAX_NUM_PROCESSES", "TTT_JAX_PROCESS_ID")
 _TIMEOUT = "TTT_JAX_TIMEOUT"
@@ -112,7 +112,7 @@ def on_first_process(function: Callable[[], Any]) -> Any:
             answer |= {"error": str(error)[:2000], "kind": type(error).__name__}
     answer = from_first_process(answer)
     if "error" in answer:
-        kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError, TrainingError)}
+        kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError, DataError, TrainingError)}
         raise kinds.get(answer["kind"], UserError)(answer["error"])
     return answer["value"]
 

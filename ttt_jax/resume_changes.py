@@ -16,10 +16,10 @@ from ttt_jax.checkpoint_files import finished_steps
 from ttt_jax.checkpoint_trees import DamagedError, read_json
 from ttt_jax.config import Config, to_dict
 from ttt_jax.data import Loader
-from ttt_jax.distributed import from_first_process
-from ttt_jax.errors import CheckpointError, DataError
+from ttt_jax.distributed import on_first_process
+from ttt_jax.errors import CheckpointError
 from ttt_jax.resume_fields import MEASURED, ROUNDING, on_resume
-from ttt_jax.run_dir import CHECKPOINT_FOLDER, ENVIRONMENT_FILE, check_same_curve, read_run_config
+from ttt_jax.run_dir import CHECKPOINT_FOLDER, ENVIRONMENT_FILE, check_same_curve, flatten, read_run_config
 
 HISTORY_FILE = "environments.jsonl"
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
@@ -42,35 +42,30 @@ def check_resume(config: Config, loader: Loader) -> list[str]:
     Raises:
       DataError: one line: the newest checkpoint was made with other data.
     """
-    answer = from_first_process(_check_resume(config, loader))
-    if "error" in answer:
-        raise DataError(answer["error"])
-    return answer["said"]
+    return on_first_process(lambda: _check_resume(config, loader))
 
 
-def _check_resume(config: Config, loader: Loader) -> dict[str, Any]:
+def _check_resume(config: Config, loader: Loader) -> list[str]:
     try:
         before = read_run_config(config.run_dir)
         check_same_curve(config.run_dir, config)
     except CheckpointError:  # no run yet, or one that `prepare_run_dir` refuses
-        return {"said": []}
+        return []
     try:
         steps = finished_steps(config.run_dir / CHECKPOINT_FOLDER)
         if steps:
             newest = config.run_dir / CHECKPOINT_FOLDER / str(max(steps))
             loader.check_state(read_json(newest, "data_state"))
-    except DataError as error:
-        return {"error": str(error)[:2000]}
     except (DamagedError, OSError):  # the restore takes another one, and says so
         pass
-    return {"said": changed_fields(before, config)}
+    return changed_fields(before, config)
 
 
 def changed_fields(before: Config, now: Config) -> list[str]:
     """Lines for the user about changed fields that are accepted: one for rounding, one for what is
     measured.
     """
-    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    old, new = flatten(to_dict(before)), flatten(to_dict(now))
     lines = []
     for kind, consequence in (
         (ROUNDING, "the curve goes on equal to rounding, not bit for bit"),
@@ -115,7 +110,7 @@ def changed_environment(
     """
     if before is None:
         return []
-    old, new = _flat(before), _flat(now)
+    old, new = flatten(before), flatten(now)
     changed = []
     for name in sorted(old.keys() | new.keys()):
         group, _, short = name.partition(".")
@@ -163,16 +158,6 @@ def append_environment(
             if file.read(1) != b"\n":  # cut short by a kill
                 text = b"\n" + text
         file.write(text)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _short(value: Any) -> str:

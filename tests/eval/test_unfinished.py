@@ -18,18 +18,7 @@ from ttt_jax.eval.unfinished import UNFINISHED, Unfinished
 ABOUT = {"lengths": [16, 32], "model": "m"}
 
 
-@pytest.fixture(autouse=True)
-def _interruptible():
-    """Jobs in the background of a shell ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(autouse=True)
-def _usual_promotion():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("interruptible", "usual_promotion")
 
 
 def forbidden():
