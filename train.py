@@ -12,7 +12,7 @@ below `runs/` that receives checkpoints, metrics and the report.
 from __future__ import annotations
 
 # First, so that a signal finds a handler: the other imports take seconds, and are made below it.
-from ttt_jax.signals import Stopped, StopSignal, end_process  # isort: split
+from ttt_jax.process.signals import Stopped, StopSignal, end_process  # isort: split
 
 import functools
 import sys
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ttt_jax.config import Config
-    from ttt_jax.lock import RunLock
-    from ttt_jax.telemetry import StepTimer
+    from ttt_jax.config.fields import Config
+    from ttt_jax.process.lock import RunLock
+    from ttt_jax.run.timing import StepTimer
 
 DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 
@@ -32,8 +32,8 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
     """Exit code: 0 done (or stopped by a signal with everything saved), 1 failed, 2 wrong arguments, data or checkpoint."""
     with signals or StopSignal() as stop:
         from ttt_jax.errors import TrainingError, UserError
-        from ttt_jax.failure import failures_in_one_line
-        from ttt_jax.lost_terminal import quiet_background, unbreakable_output
+        from ttt_jax.process.failure import failures_in_one_line
+        from ttt_jax.process.lost_terminal import quiet_background, unbreakable_output
 
         with unbreakable_output(), quiet_background():
             try:
@@ -45,7 +45,7 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config import fields_help, load_config
+    from ttt_jax.config.fields import fields_help, load_config
 
     if "-h" in argv or "--help" in argv:
         print(__doc__)
@@ -65,11 +65,11 @@ def train(config: Config, stop: StopSignal) -> None:
     """Train in `config.run_dir`, as its only writer; a finished run shows its report and changes nothing."""
     import jax
 
-    from ttt_jax.distributed import initialize, on_first_process
-    from ttt_jax.failure import failures_in_one_line
-    from ttt_jax.finished import show_if_finished
-    from ttt_jax.lock import RunLock
-    from ttt_jax.telemetry import StepTimer
+    from ttt_jax.process.failure import failures_in_one_line
+    from ttt_jax.process.lock import RunLock
+    from ttt_jax.process.multihost import initialize, on_first_process
+    from ttt_jax.run.finished import show_if_finished
+    from ttt_jax.run.timing import StepTimer
 
     timer = StepTimer()
     initialize()  # before jax looks at its devices
@@ -88,8 +88,7 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
     import jax
     import numpy as np
 
-    from ttt_jax.checkpoint import Checkpointer
-    from ttt_jax.compile_cache import open_cache
+    from ttt_jax.checkpoint.checkpointer import Checkpointer
     from ttt_jax.data import (
         heldout_remarks,
         heldout_rows,
@@ -98,20 +97,21 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
         rejected_records,
         write_quarantine,
     )
-    from ttt_jax.distributed import any_process, on_first_process
-    from ttt_jax.guard import Guard
-    from ttt_jax.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_curve
-    from ttt_jax.pretrained import initial_model
-    from ttt_jax.records import DocumentLog, EventLog
-    from ttt_jax.recovery import Recovery
-    from ttt_jax.report import bucket_losses, print_report, write_report
-    from ttt_jax.resume_changes import check_resume
-    from ttt_jax.run_dir import check_run_dir, prepare_run_dir
-    from ttt_jax.saving import Saver
-    from ttt_jax.sharding import make_mesh
-    from ttt_jax.start_check import checked_start
-    from ttt_jax.telemetry import host_memory_bytes, make_probe, write_environment
-    from ttt_jax.training import (
+    from ttt_jax.parallel.mesh import make_mesh
+    from ttt_jax.pretrained.load import initial_model
+    from ttt_jax.process.multihost import any_process, on_first_process
+    from ttt_jax.run.compile_cache import open_cache
+    from ttt_jax.run.folder import check_run_dir, prepare_run_dir
+    from ttt_jax.run.logs import DocumentLog, EventLog
+    from ttt_jax.run.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_curve
+    from ttt_jax.run.report import bucket_losses, print_report, write_report
+    from ttt_jax.run.resume_changes import check_resume
+    from ttt_jax.run.timing import host_memory_bytes, make_probe, write_environment
+    from ttt_jax.training.guard import Guard
+    from ttt_jax.training.recovery import Recovery
+    from ttt_jax.training.saver import Saver
+    from ttt_jax.training.start_check import checked_start
+    from ttt_jax.training.step import (
         abstract_state,
         evaluate_by_position,
         init_state,

@@ -29,13 +29,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_jax import config as config_lib
-from ttt_jax import hlo, reading
-from ttt_jax.hlo import nbytes
-from ttt_jax.model import Runtime, Transformer
+from ttt_jax.config.fields import fields as config_lib
+from ttt_jax.inference import prefill as reading
+from ttt_jax.model.transformer import Runtime, Transformer
 from ttt_jax.ops import target
-from ttt_jax.sharding import make_mesh
-from ttt_jax.training import abstract_state, make_train_step
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.plan.collectives import nbytes
+from ttt_jax.plan.make import collectives as hlo
+from ttt_jax.training.step import abstract_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = """

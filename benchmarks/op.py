@@ -162,7 +162,7 @@ def inputs(B, T, D, F, seed=0):
 
 def in_blocks(name: str, n: int) -> str:
     """Registers the implementation in blocks of n chunks; returns its name, such as `xla x4`."""
-    module: Any = importlib.import_module("ttt_jax.ops.in_place_ttt")  # the package has a function of this name
+    module: Any = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
     module._FAST[f"{name} x{n}"] = module._FAST[name]._replace(block=lambda call: n)
     module.IMPLEMENTATIONS = (*module.IMPLEMENTATIONS, f"{name} x{n}")
     return f"{name} x{n}"

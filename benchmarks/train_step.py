@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax import config as config_lib
-from ttt_jax.metrics import model_flops_per_token
-from ttt_jax.sharding import make_mesh
-from ttt_jax.training import abstract_state, init_state, make_train_step
+from ttt_jax.config.fields import fields as config_lib
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.run.metrics import model_flops_per_token
+from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 

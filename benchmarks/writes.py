@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ttt_jax.ops.writes import transformed
+from ttt_jax.ops.ttt.writes import transformed
 
 
 def chunk_arrays(B: int, T: int, C: int, D: int, F: int, like: float):

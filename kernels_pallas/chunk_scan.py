@@ -71,7 +71,7 @@ class Launches(Protocol):
 
 
 def in_place_ttt(launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
-    """Same contract as `ttt_jax.ops.xla.in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
+    """Same contract as `ttt_jax.ops.ttt.xla.in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
     arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
     results: Any = _in_place_ttt(launches, chunk_size, *arrays)
     return results

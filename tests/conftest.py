@@ -11,10 +11,10 @@ os.environ["XLA_FLAGS"] = (
 
 from pathlib import Path
 
-import awake  # noqa: F401  models of tests have fast weights that write
 import jax
 import numpy as np
 import pytest
+from support import awake  # noqa: F401  models of tests have fast weights that write
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

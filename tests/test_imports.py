@@ -47,8 +47,8 @@ def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
     path = tmp_path / "ttt_jax" / "ops" / "x.py"
     path.parent.mkdir(parents=True)
     path.write_text("import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..model import g\n")
-    assert {"a.b", "c.d", "ttt_jax.ops.e", "ttt_jax.model", "ttt_jax.model.g"} <= imports(path)
-    assert imports_any(path, "ttt_jax.model")
+    assert {"a.b", "c.d", "ttt_jax.ops.e", "ttt_jax.model.transformer", "ttt_jax.model.transformer.g"} <= imports(path)
+    assert imports_any(path, "ttt_jax.model.transformer")
     assert not imports_any(path, "ttt_jax.mod", "b")
 
 
@@ -65,15 +65,15 @@ def test_config_is_light():
         "pathlib",
         "yaml",
     )
-    path = ROOT / "ttt_jax/config.py"
+    path = ROOT / "ttt_jax/config/fields.py"
     assert not imports(path) - set(
-        imports_any(path, *allowed, "pydantic", "ttt_jax.errors", "ttt_jax.config_yaml")
+        imports_any(path, *allowed, "pydantic", "ttt_jax.errors", "ttt_jax.config.yaml_text")
     )
-    below = ROOT / "ttt_jax/config_yaml.py"
+    below = ROOT / "ttt_jax/config/yaml_text.py"
     assert not imports(below) - set(
         imports_any(below, "__future__", "re", "collections", "typing", "yaml")
     )
-    fields = ROOT / "ttt_jax/resume_fields.py"
+    fields = ROOT / "ttt_jax/config/resume_fields.py"
     assert not imports(fields) - set(imports_any(fields, "__future__"))
     errors = ROOT / "ttt_jax/errors.py"
     assert not imports(errors) - set(imports_any(errors, "__future__", "typing", "ttt_jax.terminal"))
@@ -83,7 +83,7 @@ def test_config_is_light():
 
 @pytest.mark.parametrize("path", files("ttt_jax/ops/*.py"), ids=module_name)
 def test_ops_know_nothing_of_the_model(path):
-    below = imports_any(path, "ttt_jax.ops", "ttt_jax.errors", "ttt_jax.sharding")
+    below = imports_any(path, "ttt_jax.ops", "ttt_jax.errors", "ttt_jax.parallel.mesh")
     assert not set(imports_any(path, "ttt_jax")) - {"ttt_jax", *below}
 
 
@@ -132,7 +132,7 @@ def test_digests_know_nothing_of_files_and_configs():
 def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():
     for name in ("run_dir", "checkpoint_files", "config", "resume_fields"):
         assert not imports_any(
-            ROOT / f"ttt_jax/{name}.py", "ttt_jax.resume_changes", "ttt_jax.data"
+            ROOT / f"ttt_jax/{name}.py", "ttt_jax.run.resume_changes", "ttt_jax.data"
         ), name
 
 
@@ -160,7 +160,7 @@ def test_the_first_import_of_the_training_script_is_its_signals():
     found = [n for n in tree.body if isinstance(n, ast.ImportFrom | ast.Import)]
     first = next(n for n in found if getattr(n, "module", "") != "__future__")
     assert isinstance(first, ast.ImportFrom)
-    assert first.module == "ttt_jax.signals"
+    assert first.module == "ttt_jax.process.signals"
     assert [n for n in found if "ttt_jax" in ast.unparse(n)] == [first], "the others are imported below the handler"
 
 
@@ -171,7 +171,7 @@ def test_nothing_imports_the_training_script():
 
 def mesh_axes():
     """AXES of sharding.py, read without importing it."""
-    for node in ast.parse((ROOT / "ttt_jax/sharding.py").read_text(encoding="utf-8")).body:
+    for node in ast.parse((ROOT / "ttt_jax/parallel/mesh.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "AXES" for t in node.targets):
             return set(ast.literal_eval(node.value))
     raise AssertionError("sharding.py defines no AXES")
@@ -194,7 +194,7 @@ def test_only_sharding_names_mesh_axes():
     assert named_axes('x = P(None, ("data", "fsdp"))', axes) == [1, 1]
     assert named_axes('jax.sharding.PartitionSpec("tensor")', axes) == [1]
     for path in SOURCES:
-        if path != ROOT / "ttt_jax/sharding.py":
+        if path != ROOT / "ttt_jax/parallel/mesh.py":
             assert not named_axes(path.read_text(encoding="utf-8"), axes), path
 
 

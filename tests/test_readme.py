@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hf_folders import make_folder
+from support.hf_folders import make_folder
 
 from ttt_jax import load_pretrained, save_pretrained
 from ttt_jax.data.tokenizer import ByteTokenizer

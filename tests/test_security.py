@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax.config import load_config
+from ttt_jax.config.fields import load_config
 from ttt_jax.data import load_tokenizer
 from ttt_jax.data.sources import find_files
 from ttt_jax.errors import UserError
-from ttt_jax.npy_file import map_npy, parse_npy
+from ttt_jax.files.npy import map_npy, parse_npy
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -86,7 +86,7 @@ def test_subprocesses_are_listed_with_fixed_commands():
     users = [path.relative_to(ROOT).as_posix() for path in SOURCES if "subprocess" in path.read_text(encoding="utf-8")]
     assert [user for user in users if not user.startswith(("benchmarks/", "examples/"))] == [
         "ttt_jax/eval/chat_template.py",
-        "ttt_jax/report.py",
+        "ttt_jax/run/report.py",
     ]
 
 

@@ -8,10 +8,11 @@ import pytest
 from test_train import TINY
 
 import train
-from ttt_jax import failure, training
 from ttt_jax.data import Loader
 from ttt_jax.errors import TrainingError
-from ttt_jax.lock import RunLock
+from ttt_jax.process import failure
+from ttt_jax.process.lock import RunLock
+from ttt_jax.training.step import step as training
 
 WORDS = [*TINY, "--steps=3", "--checkpoint.every=2", "--optimizer.schedule=constant", "--optimizer.warmup_steps=1"]
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ttt_jax.generation import Session, generate
-    from ttt_jax.hf_export import save_pretrained
+    from ttt_jax.inference.generation import Session, generate
+    from ttt_jax.inference.scoring import score
     from ttt_jax.ops import in_place_ttt
-    from ttt_jax.pretrained import load_pretrained
-    from ttt_jax.scoring import score
+    from ttt_jax.pretrained.export import save_pretrained
+    from ttt_jax.pretrained.load import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["Session", "__version__", "generate", "in_place_ttt", "load_pretrained", "save_pretrained", "score"]
 
 _HOMES = {
-    "Session": "ttt_jax.generation",
-    "generate": "ttt_jax.generation",
+    "Session": "ttt_jax.inference.generation",
+    "generate": "ttt_jax.inference.generation",
     "in_place_ttt": "ttt_jax.ops",
-    "load_pretrained": "ttt_jax.pretrained",
-    "save_pretrained": "ttt_jax.hf_export",
-    "score": "ttt_jax.scoring",
+    "load_pretrained": "ttt_jax.pretrained.load",
+    "save_pretrained": "ttt_jax.pretrained.export",
+    "score": "ttt_jax.inference.scoring",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import ttt_jax.config` (and every --help) does not wait for jax."""
+    """Import on first use, so that `import ttt_jax.config.fields` (and every --help) does not wait for jax."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ttt_jax' has no attribute {name!r}")
     import importlib

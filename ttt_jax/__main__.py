@@ -8,7 +8,7 @@ import sys
 def main() -> int:
     """Run the command of this process; returns its exit code, unless a signal ends it."""
     try:
-        from ttt_jax.cli import main as run
+        from ttt_jax.command.cli import main as run
 
         code = run()
     except KeyboardInterrupt:

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ttt_jax import telemetry
-from ttt_jax.config import Config, replace
+from ttt_jax.config.fields import Config, replace
 from ttt_jax.data import cache, corpus, load_tokenizer, make_loader, quarantine, rejected_records, write_quarantine
 from ttt_jax.data.quarantine import _HOPELESS
 from ttt_jax.errors import DataError
+from ttt_jax.run import timing as telemetry
 
 TOKENIZER = load_tokenizer("bytes")
 BAD = {

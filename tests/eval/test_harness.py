@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folders import make_folder
+from support.hf_folders import make_folder
 from test_model import config, make
 
 from ttt_jax import generate, load_pretrained, score

@@ -16,7 +16,7 @@ from ttt_jax.errors import DataError, UserError
 from ttt_jax.eval.documents import choose, open_documents
 from ttt_jax.eval.perplexity import Reader, batches, check_lengths, evaluate, exchanged, position_edges, tokens_to_read
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.reading import Frozen, read_piece, score_piece
+from ttt_jax.inference.prefill import Frozen, read_piece, score_piece
 
 C, L, K = 4, 32, 8
 

@@ -10,7 +10,7 @@ from test_generation import prompts
 from test_watch import model_of
 
 from ttt_jax import save_pretrained
-from ttt_jax.cli import main
+from ttt_jax.command.cli import main
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.output import check_out
 from ttt_jax.eval.unfinished import UNFINISHED, Unfinished

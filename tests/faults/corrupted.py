@@ -25,10 +25,10 @@ def every_file(job, run: Path, scratch: Path) -> str:
     """Restores as train.py does, in this process. Raises AssertionError."""
     import jax
 
-    from ttt_jax.checkpoint import Checkpointer
-    from ttt_jax.run_dir import read_run_config
-    from ttt_jax.sharding import make_mesh
-    from ttt_jax.training import abstract_state
+    from ttt_jax.checkpoint.checkpointer import Checkpointer
+    from ttt_jax.parallel.mesh import make_mesh
+    from ttt_jax.run.folder import read_run_config
+    from ttt_jax.training.step import abstract_state
 
     config = read_run_config(run)
     abstract, _ = abstract_state(config, make_mesh(config.mesh))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax.checkpoint_files import find_damage, finished_steps, has_checksums
-from ttt_jax.records import read_events
+from ttt_jax.checkpoint.checksums import find_damage, finished_steps, has_checksums
+from ttt_jax.run.logs import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300

@@ -156,6 +156,6 @@ def shared_cache(folder: Path, trials: int = 2) -> str:
 
 
 def rows(job: Job, name: str) -> list[dict]:
-    from ttt_jax.metrics import read_metrics
+    from ttt_jax.run.metrics import read_metrics
 
     return read_metrics(job.runs / name / "metrics.jsonl")

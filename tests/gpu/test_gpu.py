@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerance import TOLERANCE, assert_close
+from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax import kv_cache
-from ttt_jax.attention import self_attention
 from ttt_jax.ops import in_place_ttt
+from ttt_jax.ops.attention import cached as kv_cache
+from ttt_jax.ops.attention.api import self_attention
 
 pytestmark = [
     pytest.mark.gpu,

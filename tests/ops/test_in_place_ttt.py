@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fast_jit import jit
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from op_checks import BF16, DOCUMENTS, F32, F64, check, compiled, make_inputs, rounded
-from tolerance import TOLERANCE, assert_close, relative_rms
+from support.fast_jit import jit
+from support.op_checks import BF16, DOCUMENTS, F32, F64, check, compiled, make_inputs, rounded
+from support.tolerance import TOLERANCE, assert_close, relative_rms
 
 from kernels_pallas import tpu
 from ttt_jax.errors import UserError
 from ttt_jax.ops import IMPLEMENTATIONS, blocks, in_place_ttt
 
-registry = importlib.import_module("ttt_jax.ops.in_place_ttt")  # the package has a function of this name
+registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
 HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]  # the others: test_gpu_kernels.py, tests/gpu
 FAST = [name for name in HERE if name != "reference"]
 KERNELS = ("pallas_tpu",)  # float32 and bfloat16 only
@@ -234,7 +234,7 @@ def test_a_small_update_survives_bf16(implementation, ratio):
     assert np.linalg.norm(seen - term) <= 1.1 * noise + TOLERANCE["bfloat16"] * np.linalg.norm(term)
 
 
-@pytest.mark.parametrize("implementation", [name for name in FAST if name not in KERNELS])  # tests/test_tpu_aot.py
+@pytest.mark.parametrize("implementation", [name for name in FAST if name not in KERNELS])  # tests/kernels/test_tpu_aot.py
 def test_backward_memory_does_not_grow_with_the_number_of_chunks(implementation):
     """Temporaries of forward + backward: bounded by a few state-sized buffers plus the outputs' own size."""
     B, D, F, C = 1, 64, 256, 16
@@ -338,7 +338,7 @@ def test_a_kernel_is_never_partitioned_by_the_compiler():
     with tpu.interpreted():
         with jax.set_mesh(mesh), pytest.raises(UserError, match="not partitioned over a mesh"):
             run("pallas_tpu")(*arguments)
-        # The interpreter itself does not pass the check of varying axes; compiled kernels do (tests/test_tpu_aot.py).
+        # The interpreter itself does not pass the check of varying axes; compiled kernels do (tests/kernels/test_tpu_aot.py).
         specs = (P("x"), P("x"), P(), P(), P("x"))
         sharded = jax.shard_map(run("pallas_tpu"), mesh=mesh, in_specs=specs, out_specs=P("x"), check_vma=False)
         got = jax.jit(functools.partial(results, sharded))()

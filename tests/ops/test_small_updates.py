@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fast_jit import jit
-from op_checks import make_inputs, results, rounded
-from tolerance import TOLERANCE, assert_close
+from support.fast_jit import jit
+from support.op_checks import make_inputs, results, rounded
+from support.tolerance import TOLERANCE, assert_close
 
 from kernels_pallas import tpu
 from ttt_jax.ops import in_place_ttt

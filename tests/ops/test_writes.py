@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fast_jit import jit
-from tolerance import TOLERANCE, assert_close
+from support.fast_jit import jit
+from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.ops.writes import NEWTON_SCHULZ, ROUNDS, inverse, solve, transformed
+from ttt_jax.ops.ttt.writes import NEWTON_SCHULZ, ROUNDS, inverse, solve, transformed
 
 B, M, C, D, F = 2, 3, 40, 12, 20  # more tokens than keys have dimensions, and not a power of two
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ttt_jax.data.digests import digest_array
 from ttt_jax.errors import DataError
-from ttt_jax.npy_file import map_npy
+from ttt_jax.files.npy import map_npy
 
 MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
 _PARTIAL = "partial-"  # how the names of unfinished files begin

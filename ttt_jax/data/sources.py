@@ -22,7 +22,7 @@ from ttt_jax.data.compressed import SUFFIXES, BudgetError, check_budget, open_co
 from ttt_jax.data.parquet_pages import largest_page
 from ttt_jax.data.quarantine import BadRecord, bad_record
 from ttt_jax.errors import DataError
-from ttt_jax.npy_file import map_npy, parse_npy
+from ttt_jax.files.npy import map_npy, parse_npy
 
 try:
     import zstandard

@@ -11,10 +11,19 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.loss import token_nll_and_hit
-from ttt_jax.model import State, Transformer
-from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, pieces, program, ttt_scale, warn_past_positions
-from ttt_jax.watch import Watch, not_finite, state_ratios
+from ttt_jax.inference.prefill import (
+    Frozen,
+    check_ids,
+    needs_capacity,
+    piece_size,
+    pieces,
+    program,
+    ttt_scale,
+    warn_past_positions,
+)
+from ttt_jax.inference.watch import Watch, not_finite, state_ratios
+from ttt_jax.model.loss import token_nll_and_hit
+from ttt_jax.model.transformer import State, Transformer
 
 
 class Judgement(NamedTuple):

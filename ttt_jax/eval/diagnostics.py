@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.errors import UserError
-from ttt_jax.model import State, Transformer
-from ttt_jax.ops.xla import precision_for
-from ttt_jax.reading import Frozen, needs_capacity, program, read_piece
-from ttt_jax.scoring import score
+from ttt_jax.inference.prefill import Frozen, needs_capacity, program, read_piece
+from ttt_jax.inference.scoring import score
+from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.ops.ttt.xla import precision_for
 
 _POINTS = 12  # chunks looked at
 

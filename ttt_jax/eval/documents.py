@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax.config import Config
+from ttt_jax.config.fields import Config
 from ttt_jax.data.corpus import Corpus, load_corpus
 from ttt_jax.data.sources import find_files
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import DataError
-from ttt_jax.model import Transformer
+from ttt_jax.model.transformer import Transformer
 
 _FIELD = "data.train"  # the loader's name for what is read
 

@@ -24,15 +24,15 @@ import lm_eval.models  # pyright: ignore[reportMissingImports]  # noqa: F401  (i
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
-from ttt_jax.companion_files import companion_fields
 from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
 from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
-from ttt_jax.generation import Session
-from ttt_jax.model import Transformer
+from ttt_jax.files.companions import companion_fields
+from ttt_jax.inference.generation import Session
+from ttt_jax.inference.sampling import Sampling
+from ttt_jax.inference.watch import Watch
+from ttt_jax.model.transformer import Transformer
 from ttt_jax.progress import progress
-from ttt_jax.sampling import Sampling
-from ttt_jax.watch import Watch
 
 
 class TTTJaxLM(TemplateLM):
@@ -221,8 +221,8 @@ class TTTJaxLM(TemplateLM):
 def _load(path: Path, dtype: str | None) -> Transformer:
     import jax
 
-    from ttt_jax.model import Runtime
-    from ttt_jax.pretrained import load_pretrained
+    from ttt_jax.model.transformer import Runtime
+    from ttt_jax.pretrained.load import load_pretrained
 
     on_cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")

@@ -19,7 +19,7 @@ import numpy as np
 
 from ttt_jax.errors import DataError, NotFiniteError, UserError
 from ttt_jax.eval.unfinished import Unfinished
-from ttt_jax.model import Transformer
+from ttt_jax.model.transformer import Transformer
 
 _SCARCE = "pip install 'ttt-jax[eval]'"
 

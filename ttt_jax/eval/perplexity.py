@@ -27,9 +27,17 @@ from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import UserError
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.unfinished import Unfinished
-from ttt_jax.model import State, Transformer
-from ttt_jax.reading import Frozen, check_ids, needs_capacity, piece_size, read_piece, score_piece, warn_past_positions
-from ttt_jax.watch import Watch, not_finite
+from ttt_jax.inference.prefill import (
+    Frozen,
+    check_ids,
+    needs_capacity,
+    piece_size,
+    read_piece,
+    score_piece,
+    warn_past_positions,
+)
+from ttt_jax.inference.watch import Watch, not_finite
+from ttt_jax.model.transformer import State, Transformer
 
 MODES = ("off", "on", "shuffled")
 _BUCKETS = 16

@@ -101,8 +101,8 @@ def evaluate(options: Options, out: Path | None = None, overwrite: bool = False)
     check(options)
     about = _plain_options(options) | _code()
     Unfinished(out, about, overwrite)  # refuses another command before the model is loaded
-    from ttt_jax.session_file import fingerprint
-    from ttt_jax.watch import one_warning, warn_of_zero_targets
+    from ttt_jax.inference.session_file import fingerprint
+    from ttt_jax.inference.watch import one_warning, warn_of_zero_targets
 
     begin = time.perf_counter()
     model, dtype = _load(options)
@@ -123,8 +123,8 @@ def evaluate(options: Options, out: Path | None = None, overwrite: bool = False)
         told = f"{len(kept)} finished pieces of work are kept in {out}; the same command goes on behind them"
         interrupted = isinstance(error, KeyboardInterrupt)
         raise type(error)(told if interrupted else f"{error}; {told}") from None
-    from ttt_jax.config import to_dict
-    from ttt_jax.report import provenance
+    from ttt_jax.config.fields import to_dict
+    from ttt_jax.run.report import provenance
 
     results |= provenance() | {"seconds": time.perf_counter() - begin, "config": to_dict(model.config)}
     return results, text_html
@@ -134,8 +134,8 @@ def _load(options: Options):
     """(model, dtype)."""
     import jax
 
-    from ttt_jax.model import Runtime
-    from ttt_jax.pretrained import load_pretrained
+    from ttt_jax.model.transformer import Runtime
+    from ttt_jax.pretrained.load import load_pretrained
 
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     decodes = bool(harness_tasks(options)) and jax.default_backend() != "cpu"
@@ -149,7 +149,7 @@ def _code() -> dict[str, Any]:
     """What else decides the figures: the commit and the version of jax."""
     import importlib.metadata
 
-    from ttt_jax.report import _commit
+    from ttt_jax.run.report import _commit
 
     return {"commit": _commit(), "jax": importlib.metadata.version("jax")}
 

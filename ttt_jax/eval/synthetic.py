@@ -26,7 +26,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.unfinished import Unfinished
-from ttt_jax.model import Transformer
+from ttt_jax.model.transformer import Transformer
 
 TASKS = ("single_needle", "multi_needle", "multi_query", "variables", "induction", "distance")
 PAIRS, QUERIES, CHAINS, HOPS, PATTERN, DECOYS = 8, 4, 3, 3, 12, 4

@@ -1,3 +1,3 @@
-from ttt_jax.ops.in_place_ttt import IMPLEMENTATIONS, in_place_ttt, update_cosine, update_norm
+from ttt_jax.ops.ttt.api import IMPLEMENTATIONS, in_place_ttt, update_cosine, update_norm
 
 __all__ = ["IMPLEMENTATIONS", "in_place_ttt", "update_cosine", "update_norm"]

@@ -1,0 +1,148 @@
+"""The scan that both GPU kernels share, with launches in plain jnp: what lies between launches, anywhere and in float32."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.op_checks import DOCUMENTS, F32, check, make_inputs
+
+from kernels_pallas import chunk_scan
+
+registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
+dot = functools.partial(jnp.einsum, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainLaunches:
+    """`scaled`: lr comes into u, as for Triton; otherwise into the products, as for Mosaic. `most` chunks a launch."""
+
+    scaled: bool
+    most: int = 1
+
+    def written(self, v_BTD, lr):
+        return lr * v_BTD if self.scaled else v_BTD
+
+    def span(self, B, C, D, F):
+        return self.most
+
+    def forward(self, C, n, scalars, *arrays):
+        *operands, o, S, R = arrays
+        for k in range(n):
+            o, S, R = self._forward(C, self._later(scalars, k, C), *operands, o, S, R)
+        return o, S, R
+
+    def replay(self, C, n, scalars, *arrays):
+        *operands, dz, S, R = arrays
+        for k in range(n):
+            dz, S, R = self._replay(C, self._later(scalars, k, C), *operands, dz, S, R)
+        return dz, S, R
+
+    def reverse(self, C, n, scalars, z, u, v, do, *carry):
+        partial = []
+        for k in range(n):
+            *carry, dlr = self._reverse(C, self._later(scalars, -k, C), z, u, v, do, *carry)
+            partial.append(dlr)
+        return *carry, jnp.concatenate(partial, axis=1)
+
+    def _later(self, scalars, k, C):
+        return scalars._replace(i=scalars.i + k, row=scalars.row + k * C)
+
+    def _forward(self, C, scalars, z, u, base, o, S, R):
+        i, row, live, z_i, u_i = self._chunk(C, scalars, z, u)
+        base_i = base[:, row + jnp.arange(C)]
+        sums = jnp.where(live, dot("bcf,bdf->bcd", z_i, R[i % 2]), 0)
+        S, R = self._update(scalars, self._lr(scalars), u_i, z_i, S, R)
+        return o.at[:, i * C + jnp.arange(C)].set(base_i + sums), S, R
+
+    def _replay(self, C, scalars, z, u, do, w, dz, S, R):
+        i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
+        at = i * C + jnp.arange(C)
+        dz = dz.at[:, at].set(dot("bcd,bdf->bcf", do[:, at], R[i % 2]))
+        return dz, *self._update(scalars, self._lr(scalars), u_i, z_i, S, R, w[None])
+
+    def _reverse(self, C, scalars, z, u, v, do, dz, dv, dw, G, R):
+        i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
+        at = i * C + jnp.arange(C)
+        sums = dot("bcf,bdf->bcd", z_i, R[i % 2])
+        dz = dz.at[:, at].add(self._lr(scalars) * dot("bcd,bdf->bcf", u_i, R[i % 2]))
+        keep = scalars.keep_BM[:, i, None, None]
+        if dw is not None:
+            dw = dw + (1 - keep) * (G + dot("bcd,bcf->bdf", do[:, at], z_i))
+        G, R = self._update(scalars, 1, do[:, at], z_i, G, R)
+        return dz, dv.at[:, at].set(scalars.lr[0] * sums), dw, G, R, v[:, at] * sums
+
+    def _lr(self, scalars):
+        return 1.0 if self.scaled else scalars.lr[0]
+
+    def _chunk(self, C, scalars, z, u):
+        i, at = scalars.i[0], scalars.i[0] * C + jnp.arange(C)
+        return i, scalars.row[0], scalars.live_BM[:, i, None, None] != 0, z[:, at], u[:, at]
+
+    def _update(self, scalars, scale, left, right, S, R, w=0.0):
+        S = scalars.keep_BM[:, scalars.i[0], None, None] * (S + scale * dot("bcd,bcf->bdf", left, right))
+        return S, R.at[(scalars.i[0] + 1) % 2].set(S + w)
+
+
+@pytest.fixture
+def plain(monkeypatch, scaled, most):
+    """The name of an implementation that runs such launches."""
+    name = f"plain-{scaled}-{most}"
+    run = functools.partial(chunk_scan.in_place_ttt, PlainLaunches(scaled, most))
+    implementation = registry._Implementation(lambda call: None, run)
+    monkeypatch.setattr(registry, "_FAST", registry._FAST | {name: implementation})
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, name))
+    return name
+
+
+@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 1), (False, 2), (False, 3), (False, 64)])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("T", [5 * 8 + 3, 4 * 8, 5])
+def test_the_scan_matches_the_float64_reference(plain, documents, T):
+    segment_ids = DOCUMENTS[documents]
+    ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 8), (2, T))
+    check(*make_inputs(T=T), F32, plain, chunk_size=8, segment_ids=ids)
+
+
+@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
+def test_the_last_document_starts_with_the_partial_chunk(plain):
+    ids = np.broadcast_to(DOCUMENTS["boundaries"](35, 8), (2, 35))
+    assert ids[0, 31] != ids[0, 32]
+    check(*make_inputs(T=35), F32, plain, chunk_size=8, segment_ids=ids)
+
+
+@pytest.mark.parametrize(("scaled", "most"), [(False, 1), (False, 2)])
+@pytest.mark.parametrize("T", [5 * 8 + 3, 8, 5])
+def test_a_long_sequence_in_stretches(plain, T, monkeypatch):
+    """z W^T of a part of the tokens at a time."""
+    monkeypatch.setattr(chunk_scan, "BASE_TOKENS", 16)
+    assert chunk_scan._stretches(1, 5, 8) == [range(2), range(2, 4), range(4, 5)]
+    check(*make_inputs(B=1, T=T), F32, plain, chunk_size=8)
+
+
+def test_stretches_of_a_sequence():
+    assert chunk_scan._stretches(1, 32, 1024) == [range(32)]
+    assert chunk_scan._stretches(1, 128, 1024) == [range(k, k + 32) for k in range(0, 128, 32)]
+    assert chunk_scan._stretches(4, 128, 1024) == [range(128)]
+    assert len(chunk_scan._stretches(1, 1024, 1024)) == 8  # of a million tokens, each 5 % of what z takes
+    assert chunk_scan._stretches(1, 3, 2**20) == [range(1), range(1, 2), range(2, 3)]
+    assert chunk_scan._stretches(2, 0, 8) == []
+
+
+@pytest.mark.parametrize(("chunks", "span", "expected"), [
+    (range(4), 1, [(0, 1), (1, 1), (2, 1), (3, 1)]),
+    (range(4), 4, [(0, 4)]),
+    (range(3, 10), 3, [(3, 3), (6, 3), (9, 1)]),
+    (range(9), 8, [(0, 5), (5, 4)]),  # about equal
+    (range(2, 2), 8, []),
+])  # fmt: skip
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunks_are_shared_out_among_launches(chunks, span, expected, reverse):
+    """Forwards a launch starts with its first chunk, backwards with its last."""
+    step = lambda carry, i, n: (carry[0].at[carry[1]].set(jnp.asarray([i, n])), carry[1] + 1)
+    if reverse:
+        expected = [(chunks.stop - 1 - (i - chunks.start), n) for i, n in expected]
+    got, count = chunk_scan._scan(step, (jnp.zeros((8, 2), int), 0), chunks, span, reverse)
+    assert got[:count].tolist() == [list(x) for x in expected]

@@ -1,0 +1,263 @@
+"""The GPU kernels without a GPU: table of tiles, lowering for CUDA, refusals, and (slow) the Mosaic kernels in the interpreter.
+
+On a device they are checked by tests/gpu.
+"""
+
+import contextlib
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
+
+from kernels_pallas import gpu, gpu_tiles, triton
+from ttt_jax.errors import UserError
+from ttt_jax.ops import in_place_ttt
+from ttt_jax.ops.ttt.chunk_blocks import in_blocks
+
+SIZES = {"D": 256, "F": 512}  # one tile of 256 in a dimension, two in the other
+HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")  # jax 0.11 and later
+
+
+APPLY_AND_UPDATE = ((1024, 2560, 9728, False), (2560, 9728, 1024, True))
+TWO_APPLIES = ((1024, 2560, 9728, False), (1024, 9728, 2560, False), (2560, 9728, 1024, True))
+SMALL = ((256, 256, 512, False), (256, 512, 256, True))
+
+
+def queues(table) -> list[list[gpu_tiles.Tile]]:
+    """Of each cluster."""
+    for row in table:
+        assert not row[1 + row[0, 0] :].any()
+    return [[gpu_tiles.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table]
+
+
+@pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
+@pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 1), (3, 66, 2), (1, 66, 8), (1, 400, 3)])
+def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, steps):
+    taken = queues(gpu_tiles.schedule(shapes, B, clusters, steps))
+    seen = [(t.step, t.product, t.b, t.row, t.column) for queue in taken for t in queue]
+    every = {
+        (step, k, b, m, n)
+        for step in range(steps)
+        for k, (rows, columns, *_) in enumerate(shapes)
+        for b in range(B)
+        for m in range(0, rows, 256)
+        for n in range(0, columns, 256)
+    }
+    assert sorted(seen) == sorted(every)
+    if clusters == 66 and shapes is not SMALL:
+        more = {False: gpu_tiles.APPLY_STEPS, True: gpu_tiles.UPDATE_STEPS}
+        cost = [length // gpu_tiles.BLOCK_K + more[updates] for *_, length, updates in shapes]
+        costs = [sum(cost[t.product] for t in queue) for queue in taken]
+        assert max(costs) <= 1.1 * np.mean(costs)
+
+
+@pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
+@pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 6), (2, 66, 4), (1, 400, 3), (3, 4, 5), (1, 1, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, B, clusters, steps, seed):
+    """Runs the table, tiles of any duration: counts rise where it says so, and tiles start when they reach what it names."""
+    taken = queues(gpu_tiles.schedule(shapes, B, clusters, steps))
+    rng, now = np.random.default_rng(seed), 0.0
+    group = lambda t: (t.step, t.b, shapes[t.product][3])
+    started, ended, counts = {}, {}, {}
+    at, running = [0] * clusters, {}
+    speed = rng.uniform(0.2, 5, clusters)  # of a cluster
+    while any(at[c] < len(taken[c]) for c in range(clusters)):
+        for c in range(clusters):
+            if c not in running and at[c] < len(taken[c]):
+                t = taken[c][at[c]]
+                needed = ((False, t.applies_before), (True, t.updates_before))
+                if all(counts.get((t.step - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs):
+                    running[c] = now + speed[c] * rng.exponential()
+                    started.setdefault(group(t), []).append(now)
+        assert running, "every cluster waits"
+        c = min(running, key=lambda c: running[c])
+        now = running.pop(c)
+        t, at[c] = taken[c][at[c]], at[c] + 1
+        ended.setdefault(group(t), []).append(now)
+        if t.last:
+            counts[group(t)] = counts.get(group(t), 0) + 1
+    for (step, b, updates), times in started.items():
+        for before in [True, False] if updates else [True]:  # what writes its operand; what reads the copy that it overwrites
+            assert step == 0 or min(times) >= max(ended[step - 1, b, before])
+
+
+def lowered(implementation, backward):
+    T, C = 2 * 256 + 7, 256
+    D, F = SIZES["D"], SIZES["F"]
+    shapes = [(1, T, F), (1, T, D), (D, F)]
+    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    run = {"pallas_gpu": gpu.in_place_ttt_gpu, "triton": triton.in_place_ttt_triton}[implementation]
+
+    def forward(z, v, w):
+        state_BDF, keep_BM = jnp.zeros((1, D, F)), jnp.ones((1, 3))
+        o, S = run(z, v, w, lr=jnp.float32(1), chunk_size=C, state_BDF=state_BDF, keep_BM=keep_BM)
+        return o.astype(jnp.float32).sum() + S.sum()
+
+    function = jax.grad(forward, (0, 1, 2)) if backward else forward
+    return jax.jit(function).trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
+    text = lowered("pallas_gpu", backward)
+    assert text.count("custom_call @mosaic_gpu") == (2 if backward else 1)  # a gradient alone needs no forward launch
+    # The state and the output are updated in place.
+    assert "output_operand_alias" in text
+
+
+@pytest.mark.parametrize(("check_vma", "n"), [(False, 1), (True, 1), (True, 2)])
+def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
+    """jax lets no ref vary over mesh axes; the launch is lowered as what it is, the program of one device."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(z, v, w):
+        def run(z, v, w):
+            state_BDF = jnp.zeros((1, 256, 512), jnp.float32)
+            return in_blocks(gpu.in_place_ttt_gpu, n, z, v, w, lr=jnp.float32(1), chunk_size=256, state_BDF=state_BDF)[0]
+
+        specs = {"in_specs": (P("data"), P("data"), P()), "out_specs": P("data"), "check_vma": check_vma}
+        return jax.shard_map(run, mesh=mesh, **specs)(z, v, w).astype(jnp.float32).sum()
+
+    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    arguments = place((2, 600, 512), P("data")), place((2, 600, 256), P("data")), place((256, 512), P())
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == (2 if n == 1 else 3)  # XLA removes what is not read
+
+
+def test_a_launch_takes_several_chunks_on_one_device_only():
+    """Their blocks wait for each other, and beside NCCL's kernels not all of them might run."""
+    launches, spans = gpu.MosaicLaunches(), []
+    assert launches.span(1, 1024, 2560, 9728) == 21  # 21 x 764 tiles, counted as in the backward
+    assert launches.span(1, 256, 256, 512) == gpu.MOST_CHUNKS
+    assert launches.span(64, 4096, 5120, 17408) == 1
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    inside = lambda x: (spans.append(launches.span(1, 256, 256, 512)), x)[1]
+    jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.zeros(4))
+    assert spans == [1]
+
+
+def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
+    """As training calls it. jax cannot take a kernel apart that holds refs; it must find a primitive."""
+    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 512, 512), (1, 512, 256), (256, 512)))
+
+    def loss(z, v, w):
+        def layer(v, _):
+            run = functools.partial(gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512)))
+            return run(z, v, w)[0], None
+
+        policy = jax.checkpoint_policies.save_only_these_names("none")
+        return jax.lax.scan(jax.checkpoint(layer, policy=policy), v, length=3)[0].astype(jnp.float32).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") >= 3
+
+
+def test_a_vmapped_launch_runs_for_each():
+    """Kernels under `jax.vmap`: a loop over launches. What it computes is tested with a launch that runs anywhere."""
+    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 1, 512, 512), (3, 1, 512, 256), (256, 512)))
+    run = functools.partial(gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512)))
+    function = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
+    assert function.trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
+    program = lambda x, y: (x + 2 * y, y)
+    launch = lambda x, y: gpu._launch.bind(x, y, launch=program, results=2)
+    x_34, y_43 = jnp.arange(12.0).reshape(3, 4), jnp.arange(12.0).reshape(4, 3) ** 2
+    with jax.disable_jit():  # the primitive itself is lowered for CUDA only
+        both = jax.vmap(launch, in_axes=(0, 1))(x_34, y_43)
+        one = jax.vmap(launch, in_axes=(None, 1))(x_34[0], y_43)
+    np.testing.assert_array_equal(both[0], x_34 + 2 * y_43.T)
+    np.testing.assert_array_equal(both[1], y_43.T)
+    np.testing.assert_array_equal(one[0], x_34[:1] + 2 * y_43.T)
+
+
+def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
+    try:
+        import jax_triton.triton_lib as lib
+    except ImportError as error:  # not installed, or a jax without GPU support
+        pytest.skip(f"jax-triton cannot be imported: {error}")
+    monkeypatch.setattr(lib.triton_kernel_call_lib, "get_compute_capability", lambda device: 90)
+    assert lowered("triton", backward=True).count("triton_kernel_call") == 2
+
+
+@pytest.mark.skipif(not HAS_INTERPRETER, reason="this jax does not offer the GPU interpreter")
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", ["none", "boundaries", "padding"])
+@pytest.mark.parametrize(
+    ("T", "clip_norm"),
+    [(3 * 256 + 41, None), (2 * 256, 0.3)],
+    ids=["ragged", "clipped"],
+)
+def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, clip_norm, documents, capfd):
+    segment_ids = DOCUMENTS[documents]
+    ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
+    arguments, cotangents = make_inputs(T=T, **SIZES)
+    with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
+        check(arguments, cotangents, BF16, "pallas_gpu", chunk_size=256, segment_ids=ids, clip_norm=clip_norm)
+    assert "RACE DETECTED" not in capfd.readouterr().out  # jax 0.11 prints them, 0.12 raises
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (("cpu", BF16, 256, 256, 256), "needs an NVIDIA GPU"),
+        (("gpu", F32, 256, 256, 256), "bfloat16"),
+        (("gpu", BF16, 128, 256, 256), "chunk_size = 128"),
+        (("gpu", BF16, 256, 260, 256), "D = 260"),
+        (("gpu", BF16, 256, 256, 300), "F = 300"),
+        (("gpu", BF16, 256, 256, 512), None),
+    ],
+)
+def test_mosaic_says_what_it_cannot_do(call, reason):
+    got = gpu.why_not(*call)
+    assert got is None if reason is None else reason in got
+
+
+@pytest.mark.parametrize(
+    ("shape", "documents", "expected"),
+    [
+        ((4, 8192, 2048, 6144, 1024), False, ("pallas_gpu", 1)),
+        ((1, 32768, 2560, 9728, 1024), True, ("pallas_gpu", 1)),
+        ((1, 32768, 2560, 9728, 512), False, ("pallas_gpu", 2)),
+        ((4, 8192, 2048, 6144, 512), False, ("pallas_gpu", 2)),
+        ((1, 32768, 2560, 9728, 512), True, ("pallas_gpu", 1)),
+        ((1, 32768, 2560, 9728, 256), False, ("pallas_gpu", 4)),
+        ((1, 900, 2560, 9728, 256), False, ("pallas_gpu", 2)),  # blocks of 512 tokens
+        ((1, 32768, 2560, 9728, 4096), False, ("pallas_gpu", 1)),
+        ((8, 8192, 1024, 3072, 1024), False, ("pallas_gpu", 1)),
+        ((4, 8192, 2048, 6144, 256), False, ("xla", 1)),  # not measured, as what follows
+        ((8, 8192, 1024, 3072, 512), False, ("xla", 1)),
+        ((8, 16384, 768, 2048, 512), False, ("xla", 1)),
+        ((1, 512, 2560, 9728, 1024), False, ("xla", 1)),  # less than a chunk: nothing to update
+        ((1, 600, 2560, 9728, 512), False, ("pallas_gpu", 1)),  # less than a block
+    ],
+)
+def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape, documents, expected):
+    """The table of docs/performance.md."""
+    module = importlib.import_module("ttt_jax.ops.ttt.api")
+    monkeypatch.setattr(module.target, "platform", lambda: "gpu")
+    monkeypatch.setattr(module.target, "on_one_device", lambda: True)
+    name = module._choose(None, call := module._Call("gpu", BF16, *shape, documents))
+    assert (name, module._FAST[name].block(call)) == expected
+    monkeypatch.setattr(module.target, "one_of_several", lambda: True)
+    assert module._choose(None, call) == "xla"
+
+
+@pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])
+def test_a_named_kernel_does_not_fall_back(implementation):
+    (z, v, w, lr, _), _ = make_inputs(B=1, T=8, D=4, F=8)
+    with pytest.raises(UserError, match=f"{implementation}.*GPU"):
+        in_place_ttt(jnp.asarray(z), jnp.asarray(v), jnp.asarray(w), lr=lr, chunk_size=4, implementation=implementation)
+
+
+def test_triton_is_optional(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'ttt_jax[gpu]'" in triton.why_not("gpu", BF16)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("kernels_pallas.triton")  # the module itself needs neither

@@ -1,0 +1,164 @@
+"""Blockwise cross-entropy against autodiff of a plain float64 log-softmax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.fast_jit import jit
+from support.tolerance import TOLERANCE, assert_close
+
+from ttt_jax.model.loss import cross_entropy, token_nll, token_nll_and_hit
+from ttt_jax.model.transformer import loss
+
+B, T, D, V = 2, 13, 6, 17
+
+
+def make_inputs(dtype="float64", scale=1.0):
+    rng = np.random.default_rng(0)
+    h, w = rng.standard_normal((B, T, D)) * scale, rng.standard_normal((V, D))
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    weights = rng.random((B, T)).astype(np.float32) * (rng.random((B, T)) > 0.3)
+    rounded = [x.astype(jnp.dtype(dtype)).astype(np.float64) for x in (h, w)]
+    return *rounded, targets, weights
+
+
+def plain(h, w, targets, weights):
+    logits = jnp.einsum("btd,vd->btv", h, w)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(weights * picked)
+
+
+def oracle(h, w, targets, weights, g):
+    with jax.enable_x64(True):
+        arguments = [jnp.asarray(x, jnp.float64) for x in (h, w)]
+        run = jit(jax.value_and_grad(plain, (0, 1)))
+        value, (dh, dw) = run(*arguments, jnp.asarray(targets), jnp.asarray(weights, jnp.float64))
+        return float(value), g * np.asarray(dh), g * np.asarray(dw)
+
+
+def computed(h, w, targets, weights, dtype, g):
+    """The loss alone, and with its gradients scaled by a cotangent."""
+    with jax.enable_x64(dtype == "float64"):
+        h, w = jnp.asarray(h, dtype), jnp.asarray(w, dtype)
+        targets, weights = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
+        run = lambda h, w: cross_entropy(h, w, targets, weights)
+        alone = jit(run)(h, w)
+        value, vjp = jit(functools.partial(jax.vjp, run))(h, w)
+        dh, dw = vjp(jnp.asarray(g, value.dtype))
+        assert value.dtype == alone.dtype == jnp.float32
+        assert (dh.dtype, dw.dtype) == (dtype, dtype)
+        return float(alone), float(value), np.asarray(dh, np.float64), np.asarray(dw, np.float64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    [("float64", None), ("float64", 1), ("float64", 4), ("float64", 12), ("float32", 5), ("bfloat16", 5)],
+)
+def test_value_and_gradients(monkeypatch, dtype, rows):
+    """`rows`: tokens whose logits are held at a time (the last block is padded)."""
+    if rows is not None:
+        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+    inputs = make_inputs(dtype)
+    value, dh, dw = oracle(*inputs, g=0.7)
+    alone, with_gradient, got_dh, got_dw = computed(*inputs, dtype, g=0.7)
+    scalar = 1e-6 if dtype == "float64" else TOLERANCE[dtype]  # the scalar itself is float32
+    assert abs(alone / value - 1) <= scalar
+    assert abs(with_gradient / value - 1) <= scalar
+    tolerance = 2e-7 if dtype == "float64" else TOLERANCE[dtype]  # so is its cotangent
+    assert_close("dh", got_dh, dh, tolerance)
+    assert_close("dw", got_dw, dw, tolerance)
+
+
+def test_a_cotangent_of_one_keeps_float64_gradients():
+    inputs = make_inputs()
+    _, dh, dw = oracle(*inputs, g=1.0)
+    _, _, got_dh, got_dw = computed(*inputs, "float64", g=1.0)
+    assert_close("dh", got_dh, dh, TOLERANCE["float64"])
+    assert_close("dw", got_dw, dw, TOLERANCE["float64"])
+
+
+def test_large_logits(monkeypatch):
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * 3)
+    h, w, targets, weights = make_inputs("float32", scale=300.0)
+    value, _, _ = oracle(h, w, targets, weights, g=1.0)
+    _, got, got_dh, got_dw = computed(h, w, targets, weights, "float32", g=1.0)
+    assert abs(got / value - 1) <= TOLERANCE["float32"]
+    assert np.isfinite(got_dh).all()
+    assert np.isfinite(got_dw).all()
+
+
+def test_tokens_of_weight_zero_count_for_nothing():
+    h, w, targets, weights = make_inputs("float32")
+    weights[:, 4:9] = 0
+    changed_h, changed_targets = h.copy(), targets.copy()
+    changed_h[:, 4:9] *= 3
+    changed_targets[:, 4:9] = 0
+    first = computed(h, w, targets, weights, "float32", g=1.0)
+    second = computed(changed_h, w, changed_targets, weights, "float32", g=1.0)
+    assert not first[2][:, 4:9].any()
+    assert first[1] == second[1]
+    np.testing.assert_array_equal(first[3], second[3])
+    nothing = computed(h, w, targets, 0 * weights, "float32", g=1.0)
+    assert nothing[1] == 0
+    assert not nothing[2].any()
+    assert not nothing[3].any()
+
+
+def test_float32_master_weights_under_bfloat16_compute():
+    """h in bf16 and w in float32: w's gradient comes back in float32, not rounded to bf16."""
+    h, w, targets, weights = make_inputs("bfloat16")
+    arguments = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
+    dh, dw = jit(jax.grad(cross_entropy, (0, 1)))(*arguments)
+    assert (dh.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_close("dw", np.asarray(dw, np.float64), oracle(h, w, targets, weights, g=1.0)[2], TOLERANCE["bfloat16"])
+    assert (np.asarray(dw) != np.asarray(dw.astype(jnp.bfloat16).astype(jnp.float32))).any()
+
+
+@pytest.mark.parametrize("rows", [None, 1, 5, 12])
+def test_token_nll(monkeypatch, rows, x64):
+    if rows is not None:
+        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+    h, w, targets, _ = make_inputs()
+    logits = np.einsum("btd,vd->btv", h, w)
+    expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    got = jit(token_nll)(jnp.asarray(h), jnp.asarray(w), jnp.asarray(targets))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
+    half = token_nll(jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets))
+    assert half.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, rows):
+    """Of equal logits the lowest id, as argmax: rows 2 and 9 of the weights are the same, and all
+    logits of a zero state are."""
+    if rows is not None:
+        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+    h, w, targets, _ = make_inputs("float32")
+    w[9] = w[2] = 4 * h[0, 0]  # the most likely ones of that token
+    h[1, 3] = 0
+    targets[0, 0], targets[1, 3], targets[1, 4] = 9, 5, 0
+    h, w, targets = jnp.asarray(h, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(targets)
+    best = np.argmax(np.einsum("btd,vd->btv", h, w), axis=-1)
+    for _ in range(2):
+        nll, hit = jit(token_nll_and_hit)(h, w, targets)
+        np.testing.assert_array_equal(hit, targets == best)
+        np.testing.assert_allclose(nll, token_nll(h, w, targets), rtol=1e-6)
+        assert bool(hit[0, 0]) == (int(targets[0, 0]) == 2)
+        assert bool(hit[1, 3]) == (int(targets[1, 3]) == 0)
+        targets = targets.at[0, 0].set(2).at[1, 3].set(0)
+
+
+def test_logits_are_held_block_by_block(monkeypatch):
+    """Temporaries of the loss and its gradient do not grow with the number of blocks."""
+    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 2048 * 16)
+
+    def temporary_bytes(length):
+        shapes = [((1, length, 8), "float32"), ((2048, 8), "float32"), ((1, length), "int32"), ((1, length), "float32")]
+        structs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        compiled = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))).lower(*structs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(512) < 4 * 512 * 2048 / 2, "less than half of all the logits"
+    assert temporary_bytes(512) < 1.3 * temporary_bytes(64)

@@ -1,0 +1,517 @@
+"""The whole model on tiny sizes: causality, a stream in any pieces, packed documents, rematerialisation, program size.
+
+Exactness is tested in float64. Parameters are large enough for the fast weights to matter (asserted where it counts).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.awake import new_target
+from support.fast_jit import jit
+from support.tolerance import relative_rms
+
+from ttt_jax.config.fields import REMAT_NAMES, ModelConfig, TTTConfig
+from ttt_jax.errors import UserError
+from ttt_jax.model.param_path import param_path
+from ttt_jax.model.transformer import LayerKind, LayerState, Run, Runtime, Transformer, find_groups, layer_kinds
+from ttt_jax.model.transformer import ttt_mlp as ttt
+from ttt_jax.pretrained.hf_weights import tensor_names
+
+C, V = 4, 31
+BASE = ModelConfig(
+    vocab_size=V,
+    d_model=16,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    qk_norm=True,
+    ttt=TTTConfig(layers=(1, 3), chunk_size=C, lr=0.5),
+)
+EMBED = {"ttt.target": "input_embed"}
+RIDGE = {"ttt.write": "ridge", "ttt.normalize_source": True, "ttt.lr": 2.0}
+SPECTRAL = {"ttt.write": "spectral", "ttt.normalize_source": True}
+WINDOW = {"sliding_window": 3, "full_attention_layers": (0, 2)}  # shorter than most pieces, and a full layer in between
+
+
+def config(**changes):
+    cfg = BASE
+    for name, value in changes.items():
+        if name.startswith("ttt."):
+            cfg = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, **{name[4:]: value}))
+        else:
+            cfg = dataclasses.replace(cfg, **{name: value})
+    return cfg
+
+
+def abstract(cfg, **runtime):
+    return jax.eval_shape(lambda: Transformer(cfg, Runtime(**runtime), key=jax.random.key(0)))
+
+
+def make(cfg, dtype="float64", **runtime):
+    """A model with random parameters of every kind (norm scales and biases too), without compiling its init."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, struct):
+        name, noise = param_path(path), rng.standard_normal(struct.shape)
+        if name.endswith("scale"):
+            value = 1 + 0.1 * noise
+        elif name.endswith(("bias", "conv", "embed")):
+            value = 0.5 * noise
+        else:
+            value = noise / np.sqrt(struct.shape[-1])
+        return jnp.asarray(value, "float64" if dtype == "float64" else "float32")
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract(cfg, dtype=dtype, **runtime))
+
+
+def transplant(model, cfg, **runtime):
+    """The parameters of one model in a model of another depth pattern (by layer, through the checkpoint's names)."""
+    values, names = {}, tensor_names(model)
+    for path, value in jax.tree_util.tree_flatten_with_path(model)[0]:
+        ours = param_path(path)
+        layers = value.reshape(-1, *value.shape[2:]) if ours.startswith("groups.") else value[None]
+        values |= dict(zip(names[ours], layers, strict=True))
+    new = abstract(cfg, dtype=model.runtime.dtype, **runtime)
+    places = tensor_names(new)
+
+    def leaf(path, struct):
+        return jnp.stack([values[name] for name in places[param_path(path)]]).reshape(struct.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, new)
+
+
+def without_ttt(model):
+    return transplant(model, dataclasses.replace(model.config, ttt=TTTConfig(chunk_size=C)))
+
+
+def tokens(B, T, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, V, (B, T)), jnp.int32)
+
+
+@functools.partial(jit, static_argnames=("capacity", "ttt_scale"))
+def run(model, ids, state=None, lengths=None, segment_ids=None, positions=None, capacity=None, ttt_scale=1.0):
+    """Logits and state."""
+    h, state, _ = model.hidden(
+        ids,
+        state,
+        keep_state=True,
+        lengths=lengths,
+        segment_ids=segment_ids,
+        positions=positions,
+        capacity=capacity,
+        ttt_scale=ttt_scale,
+    )
+    return model.logits(h), state
+
+
+def assert_same_state(state, other, chunk=C):
+    """All that a stream can still read: positions, caches, S, pending tokens (the slots behind them hold nothing)."""
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(state.position_B, other.position_B)
+    pending_BC1 = (np.arange(chunk)[None] < (np.asarray(state.position_B) % chunk)[:, None])[:, :, None]
+    is_layer = lambda x: isinstance(x, LayerState)
+    layers, others = (jax.tree.leaves(s.layers, is_leaf=is_layer) for s in (state, other))
+    assert any(layer.ttt is not None for layer in layers)
+    for x, y in zip(layers, others, strict=True):
+        jax.tree.map(close, x.cache, y.cache)
+        if x.ttt is not None:
+            close(x.ttt.S_BDF, y.ttt.S_BDF)
+            for name in ("z_BCF", "source_BCD"):
+                close(*(np.asarray(getattr(layer.ttt, name)) * pending_BC1 for layer in (x, y)))
+
+
+# ---------------------------------------------------------------------------------------------------------- causality
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": 2, **EMBED}, RIDGE, SPECTRAL], ids=["hidden", "embed, window", "ridge", "spectral"]
+)
+def test_future_tokens_have_no_gradient(changes, x64):
+    """Every token has its own embedding row, so d output_t / d row_s is the influence of token s on token t."""
+    T = 14
+    model = make(config(vocab_size=T, tie_embeddings=False, **changes))
+    probe = jnp.asarray(np.random.default_rng(5).standard_normal(model.config.d_model))
+
+    def outputs(rows, model):
+        model = jax.tree_util.tree_map_with_path(lambda p, x: rows if param_path(p) == "embed" else x, model)
+        return model.hidden(jnp.arange(T, dtype=jnp.int32)[None])[0][0] @ probe
+
+    influence = jnp.abs(jit(jax.jacrev(outputs))(model.embed[...], model)).sum(-1)
+    t, s = np.mgrid[:T, :T]
+    assert (influence[s > t] == 0).all(), "exactly"
+    assert (influence[s == t] > 0).all()
+    assert (influence[(s < t) & (s // C < t // C)] > 0).all(), "every earlier chunk is remembered"
+    if model.config.sliding_window:  # four layers of windows of two reach four tokens back, fast weights all the way
+        plain = jnp.abs(jit(jax.jacrev(outputs))(model.embed[...], without_ttt(model))).sum(-1)
+        assert (plain[t - s > 4] == 0).all()
+
+
+# -------------------------------------------------------------------------------------------------- one stream, pieces
+
+STREAMS = {
+    "hidden": {},
+    "embed, window shorter than pieces": EMBED | WINDOW,
+    "window longer than pieces, clipped": {"sliding_window": 18, "ttt.clip_norm": 0.5},
+    "ridge, embed, window": EMBED | WINDOW | RIDGE,
+    "spectral": SPECTRAL,
+    "biases, no projection": {"ttt.layers": (0, 1), "qkv_bias": True, "mlp_bias": True, "ttt.proj": False},
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_in_any_pieces_equals_the_whole(name, x64):
+    """All at once, in uneven pieces, and token by token: same logits, same final state."""
+    T, capacity = 26, 32
+    model, ids = make(config(**STREAMS[name])), tokens(2, T)
+    whole, final = run(model, ids, capacity=capacity)
+    S = final.layers[0][-1].ttt.S_BDF
+    assert jnp.linalg.norm(S) > 0.1 * jnp.linalg.norm(model.groups[0].blocks[-1].mlp.down[...]), "fast weights matter"
+
+    logits, state, start = [], None, 0
+    for size in (5, 7, 1, 1, 1, 7, 1, 1, 1, 1):  # the second piece ends with a chunk that the first began
+        piece, state = run(model, ids[:, start : start + size], state, capacity=None if state else capacity)
+        logits.append(piece)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, rtol=0, atol=1e-12)
+    assert_same_state(state, final)
+
+    logits, state = [], model.init_state(2, capacity)
+    for t in range(T):
+        token, state = run(model, ids[:, t : t + 1], state)
+        logits.append(token)
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, rtol=0, atol=1e-12)
+    assert_same_state(state, final)
+
+
+def test_chunks_of_one_token(x64):
+    """Every token is a whole chunk: the update of a token reaches the next one."""
+    model, ids = make(config(**{"ttt.chunk_size": 1})), tokens(1, 7)
+    whole, final = run(model, ids, capacity=8)
+    logits, state = [], model.init_state(1, 8)
+    for size in (1, 1, 3, 1, 1):
+        start = int(state.position_B[0])
+        piece, state = run(model, ids[:, start : start + size], state)
+        logits.append(piece)
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, rtol=0, atol=1e-12)
+    assert_same_state(state, final, chunk=1)
+
+
+def test_growing_caches(x64):
+    """Without a capacity, `model(ids, state)` as a user calls it: full caches grow, rings do not."""
+    model, ids = make(config(**EMBED | WINDOW)), tokens(2, 15)
+    whole, final = run(model, ids)
+    step = jit(lambda model, ids, state: model(ids, state))
+    logits, state, start = [], None, 0
+    for size in (3, 11, 1):
+        piece, state = step(model, ids[:, start : start + size], state)
+        logits.append(piece)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, rtol=0, atol=1e-12)
+    assert_same_state(state, final)
+
+
+@pytest.mark.parametrize("changes", [EMBED, WINDOW], ids=["full", "window"])
+def test_rows_of_different_lengths_continue_as_each_alone(changes, x64):
+    """Padded prompts, a padded piece, single tokens with and without lengths; what lies in the padding is noise."""
+    model, B, capacity = make(config(**changes)), 3, 32
+    streams = np.asarray(tokens(B, 24, seed=3))
+    whole = np.asarray(run(model, jnp.asarray(streams))[0])  # causal: a prefix of it is the row's own prefix
+    position, state = np.zeros(B, int), None
+    # Rows end up just before, on and after the end of a chunk; the last tokens complete one in a single row.
+    for T, lengths in [(12, (7, 12, 3)), (8, (4, 0, 8)), (1, (0, 0, 1)), (1, None), (1, None), (1, None)]:
+        real = np.full(B, T) if lengths is None else np.array(lengths)
+        piece = np.asarray(tokens(B, T, seed=9)).copy()
+        for b in range(B):
+            piece[b, : real[b]] = streams[b, position[b] : position[b] + real[b]]
+        lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        logits, state = run(model, jnp.asarray(piece), state, lengths, capacity=None if state else capacity)
+        for b in range(B):
+            expected = whole[b, position[b] : position[b] + real[b]]
+            np.testing.assert_allclose(logits[b, : real[b]], expected, rtol=0, atol=1e-12)
+        position += real
+        np.testing.assert_array_equal(state.position_B, position)
+
+
+@pytest.mark.parametrize("T", [C - 1, C, 3 * C])
+def test_lengths_around_the_chunk(T, x64):
+    """A shorter row is the beginning of a longer one; the first chunk reads the pretrained weights alone."""
+    model, ids = make(config()), tokens(1, 3 * C + 2)
+    whole = run(model, ids)[0]
+    got = run(model, ids[:, :T])[0]
+    np.testing.assert_allclose(got, whole[:, :T], rtol=0, atol=1e-12)
+    plain = run(without_ttt(model), ids)[0]
+    np.testing.assert_allclose(got[:, :C], plain[:, : min(T, C)], rtol=0, atol=1e-12)
+    if T > C:
+        assert relative_rms(got[:, C:], plain[:, C:T]) > 1e-3
+
+
+def test_rows_of_a_batch_are_independent(x64):
+    model, ids = make(config(**EMBED | WINDOW)), tokens(3, 15)
+    together = run(model, ids)[0]
+    for b in range(3):
+        np.testing.assert_allclose(run(model, ids[b : b + 1])[0], together[b : b + 1], rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW, RIDGE, SPECTRAL],
+    ids=["plain", "everything", "ridge", "spectral"],
+)
+def test_packed_documents_equal_each_document_alone(changes, x64):
+    """Values, and gradients of every parameter; documents start on chunks, padding fills the last chunk of each."""
+    model = make(config(**changes))
+    rows = [[7, 8, 5], [12, 0, 6]]  # document lengths; 0 is a chunk of padding
+    longest = 12
+    documents = np.asarray(tokens(5, longest, seed=4))
+    ids, segments, positions = (np.zeros((2, 24), np.int32) for _ in range(3))
+    ids[:] = tokens(2, 24, seed=8)  # padding holds any token
+    places, number = [], 0
+    for b, lengths in enumerate(rows):
+        start = 0
+        for length in lengths:
+            if length:
+                here = slice(start, start + length)
+                ids[b, here] = documents[number, :length]
+                segments[b, here], positions[b, here] = number + 1, np.arange(length)
+                places.append((b, start, length))
+                number += 1
+            start += max(-(-length // C), 1) * C
+    probe = np.random.default_rng(6).standard_normal((5, longest, BASE.d_model))
+    packed_probe, alone_probe = np.zeros((2, 24, BASE.d_model)), np.zeros_like(probe)
+    for d, (b, start, length) in enumerate(places):
+        packed_probe[b, start : start + length] = alone_probe[d, :length] = probe[d, :length]
+
+    def outputs(model, ids, probe, **options):
+        h = model.hidden(ids, **options)[0]
+        return jnp.sum(h * probe), h
+
+    run = jit(jax.grad(outputs, has_aux=True))
+    options = {"segment_ids": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    grads, packed = run(model, jnp.asarray(ids), jnp.asarray(packed_probe), **options)
+    # Alone, documents are padded on the right to one length: causality keeps that out of what is compared.
+    alone_grads, alone = run(model, jnp.asarray(documents), jnp.asarray(alone_probe))
+    for d, (b, start, length) in enumerate(places):
+        np.testing.assert_allclose(packed[b, start : start + length], alone[d, :length], rtol=0, atol=1e-12)
+    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(alone_grads), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-10, err_msg=param_path(path))
+        assert np.asarray(y).any(), param_path(path)
+
+
+def test_packed_rows_start_fresh():
+    model = abstract(config())
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    state = jax.eval_shape(lambda model: model.init_state(1, 8), model)
+    with pytest.raises(UserError, match="packed rows start fresh"):
+        jax.eval_shape(lambda m, i, s: m.hidden(i, s, segment_ids=i), model, ids, state)
+
+
+# -------------------------------------------------------------------------------------------------------- TTT switched
+
+
+def test_scale_zero_is_the_model_without_ttt(x64):
+    model, ids = make(config(**WINDOW)), tokens(2, 14)
+    plain, _ = run(without_ttt(model), ids)
+    off, state = run(model, ids[:, :9], capacity=16, ttt_scale=0.0)
+    later, _ = run(model, ids[:, 9:], state, ttt_scale=0.0)
+    np.testing.assert_allclose(jnp.concatenate([off, later], 1), plain, rtol=0, atol=1e-12)
+    on = run(model, ids)[0]
+    assert relative_rms(on[:, 2 * C :], plain[:, 2 * C :]) > 1e-2
+    half = run(model, ids, ttt_scale=0.5)[0]
+    lower = run(transplant(model, config(**WINDOW, **{"ttt.lr": 0.25})), ids)[0]
+    np.testing.assert_allclose(half, lower, rtol=0, atol=1e-12)
+
+
+def test_a_tiny_clip_norm_leaves_the_plain_model(x64):
+    model, ids = make(config(**{"ttt.clip_norm": 1e-13})), tokens(1, 13)
+    np.testing.assert_allclose(run(model, ids)[0], run(without_ttt(model), ids)[0], rtol=0, atol=1e-11)
+    bounded = make(config(**{"ttt.clip_norm": 0.05}))
+    S = run(bounded, ids)[1].layers[0][1].ttt.S_BDF
+    norms = np.linalg.norm(np.asarray(S), axis=(-2, -1))
+    assert (norms <= 3 * 0.05 + 1e-12).all()  # three chunks
+    assert (norms > 0.01).all()
+
+
+# ------------------------------------------------------------------------------------------------ rematerialisation
+
+
+REMAT_MODEL = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "qk_norm": False, "ttt.layers": (0,)}
+
+
+def remat_gradient(model, ids):
+    return jax.grad(lambda model: jnp.sum(jnp.square(model.hidden(ids)[0] - 1)))(model)
+
+
+def test_what_the_backward_keeps_does_not_change_the_gradients(x64):
+    model, ids = make(config(**REMAT_MODEL), remat_save=None), tokens(1, 9)
+    gradient = jit(remat_gradient)
+    expected = gradient(model, ids)
+    groups = (), REMAT_NAMES[:3], REMAT_NAMES[3:6], REMAT_NAMES[6:]  # nothing, attention's, the MLP's, the targets
+    for save in groups:
+        got = gradient(transplant(model, model.config, remat_save=save), ids)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-12, err_msg=str(save))
+
+
+def test_what_is_kept_is_not_computed_again():
+    """A named activation appears twice in the program of the gradient, once if it is kept."""
+
+    def program(save):
+        model = make(config(**REMAT_MODEL), "float32", remat_save=save)
+        return str(jax.make_jaxpr(remat_gradient)(model, tokens(1, 9)))
+
+    nothing, everything = program(()), program(None)
+    for name in REMAT_NAMES:
+        if name != "attention":  # that one is for fused kernels, whose outputs have no name
+            kept, mark = program((name,)), f"name[name={name}]"
+            assert kept.count(mark) == everything.count(mark) == nothing.count(mark) / 2 > 0, name
+
+
+# ------------------------------------------------------------------------------------------------------------ depth
+
+
+def test_program_size_does_not_grow_with_depth():
+    def size(layers):
+        cfg = config(num_layers=layers, **{"ttt.layers": tuple(range(0, layers, 6))})
+        loss = lambda model, ids: jnp.sum(model.hidden(ids)[0])
+        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        return len(jit(jax.grad(loss)).lower(abstract(cfg), ids).as_text())
+
+    shallow, deep = size(12), size(48)
+    assert deep < 1.05 * shallow, (shallow, deep)
+
+
+KINDS = st.sampled_from([LayerKind(True, None), LayerKind(False, None), LayerKind(False, 8)])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(KINDS, min_size=1, max_size=30))
+def test_groups_cover_the_layers_in_order(kinds):
+    groups = find_groups(kinds)
+    assert [run.kind for pattern, repeats in groups for run in pattern * repeats for _ in range(run.count)] == kinds
+    assert all(repeats >= 1 and pattern for pattern, repeats in groups)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 8), st.integers(0, 5))
+def test_groups_of_a_periodic_model_are_few(pattern, repeats, tail):
+    """However the pattern is cut, at most it and its tail are compiled; a whole number of periods costs one pattern."""
+    kinds = pattern * repeats + pattern[: min(tail, len(pattern) - 1)]
+    blocks = sum(len(p) for p, _ in find_groups(kinds))
+    assert blocks <= 2 * len(pattern)
+
+
+@pytest.mark.parametrize(
+    ("layers", "ttt", "groups"),
+    [
+        (36, range(0, 36, 6), [(2, 6)]),
+        (28, range(0, 28, 6), [(2, 4), (1, 1), (1, 1)]),
+        (5, (), [(1, 1)]),
+        (4, (1, 3), [(2, 2)]),
+    ],
+)
+def test_groups_of_known_models(layers, ttt, groups):
+    cfg = config(num_layers=layers, **{"ttt.layers": tuple(ttt)})
+    assert [(len(pattern), repeats) for pattern, repeats in find_groups(layer_kinds(cfg))] == groups
+
+
+def test_layer_kinds():
+    cfg = config(sliding_window=8, full_attention_layers=(0, 3))
+    assert layer_kinds(cfg) == [(False, None), (True, 8), (False, 8), (True, None)]
+
+
+def test_scanned_groups_equal_layer_after_layer(monkeypatch, x64):
+    """A pattern with a run of two layers in it, repeated twice, and a tail."""
+    model, ids = make(config(num_layers=8, **{"ttt.layers": (0, 3, 6)})), tokens(1, 10)
+    assert [group.repeats for group in model.groups] == [2, 1, 1]
+    assert [run.count for run in model.groups[0].pattern] == [1, 2]
+    whole, _ = run(model, ids)
+    monkeypatch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((Run(kind, 1),), 1) for kind in kinds])
+    single = transplant(model, model.config)
+    assert len(single.groups) == 8
+    np.testing.assert_allclose(run(single, ids)[0], whole, rtol=0, atol=1e-12)
+    stats = jit(lambda model: model.hidden(ids)[2])
+    by_group, by_layer = stats(model), stats(single)
+    assert set(by_group) == set(by_layer) == {0, 3, 6}
+    for layer in by_layer:
+        for name, value in by_layer[layer].items():
+            np.testing.assert_allclose(by_group[layer][name], value, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ dtypes, shapes
+
+
+def test_bfloat16_stays_close_to_float32():
+    single, ids = make(config(**EMBED | WINDOW), "float32"), tokens(2, 19)
+    half = jax.tree.unflatten(jax.tree.structure(abstract(single.config, dtype="bfloat16")), jax.tree.leaves(single))
+    (x, state), (y, _) = run(half, ids), run(single, ids)
+    assert x.dtype == y.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half)), "parameters stay float32"
+    slots = state.layers[0][1]
+    assert (slots.ttt.S_BDF.dtype, slots.ttt.z_BCF.dtype, slots.cache.k_BKLH.dtype) == (
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.bfloat16,
+    )
+    assert 1e-4 < relative_rms(x, y) < 3e-2
+
+
+def test_a_new_model_starts_as_if_it_had_no_fast_weights(monkeypatch):
+    """The paper's appendix: the convolution is zero and W_target diagonal, from scratch too."""
+    monkeypatch.setattr(ttt, "initial_target", new_target)
+    cfg = config(d_model=64, init_std=0.05)
+    model = jit(lambda key: Transformer(cfg, key=key))(jax.random.key(0))
+    target = model.groups[0].blocks[-1].mlp.target
+    assert not np.asarray(target.conv[...]).any()
+    for proj in np.asarray(target.proj[...]).reshape(-1, 64, 64):
+        np.testing.assert_array_equal(proj, np.diag(np.diag(proj)))
+        assert np.diag(proj).std() == pytest.approx(0.05, rel=0.3)
+        assert np.diag(proj).all()
+    ids = tokens(1, 3 * C)
+    np.testing.assert_array_equal(run(model, ids)[0], run(without_ttt(model), ids)[0])
+
+
+def test_initialisation():
+    """The abstract model has the real one's shapes and dtypes; scales are ones, embeddings have the stated spread."""
+    cfg = config(num_layers=3, d_model=64, vocab_size=200, tie_embeddings=False, **{"ttt.layers": (1,)})
+    model = jit(lambda key: Transformer(cfg, key=key))(jax.random.key(0))
+    jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), model, abstract(cfg))
+    for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
+        assert x.dtype == jnp.float32
+        if param_path(path).endswith("scale"):
+            np.testing.assert_array_equal(x, np.ones(x.shape))
+    assert float(model.embed[...].std()) == pytest.approx(0.02, rel=0.05)
+    assert (model.embed[...] != model.head[...]).any()
+    groups = [np.asarray(block.attention.q[...]) for group in model.groups for block in group.blocks]
+    layers = [layer for stack in groups for layer in stack]
+    assert len(layers) == 3
+    assert len({layer.tobytes() for layer in layers}) == 3, "every layer draws its own"
+
+
+def test_capacity():
+    """More tokens than the caches hold are refused, on a fresh start too."""
+    model, ids = abstract(config()), jax.ShapeDtypeStruct((1, 9), jnp.int32)
+    state = jax.eval_shape(lambda model: model.init_state(1, 8), model)
+    with pytest.raises(UserError, match="9 tokens do not fit the state's capacity of 8; make a larger"):
+        jax.eval_shape(lambda model, ids, state: model(ids, state), model, ids, state)
+    with pytest.raises(UserError, match="9 tokens do not fit the state's capacity of 8"):
+        jax.eval_shape(lambda model, ids: model(ids, capacity=8), model, ids)
+
+
+def test_empty_state_has_the_shape_of_a_read_one():
+    for changes in ({}, WINDOW):
+        model = abstract(config(**changes))
+        empty = jax.eval_shape(lambda model: model.init_state(2, 16), model)
+        read = jax.eval_shape(lambda model, ids: model(ids, capacity=16)[1], model, tokens(2, 5))
+        same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), empty, read)
+        assert all(jax.tree.leaves(same))

@@ -1,0 +1,205 @@
+"""The adaptive MLP and its target module against the official code's float64 arrays; streaming; its statistics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.fast_jit import jit
+from support.tolerance import TOLERANCE, assert_close
+
+from ttt_jax.config.fields import ModelConfig, TTTConfig
+from ttt_jax.errors import ConfigError
+from ttt_jax.model.layers import Context
+from ttt_jax.model.transformer import Transformer
+from ttt_jax.model.ttt_mlp import KERNEL, MLP, Target
+from ttt_jax.pretrained.hf_weights import tensor_names
+
+NAMES = {  # ours -> theirs
+    "gate": "gate_proj.weight",
+    "up": "up_proj.weight",
+    "down": "down_proj.weight",
+    "target.conv": "ttt_conv.weight",
+    "target.proj": "ttt_proj.weight",
+}
+
+
+def parameter(mlp, name):
+    *parents, last = name.split(".")
+    for parent in parents:
+        mlp = getattr(mlp, parent)
+    return getattr(mlp, last)
+
+
+def official_mlp(arrays, dtype):
+    """An MLP of the file's sizes holding its parameters; the target's source comes from `Context.embed_BTD`."""
+    F, D = arrays["param.gate_proj.weight"].shape
+    ttt = TTTConfig(
+        layers=(0,),
+        chunk_size=int(arrays["chunk"]),
+        lr=float(arrays["lr"]),
+        target="input_embed",
+        proj="param.ttt_proj.weight" in arrays,
+    )
+    cfg = ModelConfig(d_model=D, d_ff=F, ttt=ttt)
+    mlp = jax.eval_shape(lambda: MLP(cfg, ttt=True, key=jax.random.key(0)))
+    for ours, theirs in NAMES.items():
+        if f"param.{theirs}" in arrays:
+            parameter(mlp, ours).set_value(jnp.asarray(arrays[f"param.{theirs}"], dtype))
+    return mlp
+
+
+def context(source, start=None, **options):
+    nothing = jnp.zeros((1, 1, 1), jnp.float32)
+    return Context(rope=(nothing, nothing), start_B=start, lengths_B=None, segment_ids_BT=None, embed_BTD=source, **options)
+
+
+@jit
+def apply(mlp, x, source, start, state):
+    return mlp(x, context(source, start, keep_state=True), state)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_output_and_gradients_of_the_official_mlp(golden_mlp, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        mlp = official_mlp(golden_mlp, dtype)
+        x, t, dy = (jnp.asarray(golden_mlp[name], dtype) for name in ("x", "t", "dy"))
+        run = lambda mlp, x, t: mlp(x, context(t), None)[0]
+        y, grads = jit(lambda *a: (run(*a), jax.vjp(run, *a)[1](dy)))(mlp, x, t)
+        assert y.dtype == dtype
+        assert_close("y", y, golden_mlp["y"], TOLERANCE[dtype])
+        assert_close("dx", grads[1], golden_mlp["dx"], TOLERANCE[dtype])
+        assert_close("dt", grads[2], golden_mlp["dt"], TOLERANCE[dtype])
+        compared = 0
+        for ours, theirs in NAMES.items():
+            if f"grad.{theirs}" in golden_mlp:
+                gradient = parameter(grads[0], ours)[...]
+                assert_close(theirs, gradient, golden_mlp[f"grad.{theirs}"], TOLERANCE[dtype])
+                compared += 1
+        assert compared == sum(name.startswith("grad.") for name in golden_mlp)
+
+
+@pytest.mark.parametrize(("dtype", "pieces"), [("float64", "tokens"), ("float64", "odd"), ("float32", "tokens")])
+def test_streaming_gives_the_official_inference_form(golden_mlp, dtype, pieces):
+    """Pieces of any size from an empty state: `y_infer`, and W + S afterwards `w_after`."""
+    with jax.enable_x64(dtype == "float64"):
+        mlp = official_mlp(golden_mlp, dtype)
+        x, t = (jnp.asarray(golden_mlp[name], dtype) for name in ("x", "t"))
+        B, T, _ = x.shape
+        size = {"tokens": 1, "odd": 13}[pieces]
+        state, outputs = mlp.init_state(B, jnp.dtype(dtype)), []
+        for start in range(0, T, size):
+            cut = slice(start, min(start + size, T))
+            y, state, _ = apply(mlp, x[:, cut], t[:, cut], jnp.full((B,), start, jnp.int32), state)
+            outputs.append(y)
+        assert_close("y", jnp.concatenate(outputs, 1), golden_mlp["y"], TOLERANCE[dtype])
+        if B == 1:
+            assert_close("y_infer", jnp.concatenate(outputs, 1), golden_mlp["y_infer"], TOLERANCE[dtype])
+            weight = mlp.down[...] + state.S_BDF[0]
+            assert_close("w_after", weight, golden_mlp["w_after"], TOLERANCE[dtype])
+
+
+def test_a_fresh_pass_leaves_the_official_fast_weight(golden_mlp, x64):
+    mlp = official_mlp(golden_mlp, "float64")
+    x, t = jnp.asarray(golden_mlp["x"]), jnp.asarray(golden_mlp["t"])
+    _, state, _ = apply(mlp, x, t, None, None)
+    C = mlp.cfg.ttt.chunk_size
+    pending = x.shape[1] % C
+    np.testing.assert_array_equal(state.source_BCD[:, :pending], t[:, x.shape[1] - pending :])
+    assert not np.asarray(state.source_BCD[:, pending:]).any()
+    if x.shape[0] == 1:
+        assert_close("w_after", mlp.down[...] + state.S_BDF[0], golden_mlp["w_after"], TOLERANCE["float64"])
+    with jax.numpy_rank_promotion("allow"):  # the rule in one line of numpy per chunk
+        v = np.asarray(mlp.target(t[:, : x.shape[1] // C * C], C))
+        z = np.asarray(jax.nn.silu(x @ mlp.gate[...].T) * (x @ mlp.up[...].T))
+    S = sum(
+        (mlp.cfg.ttt.lr * np.einsum("bcd,bcf->bdf", v[:, i : i + C], z[:, i : i + C]) for i in range(0, v.shape[1], C)),
+        np.zeros(state.S_BDF.shape),
+    )
+    np.testing.assert_allclose(state.S_BDF, S, rtol=0, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------- target
+
+
+def target_of(proj, D=6, **options):
+    cfg = ModelConfig(d_model=D, d_ff=8, ttt=TTTConfig(layers=(0,), proj=proj, **options))
+    return Target(cfg, key=jax.random.key(1))
+
+
+@pytest.mark.parametrize("proj", [True, False])
+@pytest.mark.parametrize("C", [1, 2, 4, 12])
+def test_target_is_a_centred_convolution_inside_each_chunk(C, proj, x64):
+    target = target_of(proj)
+    source = np.random.default_rng(0).standard_normal((2, 12, 6))
+    conv = np.asarray(target.conv[...], np.float64)[:, 0]
+    expected = np.zeros_like(source)
+    for i in range(12):
+        for k in range(KERNEL):
+            j = i + k - 2
+            if j >= 0 and j // C == i // C and j < 12:
+                expected[:, i] += conv[:, k] * source[:, j]
+    if proj:
+        expected = expected @ np.asarray(target.proj[...], np.float64)  # not its transpose
+    got = jit(lambda target, source: target(source, C))(target, jnp.asarray(source))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------- what stats say
+
+
+def small_mlp(**ttt):
+    cfg = ModelConfig(d_model=6, d_ff=10, ttt=TTTConfig(layers=(0,), chunk_size=4, lr=0.5, **ttt))
+    return MLP(cfg, ttt=True, key=jax.random.key(2))
+
+
+@pytest.mark.parametrize("T", [3, 4, 10])
+def test_statistics(T, x64):
+    mlp = small_mlp()
+    x = jax.random.normal(jax.random.key(3), (2, T, 6), jnp.float64)
+    _, state, stats = apply(mlp, x, x, None, None)
+    norm = np.linalg.norm(state.S_BDF, axis=(1, 2))
+    slow = np.linalg.norm(np.asarray(mlp.down[...], np.float64))
+    np.testing.assert_allclose(stats["state_ratio_B"], norm / slow, rtol=1e-12)
+    before = apply(mlp, x[:, :4], x[:, :4], None, None)[1].S_BDF if T == 10 else np.zeros(state.S_BDF.shape)
+    first_row = np.linalg.norm((state.S_BDF - before)[0])  # stands for the batch
+    np.testing.assert_allclose(stats["update_norm_B"], [first_row] * 2, rtol=1e-12)
+    assert (norm > 0).all() == (T >= 4)
+
+
+def test_statistics_carry_no_gradient():
+    mlp = small_mlp()
+    x = jnp.ones((1, 8, 6), jnp.float32)
+
+    def total(x):
+        stats = mlp(x, context(x), None)[2]
+        return stats["state_ratio_B"].sum() + stats["update_norm_B"].sum()
+
+    assert not np.asarray(jit(jax.grad(total))(x)).any()
+
+
+def test_the_state_accumulates_in_float32_under_bfloat16():
+    mlp = small_mlp()
+    x = jax.random.normal(jax.random.key(3), (1, 9, 6), jnp.bfloat16)
+    y, state, _ = jax.eval_shape(apply, mlp, x, x, None, None)
+    assert (y.dtype, state.S_BDF.dtype, state.z_BCF.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------- layer indices
+
+
+def test_only_the_listed_layers_adapt():
+    cfg = ModelConfig(num_layers=5, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24, vocab_size=11)
+    cfg = dataclasses.replace(cfg, ttt=TTTConfig(layers=(1, 4), chunk_size=4))
+    model = jax.eval_shape(lambda: Transformer(cfg, key=jax.random.key(0)))
+    names = {name for group in tensor_names(model).values() for name in group}
+    assert {name for name in names if "ttt_conv" in name} == {f"model.layers.{i}.mlp.ttt_conv.weight" for i in (1, 4)}
+    stats = jax.eval_shape(lambda model, ids: model.hidden(ids)[2], model, jnp.zeros((1, 8), jnp.int32))
+    assert set(stats) == {1, 4}, "statistics by layer index"
+
+
+@pytest.mark.parametrize(("layers", "words"), [((5,), "layer 5 does not exist"), ((1, 1), "listed twice")])
+def test_a_layer_that_does_not_exist_is_an_error(layers, words):
+    with pytest.raises(ConfigError, match=words):
+        Transformer(ModelConfig(num_layers=5, ttt=TTTConfig(layers=layers)), key=jax.random.key(0))

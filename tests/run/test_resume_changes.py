@@ -1,0 +1,280 @@
+"""Each config field, and each switch outside the config, on a resume: refused, accepted and said
+once, or free.
+"""
+
+import json
+import re
+import shutil
+import time
+import typing
+from pathlib import Path
+
+import pytest
+
+from ttt_jax.config.fields import Config, fields_help, replace, resume_fields
+from ttt_jax.config.resume_fields import FIELDS, FREE, MEASURED, REFUSED, ROUNDING
+from ttt_jax.errors import CheckpointError, DataError
+from ttt_jax.run import resume_changes
+from ttt_jax.run import timing as telemetry
+from ttt_jax.run.folder import prepare_run_dir, read_run_config
+from ttt_jax.run.resume_changes import changed_fields, check_resume
+from ttt_jax.run.timing import write_environment
+
+FIELD_NAMES = [name for name, _, _ in fields_help()]
+# A schedule on which every field of it counts, and steps enough for a warm-up that differs.
+BASE = replace(Config(), {"optimizer.schedule": "wsd", "steps": 1000})
+
+
+def value_of(config, field):
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def hint_of(field):
+    kind: typing.Any = Config
+    for part in field.split("."):
+        kind = typing.get_type_hints(kind)[part]
+    return kind
+
+
+def another_value(field):
+    """A value of the field's type that is not the base's."""
+    now = value_of(BASE, field)
+    if field == "optimizer.groups":
+        return [{"pattern": "x"}]
+    hint = hint_of(field)
+    options = [hint, *typing.get_args(hint)]
+    choices = [
+        c for o in options if typing.get_origin(o) is typing.Literal for c in typing.get_args(o)
+    ]
+    if choices:
+        return next(choice for choice in choices if choice != now)
+    if isinstance(now, bool):
+        return not now
+    if isinstance(now, float):
+        return now / 2 if now else 0.5
+    if isinstance(now, int):
+        return now + 1
+    if isinstance(now, str):
+        return now + "x"
+    if isinstance(now, tuple):
+        return [0] if field.endswith("layers") else ["x"]
+    return "x" if str in options else 0.5 if field.endswith(("norm", "factor")) else 7
+
+
+def test_every_field_is_in_the_table_once():
+    assert sorted(FIELDS) == sorted(FIELD_NAMES)
+    named = [name for names in resume_fields._NAMES.values() for name in names.split()]
+    assert len(named) == len(set(named))
+    assert resume_fields.on_resume("a.new.field") == REFUSED
+
+
+@pytest.mark.parametrize("field", FIELD_NAMES)
+def test_a_changed_field_is_refused_said_or_free(tmp_path, field):
+    config = replace(BASE, {"runs_dir": str(tmp_path / "runs")})
+    prepare_run_dir(config)
+    value = str(tmp_path / "elsewhere") if field == "runs_dir" else another_value(field)
+    changed = replace(config, {field: value})
+    assert changed != config
+    if field in ("name", "runs_dir"):  # the folder is moved along
+        changed.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(config.run_dir, changed.run_dir)
+    if FIELDS[field] == REFUSED:
+        with pytest.raises(CheckpointError) as error:
+            prepare_run_dir(changed)
+        shown = field.replace("warmup_ratio", "warmup_steps")
+        assert str(error.value).startswith(f"config field {shown} = ")
+        assert read_run_config(config.run_dir) == config
+        return
+    said = changed_fields(read_run_config(changed.run_dir), changed)
+    assert prepare_run_dir(changed) is True
+    if FIELDS[field] == FREE:
+        assert said == []
+    else:
+        (line,) = said
+        assert line.startswith(f"changed since the last start: {field} ")
+        assert ("rounding" in line) == (FIELDS[field] == ROUNDING)
+        assert ("held-out" in line) == (FIELDS[field] == MEASURED)
+        assert "\n" not in line
+    assert changed_fields(read_run_config(changed.run_dir), changed) == []  # said once
+
+
+def test_the_table_in_the_documentation_says_the_same():
+    text = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    section = text.partition("## Settings that change between two starts")[2].partition("\n## ")[0]
+    table = {}
+    for line in section.splitlines():
+        if match := re.match(r"\| (refused|said once|free)[^|]*\|([^|]*)\|", line):
+            for name in re.findall(r"`([a-z0-9_.]+)`", match[2]):
+                table[name] = match[1]
+    shown = {ROUNDING: "said once", MEASURED: "said once"}
+    assert table == {name: shown.get(kind, kind) for name, kind in FIELDS.items()}
+
+
+class StubLoader:
+    """A loader whose data are those of a state that says so."""
+
+    def check_state(self, state):
+        if state["data"] != "mine":
+            raise DataError("data state: changed")
+        return []
+
+
+def checkpoint(config, step, state):
+    folder = config.run_dir / "checkpoints" / str(step) / "data_state"
+    folder.mkdir(parents=True)
+    (folder / "metadata").write_text(state if isinstance(state, str) else json.dumps(state))
+
+
+def contents(folder):
+    return {
+        str(p): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in Path(folder).rglob("*")
+        if p.is_file()
+    }
+
+
+def test_a_refusal_for_changed_data_comes_before_anything_is_written(tmp_path):
+    config = replace(BASE, {"runs_dir": str(tmp_path)})
+    loader = typing.cast(typing.Any, StubLoader())
+    assert check_resume(config, loader) == []
+    assert list(tmp_path.iterdir()) == []
+    prepare_run_dir(config)
+    changed = replace(config, {"remat_save": None})
+    (line,) = check_resume(changed, loader)
+    assert "remat_save [] -> null" in line
+    checkpoint(config, 5, {"data": "other"})
+    checkpoint(config, 20, {"data": "mine"})
+    assert check_resume(config, loader) == []
+    checkpoint(config, 100, {"data": "other"})
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="data state: changed"):
+        check_resume(changed, loader)
+    assert check_resume(replace(config, {"seed": 9}), loader) == []  # `prepare_run_dir` refuses it
+    assert contents(tmp_path) == before
+    checkpoint(config, 101, "[" * 10)  # damaged: the restore finds an older one
+    assert check_resume(config, loader) == []
+
+
+# -------------------------------------------------------------------------------------- environment
+
+NOW: dict[str, typing.Any] = {
+    "date": "d",
+    "commit": "c",
+    "hardware": {"platform": "gpu", "device": "h100", "device_count": 8, "cpus": 4},
+    "versions": {"jax": "0.10.2"},
+    "settings": {"jax_enable_x64": False},
+    "parameters": 3,
+}
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Writes the environment of a start that differs from NOW in some places; returns its warnings.
+    """
+
+    def run(**groups):
+        now = json.loads(json.dumps(NOW))
+        for group, changes in groups.items():
+            now[group] = {**now[group], **changes} if isinstance(changes, dict) else changes
+        settings = now.pop("settings")
+        monkeypatch.setattr(telemetry, "provenance", lambda: now)
+        monkeypatch.setattr(telemetry, "numeric_settings", lambda: settings)
+        return write_environment(tmp_path, parameters=3)
+
+    return run
+
+
+def history(folder):
+    return [
+        json.loads(line)
+        for line in (folder / "environments.jsonl").read_text().splitlines()
+        if line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"XLA_FLAGS": "--xla_a=1"}}, "XLA_FLAGS null -> --xla_a=1"),
+        ({"settings": {"jax_enable_x64": True}}, "jax_enable_x64 false -> true"),
+        ({"versions": {"jax": "0.11.2"}}, "jax 0.10.2 -> 0.11.2"),
+        ({"hardware": {"device_count": 4}}, "device_count 8 -> 4"),
+        ({"commit": "e"}, "commit c -> e"),
+    ],
+)
+def test_a_changed_environment_is_said_once_and_kept(tmp_path, start, changes, said):
+    assert start() == []
+    assert start(date="later") == []
+    (line,) = start(**changes)
+    assert line.startswith(f"changed since the last start: {said}; ")
+    assert "\n" not in line
+    assert start(**changes) == []
+    assert len(start()) == 1  # back again is another change
+    starts = history(tmp_path)
+    assert [entry == {**NOW} for entry in starts] == [True, False, False, False, True]
+    assert json.loads((tmp_path / "environment.json").read_text()) == starts[-1]
+
+
+def test_what_is_no_change(start):
+    assert start() == []
+    assert start(hardware={"cpus": 64}, date="later") == []  # the CPUs of a GPU host
+    assert start(hardware={"platform": "cpu", "cpus": 64}) != []
+
+
+def test_runs_of_older_versions_keep_their_environment(tmp_path, start):
+    old = {key: value for key, value in NOW.items() if key != "settings"}
+    (tmp_path / "environment.json").write_text(json.dumps(old))
+    assert start(settings={"jax_enable_x64": True}) == []  # not known of the start before
+    assert history(tmp_path)[0] == old
+    assert len(history(tmp_path)) == 2
+    with (tmp_path / "environments.jsonl").open("a") as file:
+        file.write('{"cut')  # by a kill
+    (tmp_path / "environment.json").write_text("damaged")
+    assert start() == []
+    lines = (tmp_path / "environments.jsonl").read_text().splitlines()
+    assert lines[2] == '{"cut'
+    assert json.loads(lines[3]) == NOW
+
+
+def test_the_switches_are_those_in_effect(monkeypatch):
+    import jax
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    found = resume_changes.numeric_settings()
+    assert found["XLA_FLAGS"] == "--xla_x"
+    assert "LIBTPU_INIT_ARGS" not in found
+    assert found["jax_enable_x64"] is bool(jax.config.jax_enable_x64)
+    with jax.default_matmul_precision("highest"):
+        assert resume_changes.numeric_settings()["jax_default_matmul_precision"] == "highest"
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_start_on_changed_data_leaves_the_run_folder_as_it_is(tmp_path):
+    """The whole job: killed behind a checkpoint, its text upper-cased, started again."""
+    from test_train import TINY, start
+
+    corpus, runs = tmp_path / "corpus", tmp_path / "runs"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text(f"text number {i} of the corpus " * 5)
+    words = [*TINY, f"--data.train={corpus}", f"--runs_dir={runs}", "--name=a", "--steps=100000"]
+    job = start([*words, "--log.probe_every=0", "--checkpoint.every=1"])
+    steps, deadline = runs / "a" / "checkpoints", time.monotonic() + 120
+    while not (steps.is_dir() and any(step.name.isdecimal() for step in steps.iterdir())):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.kill()
+    job.communicate()
+    before = contents(runs)
+    (corpus / "7.txt").write_text((corpus / "7.txt").read_text().upper())
+    job = start(words)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 2, output
+    (line,) = output.splitlines()
+    assert line.startswith("error: data state: the content of training documents changed since")
+    before.pop(str(runs / "a" / ".lock"), None)  # the killed job's, taken over
+    assert contents(runs) == before

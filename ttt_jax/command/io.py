@@ -1,0 +1,103 @@
+"""What the commands `score` and `generate` read and print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from ttt_jax.errors import UserError
+from ttt_jax.terminal import for_stream, printable
+
+
+def load_model(folder: Path, dtype: str | None, for_decoding: bool = False):
+    """A model as the commands compute it."""
+    import jax
+
+    from ttt_jax.model.transformer import Runtime
+    from ttt_jax.pretrained.load import load_pretrained
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    # Decoding on an accelerator wants layers with arrays of their own; on a CPU the scan's shorter
+    # compile time wins.
+    return load_pretrained(
+        folder, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=on_cpu or not for_decoding)
+    )
+
+
+def encode(model, text: str, option: str) -> list[int]:
+    """Token ids of a text. Raises UserError without a tokenizer, and for an empty text."""
+    if model.tokenizer is None:
+        raise UserError(
+            f"{option}: text needs a tokenizer and the model's folder has no tokenizer.json; "
+            "use --ids FILE.npy"
+        )
+    ids = model.tokenizer.encode(text)
+    if not ids:
+        raise UserError(f"{option}: the text is empty; give at least one token")
+    return ids
+
+
+def read_text(path: Path, option: str) -> str:
+    """The text of a file. Raises UserError when it is not readable or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {path}: not UTF-8 at byte {error.start}; convert it") from None
+    except OSError as error:
+        raise UserError(
+            f"{option} {path}: {error.strerror or error}; give a readable text file"
+        ) from None
+
+
+def read_ids(path: Path, option: str):
+    """Rows of token ids. Never unpickles."""
+    import numpy as np
+
+    from ttt_jax.files.npy import map_npy
+
+    try:
+        array = map_npy(path)
+    except ValueError as error:
+        raise UserError(
+            f"{option} {path}: not an integer array in .npy format ({error}); "
+            "write it with numpy.save"
+        ) from None
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(
+            f"{option} {path}: holds {array.dtype} {list(array.shape)}; "
+            "it must be an integer array [T] or [B, T]"
+        )
+    if not array.size:
+        raise UserError(f"{option} {path}: holds no tokens; give at least one")
+    return list(np.atleast_2d(np.asarray(array)))
+
+
+def saved_early(stream, session: Path) -> str:
+    """What a session that was saved before its command ended holds, one line."""
+    read, waiting = int(stream.position_B.max()), max(len(ids) for ids in stream.unread)
+    held = f"{read:,} tokens read" + (f", {waiting:,} still to be read" if waiting > 1 else "")
+    return printable(
+        f"session {session} saved ({held}): go on with it, without the prompt that it holds"
+    )
+
+
+def print_completions(completions, timings: dict[str, object], as_json: bool, shown: bool) -> None:
+    """Print the results of `generate`; `shown`: the text is there already."""
+    for b, completion in enumerate(completions):
+        if as_json:
+            print(
+                json.dumps(dataclasses.asdict(completion) | {"timings": timings}, allow_nan=False)
+            )
+        elif shown:
+            print()
+        else:
+            print(f"--- {b} ({completion.finish_reason}) ---")
+            print(
+                completion.token_ids
+                if completion.text is None
+                else for_stream(completion.text, sys.stdout)
+            )
+    sys.stdout.flush()

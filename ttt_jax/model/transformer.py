@@ -1,0 +1,389 @@
+"""The Transformer: blocks, groups of scanned layers, and the state of a stream.
+
+B batch, T tokens, D model width, V vocabulary, C chunk size.
+
+Layers that repeat are stacked and scanned: the model finds the repeating pattern of layer kinds (say one TTT layer followed
+by five plain ones) and compiles each kind once, so HLO size and compile time do not grow with depth.
+Read top down: `Transformer.__call__` -> `Group` -> `Block` -> `Attention` (layers.py) and `MLP` (ttt.py) -> the op (ops/).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jax.core import Tracer
+
+from ttt_jax.config.fields import ModelConfig, validate_model
+from ttt_jax.errors import UserError
+from ttt_jax.model.layer_scan import scan_layers
+from ttt_jax.model.layers import Attention, Context, RMSNorm, param, rope_tables
+from ttt_jax.model.ttt_mlp import MLP, TTTState
+from ttt_jax.ops.attention.cached import KVCache
+from ttt_jax.ops.ttt.xla import accumulator, precision_for
+from ttt_jax.parallel.shard_mapped import Parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a model is computed, as opposed to what it computes.
+
+    Fields:
+      dtype: compute dtype, "float32" or "bfloat16" (parameters are cast where they are used).
+      remat_save: names of the activations that the backward keeps (config.REMAT_NAMES); None keeps all.
+      attention: attention implementation; None picks the fastest.
+      scan_layers: stack equal layers and scan over them, so that compile time does not grow with depth. Without, each layer
+        has its own arrays, which decoding reads and updates in place (a scan copies a layer's slice first).
+      parallel: the parallel forms of attention and op on a mesh; None on a single device.
+    """
+
+    dtype: str = "float32"
+    remat_save: tuple[str, ...] | None = ()
+    attention: str | None = None
+    scan_layers: bool = True
+    parallel: Parallel | None = None
+
+
+class LayerKind(NamedTuple):
+    """What makes two layers different programs."""
+
+    ttt: bool
+    window: int | None
+
+
+class LayerState(NamedTuple):
+    cache: KVCache
+    ttt: TTTState | None
+
+
+@struct.dataclass
+class State:
+    """What the model needs to read on. A pytree; `layers[group][run]` is stacked like the parameters of the run.
+
+    Fields:
+      position_B: tokens read by each row, int32.
+      layers: KV cache and TTT state of every layer.
+      capacity: tokens that full-attention caches can hold; None: they grow with every call.
+    """
+
+    position_B: jax.Array
+    layers: tuple[tuple[LayerState, ...], ...]
+    capacity: int | None = struct.field(pytree_node=False, default=None)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, *, key: jax.Array):
+        k_attention, k_mlp, k_norm = jax.random.split(key, 3)
+        self.attention_norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_norm)
+        self.attention = Attention(cfg, kind.window, key=k_attention)
+        self.mlp_norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_norm)
+        self.mlp = MLP(cfg, kind.ttt, key=k_mlp)
+
+    def __call__(self, h_BTD, ctx: Context, state: LayerState | None, attention: str | None):
+        cache, ttt = (None, None) if state is None else state
+        y_BTD, cache = self.attention(ctx.pin(self.attention_norm(h_BTD)), ctx, cache, attention)
+        h_BTD = ctx.pin(h_BTD + ctx.pin(y_BTD))
+        y_BTD, ttt, stats = self.mlp(ctx.pin(self.mlp_norm(h_BTD)), ctx, ttt)
+        return ctx.pin(h_BTD + ctx.pin(y_BTD)), None if cache is None else LayerState(cache, ttt), stats
+
+
+class Run(NamedTuple):
+    """`count` equal layers in a row."""
+
+    kind: LayerKind
+    count: int
+
+
+class Group(nnx.Module):
+    """`repeats` copies of a pattern of runs, for instance (1 TTT layer, 5 plain layers) x 6.
+
+    One scan goes over the repeats and one, inside it, over the layers of each run, so every distinct block is compiled once
+    and the backward holds the recomputed activations of one block at a time. The parameters of `blocks[i]` are stacked
+    [repeats, pattern[i].count, ...].
+    """
+
+    def __init__(self, cfg: ModelConfig, first: int, pattern: tuple[Run, ...], repeats: int, *, key: jax.Array):
+        self.first, self.pattern, self.repeats = first, pattern, repeats
+        blocks = []
+        for i, run in enumerate(pattern):
+            keys = jax.random.split(jax.random.fold_in(key, self.layer_index(0, i, 0)), repeats * run.count)
+            make = functools.partial(_make_block, cfg, run.kind)
+            blocks.append(jax.vmap(jax.vmap(make))(keys.reshape(repeats, run.count)))
+        self.blocks = nnx.List(blocks)
+
+    def layer_index(self, repeat: int, run: int, number: int) -> int:
+        """Index in the model of layer `number` of a run in a repeat of the pattern."""
+        counts = [run.count for run in self.pattern]
+        return self.first + repeat * sum(counts) + sum(counts[:run]) + number
+
+    def layer_indices(self, run: int) -> list[int]:
+        """Indices of the layers stacked in `blocks[run]`, in the order of the flattened stack axes."""
+        count = self.pattern[run].count
+        return [self.layer_index(r, run, n) for r in range(self.repeats) for n in range(count)]
+
+    def __call__(self, h_BTD, ctx: Context, states: tuple[LayerState, ...] | None, runtime: Runtime):
+        """Returns h, the states and the stats of each run (None where it has no TTT), stacked like the parameters."""
+
+        def apply(block, h_BTD, ctx, state):
+            return block(h_BTD, ctx, state, runtime.attention)
+
+        if runtime.remat_save is not None:
+            # prevent_cse is for recomputation outside of loops, which these scans rule out.
+            apply = jax.checkpoint(apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False)
+
+        single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
+        if states is None and not ctx.keep_state and isinstance(ctx.ttt_scale, float) and not single:  # training
+
+            def stateless(block, h_BTD, embed_BTD, ctx):
+                h_BTD, _, stats = apply(block, h_BTD, dataclasses.replace(ctx, embed_BTD=embed_BTD), None)
+                return h_BTD, stats
+
+            runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
+            results: Any = scan_layers((stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+            return results[0], (None,) * runs, results[1]
+
+        def layer(h_BTD, xs):
+            h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])
+            return h_BTD, (state, stats)
+
+        def pattern(h_BTD, xs):
+            blocks, states = xs
+            outs = []
+            for i, block in enumerate(blocks):
+                h_BTD, out = jax.lax.scan(layer, h_BTD, (block, None if states is None else states[i]))
+                outs.append(out)
+            return h_BTD, tuple(outs)
+
+        if single:  # a stack of one is the array itself
+            outs = []
+            for i, block in enumerate(self.blocks):
+                only = lambda tree: jax.tree.map(lambda x: x.reshape(x.shape[2:]), tree)
+                h_BTD, out = layer(h_BTD, (only(block), None if states is None else only(states[i])))
+                outs.append(jax.tree.map(lambda x: x[None, None], out))
+        else:
+            h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
+        return h_BTD, tuple(state for state, _ in outs), tuple(stats for _, stats in outs)
+
+
+def _make_block(cfg: ModelConfig, kind: LayerKind, key: jax.Array) -> Block:
+    return Block(cfg, kind, key=key)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model of the LLaMA / Qwen family with In-Place TTT on `cfg.ttt.layers`.
+
+    A plain pytree of float32 parameters: use it with `jax.jit`, `jax.grad`, optax. It holds no mutable state.
+    """
+
+    def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array):
+        """Raises `ConfigError` if the config contradicts itself."""
+        validate_model(cfg)
+        self.config, self.runtime = cfg, runtime
+        self.tokenizer: Any = None  # `load_pretrained` puts the folder's here, for convenience
+        self.eos_ids: tuple[int, ...] = ()  # end tokens of the generation config, likewise
+        k_embed, k_head, k_layers = jax.random.split(key, 3)
+        self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
+        groups, first = [], 0
+        kinds = layer_kinds(cfg)
+        for pattern, repeats in find_groups(kinds) if runtime.scan_layers else [((Run(kind, 1),), 1) for kind in kinds]:
+            groups.append(Group(cfg, first, pattern, repeats, key=k_layers))
+            first += sum(run.count for run in pattern) * repeats
+        self.groups = nnx.List(groups)
+        self.norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_head)
+        shape = (cfg.vocab_size, cfg.d_model)
+        self.head = None if cfg.tie_embeddings else param(k_head, shape, ("vocab", "embed"), cfg.init_std)
+
+    @property
+    def output_weight(self) -> jax.Array:
+        """[V, D], tied to the embedding or not."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def __call__(self, ids_BT, state: State | None = None, **options) -> tuple[jax.Array, State]:
+        """Read tokens and return logits for each next token.
+
+        Args:
+          ids_BT: int32 token ids. Inside of `jax.jit` their values are not known: ids outside the vocabulary then give NaN
+            (negative ones count from its end); `reading.check_ids` looks at them before.
+          state: where the stream was left; None starts fresh.
+          options: see `hidden`.
+
+        Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives the same logits.
+        Raises: UserError for ids outside the vocabulary, where their values are known.
+        """
+        _check_known_ids(ids_BT, self.config.vocab_size)
+        h_BTD, new_state, _ = self.hidden(ids_BT, state, keep_state=True, **options)
+        assert new_state is not None
+        return self.logits(h_BTD), new_state
+
+    def hidden(
+        self,
+        ids_BT,
+        state: State | None = None,
+        *,
+        keep_state: bool = False,
+        lengths=None,
+        segment_ids=None,
+        positions=None,
+        ttt_scale: float | jax.Array = 1.0,
+        capacity: int | None = None,
+        at_chunk_start: bool = False,
+        ends_chunk: bool | None = None,
+        probe: bool = False,
+    ):
+        """Final hidden states (after the last norm).
+
+        Args:
+          ids_BT: int32 token ids inside the vocabulary; their values are not looked at, and others give NaN.
+          state: from an earlier call, or `init_state`; None starts fresh.
+          keep_state: return a state (training does without).
+          lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past them mean nothing.
+          segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start at multiples of
+            `config.ttt.chunk_size`; only for a fresh start.
+          ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
+          capacity: slots of the KV caches that a fresh start allocates; None lets them grow with every call.
+          at_chunk_start: the caller knows that every row that reads here stands at a chunk boundary: pieces then cost what a
+            fresh start costs.
+          ends_chunk: of a one-token step, whether it may complete a chunk of some row; None finds out on the device.
+          probe: of a fresh start, add "update_cosine_B" to the stats, which costs about one more update of one row.
+
+        Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B", "update_norm_B"}}).
+        Raises: UserError when packed rows meet a state.
+        """
+        cfg, dtype = self.config, jnp.dtype(self.runtime.dtype)
+        B, T = ids_BT.shape
+        if state is not None and (segment_ids is not None or positions is not None):
+            raise UserError("segment_ids and positions: packed rows start fresh; pass state=None or drop them")
+        capacity = capacity if state is None else state.capacity
+        if capacity is not None and capacity < T:  # caches would drop what does not fit without a word
+            raise UserError(f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger state")
+        if positions is None:
+            start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
+            positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
+        with jax.named_scope("embed"):
+            if self.runtime.parallel is not None and state is None:
+                embed_BTD = self.runtime.parallel.embed(self.embed[...], ids_BT).astype(dtype)
+            else:
+                embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
+        ctx = Context(
+            rope=rope_tables(cfg.rope, cfg.head_dim, positions),
+            start_B=None if state is None else state.position_B,
+            lengths_B=lengths,
+            segment_ids_BT=segment_ids,
+            embed_BTD=embed_BTD,
+            ttt_scale=ttt_scale,
+            keep_state=keep_state or state is not None,
+            capacity=capacity,
+            at_chunk_start=at_chunk_start,
+            ends_chunk=ends_chunk,
+            probe=probe,
+            parallel=self.runtime.parallel,
+        )
+        h_BTD, states, stats = embed_BTD, [], {}
+        for g, group in enumerate(self.groups):
+            group_states = None if state is None else state.layers[g]
+            h_BTD, new_states, group_stats = group(h_BTD, ctx, group_states, self.runtime)
+            states.append(new_states)
+            for run, stat in enumerate(group_stats):
+                if stat is not None:
+                    flat = {name: x_RNB.reshape(-1, B) for name, x_RNB in stat.items()}
+                    for n, layer in enumerate(group.layer_indices(run)):
+                        stats[layer] = {name: x_LB[n] for name, x_LB in flat.items()}
+        h_BTD = self.norm(h_BTD)
+        if not ctx.keep_state:
+            return h_BTD, None, stats
+        read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        position_B = read_B if state is None else state.position_B + read_B
+        return h_BTD, State(position_B, tuple(states), ctx.capacity), stats
+
+    def logits(self, h_BTD):
+        """float32 logits [B, T, V] (float64 for float64)."""
+        acc = accumulator(h_BTD.dtype)
+        with jax.named_scope("logits"):
+            return jnp.einsum(
+                "btd,vd->btv",
+                h_BTD,
+                self.output_weight.astype(h_BTD.dtype),
+                preferred_element_type=acc,
+                precision=precision_for(h_BTD.dtype),
+            )
+
+    def init_state(self, batch_size: int, capacity: int) -> State:
+        """An empty state whose full-attention caches hold `capacity` tokens."""
+        dtype = jnp.dtype(self.runtime.dtype)
+        layers = []
+        for group in self.groups:
+            runs = []
+            for run, block in zip(group.pattern, group.blocks, strict=True):
+                ttt = block.mlp.init_state(batch_size, dtype) if run.kind.ttt else None
+                layer = LayerState(block.attention.init_cache(batch_size, capacity, dtype), ttt)
+                stack = (group.repeats, run.count)
+                runs.append(jax.tree.map(lambda x, s=stack: jnp.broadcast_to(x[None, None], (*s, *x.shape)), layer))
+            layers.append(tuple(runs))
+        return State(jnp.zeros((batch_size,), jnp.int32), tuple(layers), capacity)
+
+
+def layer_kinds(cfg: ModelConfig) -> list[LayerKind]:
+    full = set(cfg.full_attention_layers)
+    return [
+        LayerKind(i in cfg.ttt.layers, None if i in full else cfg.sliding_window) for i in range(cfg.num_layers)
+    ]
+
+
+def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
+    """Raise UserError for ids outside the vocabulary; of traced arrays, and parts of other processes', nothing is known."""
+    if isinstance(ids_BT, Tracer) or not getattr(ids_BT, "is_fully_addressable", True):
+        return
+    ids_BT = np.asarray(ids_BT)
+    if ids_BT.size and (ids_BT.min() < 0 or ids_BT.max() >= vocab_size):
+        bad = ids_BT[(ids_BT < 0) | (ids_BT >= vocab_size)][0]
+        raise UserError(f"ids: hold id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
+
+
+def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[Run, ...], int]]:
+    """Cut a list of layer kinds into (pattern of runs, repeats), so that few distinct blocks are compiled.
+
+    At each place take the pattern that covers most layers per run; ties go to the longer cover.
+    """
+    runs = [Run(kind, len(list(same))) for kind, same in itertools.groupby(kinds)]
+    groups = []
+    while runs:
+        best, best_value = (1, 1), (0.0, 0)
+        for period in range(1, len(runs) + 1):
+            repeats = 1
+            while runs[repeats * period : (repeats + 1) * period] == runs[:period]:
+                repeats += 1
+            covered = sum(run.count for run in runs[:period]) * repeats
+            if repeats > 1 or period == 1:
+                best, best_value = max((best, best_value), ((period, repeats), (covered / period, covered)), key=lambda x: x[1])
+        period, repeats = best
+        groups.append((tuple(runs[:period]), repeats))
+        runs = runs[period * repeats :]
+    return groups
+
+
+def _remat_policy(names: tuple[str, ...]):
+    """Keep the named activations; "attention" keeps what attention's own backward needs (output and softmax statistics)."""
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+    if "attention" not in names:
+        return by_name
+
+    def policy(primitive, *args, **params):
+        return "dot_product_attention" in primitive.name or by_name(primitive, *args, **params)
+
+    return policy
+
+
+def abstract_transformer(cfg: ModelConfig, runtime: Runtime = Runtime()) -> Transformer:
+    """The structure of a model without its arrays: leaves are float32 `jax.ShapeDtypeStruct`.
+
+    Raises: ConfigError if the config contradicts itself.
+    """
+    return jax.eval_shape(lambda: Transformer(cfg, runtime, key=jax.random.key(0)))

@@ -1,0 +1,276 @@
+"""The adaptive MLP: SwiGLU whose down-projection is a fast weight, its target module and its state.
+
+B batch, T new tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update (D F).
+In-Place TTT, https://arxiv.org/abs/2604.06169, section 3; the chunk clock of a row counts from its first token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from ttt_jax.config.fields import ModelConfig
+from ttt_jax.model.layers import Context, linear, param
+from ttt_jax.ops import in_place_ttt, update_cosine, update_norm
+from ttt_jax.ops.ttt.writes import transformed
+from ttt_jax.ops.ttt.xla import accumulator, precision_for
+from ttt_jax.parallel.shard_mapped import Parallel
+
+_TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
+KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
+
+
+class TTTState(NamedTuple):
+    """What one TTT layer carries from one call to the next. Position modulo C is the number of pending tokens.
+
+    Fields:
+      S_BDF: accumulated update of the down-projection, float32.
+      z_BCF: MLP activations of the pending chunk, compute dtype; slots from the pending count on hold nothing.
+      source_BCD: source of the targets of the pending chunk, compute dtype.
+    """
+
+    S_BDF: jax.Array
+    z_BCF: jax.Array
+    source_BCD: jax.Array
+
+
+def initial_target(key: jax.Array, D: int, std: float) -> tuple[jax.Array, jax.Array]:
+    """Make the target's parameters: convolution [D, KERNEL] of zeros, diagonal W_target [D, D] ~ N(0, std^2).
+
+    Both are float32. The model starts as if it had no fast weights (paper, appendix; the same from scratch and for
+    continual training, where hf.py reads it row by row).
+    """
+    diagonal_D = std * jax.random.normal(key, (D,), jnp.float32)
+    return jnp.zeros((D, KERNEL), jnp.float32), jnp.diag(diagonal_D)
+
+
+def unit_rms(x_BTD: jax.Array) -> jax.Array:
+    """Divide each token's vector by its root mean square, in x's dtype; zeros stay zeros."""
+    x = x_BTD.astype(accumulator(x_BTD.dtype))
+    square_BT1 = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(square_BT1 + _TINY)).astype(x_BTD.dtype)
+
+
+class Target(nnx.Module):
+    """Targets v = conv(source) @ W_target: a depthwise convolution inside each chunk, then an optional projection.
+
+    The convolution is centred: it sees two *future* tokens. That is causal all the same, because the update of a chunk
+    reaches only later chunks; the zero padding at both edges of every chunk keeps it inside.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, key: jax.Array):
+        D = cfg.d_model
+        self.normalize_source = cfg.ttt.normalize_source
+        conv_DK, proj_DD = initial_target(key, D, cfg.init_std)
+        self.conv = nnx.Param(conv_DK[:, None], axes=("embed", "conv_in", "conv_taps"))
+        self.proj = nnx.Param(proj_DD, axes=("embed", "embed_out")) if cfg.ttt.proj else None
+
+    def __call__(self, source_BTD, chunk_size: int, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
+        """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype. `pin`: see `Context.pin`."""
+        B, T, D = source_BTD.shape
+        C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
+        acc = accumulator(dtype)
+        if self.normalize_source:
+            source_BTD = unit_rms(source_BTD)
+        conv_DK = self.conv[...].astype(acc)[:, 0]
+        source_BMCD = source_BTD.reshape(B, T // C, C, D)
+        padded = jnp.pad(source_BMCD, ((0, 0), (0, 0), (reach, reach), (0, 0)))
+        with jax.named_scope("ttt_target"):
+            t = jnp.zeros(source_BMCD.shape, acc)
+            for k in range(KERNEL):
+                tap_D = jnp.broadcast_to(conv_DK[:, k], source_BMCD.shape)
+                t = t + padded[:, :, k : k + C].astype(acc) * tap_D
+            t_BTD = pin(t.astype(dtype).reshape(B, T, D))
+            if self.proj is not None:  # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
+                weight = self.proj[...].astype(dtype)
+                t_BTD = pin(jnp.einsum("btd,de->bte", t_BTD, weight, precision=precision_for(dtype)))
+        return t_BTD
+
+
+class MLP(nnx.Module):
+    """SwiGLU; with `ttt` its down-projection adapts to the sequence."""
+
+    def __init__(self, cfg: ModelConfig, ttt: bool, *, key: jax.Array):
+        self.cfg = cfg
+        D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
+        keys = jax.random.split(key, 4)
+        self.gate = param(keys[0], (F, D), ("mlp", "embed"), std)
+        self.up = param(keys[1], (F, D), ("mlp", "embed"), std)
+        self.down = param(keys[2], (D, F), ("embed", "mlp"), std / math.sqrt(2 * cfg.num_layers))
+        bias = lambda size, axis: param(key, (size,), (axis,), 0.0)
+        self.gate_bias = bias(F, "mlp") if cfg.mlp_bias else None
+        self.up_bias = bias(F, "mlp") if cfg.mlp_bias else None
+        self.down_bias = bias(D, "embed") if cfg.mlp_bias else None
+        self.target = Target(cfg, key=keys[3]) if ttt else None
+
+    def __call__(self, x_BTD, ctx: Context, state: TTTState | None):
+        """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
+
+        `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the update of the first
+        sequence's last whole chunk.
+        """
+        with jax.named_scope("mlp_up"):
+            gate_BTF = checkpoint_name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
+            up_BTF = checkpoint_name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
+            z_BTF = checkpoint_name(ctx.pin(jax.nn.silu(gate_BTF) * up_BTF, "mlp"), "mlp_hidden")
+        if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
+            with jax.named_scope("mlp_down"):
+                return linear(z_BTF, self.down, self.down_bias), state, None
+        source_BTD = x_BTD if self.cfg.ttt.target == "hidden_states" else ctx.embed_BTD
+        if state is None or ctx.at_chunk_start:
+            y_BTD, state, stats = self._from_boundary(z_BTF, source_BTD, ctx, state)
+        elif z_BTF.shape[1] == 1:
+            y_BTD, state, stats = self._append(z_BTF, source_BTD, ctx, state)
+        else:
+            y_BTD, state, stats = self._continue(z_BTF, source_BTD, ctx, state)
+        if self.down_bias is not None:
+            y_BTD = y_BTD + jnp.broadcast_to(self.down_bias[...].astype(y_BTD.dtype), y_BTD.shape)
+        return y_BTD, state, stats
+
+    def init_state(self, batch: int, dtype) -> TTTState:
+        D, F, C = self.cfg.d_model, self.cfg.d_ff, self.cfg.ttt.chunk_size
+        acc = accumulator(dtype)
+        return TTTState(
+            jnp.zeros((batch, D, F), acc), jnp.zeros((batch, C, F), dtype), jnp.zeros((batch, C, D), dtype)
+        )
+
+    def _lr(self, ctx: Context, acc):
+        return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
+
+    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, parallel: Parallel | None = None):
+        ttt = self.cfg.ttt
+        op = in_place_ttt if parallel is None else parallel.in_place_ttt
+        return op(
+            z_BTF,
+            v_BTD,
+            self.down[...],
+            lr=lr,
+            chunk_size=ttt.chunk_size,
+            state=S_BDF,
+            segment_ids=segment_ids_BT,
+            clip_norm=ttt.clip_norm,
+            implementation=ttt.implementation,
+        )
+
+    def _targets(self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
+        """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the chunks of each row."""
+        ttt, C = self.cfg.ttt, self.cfg.ttt.chunk_size
+        T = source_BTD.shape[1]
+        M = T // C
+        if self.target is None or M == 0:
+            return jnp.zeros_like(source_BTD)
+        v_BTD = self.target(source_BTD[:, : M * C], C, pin)
+        if ttt.write != "sum":
+            unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])  # a row of W
+            v_BTD = pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, ridge=ttt.ridge, unit=unit))
+        if whole_B is not None:
+            written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
+            v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
+        v_BTD = jnp.pad(v_BTD, ((0, 0), (0, T - M * C), (0, 0)))
+        return checkpoint_name(v_BTD, "ttt_target")
+
+    def _slow_norm(self, acc):
+        """||W||_F, without a gradient."""
+        return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(self.down[...]).astype(acc))))
+
+    def _stats(self, S_BDF, update_norm_B):
+        slow = self._slow_norm(S_BDF.dtype)
+        fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
+        return {"state_ratio_B": jax.lax.stop_gradient(fast_B / slow), "update_norm_B": update_norm_B}
+
+    def _last_update_norm(self, z_BTF, v_BTD, lr, parallel: Parallel | None = None):
+        C = self.cfg.ttt.chunk_size
+        end = z_BTF.shape[1] // C * C
+        if end == 0:
+            return jnp.zeros(z_BTF.shape[:1], lr.dtype)
+        if parallel is not None and end == z_BTF.shape[1]:
+            stop = jax.lax.stop_gradient
+            norm = parallel.last_update_norm(stop(z_BTF), stop(v_BTD), stop(lr), C)
+            return jnp.broadcast_to(norm, z_BTF.shape[:1])
+        last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
+        return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
+
+    def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
+        """Every row starts, or stands at the start of a chunk (or reads nothing)."""
+        C = self.cfg.ttt.chunk_size
+        B, T, _ = z_BTF.shape
+        lr = self._lr(ctx, accumulator(z_BTF.dtype))
+        whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
+        v_BTD = self._targets(z_BTF, source_BTD, whole_B, ctx.pin)
+        parallel = ctx.parallel if ctx.parallel is not None and ctx.parallel.splits(T, C) else None
+        S_BDF = None if state is None else state.S_BDF
+        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, parallel)
+        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
+        if ctx.probe:
+            cosine = update_cosine if parallel is None else parallel.update_cosine
+            stats["update_cosine_B"] = jnp.broadcast_to(cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT), (B,))
+        if not ctx.keep_state:
+            return y_BTD, None, stats
+        if whole_B is None and T % C == 0:  # nothing is pending
+            return y_BTD, TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))), stats
+        whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
+        z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BTF, source_BTD))
+        if state is not None and ctx.lengths_B is not None:  # a row that reads nothing keeps its pending chunk
+            idle_B11 = (ctx.lengths_B == 0)[:, None, None]
+            z_BCF = jnp.where(idle_B11, state.z_BCF, z_BCF)
+            source_BCD = jnp.where(idle_B11, state.source_BCD, source_BCD)
+        return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
+
+    def _continue(self, z_BTF, source_BTD, ctx: Context, state: TTTState):
+        """Any number of new tokens at any place of the chunk clock: put them behind the pending ones and run the op."""
+        C = self.cfg.ttt.chunk_size
+        B, T, _ = z_BTF.shape
+        lr = self._lr(ctx, state.S_BDF.dtype)
+        pending_B = ctx.position_B % C
+        length_B = jnp.full((B,), T, jnp.int32) if ctx.lengths_B is None else ctx.lengths_B
+        buffer = -(-(C - 1 + T) // C) * C
+
+        def behind(pending_BCX, new_BTX):
+            grown = jnp.pad(pending_BCX, ((0, 0), (0, buffer - C), (0, 0)))
+            return jax.vmap(lambda x, y, n: jax.lax.dynamic_update_slice_in_dim(x, y, n, axis=0))(
+                grown, new_BTX, pending_B
+            )
+
+        z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
+        whole_B = (pending_B + length_B) // C
+        v_BLD = self._targets(z_BLF, source_BLD, whole_B)
+        y_BLD, S_BDF = self._op(z_BLF, v_BLD, lr, state.S_BDF)
+        y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(y_BLD, pending_B)
+        stats = self._stats(S_BDF, self._last_update_norm(z_BLF, v_BLD, lr))
+        return y_BTD, TTTState(S_BDF, *(_pending(x, whole_B, C) for x in (z_BLF, source_BLD))), stats
+
+    def _append(self, z_B1F, source_B1D, ctx: Context, state: TTTState):
+        """One token: O(D + F) beside the apply; the update runs in the step that completes some row's chunk."""
+        C = self.cfg.ttt.chunk_size
+        lr = self._lr(ctx, state.S_BDF.dtype)
+        pending_B = ctx.position_B % C
+        read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
+        # One token of a longer chunk: nothing is written.
+        y_B1D = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
+        slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
+        put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
+        z_BCF, source_BCD = put(state.z_BCF, z_B1F, slot_B), put(state.source_BCD, source_B1D, slot_B)
+        complete_B = (pending_B == C - 1) & (read_B > 0)
+
+        def update(S_BDF):
+            v_BCD = self._targets(z_BCF, source_BCD, complete_B.astype(jnp.int32))
+            return self._op(z_BCF, v_BCD, lr, S_BDF)[1], self._last_update_norm(z_BCF, v_BCD, lr)
+
+        skip = lambda S_BDF: (S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype))
+        if ctx.ends_chunk is None:
+            S_BDF, norm_B = jax.lax.cond(complete_B.any(), update, skip, state.S_BDF)
+        else:
+            S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
+        return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), self._stats(S_BDF, norm_B)
+
+
+def _pending(x_BTX, whole_B, C):
+    """The C slots after each row's whole chunks (zero-padded past the end)."""
+    padded = jnp.pad(x_BTX, ((0, 0), (0, C), (0, 0)))
+    return jax.vmap(lambda x, m: jax.lax.dynamic_slice_in_dim(x, m * C, C, axis=0))(padded, whole_B)

@@ -1,0 +1,282 @@
+"""The public op: one interface, interchangeable implementations.
+
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update of the fast weight (D F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ttt_jax.errors import UserError
+from ttt_jax.ops import platform
+from ttt_jax.ops.ttt.chunk_blocks import in_blocks
+from ttt_jax.ops.ttt.reference import in_place_ttt_reference
+from ttt_jax.ops.ttt.xla import accumulator, in_place_ttt_xla, precision_for
+
+
+class _Call(NamedTuple):
+    """What decides whether an implementation can run."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    dtype: Any
+    B: int
+    T: int
+    D: int
+    F: int
+    C: int
+    documents: bool  # segment_ids are given
+
+
+class _Implementation(NamedTuple):
+    """`run` takes what `in_place_ttt_xla` takes; `why_not` says why it cannot, or None. Both import their kernels lazily."""
+
+    why_not: Callable[[_Call], str | None]
+    run: Callable[..., Any]
+    kernel: bool = True  # a custom call, which the compiler cannot partition over a mesh
+    pays: Callable[[_Call], bool] = lambda call: True  # where None may take it: measured, or estimated, to be fastest
+    block: Callable[[_Call], int] = lambda call: 1  # chunks of a block (ops/blocks.py), where that was measured to be faster
+
+
+def _why_not_pallas_tpu(call: _Call) -> str | None:
+    from kernels_pallas import tpu
+
+    return tpu.why_not(call.platform, call.dtype, call.C, call.D, call.F, call.T)
+
+
+def _run_pallas_tpu(*args, **kwargs):
+    from kernels_pallas import tpu
+
+    return tpu.in_place_ttt_tpu(*args, **kwargs)
+
+
+def _why_not_pallas_gpu(call: _Call) -> str | None:
+    from kernels_pallas import gpu
+
+    return gpu.why_not(call.platform, call.dtype, call.C, call.D, call.F)
+
+
+def _run_pallas_gpu(*args, **kwargs):
+    from kernels_pallas import gpu
+
+    return gpu.in_place_ttt_gpu(*args, **kwargs)
+
+
+def _why_not_triton(call: _Call) -> str | None:
+    from kernels_pallas import triton
+
+    return triton.why_not(call.platform, call.dtype)
+
+
+def _run_triton(*args, **kwargs):
+    from kernels_pallas import triton
+
+    return triton.in_place_ttt_triton(*args, **kwargs)
+
+
+def _pallas_gpu_pays(call: _Call) -> bool:
+    """Measured faster than XLA on an H100 at every shape that was tried: C = 1024 from D, F = 1024, 3072 to 5120, 17408, and
+    to C = 4096 at 2560, 9728; C = 256 at 2560, 9728 and 512 from 2048, 6144 on, in blocks or not (docs/performance.md). Not
+    measured beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them.
+    """
+    smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
+    return call.C <= call.T and smallest <= call.D * call.F and not target.one_of_several()
+
+
+def _pallas_gpu_block(call: _Call) -> int:
+    """Blocks of 1024 tokens were the fastest where they were tried. Documents cannot be computed in blocks."""
+    if call.documents or call.D * call.F < 2048 * 6144:
+        return 1
+    return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
+
+
+# The fastest first. "reference" is not among them: it takes documents and clipping as they come.
+_FAST = {
+    "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
+    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays, block=_pallas_gpu_block),
+    "triton": _Implementation(_why_not_triton, _run_triton, pays=lambda call: False),  # pallas_gpu was faster where it runs
+    "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
+}
+IMPLEMENTATIONS = ("reference", *reversed(_FAST))
+
+
+def in_place_ttt(
+    z_BTF: Float[Array, "B T F"],
+    v_BTD: Float[Array, "B T D"],
+    w_DF: Float[Array, "D F"],
+    *,
+    lr: float | Float[Array, ""],
+    chunk_size: int,
+    state: Float[Array, "B D F"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    clip_norm: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D F"]]:
+    """Apply a fast weight and update it chunk by chunk (In-Place TTT, https://arxiv.org/abs/2604.06169, section 3).
+
+    For chunk i of `chunk_size` tokens:  o_i = z_i (W + S_i)^T,  then  S_{i+1} = S_i + lr * v_i^T z_i.  A trailing
+    partial chunk is applied with the current S and updates nothing. Each sequence of the batch has its own S. Nothing of
+    chunk i reaches the outputs of chunk i, so v may look ahead inside its chunk and the op stays causal.
+
+    Args:
+      z_BTF: MLP activations; float32, bfloat16 or float64. Its dtype is the compute and output dtype.
+      v_BTD: targets; cast to z's dtype.
+      w_DF: slow weight (the pretrained down-projection); cast to z's dtype.
+      lr: inner learning rate, a number or a scalar array (differentiable).
+      chunk_size: C, at least 1.
+      state: S_0, float32 (float64 with float64 inputs); None is zero. It belongs to the first document of each row.
+      segment_ids: document of each token, 0 for padding. S returns to zero where a new document starts; documents must
+        start on chunk boundaries. A chunk that holds padding updates nothing.
+      clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4, evaluation).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F in multiples of 256),
+        "triton" (NVIDIA, jax-triton), or None for the fastest that supports the platform and shapes. A named one that
+        cannot run raises; it never falls back. Kernels (all but the first two) are not partitioned over a mesh by the
+        compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis, and on GPUs not at all.
+
+    Returns:
+      o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to continue the stream with.
+
+    Raises:
+      UserError: shapes do not fit together, a chunk size below 1, or an implementation that is unknown or cannot run here.
+    """
+    _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
+    call = _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None)
+    implementation = _choose(implementation, call)
+    acc = accumulator(z_BTF.dtype)
+    if state is None and implementation != "xla":  # that one knows what not to do with zeros
+        state = jnp.zeros((B, D, F), acc)
+    state, lr = None if state is None else state.astype(acc), jnp.asarray(lr, acc)
+    if implementation == "reference":
+        return in_place_ttt_reference(
+            z_BTF,
+            v_BTD,
+            w_DF,
+            lr=lr,
+            chunk_size=chunk_size,
+            state_BDF=state,
+            segment_ids_BT=segment_ids,
+            clip_norm=clip_norm,
+        )
+    v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
+    if clip_norm is not None:
+        v_BTD = _fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
+    fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
+    if keep_BM is None:
+        return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state)
+    return fast.run(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM)
+
+
+def _choose(implementation: str | None, call: _Call) -> str:
+    """The implementation to run; raises where a named one cannot."""
+    if implementation is None:
+        kernels = target.on_one_device()
+        return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.pays(call) and i.why_not(call) is None)
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(
+            f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "reference":
+        return implementation
+    reason = _FAST[implementation].why_not(call)
+    if reason is None and _FAST[implementation].kernel and not target.may_be_one_device():
+        reason = "a kernel is not partitioned over a mesh; call it inside a shard_map over every mesh axis"
+    if reason is not None:
+        raise UserError(f"in_place_ttt: implementation {implementation!r} cannot run: {reason}")
+    return implementation
+
+
+def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
+    """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
+    return jnp.sqrt(_update_square(z_BCF, v_BCD, lr))
+
+
+def _update_square(z_BCF, v_BCD, lr):
+    acc, precision = accumulator(z_BCF.dtype), precision_for(z_BCF.dtype)
+    delta_BDF = lr * jnp.einsum("bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision)
+    return jnp.sum(delta_BDF**2, axis=(1, 2))
+
+
+def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Array, ""]:
+    """Mean cosine between the updates of successive chunks of the first sequence; 0 where no two write one after the other.
+
+    For telemetry: no gradient is meant to be taken.
+
+    Args:
+      sum_F: adds up what the devices that split F have (ops/context_parallel.py).
+    """
+    acc, precision = accumulator(z_BTF.dtype), precision_for(z_BTF.dtype)
+    ids_BT = None if segment_ids_BT is None else segment_ids_BT[:1]
+    v_BTD, _ = _fold_segments(v_BTD[:1], ids_BT, C, acc)
+    M, F = z_BTF.shape[1] // C, z_BTF.shape[2]
+    if M < 2:
+        return jnp.zeros((), acc)
+
+    def step(before_DF, i):
+        z_CF, v_CD = (jax.lax.dynamic_slice_in_dim(x[0], i * C, C) for x in (z_BTF, v_BTD))
+        delta_DF = jnp.einsum("cd,cf->df", v_CD, z_CF, preferred_element_type=acc, precision=precision)
+        products = jnp.stack([jnp.sum(delta_DF * before_DF), jnp.sum(delta_DF**2)])
+        return delta_DF, products if sum_F is None else sum_F(products)
+
+    _, products_M2 = jax.lax.scan(step, jnp.zeros((v_BTD.shape[2], F), acc), jnp.arange(M))
+    dot, square = products_M2[1:, 0], products_M2[:, 1]
+    norms = jnp.sqrt(square[1:]) * jnp.sqrt(square[:-1])
+    counted = (norms > 0).astype(acc)
+    return jnp.sum(counted * dot / jnp.where(norms > 0, norms, 1)) / jnp.maximum(counted.sum(), 1)
+
+
+def _fold_segments(v_BTD, segment_ids_BT, C, acc):
+    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S (resets)."""
+    if segment_ids_BT is None:
+        return v_BTD, None
+    B, T = segment_ids_BT.shape
+    M = -(-T // C)
+    ids_BMC = jnp.pad(segment_ids_BT, ((0, 0), (0, M * C - T))).reshape(B, M, C)
+    first_BM = ids_BMC[:, :, 0]
+    whole_BM = (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
+    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
+    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
+    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+
+
+def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
+    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory.
+
+    `sum_F` adds up the squares of the devices that split F (ops/context_parallel.py).
+    """
+    T = z_BTF.shape[1]
+
+    @jax.checkpoint
+    def clipped(i):
+        z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
+        square_B = _update_square(z_BCF, v_BCD, lr)
+        square_B = square_B if sum_F is None else sum_F(square_B)
+        over_B = square_B > clip_norm**2
+        scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
+        return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)
+
+    if T < C:
+        return v_BTD
+    v_MBCD = jax.lax.map(clipped, jnp.arange(T // C))
+    v_whole_BTD = jnp.moveaxis(v_MBCD, 0, 1).reshape(v_BTD.shape[0], -1, v_BTD.shape[2])
+    return jnp.concatenate([v_whole_BTD, v_BTD[:, T // C * C :]], axis=1)
+
+
+def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
+    if z_BTF.ndim != 3 or v_BTD.ndim != 3 or w_DF.ndim != 2:
+        raise UserError(f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, {v_BTD.shape}, {w_DF.shape}")
+    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
+    if v_BTD.shape != (B, T, D) or w_DF.shape != (D, F):
+        raise UserError(
+            f"in_place_ttt: shapes do not fit: z [B,T,F] = {z_BTF.shape}, v [B,T,D] = {v_BTD.shape}, w [D,F] = {w_DF.shape}"
+        )
+    if chunk_size < 1:
+        raise UserError(f"in_place_ttt: chunk_size = {chunk_size}: must be at least 1")
+    if state is not None and state.shape != (B, D, F):
+        raise UserError(f"in_place_ttt: state has shape {state.shape}, expected [B,D,F] = {(B, D, F)}")
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise UserError(f"in_place_ttt: segment_ids has shape {segment_ids.shape}, expected [B,T] = {(B, T)}")

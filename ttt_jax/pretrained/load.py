@@ -1,0 +1,156 @@
+"""Models from disk: for inference (`load_pretrained`) and as the start of a training run (`initial_model`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params, read_run_config
+from ttt_jax.config.fields import Config, ModelConfig, validate_model
+from ttt_jax.data.tokenizer import load_tokenizer
+from ttt_jax.errors import CheckpointError
+from ttt_jax.files.companions import companion_fields, excerpt, find_companion
+from ttt_jax.model.param_path import param_path
+from ttt_jax.model.transformer import Runtime, Transformer, abstract_transformer
+from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, read_config, tensor_names
+from ttt_jax.pretrained.model_changes import compare_models
+from ttt_jax.pretrained.orbax_folder import OrbaxTensors, check_layout, is_model_folder, read_description
+from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE
+
+MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token
+
+
+def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
+    """Load a model for inference.
+
+    Args:
+      path: a Hugging Face folder (config.json, safetensors), a folder that `ttt-jax convert --to orbax` wrote, or a run folder
+        of `train.py` (its newest checkpoint) or one of its `checkpoints/STEP`.
+      dtype: dtype of the parameters.
+      runtime: how to compute; None computes in `dtype`.
+
+    Returns: a `Transformer` with `.config` and `.tokenizer` (None when the folder has no tokenizer.json).
+    Raises: CheckpointError or ConfigError, one line, when the folder is missing, incomplete or not supported.
+    """
+    path, runtime = Path(path), runtime or Runtime(dtype=dtype)
+    if not path.is_dir():
+        raise CheckpointError(f"model {path}: no such folder; give a Hugging Face, converted or run folder")
+    has_tokenizer = find_companion(path, "tokenizer.json") is not None
+    if is_model_folder(path):
+        about = read_description(path)
+        cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
+        check_layout(path, abstract_transformer(cfg, runtime))
+    elif find_companion(path, "config.json") is not None:
+        # What is small is refused before what is large is read.
+        eos_ids = read_eos_ids(path, read_config(path).vocab_size)
+        tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
+        model = load_hf(path, runtime, dtype=dtype)
+        model.tokenizer, model.eos_ids = tokenizer, eos_ids
+        return model
+    else:
+        config = read_run_config(run_folder(path) or path)
+        cfg, tokenizer = config.model, config.data.tokenizer
+    eos_ids = read_eos_ids(path, cfg.vocab_size)
+    loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
+    stacked = dataclasses.replace(runtime, scan_layers=True)  # as train.py and convert write them
+    abstract = abstract_transformer(cfg, stacked)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+    model = load_model_params(path, abstract)
+    model = model if runtime.scan_layers else unstacked(model)
+    model.tokenizer, model.eos_ids = loaded_tokenizer, eos_ids
+    return model
+
+
+def unstacked(model: Transformer) -> Transformer:
+    """The same parameters with arrays of their own for each layer (`Runtime.scan_layers` off)."""
+    runtime = dataclasses.replace(model.runtime, scan_layers=False)
+    target = abstract_transformer(model.config, runtime)
+    arrays, names = {}, tensor_names(model)
+    for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
+        own = names[param_path(path)]
+        arrays |= {name: x.reshape(len(own), -1)[n] for n, name in enumerate(own)}
+    names = tensor_names(target)
+    leaf = lambda path, struct: arrays[names[param_path(path)][0]].reshape(struct.shape)
+    return jax.tree_util.tree_map_with_path(leaf, target)
+
+
+def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of `generation_config.json`, else of `config.json`; none when neither names one.
+
+    Raises: CheckpointError when the file is not a JSON object of bounded size, or the field is not a token id below
+      `vocab_size` or a list of `MAX_EOS_IDS` of them at most.
+    """
+    for name in ("generation_config.json", "config.json"):
+        found = companion_fields(folder, name).get("eos_token_id")
+        if found is None:
+            continue
+        where, ids = f"{folder / name}: eos_token_id", found if isinstance(found, list) else [found]
+        if len(ids) > MAX_EOS_IDS:
+            raise CheckpointError(f"{where} lists {len(ids)} tokens; at most {MAX_EOS_IDS} may end a text")
+        for i in ids:
+            if type(i) is not int or not 0 <= i < vocab_size:
+                raise CheckpointError(
+                    f"{where} = {excerpt(i)}: must be a token id from 0 to {vocab_size - 1}, or a list of them; correct it"
+                )
+        return tuple(ids)
+    return ()
+
+
+def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
+    """The parameters that `config.init_from` names, placed like `abstract`; None for a random start.
+
+    A source without TTT parameters gets those of continual training, which leave its function unchanged. What may differ
+    from the source's config is said in model_changes.py; `checked_start` prints it.
+
+    Raises: CheckpointError or ConfigError, one line, when the source is missing or does not fit `config.model`.
+    """
+    if config.init_from is None:
+        return None
+    source = Path(config.init_from)
+    if not source.is_dir():
+        raise CheckpointError(
+            f"config field init_from = {config.init_from!r}: no such folder; give a Hugging Face or run folder, or null"
+        )
+    found = source_config(source)
+    if found is not None:
+        compare_models(config.model, found, config.init_from)
+    if not is_model_folder(source) and find_companion(source, "config.json") is not None:
+        return load_hf_into(abstract, source, key=jax.random.key(config.seed))
+    if found is None:
+        return load_model_params(source, abstract)
+    stored = abstract_transformer(found)
+    if is_model_folder(source):
+        check_layout(source, stored)
+    if tensor_names(stored) == tensor_names(abstract):
+        return load_model_params(source, abstract)
+    # Other TTT layers or windows group the layers otherwise: tensor by tensor.
+    tensors = OrbaxTensors(find_checkpoint(source), stored)
+    return load_into(abstract, tensors, config.init_from, key=jax.random.key(config.seed))
+
+
+def source_config(source: Path) -> ModelConfig | None:
+    """The model's config in a Hugging Face, converted or run folder (or one of its steps); None: it holds parameters alone.
+
+    Raises: CheckpointError or ConfigError, one line, when the file that says it cannot be read.
+    """
+    if is_model_folder(source):
+        return read_description(source).model
+    if find_companion(source, "config.json") is not None:
+        return read_config(source)
+    run = run_folder(source)
+    if run is None:
+        return None
+    model = read_run_config(run).model
+    validate_model(model)
+    return model
+
+
+def run_folder(path: Path) -> Path | None:
+    """The run folder that `path` is or belongs to, as its `checkpoints` or one of their steps."""
+    path = path.absolute()
+    above = [path, *([path.parent] if path.name == CHECKPOINT_FOLDER else [])]
+    above += [path.parent.parent] if path.parent.name == CHECKPOINT_FOLDER else []
+    return next((folder for folder in above if os.path.lexists(folder / CONFIG_FILE)), None)

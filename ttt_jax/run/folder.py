@@ -1,0 +1,178 @@
+"""The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
+
+    runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
+              environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)
+              compile_cache/ report.html (`ttt-jax report`)
+
+A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
+This module imports no jax, unless several processes have to agree.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttt_jax.config.fields import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
+from ttt_jax.config.resume_fields import REFUSED, on_resume
+from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.files.companions import read_bounded
+from ttt_jax.process.lock import RUN_LOCK
+from ttt_jax.process.multihost import on_first_process
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file so that a reader, or a crash, finds the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)  # the name, too
+
+
+def sync(path: str | Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises OSError.
+
+    A file system that has no such call is left alone.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` everything in a folder, links left out, and the folder. Raises OSError."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not os.path.islink(path := os.path.join(root, name)):
+                sync(path)
+        sync(root)
+
+
+def prepare_run_dir(config: Config) -> bool:
+    """Create `config.run_dir` with its `config.yaml`, or check that the folder continues the same training curve.
+
+    With several processes, the first one looks and writes, and all get the same answer or the same error.
+
+    Returns:
+      True if the folder already was a run of this config (`config.yaml` then takes the new log, eval, ... settings).
+
+    Raises:
+      CheckpointError: one line; the folder holds another run or other files, or cannot be written. Nothing is changed.
+    """
+    return on_first_process(lambda: _prepare(config))
+
+
+def check_run_dir(config: Config) -> bool:
+    """Whether `config.run_dir` is a run of this config already. Writes nothing.
+
+    Raises:
+      CheckpointError: one line; the folder holds another run or other files.
+    """
+    run_dir = config.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise CheckpointError(f"run folder {run_dir}: is a file; choose another name or runs_dir")
+    present = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
+    if CONFIG_FILE in present:
+        check_same_curve(run_dir, config)
+        return True
+    # A run that was killed before its very first write was done leaves these.
+    foreign = sorted(present - {f".{CONFIG_FILE}.tmp", RUN_LOCK})
+    if foreign:
+        raise CheckpointError(
+            f"run folder {run_dir}: holds {foreign[0]!r} but no {CONFIG_FILE}, so it is not a run; "
+            "choose another name or runs_dir"
+        )
+    return False
+
+
+def _prepare(config: Config) -> bool:
+    run_dir = config.run_dir
+    try:
+        resuming = check_run_dir(config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = dump_yaml(config)
+        path = run_dir / CONFIG_FILE
+        if not resuming or path.read_text(encoding="utf-8") != text:
+            atomic_write_text(path, text)
+    except OSError as error:
+        raise CheckpointError(f"run folder {run_dir}: {error.strerror}; choose another runs_dir") from None
+    return resuming
+
+
+def read_run_config(run_dir: str | Path) -> Config:
+    """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
+    path = Path(run_dir) / CONFIG_FILE
+    try:
+        if not os.path.lexists(path):
+            raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run")
+        tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES, CheckpointError).decode("utf-8"))
+        return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
+    except ConfigError as error:
+        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it") from None
+
+
+def check_same_curve(run_dir: Path, config: Config) -> None:
+    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`.
+    """
+    try:
+        before = read_run_config(run_dir)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or choose another name") from None
+    old, new = _curve_fields(before), _curve_fields(config)
+    for field in [*new, *(key for key in old if key not in new)]:
+        if old.get(field) != new.get(field):
+            raise CheckpointError(
+                f"config field {field} = {_short(new.get(field))}: run folder {run_dir} was started with "
+                f"{_short(old.get(field))}; choose another name, or delete that folder to start anew"
+            )
+
+
+def _curve_fields(config: Config) -> dict[str, Any]:
+    """Dotted field -> value, of the fields that shape the training curve. Derived ones in their effective form."""
+    fields = {key: value for key, value in flatten(to_dict(config)).items() if on_resume(key) == REFUSED}
+    optimizer = config.optimizer
+    fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)  # a ratio means a number of steps
+    unused = {"optimizer.warmup_ratio"}
+    if optimizer.schedule != "wsd":
+        unused.add("optimizer.decay_ratio")
+    if optimizer.schedule == "constant":  # the only schedule that does not depend on where it ends
+        unused |= {"optimizer.final_lr_ratio", "steps"}
+    return {key: value for key, value in fields.items() if key not in unused}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

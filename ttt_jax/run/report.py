@@ -1,0 +1,301 @@
+"""The closing report of a run: held-out loss by position with TTT on and off on the same weights, and the loss curve.
+
+`report.json` is for programs, `report.md` with two PNGs for people, `print_report` for the terminal. jax is asked only
+for the hardware, matplotlib is imported only to draw.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ttt_jax.config.fields import Config, dump_yaml, to_dict
+from ttt_jax.run.folder import atomic_write_text
+from ttt_jax.terminal import printable
+
+REPORT_FILE = "report.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
+_ON, _OFF, _FAINT = "#0072B2", "#D55E00", "#9DC3DE"
+
+
+def bucket_losses(nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int) -> tuple[list[list[int]], list[float | None]]:
+    """Mean loss by position.
+
+    Args:
+      nll_BT: negative log-likelihood (nats) of the token predicted at each position, any float dtype.
+      weights_BT: 1 where that prediction counts, 0 where it does not.
+      buckets: number of position ranges of (nearly) equal length; at most T are made.
+
+    Returns:
+      positions: `[a, b]` for each bucket, which holds the positions a <= t < b.
+      losses: the weighted mean in each bucket, accumulated in float64; None where no position counts.
+    """
+    nll_BT, weights_BT = np.asarray(nll_BT, np.float64), np.asarray(weights_BT, np.float64)
+    length = nll_BT.shape[1]
+    edges = [round(length * i / min(buckets, length)) for i in range(min(buckets, length) + 1)]
+    positions, losses = [], []
+    for start, stop in itertools.pairwise(edges):
+        weights = weights_BT[:, start:stop]
+        counted = weights > 0  # the loss at a padded position may be anything, even not a number
+        total = float(weights.sum())
+        positions.append([start, stop])
+        losses.append(float((nll_BT[:, start:stop][counted] * weights[counted]).sum()) / total if total > 0 else None)
+    return positions, losses
+
+
+def write_report(
+    run_dir: str | Path,
+    *,
+    config: Config,
+    heldout: dict[str, Any],
+    curve: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """Write `report.json`, `report.md`, `loss_curve.png` and `loss_by_position.png` into `run_dir`.
+
+    Args:
+      heldout: `positions` as of `bucket_losses`, and the losses `ttt_on` and `ttt_off`, all of one length.
+      curve: rows of `metrics.jsonl`; those with a `loss` make the curve.
+      summary: further entries of the report, such as `tokens_per_second`; they replace the ones derived here.
+
+    Returns:
+      What `report.json` holds.
+    """
+    run_dir = Path(run_dir)
+    losses = [(row["step"], row["loss"]) for row in curve if row.get("loss") is not None]
+    positions = [[int(start), int(stop)] for start, stop in heldout["positions"]]
+    on, off = [[_number(value) for value in heldout[key]] for key in ("ttt_on", "ttt_off")]
+    if not len(positions) == len(on) == len(off):
+        raise ValueError(f"heldout: {len(positions)} positions, {len(on)} ttt_on and {len(off)} ttt_off losses")
+    summary = {key: _plain(value) for key, value in summary.items()}
+    gain = [None if a is None or b is None else b - a for a, b in zip(on, off, strict=True)]
+    report = {
+        "name": config.name,
+        "steps": losses[-1][0] if losses else 0,
+        "tokens_per_second": None,
+        "loss_first": losses[0][1] if losses else None,
+        "loss_last": losses[-1][1] if losses else None,
+        "heldout": {**heldout, "positions": positions, "ttt_on": on, "ttt_off": off, "gain": gain},
+        **summary,
+        **provenance(),
+        "config": to_dict(config),
+    }
+    pictures = _draw(run_dir, losses, report["heldout"], bool(config.model.ttt.layers))
+    atomic_write_text(run_dir / "report.md", _markdown(report, config, summary, pictures))
+    # Last: it is what makes a run a finished one.
+    atomic_write_text(run_dir / REPORT_FILE, json.dumps(report, indent=2, default=_plain) + "\n")
+    return report
+
+
+def print_report(report: dict[str, Any], run_dir: str | Path, console: Console | None = None) -> None:
+    """The report as a table in the terminal; plain text when there is none."""
+    console = console or Console()
+    if report["heldout"]["positions"]:
+        table = Table(title="Held-out loss by position", title_justify="left", title_style="bold")
+        headings, rows = _table(report)
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(_sentence(report), highlight=False, markup=False)
+    path = printable(f"report: {Path(run_dir) / 'report.md'}")
+    console.print(path, highlight=False, markup=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ text
+
+
+def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the losses by position; without TTT layers there is one loss, not two equal ones."""
+    columns = {"TTT off": ("ttt_off", ".4f"), "TTT on": ("ttt_on", ".4f"), "gain": ("gain", "+.4f")}
+    if not report["config"]["model"]["ttt"]["layers"]:
+        columns = {"loss": ("ttt_off", ".4f")}
+    heldout = report["heldout"]
+    cells = [[f"{start} to {stop - 1}" for start, stop in heldout["positions"]] + ["mean"]]
+    for key, form in columns.values():
+        values = [*heldout[key], _mean([value for value in heldout[key] if value is not None])]
+        cells.append([_show(value, form) for value in values])
+    return ["positions", *columns], [list(row) for row in zip(*cells, strict=True)]
+
+
+def _sentence(report: dict[str, Any]) -> str:
+    text = f"{report['steps']} steps, training loss {_show(report['loss_first'])} -> {_show(report['loss_last'])}"
+    if report["tokens_per_second"] is not None:
+        text += f", {report['tokens_per_second']:,.0f} tokens/s"
+    return text
+
+
+def _markdown(report: dict[str, Any], config: Config, summary: dict[str, Any], pictures: list[str]) -> str:
+    lines = [f"# Run {report['name']}", "", _sentence(report) + ".", ""]
+    if report["heldout"]["positions"]:
+        headings, rows = _table(report)
+        both = "; fast weights on and off on the same slow weights. Gain: off minus on" if config.model.ttt.layers else ""
+        lines += [
+            "## Held-out loss by position",
+            "",
+            f"Nats per token on held-out rows{both}.",
+            "",
+            "| " + " | ".join(headings) + " |",
+            "|" + "---:|" * len(headings),
+            *("| " + " | ".join(row) + " |" for row in rows),
+            "",
+        ]
+    lines += [line for name in pictures for line in (f"![{name[:-4].replace('_', ' ')}]({name})", "")]
+    hardware = report["hardware"]
+    facts = {
+        "date": report["date"],
+        "commit": report["commit"] or "not in git",
+        "hardware": f"{hardware['device_count']} x {hardware['device']}, {hardware['cpus']} CPU cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        **{key: value for key, value in summary.items() if isinstance(value, str | int | float)},
+    }
+    lines += ["## Run", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    lines += ["## Configuration", "", "```yaml", dump_yaml(config).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _show(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(round(value, 4) + 0.0, form)  # + 0.0: no "-0.0000"
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """numpy and jax scalars and arrays as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+# ------------------------------------------------------------------------------------------------------ provenance
+
+
+def provenance() -> dict[str, Any]:
+    """When, by which code and on what a result was computed: date, commit, hardware, versions."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "versions": _versions(),
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file is tracked in, marked when files differ; None for an installed copy."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with local changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any], ttt: bool) -> list[str]:
+    """Draw what there is to draw; returns the file names."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def save(figure: Figure, name: str) -> str:
+        FigureCanvasAgg(figure)  # no pyplot: its global state and windows are not wanted here
+        temporary = run_dir / f".{name}.tmp"
+        figure.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, run_dir / name)
+        return name
+
+    def tidy(axes: Any) -> None:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+
+    names = []
+    if losses:
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        steps, values = zip(*losses, strict=True)
+        smooth = _smooth(values)
+        noisy = len(values) >= 20
+        axes.plot(steps, values, color=_FAINT if noisy else _ON, linewidth=1.2, label="logged", marker="" if noisy else "o")
+        if noisy:
+            axes.plot(steps, smooth, color=_ON, linewidth=2, label="smoothed")
+            axes.legend(frameon=False)
+        axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
+        tidy(axes)
+        names.append(save(figure, "loss_curve.png"))
+    if heldout["positions"]:
+        figure = Figure(figsize=(7, 5.5 if ttt else 4), layout="constrained")
+        upper, *below = np.atleast_1d(figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt]))
+        centres = [(start + stop) / 2 for start, stop in heldout["positions"]]
+        widths = [0.8 * (stop - start) for start, stop in heldout["positions"]]
+        on, off, gain = (np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain"))  # None -> nan
+        upper.plot(centres, off, color=_OFF, linewidth=2, marker="s", label="TTT off")
+        upper.set(ylabel="loss (nats per token)", title="Held-out loss by position" + (", same weights" if ttt else ""))
+        for lower in below:
+            upper.plot(centres, on, color=_ON, linewidth=2, marker="o", label="TTT on")
+            upper.legend(frameon=False)
+            lower.bar(centres, gain, width=widths, color=_ON)
+            lower.axhline(0, color="black", linewidth=0.8)
+            lower.set(ylabel="gain (off - on)")
+        [upper, *below][-1].set(xlabel="position in the row (tokens)")
+        for axes in (upper, *below):
+            tidy(axes)
+        names.append(save(figure, "loss_by_position.png"))
+    return names
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of a tenth of the curve, narrower at its ends; no lag."""
+    last = len(values) - 1
+    reach = len(values) // 20
+    windows = ((i, min(reach, i, last - i)) for i in range(len(values)))
+    return [float(np.mean(values[i - half : i + half + 1])) for i, half in windows]

@@ -1,0 +1,234 @@
+"""The training step, its initial state, and the held-out loss by position. No data loading, no files.
+
+B rows, T tokens. A batch is a dict of [B, T] arrays: ids, targets, segment_ids, positions (int32), weights (float32).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ttt_jax.config.fields import Config, validate_context
+from ttt_jax.model.loss import cross_entropy, token_nll
+from ttt_jax.model.transformer import Runtime, Transformer
+from ttt_jax.parallel.mesh import Mesh, NamedSharding, batch_sharding, model_shardings, replicated
+from ttt_jax.parallel.shard_mapped import make_parallel
+from ttt_jax.training.optimizer import (
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    state_shardings,
+    ttt_lr_scale,
+    updates_done,
+)
+
+Batch = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes. `step` counts batches (int32), skipped ones too; the optimizer counts its updates."""
+
+    model: Any  # Transformer; its abstract twin in `abstract_state`
+    opt_state: Any
+    step: Any
+
+
+def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
+    """How `config` computes; without a mesh, on one device."""
+    parallel = None if mesh is None else make_parallel(mesh)
+    return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
+    """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer.
+
+    Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known only here).
+    """
+    parallel = make_parallel(mesh)
+    validate_context(config, 1 if parallel is None else parallel.shards)
+    runtime = runtime_of(config, mesh)
+    model = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed)))
+    tx = make_optimizer(config.optimizer, config.steps, model)
+    opt_state = jax.eval_shape(tx.init, model)
+    placed = model_shardings(model, mesh)
+    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    opt_placed = state_shardings(opt_state, placed, replicated(mesh))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    state = TrainState(jax.tree.map(with_sharding, model, placed), jax.tree.map(with_sharding, opt_state, opt_placed), step)
+    return state, tx
+
+
+def init_state(
+    config: Config, abstract: TrainState, tx: optax.GradientTransformation, model: Transformer | None = None
+) -> TrainState:
+    """Materialise the state sharded: nothing is ever whole on one device. `model` overrides the random parameters."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if model is None:
+        runtime = abstract.model.runtime
+        make = lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed))
+        model = jax.jit(make, out_shardings=shardings.model)()
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(model)
+    return TrainState(model, opt_state, jax.device_put(jnp.zeros((), jnp.int32), shardings.step))
+
+
+def make_train_step(
+    config: Config, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
+
+    A step whose loss or gradient norm is not finite is skipped: parameters and optimizer state, its counts included, stay.
+
+    Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, skipped (1 or 0: this step),
+    skipped_steps (all of them so far), and for each TTT layer the mean over rows of ||S||/||W|| after the row and of the
+    norm of the last update, both 0 in a step that `optimizer.ttt_drop` trains with TTT off.
+    """
+    schedule, optimizer = learning_rate(config.optimizer, config.steps), config.optimizer
+
+    def loss_fn(model: Transformer, batch: Batch, total, scale):
+        h_BTD, _, stats = model.hidden(
+            batch["ids"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions"), ttt_scale=scale
+        )
+        weights_BT = batch["weights"] / total  # normalised here, so that micro-batches simply add up
+        tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
+        parallel = model.runtime.parallel
+        if parallel is None:
+            return cross_entropy(*tokens), stats
+        return parallel.over_tokens(cross_entropy, *tokens, total=True), stats
+
+    def gradients(model: Transformer, batch: Batch, scale):
+        total = jnp.maximum(batch["weights"].sum(), 1.0)
+        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+        if optimizer.accumulate == 1:
+            (loss, stats), grads = differentiate(model, batch, total, scale)
+            return loss, stats, grads
+        # Interleaved rows, so that every micro-batch is spread over all devices.
+        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, optimizer.accumulate, x.shape[1]), 1, 0), batch)
+
+        def add(carry, piece):
+            (loss, stats), grads = differentiate(model, piece, total, scale)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), stats
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
+        (loss, grads), stats = jax.lax.scan(add, zero, micro)
+        return loss, stats, grads
+
+    def without_ttt(model: Transformer, batch: Batch):
+        loss, _, grads = gradients(model, batch, 0.0)
+        _, stats, _ = jax.eval_shape(functools.partial(gradients, scale=1.0), model, batch)
+        return loss, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats), grads  # nothing was written
+
+    def train_step(state: TrainState, batch: Batch):
+        updates_before = updates_done(state.opt_state)
+        scale = 1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, updates_before)
+        if optimizer.ttt_drop:
+            loss, stats, grads = jax.lax.cond(
+                jax.random.bernoulli(jax.random.fold_in(jax.random.key(config.seed), state.step), optimizer.ttt_drop),
+                without_ttt,
+                functools.partial(gradients, scale=scale),
+                state.model,
+                batch,
+            )
+        else:
+            loss, stats, grads = gradients(state.model, batch, scale)
+        norm = gradient_norm(optimizer, grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+            model, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(jnp.broadcast_to(finite, new.shape), new, old),
+                (model, opt_state),
+                (state.model, state.opt_state),
+            )
+        step = state.step + 1
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": schedule(updates_before),
+            "skipped": (~finite).astype(jnp.float32),
+            "skipped_steps": (step - updates_done(opt_state)).astype(jnp.float32),
+        }
+        for layer, stat in stats.items():
+            metrics[f"ttt/layer_{layer:02d}/state_ratio"] = stat["state_ratio_B"].mean()
+            metrics[f"ttt/layer_{layer:02d}/update_norm"] = stat["update_norm_B"].mean()
+        return TrainState(model, opt_state, step), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def local_rows(mesh: Mesh, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The rows of a batch [B, T] of which this process' devices hold some tokens, in order.
+
+    Processes hold the same rows when the context axis spans them, and all rows when rows do not split over the mesh.
+    """
+    places = batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
+    return tuple(sorted({row for index in places if index is not None for row in range(shape[0])[index[0]]}))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> Batch:
+    """Global arrays [B, T] from this process' rows, `local_rows` of them (`batch_size` is B; None: all are here)."""
+
+    def put(x_RT: np.ndarray) -> jax.Array:
+        shape = (batch_size or x_RT.shape[0], x_RT.shape[1])
+        sharding = batch_sharding(mesh, shape)
+        place = {row: i for i, row in enumerate(local_rows(mesh, shape))}
+
+        def part(index: Any) -> np.ndarray:
+            rows, tokens = index
+            return x_RT[[place[row] for row in range(shape[0])[rows]], tokens]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}
+
+
+def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is TTT on, 0 off: one program.
+
+    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of successive updates.
+    """
+
+    def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
+        h_BTD, _, stats = model.hidden(
+            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale, probe=True
+        )
+        tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
+        nll_BT = token_nll(*tokens) if parallel is None else parallel.over_tokens(token_nll, *tokens, total=False)
+        means = {
+            f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
+            for layer, stat in stats.items()
+            for name in ("state_ratio", "update_cosine")
+        }
+        return nll_BT.astype(jnp.float32), means
+
+    out: NamedSharding = replicated(mesh)
+    return jax.jit(nll, out_shardings=out)
+
+
+def evaluate_by_position(
+    nll: Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, Any]],
+    model: Transformer,
+    rows: dict[str, np.ndarray],
+    mesh: Mesh,
+    batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood of held-out rows with TTT on and off, each float32 [R, T].
+
+    Args:
+      rows: all rows, the same on every process; the last batch is filled up by repeating rows, so one program serves.
+    """
+    R = rows["ids"].shape[0]
+    results: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for start in range(0, R, batch_size):
+        index = np.arange(start, start + batch_size) % R
+        batch = {name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()}
+        for out, scale in zip(results, (1.0, 0.0), strict=True):
+            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))[0]))
+    on, off = (np.concatenate(parts)[:R] for parts in results)
+    return on, off
