@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ttt_jax.config.fields import Config
+    from ttt_jax.config import Config
     from ttt_jax.process.lock import RunLock
     from ttt_jax.run.timing import StepTimer
 
@@ -45,7 +45,7 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config.fields import fields_help, load_config
+    from ttt_jax.config import fields_help, load_config
 
     if "-h" in argv or "--help" in argv:
         print(__doc__)
@@ -97,29 +97,24 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
         rejected_records,
         write_quarantine,
     )
-    from ttt_jax.parallel.mesh import make_mesh
+    from ttt_jax.flops import device_memory_bytes, model_flops_per_token, peak_flops
+    from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
     from ttt_jax.pretrained.load import initial_model
     from ttt_jax.process.multihost import any_process, on_first_process
     from ttt_jax.run.compile_cache import open_cache
     from ttt_jax.run.folder import check_run_dir, prepare_run_dir
     from ttt_jax.run.logs import DocumentLog, EventLog
-    from ttt_jax.run.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_curve
-    from ttt_jax.run.report import bucket_losses, print_report, write_report
+    from ttt_jax.run.metrics import MetricsLogger, read_curve
+    from ttt_jax.run.provenance import write_environment
+    from ttt_jax.run.report import print_report, write_report
     from ttt_jax.run.resume_changes import check_resume
-    from ttt_jax.run.timing import host_memory_bytes, make_probe, write_environment
+    from ttt_jax.run.timing import host_memory_bytes
     from ttt_jax.training.guard import Guard
+    from ttt_jax.training.heldout import bucket_losses, evaluate_by_position, make_position_nll, make_probe
     from ttt_jax.training.recovery import Recovery
     from ttt_jax.training.saver import Saver
     from ttt_jax.training.start_check import checked_start
-    from ttt_jax.training.step import (
-        abstract_state,
-        evaluate_by_position,
-        init_state,
-        local_rows,
-        make_position_nll,
-        make_train_step,
-        put_batch,
-    )
+    from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
     processes, main_process = jax.process_count(), jax.process_index() == 0
     mesh = make_mesh(config.mesh)

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ttt_jax import config as config_lib
 from ttt_jax.checkpoint.checkpointer import Checkpointer
-from ttt_jax.config.fields import fields as config_lib
-from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.run.report import provenance
-from ttt_jax.training.step import abstract_state, init_state, make_train_step, put_batch
+from ttt_jax.parallel.mesh import make_mesh, put_batch
+from ttt_jax.run.provenance import provenance
+from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -32,14 +32,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from train_step import matmul_rate, timed
 
-from ttt_jax.config.fields import fields as config_lib
+from ttt_jax import config as config_lib
+from ttt_jax.flops import model_flops_per_token
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.ttt.sharded import exclusive_prefix
 from ttt_jax.parallel.mesh import batch_sharding, make_mesh, spec
 from ttt_jax.parallel.shard_mapped import Parallel, make_parallel
-from ttt_jax.run.metrics import model_flops_per_token
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,12 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.train_step import matmul_rate, timed
-from ttt_jax.config.fields import fields as config_lib
-from ttt_jax.inference.generation import GREEDY, decode_step, generate
+from ttt_jax import config as config_lib
+from ttt_jax.flops import model_flops_per_token
+from ttt_jax.inference.decoding import decode_step
+from ttt_jax.inference.generation import GREEDY, generate
 from ttt_jax.inference.prefill import Frozen, needs_capacity, piece_size, pieces, read_piece
 from ttt_jax.inference.scoring import score
-from ttt_jax.model.transformer import Runtime, State, Transformer
-from ttt_jax.run.metrics import model_flops_per_token
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import State, Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 

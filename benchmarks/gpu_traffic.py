@@ -29,13 +29,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_jax.config.fields import fields as config_lib
+from ttt_jax import config as config_lib
 from ttt_jax.inference import prefill as reading
-from ttt_jax.model.transformer import Runtime, Transformer
-from ttt_jax.ops import target
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import Transformer
+from ttt_jax.ops import platform
 from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.plan import collectives as hlo
 from ttt_jax.plan.collectives import nbytes
-from ttt_jax.plan.make import collectives as hlo
 from ttt_jax.training.step import abstract_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +65,9 @@ def devices(count: int) -> list:
     jax.config.update("jax_platforms", "cpu")
     cudnn.check_cudnn_version = lambda: 91200
     cudnn.check_compute_capability = lambda *_: True
-    target.platform = lambda: "gpu"
+    platform.compiled_for = lambda: "gpu"
     if count == 1:
-        target.on_one_device = target.may_be_one_device = lambda: True
+        platform.on_one_device = platform.may_be_one_device = lambda: True
     return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}").devices)
 
 

@@ -22,18 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 
-from ttt_jax.config.fields import fields as config_lib
-from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.run.report import provenance
-from ttt_jax.run.timing import make_probe
-from ttt_jax.training.step import (
-    abstract_state,
-    evaluate_by_position,
-    init_state,
-    make_position_nll,
-    make_train_step,
-    put_batch,
-)
+from ttt_jax import config as config_lib
+from ttt_jax.parallel.mesh import make_mesh, put_batch
+from ttt_jax.run.provenance import provenance
+from ttt_jax.training.heldout import evaluate_by_position, make_position_nll, make_probe
+from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import digests, load_tokenizer
 from ttt_jax.data.corpus import load_corpus
 from ttt_jax.data.sources import SourceFile, read_documents

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax.config.fields import load_config
+from ttt_jax.config import load_config
 from ttt_jax.data import load_tokenizer
 from ttt_jax.data.sources import find_files
 from ttt_jax.errors import UserError

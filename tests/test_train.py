@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import train
-from ttt_jax.config.fields import load_config
+from ttt_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -12,7 +12,7 @@ from ttt_jax.data import Loader
 from ttt_jax.errors import TrainingError
 from ttt_jax.process import failure
 from ttt_jax.process.lock import RunLock
-from ttt_jax.training.step import step as training
+from ttt_jax.training import step as training
 
 WORDS = [*TINY, "--steps=3", "--checkpoint.every=2", "--optimizer.schedule=constant", "--optimizer.warmup_steps=1"]
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer, find_checkpoint, load_model_params, save_model_params
 from ttt_jax.checkpoint.checksums import find_damage
-from ttt_jax.config.fields import CheckpointConfig, OptimizerConfig, ParamGroup
+from ttt_jax.config import CheckpointConfig, OptimizerConfig, ParamGroup
 from ttt_jax.errors import CheckpointError
 from ttt_jax.training.optimizer import make_optimizer
 

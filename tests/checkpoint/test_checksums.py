@@ -16,7 +16,7 @@ from test_fuzz_checkpoints import SMALL
 from ttt_jax import load_pretrained
 from ttt_jax.checkpoint.checkpointer import Checkpointer, find_checkpoint, load_model_params, save_model_params
 from ttt_jax.checkpoint.checksums import CHECKSUMS, find_damage, write_checksums
-from ttt_jax.config.fields import CheckpointConfig, Config
+from ttt_jax.config import CheckpointConfig, Config
 from ttt_jax.errors import CheckpointError
 from ttt_jax.model.transformer import abstract_transformer
 from ttt_jax.pretrained.convert import convert
@@ -79,7 +79,7 @@ def readers(folder):
 
 
 def load_config_of(folder):
-    from ttt_jax.pretrained.hf_weights import config_from_hf
+    from ttt_jax.pretrained.hf_config import config_from_hf
 
     return Config(model=config_from_hf(SMALL), init_from=str(folder))
 

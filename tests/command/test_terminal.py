@@ -151,7 +151,7 @@ def test_events_and_messages_of_a_run(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:No artists with labels")
 def test_the_page_of_a_run_with_hostile_names(tmp_path, capsys):
-    from ttt_jax.config.fields import Config, dump_yaml
+    from ttt_jax.config import Config, dump_yaml
 
     run = tmp_path / "run"
     run.mkdir()

@@ -9,7 +9,7 @@ import jax
 import pytest
 import yaml
 
-from ttt_jax.config.fields import (
+from ttt_jax.config import (
     REMAT_NAMES,
     Config,
     DataConfig,
@@ -26,8 +26,8 @@ from ttt_jax.config.fields import (
     validate,
 )
 from ttt_jax.errors import ConfigError
+from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.hf_weights import param_path
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = sorted(CONFIGS.glob("*.yaml"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import cache, corpus, digests, load_tokenizer, make_loader
 from ttt_jax.errors import DataError
 

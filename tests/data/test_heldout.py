@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import check_data, heldout_remarks, heldout_rows, load_tokenizer, make_loader
 from ttt_jax.errors import DataError
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import Loader, load_tokenizer, make_loader
 from ttt_jax.errors import DataError
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import load_tokenizer, make_loader
 from ttt_jax.data.cache import TokenArray
 from ttt_jax.data.corpus import Corpus

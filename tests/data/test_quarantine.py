@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import cache, corpus, load_tokenizer, make_loader, quarantine, rejected_records, write_quarantine
 from ttt_jax.data.quarantine import _HOPELESS
 from ttt_jax.errors import DataError

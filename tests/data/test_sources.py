@@ -13,7 +13,7 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import cache, check_data, corpus, heldout_rows, load_tokenizer, make_loader
 from ttt_jax.errors import DataError
 

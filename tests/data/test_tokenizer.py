@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.data import heldout_rows, load_tokenizer, make_loader
 from ttt_jax.data.rust_panics import panics_as_errors
 from ttt_jax.errors import DataError

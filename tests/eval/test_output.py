@@ -9,7 +9,7 @@ from support.hf_folders import BASE, make_folder
 from test_model import config
 
 from ttt_jax.command.cli import main
-from ttt_jax.config.fields import to_dict
+from ttt_jax.config import to_dict
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.output import check_out, comparison, files_of, read_results, write_folder
 from ttt_jax.eval.run import Options, check, parse_lengths

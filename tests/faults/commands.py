@@ -43,7 +43,7 @@ def prepare(folder: Path) -> dict[str, tuple[list[str], str]]:
     np.save(folder / "rows.npy", rng.integers(0, 97, (12, 40)))
     run = folder / "run"
     run.mkdir()
-    from ttt_jax.config.fields import Config, dump_yaml
+    from ttt_jax.config import Config, dump_yaml
 
     (run / "config.yaml").write_text(dump_yaml(Config()))
     lines = (f'{{"step": {n}, "loss": 2.0, "probe/ttt_on": 2.0}}\n' for n in range(1, 50))

@@ -24,8 +24,8 @@ if __name__ == "__main__":
     import train
     from ttt_jax.data import Loader
     from ttt_jax.process.signals import StopSignal, end_process
+    from ttt_jax.training import step as training
     from ttt_jax.training.saver import Saver
-    from ttt_jax.training.step import step as training
 
     faults = json.loads(os.environ["FAULTS"])
     put, cross_entropy, read = training.put_batch, training.cross_entropy, Loader.__next__

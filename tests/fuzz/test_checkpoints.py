@@ -22,10 +22,11 @@ import ttt_jax.pretrained.convert
 import ttt_jax.pretrained.hf_weights
 import ttt_jax.pretrained.load
 from ttt_jax.errors import CheckpointError, ConfigError, UserError
-from ttt_jax.files.companions import MAX_JSON_BYTES, inside
+from ttt_jax.files.reading import MAX_JSON_BYTES, inside
 from ttt_jax.model.transformer import abstract_transformer
 from ttt_jax.pretrained.convert import convert, open_source
-from ttt_jax.pretrained.hf_weights import check_tensors, config_from_hf, load_hf
+from ttt_jax.pretrained.hf_config import config_from_hf
+from ttt_jax.pretrained.hf_weights import check_tensors, load_hf
 from ttt_jax.pretrained.load import load_pretrained
 from ttt_jax.pretrained.safetensors_io import MAX_HEADER_BYTES, TensorFiles
 

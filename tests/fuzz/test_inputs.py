@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_model import config as model_config
 
-from ttt_jax.config.fields import Config, fields_help, load_config, replace, to_dict
+from ttt_jax.config import Config, fields_help, load_config, replace, to_dict
 from ttt_jax.data import corpus, load_tokenizer, make_loader
 from ttt_jax.errors import DataError, UserError
 from ttt_jax.eval import output

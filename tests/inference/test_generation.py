@@ -12,11 +12,11 @@ from support.tolerance import assert_close
 from test_model import config, make
 
 from ttt_jax import Session, generate, load_pretrained, score
-from ttt_jax.config.fields import RopeConfig
+from ttt_jax.config import RopeConfig
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.inference.sampling import Sampling
-from ttt_jax.model.transformer import Runtime
+from ttt_jax.model.stack import Runtime
 from ttt_jax.pretrained.load import unstacked
 
 C = 4

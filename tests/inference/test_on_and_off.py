@@ -13,7 +13,7 @@ from test_report import CONFIG, CURVE, HELDOUT
 from test_train import TINY
 
 import train
-from ttt_jax.config.fields import load_config
+from ttt_jax.config import load_config
 from ttt_jax.data import heldout_rows, load_tokenizer
 from ttt_jax.inference.scoring import score
 from ttt_jax.pretrained.load import load_pretrained

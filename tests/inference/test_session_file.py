@@ -8,7 +8,7 @@ from test_generation import model_of, prompts
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.session_file import fingerprint
 from ttt_jax.model.param_path import param_path
-from ttt_jax.model.transformer import Runtime
+from ttt_jax.model.stack import Runtime
 
 
 def test_the_state_comes_back_bit_for_bit_under_bfloat16(tmp_path):

@@ -13,7 +13,7 @@ from test_model import V, config, make
 
 from ttt_jax import Session, generate, save_pretrained, score
 from ttt_jax.command.cli import main
-from ttt_jax.config.fields import GuardConfig
+from ttt_jax.config import GuardConfig
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, NotFiniteError, UserError
 from ttt_jax.eval.answers import Judge

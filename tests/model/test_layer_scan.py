@@ -10,9 +10,9 @@ from support.fast_jit import jit
 from support.tolerance import relative_rms
 from test_model import EMBED, abstract, config, make, tokens, transplant
 
-from ttt_jax.config.fields import REMAT_NAMES
+from ttt_jax.config import REMAT_NAMES
 from ttt_jax.model.layer_scan import _linearize, scan_layers
-from ttt_jax.model.transformer import Run
+from ttt_jax.model.transformer import LayerRun
 
 R, COUNTS = 3, (1, 2)
 B, T, D = 2, 5, 4
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
     assert [[run.count for run in group.pattern] for group in model.groups] == [[1, 2], [1]]
     segment_ids = jnp.asarray([[1] * 8 + [2] * 3, [1] * 4 + [2] * 4 + [0] * 3], jnp.int32)
     with monkeypatch.context() as patch:
-        patch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((Run(kind, 1),), 1) for kind in kinds])
+        patch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((LayerRun(kind, 1),), 1) for kind in kinds])
         (wanted_value, wanted_stats), wanted = gradient(transplant(model, model.config), ids, segment_ids=segment_ids)
     for save in (None, REMAT_NAMES) if changes else ((),):
         one = transplant(model, model.config, remat_save=save)

@@ -9,8 +9,8 @@ import pytest
 from support.fast_jit import jit
 from support.tolerance import TOLERANCE, assert_close
 
+from ttt_jax.model import loss
 from ttt_jax.model.loss import cross_entropy, token_nll, token_nll_and_hit
-from ttt_jax.model.transformer import loss
 
 B, T, D, V = 2, 13, 6, 17
 

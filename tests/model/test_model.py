@@ -16,11 +16,12 @@ from support.awake import new_target
 from support.fast_jit import jit
 from support.tolerance import relative_rms
 
-from ttt_jax.config.fields import REMAT_NAMES, ModelConfig, TTTConfig
+from ttt_jax.config import REMAT_NAMES, ModelConfig, TTTConfig
 from ttt_jax.errors import UserError
+from ttt_jax.model import ttt_mlp as ttt
 from ttt_jax.model.param_path import param_path
-from ttt_jax.model.transformer import LayerKind, LayerState, Run, Runtime, Transformer, find_groups, layer_kinds
-from ttt_jax.model.transformer import ttt_mlp as ttt
+from ttt_jax.model.stack import LayerKind, LayerState, Runtime, find_groups, layer_kinds
+from ttt_jax.model.transformer import LayerRun, Transformer
 from ttt_jax.pretrained.hf_weights import tensor_names
 
 C, V = 4, 31
@@ -436,7 +437,7 @@ def test_scanned_groups_equal_layer_after_layer(monkeypatch, x64):
     assert [group.repeats for group in model.groups] == [2, 1, 1]
     assert [run.count for run in model.groups[0].pattern] == [1, 2]
     whole, _ = run(model, ids)
-    monkeypatch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((Run(kind, 1),), 1) for kind in kinds])
+    monkeypatch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((LayerRun(kind, 1),), 1) for kind in kinds])
     single = transplant(model, model.config)
     assert len(single.groups) == 8
     np.testing.assert_allclose(run(single, ids)[0], whole, rtol=0, atol=1e-12)

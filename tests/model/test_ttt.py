@@ -9,7 +9,7 @@ import pytest
 from support.fast_jit import jit
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.config.fields import ModelConfig, TTTConfig
+from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import Context
 from ttt_jax.model.transformer import Transformer

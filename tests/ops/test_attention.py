@@ -11,8 +11,11 @@ from support.fast_jit import jit
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.attention import api as attention
-from ttt_jax.ops.attention.api import _document_offsets, _windowed, self_attention
+from ttt_jax.ops.attention import cudnn as cudnn_attention
+from ttt_jax.ops.attention import xla as xla_attention
+from ttt_jax.ops.attention.api import self_attention
+from ttt_jax.ops.attention.cudnn import _document_offsets
+from ttt_jax.ops.attention.xla import windowed
 
 
 def make_inputs(B=2, T=37, N=4, K=2, H=8, S=None, seed=0):
@@ -69,7 +72,7 @@ SEGMENTS = np.array([[1] * 15 + [2] * 10 + [3] * 12, [5] * 5 + [4] * 20 + [0] * 
 def test_self_attention(monkeypatch, window, rows, dtype, segments):
     """`rows` queries are computed at a time; a window below half the length takes the windowed path."""
     if rows is not None:
-        monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 2 * 4 * 37 * rows)
+        monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 37 * rows)
     arguments = make_inputs()
     ids = None if segments is None else jnp.asarray(segments, jnp.int32)
     options = {"window": window, "segment_ids_BT": ids, "implementation": "xla"}
@@ -81,9 +84,9 @@ def test_self_attention(monkeypatch, window, rows, dtype, segments):
 )
 def test_windowed_blocks(monkeypatch, T, window, together):
     """Any length against the block size, and any number of blocks at once."""
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 2 * 4 * 2 * window * window * together)
+    monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 2 * window * window * together)
     arguments = make_inputs(T=T)
-    run = lambda q, k, v: _windowed(q, k, v, window, None)
+    run = lambda q, k, v: windowed(q, k, v, window, None)
     check(run, arguments, causal_mask(2, T, window), "float64")
 
 
@@ -94,7 +97,7 @@ def test_tokens_of_segment_0_do_not_see_what_lies_before_the_row(x64):
     # A window of 5 of 37 tokens is computed in blocks of the window.
     got = self_attention(q, k, v, window=5, segment_ids_BT=ids, implementation="xla")
     position = jnp.arange(37, dtype=jnp.int32)[None]
-    want = attention.blocked(q, k, v, position, position, ids, ids, 5)
+    want = xla_attention.blocked(q, k, v, position, position, ids, ids, 5)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
     np.testing.assert_allclose(got[:, 0], np.repeat(v[:, 0], 2, axis=1), rtol=0, atol=1e-14)
 
@@ -146,7 +149,7 @@ def test_large_logits_stay_finite():
 
 def test_memory_is_linear_in_the_length(monkeypatch):
     """Forward and backward of the windowed and the blocked path hold blocks, never [T, T]."""
-    monkeypatch.setattr(attention, "_BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 2**16)
 
     def temporary_bytes(T, window):
         run = lambda q, k, v: self_attention(q, k, v, window=window).sum()
@@ -219,7 +222,7 @@ def test_what_cudnn_takes(monkeypatch, dtype, H, ids, multiple, words):
 def assert_reason(monkeypatch, shape, dtype, multiple, words):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     q, ids = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
-    reason = attention._why_not_cudnn(q, None if multiple is None else ids, multiple or 1)
+    reason = cudnn_attention.why_not_cudnn(q, None if multiple is None else ids, multiple or 1)
     assert (reason is None) if words is None else (words in reason)
 
 
@@ -267,7 +270,7 @@ def workspace(rows, M, T, heads, kv_heads, H):
     ids=str,
 )
 def test_split_of_real_shapes(shape, split):
-    assert attention._split_call(*shape) == split
+    assert cudnn_attention._split_call(*shape) == split
 
 
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (12, 12), (6, 2), (32, 8), (35, 5), (5, 1)])
@@ -279,8 +282,8 @@ def test_split_covers_everything_in_few_equal_calls_within_the_bound(N, K, M):
 
 def check_split(B, M, T, N, K, H):
     G = N // K
-    rows, heads = attention._split_call(B, M, T, N, K, H)
-    row_parts, head_parts = attention._parts(B, rows), attention._head_parts(N, K, heads)
+    rows, heads = cudnn_attention._split_call(B, M, T, N, K, H)
+    row_parts, head_parts = cudnn_attention._parts(B, rows), cudnn_attention._head_parts(N, K, heads)
     whole = lambda parts: [i for part in parts for i in range(part.start, part.stop)]
     assert whole(row_parts) == list(range(B))
     assert whole([n for n, _ in head_parts]) == list(range(N))
@@ -316,7 +319,7 @@ def documents_in_xla(calls):
         starts_BM1, sizes_BM1 = offsets_BM[:, :-1, None], sizes_BM[:, :, None]
         inside_BMT = (t_1T[None] >= starts_BM1) & (t_1T[None] < starts_BM1 + sizes_BM1)
         ids_BT = jnp.argmax(inside_BMT, axis=1).astype(jnp.int32)
-        return attention.blocked(q, k, v, t_1T, t_1T, ids_BT, ids_BT, window)
+        return xla_attention.blocked(q, k, v, t_1T, t_1T, ids_BT, ids_BT, window)
 
     return call
 
@@ -341,9 +344,9 @@ def test_split_calls_give_the_values_and_gradients_of_one(monkeypatch, N, K, fit
     B, T, multiple, H = 3, 24, 4, 8
     segments = np.array([[1] * 8 + [2] * 16, [1] * 4 + [2] * 4 + [3] * 12 + [4] * 4, [5] * 24])
     got = []
-    monkeypatch.setattr(attention, "_WORKSPACE_BYTES", fit * workspace(1, T // multiple, T, 1, 1, H))
-    monkeypatch.setattr(attention, "_cudnn_call", documents_in_xla(got))
-    monkeypatch.setattr(attention, "_why_not_cudnn", lambda *_: None)
+    monkeypatch.setattr(cudnn_attention, "_WORKSPACE_BYTES", fit * workspace(1, T // multiple, T, 1, 1, H))
+    monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla(got))
+    monkeypatch.setattr(cudnn_attention, "why_not_cudnn", lambda *_: None)
     options = {"segment_ids_BT": jnp.asarray(segments, jnp.int32), "segment_multiple": multiple, "implementation": "cudnn"}
     arguments = make_inputs(B=B, T=T, N=N, K=K, H=H)
     check(self_attention, arguments, causal_mask(B, T, 5, segments), "float64", window=5, **options)
@@ -353,8 +356,8 @@ def test_split_calls_give_the_values_and_gradients_of_one(monkeypatch, N, K, fit
 def test_a_stream_is_not_split(monkeypatch):
     """One document a row, read without a backward: nothing to save, and splitting costs time."""
     got = []
-    monkeypatch.setattr(attention, "_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(attention, "_cudnn_call", documents_in_xla(got))
+    monkeypatch.setattr(cudnn_attention, "_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla(got))
     q, k, v, _ = map(jnp.asarray, make_inputs(T=9))
-    attention.cudnn_documents(q, k, v, jnp.asarray([[0, -1], [3, -1]]), jnp.asarray([[9], [6]]), 4)
+    cudnn_attention.cudnn_documents(q, k, v, jnp.asarray([[0, -1], [3, -1]]), jnp.asarray([[9], [6]]), 4)
     assert got == [(2, 4, 2)]

@@ -10,8 +10,8 @@ from support.fast_jit import jit
 from support.tolerance import assert_close
 from test_attention import causal_mask, make_inputs, plain
 
-from ttt_jax.ops.attention import api as attention
 from ttt_jax.ops.attention import cached as kv_cache
+from ttt_jax.ops.attention import xla as xla_attention
 
 T = 43
 # Tokens that each of two rows reads in each call; the piece is as wide as the larger.
@@ -34,7 +34,7 @@ def test_pieces_equal_the_whole(monkeypatch, rows, window, x64):
     """Nothing of the cache but the tokens that were read is seen: it starts full of large numbers."""
     assert tuple(np.sum(CALLS, axis=0)) == (T, T)
     if rows is not None:
-        monkeypatch.setattr(attention, "_BLOCK_BYTES", 4 * 2 * 4 * 50 * rows)
+        monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 50 * rows)
     q, k, v, _ = make_inputs(T=T)
     seen = causal_mask(2, T, window)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -76,7 +76,7 @@ def test_cudnn_is_given_room_for_a_second_document(monkeypatch, start):
         return q
 
     monkeypatch.setattr(cudnn, "dot_product_attention", spy)
-    monkeypatch.setattr(kv_cache.attention, "uses_cudnn", lambda q, implementation: True)
+    monkeypatch.setattr(kv_cache, "uses_cudnn", lambda q, implementation: True)
     W, T = 8, 5
     q, old = jnp.zeros((1, T, 2, 16)), jnp.zeros((1, 2, W, 16))
     kv_cache.extend_window(q, q, q, kv_cache.KVCache(old, old), jnp.array([start]))

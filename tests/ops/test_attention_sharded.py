@@ -14,10 +14,10 @@ from support.hlo import collective_bytes
 from support.tolerance import TOLERANCE, assert_close
 from test_attention import documents_in_xla
 
-from ttt_jax.config.fields import MeshConfig
+from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UserError
-from ttt_jax.model.transformer import _remat_policy
-from ttt_jax.ops.attention import api as attention
+from ttt_jax.model.stack import _remat_policy
+from ttt_jax.ops.attention import cudnn as cudnn_attention
 from ttt_jax.ops.attention import sharded as context_attention
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.attention.sharded import _exchange, _holder, _whole_blocks, attention_shard
@@ -117,8 +117,8 @@ def test_lengths_that_do_not_divide_are_left_to_gspmd(x64):
 def test_cudnn_is_told_of_documents_that_shards_do_not_hold_whole(x64, monkeypatch, shards, window):
     """Documents at multiples of 16 in shards of 24 and 12 tokens; the first queries see 8 tokens of the
     neighbour, which is a multiple of where documents start, or 9."""
-    monkeypatch.setattr(attention, "_why_not_cudnn", lambda *_: None)
-    monkeypatch.setattr(attention, "_cudnn_call", documents_in_xla([]))
+    monkeypatch.setattr(cudnn_attention, "why_not_cudnn", lambda *_: None)
+    monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla([]))
     x, ids = inputs(), jnp.asarray(np.stack([[1] * 16 + [2] * 16 + [3] * 16, [1] * 32 + [2] * 16]), jnp.int32)
     options = {"window": window, "segment_ids_BT": ids}
     alone = functools.partial(self_attention, implementation="xla", **options)

@@ -10,9 +10,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info_lib
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.config.fields import MeshConfig
+from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UserError
 from ttt_jax.ops.attention import api as attention
+from ttt_jax.ops.attention import cudnn as cudnn_attention
 from ttt_jax.ops.attention import splash
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.parallel.mesh import make_mesh
@@ -137,7 +138,7 @@ def test_what_splash_takes(monkeypatch):
     assert "split the sequence (mesh.context)" in str(splash.why_not(bf16(splash.LONGEST + 1)))
     assert "multiple of 128 tokens, got 100" in str(splash.why_not_blocks(100))
     # Eight devices and no mesh: nothing says whose arrays these are, so the kernel is not taken, and that is said once.
-    attention._say_once.cache_clear()
+    cudnn_attention.say_once.cache_clear()
     with pytest.warns(UserWarning, match="no fast kernel .*using the XLA path"):
         self_attention(*(jnp.zeros((1, 8, 2, 64), jnp.bfloat16),) * 3)
 

@@ -39,7 +39,7 @@ STEP = """
 import json, re, sys
 from ttt_jax.plan.make import parse_topology, prepare_environment
 prepare_environment()
-from ttt_jax.config.fields import load_config
+from ttt_jax.config import load_config
 from ttt_jax.plan.make import abstract_batch, tpu_devices
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.training.step import abstract_state, make_train_step

@@ -10,7 +10,7 @@ from support.fast_jit import jit
 from support.hlo import collective_bytes
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.config.fields import MeshConfig
+from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UserError
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.ttt.sharded import exclusive_prefix, in_place_ttt_shard

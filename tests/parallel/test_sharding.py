@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from support.tolerance import assert_close
 
-from ttt_jax.config.fields import Config, MeshConfig, from_dict
+from ttt_jax.config import Config, MeshConfig, from_dict
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import RMSNorm
-from ttt_jax.parallel.mesh import make_mesh, model_shardings, spec
-from ttt_jax.training.step import abstract_state, init_state, make_train_step, put_batch
+from ttt_jax.parallel.mesh import make_mesh, model_shardings, put_batch, spec
+from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 MODEL = {
     "vocab_size": 64, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48,

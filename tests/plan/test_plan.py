@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax.command.cli import main
-from ttt_jax.config.fields import load_config
+from ttt_jax.config import load_config
 from ttt_jax.errors import UserError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan.collectives import nbytes, read_collectives

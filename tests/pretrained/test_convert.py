@@ -19,14 +19,14 @@ import train
 from ttt_jax import load_pretrained
 from ttt_jax.checkpoint.checkpointer import Checkpointer, load_model_params
 from ttt_jax.command.cli import main
-from ttt_jax.config.fields import CheckpointConfig, Config, MeshConfig, ModelConfig, TTTConfig
+from ttt_jax.config import CheckpointConfig, Config, MeshConfig, ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError, UserError, VerificationError
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import make_mesh, model_shardings
+from ttt_jax.pretrained import convert as convert_module
 from ttt_jax.pretrained.convert import convert, open_source
-from ttt_jax.pretrained.hf_weights import read_config
-from ttt_jax.pretrained.load import convert as convert_module
+from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.load import initial_model
 from ttt_jax.pretrained.orbax_folder import OrbaxWriter, read_description
 from ttt_jax.run.folder import prepare_run_dir

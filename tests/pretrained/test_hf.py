@@ -14,13 +14,14 @@ from safetensors.numpy import save_file
 from support.fast_jit import jit
 from support.tolerance import assert_close
 
-from ttt_jax.config.fields import RopeConfig
+from ttt_jax.config import RopeConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model.layers import rope_frequencies
 from ttt_jax.model.loss import cross_entropy
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.hf_weights import config_from_hf, load_hf, load_hf_into, read_config, tensor_names
+from ttt_jax.pretrained.hf_config import config_from_hf, read_config
+from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, tensor_names
 
 
 def tensors(folder):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from ttt_jax.config.fields import ModelConfig, RopeConfig, TTTConfig
+from ttt_jax.config import ModelConfig, RopeConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.export import config_to_hf, save_pretrained
-from ttt_jax.pretrained.hf_weights import TensorFiles, config_from_hf, load_hf, read_config
+from ttt_jax.pretrained.export import save_pretrained
+from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, read_config
+from ttt_jax.pretrained.hf_weights import load_hf
+from ttt_jax.pretrained.safetensors_io import TensorFiles
 
 SMALL = ModelConfig(
     vocab_size=31, d_model=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, rope=RopeConfig(base=5e5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_train import TINY, curve, start
 
-from ttt_jax.config.fields import Config, replace
+from ttt_jax.config import Config, replace
 from ttt_jax.run import compile_cache
 from ttt_jax.run.logs import read_events
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.config.fields import Config, load_config, replace
+from ttt_jax.config import Config, load_config, replace
 from ttt_jax.errors import CheckpointError
-from ttt_jax.run.folder import atomic_write_text, prepare_run_dir, read_run_config
+from ttt_jax.files.text import atomic_write_text
+from ttt_jax.run.folder import prepare_run_dir, read_run_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +130,7 @@ sys.path.insert(0, {root!r})
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:{port}", 2, int(sys.argv[1]))
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.run.folder import prepare_run_dir
 def attempt(**fields):
     try:

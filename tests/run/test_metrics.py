@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ttt_jax.config.fields import Config, LogConfig, ModelConfig, TTTConfig
+from ttt_jax.config import Config, LogConfig, ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.run.metrics import MetricsLogger, device_memory_bytes, model_flops_per_token, peak_flops, read_metrics
+from ttt_jax.flops import device_memory_bytes, model_flops_per_token, peak_flops
+from ttt_jax.run.metrics import MetricsLogger, read_metrics
 
 QUIET = Config(log=LogConfig(tensorboard=False))
 

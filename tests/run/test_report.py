@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ttt_jax.config.fields import Config, replace
-from ttt_jax.run.report import bucket_losses, print_report, write_report
+from ttt_jax.config import Config, replace
+from ttt_jax.run.report import print_report, write_report
+from ttt_jax.training.heldout import bucket_losses
 
 CONFIG = replace(Config(), {"model.ttt.layers": [1]})
 POSITIONS = [[0, 512], [512, 1024], [1024, 1536]]

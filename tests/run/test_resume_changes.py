@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.config.fields import Config, fields_help, replace, resume_fields
+from ttt_jax.config import Config, fields_help, replace, resume_fields
 from ttt_jax.config.resume_fields import FIELDS, FREE, MEASURED, REFUSED, ROUNDING
 from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.run import resume_changes
 from ttt_jax.run import timing as telemetry
 from ttt_jax.run.folder import prepare_run_dir, read_run_config
+from ttt_jax.run.provenance import write_environment
 from ttt_jax.run.resume_changes import changed_fields, check_resume
-from ttt_jax.run.timing import write_environment
 
 FIELD_NAMES = [name for name, _, _ in fields_help()]
 # A schedule on which every field of it counts, and steps enough for a warm-up that differs.

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ttt_jax.config.fields import Config, dump_yaml, replace
+from ttt_jax.config import Config, dump_yaml, replace
 from ttt_jax.errors import CheckpointError
 from ttt_jax.ops import update_cosine
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.shard_mapped import Parallel
 from ttt_jax.run.metrics import MetricsLogger
 from ttt_jax.run.page import write_page
-from ttt_jax.run.timing import StepTimer, host_memory_bytes, make_probe, write_environment
+from ttt_jax.run.provenance import write_environment
+from ttt_jax.run.timing import StepTimer, host_memory_bytes
+from ttt_jax.training.heldout import make_probe
 
 
 def oracle(z_BTF, v_BTD, C, ids_BT=None):

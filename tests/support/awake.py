@@ -5,7 +5,7 @@ Imported by conftest.py, so that it holds in every test; `new_target` is what mo
 
 import jax
 
-from ttt_jax.model.transformer import ttt_mlp as ttt
+from ttt_jax.model import ttt_mlp as ttt
 
 new_target = ttt.initial_target
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.hf_weights import config_from_hf, tensor_shapes
+from ttt_jax.pretrained.hf_config import config_from_hf
+from ttt_jax.pretrained.hf_weights import tensor_shapes
 
 BASE = {
     "vocab_size": 97,

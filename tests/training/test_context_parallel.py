@@ -10,19 +10,13 @@ from support.fast_jit import jit
 from support.hlo import collectives
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.config.fields import Config, from_dict
+from ttt_jax.config import Config, from_dict
 from ttt_jax.model.loss import cross_entropy
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.training.step import (
-    abstract_state,
-    evaluate_by_position,
-    init_state,
-    make_position_nll,
-    make_train_step,
-    put_batch,
-)
+from ttt_jax.parallel.mesh import make_mesh, put_batch
+from ttt_jax.training.heldout import evaluate_by_position, make_position_nll
+from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 V, T, B, C = 64, 64, 8, 8
 MODEL = {

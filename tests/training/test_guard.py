@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
-from ttt_jax.config.fields import CheckpointConfig, GuardConfig, from_dict, load_config
-from ttt_jax.config.fields import Config as RunConfig
+from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config
+from ttt_jax.config import Config as RunConfig
 from ttt_jax.data import Piece, load_tokenizer, make_loader
 from ttt_jax.data.corpus import load_corpus, locate
 from ttt_jax.errors import ConfigError, TrainingError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.run.logs import EventLog, read_events
+from ttt_jax.training import guard as guard_module
 from ttt_jax.training.guard import Guard, read_rollbacks, write_rollbacks
 from ttt_jax.training.optimizer import updates_done
 from ttt_jax.training.recovery import Recovery
 from ttt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
-from ttt_jax.training.step import guard as guard_module
 
 SMALL = {
     "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 24,

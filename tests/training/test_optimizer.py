@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ttt_jax.config.fields import OptimizerConfig, ParamGroup
+from ttt_jax.config import OptimizerConfig, ParamGroup
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.param_path import param_path
 from ttt_jax.training.optimizer import gradient_norm, learning_rate, make_optimizer, state_shardings, ttt_lr_scale

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 
 from ttt_jax.errors import CheckpointError, TrainingError
+from ttt_jax.files.text import LineFile
 from ttt_jax.process.signals import Stopped, StopSignal
-from ttt_jax.run.logs import EventLog, LineFile, read_events, truncate_metrics
+from ttt_jax.run.logs import EventLog, read_events, truncate_metrics
 from ttt_jax.training.saver import Saver
 from ttt_jax.training.step import TrainState
 

@@ -12,7 +12,7 @@ from test_fuzz_checkpoints import SMALL
 
 import ttt_jax.training.start_check
 from ttt_jax.checkpoint.checkpointer import Checkpointer
-from ttt_jax.config.fields import (
+from ttt_jax.config import (
     CheckpointConfig,
     Config,
     MeshConfig,
@@ -27,7 +27,8 @@ from ttt_jax.errors import ConfigError, VerificationError
 from ttt_jax.model.transformer import abstract_transformer
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.pretrained.convert import convert
-from ttt_jax.pretrained.hf_weights import config_from_hf, load_hf
+from ttt_jax.pretrained.hf_config import config_from_hf
+from ttt_jax.pretrained.hf_weights import load_hf
 from ttt_jax.pretrained.load import initial_model, load_pretrained
 from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.training.start_check import checked_start

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 from test_guard import SMALL, batch, bits
 
-from ttt_jax.config.fields import Config, from_dict, replace
+from ttt_jax.config import Config, from_dict, replace
 from ttt_jax.model.loss import token_nll
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.training.step import (
-    TrainState,
-    abstract_state,
-    evaluate_by_position,
-    init_state,
-    make_position_nll,
-    make_train_step,
-)
+from ttt_jax.training.heldout import evaluate_by_position, make_position_nll
+from ttt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 
 def runs(steps, times=1, **fields):

@@ -37,11 +37,12 @@ from ttt_jax.checkpoint.checksums import (
     set_aside,
     write_checksums,
 )
-from ttt_jax.checkpoint.trees import DamagedError, flat, one_line, read_json, restore_tree, save_args
-from ttt_jax.config.fields import CheckpointConfig
+from ttt_jax.checkpoint.trees import DamagedError, flat, read_json, restore_tree, save_args
+from ttt_jax.config import CheckpointConfig
 from ttt_jax.errors import CheckpointError
+from ttt_jax.files.text import atomic_write_text, one_line, sync, sync_tree
 from ttt_jax.process.multihost import any_process, from_first_process
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, atomic_write_text, prepare_run_dir, read_run_config, sync, sync_tree
+from ttt_jax.run.folder import CHECKPOINT_FOLDER, prepare_run_dir, read_run_config
 
 __all__ = [
     "Checkpointer",

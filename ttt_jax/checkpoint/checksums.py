@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ttt_jax.errors import CheckpointError
-from ttt_jax.files.companions import excerpt, read_json_object, show
-from ttt_jax.run.folder import atomic_write_text
+from ttt_jax.files.reading import excerpt, read_json_object, show
+from ttt_jax.files.text import atomic_write_text
 
 CHECKSUMS = "checksums.json"
 FORMAT = "format"  # field of `extra` that a checkpoint says about itself: its step, and that checksums were written

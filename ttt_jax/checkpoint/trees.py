@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ttt_jax.errors import CheckpointError
-from ttt_jax.files.companions import read_json_object
+from ttt_jax.files.reading import read_json_object
+from ttt_jax.files.text import one_line
 from ttt_jax.model.param_path import param_path
 
 _CHUNK_BYTES = 32 << 20
@@ -115,6 +116,3 @@ def _damaged(path: Path, error: Exception) -> DamagedError:
     return DamagedError(f"checkpoint {path}: incomplete or damaged ({one_line(error)}); delete that folder to use an older one")
 
 
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -341,7 +341,7 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     TPU programs are compiled ahead of time (minutes for a large model); GPUs get an estimate. Dotted overrides as for train.py.
     Exit code: 0 it fits, 1 it does not.
     """
-    from ttt_jax.config.fields import load_config
+    from ttt_jax.config import load_config
     from ttt_jax.plan.make import describe, make_plan, parse_topology, prepare_environment
 
     config, target = load_config(path, overrides), parse_topology(topology)

@@ -15,7 +15,7 @@ def load_model(folder: Path, dtype: str | None, for_decoding: bool = False):
     """A model as the commands compute it."""
     import jax
 
-    from ttt_jax.model.transformer import Runtime
+    from ttt_jax.model.stack import Runtime
     from ttt_jax.pretrained.load import load_pretrained
 
     on_cpu = jax.default_backend() == "cpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -16,15 +15,11 @@ import numpy as np
 from ttt_jax.data.digests import digest_array
 from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy
+from ttt_jax.files.text import cache_folder
 
 MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
 _PARTIAL = "partial-"  # how the names of unfinished files begin
 _STALE = 86_400.0  # seconds after which an unfinished file that cannot be locked is nobody's
-
-
-def cache_folder() -> Path:
-    """Where large tokenised corpora are kept: `TTT_JAX_CACHE`, else `~/.cache/ttt_jax`."""
-    return Path(os.environ.get("TTT_JAX_CACHE") or Path.home() / ".cache" / "ttt_jax")
 
 
 class TokenArray:

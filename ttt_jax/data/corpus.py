@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.data.cache import TokenArray, TokenWriter, load_cached
 from ttt_jax.data.digests import digest_rows, digest_tokens
 from ttt_jax.data.progress import TokenProgress

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus, locate, split_corpus
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError

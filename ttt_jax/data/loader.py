@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus, locate
 from ttt_jax.data.heldout import split
 from ttt_jax.data.packing import OPEN_BINS, PATIENCE, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row

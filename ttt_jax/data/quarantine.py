@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax.errors import DataError
-from ttt_jax.run.folder import atomic_write_text
+from ttt_jax.files.text import atomic_write_text
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _LISTED = 100_000  # records that are listed; all are counted

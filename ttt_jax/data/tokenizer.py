@@ -13,7 +13,7 @@ import numpy as np
 
 from ttt_jax.data.rust_panics import panics_as_errors
 from ttt_jax.errors import CheckpointError, DataError
-from ttt_jax.files.companions import MAX_TOKENIZER_BYTES, companion_fields, find_companion, read_bounded
+from ttt_jax.files.reading import MAX_TOKENIZER_BYTES, companion_fields, find_companion, read_bounded
 
 # Tried in this order when no file beside tokenizer.json names the end token.
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")

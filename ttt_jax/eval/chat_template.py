@@ -18,7 +18,7 @@ from typing import Any
 
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval import template_worker
-from ttt_jax.files.companions import MAX_TEMPLATE_BYTES, find_companion, read_text, show
+from ttt_jax.files.reading import MAX_TEMPLATE_BYTES, find_companion, read_text, show
 
 START_SECONDS = 60.0  # to start Python and import jinja2, on a busy machine
 RENDER_SECONDS = 10.0  # templates in use take milliseconds

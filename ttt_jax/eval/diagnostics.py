@@ -16,7 +16,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.inference.prefill import Frozen, needs_capacity, program, read_piece
 from ttt_jax.inference.scoring import score
 from ttt_jax.model.transformer import State, Transformer
-from ttt_jax.ops.ttt.xla import precision_for
+from ttt_jax.ops.numerics import precision_for
 
 _POINTS = 12  # chunks looked at
 

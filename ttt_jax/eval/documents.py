@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus
 from ttt_jax.data.sources import find_files
 from ttt_jax.data.tokenizer import ByteTokenizer

@@ -27,7 +27,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
 from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
-from ttt_jax.files.companions import companion_fields
+from ttt_jax.files.reading import companion_fields
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.inference.watch import Watch
@@ -221,7 +221,7 @@ class TTTJaxLM(TemplateLM):
 def _load(path: Path, dtype: str | None) -> Transformer:
     import jax
 
-    from ttt_jax.model.transformer import Runtime
+    from ttt_jax.model.stack import Runtime
     from ttt_jax.pretrained.load import load_pretrained
 
     on_cpu = jax.default_backend() == "cpu"

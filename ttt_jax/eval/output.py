@@ -19,7 +19,7 @@ from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import Table, interval, number, tables, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
-from ttt_jax.run.folder import atomic_write_text
+from ttt_jax.files.text import atomic_write_text
 from ttt_jax.terminal import printable
 
 RESULTS = "results.json"

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from typing import Any
 
 import numpy as np
 
 from ttt_jax.eval.tables import Table, tables, tokens
+from ttt_jax.html_page import COLOURS, escape, figure_of, html_page, image, tidy
 
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
-COLOURS = {"on": "#0072B2", "off": "#D55E00", "shuffled": "#009E73"}
 _MARKERS = {"on": "o", "off": "s", "shuffled": "^"}
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } p.note { color: #555; margin: 0 0 .6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-tbody tr:hover { background: #f4f7fa; } img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
-pre.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
-pre.json { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
-.legend span { padding: .1rem .5rem; margin-right: .2rem; }
-"""
 
 
 def report_page(results: dict[str, Any]) -> str:
@@ -82,18 +67,6 @@ def gain_colour(x: float) -> str:
     return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
 
 
-def escape(text: object) -> str:
-    """Text that may stand anywhere in a page."""
-    return html.escape(str(text), quote=True)
-
-
-def html_page(title: str, body: list[str]) -> str:
-    """A whole page of HTML fragments, with the style inside."""
-    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
-    view = "<meta name='viewport' content='width=device-width'>"
-    return f"{head}{view}<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-
-
 def _facts(results: dict[str, Any]) -> str:
     hardware, versions = results["hardware"], results["versions"]
     facts = {
@@ -129,29 +102,6 @@ def _pictures(results: dict[str, Any]) -> list[str]:
     if "diagnostics" in results and results["diagnostics"]["layers"]:
         made.append(_fast_weight_picture(results["diagnostics"]))
     return made
-
-
-def figure_of(width: float, height: float):
-    """An empty matplotlib figure, inches."""
-    from matplotlib.figure import Figure  # no pyplot: its global state and windows are not wanted here
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def image(figure: Any, alt: str) -> str:
-    """The figure as SVG inside the page."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    file = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-def tidy(axes: Any) -> None:
-    """Horizontal grid, no box."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _values(entries: list[dict[str, Any]], key: str, field: str) -> np.ndarray:

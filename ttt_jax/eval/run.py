@@ -123,8 +123,8 @@ def evaluate(options: Options, out: Path | None = None, overwrite: bool = False)
         told = f"{len(kept)} finished pieces of work are kept in {out}; the same command goes on behind them"
         interrupted = isinstance(error, KeyboardInterrupt)
         raise type(error)(told if interrupted else f"{error}; {told}") from None
-    from ttt_jax.config.fields import to_dict
-    from ttt_jax.run.report import provenance
+    from ttt_jax.config import to_dict
+    from ttt_jax.run.provenance import provenance
 
     results |= provenance() | {"seconds": time.perf_counter() - begin, "config": to_dict(model.config)}
     return results, text_html
@@ -134,7 +134,7 @@ def _load(options: Options):
     """(model, dtype)."""
     import jax
 
-    from ttt_jax.model.transformer import Runtime
+    from ttt_jax.model.stack import Runtime
     from ttt_jax.pretrained.load import load_pretrained
 
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -149,9 +149,9 @@ def _code() -> dict[str, Any]:
     """What else decides the figures: the commit and the version of jax."""
     import importlib.metadata
 
-    from ttt_jax.run.report import _commit
+    from ttt_jax.run.provenance import commit
 
-    return {"commit": _commit(), "jax": importlib.metadata.version("jax")}
+    return {"commit": commit(), "jax": importlib.metadata.version("jax")}
 
 
 def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:

@@ -29,14 +29,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ttt_jax.config.fields import to_dict
+from ttt_jax.config import to_dict
 from ttt_jax.errors import CheckpointError
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.prefill import needs_capacity
 from ttt_jax.inference.watch import is_finite, not_finite
 from ttt_jax.model.param_path import param_path
-from ttt_jax.model.transformer import LayerState, State, Transformer
-from ttt_jax.model.ttt_mlp import TTTState
+from ttt_jax.model.stack import LayerState
+from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.attention.cached import KVCache
 from ttt_jax.pretrained.hf_weights import tensor_names
 

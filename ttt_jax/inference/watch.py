@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.config.fields import GuardConfig
+from ttt_jax.config import GuardConfig
 from ttt_jax.errors import NotFiniteError
 from ttt_jax.model.transformer import Transformer
 

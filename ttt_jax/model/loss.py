@@ -10,8 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ops.numerics import join_tokens, split_tokens
-from ttt_jax.ops.ttt.xla import accumulator, precision_for
+from ttt_jax.ops.numerics import accumulator, join_tokens, precision_for, split_tokens
 
 _BLOCK_BYTES = 2**30  # float32 logits held at a time
 

@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.config.fields import ModelConfig
+from ttt_jax.config import ModelConfig
 from ttt_jax.model.layers import Context, linear, param
+from ttt_jax.model.ttt_stream import TTTState, pending
 from ttt_jax.ops import in_place_ttt, update_cosine, update_norm
+from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.writes import transformed
-from ttt_jax.ops.ttt.xla import accumulator, precision_for
 from ttt_jax.parallel.shard_mapped import Parallel
 
 _TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
-
-
-class TTTState(NamedTuple):
-    """What one TTT layer carries from one call to the next. Position modulo C is the number of pending tokens.
-
-    Fields:
-      S_BDF: accumulated update of the down-projection, float32.
-      z_BCF: MLP activations of the pending chunk, compute dtype; slots from the pending count on hold nothing.
-      source_BCD: source of the targets of the pending chunk, compute dtype.
-    """
-
-    S_BDF: jax.Array
-    z_BCF: jax.Array
-    source_BCD: jax.Array
 
 
 def initial_target(key: jax.Array, D: int, std: float) -> tuple[jax.Array, jax.Array]:
@@ -215,7 +201,7 @@ class MLP(nnx.Module):
         if whole_B is None and T % C == 0:  # nothing is pending
             return y_BTD, TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))), stats
         whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
-        z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BTF, source_BTD))
+        z_BCF, source_BCD = (pending(x, whole_B, C) for x in (z_BTF, source_BTD))
         if state is not None and ctx.lengths_B is not None:  # a row that reads nothing keeps its pending chunk
             idle_B11 = (ctx.lengths_B == 0)[:, None, None]
             z_BCF = jnp.where(idle_B11, state.z_BCF, z_BCF)
@@ -243,7 +229,7 @@ class MLP(nnx.Module):
         y_BLD, S_BDF = self._op(z_BLF, v_BLD, lr, state.S_BDF)
         y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(y_BLD, pending_B)
         stats = self._stats(S_BDF, self._last_update_norm(z_BLF, v_BLD, lr))
-        return y_BTD, TTTState(S_BDF, *(_pending(x, whole_B, C) for x in (z_BLF, source_BLD))), stats
+        return y_BTD, TTTState(S_BDF, *(pending(x, whole_B, C) for x in (z_BLF, source_BLD))), stats
 
     def _append(self, z_B1F, source_B1D, ctx: Context, state: TTTState):
         """One token: O(D + F) beside the apply; the update runs in the step that completes some row's chunk."""
@@ -270,7 +256,3 @@ class MLP(nnx.Module):
         return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), self._stats(S_BDF, norm_B)
 
 
-def _pending(x_BTX, whole_B, C):
-    """The C slots after each row's whole chunks (zero-padded past the end)."""
-    padded = jnp.pad(x_BTX, ((0, 0), (0, C), (0, 0)))
-    return jax.vmap(lambda x, m: jax.lax.dynamic_slice_in_dim(x, m * C, C, axis=0))(padded, whole_B)

@@ -1,3 +1,4 @@
-from ttt_jax.ops.ttt.api import IMPLEMENTATIONS, in_place_ttt, update_cosine, update_norm
+from ttt_jax.ops.ttt.api import IMPLEMENTATIONS, in_place_ttt
+from ttt_jax.ops.ttt.chunk_updates import update_cosine, update_norm
 
 __all__ = ["IMPLEMENTATIONS", "in_place_ttt", "update_cosine", "update_norm"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 
-def platform() -> str:
+def compiled_for() -> str:
     """The platform of the mesh's devices where a mesh is set (they may exist on paper only), or of the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

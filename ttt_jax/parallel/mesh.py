@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ttt_jax.config.fields import MeshConfig
+from ttt_jax.config import MeshConfig
 from ttt_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -119,3 +119,32 @@ def mesh_axes(name: str, mesh: Mesh) -> tuple[str, ...]:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+Batch = dict[str, Any]
+
+
+def local_rows(mesh: Mesh, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The rows of a batch [B, T] of which this process' devices hold some tokens, in order.
+
+    Processes hold the same rows when the context axis spans them, and all rows when rows do not split over the mesh.
+    """
+    places = batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
+    return tuple(sorted({row for index in places if index is not None for row in range(shape[0])[index[0]]}))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> Batch:
+    """Global arrays [B, T] from this process' rows, `local_rows` of them (`batch_size` is B; None: all are here)."""
+
+    def put(x_RT: np.ndarray) -> jax.Array:
+        shape = (batch_size or x_RT.shape[0], x_RT.shape[1])
+        sharding = batch_sharding(mesh, shape)
+        place = {row: i for i, row in enumerate(local_rows(mesh, shape))}
+
+        def part(index: Any) -> np.ndarray:
+            rows, tokens = index
+            return x_RT[[place[row] for row in range(shape[0])[rows]], tokens]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(x) for name, x in batch.items()}

@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.attention.sharded import attention_shard
-from ttt_jax.ops.ttt.api import update_cosine
-from ttt_jax.ops.ttt.sharded import in_place_ttt_shard, last_update_square, slice_rows
-from ttt_jax.ops.ttt.xla import accumulator
+from ttt_jax.ops.numerics import accumulator
+from ttt_jax.ops.ttt.chunk_updates import last_update_square, update_cosine
+from ttt_jax.ops.ttt.sharded import in_place_ttt_shard, slice_rows
 from ttt_jax.parallel.mesh import mesh_axes, spec
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.plan.make import Plan, Topology, abstract_batch, advice, prefill_notes, row_notes, shard_bytes, workload
 
 _LOGITS = 1.5 * 2**30  # one block in float32 (loss.py) and its gradient in the compute dtype
@@ -29,8 +29,8 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
     """Raises: ConfigError when the config does not fit the number of devices."""
     from jax.sharding import AbstractMesh, AxisType
 
+    from ttt_jax.flops import model_flops_per_token
     from ttt_jax.parallel.mesh import AXES, mesh_shape
-    from ttt_jax.run.metrics import model_flops_per_token
     from ttt_jax.training.step import abstract_state
 
     shape = mesh_shape(config.mesh, topology.devices)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.errors import ConfigError, UserError
 
 GB = 1e9
@@ -141,9 +141,9 @@ def out_of_memory(message: str, arguments: float) -> tuple[float, float] | None:
 def _compile(config: Config, topology: Topology, prefill: int | None) -> Plan:
     import jax
 
+    from ttt_jax.flops import model_flops_per_token
     from ttt_jax.parallel.mesh import make_mesh
     from ttt_jax.plan.collectives import read_collectives
-    from ttt_jax.run.metrics import model_flops_per_token
     from ttt_jax.training.step import abstract_state, make_train_step
 
     mesh = make_mesh(config.mesh, tpu_devices(topology))

@@ -19,23 +19,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params, read_run_config
+from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params
 from ttt_jax.checkpoint.checksums import write_checksums
-from ttt_jax.config.fields import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
+from ttt_jax.config import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
-from ttt_jax.files.companions import find_companion
+from ttt_jax.files.reading import find_companion, list_names
+from ttt_jax.files.text import sync, sync_tree
 from ttt_jax.model.transformer import Transformer, abstract_transformer
-from ttt_jax.pretrained.export import config_to_hf, copy_companions, write_config
-from ttt_jax.pretrained.hf_weights import (
-    abstract_model,
-    check_tensors,
-    config_from_hf,
-    fill,
-    fresh_ttt_rows,
-    read_raw_config,
-    tensor_names,
-)
+from ttt_jax.pretrained.export import copy_companions, write_config
+from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, read_raw_config
+from ttt_jax.pretrained.hf_weights import abstract_model, check_tensors, fill, fresh_ttt_rows, tensor_names
 from ttt_jax.pretrained.orbax_folder import (
     Description,
     OrbaxTensors,
@@ -51,20 +45,19 @@ from ttt_jax.pretrained.safetensors_io import (
     TensorSource,
     TensorSpec,
     all_finite,
-    list_names,
     row_blocks,
     tensor_file_names,
     write_tensors,
 )
 from ttt_jax.progress import progress
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, sync, sync_tree
+from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _VERIFY_CHUNK = 64
 
 
-class Report(NamedTuple):
+class Conversion(NamedTuple):
     """What a conversion did. `relative_rms` is None without `verify`."""
 
     tensors: int
@@ -99,7 +92,7 @@ def convert(
     seed: int = 0,
     verify: bool = False,
     overwrite: bool = False,
-) -> Report:
+) -> Conversion:
     """Convert a model.
 
     Args:
@@ -171,7 +164,7 @@ def convert(
                     f"output {output}: its logits differ from the source's by {rms:.1e} relative RMS (limit {VERIFY_LIMIT:g}); "
                     "not written; please report this"
                 )
-    return Report(len(specs), total, len(fresh), time.monotonic() - begin, rms)
+    return Conversion(len(specs), total, len(fresh), time.monotonic() - begin, rms)
 
 
 # ----------------------------------------------------------------------------------------------------------- sources

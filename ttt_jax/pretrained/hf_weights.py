@@ -9,160 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from ttt_jax.config.fields import ModelConfig, from_dict, validate_model
-from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.files.companions import find_companion, read_json_object
+from ttt_jax.config import ModelConfig
+from ttt_jax.errors import CheckpointError
+from ttt_jax.files.reading import list_names
 from ttt_jax.model.param_path import param_path
-from ttt_jax.model.transformer import Runtime, Transformer, abstract_transformer
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.model.ttt_mlp import KERNEL
-from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource, list_names
-
-FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
-# Beyond these a config is damaged or hostile; the shapes are compared with the files' headers before anything is allocated.
-_LIMITS = {"num_hidden_layers": 4096, "hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**28, "head_dim": 2**16,
-           "num_attention_heads": 2**16, "num_key_value_heads": 2**16}  # fmt: skip
-_TTT_FIELDS = {"ttt_layers": "layers", "ttt_chunk": "chunk_size", "ttt_lr": "lr", "ttt_target": "target", "ttt_proj": "proj"}
-# Fields that the official code does not know: absent means what it does.
-OWN_TTT_FIELDS = {"ttt_normalize_source": "normalize_source", "ttt_write": "write", "ttt_ridge": "ridge"}
-
+from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource
 
 # ------------------------------------------------------------------------------------------------------------ config
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """Translate `config.json`, as transformers 4 and 5 and the official In-Place TTT code write it.
-
-    Raises: ConfigError naming the field when the architecture or a value is not supported.
-    """
-    return config_from_hf(read_raw_config(folder), where=str(Path(folder) / "config.json"))
-
-
-def read_raw_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of `config.json` as they are. Raises CheckpointError (no such file) or ConfigError (no JSON object)."""
-    path = find_companion(Path(folder), "config.json")
-    if path is None:
-        raise CheckpointError(f"checkpoint {folder}: no config.json; give a Hugging Face model folder")
-    return read_json_object(path, ConfigError)
-
-
-def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its value."""
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type = {_short(family)} is not supported; supported: {', '.join(FAMILIES)}")
-
-    def size(name: str, default: int | None = None) -> int:
-        value = raw.get(name)
-        if value is None and default is None:
-            raise ConfigError(f"{where}: field {name} is missing")
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value <= _LIMITS.get(name, 2**31 - 1):
-            fix = f"expected a whole number from 1 to {_LIMITS.get(name, 2**31 - 1)}"
-            raise ConfigError(f"{where}: {name} = {_short(value, quote=False)}: {fix}")
-        return value
-
-    def flag(name: str) -> bool:
-        value = raw.get(name)
-        if value is not None and type(value) is not bool:
-            raise ConfigError(f"{where}: {name} = {_short(value)}: expected true or false")
-        return bool(value)
-
-    act = raw.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise ConfigError(f"{where}: hidden_act = {_short(act)} is not supported; only silu (SwiGLU) is")
-    for name, plain in (("partial_rotary_factor", 1.0), ("quantization_config", None)):
-        if raw.get(name) not in (None, plain):
-            raise ConfigError(f"{where}: {name} = {_short(raw[name])} is not supported")
-    layers, heads = size("num_hidden_layers"), size("num_attention_heads")
-    window, full_layers = _windows(raw, family, layers, flag("use_sliding_window"), where)
-    bias = flag("attention_bias")
-    tree = {
-        "vocab_size": size("vocab_size"),
-        "d_model": size("hidden_size"),
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": size("num_key_value_heads", heads),
-        "head_dim": size("head_dim", max(1, size("hidden_size") // heads)),
-        "d_ff": size("intermediate_size"),
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "max_positions": size("max_position_embeddings", 32768),
-        "rope": _rope(raw, where),
-        "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2" or bias,
-        "o_bias": family != "qwen2" and bias,
-        "mlp_bias": flag("mlp_bias"),
-        "tie_embeddings": flag("tie_word_embeddings"),
-        "sliding_window": window,
-        "full_attention_layers": full_layers,
-        "init_std": raw.get("initializer_range", 0.02),
-        "ttt": _ttt(raw) if flag("ttt_mode") else {},
-    }
-    try:
-        model = from_dict(ModelConfig, tree)
-        validate_model(model)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-    return model
-
-
-def _short(value: Any, quote: bool = True) -> str:
-    text = repr(value) if quote else " ".join(str(value)[:100].split())
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
-    return {ours: raw[theirs] for theirs, ours in (_TTT_FIELDS | OWN_TTT_FIELDS).items() if raw.get(theirs) is not None}
-
-
-def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: str) -> tuple[int | None, list[int]]:
-    # transformers gives Mistral a window unless config.json says null.
-    window = raw.get("sliding_window", 4096 if family == "mistral" else None)
-    if window is None or (family != "mistral" and not used):
-        return None, []
-    types = raw.get("layer_types")
-    if types:
-        if not isinstance(types, list) or len(types) != layers:
-            raise ConfigError(f"{where}: layer_types = {_short(types)}: expected a list, one kind for each of {layers} layers")
-        unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
-        if unknown:
-            raise ConfigError(f"{where}: layer_types: kind {_short(unknown[0])} is not supported")
-        full = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    else:  # older Qwen configs: the first `max_window_layers` layers see everything
-        first = raw.get("max_window_layers", layers)
-        if type(first) is not int or first < 0:
-            raise ConfigError(f"{where}: max_window_layers = {_short(first)}: expected a whole number")
-        full = [] if family == "mistral" else list(range(min(first, layers)))
-    return (None, []) if len(full) == layers else (window, full)
-
-
-def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise ConfigError(f"{where}: rope_parameters = {_short(scaling)}: expected one set of fields for all layers")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    base = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
-    if kind not in ("default", "llama3", "yarn"):
-        raise ConfigError(f"{where}: rope type {_short(kind)} is not supported; supported: default, llama3, yarn")
-    rope: dict[str, Any] = {"kind": kind, "base": base}
-    if kind == "default":
-        return rope
-    if scaling.get("factor") is None:
-        raise ConfigError(f"{where}: rope_scaling.factor is missing")
-    rope["factor"] = scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-    rope["original_max_positions"] = original or raw.get("max_position_embeddings")
-    if kind == "yarn" and (scaling.get("mscale") or scaling.get("truncate") is False):
-        raise ConfigError(f"{where}: rope_scaling fields mscale and truncate are not supported")
-    for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
-        if scaling.get(name) is not None:
-            rope[name] = scaling[name]
-    return rope
 
 
 # ------------------------------------------------------------------------------------------------------------- names

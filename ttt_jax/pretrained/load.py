@@ -8,17 +8,19 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params, read_run_config
-from ttt_jax.config.fields import Config, ModelConfig, validate_model
+from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params
+from ttt_jax.config import Config, ModelConfig, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError
-from ttt_jax.files.companions import companion_fields, excerpt, find_companion
+from ttt_jax.files.reading import companion_fields, excerpt, find_companion
 from ttt_jax.model.param_path import param_path
-from ttt_jax.model.transformer import Runtime, Transformer, abstract_transformer
-from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, read_config, tensor_names
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, tensor_names
 from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.pretrained.orbax_folder import OrbaxTensors, check_layout, is_model_folder, read_description
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE
+from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
 
 MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token
 

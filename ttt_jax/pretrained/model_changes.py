@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ttt_jax.config.fields import ModelConfig, RopeConfig
+from ttt_jax.config import ModelConfig, RopeConfig
 from ttt_jax.errors import ConfigError
 
 _FREE = ("init_std",)

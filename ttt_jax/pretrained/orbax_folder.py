@@ -30,14 +30,14 @@ import tensorstore as ts
 from etils import epath
 
 from ttt_jax.checkpoint.trees import check_chunks
-from ttt_jax.config.fields import ModelConfig, from_dict, to_dict, validate_model
+from ttt_jax.config import ModelConfig, from_dict, to_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.files.companions import find_companion, inside, read_json_object, show
+from ttt_jax.files.reading import find_companion, inside, list_names, read_json_object, show
+from ttt_jax.files.text import atomic_write_text
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.hf_weights import tensor_names
-from ttt_jax.pretrained.safetensors_io import FLOATS, TensorSpec, all_finite, list_names
-from ttt_jax.run.folder import atomic_write_text
+from ttt_jax.pretrained.safetensors_io import FLOATS, TensorSpec, all_finite
 
 DESCRIPTION = "ttt_jax.json"
 MODEL = "model"

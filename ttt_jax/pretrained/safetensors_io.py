@@ -19,7 +19,7 @@ import numpy as np
 
 from ttt_jax.checkpoint.checksums import CHECKSUMS, compare_files
 from ttt_jax.errors import CheckpointError
-from ttt_jax.files.companions import inside, read_json_object, show
+from ttt_jax.files.reading import inside, list_names, read_json_object, show
 
 INDEX_FILE = "model.safetensors.index.json"
 _NOTE = "ttt_jax_checksums"  # in the metadata of a file: the name of what holds its checksum
@@ -138,11 +138,6 @@ def all_finite(array: np.ndarray) -> bool:
         if bad:
             return False
     return True
-
-
-def list_names(names: Sequence[str], limit: int = 100) -> str:
-    shown = ", ".join(show(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def tensor_file_names(folder: Path) -> list[str]:

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.config.fields import Config
-from ttt_jax.data.cache import cache_folder
+from ttt_jax.config import Config
+from ttt_jax.files.text import atomic_write_text, cache_folder
 from ttt_jax.process.multihost import any_process
-from ttt_jax.run.folder import atomic_write_text
 
 FOLDER = "compile_cache"
 _SEALS = "seals.json"

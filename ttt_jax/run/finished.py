@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ttt_jax.config.fields import Config, to_dict
+from ttt_jax.config import Config, to_dict
 from ttt_jax.run.folder import check_run_dir, flatten
 from ttt_jax.run.report import REPORT_FILE, print_report
 

@@ -10,7 +10,6 @@ This module imports no jax, unless several processes have to agree.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 
 import yaml
 
-from ttt_jax.config.fields import MAX_YAML_BYTES, Config, dump_yaml, from_dict, parse_yaml, to_dict
+from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
 from ttt_jax.config.resume_fields import REFUSED, on_resume
+from ttt_jax.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.files.companions import read_bounded
+from ttt_jax.files.reading import read_bounded
+from ttt_jax.files.text import atomic_write_text
 from ttt_jax.process.lock import RUN_LOCK
 from ttt_jax.process.multihost import on_first_process
 
@@ -29,42 +30,6 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
-
-
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file so that a reader, or a crash, finds the old content or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)  # the name, too
-
-
-def sync(path: str | Path) -> None:
-    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises OSError.
-
-    A file system that has no such call is left alone.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """`sync` everything in a folder, links left out, and the folder. Raises OSError."""
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            if not os.path.islink(path := os.path.join(root, name)):
-                sync(path)
-        sync(root)
 
 
 def prepare_run_dir(config: Config) -> bool:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_jax.config.fields import Config, dump_yaml
+from ttt_jax.config import Config, dump_yaml
 from ttt_jax.data.quarantine import QUARANTINE_FILE
 from ttt_jax.errors import CheckpointError, UserError
-from ttt_jax.eval.page import COLOURS, escape, figure_of, html_page, image, tidy
-from ttt_jax.files.companions import MAX_JSON_BYTES
-from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, atomic_write_text, read_run_config
+from ttt_jax.files.reading import MAX_JSON_BYTES
+from ttt_jax.files.text import atomic_write_text
+from ttt_jax.html_page import COLOURS, escape, figure_of, html_page, image, tidy
+from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, read_run_config
 
 PAGE_FILE = "report.html"
 _MAX_LINES_BYTES = 512 << 20
@@ -29,7 +30,7 @@ _SHOWN = 50  # events, and quarantined records
 _EXCERPT = 300  # characters of a text
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """What a run folder holds. Rows are JSON objects as they were written."""
 
     folder: Path
@@ -59,7 +60,7 @@ def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def read_run(run_dir: str | Path) -> Run:
+def read_run(run_dir: str | Path) -> RunFiles:
     """Everything that the page shows. Raises CheckpointError, one line."""
     folder = Path(run_dir)
     config = read_run_config(folder)
@@ -67,10 +68,10 @@ def read_run(run_dir: str | Path) -> Run:
     metrics, events, quarantine = (_lines(folder / n, damaged) for n in (METRICS_FILE, "events.jsonl", QUARANTINE_FILE))
     environment, report = (_object(folder / name, damaged) for name in (ENVIRONMENT_FILE, "report.json"))
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
-    return Run(folder, config, metrics, environment, report, events, quarantine, damaged)
+    return RunFiles(folder, config, metrics, environment, report, events, quarantine, damaged)
 
 
-def run_page(run: Run) -> str:
+def run_page(run: RunFiles) -> str:
     """The page's HTML."""
     curves = _curves(run.metrics)
     title = f"Run {run.config.name}"
@@ -243,7 +244,7 @@ def _draw(axes: Any, curve: tuple[np.ndarray, np.ndarray], *, marker: str = "", 
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-def _facts(run: Run, curves: _Curves) -> str:
+def _facts(run: RunFiles, curves: _Curves) -> str:
     facts: dict[str, Any] = {"folder": run.folder.absolute()}
     last = int(max((steps[-1] for steps, _ in curves.values()), default=0))
     facts["steps"] = f"{last} of {run.config.steps}" + (" (finished)" if run.report else "")
@@ -262,7 +263,7 @@ def _facts(run: Run, curves: _Curves) -> str:
     return _table(facts)
 
 
-def _warnings(run: Run) -> str:
+def _warnings(run: RunFiles) -> str:
     lines = [f"{name}: {count} lines could not be read" for name, count in run.damaged.items()]
     for event in run.events[-_SHOWN:]:
         when, step = _short(event.get("time", ""), 40), _short(event.get("step", "?"), 20)
@@ -276,7 +277,7 @@ def _warnings(run: Run) -> str:
     return "<h2>Warnings</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def _quarantine(run: Run) -> str:
+def _quarantine(run: RunFiles) -> str:
     if not run.quarantine:
         return "<h2>Quarantined records</h2><p class='note'>None.</p>"
     kinds = collections.Counter(_short(entry.get("kind", "not listed"), 40) for entry in run.quarantine)

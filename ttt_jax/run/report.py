@@ -6,14 +6,9 @@ for the hardware, matplotlib is imported only to draw.
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import itertools
 import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,39 +17,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ttt_jax.config.fields import Config, dump_yaml, to_dict
-from ttt_jax.run.folder import atomic_write_text
+from ttt_jax.config import Config, dump_yaml, to_dict
+from ttt_jax.files.text import atomic_write_text
+from ttt_jax.run.provenance import provenance
 from ttt_jax.terminal import printable
 
 REPORT_FILE = "report.json"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey.
 _ON, _OFF, _FAINT = "#0072B2", "#D55E00", "#9DC3DE"
-
-
-def bucket_losses(nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int) -> tuple[list[list[int]], list[float | None]]:
-    """Mean loss by position.
-
-    Args:
-      nll_BT: negative log-likelihood (nats) of the token predicted at each position, any float dtype.
-      weights_BT: 1 where that prediction counts, 0 where it does not.
-      buckets: number of position ranges of (nearly) equal length; at most T are made.
-
-    Returns:
-      positions: `[a, b]` for each bucket, which holds the positions a <= t < b.
-      losses: the weighted mean in each bucket, accumulated in float64; None where no position counts.
-    """
-    nll_BT, weights_BT = np.asarray(nll_BT, np.float64), np.asarray(weights_BT, np.float64)
-    length = nll_BT.shape[1]
-    edges = [round(length * i / min(buckets, length)) for i in range(min(buckets, length) + 1)]
-    positions, losses = [], []
-    for start, stop in itertools.pairwise(edges):
-        weights = weights_BT[:, start:stop]
-        counted = weights > 0  # the loss at a padded position may be anything, even not a number
-        total = float(weights.sum())
-        positions.append([start, stop])
-        losses.append(float((nll_BT[:, start:stop][counted] * weights[counted]).sum()) / total if total > 0 else None)
-    return positions, losses
 
 
 def write_report(
@@ -187,55 +157,6 @@ def _plain(value: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ provenance
-
-
-def provenance() -> dict[str, Any]:
-    """When, by which code and on what a result was computed: date, commit, hardware, versions."""
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "hardware": _hardware(),
-        "versions": _versions(),
-    }
-
-
-def _hardware() -> dict[str, Any]:
-    import jax
-
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, marked when files differ; None for an installed copy."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + (" with local changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # -------------------------------------------------------------------------------------------------------- pictures

@@ -14,7 +14,7 @@ from typing import Any
 
 from ttt_jax.checkpoint.checksums import finished_steps
 from ttt_jax.checkpoint.trees import DamagedError, read_json
-from ttt_jax.config.fields import Config, to_dict
+from ttt_jax.config import Config, to_dict
 from ttt_jax.config.resume_fields import MEASURED, ROUNDING, on_resume
 from ttt_jax.data import Loader
 from ttt_jax.errors import CheckpointError

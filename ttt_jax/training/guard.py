@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.errors import TrainingError
+from ttt_jax.files.text import atomic_write_text
 from ttt_jax.process.multihost import from_all_processes
-from ttt_jax.run.folder import atomic_write_text
 from ttt_jax.run.logs import EventLog, read_events
 
 ROLLBACKS_FILE = "rollbacks.json"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from ttt_jax.config.fields import OptimizerConfig, ParamGroup
+from ttt_jax.config import OptimizerConfig, ParamGroup
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.param_path import param_path
 

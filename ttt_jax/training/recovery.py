@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
-from ttt_jax.config.fields import Config
+from ttt_jax.config import Config
 from ttt_jax.data import Loader
 from ttt_jax.errors import TrainingError
 from ttt_jax.process.multihost import from_first_process

@@ -15,14 +15,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from ttt_jax.config.fields import Config, MeshConfig, ModelConfig
+from ttt_jax.config import Config, MeshConfig, ModelConfig
 from ttt_jax.errors import VerificationError
-from ttt_jax.model.transformer import Runtime, Transformer, abstract_transformer
-from ttt_jax.parallel.mesh import Mesh, batch_sharding, make_mesh
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.parallel.mesh import Batch, batch_sharding, make_mesh
 from ttt_jax.pretrained.load import initial_model, load_pretrained, source_config
 from ttt_jax.pretrained.model_changes import compare_models
-from ttt_jax.training.step import Batch, make_position_nll
+from ttt_jax.training.heldout import make_position_nll
 
 MAX_ROWS, MIN_TOKENS = 4, 1024  # of the comparison
 # Relative difference of the two losses: groups of layers may be compiled otherwise, and weights be rounded before or after.

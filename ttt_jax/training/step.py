@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from ttt_jax.config.fields import Config, validate_context
-from ttt_jax.model.loss import cross_entropy, token_nll
-from ttt_jax.model.transformer import Runtime, Transformer
-from ttt_jax.parallel.mesh import Mesh, NamedSharding, batch_sharding, model_shardings, replicated
+from ttt_jax.config import Config, validate_context
+from ttt_jax.model.loss import cross_entropy
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import Transformer
+from ttt_jax.parallel.mesh import Batch, model_shardings, replicated
 from ttt_jax.parallel.shard_mapped import make_parallel
 from ttt_jax.training.optimizer import (
     gradient_norm,
@@ -27,8 +28,6 @@ from ttt_jax.training.optimizer import (
     ttt_lr_scale,
     updates_done,
 )
-
-Batch = dict[str, Any]
 
 
 class TrainState(NamedTuple):
@@ -162,73 +161,3 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def local_rows(mesh: Mesh, shape: tuple[int, int]) -> tuple[int, ...]:
-    """The rows of a batch [B, T] of which this process' devices hold some tokens, in order.
-
-    Processes hold the same rows when the context axis spans them, and all rows when rows do not split over the mesh.
-    """
-    places = batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
-    return tuple(sorted({row for index in places if index is not None for row in range(shape[0])[index[0]]}))
-
-
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> Batch:
-    """Global arrays [B, T] from this process' rows, `local_rows` of them (`batch_size` is B; None: all are here)."""
-
-    def put(x_RT: np.ndarray) -> jax.Array:
-        shape = (batch_size or x_RT.shape[0], x_RT.shape[1])
-        sharding = batch_sharding(mesh, shape)
-        place = {row: i for i, row in enumerate(local_rows(mesh, shape))}
-
-        def part(index: Any) -> np.ndarray:
-            rows, tokens = index
-            return x_RT[[place[row] for row in range(shape[0])[rows]], tokens]
-
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    return {name: put(x) for name, x in batch.items()}
-
-
-def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is TTT on, 0 off: one program.
-
-    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of successive updates.
-    """
-
-    def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
-        h_BTD, _, stats = model.hidden(
-            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale, probe=True
-        )
-        tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
-        nll_BT = token_nll(*tokens) if parallel is None else parallel.over_tokens(token_nll, *tokens, total=False)
-        means = {
-            f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
-            for layer, stat in stats.items()
-            for name in ("state_ratio", "update_cosine")
-        }
-        return nll_BT.astype(jnp.float32), means
-
-    out: NamedSharding = replicated(mesh)
-    return jax.jit(nll, out_shardings=out)
-
-
-def evaluate_by_position(
-    nll: Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, Any]],
-    model: Transformer,
-    rows: dict[str, np.ndarray],
-    mesh: Mesh,
-    batch_size: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihood of held-out rows with TTT on and off, each float32 [R, T].
-
-    Args:
-      rows: all rows, the same on every process; the last batch is filled up by repeating rows, so one program serves.
-    """
-    R = rows["ids"].shape[0]
-    results: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for start in range(0, R, batch_size):
-        index = np.arange(start, start + batch_size) % R
-        batch = {name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()}
-        for out, scale in zip(results, (1.0, 0.0), strict=True):
-            out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))[0]))
-    on, off = (np.concatenate(parts)[:R] for parts in results)
-    return on, off

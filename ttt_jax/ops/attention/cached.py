@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ops.attention import api as attention
-from ttt_jax.ops.ttt.xla import accumulator, precision_for
+from ttt_jax.ops.attention.api import uses_cudnn
+from ttt_jax.ops.attention.cudnn import cudnn_documents
+from ttt_jax.ops.attention.xla import MASKED, blocked, windowed_after
+from ttt_jax.ops.numerics import accumulator, precision_for
 
 
 class KVCache(NamedTuple):
@@ -60,7 +62,7 @@ def decode(q_B1NH, cache: KVCache, position_B, *, ring: bool) -> jax.Array:
     seen_BL = (jnp.arange(L, dtype=jnp.int32)[None] <= position_B[:, None]) | (ring & (position_B[:, None] >= L))
     q_BKGH = q_B1NH.reshape(B, K, N // K, H)
     logits_BKGL = dot("bkgh,bklh->bkgl", q_BKGH, cache.k_BKLH) / math.sqrt(H)
-    logits_BKGL = jnp.where(jnp.broadcast_to(seen_BL[:, None, None], logits_BKGL.shape), logits_BKGL, attention.MASKED)
+    logits_BKGL = jnp.where(jnp.broadcast_to(seen_BL[:, None, None], logits_BKGL.shape), logits_BKGL, MASKED)
     p_BKGL = jax.nn.softmax(logits_BKGL, axis=-1).astype(q_B1NH.dtype)
     return dot("bkgl,bklh->bkgh", p_BKGL, cache.v_BKLH).astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
@@ -72,16 +74,16 @@ def extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B, *, implementation: s
       q_BTNH, k_BTKH, v_BTKH: of the new tokens.
       cache: holds the new tokens already.
       start_B: int32, position of each row's first new token.
-      implementation: as in `attention.self_attention`.
+      implementation: as in `self_attention`.
 
     Returns: o_BTNH.
     """
-    if attention.uses_cudnn(q_BTNH, implementation):
+    if uses_cudnn(q_BTNH, implementation):
         return _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache, start_B)
     keys, values = (jnp.swapaxes(x, 1, 2) for x in cache)
     q_position_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
     k_position_BL = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32)[None], keys.shape[:2])
-    return attention.blocked(q_BTNH, keys, values, q_position_BT, k_position_BL)
+    return blocked(q_BTNH, keys, values, q_position_BT, k_position_BL)
 
 
 def extend_window(q_BTNH, k_BTKH, v_BTKH, ring: KVCache, start_B, *, implementation: str | None = None) -> jax.Array:
@@ -101,14 +103,14 @@ def extend_window(q_BTNH, k_BTKH, v_BTKH, ring: KVCache, start_B, *, implementat
         jnp.concatenate([in_order(old, slot_BW), new], axis=1) for old, new in zip(ring, (k_BTKH, v_BTKH), strict=True)
     )
     empty_B = jnp.maximum(W - start_B, 0)
-    if attention.uses_cudnn(q_BTNH, implementation):
+    if uses_cudnn(q_BTNH, implementation):
         # Queries for the old tokens too, whose outputs are dropped: cuDNN aligns queries and keys at their starts.
         queries = jnp.pad(q_BTNH, ((0, 0), (W, 0), (0, 0), (0, 0)))
         offsets_B2 = jnp.stack([empty_B, jnp.full((B,), -1, jnp.int32)], axis=1)
         sizes_B1 = (W + T - empty_B)[:, None]
-        return attention.cudnn_documents(queries, keys, values, offsets_B2, sizes_B1, W)[:, W:]
+        return cudnn_documents(queries, keys, values, offsets_B2, sizes_B1, W)[:, W:]
     real_BS = (jnp.arange(W + T, dtype=jnp.int32)[None] >= empty_B[:, None]).astype(jnp.int32)
-    return attention.windowed_after(q_BTNH, keys, values, W, jnp.ones((B, T), jnp.int32), real_BS)
+    return windowed_after(q_BTNH, keys, values, W, jnp.ones((B, T), jnp.int32), real_BS)
 
 
 def _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B):

@@ -25,9 +25,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops.attention import splash
-from ttt_jax.ops.attention.api import IMPLEMENTATIONS, _why_not_cudnn, blocked, fastest, self_attention
-from ttt_jax.ops.numerics import join_tokens, split_tokens
-from ttt_jax.ops.ttt.xla import accumulator, precision_for
+from ttt_jax.ops.attention.api import IMPLEMENTATIONS, fastest, self_attention
+from ttt_jax.ops.attention.cudnn import why_not_cudnn
+from ttt_jax.ops.attention.xla import blocked
+from ttt_jax.ops.numerics import accumulator, join_tokens, precision_for, split_tokens
 
 _BLOCK_BYTES = 64 * 2**20  # logits that the XLA path holds at a time
 _MASKED = -1e30
@@ -91,7 +92,7 @@ def _why_not_blocks(q_BTNH, window, segment_ids_BT) -> dict[str, str | None]:
         shape = f"a shard of {T} tokens has no halves"
     packed = None if segment_ids_BT is None else "packed rows with full attention are not supported"
     return {
-        "cudnn": _why_not_cudnn(q_BTNH, None, 1) or packed or shape,
+        "cudnn": why_not_cudnn(q_BTNH, None, 1) or packed or shape,
         "splash": splash.why_not(q_BTNH) or shape or splash.why_not_blocks(T // 2),
     }
 

@@ -48,13 +48,13 @@ def why_not(q_BTNH) -> str | None:
     """Why these queries cannot be attended to here, or None."""
     if _interpreted.get():
         return None
-    if (platform := target.platform()) != "tpu":
-        return f"needs a TPU, this is {platform}"
+    if (name := platform.compiled_for()) != "tpu":
+        return f"needs a TPU, this is {name}"
     if q_BTNH.dtype != jnp.bfloat16:
         return f"needs bfloat16, got {q_BTNH.dtype}"
     if q_BTNH.shape[1] > LONGEST:
         return f"takes at most {LONGEST} tokens on a device, got {q_BTNH.shape[1]}; split the sequence (mesh.context)"
-    if not target.may_be_one_device():
+    if not platform.may_be_one_device():
         return "a kernel is not partitioned over a mesh; it runs inside a shard_map over every mesh axis"
     return None
 

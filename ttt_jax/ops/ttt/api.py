@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops import platform
+from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
+from ttt_jax.ops.ttt.chunk_updates import fold_clip, fold_segments
 from ttt_jax.ops.ttt.reference import in_place_ttt_reference
-from ttt_jax.ops.ttt.xla import accumulator, in_place_ttt_xla, precision_for
+from ttt_jax.ops.ttt.xla import in_place_ttt_xla
 
 
 class _Call(NamedTuple):
@@ -84,7 +85,7 @@ def _pallas_gpu_pays(call: _Call) -> bool:
     measured beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them.
     """
     smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
-    return call.C <= call.T and smallest <= call.D * call.F and not target.one_of_several()
+    return call.C <= call.T and smallest <= call.D * call.F and not platform.one_of_several()
 
 
 def _pallas_gpu_block(call: _Call) -> int:
@@ -145,7 +146,7 @@ def in_place_ttt(
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(target.platform(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None)
+    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
@@ -162,9 +163,9 @@ def in_place_ttt(
             segment_ids_BT=segment_ids,
             clip_norm=clip_norm,
         )
-    v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
+    v_BTD, keep_BM = fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
     if clip_norm is not None:
-        v_BTD = _fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
+        v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
     if keep_BM is None:
         return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state)
@@ -174,7 +175,7 @@ def in_place_ttt(
 def _choose(implementation: str | None, call: _Call) -> str:
     """The implementation to run; raises where a named one cannot."""
     if implementation is None:
-        kernels = target.on_one_device()
+        kernels = platform.on_one_device()
         return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.pays(call) and i.why_not(call) is None)
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
@@ -183,87 +184,11 @@ def _choose(implementation: str | None, call: _Call) -> str:
     if implementation == "reference":
         return implementation
     reason = _FAST[implementation].why_not(call)
-    if reason is None and _FAST[implementation].kernel and not target.may_be_one_device():
+    if reason is None and _FAST[implementation].kernel and not platform.may_be_one_device():
         reason = "a kernel is not partitioned over a mesh; call it inside a shard_map over every mesh axis"
     if reason is not None:
         raise UserError(f"in_place_ttt: implementation {implementation!r} cannot run: {reason}")
     return implementation
-
-
-def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
-    """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
-    return jnp.sqrt(_update_square(z_BCF, v_BCD, lr))
-
-
-def _update_square(z_BCF, v_BCD, lr):
-    acc, precision = accumulator(z_BCF.dtype), precision_for(z_BCF.dtype)
-    delta_BDF = lr * jnp.einsum("bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision)
-    return jnp.sum(delta_BDF**2, axis=(1, 2))
-
-
-def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Array, ""]:
-    """Mean cosine between the updates of successive chunks of the first sequence; 0 where no two write one after the other.
-
-    For telemetry: no gradient is meant to be taken.
-
-    Args:
-      sum_F: adds up what the devices that split F have (ops/context_parallel.py).
-    """
-    acc, precision = accumulator(z_BTF.dtype), precision_for(z_BTF.dtype)
-    ids_BT = None if segment_ids_BT is None else segment_ids_BT[:1]
-    v_BTD, _ = _fold_segments(v_BTD[:1], ids_BT, C, acc)
-    M, F = z_BTF.shape[1] // C, z_BTF.shape[2]
-    if M < 2:
-        return jnp.zeros((), acc)
-
-    def step(before_DF, i):
-        z_CF, v_CD = (jax.lax.dynamic_slice_in_dim(x[0], i * C, C) for x in (z_BTF, v_BTD))
-        delta_DF = jnp.einsum("cd,cf->df", v_CD, z_CF, preferred_element_type=acc, precision=precision)
-        products = jnp.stack([jnp.sum(delta_DF * before_DF), jnp.sum(delta_DF**2)])
-        return delta_DF, products if sum_F is None else sum_F(products)
-
-    _, products_M2 = jax.lax.scan(step, jnp.zeros((v_BTD.shape[2], F), acc), jnp.arange(M))
-    dot, square = products_M2[1:, 0], products_M2[:, 1]
-    norms = jnp.sqrt(square[1:]) * jnp.sqrt(square[:-1])
-    counted = (norms > 0).astype(acc)
-    return jnp.sum(counted * dot / jnp.where(norms > 0, norms, 1)) / jnp.maximum(counted.sum(), 1)
-
-
-def _fold_segments(v_BTD, segment_ids_BT, C, acc):
-    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S (resets)."""
-    if segment_ids_BT is None:
-        return v_BTD, None
-    B, T = segment_ids_BT.shape
-    M = -(-T // C)
-    ids_BMC = jnp.pad(segment_ids_BT, ((0, 0), (0, M * C - T))).reshape(B, M, C)
-    first_BM = ids_BMC[:, :, 0]
-    whole_BM = (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
-    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
-    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
-    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
-
-
-def _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
-    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory.
-
-    `sum_F` adds up the squares of the devices that split F (ops/context_parallel.py).
-    """
-    T = z_BTF.shape[1]
-
-    @jax.checkpoint
-    def clipped(i):
-        z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
-        square_B = _update_square(z_BCF, v_BCD, lr)
-        square_B = square_B if sum_F is None else sum_F(square_B)
-        over_B = square_B > clip_norm**2
-        scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
-        return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)
-
-    if T < C:
-        return v_BTD
-    v_MBCD = jax.lax.map(clipped, jnp.arange(T // C))
-    v_whole_BTD = jnp.moveaxis(v_MBCD, 0, 1).reshape(v_BTD.shape[0], -1, v_BTD.shape[2])
-    return jnp.concatenate([v_whole_BTD, v_BTD[:, T // C * C :]], axis=1)
 
 
 def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.varying import varying_alike
-from ttt_jax.ops.ttt.xla import dot, scaled
+from ttt_jax.ops.numerics import dot
+from ttt_jax.ops.ttt.xla import scaled
 
 TOKENS = 16384  # that are computed inside their blocks at one time, so that temporaries do not grow with T
 

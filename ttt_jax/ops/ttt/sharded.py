@@ -31,8 +31,9 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.ttt.api import _fold_clip, _fold_segments, in_place_ttt
-from ttt_jax.ops.ttt.xla import accumulator, precision_for
+from ttt_jax.ops.numerics import accumulator, precision_for
+from ttt_jax.ops.ttt.api import in_place_ttt
+from ttt_jax.ops.ttt.chunk_updates import fold_clip, fold_segments
 
 
 def in_place_ttt_shard(
@@ -66,11 +67,11 @@ def in_place_ttt_shard(
         raise UserError(f"in_place_ttt: a shard of {T} tokens does not hold whole chunks of {C}; change one of them")
     acc = accumulator(z_BTF.dtype)
     lr = jnp.asarray(lr, acc)
-    v_BTD, keep_BM = _fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids_BT, C, acc)
+    v_BTD, keep_BM = fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids_BT, C, acc)
     if keep_BM is not None and axis is not None:
         keep_BM = keep_BM.at[:, 0].set(_continues(segment_ids_BT, C, axis, shards).astype(acc))
     if clip_norm is not None:
-        v_BTD = _fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
+        v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
     if axis is None:
         options = {"segment_ids": segment_ids_BT, "implementation": implementation}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
@@ -188,16 +189,3 @@ def _backward(static: _Static, residuals, cotangents):
 _sharded.defvjp(_forward, _backward)
 
 
-def last_update_square(z_BTF, v_BTD, lr, chunk_size: int, *, axis: str | None, shards: int):
-    """Squared Frobenius norm of the update that the sequence's last chunk writes, for this device's first row and its share
-    of F; zero on every shard but the last. No gradient is meant to be taken."""
-    acc = accumulator(z_BTF.dtype)
-
-    def square():
-        v_CD, z_CF = v_BTD[0, -chunk_size:], z_BTF[0, -chunk_size:]
-        dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(z_BTF.dtype))
-        return jnp.sum(jnp.square(lr * dot("cd,cf->df", v_CD, z_CF)))
-
-    if axis is None:
-        return square()
-    return jax.lax.cond(jax.lax.axis_index(axis) == shards - 1, square, lambda: jnp.zeros((), acc))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.ops.ttt.xla import accumulator, dot
+from ttt_jax.ops.numerics import accumulator, dot
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Muon: singular values from 0.003 to 1 go to 0.7 .. 1.2
 ROUNDS = 5

@@ -22,15 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-
-def precision_for(dtype):
-    """float32 inputs ask for float32 products; bf16 ones are exact in any mode."""
-    return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize <= 2 else jax.lax.Precision.HIGHEST
-
-
-def accumulator(dtype):
-    """The dtype that sums are kept in: float32, and float64 for float64."""
-    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+from ttt_jax.ops.numerics import dot
 
 
 def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
@@ -42,10 +34,6 @@ def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
         document's first chunk, else 1. None means all ones. Rows of v that must not be written are zero already.
     """
     return _in_place_ttt(chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
-
-
-def dot(subscripts, x, y, acc):
-    return jnp.einsum(subscripts, x, y, preferred_element_type=acc, precision=precision_for(x.dtype))
 
 
 def _chunk(x_BTX, i, C, size=None):

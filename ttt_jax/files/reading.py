@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,8 @@ def companion_fields(folder: Path, name: str) -> dict[str, Any]:
     """Read the fields of an optional JSON file; none when nothing of that name is there. Raises CheckpointError."""
     path = find_companion(folder, name)
     return {} if path is None else read_json_object(path, CheckpointError)
+
+
+def list_names(names: Sequence[str], limit: int = 100) -> str:
+    shown = ", ".join(show(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -14,10 +14,10 @@ from support.hf_folders import make_folder
 from test_fuzz_checkpoints import SMALL
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
-from ttt_jax.config.fields import CheckpointConfig, Config, ModelConfig, dump_yaml, from_dict
+from ttt_jax.config import CheckpointConfig, Config, ModelConfig, dump_yaml, from_dict
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, UserError
-from ttt_jax.files.companions import MAX_JSON_BYTES, excerpt, find_companion, read_bounded, read_json_object, read_text
+from ttt_jax.files.reading import MAX_JSON_BYTES, excerpt, find_companion, read_bounded, read_json_object, read_text
 from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.load import load_pretrained, read_eos_ids
 

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from ttt_jax.config.fields import Config
+from ttt_jax.config.validate import validate
+from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
+from ttt_jax.errors import ConfigError
+
+T = typing.TypeVar("T")
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML preset, apply dotted overrides, validate.
+
+    Args:
+      path: YAML file; None takes `configs/default.yaml`'s place with the dataclass defaults.
+      overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as
+        it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
+        `null`, `1e-4`). Of two for one field the last counts.
+
+    Raises:
+      ConfigError: one line naming the field, the value and the fix.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    for key, value in parse_overrides(overrides):
+        _assign(tree, key, value)
+    config = from_dict(Config, tree)
+    validate(config)
+    return config
+
+
+def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
+    """Build a config dataclass from nested dictionaries; a wrong field is a one-line `ConfigError`."""
+    _refuse_switches(cls, tree, "")
+    try:
+        return _adapter(cls).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(cls, error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can hold."""
+    return _adapter(type(config)).dump_python(config, mode="json")
+
+
+def _as_written(cls: type, field: str, word: str) -> bool:
+    """Whether a word is a text field's value. `off` of a field that may be null is not: it could
+    mean either.
+    """
+    hint = _hint(cls, field)
+    switched = (
+        _takes(hint, type(None))
+        and not _takes(hint, tuple)
+        and word.lower() in ("off", "no", "false")
+    )
+    return _takes(hint, str) and not switched
+
+
+def _refuse_switches(kind: Any, value: Any, name: str) -> None:
+    """Raise ConfigError for a boolean (`yes`, `on`) in the place of a number, which pydantic would
+    take for 1 or 0.
+    """
+    if isinstance(value, bool) and not _takes(kind, bool):
+        fix = (
+            "write null for none, or the word in quotes"
+            if _takes(kind, type(None))
+            else "the field is none"
+        )
+        raise ConfigError(
+            f"config field {name} = {str(value).lower()}: a switch (yes, no, on, off, true, "
+            f"false); {fix}"
+        )
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_switches(
+                _hint(typing.cast(type, kind), str(key)),
+                item,
+                f"{name}.{key}" if name else str(key),
+            )
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            group = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), kind)
+            _refuse_switches(group, item, f"{name}.{number}")
+
+
+def _hint(cls: type, field: str) -> Any:
+    """The type of a dotted field below `cls`, items of a list under the list's name; None when
+    there is no such field.
+    """
+    kind: Any = cls
+    for part in field.split("."):
+        group = next((k for k in _kinds(kind) if dataclasses.is_dataclass(k)), None)
+        kind = _hints(group).get(part) if group is not None else None
+    return kind
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _takes(kind: Any, wanted: type) -> bool:
+    """Whether a field of this type holds a `wanted`, by itself or in a list."""
+    return wanted in _kinds(kind)
+
+
+@functools.cache
+def _kinds(kind: Any) -> frozenset[Any]:
+    """The classes that a type is made of: `tuple[str, ...] | None` is tuple, str and NoneType; a
+    Literal, its values' types.
+    """
+    if typing.get_origin(kind) is Literal:
+        return frozenset(type(value) for value in typing.get_args(kind))
+    found = {typing.get_origin(kind) or kind}
+    for part in typing.get_args(kind):
+        found |= _kinds(part)
+    return frozenset(found - {types.UnionType, typing.Union, Ellipsis})
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def dump_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def replace(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a config with dotted fields replaced, e.g. `replace(cfg, {"model.ttt.lr": 1.0})`."""
+    tree = to_dict(config)
+    for key, value in changes.items():
+        _assign(tree, key, value)
+    return from_dict(type(config), tree)
+
+
+def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tuple[str, Any]]:
+    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for what is
+    a text.
+    """
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"argument {word!r}: overrides are written --field.name VALUE (see --help)")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"argument {word!r} has no value: write {word} VALUE")
+            value = rest.pop(0)
+        key = key.replace("-", "_")
+        pairs.append((key, _scalar(key, value, cls)))
+    return pairs
+
+
+def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """`(dotted name, type, default)` for every field below `cls`, for `--help`."""
+    rows = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            rows += fields_help(hints[field.name], name + ".")
+        else:
+            rows.append((name, str(field.type), repr(field.default)))
+    return rows
+
+
+def _scalar(key: str, word: str, cls: type) -> Any:
+    """The value of a word of the command line: of a text field the word itself, else YAML."""
+    hint = _hint(cls, key)
+    if _takes(hint, str):
+        quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
+        optional = _takes(hint, type(None)) and word in NULLS
+        listed = _takes(hint, tuple) and word.startswith("[")
+        if not quoted and not optional and not listed and _as_written(cls, key, word):
+            return word
+    try:
+        return parse_yaml(
+            word, lambda field, word: _as_written(cls, f"{key}.{field}" if field else key, word)
+        )
+    except yaml.YAMLError as error:
+        twice = str(error).partition(": ")[2] if "given twice" in str(error) else ""
+        raise ConfigError(
+            f"--{key} {word[:60]!r}: {twice or 'not a YAML value; quote it or check its brackets'}"
+        ) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not os.path.isfile(path):  # False, not an error, for names that no file system takes
+        presets = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or f"no YAML file in {path.parent}"
+        raise ConfigError(f"config {path}: no such file (there: {presets})")
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"config {path}: more than {MAX_YAML_BYTES} bytes; give a config")
+        tree = parse_yaml(
+            path.read_text(encoding="utf-8"), lambda *place: _as_written(Config, *place)
+        )
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"config {path}: not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}: cannot be read ({error.strerror}); give a YAML file"
+        ) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: the top level must be a mapping of fields, not {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no fields")
+    tree[last] = value
+
+
+def _explain(cls: type, error: ValidationError) -> str:
+    """The first pydantic error as one line; unknown fields get the nearest known name."""
+    errors = error.errors(include_url=False, include_context=False)
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")
+    first = min(errors, key=lambda item: item["type"] not in unknown)  # a misspelt name also misses its field
+    # pydantic puts the alternatives of a union into the location; only names and indices help a reader.
+    where = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z_0-9]*", str(part))]
+    name = ".".join(where) or cls.__name__
+    if first["type"] in unknown:
+        known = [row[0] for row in fields_help(cls)]
+        groups = sorted({row.rpartition(".")[0] for row in known} - {""})
+        near = difflib.get_close_matches(name, known + groups, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]}?" if near else "see --help for the known fields"
+        return f"config field {name}: unknown; {fix}"
+    value = str(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    return f"config field {name} = {value}: {first['msg'].lower()}"

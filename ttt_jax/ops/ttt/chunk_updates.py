@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ttt_jax.ops.numerics import accumulator, precision_for
+
+
+def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
+    """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
+    return jnp.sqrt(_update_square(z_BCF, v_BCD, lr))
+
+
+def _update_square(z_BCF, v_BCD, lr):
+    acc, precision = accumulator(z_BCF.dtype), precision_for(z_BCF.dtype)
+    delta_BDF = lr * jnp.einsum("bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision)
+    return jnp.sum(delta_BDF**2, axis=(1, 2))
+
+
+def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Array, ""]:
+    """Mean cosine between the updates of successive chunks of the first sequence; 0 where no two write one after the other.
+
+    For telemetry: no gradient is meant to be taken.
+
+    Args:
+      sum_F: adds up what the devices that split F have (ops/context_parallel.py).
+    """
+    acc, precision = accumulator(z_BTF.dtype), precision_for(z_BTF.dtype)
+    ids_BT = None if segment_ids_BT is None else segment_ids_BT[:1]
+    v_BTD, _ = fold_segments(v_BTD[:1], ids_BT, C, acc)
+    M, F = z_BTF.shape[1] // C, z_BTF.shape[2]
+    if M < 2:
+        return jnp.zeros((), acc)
+
+    def step(before_DF, i):
+        z_CF, v_CD = (jax.lax.dynamic_slice_in_dim(x[0], i * C, C) for x in (z_BTF, v_BTD))
+        delta_DF = jnp.einsum("cd,cf->df", v_CD, z_CF, preferred_element_type=acc, precision=precision)
+        products = jnp.stack([jnp.sum(delta_DF * before_DF), jnp.sum(delta_DF**2)])
+        return delta_DF, products if sum_F is None else sum_F(products)
+
+    _, products_M2 = jax.lax.scan(step, jnp.zeros((v_BTD.shape[2], F), acc), jnp.arange(M))
+    dot, square = products_M2[1:, 0], products_M2[:, 1]
+    norms = jnp.sqrt(square[1:]) * jnp.sqrt(square[:-1])
+    counted = (norms > 0).astype(acc)
+    return jnp.sum(counted * dot / jnp.where(norms > 0, norms, 1)) / jnp.maximum(counted.sum(), 1)
+
+
+def fold_segments(v_BTD, segment_ids_BT, C, acc):
+    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S (resets)."""
+    if segment_ids_BT is None:
+        return v_BTD, None
+    B, T = segment_ids_BT.shape
+    M = -(-T // C)
+    ids_BMC = jnp.pad(segment_ids_BT, ((0, 0), (0, M * C - T))).reshape(B, M, C)
+    first_BM = ids_BMC[:, :, 0]
+    whole_BM = (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
+    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
+    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
+    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+
+
+def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
+    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory.
+
+    `sum_F` adds up the squares of the devices that split F (ops/context_parallel.py).
+    """
+    T = z_BTF.shape[1]
+
+    @jax.checkpoint
+    def clipped(i):
+        z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
+        square_B = _update_square(z_BCF, v_BCD, lr)
+        square_B = square_B if sum_F is None else sum_F(square_B)
+        over_B = square_B > clip_norm**2
+        scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
+        return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)
+
+    if T < C:
+        return v_BTD
+    v_MBCD = jax.lax.map(clipped, jnp.arange(T // C))
+    v_whole_BTD = jnp.moveaxis(v_MBCD, 0, 1).reshape(v_BTD.shape[0], -1, v_BTD.shape[2])
+    return jnp.concatenate([v_whole_BTD, v_BTD[:, T // C * C :]], axis=1)
+
+
+def last_update_square(z_BTF, v_BTD, lr, chunk_size: int, *, axis: str | None, shards: int):
+    """Squared Frobenius norm of the update that the sequence's last chunk writes, for this device's first row and its share
+    of F; zero on every shard but the last. No gradient is meant to be taken."""
+    acc = accumulator(z_BTF.dtype)
+
+    def square():
+        v_CD, z_CF = v_BTD[0, -chunk_size:], z_BTF[0, -chunk_size:]
+        dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(z_BTF.dtype))
+        return jnp.sum(jnp.square(lr * dot("cd,cf->df", v_CD, z_CF)))
+
+    if axis is None:
+        return square()
+    return jax.lax.cond(jax.lax.axis_index(axis) == shards - 1, square, lambda: jnp.zeros((), acc))
