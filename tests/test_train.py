@@ -1,26 +1,18 @@
 """The training job as its users see it: exit codes, one-line errors, the report, and resuming bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.jobs import TINY, curve, start, wait_for_step
 
 import train
 from ttt_jax.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "--model.d_model=16", "--model.num_layers=2", "--model.num_heads=2", "--model.num_kv_heads=1", "--model.head_dim=8",
-    "--model.d_ff=24", "--model.sliding_window=8", "--model.ttt.layers=0", "--model.ttt.chunk_size=8",
-    "--data.seq_len=32", "--data.batch_size=2", "--optimizer.warmup_steps=2", "--eval.rows=3", "--eval.buckets=2",
-    "--log.tensorboard=false", "--log.every=1", "--steps=16", "--checkpoint.every=4",
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -35,36 +27,11 @@ def words(tmp_path):
     return [*TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path / 'runs'}", "--name=tiny"]
 
 
-def start(words):
-    """`python train.py` in a process of its own."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def finish(words):
     process = start(words)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
-
-
-def curve(run_dir):
-    """What must not depend on interruptions: every logged number but times and memory."""
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    kept = [{k: v for k, v in row.items() if not k.startswith(("tokens_per_second", "time/", "host_memory"))} for row in rows]
-    return [row for row in kept if row.keys() > {"step"}]
-
-
-def wait_for_step(run_dir, step, process):
-    path = run_dir / "metrics.jsonl"
-    for _ in range(15_000):  # five minutes: machines are shared
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError("the job does not advance")
 
 
 def test_an_interrupted_job_continues_bit_for_bit(words, tmp_path):

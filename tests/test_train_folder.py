@@ -5,7 +5,7 @@ import shutil
 
 import jax
 import pytest
-from test_train import TINY
+from support.jobs import TINY
 
 import train
 from ttt_jax.data import Loader

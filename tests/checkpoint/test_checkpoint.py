@@ -15,59 +15,19 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support.checkpoints import Model, abstract, assert_same_bits, newest_of, older, refusal, save, state_of
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer, find_checkpoint, load_model_params, save_model_params
 from ttt_jax.checkpoint.checksums import find_damage
-from ttt_jax.config import CheckpointConfig, OptimizerConfig, ParamGroup
-from ttt_jax.errors import CheckpointError
-from ttt_jax.training.optimizer import make_optimizer
+from ttt_jax.config import CheckpointConfig, ParamGroup
 
 ROOT = Path(__file__).parents[2]
-
-
-class Model(nnx.Module):
-    def __init__(self, width=8, dtype=jnp.float32, seed=0, bias=False):
-        draw = lambda i, shape: jnp.asarray(np.random.default_rng([seed, i]).normal(size=shape).astype(dtype))
-        self.embed = nnx.Param(draw(0, (16, 8)), axes=("vocab", "embed"))
-        self.groups = nnx.List([nnx.Dict(down=nnx.Param(draw(1, (2, 8, width)), axes=("embed", "mlp")))])
-        self.scale = nnx.Param(jnp.asarray([1 / 3, jnp.nan, -0.0, 1e-40], jnp.bfloat16), axes=("embed",))
-        if bias:
-            self.bias = nnx.Param(draw(2, (8,)), axes=("embed",))
-
-
-def state_of(model, **options):
-    tx = make_optimizer(OptimizerConfig(**options), 10, model)
-    state = tx.init(model)
-    return jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
-
-
-def abstract(tree, sharding=None):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.fixture
 def checkpointer(tmp_path):
     with Checkpointer(tmp_path / "checkpoints", CheckpointConfig(keep=2)) as checkpointer:
         yield checkpointer
-
-
-def save(checkpointer, step, model, **options):
-    checkpointer.save(step, model=model, opt_state=state_of(model, **options), data_state={"step": step}, extra={"a": 0.1})
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(CheckpointError) as error:
-        call(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------ round trip
@@ -155,7 +115,9 @@ _OTHER_MACHINE = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import jax, numpy as np
-from test_checkpoint import Model, abstract, load_model_params
+from support.checkpoints import Model
+from support.checkpoints import abstract
+from ttt_jax.checkpoint.checkpointer import load_model_params
 assert jax.device_count() == 2
 model = load_model_params({path!r}, abstract(Model()))
 print(sorted(np.asarray(leaf).tobytes().hex()[:16] for leaf in jax.tree.leaves(model)))
@@ -248,11 +210,6 @@ def test_damaged_checkpoint(tmp_path):
     assert "incomplete or damaged" in refusal(load_model_params, tmp_path, model)
 
 
-def newest_of(folder, model, warned, **options):
-    with Checkpointer(folder, CheckpointConfig(keep=3), warned.append) as checkpointer:
-        return checkpointer.restore_newest(model=abstract(model), opt_state=abstract(state_of(model)), **options)
-
-
 @pytest.fixture
 def three(tmp_path):
     """Steps 1, 2, 3, whose models have the seeds 1, 2, 3."""
@@ -260,12 +217,6 @@ def three(tmp_path):
         for step in (1, 2, 3):
             save(checkpointer, step, Model(seed=step))
     return tmp_path / "checkpoints"
-
-
-def older(step):
-    """What an older version wrote: no checksums, and nothing that speaks of them."""
-    (step / "checksums.json").unlink()
-    (step / "extra/metadata").write_text("{}")
 
 
 def flip(path):
@@ -358,7 +309,8 @@ _KILLED = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import jax.numpy as jnp
-from test_checkpoint import Checkpointer, CheckpointConfig
+from ttt_jax.checkpoint.checkpointer import Checkpointer
+from ttt_jax.config import CheckpointConfig
 from flax import nnx
 def tree(value):
     return dict(a=jnp.full((8 << 20,), value), b=jnp.full((8 << 20,), value, jnp.bfloat16))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.checkpoints import Model, abstract, assert_same_bits, newest_of, older, refusal, save
+from support.fuzzing import SMALL
 from support.hf_folders import make_folder, read_folder
-from test_checkpoint import Model, abstract, assert_same_bits, newest_of, older, refusal, save
-from test_fuzz_checkpoints import SMALL
 
 from ttt_jax import load_pretrained
 from ttt_jax.checkpoint.checkpointer import Checkpointer, find_checkpoint, load_model_params, save_model_params

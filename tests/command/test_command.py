@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from test_generation import prompts
-from test_watch import model_of
+from support.streams import prompts
+from support.watched import model_of
 
 from ttt_jax import Session, generate
 from ttt_jax.command.cli import main

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_model import config, make
+from support.models import config, make
 
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import UserError

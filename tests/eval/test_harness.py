@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.hf_folders import make_folder
-from test_model import config, make
+from support.models import config, make
 
 from ttt_jax import generate, load_pretrained, score
 from ttt_jax.data.tokenizer import ByteTokenizer

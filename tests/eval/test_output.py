@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from support.hf_folders import BASE, make_folder
-from test_model import config
+from support.models import config
 
 from ttt_jax.command.cli import main
 from ttt_jax.config import to_dict

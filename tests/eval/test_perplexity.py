@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import config, make
+from support.models import config, make
 
 from ttt_jax import score
 from ttt_jax.data.tokenizer import ByteTokenizer

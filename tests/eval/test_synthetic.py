@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 import pytest
-from test_model import config, make
+from support.models import config, make
 
 from ttt_jax import score
 from ttt_jax.data.tokenizer import ByteTokenizer

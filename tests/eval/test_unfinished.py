@@ -6,8 +6,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from test_generation import prompts
-from test_watch import model_of
+from support.streams import prompts
+from support.watched import model_of
 
 from ttt_jax import save_pretrained
 from ttt_jax.command.cli import main

@@ -10,8 +10,8 @@ import tracemalloc
 
 import pytest
 from data.test_tokenizer import make_tokenizer
+from support.fuzzing import SMALL
 from support.hf_folders import make_folder
-from test_fuzz_checkpoints import SMALL
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.config import CheckpointConfig, Config, ModelConfig, dump_yaml, from_dict

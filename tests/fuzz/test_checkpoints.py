@@ -13,9 +13,10 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.fuzzing import FLIPS, JSON, SMALL, flip, fuzz
 from support.hf_folders import make_folder, read_folder, write_shards
 
 import ttt_jax.pretrained.convert
@@ -30,17 +31,7 @@ from ttt_jax.pretrained.hf_weights import check_tensors, load_hf
 from ttt_jax.pretrained.load import load_pretrained
 from ttt_jax.pretrained.safetensors_io import MAX_HEADER_BYTES, TensorFiles
 
-SMALL = {
-    "model_type": "qwen3", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 6, "tie_word_embeddings": True,
-    "ttt_mode": True, "ttt_layers": [1], "ttt_chunk": 4, "ttt_lr": 0.5, "ttt_proj": True, "ttt_target": "hidden_states",
-}  # fmt: skip
 MEMORY = 20_000_000  # bytes that Python and numpy may hold at once
-
-
-def fuzz(examples):
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors]
-    return settings(max_examples=examples, deadline=10_000, suppress_health_check=checks, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +94,6 @@ def read_all(folder):
             return None
 
 
-def flip(data, places):
-    data = bytearray(data)
-    for place, bit in places:
-        data[place % len(data)] ^= 1 << bit
-    return bytes(data)
-
-
-FLIPS = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 7)), min_size=1, max_size=3)
-
-
 def check_file(work, data, header_bytes):
     """A file is refused, or what is read is what lies at the places of the tensors."""
     path = work / "one" / "model.safetensors"
@@ -160,11 +141,6 @@ def run_truncations(work, examples):
     example()
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 10**13) | st.floats() | st.text(max_size=8) | st.just(10**400),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
-    max_leaves=5,
-)
 FIELDS = [*SMALL, "rope_scaling", "rope_parameters", "rope_theta", "rms_norm_eps", "layer_types", "sliding_window",
           "use_sliding_window", "max_window_layers", "attention_bias", "max_position_embeddings", "hidden_act",
           "initializer_range", "quantization_config", "torch_dtype"]  # fmt: skip

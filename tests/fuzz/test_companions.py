@@ -9,7 +9,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz_checkpoints import FLIPS, JSON, flip, fuzz
+from support.fuzzing import (
+    FLIPS,
+    JSON,
+    flip,
+    fuzz,
+)
 
 from ttt_jax.errors import UserError
 from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens

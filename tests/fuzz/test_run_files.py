@@ -9,7 +9,15 @@ import json
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from test_fuzz_inputs import CHANGES, TREES, damage, fuzz, fuzz_bytes, fuzz_tree, replaced
+from support.fuzzing_trees import (
+    CHANGES,
+    TREES,
+    damage,
+    fuzz,
+    fuzz_bytes,
+    fuzz_tree,
+    replaced,
+)
 
 from ttt_jax.checkpoint.checksums import CHECKSUMS, _digest, find_damage, write_checksums
 from ttt_jax.checkpoint.trees import read_json

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.models import config, make
+from support.streams import CHANGES, C, model_of, prompts
 from support.tolerance import assert_close
-from test_model import config, make
 
 from ttt_jax import Session, generate, load_pretrained, score
 from ttt_jax.config import RopeConfig
@@ -19,20 +20,8 @@ from ttt_jax.inference.sampling import Sampling
 from ttt_jax.model.stack import Runtime
 from ttt_jax.pretrained.load import unstacked
 
-C = 4
-CHANGES = {"ttt.chunk_size": C}
 WINDOW = {"sliding_window": 6}
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
-
-
-@functools.cache
-def model_of(**changes):
-    return make(config(**CHANGES | changes), "float32")
-
-
-def prompts(lengths, vocab=23, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab, n).astype(np.int32) for n in lengths]
 
 
 # ------------------------------------------------------------------------------------------------------------- golden

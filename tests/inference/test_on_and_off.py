@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from test_report import CONFIG, CURVE, HELDOUT
-from test_train import TINY
+from support.jobs import TINY
+from support.reports import CONFIG, CURVE, HELDOUT
 
 import train
 from ttt_jax.config import load_config

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_generation import model_of, prompts
+from support.streams import model_of, prompts
 
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.session_file import fingerprint

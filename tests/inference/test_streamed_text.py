@@ -6,7 +6,7 @@ needed.
 
 import numpy as np
 import pytest
-from test_generation import model_of, prompts
+from support.streams import model_of, prompts
 
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.sampling import Sampling

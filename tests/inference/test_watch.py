@@ -1,6 +1,5 @@
 """Inference looks at its numbers: ids outside the vocabulary, NaN, norms of fast weights, targets that are zero."""
 
-import functools
 import json
 import warnings
 
@@ -8,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_generation import C, prompts
-from test_model import V, config, make
+from support.models import V, config, make
+from support.streams import C, prompts
+from support.watched import model_of
 
 from ttt_jax import Session, generate, save_pretrained, score
 from ttt_jax.command.cli import main
@@ -19,12 +19,6 @@ from ttt_jax.errors import CheckpointError, NotFiniteError, UserError
 from ttt_jax.eval.answers import Judge
 from ttt_jax.inference.watch import HIGH, LOW, Watch, is_finite, one_warning
 from ttt_jax.model.param_path import param_path
-
-
-@functools.cache
-def model_of(**changes):
-    small = {"ttt.chunk_size": C, "num_layers": 1, "ttt.layers": (0,), "tie_embeddings": False}
-    return make(config(**small | changes), "float32")
 
 
 def changed(model, name, change):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.fast_jit import jit
+from support.models import EMBED, abstract, config, make, tokens, transplant
 from support.tolerance import relative_rms
-from test_model import EMBED, abstract, config, make, tokens, transplant
 
 from ttt_jax.config import REMAT_NAMES
 from ttt_jax.model.layer_scan import _linearize, scan_layers

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.attention import causal_mask, make_inputs, plain
 from support.fast_jit import jit
 from support.tolerance import assert_close
-from test_attention import causal_mask, make_inputs, plain
 
 from ttt_jax.ops.attention import cached as kv_cache
 from ttt_jax.ops.attention import xla as xla_attention

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.attention import documents_in_xla
 from support.fast_jit import jit
 from support.hlo import collective_bytes
 from support.tolerance import TOLERANCE, assert_close
-from test_attention import documents_in_xla
 
 from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UserError

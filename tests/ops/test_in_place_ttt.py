@@ -21,7 +21,8 @@ from support.tolerance import TOLERANCE, assert_close, relative_rms
 
 from kernels_pallas import tpu
 from ttt_jax.errors import UserError
-from ttt_jax.ops import IMPLEMENTATIONS, blocks, in_place_ttt
+from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
+from ttt_jax.ops.ttt import chunk_blocks as blocks
 
 registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
 HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]  # the others: test_gpu_kernels.py, tests/gpu

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.jobs import TINY, curve, wait_for_step
 from support.tolerance import assert_close
-from test_train import TINY, curve, wait_for_step
 
 from ttt_jax.errors import ConfigError
 from ttt_jax.process.multihost import initialize, read_explicit

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import TINY, curve, start
+from support.jobs import TINY, curve, start
 
 from ttt_jax.config import Config, replace
 from ttt_jax.run import compile_cache

@@ -7,15 +7,11 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
+from support.reports import CONFIG, CURVE, HELDOUT, POSITIONS
 
-from ttt_jax.config import Config, replace
+from ttt_jax.config import Config
 from ttt_jax.run.report import print_report, write_report
 from ttt_jax.training.heldout import bucket_losses
-
-CONFIG = replace(Config(), {"model.ttt.layers": [1]})
-POSITIONS = [[0, 512], [512, 1024], [1024, 1536]]
-HELDOUT = {"positions": POSITIONS, "ttt_on": [2.5, 2.25, None], "ttt_off": [2.5, 2.5, 2.6]}
-CURVE = [{"step": step, "loss": 3 / step, "grad_norm": 1.0} for step in range(1, 41)] + [{"step": 40, "heldout/x": 1}]
 
 
 def strict(text):

@@ -254,7 +254,7 @@ def test_the_switches_are_those_in_effect(monkeypatch):
 
 def test_a_start_on_changed_data_leaves_the_run_folder_as_it_is(tmp_path):
     """The whole job: killed behind a checkpoint, its text upper-cased, started again."""
-    from test_train import TINY, start
+    from support.jobs import TINY, start
 
     corpus, runs = tmp_path / "corpus", tmp_path / "runs"
     corpus.mkdir()

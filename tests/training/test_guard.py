@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.states import SMALL, batch, bits
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config
@@ -23,29 +24,6 @@ from ttt_jax.training.guard import Guard, read_rollbacks, write_rollbacks
 from ttt_jax.training.optimizer import updates_done
 from ttt_jax.training.recovery import Recovery
 from ttt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
-
-SMALL = {
-    "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 24,
-              "ttt": {"layers": [0], "chunk_size": 8}},
-    "data": {"seq_len": 16, "batch_size": 8}, "optimizer": {"warmup_steps": 0},
-    "guard": {"skips": 2, "rollbacks": 2},
-}  # fmt: skip
-
-
-def batch(weight=1.0):
-    ids = np.random.default_rng(0).integers(0, 250, (8, 17)).astype(np.int32)
-    ones = np.ones((8, 16), np.int32)
-    return {
-        "ids": jnp.asarray(ids[:, :-1]),
-        "targets": jnp.asarray(ids[:, 1:]),
-        "weights": jnp.full((8, 16), weight, jnp.float32),
-        "segment_ids": jnp.asarray(ones),
-        "positions": jnp.asarray(np.arange(16, dtype=np.int32)[None] * ones),
-    }
-
-
-def bits(tree):
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support.fuzzing import SMALL
 from support.hf_folders import make_folder
-from test_fuzz_checkpoints import SMALL
 
 import ttt_jax.training.start_check
 from ttt_jax.checkpoint.checkpointer import Checkpointer

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SMALL = {
+    "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 24,
+              "ttt": {"layers": [0], "chunk_size": 8}},
+    "data": {"seq_len": 16, "batch_size": 8}, "optimizer": {"warmup_steps": 0},
+    "guard": {"skips": 2, "rollbacks": 2},
+}  # fmt: skip
+
+
+def batch(weight=1.0):
+    ids = np.random.default_rng(0).integers(0, 250, (8, 17)).astype(np.int32)
+    ones = np.ones((8, 16), np.int32)
+    return {
+        "ids": jnp.asarray(ids[:, :-1]),
+        "targets": jnp.asarray(ids[:, 1:]),
+        "weights": jnp.full((8, 16), weight, jnp.float32),
+        "segment_ids": jnp.asarray(ones),
+        "positions": jnp.asarray(np.arange(16, dtype=np.int32)[None] * ones),
+    }
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
