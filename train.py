@@ -5,8 +5,8 @@
     python train.py configs/default.yaml --model.ttt.chunk_size 128 --name chunk128
     python train.py --help                                     # every field
 
-Run the same command again to continue an interrupted run. A preset's first field worth changing is `name`: it is the folder
-below `runs/` that receives checkpoints, metrics and the report.
+Run the same command again to continue an interrupted run. A preset's first field worth changing is
+`name`: it is the folder below `runs/` that receives checkpoints, metrics and the report.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 
 
 def main(argv: list[str], signals: StopSignal | None = None) -> int:
-    """Exit code: 0 done (or stopped by a signal with everything saved), 1 failed, 2 wrong arguments, data or checkpoint."""
+    """Exit code: 0 done (or stopped by a signal with everything saved), 1 failed, 2 wrong
+    arguments, data or checkpoint.
+    """
     with signals or StopSignal() as stop:
         from ttt_jax.errors import TrainingError, UserError
         from ttt_jax.process.failure import failures_in_one_line
@@ -62,7 +64,9 @@ def _command(argv: list[str], stop: StopSignal) -> int:
 
 
 def train(config: Config, stop: StopSignal) -> None:
-    """Train in `config.run_dir`, as its only writer; a finished run shows its report and changes nothing."""
+    """Train in `config.run_dir`, as its only writer; a finished run shows its report and changes
+    nothing.
+    """
     import jax
 
     from ttt_jax.process.failure import failures_in_one_line
@@ -78,7 +82,8 @@ def train(config: Config, stop: StopSignal) -> None:
         return
     with RunLock(config.run_dir, main_process) as lock:
         stop.before_leaving.append(lock.release)
-        if on_first_process(lambda: show_if_finished(config)):  # by the process that had the lock until now
+        # by the process that had the lock until now
+        if on_first_process(lambda: show_if_finished(config)):
             return
         with failures_in_one_line(config.run_dir if main_process else None):
             _train(config, stop, lock, timer)
@@ -110,7 +115,12 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
     from ttt_jax.run.resume_changes import check_resume
     from ttt_jax.run.timing import host_memory_bytes
     from ttt_jax.training.guard import Guard
-    from ttt_jax.training.heldout import bucket_losses, evaluate_by_position, make_position_nll, make_probe
+    from ttt_jax.training.heldout import (
+        bucket_losses,
+        evaluate_by_position,
+        make_position_nll,
+        make_probe,
+    )
     from ttt_jax.training.recovery import Recovery
     from ttt_jax.training.saver import Saver
     from ttt_jax.training.start_check import checked_start
@@ -130,7 +140,9 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
     cache, warnings = open_cache(config)
     warnings += changes
     if main_process:
-        warnings += write_environment(config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model)))
+        warnings += write_environment(
+            config.run_dir, parameters=sum(x.size for x in jax.tree.leaves(abstract.model))
+        )
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
         warnings += heldout_remarks(config, tokenizer)
 
@@ -150,7 +162,9 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
 
         train_step, position_nll = make_train_step(config, tx), make_position_nll(mesh)
         tokens_per_step = config.data.batch_size * config.data.seq_len
-        flops_per_step = tokens_per_step * model_flops_per_token(config.model, config.data.seq_len, training=True)
+        flops_per_step = tokens_per_step * model_flops_per_token(
+            config.model, config.data.seq_len, training=True
+        )
         peak = peak_flops(jax.devices()[0])
 
         batch_size = min(config.data.batch_size, len(rows["ids"]))
@@ -169,8 +183,16 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
 
         stop.defer()  # from here on a signal waits for the end of a step
         with (
-            MetricsLogger(config, config.run_dir, total_steps=config.steps, start_step=step, enabled=main_process) as logger,
-            DocumentLog(config.run_dir, step, jax.process_index(), enabled=config.log.documents) as document_log,
+            MetricsLogger(
+                config,
+                config.run_dir,
+                total_steps=config.steps,
+                start_step=step,
+                enabled=main_process,
+            ) as logger,
+            DocumentLog(
+                config.run_dir, step, jax.process_index(), enabled=config.log.documents
+            ) as document_log,
         ):
             tell = logger.message
             for text in warnings:
@@ -192,10 +214,13 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
                 if document_log.enabled:
                     document_log.write(step, loader.documents(loader.pieces))
                 guard.watch(step, metrics, loader.pieces)
-                # Read once: a signal that comes later is for the next step. Signals reach processes at different steps, so
-                # several stop together where they wait for the device anyway.
+                # Read once: a signal that comes later is for the next step. Signals reach processes
+                # at different steps, so several stop together where they wait for the device
+                # anyway.
                 logged = step % config.log.every == 0
-                stopping = stop.requested if processes == 1 else logged and any_process(stop.requested)
+                stopping = (
+                    stop.requested if processes == 1 else logged and any_process(stop.requested)
+                )
                 due_save = saver.due(step) or stopping or step == config.steps
                 due_probe = config.log.probe_every and step % config.log.probe_every == 0
                 if due_save or logged:
@@ -209,14 +234,20 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
                 if not (due_save or due_probe or logged or step == 1):
                     logger.advance(step)
                     continue
-                scalars = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "skipped"}
+                scalars = {
+                    name: float(value)
+                    for name, value in jax.device_get(metrics).items()
+                    if name != "skipped"
+                }
                 seconds, steps_done = time.perf_counter() - clock, step - clock_step
                 if clock_step > start_step:  # the first interval holds the compilation
                     trained_tokens += steps_done * tokens_per_step
                     trained_seconds += seconds
                     scalars["tokens_per_second"] = steps_done * tokens_per_step / seconds
                     if peak:
-                        scalars["mfu"] = steps_done * flops_per_step / seconds / (peak * jax.device_count())
+                        scalars["mfu"] = (
+                            steps_done * flops_per_step / seconds / (peak * jax.device_count())
+                        )
                 if memory := device_memory_bytes():
                     scalars["memory_bytes"] = memory
                 guard.check_fast_weights(step, scalars)
@@ -225,18 +256,25 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
                     scalars |= probe(state.model)
                 if config.eval.every and step % config.eval.every == 0:
                     by_position = heldout()
-                    scalars |= {f"heldout/{name}": float(np.mean(by_position[name])) for name in ("ttt_on", "ttt_off")}
+                    scalars |= {
+                        f"heldout/{name}": float(np.mean(by_position[name]))
+                        for name in ("ttt_on", "ttt_off")
+                    }
                 logger.log(step, scalars)
                 what = step, state, loader.get_state(), recovery.notes(guard.in_a_row)
                 if stopping or step == config.steps:
                     patience = 0 if stopping else config.checkpoint.wait_for_space
-                    save = functools.partial(saver.save_surely, *what, patience=patience, give_up=lambda: stop.requested)
+                    save = functools.partial(
+                        saver.save_surely, *what, patience=patience, give_up=lambda: stop.requested
+                    )
                     logger.log(step, timer.save(save))
                 elif (due_save and not guard.in_a_row) or (logged and saver.retry_due()):
                     logger.log(step, timer.save(functools.partial(saver.save, *what)))
                 if stopping and step < config.steps:
                     by = stop.name or "another process"
-                    logger.message(f"stopped by {by} after step {step}; run the same command again to continue")
+                    logger.message(
+                        f"stopped by {by} after step {step}; run the same command again to continue"
+                    )
                     return
                 clock, clock_step = time.perf_counter(), step
                 timer.restart()
@@ -249,9 +287,15 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
     lock.check()
     if main_process:
         curve = read_curve(config.run_dir / "metrics.jsonl")
-        rate = trained_tokens / trained_seconds if trained_seconds else (curve or [{}])[-1].get("tokens_per_second")
+        rate = (
+            trained_tokens / trained_seconds
+            if trained_seconds
+            else (curve or [{}])[-1].get("tokens_per_second")
+        )
         summary = {"steps": step, "tokens_per_second": rate}
-        report = write_report(config.run_dir, config=config, heldout=by_position, curve=curve, summary=summary)
+        report = write_report(
+            config.run_dir, config=config, heldout=by_position, curve=curve, summary=summary
+        )
         print_report(report, config.run_dir)
 
 

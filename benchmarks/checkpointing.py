@@ -3,10 +3,12 @@
     python benchmarks/checkpointing.py                                     # the default preset, runs on a CPU
     python benchmarks/checkpointing.py --preset qwen3_1p7b --seq 8192 --batch 4 --every 100 500 --dir /fast/disk
 
-An asynchronous save costs its blocking part (the copy of the state to the host) and what the writing thread takes from the
-step meanwhile (on a CPU: cores). Both are a fixed sum per save, so the share falls as 1/N: the benchmark measures seconds per
-save as (mean step with - mean step without) * N, over blocks of steps with and without saves in turn, and prints the share for
-each N, and the smallest N for which it is 2 %. Before that it restores a checkpoint and compares it with the state bit for bit.
+An asynchronous save costs its blocking part (the copy of the state to the host) and what the
+writing thread takes from the step meanwhile (on a CPU: cores). Both are a fixed sum per save, so
+the share falls as 1/N: the benchmark measures seconds per save as (mean step with - mean step
+without) * N, over blocks of steps with and without saves in turn, and prints the share for each N,
+and the smallest N for which it is 2 %. Before that it restores a checkpoint and compares it with
+the state bit for bit.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="default")
     parser.add_argument("--seq", type=int)
     parser.add_argument("--batch", type=int)
@@ -47,7 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     changes = {"data.seq_len": args.seq, "data.batch_size": args.batch, "init_from": None}
     path = ROOT / "configs" / f"{args.preset}.yaml"
-    overrides = [word for key, value in changes.items() if value for word in (f"--{key}", str(value))]
+    overrides = [
+        word for key, value in changes.items() if value for word in (f"--{key}", str(value))
+    ]
     config = config_lib.replace(config_lib.load_config(path, overrides), {"init_from": None})
     folder = Path(tempfile.mkdtemp(prefix="checkpointing-", dir=args.dir))
     try:
@@ -60,21 +66,30 @@ def main() -> None:
             file.write(json.dumps({"args": vars(args), **result, **provenance()}) + "\n")
 
 
-def measure(config: config_lib.Config, every: list[int], saves: int, blocks: int, folder: Path) -> dict:
+def measure(
+    config: config_lib.Config, every: list[int], saves: int, blocks: int, folder: Path
+) -> dict:
     mesh = make_mesh(config.mesh)
     abstract, tx = abstract_state(config, mesh)
     state, step = init_state(config, abstract, tx), make_train_step(config, tx)
     B, T = config.data.batch_size, config.data.seq_len
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1)).astype(np.int32)
     ones = np.ones((B, T), np.int32)
-    rows = {"ids": ids[:, :-1], "targets": ids[:, 1:], "weights": ones.astype(np.float32), "segment_ids": ones}
+    rows = {
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": ones.astype(np.float32),
+        "segment_ids": ones,
+    }
     batch = put_batch(rows | {"positions": np.arange(T, dtype=np.int32)[None] * ones}, mesh)
     blocking: list[float] = []
     with Checkpointer(folder, config.checkpoint) as checkpointer:
         done = 0
 
         def block(steps: int, save_every: int | None) -> float:
-            """Mean seconds of a step. A save of the block may last into its end, and is then waited for: it counts."""
+            """Mean seconds of a step. A save of the block may last into its end, and is then waited
+            for: it counts.
+            """
             nonlocal state, done
             jax.block_until_ready(state)
             begin = time.perf_counter()
@@ -84,7 +99,9 @@ def measure(config: config_lib.Config, every: list[int], saves: int, blocks: int
                 if save_every and done % save_every == 0:
                     float(metrics["loss"])  # as train.py, which logs the step that it saves
                     before = time.perf_counter()
-                    checkpointer.save(done, model=state.model, opt_state=state.opt_state, data_state={"at": done})
+                    checkpointer.save(
+                        done, model=state.model, opt_state=state.opt_state, data_state={"at": done}
+                    )
                     blocking.append(time.perf_counter() - before)
             jax.block_until_ready(state)
             checkpointer.wait()
@@ -101,7 +118,8 @@ def measure(config: config_lib.Config, every: list[int], saves: int, blocks: int
         for n in every:
             pairs = []
             for _ in range(blocks):
-                done -= done % n  # the saves of a block are its last steps of each n; numbers may repeat
+                # the saves of a block are its last steps of each n; numbers may repeat
+                done -= done % n
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 pairs.append((block(n * saves, None), block(n * saves, n)))
@@ -113,18 +131,31 @@ def measure(config: config_lib.Config, every: list[int], saves: int, blocks: int
 
 
 def show(result: dict) -> None:
-    print(f"{jax.devices()[0].device_kind}, state of {result['bytes'] / 1e6:.1f} MB, restored bit for bit")
-    print("| N | step without | step with a save every N | share | seconds per save (each pair of blocks) |")
+    print(
+        f"{jax.devices()[0].device_kind}, state of {result['bytes'] / 1e6:.1f} MB, restored bit "
+        "for bit"
+    )
+    print(
+        "| N | step without | step with a save every N | share | seconds per save (each pair of "
+        "blocks) |"
+    )
     print("|---:|---:|---:|---:|---|")
     for row in result["rows"]:
         costs = ", ".join(f"{cost:.3f}" for cost in row["per_save"])
         print(
-            f"| {row['every']} | {row['without'] * 1e3:.1f} ms | {row['with'] * 1e3:.1f} ms | {row['share']:+.1%} | {costs} |"
+            f"| {row['every']} | {row['without'] * 1e3:.1f} ms | {row['with'] * 1e3:.1f} ms | "
+            f"{row['share']:+.1%} | {costs} |"
         )
     cost = float(np.median([cost for row in result["rows"] for cost in row["per_save"]]))
     without = float(np.median([row["without"] for row in result["rows"]]))
-    print(f"a save blocks the loop for {np.median(result['blocking']) * 1e3:.0f} ms (median) and costs {cost:.3f} s in all;")
-    print(f"2 % or less from N = {int(np.ceil(cost / (0.02 * without)))} steps, one save in {cost / 0.02:.0f} s")
+    print(
+        f"a save blocks the loop for {np.median(result['blocking']) * 1e3:.0f} ms (median) and "
+        f"costs {cost:.3f} s in all;"
+    )
+    print(
+        f"2 % or less from N = {int(np.ceil(cost / (0.02 * without)))} steps, one save in "
+        f"{cost / 0.02:.0f} s"
+    )
 
 
 if __name__ == "__main__":

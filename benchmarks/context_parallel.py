@@ -1,17 +1,21 @@
-"""Scaling over the sequence: prefill and training on 1 .. n GPUs, with the share of the TTT collectives.
+"""Scaling over the sequence: prefill and training on 1 .. n GPUs, with the share of the TTT
+collectives.
 
     python benchmarks/context_parallel.py --devices 1,2,4                                   # prefill, strong and weak scaling
     python benchmarks/context_parallel.py --train --mesh 1x4x1 --mesh 2x2x1 --strong 131072 # fsdp x context x tensor
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu python benchmarks/context_parallel.py \\
-        --preset default --strong 1024 --weak 256 --devices 1,2 --chunk 64 --check-seq 256 --repeats 2 [--train]
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu python
+    benchmarks/context_parallel.py \\
+        --preset default --strong 1024 --weak 256 --devices 1,2 --chunk 64 --check-seq 256 --repeats
+        2 [--train]
 
-Random tokens, one document per row, bf16. Parameters are bf16 for prefill and float32 master weights with AdamW under --train;
-they are sharded over fsdp and context. Strong scaling: one row of --strong tokens whatever the number of devices; weak
-scaling: --weak tokens per context shard. Before anything is timed, attention and op on the largest mesh are compared with one
-device, on --check-seq tokens; a wrong result ends the run. TTT collectives: the exclusive prefix compiled alone on the shapes
-of a layer, times the number of TTT layers and of prefixes per step (1 in prefill; 3 in training: forward, recomputation,
-backward).
-MFU counts the model's FLOPs against a matmul timed in the same run. Needs neither grain nor the command line.
+Random tokens, one document per row, bf16. Parameters are bf16 for prefill and float32 master
+weights with AdamW under --train; they are sharded over fsdp and context. Strong scaling: one row of
+--strong tokens whatever the number of devices; weak scaling: --weak tokens per context shard.
+Before anything is timed, attention and op on the largest mesh are compared with one device, on
+--check-seq tokens; a wrong result ends the run. TTT collectives: the exclusive prefix compiled
+alone on the shapes of a layer, times the number of TTT layers and of prefixes per step (1 in
+prefill; 3 in training: forward, recomputation, backward). MFU counts the model's FLOPs against a
+matmul timed in the same run. Needs neither grain nor the command line.
 """
 
 from __future__ import annotations
@@ -51,12 +55,19 @@ def rms_error(x, oracle) -> float:
 
 
 def check(parallel: Parallel, model: config_lib.ModelConfig, T: int, dtype) -> dict[str, float]:
-    """Relative RMS of attention and op on the mesh against float32 on one device, values and gradients.
+    """Relative RMS of attention and op on the mesh against float32 on one device, values and
+    gradients.
 
     Raises: SystemExit if one exceeds 5e-3 (values) or 1e-2 (gradients).
     """
     C, rng = min(model.ttt.chunk_size, T // parallel.shards), np.random.default_rng(0)
-    N, K, H, D, F = model.num_heads, model.num_kv_heads, model.head_dim, min(model.d_model, 512), min(model.d_ff, 1024)
+    N, K, H, D, F = (
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        min(model.d_model, 512),
+        min(model.d_ff, 1024),
+    )
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     heads = (draw(1, T, N, H), draw(1, T, K, H), draw(1, T, K, H)), draw(1, T, N, H)
     op = lambda run: lambda z, v, w: run(z, v, w, lr=0.5 / T**0.5, chunk_size=C)[0]
@@ -64,7 +75,11 @@ def check(parallel: Parallel, model: config_lib.ModelConfig, T: int, dtype) -> d
     cases = {"op": (op(parallel.in_place_ttt), op(in_place_ttt), fast)}
     for window in {None, model.sliding_window}:
         one = functools.partial(self_attention, window=window, implementation="xla")
-        cases[f"attention, window {window}"] = (functools.partial(parallel.attention, window=window), one, heads)
+        cases[f"attention, window {window}"] = (
+            functools.partial(parallel.attention, window=window),
+            one,
+            heads,
+        )
 
     def both(run, x, dy):
         def value_and_gradients(x, dy):
@@ -75,15 +90,22 @@ def check(parallel: Parallel, model: config_lib.ModelConfig, T: int, dtype) -> d
 
     errors = {}
     for name, (split, one, (x, dy)) in cases.items():
-        got, want = both(split, x, dy), both(one, *jax.tree.map(lambda a: a.astype(jnp.float32), (x, dy)))
+        got, want = (
+            both(split, x, dy),
+            both(one, *jax.tree.map(lambda a: a.astype(jnp.float32), (x, dy))),
+        )
         errors[name] = rms_error(got[0], want[0])
-        errors[f"{name}, gradients"] = max(rms_error(a, b) for a, b in zip(got[1], want[1], strict=True))
+        errors[f"{name}, gradients"] = max(
+            rms_error(a, b) for a, b in zip(got[1], want[1], strict=True)
+        )
         if not (errors[name] <= 5e-3 and errors[f"{name}, gradients"] <= 1e-2):
             raise SystemExit(f"refusing to time a wrong result: {name}: {errors}")
     return errors
 
 
-def prefix_seconds(parallel: Parallel | None, model: config_lib.ModelConfig, rows: int, repeats: int) -> float:
+def prefix_seconds(
+    parallel: Parallel | None, model: config_lib.ModelConfig, rows: int, repeats: int
+) -> float:
     """The exclusive prefix of one layer's S, alone; 0 on one shard."""
     if parallel is None or parallel.axis is None:
         return 0.0
@@ -96,9 +118,13 @@ def prefix_seconds(parallel: Parallel | None, model: config_lib.ModelConfig, row
         return exclusive_prefix(delta[0], None, None, axis=axis, shards=shards)[0][None]
 
     place = P(axis, batch_spec, None, wide)
-    run = jax.jit(jax.shard_map(local, mesh=p.mesh, in_specs=place, out_specs=place, check_vma=False))
+    run = jax.jit(
+        jax.shard_map(local, mesh=p.mesh, in_specs=place, out_specs=place, check_vma=False)
+    )
     shape = (shards, rows, model.d_model, model.d_ff)
-    delta = jax.jit(lambda: jnp.ones(shape, jnp.float32), out_shardings=NamedSharding(p.mesh, place))()
+    delta = jax.jit(
+        lambda: jnp.ones(shape, jnp.float32), out_shardings=NamedSharding(p.mesh, place)
+    )()
     if abs(float(run(delta)[-1, 0, 0, 0]) - (shards - 1)) > 1e-6:
         raise SystemExit("refusing to time a wrong prefix")
     return timed(lambda: run(delta), repeats)
@@ -148,8 +174,14 @@ def train(config: config_lib.Config, mesh, repeats: int) -> tuple[float, float]:
     seconds = timed(run, repeats)
     first = float(losses[0])
     # Random tokens: the first loss must be that of a uniform guess, and nothing may blow up.
-    if not np.all(np.isfinite([float(x) for x in losses])) or abs(first - np.log(config.model.vocab_size)) > 1.0:
-        raise SystemExit(f"refusing to report: losses {[float(x) for x in losses]} are not those of a working step")
+    if (
+        not np.all(np.isfinite([float(x) for x in losses]))
+        or abs(first - np.log(config.model.vocab_size)) > 1.0
+    ):
+        raise SystemExit(
+            f"refusing to report: losses {[float(x) for x in losses]} are not those of a working "
+            "step"
+        )
     return seconds, _gib(compiled)
 
 
@@ -160,33 +192,68 @@ def _gib(compiled) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="qwen3_4b_longct_128k", help="name of a file in configs/")
-    parser.add_argument("--devices", default="1,2,4", help="context axis sizes to compare, comma-separated")
-    parser.add_argument("--mesh", action="append", help="fsdp x context x tensor, e.g. 1x4x1; replaces --devices; repeatable")
-    parser.add_argument("--strong", type=int, help="tokens of a row in strong scaling (default 131072; 0: leave it out)")
-    parser.add_argument("--weak", type=int, help="tokens per context shard in weak scaling (default 32768; 0: leave it out)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", default="qwen3_4b_longct_128k", help="name of a file in configs/"
+    )
+    parser.add_argument(
+        "--devices", default="1,2,4", help="context axis sizes to compare, comma-separated"
+    )
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        help="fsdp x context x tensor, e.g. 1x4x1; replaces --devices; repeatable",
+    )
+    parser.add_argument(
+        "--strong",
+        type=int,
+        help="tokens of a row in strong scaling (default 131072; 0: leave it out)",
+    )
+    parser.add_argument(
+        "--weak",
+        type=int,
+        help="tokens per context shard in weak scaling (default 32768; 0: leave it out)",
+    )
     parser.add_argument("--rows", type=int, default=1, help="rows per fsdp shard")
     parser.add_argument("--train", action="store_true", help="time a training step, not a prefill")
     parser.add_argument("--chunk", type=int, help="TTT chunk size")
     parser.add_argument("--only", choices=["on", "off"], help="measure TTT on or off alone")
-    parser.add_argument("--remat-save", help="activations kept for the backward, comma-separated; 'none' recomputes all")
-    parser.add_argument("--check-seq", type=int, default=4096, help="tokens of the check against one device")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs (the median is reported)")
+    parser.add_argument(
+        "--remat-save",
+        help="activations kept for the backward, comma-separated; 'none' recomputes all",
+    )
+    parser.add_argument(
+        "--check-seq", type=int, default=4096, help="tokens of the check against one device"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed runs (the median is reported)"
+    )
     parser.add_argument("--json", help="append results to this file, one JSON object a line")
     args, overrides = parser.parse_known_args()  # dotted config fields, e.g. --model.ttt.lr=1
 
     meshes = [tuple(int(n) for n in text.split("x")) for text in args.mesh or ()]
     meshes = meshes or [(1, int(n), 1) for n in args.devices.split(",")]
-    words = ["--data.pack=false", "--optimizer.accumulate=1", "--compute_dtype=bfloat16", *overrides]
+    words = [
+        "--data.pack=false",
+        "--optimizer.accumulate=1",
+        "--compute_dtype=bfloat16",
+        *overrides,
+    ]
     if args.chunk:
         words.append(f"--model.ttt.chunk_size={args.chunk}")
     if args.remat_save is not None:
-        words.append(f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}")
+        words.append(
+            f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}"
+        )
     base = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", words)
     rate = matmul_rate(base.compute_dtype)
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {base.compute_dtype} matmul {rate / 1e12:.3g} TFLOP/s", flush=True)
+    print(
+        f"{device}, jax {jax.__version__}, {base.compute_dtype} matmul {rate / 1e12:.3g} TFLOP/s",
+        flush=True,
+    )
 
     largest = max(meshes, key=np.prod)
     split = make_parallel(mesh_of(largest))
@@ -194,16 +261,31 @@ def main() -> None:
         for name, error in check(split, base.model, args.check_seq, base.compute_dtype).items():
             print(f"check on {label(largest)}: {name}: relative RMS {error:.1e}", flush=True)
 
-    scalings = {"strong": 131072 if args.strong is None else args.strong, "weak": 32768 if args.weak is None else args.weak}
+    scalings = {
+        "strong": 131072 if args.strong is None else args.strong,
+        "weak": 32768 if args.weak is None else args.weak,
+    }
     for scaling, tokens in scalings.items():
         reference: dict[str, tuple[float, int]] = {}
         for shape in meshes if tokens else ():
             for ttt in ("off", "on"):
                 if args.only in (None, ttt):
-                    row = measure(base, shape, tokens if scaling == "strong" else tokens * shape[1], ttt, args, rate)
+                    row = measure(
+                        base,
+                        shape,
+                        tokens if scaling == "strong" else tokens * shape[1],
+                        ttt,
+                        args,
+                        rate,
+                    )
                     per_device = row["tokens_per_second"] / row["devices"] * row["flops_per_token"]
                     first = reference.setdefault(ttt, (per_device, row["devices"]))
-                    row |= {"scaling": scaling, "device": device, "jax": jax.__version__, "efficiency": per_device / first[0]}
+                    row |= {
+                        "scaling": scaling,
+                        "device": device,
+                        "jax": jax.__version__,
+                        "efficiency": per_device / first[0],
+                    }
                     report(row, first[1])
                     if args.json:
                         with open(args.json, "a", encoding="utf-8") as file:
@@ -223,7 +305,12 @@ def label(shape: tuple[int, ...]) -> str:
 def measure(base: config_lib.Config, shape, T: int, ttt: str, args, rate: float) -> dict:
     mesh, rows, devices = mesh_of(shape), args.rows * shape[0], int(np.prod(shape))
     names = dict(zip(("fsdp", "context", "tensor"), shape, strict=True))
-    changes: dict = {"data.seq_len": T, "data.batch_size": rows, "model.max_positions": T, "mesh.data": 1}
+    changes: dict = {
+        "data.seq_len": T,
+        "data.batch_size": rows,
+        "model.max_positions": T,
+        "mesh.data": 1,
+    }
     changes |= {f"mesh.{name}": size for name, size in names.items()}
     if ttt == "off":
         changes["model.ttt.layers"] = []
@@ -246,12 +333,17 @@ def measure(base: config_lib.Config, shape, T: int, ttt: str, args, rate: float)
 
 
 def report(row: dict, first: int) -> None:
-    """Efficiency: model FLOP/s per device beside the first mesh's; under strong scaling that is the speed-up per device."""
+    """Efficiency: model FLOP/s per device beside the first mesh's; under strong scaling that is the
+    speed-up per device.
+    """
     print(
-        f"{row['scaling']:6} {row['work']} {label(tuple(row['mesh'].values()))} rows {row['rows']} T={row['seq']} "
-        f"TTT {row['ttt']:3}: {row['seconds'] * 1e3:9.1f} ms  {row['tokens_per_second']:9.0f} tok/s  MFU {row['mfu']:6.1%}  "
+        f"{row['scaling']:6} {row['work']} {label(tuple(row['mesh'].values()))} rows "
+        f"{row['rows']} T={row['seq']} "
+        f"TTT {row['ttt']:3}: {row['seconds'] * 1e3:9.1f} ms  {row['tokens_per_second']:9.0f} "
+        f"tok/s  MFU {row['mfu']:6.1%}  "
         f"efficiency {row['efficiency']:6.1%} (of {first} device{'s' * (first > 1)})  "
-        f"prefix {row['prefix_seconds'] * 1e3:.2f} ms, {row['prefix_share']:.2%} of the time  {row['peak_gib']:.1f} GiB",
+        f"prefix {row['prefix_seconds'] * 1e3:.2f} ms, {row['prefix_share']:.2%} of the time  "
+        f"{row['peak_gib']:.1f} GiB",
         flush=True,
     )
 

@@ -1,14 +1,16 @@
-"""What XLA makes of a training step or a prefill on H100s, without one: memory, compile time, and traffic outside of matmuls.
+"""What XLA makes of a training step or a prefill on H100s, without one: memory, compile time, and
+traffic outside of matmuls.
 
     python benchmarks/gpu_traffic.py --preset qwen3_1p7b --chunk 1024 --seq 8192 --batch 4 [--only on] [--rows 20]
     python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_128k --chunk 1024 --prefill 8192 --model.ttt.implementation=xla
     python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_32k --chunk 1024 --seq 32768 --batch 8 --devices 8
 
-Compiles ahead of time for a description of the GPU, on any machine that has the libraries (`pip install 'jax[cuda13]'`).
-"Passes" are all kernels but matmuls and attention: elementwise work, reductions, copies. Their bytes are read from the
-compiled program: every array a kernel reads and writes once, of a slice only the slice, times the rounds of the loops around
-it. What a matmul or a Pallas kernel moves is not counted. Matmuls are left to cuBLAS and nothing is tuned, because there is
-nothing to time. Needs neither grain nor the command line.
+Compiles ahead of time for a description of the GPU, on any machine that has the libraries (`pip
+install 'jax[cuda13]'`). "Passes" are all kernels but matmuls and attention: elementwise work,
+reductions, copies. Their bytes are read from the compiled program: every array a kernel reads and
+writes once, of a slice only the slice, times the rounds of the loops around it. What a matmul or a
+Pallas kernel moves is not counted. Matmuls are left to cuBLAS and nothing is tuned, because there
+is nothing to time. Needs neither grain nor the command line.
 """
 
 from __future__ import annotations
@@ -55,11 +57,22 @@ runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-FREE = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "iota", "after-all", "partition-id"}
+FREE = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "constant",
+    "bitcast",
+    "iota",
+    "after-all",
+    "partition-id",
+}
 
 
 def devices(count: int) -> list:
-    """H100s on paper, also where there are real ones. Makes the code under test, and jax's attention, believe in them."""
+    """H100s on paper, also where there are real ones. Makes the code under test, and jax's
+    attention, believe in them.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn  # it asks the device at hand
 
     jax.config.update("jax_platforms", "cpu")
@@ -68,7 +81,11 @@ def devices(count: int) -> list:
     platform.compiled_for = lambda: "gpu"
     if count == 1:
         platform.on_one_device = platform.may_be_one_device = lambda: True
-    return list(topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}").devices)
+    return list(
+        topologies.get_topology_desc(
+            platform="cuda", target_config=H100, topology=f"1x1x{count}"
+        ).devices
+    )
 
 
 def train_step(config: config_lib.Config, found: list):
@@ -78,7 +95,9 @@ def train_step(config: config_lib.Config, found: list):
     shape = config.data.batch_size, config.data.seq_len
     rows = NamedSharding(mesh, P(("data", "fsdp"), "context"))
     kinds = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in kinds.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in kinds.items()
+    }
     return make_train_step(config, tx).trace(state, batch)
 
 
@@ -92,13 +111,22 @@ def prefill(config: config_lib.Config, found: list, tokens: int, ttt: bool):
     read_piece = reading.read_piece.__wrapped__
 
     def piece(leaves, *arrays):
-        return read_piece(jax.tree.unflatten(tree, leaves), None, *arrays, capacity=tokens, at_chunk_start=True, ttt=ttt)
+        return read_piece(
+            jax.tree.unflatten(tree, leaves),
+            None,
+            *arrays,
+            capacity=tokens,
+            at_chunk_start=True,
+            ttt=ttt,
+        )
 
     logits = struct((1, config.model.vocab_size), jnp.float32)
-    return jax.jit(piece).trace(leaves, logits, struct((1, tokens), jnp.int32), struct((1,), jnp.int32))
+    return jax.jit(piece).trace(
+        leaves, logits, struct((1, tokens), jnp.int32), struct((1,), jnp.int32)
+    )
 
 
-# -------------------------------------------------------------------------------------------------- reading the program
+# ------------------------------------------------------------------------------ reading the program
 
 
 class Instruction:
@@ -121,13 +149,19 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Computations by name, their instructions by name; and the entry's name."""
     found, entry = hlo.computations(text)
     matches = {
-        name: [(line.strip(), Instruction.PATTERN.match(line.strip())) for line in lines] for name, lines in found.items()
+        name: [(line.strip(), Instruction.PATTERN.match(line.strip())) for line in lines]
+        for name, lines in found.items()
     }
-    return {name: {m[1]: Instruction(line, m) for line, m in pairs if m} for name, pairs in matches.items()}, entry or ""
+    return {
+        name: {m[1]: Instruction(line, m) for line, m in pairs if m}
+        for name, pairs in matches.items()
+    }, entry or ""
 
 
 def fusion_bytes(inner: dict[str, Instruction]) -> int:
-    """What a fused kernel reads and writes: of slices only the slice, of an update in place only the update."""
+    """What a fused kernel reads and writes: of slices only the slice, of an update in place only
+    the update.
+    """
     total = sum(nbytes(i.type) for i in inner.values() if i.root)
     updated = set()
     for i in inner.values():
@@ -139,7 +173,9 @@ def fusion_bytes(inner: dict[str, Instruction]) -> int:
             updated.add(place)
     for parameter in (i for i in inner.values() if i.op == "parameter" and i.name not in updated):
         users = [i for i in inner.values() if parameter.name in i.reads]
-        through = [j for i in users if i.op == "bitcast" for j in inner.values() if i.name in j.reads]
+        through = [
+            j for i in users if i.op == "bitcast" for j in inner.values() if i.name in j.reads
+        ]
         last = [i for i in users if i.op != "bitcast"] + through
         sliced = last and all(i.op in ("dynamic-slice", "slice", "gather") for i in last)
         size = nbytes(parameter.type)
@@ -173,7 +209,10 @@ def traffic(text: str) -> list[tuple[int, int, str, str, str]]:
                     kernel = kernel if kernel.op == "fusion" else i
                 if kernel.op.startswith("fusion"):
                     inner = computations[kernel.called("calls")]
-                    if any(j.op == "custom-call" for j in inner.values()) or "__triton" in kernel.line:
+                    if (
+                        any(j.op == "custom-call" for j in inner.values())
+                        or "__triton" in kernel.line
+                    ):
                         continue  # a matmul with its slices
                     size = fusion_bytes(inner)
                 elif i.op in ("dynamic-slice", "slice"):
@@ -181,9 +220,13 @@ def traffic(text: str) -> list[tuple[int, int, str, str, str]]:
                 elif i.op == "dynamic-update-slice":
                     size = 2 * nbytes(here[i.reads[1]].type)
                 else:
-                    size = nbytes(i.type) + sum(nbytes(here[name].type) for name in i.reads if name in here)
+                    size = nbytes(i.type) + sum(
+                        nbytes(here[name].type) for name in i.reads if name in here
+                    )
                 operation = re.search(r'op_name="([^"]*)"', i.line)
-                found.append((size * times, times, path, i.type, operation[1] if operation else i.op))
+                found.append(
+                    (size * times, times, path, i.type, operation[1] if operation else i.op)
+                )
 
     walk(entry, 1, "")
     return sorted(found, reverse=True)
@@ -197,30 +240,47 @@ def report(name: str, traced, rows: int) -> None:
     memory, passes = compiled.memory_analysis(), traffic(compiled.as_text())
     print(
         f"TTT {name}: temporaries {memory.temp_size_in_bytes / 2**30:.2f} GiB, arguments "
-        f"{memory.argument_size_in_bytes / 2**30:.2f} GiB; passes {sum(row[0] for row in passes) / 1e9:.1f} GB; lowered in "
+        f"{memory.argument_size_in_bytes / 2**30:.2f} GiB; passes "
+        f"{sum(row[0] for row in passes) / 1e9:.1f} GB; lowered in "
         f"{seconds:.0f} s, compiled in {time.perf_counter() - start - seconds:.0f} s",
         flush=True,
     )
     by_loop = collections.Counter()
     for size, _, path, *_ in passes:
         by_loop[path or "outside of loops"] += size
-    print("  GB by the loops around: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in by_loop.most_common() if v > 1e8))
+    print(
+        "  GB by the loops around: "
+        + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in by_loop.most_common() if v > 1e8)
+    )
     for size, times, path, kind, operation in passes[:rows]:
-        print(f"  {size / 1e9:7.2f} GB x {times:<4} {path:10} {re.sub(r'{[^}]*}', '', kind)[:60]:60} {operation[-70:]}")
+        print(
+            f"  {size / 1e9:7.2f} GB x {times:<4} {path:10} {re.sub(r'{[^}]*}', '', kind)[:60]:60} {operation[-70:]}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", required=True, help="name of a file in configs/")
     parser.add_argument("--seq", type=int, default=8192, help="tokens per row of a training step")
     parser.add_argument("--batch", type=int, default=1, help="rows of a training step")
-    parser.add_argument("--prefill", type=int, help="the first piece of a prompt of so many tokens instead of a training step")
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        help="the first piece of a prompt of so many tokens instead of a training step",
+    )
     parser.add_argument("--chunk", type=int, help="TTT chunk size")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--only", choices=["on", "off"], help="TTT on or off alone")
     parser.add_argument("--rows", type=int, default=0, help="list so many of the largest passes")
     args, overrides = parser.parse_known_args()  # dotted config fields
-    words = ["--data.pack=false", "--optimizer.accumulate=1", f"--data.seq_len={args.seq}", f"--data.batch_size={args.batch}"]
+    words = [
+        "--data.pack=false",
+        "--optimizer.accumulate=1",
+        f"--data.seq_len={args.seq}",
+        f"--data.batch_size={args.batch}",
+    ]
     words += [f"--model.max_positions={max(args.seq, args.prefill or 0)}", *overrides]
     if args.chunk:
         words.append(f"--model.ttt.chunk_size={args.chunk}")
@@ -228,7 +288,11 @@ def main() -> None:
     found = devices(args.devices)
     for name in ("off", "on") if args.only is None else (args.only,):
         config = on if name == "on" else config_lib.replace(on, {"model.ttt.layers": []})
-        traced = train_step(config, found) if args.prefill is None else prefill(on, found, args.prefill, name == "on")
+        traced = (
+            train_step(config, found)
+            if args.prefill is None
+            else prefill(on, found, args.prefill, name == "on")
+        )
         report(name, traced, args.rows)
 
 

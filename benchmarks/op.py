@@ -1,15 +1,17 @@
-"""The op alone: `in_place_ttt` forward and backward, every implementation that runs here, beside its bound.
+"""The op alone: `in_place_ttt` forward and backward, every implementation that runs here, beside
+its bound.
 
     python benchmarks/op.py                                                   # 4B shapes, C = 1024, 32k tokens
     python benchmarks/op.py --shapes 0.6b,4b --chunks 512,1024 --tokens 8192,131072 --batch 1,8 --json runs/op.jsonl
     python benchmarks/op.py --cases 4b:1024:1:32768,1.7b:1024:4:8192          # shape:C:B:T instead of all combinations
     python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl          # draws what was measured; needs no GPU
 
-All programs of all cases are compiled first, side by side: that takes most of the time, and would disturb a timing.
-The program that is timed is checked first, on the inputs that it is timed with: o, the final state and all gradients against
-the float32 reference (or, where its memory grows too large, against `xla` in float32). One that is off by more than 5e-3
-relative RMS is not timed, and the exit code is 1. The bound is 4TDF FLOPs forward and 10TDF backward at the rate of a large
-bf16 matmul in the same process. `down` is the plain down-projection of the same tokens.
+All programs of all cases are compiled first, side by side: that takes most of the time, and would
+disturb a timing. The program that is timed is checked first, on the inputs that it is timed with:
+o, the final state and all gradients against the float32 reference (or, where its memory grows too
+large, against `xla` in float32). One that is off by more than 5e-3 relative RMS is not timed, and
+the exit code is 1. The bound is 4TDF FLOPs forward and 10TDF backward at the rate of a large bf16
+matmul in the same process. `down` is the plain down-projection of the same tokens.
 """
 
 from __future__ import annotations
@@ -24,22 +26,53 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHAPES = {"0.6b": (1024, 3072), "1.7b": (2048, 6144), "4b": (2560, 9728), "8b": (4096, 12288), "14b": (5120, 17408)}
+SHAPES = {
+    "0.6b": (1024, 3072),
+    "1.7b": (2048, 6144),
+    "4b": (2560, 9728),
+    "8b": (4096, 12288),
+    "14b": (5120, 17408),
+}
 TOLERANCE = 5e-3
-COLUMNS = ("implementation", "forward_ms", "forward_ratio", "both_ms", "both_ratio", "TFLOP/s", "GB/s", "temp_GiB")
+COLUMNS = (
+    "implementation",
+    "forward_ms",
+    "forward_ratio",
+    "both_ms",
+    "both_ratio",
+    "TFLOP/s",
+    "GB/s",
+    "temp_GiB",
+)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words = lambda kind: lambda text: [kind(word) for word in text.split(",")]
-    parser.add_argument("--shapes", type=words(str), default=["4b"], help=f"of {', '.join(SHAPES)}, or DxF")
+    parser.add_argument(
+        "--shapes", type=words(str), default=["4b"], help=f"of {', '.join(SHAPES)}, or DxF"
+    )
     parser.add_argument("--chunks", type=words(int), default=[1024])
     parser.add_argument("--tokens", type=words(int), default=[32768])
     parser.add_argument("--batch", type=words(int), default=[1])
-    parser.add_argument("--cases", type=words(str), help="SHAPE:C:B:T,... instead of the four options above")
-    parser.add_argument("--implementations", type=words(str), help="default: all that run here, and None's choice")
-    parser.add_argument("--blocks", type=words(int), help="chunks of a block to compare; default: what the op chooses")
-    parser.add_argument("--documents", action="store_true", help="with segment_ids: a document starts every fourth chunk")
+    parser.add_argument(
+        "--cases", type=words(str), help="SHAPE:C:B:T,... instead of the four options above"
+    )
+    parser.add_argument(
+        "--implementations", type=words(str), help="default: all that run here, and None's choice"
+    )
+    parser.add_argument(
+        "--blocks",
+        type=words(int),
+        help="chunks of a block to compare; default: what the op chooses",
+    )
+    parser.add_argument(
+        "--documents",
+        action="store_true",
+        help="with segment_ids: a document starts every fourth chunk",
+    )
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="append one line per measurement")
@@ -58,19 +91,37 @@ def measure(args) -> int:
     import jax
 
     if args.cases:
-        named = [(shape, int(B), int(T), int(C)) for shape, C, B, T in (case.split(":") for case in args.cases)]
+        named = [
+            (shape, int(B), int(T), int(C))
+            for shape, C, B, T in (case.split(":") for case in args.cases)
+        ]
     else:
-        named = [(s, B, T, C) for s in args.shapes for C in args.chunks for B in args.batch for T in args.tokens]
+        named = [
+            (s, B, T, C)
+            for s in args.shapes
+            for C in args.chunks
+            for B in args.batch
+            for T in args.tokens
+        ]
     work, pool, start = [], concurrent.futures.ThreadPoolExecutor(), time.perf_counter()
     for shape, B, T, C in named:
         D, F = SHAPES[shape] if shape in SHAPES else map(int, shape.split("x"))
         case = Case(B, T, D, F, C, args.documents)
         names = args.implementations or runnable(B, T, D, F, C)
-        names = [in_blocks(name, n) for name in names for n in args.blocks] if args.blocks else names
-        programs = {name: pool.submit(compile_op, name, case, args.forward_only) for name in ("down", "exact", *names)}
+        names = (
+            [in_blocks(name, n) for name in names for n in args.blocks] if args.blocks else names
+        )
+        programs = {
+            name: pool.submit(compile_op, name, case, args.forward_only)
+            for name in ("down", "exact", *names)
+        }
         work.append((shape, case, programs))
     concurrent.futures.wait([program for *_, programs in work for program in programs.values()])
-    print(f"compiled {sum(len(programs) for *_, programs in work)} variants in {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"compiled {sum(len(programs) for *_, programs in work)} variants in "
+        f"{time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     matmul, copy, wrong = matmul_rate(), copy_rate(), 0
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     machine |= {"matmul_TFLOPs": matmul / 1e12, "copy_GBs": copy / 1e9}
@@ -82,7 +133,11 @@ def measure(args) -> int:
         for name, program in programs.items():
             errors = check(case, program.result(), exact) if name != "down" else {"o": 0.0}
             if max(errors.values()) <= TOLERANCE:
-                row = common | op(name, case, program.result(), args) | {"error": max(errors.values())}
+                row = (
+                    common
+                    | op(name, case, program.result(), args)
+                    | {"error": max(errors.values())}
+                )
                 report(beside_the_bound(row, matmul), args.json)
             else:
                 wrong += 1
@@ -105,16 +160,21 @@ class Case(NamedTuple):
 
         if not self.documents:
             return None
-        return jnp.broadcast_to(jnp.arange(self.T) // (4 * self.C) + 1, (self.B, self.T)).astype(jnp.int32)
+        return jnp.broadcast_to(jnp.arange(self.T) // (4 * self.C) + 1, (self.B, self.T)).astype(
+            jnp.int32
+        )
 
 
 def beside_the_bound(row: dict, matmul: float) -> dict:
     D, F, tokens = row["D"], row["F"], row["B"] * row["T"]
-    row["bound_forward_ms"], row["bound_both_ms"] = (n * tokens * D * F / matmul * 1e3 for n in (4, 14))
+    row["bound_forward_ms"], row["bound_both_ms"] = (
+        n * tokens * D * F / matmul * 1e3 for n in (4, 14)
+    )
     row["forward_ratio"] = row["forward_ms"] / row["bound_forward_ms"]
     if "both_ms" in row:
         row["both_ratio"] = row["both_ms"] / row["bound_both_ms"]
-    products = 1 if row["implementation"] == "down" else 2  # W and S are applied by two, which the bound does not count
+    # W and S are applied by two, which the bound does not count
+    products = 1 if row["implementation"] == "down" else 2
     row["TFLOP/s"] = products * 2 * tokens * D * F / row["forward_ms"] / 1e9
     row["GB/s"] = least_bytes(row["B"], row["T"], D, F) / row["forward_ms"] / 1e6
     return row
@@ -134,7 +194,9 @@ def runnable(B, T, D, F, C) -> list[str]:
             continue
         shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((B, T, F), (B, T, D), (D, F))]
         try:
-            jax.eval_shape(lambda *a, n=name: in_place_ttt(*a, lr=1.0, chunk_size=C, implementation=n), *shapes)
+            jax.eval_shape(
+                lambda *a, n=name: in_place_ttt(*a, lr=1.0, chunk_size=C, implementation=n), *shapes
+            )
         except UserError as error:
             print(error, flush=True)
         else:
@@ -151,10 +213,16 @@ def inputs(B, T, D, F, seed=0):
     @jax.jit
     def make():
         keys = jax.random.split(jax.random.key(seed), 6)
-        z, v = jax.random.normal(keys[0], (B, T, F), jnp.bfloat16), jax.random.normal(keys[1], (B, T, D), jnp.bfloat16)
+        z, v = (
+            jax.random.normal(keys[0], (B, T, F), jnp.bfloat16),
+            jax.random.normal(keys[1], (B, T, D), jnp.bfloat16),
+        )
         w = (jax.random.normal(keys[2], (D, F), jnp.float32) * F**-0.5).astype(jnp.bfloat16)
         state = jax.random.normal(keys[3], (B, D, F), jnp.float32) * 0.3 * F**-0.5
-        do, dS = jax.random.normal(keys[4], (B, T, D), jnp.bfloat16), jax.random.normal(keys[5], (B, D, F), jnp.float32)
+        do, dS = (
+            jax.random.normal(keys[4], (B, T, D), jnp.bfloat16),
+            jax.random.normal(keys[5], (B, D, F), jnp.float32),
+        )
         return z, v, w, state, do, dS
 
     return make()
@@ -162,7 +230,8 @@ def inputs(B, T, D, F, seed=0):
 
 def in_blocks(name: str, n: int) -> str:
     """Registers the implementation in blocks of n chunks; returns its name, such as `xla x4`."""
-    module: Any = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
+    # the package has a function of this name
+    module: Any = importlib.import_module("ttt_jax.ops.ttt.api")
     module._FAST[f"{name} x{n}"] = module._FAST[name]._replace(block=lambda call: n)
     module.IMPLEMENTATIONS = (*module.IMPLEMENTATIONS, f"{name} x{n}")
     return f"{name} x{n}"
@@ -195,17 +264,21 @@ def inner_lr(case: Case) -> float:
 
 
 def compile_op(name: str, case: Case, forward_only: bool) -> list:
-    """The programs that are timed: forward, and forward + backward. "down" is the plain down-projection; "exact" is the
-    reference in float32, forward + backward."""
+    """The programs that are timed: forward, and forward + backward. "down" is the plain
+    down-projection; "exact" is the reference in float32, forward + backward.
+    """
     import jax
 
     arrays = jax.eval_shape(lambda: inputs.__wrapped__(*case[:4]))
     made = down() if name == "down" else functions(name, case)
     if name == "exact":
-        states = 4 * case.B * case.D * case.F * (case.T // case.C)  # the reference's backward holds one for every chunk
+        # the reference's backward holds one for every chunk
+        states = 4 * case.B * case.D * case.F * (case.T // case.C)
         made = functions("reference" if states < 2**34 else "xla", case)[1:]
         arrays = [jax.ShapeDtypeStruct(x.shape, "float32") for x in arrays]
-    return [jax.jit(function).lower(*arrays).compile() for function in made[: 1 if forward_only else 2]]
+    return [
+        jax.jit(function).lower(*arrays).compile() for function in made[: 1 if forward_only else 2]
+    ]
 
 
 @functools.lru_cache(maxsize=1)
@@ -220,23 +293,37 @@ def check(case: Case, compiled: list, exact_program: list) -> dict[str, float]:
     import jax.numpy as jnp
 
     arrays, exact = inputs(*case[:4]), exact_results(case, exact_program[0])
-    error = jax.jit(lambda a, b: jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
+    error = jax.jit(
+        lambda a, b: (
+            jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel())
+        )
+    )
     names = ("o", "S", "dz", "dv", "dw", "dstate", "dlr")
-    found = {n: float(error(a, b)) for n, a, b in zip(names, compiled[0](*arrays), exact[0], strict=False)}
+    found = {
+        n: float(error(a, b))
+        for n, a, b in zip(names, compiled[0](*arrays), exact[0], strict=False)
+    }
     if len(compiled) > 1:
         got = compiled[1](*arrays)
         both = zip(names, jax.tree.leaves(got), jax.tree.leaves(exact), strict=True)
         found = {n: max(float(error(a, b)), found.get(n, 0)) for n, a, b in both}
-        # The gradient of lr is an inner product, <v, dv> / lr, which may cancel: its error counts beside what it sums.
-        sizes = [float(jnp.linalg.norm(x.astype(jnp.float32).ravel())) for x in (arrays[1], exact[1][1])]
+        # The gradient of lr is an inner product, <v, dv> / lr, which may cancel: its error counts
+        # beside what it sums.
+        sizes = [
+            float(jnp.linalg.norm(x.astype(jnp.float32).ravel())) for x in (arrays[1], exact[1][1])
+        ]
         scale = max(sizes[0] * sizes[1] / inner_lr(case), abs(float(exact[1][4])))
         found["dlr"] = abs(float(got[1][4]) - float(exact[1][4])) / scale
-    return {n: e if e == e else float("inf") for n, e in found.items()}  # max() of errors must not lose a NaN
+    # max() of errors must not lose a NaN
+    return {n: e if e == e else float("inf") for n, e in found.items()}
 
 
 def op(name: str, case: Case, compiled: list, args) -> dict:
     arrays = inputs(*case[:4])
-    row: dict = {"implementation": name, "forward_ms": milliseconds(compiled[0], arrays, args.repeats)}
+    row: dict = {
+        "implementation": name,
+        "forward_ms": milliseconds(compiled[0], arrays, args.repeats),
+    }
     if len(compiled) > 1:
         row["both_ms"] = milliseconds(compiled[1], arrays, args.repeats)
     row["temp_GiB"] = compiled[-1].memory_analysis().temp_size_in_bytes / 2**30
@@ -297,15 +384,21 @@ def copy_rate(n: int = 2**29) -> float:
 
 
 def heading(case: dict, matmul: float) -> None:
-    forward, both = (n * case["B"] * case["T"] * case["D"] * case["F"] / matmul * 1e3 for n in (4, 14))
+    forward, both = (
+        n * case["B"] * case["T"] * case["D"] * case["F"] / matmul * 1e3 for n in (4, 14)
+    )
     print(f"\n{case['shape']} D={case['D']} F={case['F']} C={case['C']} B={case['B']} T={case['T']}"
-          f"{' documents' if case['documents'] else ''}: bound {forward:.2f} + {both - forward:.2f} ms")  # fmt: skip
+          f"{' documents' if case['documents'] else ''}: bound {forward:.2f} + "
+          f"{both - forward:.2f} ms")  # fmt: skip
     print("  ".join(f"{name:>14}" for name in COLUMNS), flush=True)
 
 
 def report(row: dict, path: Path | None) -> None:
     cells = [row.get(name, "") for name in COLUMNS]
-    print("  ".join(f"{cell:14.3f}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells), flush=True)
+    print(
+        "  ".join(f"{cell:14.3f}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells),
+        flush=True,
+    )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -321,14 +414,23 @@ def draw(rows: list[dict], path: Path) -> None:
 
     rows = [row for row in rows if row["implementation"] != "down"]
     case = lambda row: f"{row['shape']} C={row['C']}\nB={row['B']} T={row['T'] // 1024}k"
-    cases, names = list(dict.fromkeys(map(case, rows))), sorted({row["implementation"] for row in rows}, reverse=True)
+    cases, names = (
+        list(dict.fromkeys(map(case, rows))),
+        sorted({row["implementation"] for row in rows}, reverse=True),
+    )
     figure, axes = plt.subplots(2, 1, figsize=(max(7, 1.1 * len(cases)), 7), sharex=True)
-    for axis, key, title in zip(axes, ("forward_ratio", "both_ratio"), ("forward", "forward + backward"), strict=True):
+    for axis, key, title in zip(
+        axes, ("forward_ratio", "both_ratio"), ("forward", "forward + backward"), strict=True
+    ):
         for n, this in enumerate(cases):
-            here = {row["implementation"]: row[key] for row in rows if case(row) == this and key in row}
+            here = {
+                row["implementation"]: row[key] for row in rows if case(row) == this and key in row
+            }
             for k, name in enumerate(sorted(here, reverse=True)):
                 x = n + (k - (len(here) - 1) / 2) * 0.8 / max(len(here), 2)
-                axis.bar(x, here[name], width=0.8 / max(len(here), 2), color=f"C{names.index(name)}")
+                axis.bar(
+                    x, here[name], width=0.8 / max(len(here), 2), color=f"C{names.index(name)}"
+                )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_title(f"{title}: time over the bound ({rows[0]['device']})")
         axis.set_xticks(range(len(cases)), cases, fontsize=7)

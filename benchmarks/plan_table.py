@@ -1,10 +1,12 @@
-"""The TPU table of docs/scaling.md: the memory of Qwen3 train steps by model, row length and topology. No TPU is needed.
+"""The TPU table of docs/scaling.md: the memory of Qwen3 train steps by model, row length and
+topology. No TPU is needed.
 
     python benchmarks/plan_table.py --out rows.jsonl [--models 4B,8B,14B] [--rows 32768,131072,1048576] [--topologies v5p:4x4x4]
 
-Each row is one `ttt-jax plan`, stopped as soon as libtpu's compiler has written its memory report (arguments included):
-memory is assigned before machine code is generated, in a small part of the time. One row at a time for each group of `context`
-devices. A row that `--out` has already is not computed again.
+Each row is one `ttt-jax plan`, stopped as soon as libtpu's compiler has written its memory report
+(arguments included): memory is assigned before machine code is generated, in a small part of the
+time. One row at a time for each group of `context` devices. A row that `--out` has already is not
+computed again.
 """
 
 from __future__ import annotations
@@ -47,25 +49,53 @@ def devices_of(topology: str) -> int:
 
 
 def measure(model: str, tokens: int, topology: str, context: int, timeout: float) -> dict:
-    """One row of the table: bytes of a device, and whether the attention in the program is the splash kernel."""
+    """One row of the table: bytes of a device, and whether the attention in the program is the
+    splash kernel.
+    """
     fsdp = devices_of(topology) // context
     config, *words = MODELS[model]
     words += [
         f"--data.seq_len={tokens}", f"--model.max_positions={tokens}", f"--data.batch_size={fsdp}", "--optimizer.accumulate=1",
         f"--model.ttt.chunk_size={CHUNK}", "--mesh.fsdp=-1", f"--mesh.context={context}",
     ]  # fmt: skip
-    about = {"model": model, "tokens": tokens, "topology": topology, "fsdp": fsdp, "context": context}
-    command = [sys.executable, "-m", "ttt_jax", "plan", "--config", config, "--topology", topology, "--json", *words]
+    about = {
+        "model": model,
+        "tokens": tokens,
+        "topology": topology,
+        "fsdp": fsdp,
+        "context": context,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "ttt_jax",
+        "plan",
+        "--config",
+        config,
+        "--topology",
+        topology,
+        "--json",
+        *words,
+    ]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        environment |= {"TMPDIR": folder, "PYTHONPATH": str(ROOT)}  # the compiler's dump goes below it
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        # the compiler's dump goes below it
+        environment |= {"TMPDIR": folder, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
         try:
             while process.poll() is None and time.perf_counter() - begin < timeout:
                 time.sleep(0.5)
                 if (total := _reported(Path(folder))) is not None:
-                    about |= {"total": total, "how": "memory report", "splash": _has_splash(Path(folder))}
+                    about |= {
+                        "total": total,
+                        "how": "memory report",
+                        "splash": _has_splash(Path(folder)),
+                    }
                     return about | {"seconds": round(time.perf_counter() - begin, 1)}
         finally:
             process.kill()
@@ -74,10 +104,14 @@ def measure(model: str, tokens: int, topology: str, context: int, timeout: float
         out.seek(0)
         err.seek(0)
         lines = out.read().splitlines()
-        if process.returncode in (0, 1) and lines:  # refused before there was a report, or done between two looks
+        # refused before there was a report, or done between two looks
+        if process.returncode in (0, 1) and lines:
             plan = json.loads(lines[-1])
             return about | {"total": plan["total"], "how": "plan", "notes": plan["notes"]}
-        return about | {"total": None, "how": (err.read().splitlines() or ["no report in time"])[-1][:300]}
+        return about | {
+            "total": None,
+            "how": (err.read().splitlines() or ["no report in time"])[-1][:300],
+        }
 
 
 def _reported(folder: Path) -> int | None:
@@ -85,18 +119,27 @@ def _reported(folder: Path) -> int | None:
     totals = []
     for path in folder.rglob("*train_step*memory-usage-report.txt"):
         text = path.read_text(encoding="utf-8")
-        if text.endswith("\n") and (found := re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", text)):
+        if text.endswith("\n") and (
+            found := re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", text)
+        ):
             totals.append(int(found[1]))
     return max(totals, default=None)
 
 
 def _has_splash(folder: Path) -> bool:
-    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*train_step*before_optimizations.txt")]
-    return all(any(f"splash_mha_{kernel}" in text for text in texts) for kernel in ("fwd", "dq", "dkv"))
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in folder.rglob("*train_step*before_optimizations.txt")
+    ]
+    return all(
+        any(f"splash_mha_{kernel}" in text for text in texts) for kernel in ("fwd", "dq", "dkv")
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, type=Path, help="JSON lines, added to")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rows", default="32768,131072,1048576")
@@ -105,7 +148,11 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600.0)
     args = parser.parse_args()
     keys = ("model", "tokens", "topology", "context")
-    old = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
+    old = (
+        [json.loads(line) for line in args.out.read_text().splitlines()]
+        if args.out.is_file()
+        else []
+    )
     known = {tuple(row[key] for key in keys) for row in old if row["total"] is not None}
     for topology in args.topologies.split(","):
         for tokens in map(int, args.rows.split(",")):
@@ -118,7 +165,10 @@ def main() -> int:
                     file.write(json.dumps(row) + "\n")
                 size = f"{row['total'] / GB:.1f} GB" if row["total"] else "failed"
                 where = f"{topology:10} {row['fsdp']} x {context}"
-                print(f"{model:4} {tokens:8} {where}: {size} ({row['how']}, {row['seconds']} s)", flush=True)
+                print(
+                    f"{model:4} {tokens:8} {where}: {size} ({row['how']}, {row['seconds']} s)",
+                    flush=True,
+                )
     return 0
 
 

@@ -3,9 +3,10 @@
     python benchmarks/probe.py                          # the default preset, runs on a CPU
     python benchmarks/probe.py --preset qwen3_1p7b --seq 8192 --batch 4
 
-Steps and probes in turn, seconds of each (median) and CPU seconds of the process, which other jobs on the machine change less.
-The share of the time is that of one probe among N steps. Compilation is left out: the closing evaluation has the same program.
-Before that it compares what the probe says with the loss that the evaluation computes.
+Steps and probes in turn, seconds of each (median) and CPU seconds of the process, which other jobs
+on the machine change less. The share of the time is that of one probe among N steps. Compilation is
+left out: the closing evaluation has the same program. Before that it compares what the probe says
+with the loss that the evaluation computes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="default")
     parser.add_argument("--seq", type=int)
     parser.add_argument("--batch", type=int)
@@ -40,7 +43,9 @@ def main() -> None:
     parser.add_argument("--json", help="append the result to this file, one object a line")
     args = parser.parse_args()
     changes = {"data.seq_len": args.seq, "data.batch_size": args.batch}
-    overrides = [word for key, value in changes.items() if value for word in (f"--{key}", str(value))]
+    overrides = [
+        word for key, value in changes.items() if value for word in (f"--{key}", str(value))
+    ]
     path = ROOT / "configs" / f"{args.preset}.yaml"
     config = config_lib.replace(config_lib.load_config(path, overrides), {"init_from": None})
     result = measure(config, args.rounds)
@@ -53,11 +58,20 @@ def main() -> None:
 def measure(config: config_lib.Config, rounds: int) -> dict:
     mesh = make_mesh(config.mesh)
     abstract, tx = abstract_state(config, mesh)
-    state, step, nll = init_state(config, abstract, tx), make_train_step(config, tx), make_position_nll(mesh)
+    state, step, nll = (
+        init_state(config, abstract, tx),
+        make_train_step(config, tx),
+        make_position_nll(mesh),
+    )
     B, T = config.data.batch_size, config.data.seq_len
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1)).astype(np.int32)
     ones = np.ones((B, T), np.int32)
-    rows = {"ids": ids[:, :-1], "targets": ids[:, 1:], "weights": ones.astype(np.float32), "segment_ids": ones}
+    rows = {
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": ones.astype(np.float32),
+        "segment_ids": ones,
+    }
     rows |= {"positions": np.arange(T, dtype=np.int32)[None] * ones}
     batch, probe = put_batch(rows, mesh), make_probe(nll, rows, mesh, B)
     for _ in range(2):
@@ -79,15 +93,25 @@ def measure(config: config_lib.Config, rounds: int) -> dict:
 
     pairs = [(timed(five_steps), timed(lambda: probe(state.model))) for _ in range(rounds)]
     steps, probes = (np.median([pair[i] for pair in pairs], axis=0) for i in (0, 1))
-    return {"step": (steps / 5).tolist(), "probe": probes.tolist(), "probe_every": config.log.probe_every}
+    return {
+        "step": (steps / 5).tolist(),
+        "probe": probes.tolist(),
+        "probe_every": config.log.probe_every,
+    }
 
 
 def show(result: dict) -> None:
     print(f"{jax.devices()[0].device_kind}, {result['probe_every']} = log.probe_every")
-    print("| | step | probe | probe / step | share, every 50 | every 100 |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        "| | step | probe | probe / step | share, every 50 | every 100 "
+        "|\n|---|---:|---:|---:|---:|---:|"
+    )
     for name, step, probe in zip(("wall", "CPU"), result["step"], result["probe"], strict=True):
         shares = " | ".join(f"{probe / (n * step):.2%}" for n in (50, 100))
-        print(f"| {name} | {step * 1e3:.0f} ms | {probe * 1e3:.0f} ms | {probe / step:.2f} | {shares} |")
+        print(
+            f"| {name} | {step * 1e3:.0f} ms | {probe * 1e3:.0f} ms | {probe / step:.2f} | "
+            f"{shares} |"
+        )
 
 
 if __name__ == "__main__":

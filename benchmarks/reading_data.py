@@ -122,7 +122,10 @@ def tokenise(path: Path, size: int) -> None:
     for ids in documents:
         digests.digest_tokens(ids, dtype)
     alone = time.process_time() - begin
-    print(f"reading and tokenising (bytes) {size / 1e6:.0f} MB: {whole:.2f} s, of which hashing: {alone:.2f} s")
+    print(
+        f"reading and tokenising (bytes) {size / 1e6:.0f} MB: {whole:.2f} s, of which hashing: "
+        f"{alone:.2f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Train several variants of a preset, several seeds each, and put their held-out losses in one table.
+"""Train several variants of a preset, several seeds each, and put their held-out losses in one
+table.
 
     python benchmarks/study.py configs/books.yaml --out study --seeds 0 1 2 --parallel 2 \\
         --base "--data.train books.jsonl.xz --data.tokenizer books_tokenizer.json --steps 300" \\
@@ -6,7 +7,8 @@
 
 Processes train one run after the other, `--parallel` of them. Runs that are there already are not
 repeated, so that a study can go on.
-On one GPU `--parallel 2` lets one run compile while another trains; tokens a second mean nothing then.
+On one GPU `--parallel 2` lets one run compile while another trains; tokens a second mean nothing
+then.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def run(args: argparse.Namespace, arm: str, overrides: str, seed: int, started: float) -> dict | None:
+def run(
+    args: argparse.Namespace, arm: str, overrides: str, seed: int, started: float
+) -> dict | None:
     """One run's result; None where it failed or the time was up before it began."""
     name = f"{arm}-{seed}"
     folder = args.out / name
@@ -44,7 +48,9 @@ def run(args: argparse.Namespace, arm: str, overrides: str, seed: int, started: 
             return None
     report = json.loads((folder / "report.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    ratios = [v for row in rows for k, v in row.items() if k.endswith("state_ratio") and v is not None]
+    ratios = [
+        v for row in rows for k, v in row.items() if k.endswith("state_ratio") and v is not None
+    ]
     result = {
         "arm": arm,
         "seed": seed,
@@ -106,29 +112,44 @@ def table(results: list[dict]) -> str:
             values = [row[name] for row in rows]
             n, mean = len(values), sum(values) / len(values)
             deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-            half = f" +- {quantile.get(n, 2.0) * deviation / math.sqrt(n):.2g}" if n > 1 and name != "tok/s" else ""
+            half = (
+                f" +- {quantile.get(n, 2.0) * deviation / math.sqrt(n):.2g}"
+                if n > 1 and name != "tok/s"
+                else ""
+            )
             cells.append(f"{mean:.5g}{half}")
         lines.append(f"| {arm} | {len(rows)} | " + " | ".join(cells) + " |")
     names = list(figures(results[0]))
-    return "\n".join(["| arm | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|", *lines])
+    return "\n".join(
+        ["| arm | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|", *lines]
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("--base", default="", help="overrides of all arms")
     parser.add_argument("--arm", action="append", required=True, help="'NAME: overrides'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--parallel", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no run starts later than this")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no run starts later than this"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    arms = [(name.strip(), overrides.strip()) for name, _, overrides in (text.partition(":") for text in args.arm)]
+    arms = [
+        (name.strip(), overrides.strip())
+        for name, _, overrides in (text.partition(":") for text in args.arm)
+    ]
     started = time.time()
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / args.parallel:.2f}"
     jobs = [(arm, overrides, seed) for seed in args.seeds for arm, overrides in arms]
-    with ProcessPoolExecutor(args.parallel, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        args.parallel, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         running = [pool.submit(run, args, *job, started) for job in jobs]
         results = [r for r in (future.result() for future in running) if r]
     if results:

@@ -23,7 +23,9 @@ from ttt_jax.ops.ttt.writes import transformed
 
 
 def chunk_arrays(B: int, T: int, C: int, D: int, F: int, like: float):
-    """bf16 keys, of which the first chunk's share a direction `like` times their spread, and targets."""
+    """bf16 keys, of which the first chunk's share a direction `like` times their spread, and
+    targets.
+    """
     rng = np.random.default_rng(0)
     z_BTF = rng.standard_normal((B, T, F), np.float32)
     z_BTF[:, :C] += like
@@ -32,7 +34,9 @@ def chunk_arrays(B: int, T: int, C: int, D: int, F: int, like: float):
 
 
 def ridge_oracle(z_CF, v_CD, ridge: float):
-    """v' = A^-1 V of one chunk with A = Z Z^T + lambda m I, and the gradient of ||v'||^2 by V; float64."""
+    """v' = A^-1 V of one chunk with A = Z Z^T + lambda m I, and the gradient of ||v'||^2 by V;
+    float64.
+    """
     z_CF, v_CD = np.asarray(z_CF, np.float64), np.asarray(v_CD, np.float64)
     gram_CC = z_CF @ z_CF.T
     a_CC = gram_CC + ridge * np.mean(np.diag(gram_CC)) * np.eye(len(gram_CC))
@@ -45,19 +49,25 @@ def check(args: argparse.Namespace, like: float) -> bool:
     run = jax.jit(lambda z, v: transformed("ridge", z, v, args.chunk, ridge=args.ridge))
     grad = jax.jit(jax.grad(lambda z, v: jnp.sum(jnp.square(run(z, v).astype("float32"))), (0, 1)))
     out, (dz, dv) = run(z, v), grad(z, v)
-    again = all(np.array_equal(out, run(z, v)) and np.array_equal(dz, grad(z, v)[0]) for _ in range(args.repeats))
+    again = all(
+        np.array_equal(out, run(z, v)) and np.array_equal(dz, grad(z, v)[0])
+        for _ in range(args.repeats)
+    )
     errors = {"targets": 0.0, "dv": 0.0}
     for start in range(0, args.tokens, args.chunk):
         piece = slice(start, start + args.chunk)
         exact = dict(zip(errors, ridge_oracle(z[0, piece], v[0, piece], args.ridge), strict=True))
         for name, got in (("targets", out), ("dv", dv)):
-            error = np.linalg.norm(np.asarray(got[0, piece], np.float64) - exact[name]) / np.linalg.norm(exact[name])
+            error = np.linalg.norm(
+                np.asarray(got[0, piece], np.float64) - exact[name]
+            ) / np.linalg.norm(exact[name])
             errors[name] = max(errors[name], float(error))
     finite = bool(jnp.isfinite(dz.astype("float32")).all())
     right = max(errors.values()) < 1e-2 and again and finite
     shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     print(
-        f"keys alike by {like:g}: relative errors {shown}; the same {args.repeats} times: {again}; dz finite: {finite}"
+        f"keys alike by {like:g}: relative errors {shown}; the same {args.repeats} times: "
+        f"{again}; dz finite: {finite}"
         f" -> {'right' if right else 'WRONG'}",
         flush=True,
     )
@@ -75,8 +85,17 @@ def milliseconds(function, *arrays, repeats: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"rows": 8, "tokens": 16384, "chunk": 512, "d-model": 768, "d-ff": 2048, "repeats": 10}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "rows": 8,
+        "tokens": 16384,
+        "chunk": 512,
+        "d-model": 768,
+        "d-ff": 2048,
+        "repeats": 10,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ridge", type=float, default=1.0)
     args = parser.parse_args()
@@ -89,7 +108,9 @@ def main() -> int:
     for write in ("ridge", "spectral"):
         run = lambda z, v, write=write: transformed(write, z, v, args.chunk, ridge=args.ridge)
         both = jax.grad(lambda z, v, run=run: jnp.sum(run(z, v).astype("float32")), (0, 1))
-        forward, backward = (milliseconds(jax.jit(f), z, v, repeats=args.repeats) for f in (run, both))
+        forward, backward = (
+            milliseconds(jax.jit(f), z, v, repeats=args.repeats) for f in (run, both)
+        )
         print(f"{write}: forward {forward:.2f} ms, with gradients {backward:.2f} ms", flush=True)
     return 0
 

@@ -1,6 +1,7 @@
-"""Train a byte-level BPE tokenizer on the texts of a JSONL file (plain, .gz, .xz), for `configs/books.yaml`.
+"""Train a byte-level BPE tokenizer on the texts of a JSONL file (plain, .gz, .xz), for
+`configs/books.yaml`.
 
-    python examples/books_tokenizer.py books_train.jsonl.xz books_tokenizer.json --vocab-size 16384
+python examples/books_tokenizer.py books_train.jsonl.xz books_tokenizer.json --vocab-size 16384
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def texts(path: Path, field: str, limit: int):
-    """The first `limit` characters of each record's text: every book has its say, and training takes seconds."""
+    """The first `limit` characters of each record's text: every book has its say, and training
+    takes seconds.
+    """
     with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)[field][:limit]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab-size", type=int, default=16384)

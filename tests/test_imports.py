@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py"), *ROOT.glob("train.py")))
+SOURCES = sorted(
+    (*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py"), *ROOT.glob("train.py"))
+)
 ABOVE_THE_MODEL = (
     *("data", "checkpoint", "run_dir", "report", "metrics", "optimizer", "initial", "training"),
     *("pretrained", "model_changes", "start_check", "convert"),
@@ -19,21 +21,31 @@ def module_name(path):
 
 
 def imports(path):
-    """Absolute names of everything a file imports, wherever in the file; `from a import b` counts as a and a.b."""
-    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    """Absolute names of everything a file imports, wherever in the file; `from a import b` counts
+    as a and a.b.
+    """
+    package = (
+        module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    )
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             base = ".".join([*above, *([node.module] if node.module else [])])
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
 def imports_any(path, *modules):
-    return sorted(name for name in imports(path) if any(name == m or name.startswith(m + ".") for m in modules))
+    return sorted(
+        name
+        for name in imports(path)
+        if any(name == m or name.startswith(m + ".") for m in modules)
+    )
 
 
 def files(*patterns):
@@ -46,8 +58,16 @@ def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "ttt_jax" / "ops" / "x.py"
     path.parent.mkdir(parents=True)
-    path.write_text("import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..model import g\n")
-    assert {"a.b", "c.d", "ttt_jax.ops.e", "ttt_jax.model.transformer", "ttt_jax.model.transformer.g"} <= imports(path)
+    path.write_text(
+        "import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..model import g\n"
+    )
+    assert {
+        "a.b",
+        "c.d",
+        "ttt_jax.ops.e",
+        "ttt_jax.model.transformer",
+        "ttt_jax.model.transformer.g",
+    } <= imports(path)
     assert imports_any(path, "ttt_jax.model.transformer")
     assert not imports_any(path, "ttt_jax.mod", "b")
 
@@ -76,7 +96,9 @@ def test_config_is_light():
     fields = ROOT / "ttt_jax/config/resume_fields.py"
     assert not imports(fields) - set(imports_any(fields, "__future__"))
     errors = ROOT / "ttt_jax/errors.py"
-    assert not imports(errors) - set(imports_any(errors, "__future__", "typing", "ttt_jax.terminal"))
+    assert not imports(errors) - set(
+        imports_any(errors, "__future__", "typing", "ttt_jax.terminal")
+    )
     terminal = ROOT / "ttt_jax/terminal.py"
     assert not imports(terminal) - set(imports_any(terminal, "__future__", "re", "typing"))
 
@@ -92,7 +114,9 @@ def test_kernels_know_nothing_of_ttt_jax():
         assert not imports_any(path, "ttt_jax", "train"), path
     for path in SOURCES:
         if path.parts[-2] not in ("ops", "kernels_pallas"):
-            assert not imports_any(path, "kernels_pallas"), f"{path}: kernels are reached through ops"
+            assert not imports_any(path, "kernels_pallas"), (
+                f"{path}: kernels are reached through ops"
+            )
 
 
 @pytest.mark.parametrize("name", ["model", "ttt", "layers", "attention", "loss", "blocks"])
@@ -117,7 +141,9 @@ def test_the_model_is_layered(name, above):
 
 @pytest.mark.parametrize("path", files("ttt_jax/data/*.py"), ids=module_name)
 def test_data_knows_nothing_of_the_model(path):
-    assert not imports_any(path, *(f"ttt_jax.{m}" for m in ("model", "ttt", "layers", "ops", "checkpoint", "training")))
+    assert not imports_any(
+        path, *(f"ttt_jax.{m}" for m in ("model", "ttt", "layers", "ops", "checkpoint", "training"))
+    )
 
 
 def test_digests_know_nothing_of_files_and_configs():
@@ -148,7 +174,9 @@ def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():
     ],
 )
 def test_what_watches_over_a_run_is_light(name, below):
-    """Signals find their handler before anything heavy is imported, and a second job is refused without jax."""
+    """Signals find their handler before anything heavy is imported, and a second job is refused
+    without jax.
+    """
     path = ROOT / f"ttt_jax/{name}.py"
     ours = set(imports_any(path, "ttt_jax")) - {"ttt_jax"}
     assert not ours - set(imports_any(path, *(f"ttt_jax.{module}" for module in below)))
@@ -161,7 +189,9 @@ def test_the_first_import_of_the_training_script_is_its_signals():
     first = next(n for n in found if getattr(n, "module", "") != "__future__")
     assert isinstance(first, ast.ImportFrom)
     assert first.module == "ttt_jax.process.signals"
-    assert [n for n in found if "ttt_jax" in ast.unparse(n)] == [first], "the others are imported below the handler"
+    assert [n for n in found if "ttt_jax" in ast.unparse(n)] == [first], (
+        "the others are imported below the handler"
+    )
 
 
 def test_nothing_imports_the_training_script():
@@ -172,7 +202,9 @@ def test_nothing_imports_the_training_script():
 def mesh_axes():
     """AXES of sharding.py, read without importing it."""
     for node in ast.parse((ROOT / "ttt_jax/parallel/mesh.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "AXES" for t in node.targets):
+        if isinstance(node, ast.Assign) and any(
+            getattr(t, "id", "") == "AXES" for t in node.targets
+        ):
             return set(ast.literal_eval(node.value))
     raise AssertionError("sharding.py defines no AXES")
 
@@ -181,10 +213,14 @@ def named_axes(source, axes):
     """Lines where a mesh axis is written out inside a PartitionSpec."""
     lines = []
     for node in ast.walk(ast.parse(source)):
-        called = isinstance(node, ast.Call) and (getattr(node.func, "id", None) or getattr(node.func, "attr", None))
+        called = isinstance(node, ast.Call) and (
+            getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+        )
         if called in ("P", "PartitionSpec"):
             constants = (c.value for c in ast.walk(node) if isinstance(c, ast.Constant))
-            lines += [node.lineno for value in constants if isinstance(value, str) and value in axes]
+            lines += [
+                node.lineno for value in constants if isinstance(value, str) and value in axes
+            ]
     return lines
 
 

@@ -1,4 +1,6 @@
-"""The library example of README.md, line by line on a small model: it runs, and does what its comments say."""
+"""The library example of README.md, line by line on a small model: it runs, and does what its
+comments say.
+"""
 
 import ast
 import re
@@ -44,7 +46,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(source, names):
-    """Run a block statement by statement; returns what each of its names is assigned, and how often each is read."""
+    """Run a block statement by statement; returns what each of its names is assigned, and how often
+    each is read.
+    """
     tree = ast.parse(source)
     for statement in tree.body:
         code = compile(ast.Module([statement], []), "README.md", "exec")

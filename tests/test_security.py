@@ -1,4 +1,6 @@
-"""What SECURITY.md says of the source: nothing unpickles, evaluates text, runs a shell or trusts remote code."""
+"""What SECURITY.md says of the source: nothing unpickles, evaluates text, runs a shell or trusts
+remote code.
+"""
 
 import ast
 from pathlib import Path
@@ -15,11 +17,36 @@ from ttt_jax.files.npy import map_npy, parse_npy
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
     path
-    for pattern in ("ttt_jax/**/*.py", "kernels_pallas/**/*.py", "benchmarks/**/*.py", "examples/**/*.py", "train.py")
+    for pattern in (
+        "ttt_jax/**/*.py",
+        "kernels_pallas/**/*.py",
+        "benchmarks/**/*.py",
+        "examples/**/*.py",
+        "train.py",
+    )
     for path in ROOT.glob(pattern)
 )
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty", "tarfile"}
-FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "pty",
+    "tarfile",
+}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+}
 FORBIDDEN_CALLS |= {"torch.load", "pickle.loads", "pickle.load", "builtins.eval", "builtins.exec"}
 
 
@@ -40,19 +67,27 @@ def findings(source):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             names = [module or ""] if module else [alias.name for alias in node.names]
-            found += [(node.lineno, name) for name in names if name.split(".")[0] in FORBIDDEN_MODULES]
+            found += [
+                (node.lineno, name) for name in names if name.split(".")[0] in FORBIDDEN_MODULES
+            ]
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
         keywords = {k.arg: k.value for k in node.keywords}
         if name in FORBIDDEN_CALLS or name.startswith(("os.exec", "os.spawn")):
             found.append((node.lineno, name))
-        if name.endswith((".Popen", "subprocess.run", ".check_output", ".check_call")) and "shell" in keywords:
+        if (
+            name.endswith((".Popen", "subprocess.run", ".check_output", ".check_call"))
+            and "shell" in keywords
+        ):
             found.append((node.lineno, "shell"))
         for unsafe in ("trust_remote_code", "allow_pickle"):
             if unsafe in keywords and constant(keywords[unsafe]) is not False:
                 found.append((node.lineno, unsafe))
-        if name in ("np.load", "numpy.load", "np.lib.format.read_array") and "allow_pickle" not in keywords:
+        if (
+            name in ("np.load", "numpy.load", "np.lib.format.read_array")
+            and "allow_pickle" not in keywords
+        ):
             found.append((node.lineno, f"{name} without allow_pickle=False"))
         if name == "yaml.load" and dotted(keywords.get("Loader", ast.Name(""))) != "_Loader":
             found.append((node.lineno, name))
@@ -63,8 +98,10 @@ def findings(source):
     "source",
     [
         "import pickle", "from pickle import loads", "import dill.source", "eval('1')", "exec(x)", "__import__('os')",
-        "os.system('ls')", "subprocess.run('ls', shell=True)", "np.load(p)", "np.load(p, allow_pickle=True)",
-        "f(trust_remote_code=True)", "f(trust_remote_code=x)", "yaml.load(x)", "yaml.load(x, Loader=yaml.Loader)",
+        "os.system('ls')", "subprocess.run('ls', shell=True)", "np.load(p)", "np.load(p, "
+                                                                             "allow_pickle=True)",
+        "f(trust_remote_code=True)", "f(trust_remote_code=x)", "yaml.load(x)", "yaml.load(x, "
+                                                                               "Loader=yaml.Loader)",
         "yaml.unsafe_load(x)", "torch.load(p)", "os.execvp('a', b)", "np.lib.format.read_array(f)",
     ],
 )  # fmt: skip
@@ -73,7 +110,9 @@ def test_the_search_finds(source):
 
 
 def test_the_search_lets_pass():
-    assert not findings("import json\nmodel.eval\nre.compile('x')\njitted.compile()\nnp.load(p, allow_pickle=False)")
+    assert not findings(
+        "import json\nmodel.eval\nre.compile('x')\njitted.compile()\nnp.load(p, allow_pickle=False)"
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -82,8 +121,14 @@ def test_nothing_dangerous_in(path):
 
 
 def test_subprocesses_are_listed_with_fixed_commands():
-    """The report asks git, chat templates run in a Python of their own: lists of constants and these files' own paths."""
-    users = [path.relative_to(ROOT).as_posix() for path in SOURCES if "subprocess" in path.read_text(encoding="utf-8")]
+    """The report asks git, chat templates run in a Python of their own: lists of constants and
+    these files' own paths.
+    """
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for path in SOURCES
+        if "subprocess" in path.read_text(encoding="utf-8")
+    ]
     assert [user for user in users if not user.startswith(("benchmarks/", "examples/"))] == [
         "ttt_jax/eval/chat_template.py",
         "ttt_jax/run/report.py",
@@ -100,7 +145,9 @@ def test_npy_of_objects_is_refused(tmp_path):
 
 def test_npy_header_may_not_claim_more_than_there_is():
     stream = b"\x93NUMPY\x01\x00"
-    header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(117) + b"\n"
+    header = (
+        b"{'descr': '<i8', 'fortran_order': False, 'shape': (1099511627776,), }".ljust(117) + b"\n"
+    )
     with pytest.raises(ValueError, match="its header claims the shape"):
         parse_npy(stream + len(header).to_bytes(2, "little") + header)
 

@@ -1,4 +1,6 @@
-"""What is installed: declared in pyproject.toml, bounded where private parts are used, pinned with hashes for CI."""
+"""What is installed: declared in pyproject.toml, bounded where private parts are used, pinned with
+hashes for CI.
+"""
 
 import ast
 import re
@@ -13,11 +15,15 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MODULES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml", "lm-eval": "lm_eval", "ml-dtypes": "ml_dtypes",
            "tensorboardx": "tensorboardX", "jax-triton": "jax_triton", "absl-py": "absl"}  # fmt: skip
-OPTIONAL = {"wandb", "triton", "array_record"}  # asked for by name in a config; of jax-triton; of grain
+# asked for by name in a config; of jax-triton; of grain
+OPTIONAL = {"wandb", "triton", "array_record"}
 
 
 def requirements(*groups):
-    lines = [*PROJECT["dependencies"], *(line for group in groups for line in PROJECT["optional-dependencies"][group])]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for group in groups for line in PROJECT["optional-dependencies"][group]),
+    ]
     return {found.name.lower(): found for found in map(Requirement, lines)}
 
 
@@ -27,14 +33,25 @@ def pinned():
     parts = re.split(r"\n(?=\S)", text.strip())
     found = [re.match(r"([A-Za-z0-9._-]+)==(\S+)", part) for part in parts]
     assert all(found), "one package in each part"
-    return {match[1].lower(): (match[2], part.count("--hash=sha256:")) for match, part in zip(found, parts, strict=True)}
+    return {
+        match[1].lower(): (match[2], part.count("--hash=sha256:"))
+        for match, part in zip(found, parts, strict=True)
+    }
 
 
 def test_every_import_is_declared():
     declared = requirements("gpu", "eval", "test")
-    known = {MODULES.get(name, name) for name in declared} | OPTIONAL | {"ttt_jax", "kernels_pallas", "train", "jaxlib"}
+    known = (
+        {MODULES.get(name, name) for name in declared}
+        | OPTIONAL
+        | {"ttt_jax", "kernels_pallas", "train", "jaxlib"}
+    )
     imported = set()
-    for path in (*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py"), ROOT / "train.py"):
+    for path in (
+        *ROOT.glob("ttt_jax/**/*.py"),
+        *ROOT.glob("kernels_pallas/**/*.py"),
+        ROOT / "train.py",
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
@@ -60,7 +77,12 @@ def test_ci_installs_pinned_versions_with_hashes():
     for name, wanted in requirements("test", "dev").items():
         if name != "ttt-jax":
             assert Version(versions[name][0]) in wanted.specifier, name
-    assert Version(versions["setuptools"][0]) >= Version("77")  # builds the project, without a download of its own
+    # builds the project, without a download of its own
+    assert Version(versions["setuptools"][0]) >= Version("77")
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
     assert "--require-hashes -r constraints/ci-py311.txt" in run
-    assert all("--require-hashes" in line or "--no-deps" in line for line in run.splitlines() if "pip install" in line)
+    assert all(
+        "--require-hashes" in line or "--no-deps" in line
+        for line in run.splitlines()
+        if "pip install" in line
+    )

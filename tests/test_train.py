@@ -1,4 +1,6 @@
-"""The training job as its users see it: exit codes, one-line errors, the report, and resuming bit for bit."""
+"""The training job as its users see it: exit codes, one-line errors, the report, and resuming bit
+for bit.
+"""
 
 import json
 import signal
@@ -73,10 +75,22 @@ def test_an_interrupted_job_continues_bit_for_bit(words, tmp_path):
 
 
 BAD = {
-    "unknown field": (["--model.ttt.chunk=8"], "model.ttt.chunk: unknown; did you mean model.ttt.chunk_size"),
-    "layer out of range": (["--model.ttt.layers=0,2"], "layer 2 does not exist in a model of 2 layers"),
-    "context shard": (["--mesh.context=8"], "mesh.context = 8: each context shard must hold whole chunks"),
-    "free context axis": (["--mesh.context=-1", "--mesh.fsdp=1"], "mesh.context = 8: each context shard must hold whole"),
+    "unknown field": (
+        ["--model.ttt.chunk=8"],
+        "model.ttt.chunk: unknown; did you mean model.ttt.chunk_size",
+    ),
+    "layer out of range": (
+        ["--model.ttt.layers=0,2"],
+        "layer 2 does not exist in a model of 2 layers",
+    ),
+    "context shard": (
+        ["--mesh.context=8"],
+        "mesh.context = 8: each context shard must hold whole chunks",
+    ),
+    "free context axis": (
+        ["--mesh.context=-1", "--mesh.fsdp=1"],
+        "mesh.context = 8: each context shard must hold whole",
+    ),
     "whole chunks": (["--data.seq_len=33"], "data.seq_len = 33: packed rows hold whole chunks"),
     "missing data": (["--data.train=/nowhere/x.jsonl"], "data.train"),
     "missing tokenizer": (["--data.tokenizer=/nowhere"], "data.tokenizer"),
@@ -122,7 +136,9 @@ def test_a_run_of_another_model_is_not_continued(words, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_job(words, tmp_path, capsys):
     limits = ["--guard.skips=2", "--guard.rollbacks=1"]
-    assert train.main([*words, *limits, "--optimizer.lr=1e30", "--optimizer.schedule=constant"]) == 1
+    assert (
+        train.main([*words, *limits, "--optimizer.lr=1e30", "--optimizer.schedule=constant"]) == 1
+    )
     error = capsys.readouterr().err
     assert "not finite" in error
     assert "optimizer.lr" in error
@@ -135,7 +151,12 @@ def test_init_from_a_run_and_from_a_hugging_face_folder(words, tmp_path, capsys)
     assert train.main([*words, "--steps=3", "--name=second", f"--init_from={source}"]) == 0
     first, second = curve(source), curve(tmp_path / "runs" / "second")
     assert second[0]["loss"] < first[0]["loss"]
-    assert train.main([*words, "--name=third", f"--init_from={ROOT / 'tests/golden/model_qwen3_input_embed'}"]) == 2
+    assert (
+        train.main(
+            [*words, "--name=third", f"--init_from={ROOT / 'tests/golden/model_qwen3_input_embed'}"]
+        )
+        == 2
+    )
     assert "model.vocab_size" in capsys.readouterr().err
 
 
@@ -155,7 +176,9 @@ def test_the_default_run_needs_no_arguments():
 
 @pytest.mark.slow
 def test_default_run(tmp_path):
-    """README's main line: under three minutes on two quiet cores; adapting helps, and helps more further on."""
+    """README's main line: under three minutes on two quiet cores; adapting helps, and helps more
+    further on.
+    """
     begin = time.time()
     finish([f"--runs_dir={tmp_path}"])
     assert time.time() - begin < 180

@@ -1,4 +1,6 @@
-"""What train.py does with its folder when it is finished, held, taken away, or when the machine gives out: one line each."""
+"""What train.py does with its folder when it is finished, held, taken away, or when the machine
+gives out: one line each.
+"""
 
 import json
 import shutil
@@ -14,7 +16,13 @@ from ttt_jax.process import failure
 from ttt_jax.process.lock import RunLock
 from ttt_jax.training import step as training
 
-WORDS = [*TINY, "--steps=3", "--checkpoint.every=2", "--optimizer.schedule=constant", "--optimizer.warmup_steps=1"]
+WORDS = [
+    *TINY,
+    "--steps=3",
+    "--checkpoint.every=2",
+    "--optimizer.schedule=constant",
+    "--optimizer.warmup_steps=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,12 @@ def finished(tmp_path_factory):
     (folder / "corpus").mkdir()
     for i in range(40):
         (folder / "corpus" / f"{i:02d}.txt").write_text(f"fast weight chunk {i} update apply " * 8)
-    words = [*WORDS, f"--data.train={folder / 'corpus'}", f"--runs_dir={folder / 'runs'}", "--name=done"]
+    words = [
+        *WORDS,
+        f"--data.train={folder / 'corpus'}",
+        f"--runs_dir={folder / 'runs'}",
+        "--name=done",
+    ]
     assert train.main(words) == 0
     return words, folder / "runs" / "done"
 
@@ -40,7 +53,10 @@ def copied(finished, tmp_path):
 def snapshot(folder):
     """Everything that could change, folders and times included."""
     paths = sorted([folder.parent, folder, *folder.rglob("*")])
-    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in paths
+    }
 
 
 def refusal(words, capsys, code):
@@ -58,7 +74,8 @@ def refusal(words, capsys, code):
         ([], ""),
         (
             ["--eval.rows=2", "--log.every=2", "--steps=2"],
-            "without effect on a finished run: steps = 2 (was 3), log.every = 2 (was 1), eval.rows = 2 (was 3); for another "
+            "without effect on a finished run: steps = 2 (was 3), log.every = 2 (was 1), "
+            "eval.rows = 2 (was 3); for another "
             "closing evaluation delete ",
         ),
     ],
@@ -80,7 +97,8 @@ def test_more_steps_than_a_finished_run_has_are_said_and_done(copied, capsys):
     words, run = copied
     assert train.main([*words, "--steps=4"]) == 0
     assert (
-        f"run folder {run}: was finished with 3 steps and goes on to 4; the report is then made anew" in capsys.readouterr().out
+        f"run folder {run}: was finished with 3 steps and goes on to 4; the report is then made "
+        "anew" in capsys.readouterr().out
     )
     assert json.loads((run / "report.json").read_text())["steps"] == 4
 
@@ -109,7 +127,11 @@ def test_what_a_finished_run_lost_is_said(copied, capsys, damage):
     else:
         (run / "report.json").write_text('{"heldout": {"positions": 7}}')
     assert train.main(words) == 0
-    said = "metrics.jsonl is missing; the curve begins after step 3" if damage == "no metrics" else "report.json: not readable"
+    said = (
+        "metrics.jsonl is missing; the curve begins after step 3"
+        if damage == "no metrics"
+        else "report.json: not readable"
+    )
     assert said in capsys.readouterr().out
     after = json.loads((run / "report.json").read_text())
     assert after["heldout"] == before["heldout"]
@@ -128,7 +150,9 @@ def test_a_run_folder_that_vanishes_stops_the_run(copied, capsys, monkeypatch, t
 
     monkeypatch.setattr(Loader, "__next__", take_away)
     said = refusal([*words, "--steps=9"], capsys, 1)
-    assert said.err.startswith(f"error: run folder {run}: it has vanished; stopped, because what is learnt cannot be saved")
+    assert said.err.startswith(
+        f"error: run folder {run}: it has vanished; stopped, because what is learnt cannot be saved"
+    )
     assert not run.exists()
     assert "step 4/9" not in said.out
 
@@ -144,7 +168,10 @@ def test_metrics_that_are_removed_from_a_running_job(copied, capsys, monkeypatch
 
     monkeypatch.setattr(Loader, "__next__", remove)
     assert train.main([*words, "--steps=6"]) == 0
-    assert "warning: metrics.jsonl was removed; the steps before 5 are missing from the curve" in capsys.readouterr().out
+    assert (
+        "warning: metrics.jsonl was removed; the steps before 5 are missing from the curve"
+        in capsys.readouterr().out
+    )
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 5
     assert steps[-1] == 6
@@ -175,7 +202,10 @@ def deep():
         (lambda: bytearray(1 << 62), "out of memory; lower data.batch_size"),
         (lambda: 1 // 0, "ZeroDivisionError in test_train_folder.py, line "),
         (deep, "RecursionError in test_train_folder.py, line "),
-        (lambda: open("/nowhere/x"), "the system failed: /nowhere/x: No such file or directory; mend that"),  # noqa: SIM115
+        (
+            lambda: open("/nowhere/x"),
+            "the system failed: /nowhere/x: No such file or directory; mend that",
+        ),  # noqa: SIM115
     ],
 )
 def test_what_is_no_bug_of_a_setting_is_one_line(fault, line):

@@ -1,4 +1,6 @@
-"""In-Place Test-Time Training (arXiv 2604.06169) in JAX/Flax: language models that adapt while they read."""
+"""In-Place Test-Time Training (arXiv 2604.06169) in JAX/Flax: language models that adapt while they
+read.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ if TYPE_CHECKING:
     from ttt_jax.pretrained.load import load_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["Session", "__version__", "generate", "in_place_ttt", "load_pretrained", "save_pretrained", "score"]
+__all__ = [
+    "Session",
+    "__version__",
+    "generate",
+    "in_place_ttt",
+    "load_pretrained",
+    "save_pretrained",
+    "score",
+]
 
 _HOMES = {
     "Session": "ttt_jax.inference.generation",
@@ -25,7 +35,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import ttt_jax.config.fields` (and every --help) does not wait for jax."""
+    """Import on first use, so that `import ttt_jax.config.fields` (and every --help) does not wait
+    for jax.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'ttt_jax' has no attribute {name!r}")
     import importlib

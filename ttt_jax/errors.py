@@ -1,8 +1,9 @@
 """The one exception family that a user is meant to see.
 
-Every error caused by a config, an argument, a data file or a checkpoint is a `UserError` whose message is one line that
-names the field, the value and the fix. Command lines print it and exit with code 2 (1 for what went wrong while computing).
-Anything else is a bug; `ttt-jax` shows its traceback with TTT_JAX_TRACEBACK=1.
+Every error caused by a config, an argument, a data file or a checkpoint is a `UserError` whose
+message is one line that names the field, the value and the fix. Command lines print it and exit
+with code 2 (1 for what went wrong while computing). Anything else is a bug; `ttt-jax` shows its
+traceback with TTT_JAX_TRACEBACK=1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class UserError(ValueError):
     """Something the user can fix. The message is one line: what, its value, and what to do."""
 
     def __init__(self, message: str) -> None:
-        # A value that is quoted may hold line breaks and escape codes, and could pass for another message.
+        # A value that is quoted may hold line breaks and escape codes, and could pass for another
+        # message.
         super().__init__(printable(message))
 
 

@@ -6,15 +6,20 @@ from ttt_jax.config import ModelConfig
 
 
 def device_memory_bytes() -> int | None:
-    """Peak memory in use on the fullest local device so far; None where the backend does not count it (CPU)."""
+    """Peak memory in use on the fullest local device so far; None where the backend does not count
+    it (CPU).
+    """
     import jax
 
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int, training: bool) -> float:
-    """Floating-point operations that the model needs for one token of a row of `seq_len` (a multiply-add is two).
+    """Floating-point operations that the model needs for one token of a row of `seq_len` (a
+    multiply-add is two).
 
     Forward, with D, F, N, K, H, V as in the design and L layers:
 
@@ -24,10 +29,11 @@ def model_flops_per_token(model: ModelConfig, seq_len: int, training: bool) -> f
         TTT             2 D F + 10 D (+ 2 D D)       update v^T z, convolution of 5 taps (and W_target)
         logits          2 D V                        whether or not the embedding is tied; the look-up is free
 
-    The backward pass takes twice the forward: each of these is bilinear, and has two products of the same size in it.
-    That holds for TTT too: apply and update are 4 D F, their backward is dz = do (W + S), dz += v G, dv = z G^T and
-    G += do^T z, 8 D F (dW is the sum of the same do^T z). What rematerialisation computes again, the closed-form
-    backward's second scan over S included, does not count: this is the model's work, for MFU.
+    The backward pass takes twice the forward: each of these is bilinear, and has two products of
+    the same size in it. That holds for TTT too: apply and update are 4 D F, their backward is dz =
+    do (W + S), dz += v G, dv = z G^T and G += do^T z, 8 D F (dW is the sum of the same do^T z).
+    What rematerialisation computes again, the closed-form backward's second scan over S included,
+    does not count: this is the model's work, for MFU.
     """
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
@@ -49,7 +55,8 @@ def _mean_context(seq_len: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
 
-# Dense bfloat16 peak of one jax device, in TFLOP/s (vendors' data sheets). The first name in `device_kind` counts.
+# Dense bfloat16 peak of one jax device, in TFLOP/s (vendors' data sheets). The first name in
+# `device_kind` counts.
 _PEAK_TFLOPS = (
     ("TPU v4 lite", 138.0),
     ("TPU v4", 275.0),
@@ -75,6 +82,8 @@ _PEAK_TFLOPS = (
 
 
 def peak_flops(device: Any) -> float | None:
-    """Dense bfloat16 peak of a `jax.Device` in FLOP/s; None for one that is not in the table, such as a CPU."""
+    """Dense bfloat16 peak of a `jax.Device` in FLOP/s; None for one that is not in the table, such
+    as a CPU.
+    """
     kind = device.device_kind
     return next((tflops * 1e12 for name, tflops in _PEAK_TFLOPS if name in kind), None)

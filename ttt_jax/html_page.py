@@ -29,14 +29,22 @@ def escape(text: object) -> str:
 
 def html_page(title: str, body: list[str]) -> str:
     """A whole page of HTML fragments, with the style inside."""
-    head = f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+    head = (
+        "<!doctype html>\n<html lang='en'><head><meta "
+        f"charset='utf-8'><title>{escape(title)}</title>"
+    )
     view = "<meta name='viewport' content='width=device-width'>"
-    return f"{head}{view}<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    return (
+        f"{head}{view}<style>{_STYLE}</style></head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
 
 
 def figure_of(width: float, height: float):
     """An empty matplotlib figure, inches."""
-    from matplotlib.figure import Figure  # no pyplot: its global state and windows are not wanted here
+    # no pyplot: its global state and windows are not wanted here
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -47,7 +55,10 @@ def image(figure: Any, alt: str) -> str:
 
     file = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return (
+        f'<img alt="{escape(alt)}" '
+        f'src="data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    )
 
 
 def tidy(axes: Any) -> None:

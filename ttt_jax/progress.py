@@ -12,7 +12,9 @@ _DELAY = 2.0  # seconds before anything is shown
 
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields `advance_to(done)`. The bar is transient, on stderr, and absent when that is not a terminal."""
+    """Yields `advance_to(done)`. The bar is transient, on stderr, and absent when that is not a
+    terminal.
+    """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -20,7 +22,9 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     text = TextColumn(f"{{task.description}} {{task.completed:,.0f}} of {{task.total:,.0f}} {unit}")
-    bar = Progress(text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    bar = Progress(
+        text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    )
     task, begin, shown = bar.add_task(title, total=total), time.monotonic(), False
 
     def advance_to(done: int) -> None:

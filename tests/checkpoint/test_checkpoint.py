@@ -15,9 +15,23 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support.checkpoints import Model, abstract, assert_same_bits, newest_of, older, refusal, save, state_of
+from support.checkpoints import (
+    Model,
+    abstract,
+    assert_same_bits,
+    newest_of,
+    older,
+    refusal,
+    save,
+    state_of,
+)
 
-from ttt_jax.checkpoint.checkpointer import Checkpointer, find_checkpoint, load_model_params, save_model_params
+from ttt_jax.checkpoint.checkpointer import (
+    Checkpointer,
+    find_checkpoint,
+    load_model_params,
+    save_model_params,
+)
 from ttt_jax.checkpoint.checksums import find_damage
 from ttt_jax.config import CheckpointConfig, ParamGroup
 
@@ -30,18 +44,20 @@ def checkpointer(tmp_path):
         yield checkpointer
 
 
-# ------------------------------------------------------------------------------------------------------ round trip
+# --------------------------------------------------------------------------------------- round trip
 
 
 @pytest.mark.parametrize("async_save", [True, False])
 def test_round_trip(tmp_path, async_save):
     model = Model()
     state = state_of(model)
-    data_state = {"position": 2**70, "files": ["ä", None], "loss": 0.1 + 0.2}  # as grain's: nested JSON
+    # as grain's: nested JSON
+    data_state = {"position": 2**70, "files": ["ä", None], "loss": 0.1 + 0.2}
     with Checkpointer(tmp_path, CheckpointConfig(async_save=async_save)) as checkpointer:
         assert checkpointer.latest_step() is None
         checkpointer.save(7, model=model, opt_state=state, data_state=data_state)
-        checkpointer.save(7, model=model, opt_state=state, data_state={"position": 0})  # saved already: no second time
+        # saved already: no second time
+        checkpointer.save(7, model=model, opt_state=state, data_state={"position": 0})
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         assert checkpointer.latest_step() == 7
         restored = checkpointer.restore(7, model=abstract(model), opt_state=abstract(state))
@@ -70,24 +86,34 @@ def test_names_are_readable_and_nothing_is_pickled(checkpointer):
     save(checkpointer, 1, Model())
     checkpointer.wait()
     folder = checkpointer.directory / "1"
-    metadata = (folder / "model" / "_METADATA").read_text() + (folder / "opt_state" / "_METADATA").read_text()
+    metadata = (folder / "model" / "_METADATA").read_text() + (
+        folder / "opt_state" / "_METADATA"
+    ).read_text()
     assert "groups.0.down" in metadata
     assert "adamw.inner_state.adam.mu.groups.0.down" in metadata
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert not [path for path in files if path.suffix in (".pkl", ".pickle") or path.read_bytes()[:2] == b"\x80\x04"]
+    assert not [
+        path
+        for path in files
+        if path.suffix in (".pkl", ".pickle") or path.read_bytes()[:2] == b"\x80\x04"
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------- meshes
+# ------------------------------------------------------------------------------------------- meshes
 
 
 def mesh_of(*shape):
-    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), ("x", "y")[: len(shape)])
+    return Mesh(
+        np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), ("x", "y")[: len(shape)]
+    )
 
 
 def sharded(tree, mesh):
     """Specs by rank: the last axis over x, the one before it over y."""
     names = mesh.axis_names
-    spec = lambda leaf: PartitionSpec(*[None, *reversed(names)][-leaf.ndim :]) if leaf.ndim > 1 else PartitionSpec()
+    spec = lambda leaf: (
+        PartitionSpec(*[None, *reversed(names)][-leaf.ndim :]) if leaf.ndim > 1 else PartitionSpec()
+    )
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), tree)
 
 
@@ -99,13 +125,19 @@ def test_restore_onto_another_mesh(checkpointer):
     checkpointer.save(1, model=jax.device_put(model, before), opt_state=placed_state, data_state={})
     for mesh in (mesh_of(2, 4), mesh_of(8), mesh_of(1)):
         wanted = [
-            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharded(tree, mesh))
+            jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                tree,
+                sharded(tree, mesh),
+            )
             for tree in (model, state)
         ]
         restored = checkpointer.restore(1, model=wanted[0], opt_state=wanted[1])
         assert_same_bits(restored.model, model)
         assert_same_bits(restored.opt_state, state)
-        for leaf, target in zip(jax.tree.leaves(restored[:2]), jax.tree.leaves(wanted), strict=True):
+        for leaf, target in zip(
+            jax.tree.leaves(restored[:2]), jax.tree.leaves(wanted), strict=True
+        ):
             assert leaf.sharding == target.sharding
     like_concrete = load_model_params(checkpointer.directory, jax.device_put(model, before))
     assert like_concrete.embed[...].sharding.spec == PartitionSpec("y", "x")
@@ -125,20 +157,30 @@ print(sorted(np.asarray(leaf).tobytes().hex()[:16] for leaf in jax.tree.leaves(m
 
 
 def test_restore_with_other_devices(checkpointer):
-    """Saved on eight devices, read by a process that has two: the stored placement must not be asked for."""
+    """Saved on eight devices, read by a process that has two: the stored placement must not be
+    asked for.
+    """
     model = jax.device_put(Model(), sharded(Model(), mesh_of(4, 2)))
     checkpointer.save(1, model=model, opt_state=state_of(Model()), data_state={})
     checkpointer.wait()
-    script = _OTHER_MACHINE.format(root=str(ROOT), tests=str(Path(__file__).parents[1]), path=str(checkpointer.directory))
+    script = _OTHER_MACHINE.format(
+        root=str(ROOT), tests=str(Path(__file__).parents[1]), path=str(checkpointer.directory)
+    )
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **flags}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env={**os.environ, **flags},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(sorted(np.asarray(x).tobytes().hex()[:16] for x in jax.tree.leaves(model)))
+    assert done.stdout.strip() == str(
+        sorted(np.asarray(x).tobytes().hex()[:16] for x in jax.tree.leaves(model))
+    )
 
 
-# -------------------------------------------------------------------------------------------------- parameters alone
+# --------------------------------------------------------------------------------- parameters alone
 
 
 def test_load_model_params(tmp_path, checkpointer):
@@ -146,7 +188,11 @@ def test_load_model_params(tmp_path, checkpointer):
         save(checkpointer, step, Model(seed=step))
     checkpointer.wait()
     model = abstract(Model())
-    for path, step in ((tmp_path, 40), (tmp_path / "checkpoints", 40), (tmp_path / "checkpoints" / "5", 5)):
+    for path, step in (
+        (tmp_path, 40),
+        (tmp_path / "checkpoints", 40),
+        (tmp_path / "checkpoints" / "5", 5),
+    ):
         assert_same_bits(load_model_params(path, model), Model(seed=step))
     # For inference in bfloat16 the float32 parameters are rounded as they are read.
     assert_same_bits(
@@ -161,7 +207,7 @@ def test_save_model_params(tmp_path):
     assert "exists already" in refusal(save_model_params, tmp_path / "converted", Model())
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_other_models_are_refused(checkpointer):
@@ -174,7 +220,9 @@ def test_other_models_are_refused(checkpointer):
         f"parameter groups.0.down has shape [2, 8, 8] there and [2, 8, 12] in this model; {fix}"
     )
     assert restore(Model(bias=True)) == f"has no parameter bias, which this model needs; {fix}"
-    assert restore(Model(dtype=jnp.bfloat16)) == (f"parameter embed is float32 there and bfloat16 in this model; {fix}")
+    assert restore(Model(dtype=jnp.bfloat16)) == (
+        f"parameter embed is float32 there and bfloat16 in this model; {fix}"
+    )
     save(checkpointer, 4, Model(bias=True))
     checkpointer.wait()
     message = refusal(load_model_params, checkpointer.directory, abstract(Model()))
@@ -200,7 +248,8 @@ def test_nothing_to_restore(tmp_path, checkpointer):
 
 @pytest.mark.filterwarnings("ignore:.*has no checksums")
 def test_damaged_checkpoint(tmp_path):
-    model = {"w": jnp.ones((64,))}  # one leaf: Orbax reads the leaves at once, and drops the others when one fails
+    # one leaf: Orbax reads the leaves at once, and drops the others when one fails
+    model = {"w": jnp.ones((64,))}
     save_model_params(tmp_path, model)
     (tmp_path / "checksums.json").unlink()  # as an older version wrote it
     for path in (tmp_path / "model").glob("**/d/*"):
@@ -236,9 +285,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(three):
     assert_same_bits(restored.model, Model(seed=1))
     assert restored.data_state == {"step": 1}
     assert [text.replace(str(three), "") for text in warned] == [
-        "checkpoint /3: damaged (opt_state/_METADATA: its content changed since it was written); step 1 is used instead "
+        "checkpoint /3: damaged (opt_state/_METADATA: its content changed since it was written); "
+        "step 1 is used instead "
         "(kept as 3.damaged)",
-        "checkpoint /2: damaged (data_state/metadata: missing); step 1 is used instead (kept as 2.damaged)",
+        "checkpoint /2: damaged (data_state/metadata: missing); step 1 is used instead (kept as "
+        "2.damaged)",
     ]
     assert sorted(path.name for path in three.iterdir()) == ["1", "2.damaged", "3.damaged"]
     with Checkpointer(three, CheckpointConfig(keep=3)) as checkpointer:  # its number is free again
@@ -250,7 +301,10 @@ def test_when_all_are_damaged_nothing_is_touched(three):
     for step in (1, 2, 3):
         flip(three / f"{step}/extra/metadata")
     message = refusal(newest_of, three, Model(), [])
-    assert "3: damaged (extra/metadata: its content changed since it was written), and no older one is intact" in message
+    assert (
+        "3: damaged (extra/metadata: its content changed since it was written), and no older one "
+        "is intact" in message
+    )
     assert sorted(path.name for path in three.iterdir()) == ["1", "2", "3"]
 
 
@@ -258,7 +312,9 @@ def test_a_named_step_is_verified_too(three):
     flip(three / "3/model/manifest.ocdbt")
     with Checkpointer(three, CheckpointConfig(keep=3)) as checkpointer:
         state = abstract(state_of(Model()))
-        assert "damaged (model/manifest.ocdbt: " in refusal(checkpointer.restore, 3, model=Model(), opt_state=state)
+        assert "damaged (model/manifest.ocdbt: " in refusal(
+            checkpointer.restore, 3, model=Model(), opt_state=state
+        )
     assert "damaged (model/manifest.ocdbt: " in refusal(load_model_params, three, Model())
     flip(three / "2/opt_state/manifest.ocdbt")  # not read for the parameters
     assert_same_bits(load_model_params(three / "2", abstract(Model())), Model(seed=2))
@@ -300,10 +356,12 @@ def test_a_removal_that_was_killed_is_finished(three):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "choose another runs_dir" in refusal(Checkpointer, tmp_path / "file" / "checkpoints", CheckpointConfig())
+    assert "choose another runs_dir" in refusal(
+        Checkpointer, tmp_path / "file" / "checkpoints", CheckpointConfig()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- kill
+# --------------------------------------------------------------------------------------------- kill
 
 _KILLED = """
 import sys
@@ -327,10 +385,15 @@ print("saved", flush=True)
 def test_kill_during_an_asynchronous_save(tmp_path):
     path = tmp_path / "checkpoints"
     script = _KILLED.format(root=str(ROOT), tests=str(Path(__file__).parents[1]), path=str(path))
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "saving\n", child.stderr.read()
     deadline = time.monotonic() + 20
-    while not [entry for entry in path.iterdir() if entry.name.startswith("2")] and time.monotonic() < deadline:
+    while (
+        not [entry for entry in path.iterdir() if entry.name.startswith("2")]
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     assert "saved" not in child.communicate()[0]
@@ -339,21 +402,30 @@ def test_kill_during_an_asynchronous_save(tmp_path):
     assert len(left) == 2, "the kill came too early or too late to test anything"
     assert left[1] != "2"
 
-    wanted = {"a": jax.ShapeDtypeStruct((8 << 20,), jnp.float32), "b": jax.ShapeDtypeStruct((8 << 20,), jnp.bfloat16)}
+    wanted = {
+        "a": jax.ShapeDtypeStruct((8 << 20,), jnp.float32),
+        "b": jax.ShapeDtypeStruct((8 << 20,), jnp.bfloat16),
+    }
     assert np.all(np.asarray(load_model_params(tmp_path, wanted)["a"]) == 1.0)
     with Checkpointer(path, CheckpointConfig()) as checkpointer:
         assert checkpointer.latest_step() == 1
         restored = checkpointer.restore(1, model=wanted, opt_state=wanted)
         assert restored.data_state == {"step": 1}
         assert np.all(np.asarray(restored.opt_state["b"]) == 1.5)
-        checkpointer.save(2, model=restored.model, opt_state=restored.opt_state, data_state={"step": 2})  # and on it goes
+        # and on it goes
+        checkpointer.save(
+            2, model=restored.model, opt_state=restored.opt_state, data_state={"step": 2}
+        )
         checkpointer.wait()
         assert checkpointer.latest_step() == 2
-    assert sorted(entry.name for entry in path.iterdir()) == ["1", "2"]  # what the kill left is gone
+    # what the kill left is gone
+    assert sorted(entry.name for entry in path.iterdir()) == ["1", "2"]
 
 
 def test_what_a_checkpoint_needs_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Every file of it, not only the arrays, is synced under its temporary name; then the name itself."""
+    """Every file of it, not only the arrays, is synced under its temporary name; then the name
+    itself.
+    """
     synced, real = [], os.fsync
 
     def fsync(file):
@@ -368,5 +440,7 @@ def test_what_a_checkpoint_needs_is_on_disk_before_it_gets_its_name(tmp_path, mo
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     early = {path.partition("3.orbax-checkpoint-tmp")[2].partition("/")[2] for path in synced}
     assert {"data_state/metadata", "extra/metadata", "checksums.json", "model/_METADATA"} <= files
-    assert files - early <= {"_CHECKPOINT_METADATA", "commit_success.txt"}, "Orbax writes these last; nothing reads them"
+    assert files - early <= {"_CHECKPOINT_METADATA", "commit_success.txt"}, (
+        "Orbax writes these last; nothing reads them"
+    )
     assert synced[-1] == str(folder.parent)

@@ -1,4 +1,6 @@
-"""Checksums do not fail open: a missing file is damage where one was written, whoever reads; what is written is synced."""
+"""Checksums do not fail open: a missing file is damage where one was written, whoever reads; what
+is written is synced.
+"""
 
 import json
 import os
@@ -14,7 +16,12 @@ from support.fuzzing import SMALL
 from support.hf_folders import make_folder, read_folder
 
 from ttt_jax import load_pretrained
-from ttt_jax.checkpoint.checkpointer import Checkpointer, find_checkpoint, load_model_params, save_model_params
+from ttt_jax.checkpoint.checkpointer import (
+    Checkpointer,
+    find_checkpoint,
+    load_model_params,
+    save_model_params,
+)
 from ttt_jax.checkpoint.checksums import CHECKSUMS, find_damage, write_checksums
 from ttt_jax.config import CheckpointConfig, Config
 from ttt_jax.errors import CheckpointError
@@ -42,7 +49,9 @@ def steps(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """One model, as all that this project writes: a converted folder, and Hugging Face folders in one file and in shards."""
+    """One model, as all that this project writes: a converted folder, and Hugging Face folders in
+    one file and in shards.
+    """
     root = tmp_path_factory.mktemp("written")
     make_folder(root / "foreign", SMALL)
     convert(root / "foreign", root / "orbax", to="orbax")
@@ -84,7 +93,7 @@ def load_config_of(folder):
     return Config(model=config_from_hf(SMALL), init_from=str(folder))
 
 
-# ------------------------------------------------------------------------------------------------------ run folders
+# -------------------------------------------------------------------------------------- run folders
 
 
 def test_missing_checksums_are_damage(steps):
@@ -98,7 +107,11 @@ def test_missing_checksums_are_damage(steps):
 
 def test_a_missing_or_unreadable_note_is_damage(steps):
     (steps / "50" / CHECKSUMS).unlink()
-    for spoil in (lambda path: path.write_text("{"), lambda path: path.write_text('{"format": 3}'), Path.unlink):
+    for spoil in (
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text('{"format": 3}'),
+        Path.unlink,
+    ):
         spoil(steps / "50/extra/metadata")
         assert find_damage(steps / "50").startswith("extra/metadata: ")
 
@@ -106,7 +119,9 @@ def test_a_missing_or_unreadable_note_is_damage(steps):
 def test_a_renamed_step_is_noticed(steps):
     shutil.rmtree(steps / "50")
     (steps / "21").rename(steps / "50")
-    assert find_damage(steps / "50") == "extra/metadata: it is of step 21, and the folder was renamed"
+    assert (
+        find_damage(steps / "50") == "extra/metadata: it is of step 21, and the folder was renamed"
+    )
     assert "it is of step 21, and the folder was renamed" in refusal(find_checkpoint, steps)
     assert "it is of step 21, and the folder was renamed" in refusal(newest_of, steps, Model(), [])
     (steps / "50").rename(steps / "best")  # a name that is no step's says nothing
@@ -127,7 +142,9 @@ def test_older_checkpoints_warn_everywhere(steps):
     warned = []
     assert newest_of(steps, Model(), warned)[0] == 50
     assert "has no checksums (an older version's)" in warned[0]
-    with pytest.warns(UserWarning, match=r"50: has no checksums \(an older version's\); read unverified"):
+    with pytest.warns(
+        UserWarning, match=r"50: has no checksums \(an older version's\); read unverified"
+    ):
         params = load_model_params(steps, abstract(Model()))
     assert_same_bits(params, Model(seed=50))
 
@@ -141,7 +158,7 @@ def test_parameters_alone_have_checksums(tmp_path):
     assert "damaged (model/" in refusal(load_model_params, tmp_path, {"w": jnp.ones(64)})
 
 
-# ------------------------------------------------------------------------------- converted and Hugging Face folders
+# --------------------------------------------------------------- converted and Hugging Face folders
 
 
 @pytest.mark.parametrize("kind", OURS)
@@ -197,7 +214,11 @@ def test_an_older_converted_folder_warns(models):
 
 def test_a_file_of_another_tool_is_none_of_ours(models):
     (models / "foreign" / CHECKSUMS).write_text("md5 of everything")
-    jax.tree.map(np.testing.assert_array_equal, load_pretrained(models / "foreign"), load_pretrained(models / "hf"))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_pretrained(models / "foreign"),
+        load_pretrained(models / "hf"),
+    )
 
 
 def test_other_tools_read_what_is_written(models):
@@ -208,7 +229,7 @@ def test_other_tools_read_what_is_written(models):
         }
 
 
-# -------------------------------------------------------------------------------------------------------- a power cut
+# -------------------------------------------------------------------------------------- a power cut
 
 
 @pytest.fixture
@@ -230,14 +251,19 @@ def below(folder):
 
 def test_a_checkpoint_is_on_the_disk_before_older_ones_go(tmp_path, synced, monkeypatch):
     events = []
-    monkeypatch.setattr("ttt_jax.checkpoint.checkpointer.prune", lambda *_: events.append(len(synced)))
+    monkeypatch.setattr(
+        "ttt_jax.checkpoint.checkpointer.prune", lambda *_: events.append(len(synced))
+    )
     with Checkpointer(tmp_path / "checkpoints", CheckpointConfig()) as checkpointer:
         save(checkpointer, 7, Model())
     done = {path.replace(".orbax-checkpoint-tmp", "") for path in synced[: events[0]]}
     step = tmp_path / "checkpoints/7"
     wanted = below(step)
-    later = {str(step / name) for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}  # of Orbax; no restore reads them
-    assert {str(step / name) for name in ("checksums.json", "data_state/metadata", "extra/metadata")} <= wanted
+    # of Orbax; no restore reads them
+    later = {str(step / name) for name in ("_CHECKPOINT_METADATA", "commit_success.txt")}
+    assert {
+        str(step / name) for name in ("checksums.json", "data_state/metadata", "extra/metadata")
+    } <= wanted
     assert wanted - later <= done
     # The name of the step's folder, after all that is in it.
     assert synced[: events[0]][-1] == str(tmp_path / "checkpoints")

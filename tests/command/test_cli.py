@@ -1,4 +1,6 @@
-"""`ttt-jax score` and `ttt-jax generate`: outputs, exit codes and one-line errors (convert has tests of its own)."""
+"""`ttt-jax score` and `ttt-jax generate`: outputs, exit codes and one-line errors (convert has
+tests of its own).
+"""
 
 import json
 import shutil
@@ -38,7 +40,9 @@ def run(capsys, *words):
 def test_score_writes_what_the_official_code_computes(capsys, tmp_path, io):
     np.save(tmp_path / "ids.npy", io["input_ids"])
     out = tmp_path / "new" / "scores.npz"
-    code, text, _ = run(capsys, "score", "--model", MODEL, "--ids", tmp_path / "ids.npy", "--logits", "--out", out)
+    code, text, _ = run(
+        capsys, "score", "--model", MODEL, "--ids", tmp_path / "ids.npy", "--logits", "--out", out
+    )
     assert (code, len(text.splitlines())) == (0, 1)
     with np.load(out, allow_pickle=False) as scores:
         assert sorted(scores) == ["logits", "logprobs"]
@@ -52,7 +56,10 @@ def test_score_writes_what_the_official_code_computes(capsys, tmp_path, io):
     before = out.read_bytes()
     words = ("score", "--model", MODEL, "--ids", tmp_path / "ids.npy", "--out", out, "--no-ttt")
     code, _, err = run(capsys, *words)
-    assert (code, err) == (2, f"error: --out {out}: exists already; choose another file or pass --overwrite\n")
+    assert (code, err) == (
+        2,
+        f"error: --out {out}: exists already; choose another file or pass --overwrite\n",
+    )
     assert out.read_bytes() == before
     assert run(capsys, *words, "--overwrite")[0] == 0
     with np.load(out, allow_pickle=False) as off:
@@ -65,8 +72,13 @@ def test_generate_with_a_session(capsys, tmp_path, io):
     """A prompt read once, then continued in two calls: the official decoding."""
     prompt, ids = io["decode_prompt"], io["decode_ids"]
     np.save(tmp_path / "ids.npy", prompt[0])
-    session, words = tmp_path / "s.safetensors", ("generate", "--model", MODEL, "--json", "--ignore-eos")
-    first = run(capsys, *words, "--ids", tmp_path / "ids.npy", "--max-new-tokens", 20, "--session", session)
+    session, words = (
+        tmp_path / "s.safetensors",
+        ("generate", "--model", MODEL, "--json", "--ignore-eos"),
+    )
+    first = run(
+        capsys, *words, "--ids", tmp_path / "ids.npy", "--max-new-tokens", 20, "--session", session
+    )
     again = run(capsys, *words, "--max-new-tokens", 19, "--session", session, "--keep-session")
     before = session.read_bytes()
     once_more = run(capsys, *words, "--max-new-tokens", 19, "--session", session, "--keep-session")
@@ -79,7 +91,9 @@ def test_generate_with_a_session(capsys, tmp_path, io):
     assert first["timings"]["read_tokens"] == prompt.shape[1]
     code, _, err = run(capsys, *words, "--session", session, "--no-ttt")
     assert (code, "was not read with TTT off; drop --no-ttt" in err) == (2, True)
-    code, _, err = run(capsys, "generate", "--model", GOLDEN / "model_llama_hidden_states", "--session", session)
+    code, _, err = run(
+        capsys, "generate", "--model", GOLDEN / "model_llama_hidden_states", "--session", session
+    )
     assert (code, "written by another model" in err) == (2, True)
 
 
@@ -131,7 +145,12 @@ def test_every_command_explains_itself(capsys, command):
 
 
 def test_as_a_module_and_without_waiting_for_jax():
-    code = "import sys; from ttt_jax.command.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
+    code = (
+        "import sys; from ttt_jax.command.cli import main; main(['--help']); sys.exit('jax' in "
+        "sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "-m", "ttt_jax", "--version"], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ttt_jax", "--version"], check=True, capture_output=True, text=True
+    )
     assert done.stdout.startswith("ttt-jax, version")

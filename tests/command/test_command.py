@@ -1,4 +1,6 @@
-"""How commands end: exit codes, one line for every error, Ctrl-C, a reader that is gone; what sessions keep then."""
+"""How commands end: exit codes, one line for every error, Ctrl-C, a reader that is gone; what
+sessions keep then.
+"""
 
 import contextlib
 import json
@@ -45,9 +47,12 @@ class Broken:
         (NotFiniteError("n"), 1, "n"),
         (VerificationError("v"), 1, "v"),
         (MemoryError(), 1, "out of memory (MemoryError); read less at a time"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n allocating"), 1, "out of memory (RuntimeError: RESOURCE_"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\n allocating"), 1, "out of memory "
+                                                                            "(RuntimeError: "
+                                                                            "RESOURCE_"),
         (RecursionError("maximum"), 1, "something is nested too deeply (RecursionError: maximum)"),
-        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero; this is a bug, or"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero; this is "
+                                                   "a bug, or"),
         (TypeError(Broken()), 1, r"TypeError: two lines \x1b[2J; this is a bug"),
         (PanicException("regex"), 1, "PanicException: regex; this is a bug"),
         (OSError(28, "No space left on device"), 1, "OSError: [Errno 28] No space left on device"),
@@ -80,7 +85,7 @@ def test_every_end_is_one_line(error, code, line, capsys, monkeypatch):
     assert ("Traceback" in capsys.readouterr().err) == bool(line)
 
 
-# -------------------------------------------------------------------------------------------------- signals held back
+# -------------------------------------------------------------------------------- signals held back
 
 
 def send(number):
@@ -105,7 +110,9 @@ def test_the_first_signal_waits_for_the_end_of_the_block():
 
 
 def test_handlers_that_do_something_else_are_left_alone():
-    """Those that only note a signal, as a training loop's, and signals that are ignored or the system's."""
+    """Those that only note a signal, as a training loop's, and signals that are ignored or the
+    system's.
+    """
     seen = []
     before = signal.signal(signal.SIGINT, lambda *arguments: seen.append(1))
     try:
@@ -132,7 +139,9 @@ def test_outside_of_the_main_thread_nothing_happens():
 
 
 def test_ctrl_c_while_reading_leaves_a_whole_session(tmp_path):
-    """After any piece: what was read is read, the rest waits, and the file goes on to the same tokens."""
+    """After any piece: what was read is read, the rest waits, and the file goes on to the same
+    tokens.
+    """
     model, (ids,) = model_of(), prompts([41])
     expected = generate(model, [ids], max_new_tokens=5, eos_ids=())[0].token_ids
     for stop_at in (8, 24):
@@ -152,7 +161,9 @@ def test_ctrl_c_while_reading_leaves_a_whole_session(tmp_path):
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, BrokenPipeError, RuntimeError])
 def test_an_end_while_writing_leaves_a_whole_session(raised):
-    """A signal, or an error of whoever shows the text: tokens on their way belong to the stream, which goes on from there."""
+    """A signal, or an error of whoever shows the text: tokens on their way belong to the stream,
+    which goes on from there.
+    """
     model = model_of(vocab_size=257)
     model.tokenizer = ByteTokenizer()
     whole = generate(model, "Once", max_new_tokens=30, temperature=2.0, eos_ids=(), seed=3)[0]
@@ -178,12 +189,14 @@ def test_an_end_while_writing_leaves_a_whole_session(raised):
     assert whole.token_ids[: n + 1] + rest.token_ids == whole.token_ids
 
 
-# ---------------------------------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Runs `generate` on a small model, with its session, and does something at a number of tokens read."""
+    """Runs `generate` on a small model, with its session, and does something at a number of tokens
+    read.
+    """
     model, (ids,) = model_of(vocab_size=257), prompts([100])
     monkeypatch.setattr("ttt_jax.command.cli.load_model", lambda *arguments, **options: model)
     np.save(tmp_path / "ids.npy", ids)
@@ -213,7 +226,9 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_saves_the_session_of_generate(command):
-    """In the middle of a prompt: one line; the file holds it all, and goes on without the prompt to the same tokens."""
+    """In the middle of a prompt: one line; the file holds it all, and goes on without the prompt to
+    the same tokens.
+    """
     generate, model, session, path, ids = command
     code, out, error = generate("--ids", path, at=40, act=lambda: send(signal.SIGINT))
     assert (code, out, error.count("\n")) == (130, "", 1)
@@ -286,12 +301,16 @@ def start(*words, **options):
 
 
 def test_an_import_is_not_interrupted(tmp_path):
-    """Compiled modules crash (seen: a segmentation fault): the signal waits until the import is done, and counts then."""
+    """Compiled modules crash (seen: a segmentation fault): the signal waits until the import is
+    done, and counts then.
+    """
     (tmp_path / "slow_module.py").write_text(
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nprint('whole')\n"
+        "import os, signal, time\nos.kill(os.getpid(), "
+        "signal.SIGINT)\ntime.sleep(0.2)\nprint('whole')\n"
     )
     code = (
-        "import sys, time, click\nfrom ttt_jax.command.running import run\n@click.command()\ndef x():\n"
+        "import sys, time, click\nfrom ttt_jax.command.running import run\n@click.command()\ndef "
+        "x():\n"
         "    import slow_module\n    time.sleep(60)\nsys.argv = ['x']\nsys.exit(run(x, 'x'))"
     )
     environment = dict(os.environ) | {
@@ -313,7 +332,10 @@ def test_a_reader_that_is_gone():
 
 def test_the_console_script_is_light():
     """Nothing heavy is imported before a Ctrl-C finds somebody at home."""
-    code = "import sys, ttt_jax.__main__; sys.exit(any(m in sys.modules for m in ('click', 'numpy', 'jax')))"
+    code = (
+        "import sys, ttt_jax.__main__; sys.exit(any(m in sys.modules for m in ('click', "
+        "'numpy', 'jax')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert 'ttt-jax = "ttt_jax.__main__:main"' in project

@@ -1,4 +1,6 @@
-"""Commands that write the same output: the second one is refused in a line, before it loads a model."""
+"""Commands that write the same output: the second one is refused in a line, before it loads a
+model.
+"""
 
 import os
 
@@ -36,7 +38,16 @@ def test_the_second_command_is_refused(what, tmp_path, capsys):
 def test_a_session_that_is_only_asked_may_be_asked_by_many(tmp_path, capsys):
     """It is not written, so nothing is locked; this one is refused for what it is."""
     (tmp_path / "out").write_text("no session")
-    asked = ["generate", "--model", MODEL, "--ids", "/nowhere", "--session", str(tmp_path / "out"), "--keep-session"]
+    asked = [
+        "generate",
+        "--model",
+        MODEL,
+        "--ids",
+        "/nowhere",
+        "--session",
+        str(tmp_path / "out"),
+        "--keep-session",
+    ]
     with one_writer(tmp_path / "out", "--session"):
         assert main(asked) == 2
     assert "is writing it" not in capsys.readouterr().err
@@ -47,7 +58,9 @@ def test_what_a_killed_conversion_left_goes_with_the_next_one(tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard").write_text("half")
     (tmp_path / ".out.tmp.npz").write_text("half")
-    assert main(["convert", MODEL, str(tmp_path / "out"), "--to", "hf"]) == 2, "what was moved away came back, and is no model"
+    assert main(["convert", MODEL, str(tmp_path / "out"), "--to", "hf"]) == 2, (
+        "what was moved away came back, and is no model"
+    )
     assert "exists already" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["out"]
     (tmp_path / "out" / "shard").unlink()

@@ -1,4 +1,6 @@
-"""Foreign text: nothing that a terminal obeys and no markup comes through, on the terminal and in pages."""
+"""Foreign text: nothing that a terminal obeys and no markup comes through, on the terminal and in
+pages.
+"""
 
 import io
 import json
@@ -14,8 +16,8 @@ from ttt_jax.eval.output import files_of, print_tables
 from ttt_jax.eval.tables import Table
 from ttt_jax.terminal import for_stream, printable
 
-# Clears the screen, renames the window, rings, asks the terminal to answer, C1 CSI, turns the line round, markup, HTML, a lone
-# surrogate of a file name.
+# Clears the screen, renames the window, rings, asks the terminal to answer, C1 CSI, turns the line
+# round, markup, HTML, a lone surrogate of a file name.
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b31m\u202efdp.exe\u2069[/b][red]<script>alert(1)</script>\r\x00\x7f\udc80"
 OBEYED = set(
     map(
@@ -198,7 +200,8 @@ def test_generate_shows_what_a_model_writes(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("ttt_jax.inference.generation.Session", Writes)
     monkeypatch.setattr(
-        "ttt_jax.command.cli.load_model", lambda *a, **o: type("M", (), {"tokenizer": ByteTokenizer()})
+        "ttt_jax.command.cli.load_model",
+        lambda *a, **o: type("M", (), {"tokenizer": ByteTokenizer()}),
     )
     words = ["generate", "--model", str(tmp_path / "m"), "--prompt", "x"]
     assert main(words) == 0

@@ -96,7 +96,10 @@ def test_from_scratch_presets(name):
 
 # One wrong value each: the overrides, and what the line must say (field, value, fix).
 BAD = {
-    "unknown field": ("--model.ttt.chunk_sise 512", ["model.ttt.chunk_sise", "did you mean model.ttt.chunk_size?"]),
+    "unknown field": (
+        "--model.ttt.chunk_sise 512",
+        ["model.ttt.chunk_sise", "did you mean model.ttt.chunk_size?"],
+    ),
     "unknown group": ("--modle.d_model 512", ["modle", "did you mean model?"]),
     "far from everything": ("--qqqq 1", ["qqqq", "--help"]),
     "wrong type": ("--steps many", ["steps", "many", "integer"]),
@@ -110,7 +113,10 @@ BAD = {
     "a field of a number": ("--steps.x 3 --steps 3 --steps.x 4", ["steps", "single value"]),
     "group as a number": ("--mesh 3", ["mesh", "3"]),
     "layer out of range": ("--model.ttt.layers 0,4", ["model.ttt.layers", "layer 4", "0 to 3"]),
-    "negative layer": ("--model.ttt.layers [-1]", ["model.ttt.layers.0", "-1", "greater than or equal to 0"]),
+    "negative layer": (
+        "--model.ttt.layers [-1]",
+        ["model.ttt.layers.0", "-1", "greater than or equal to 0"],
+    ),
     "layer twice": ("--model.ttt.layers [1,2,1]", ["model.ttt.layers", "[1, 2, 1]", "twice"]),
     "full layer out of range": (
         "--model.sliding_window 64 --model.full_attention_layers 9",
@@ -132,26 +138,41 @@ BAD = {
         "--model.ttt.layers 0 --model.ttt.chunk_size 512 --data.seq_len 2048 --mesh.context 3",
         ["mesh.context", "3", "tokens a shard"],
     ),
-    "rows that do not split": ("--data.seq_len 2050 --mesh.context 4", ["mesh.context = 4", "does not divide", "2050"]),
+    "rows that do not split": (
+        "--data.seq_len 2050 --mesh.context 4",
+        ["mesh.context = 4", "does not divide", "2050"],
+    ),
     "empty mesh axis": ("--mesh.tensor 0", ["mesh.tensor", "0", "-1 for what is left"]),
     "two free mesh axes": ("--mesh.data -1", ["mesh", "only one axis may be -1"]),
     "rope without a length": (
         "--model.rope.kind yarn --model.rope.factor 4",
         ["model.rope.original_max_positions", "required", "'yarn'"],
     ),
-    "heads that do not divide": ("--model.num_heads 6", ["model.num_kv_heads", "4", "model.num_heads = 6"]),
+    "heads that do not divide": (
+        "--model.num_heads 6",
+        ["model.num_kv_heads", "4", "model.num_heads = 6"],
+    ),
     "odd head": ("--model.head_dim 63", ["model.head_dim", "63", "even"]),
     "rows too long": (
         "--model.max_positions 1024 --data.seq_len 2048",
         ["data.seq_len", "2048", "model.max_positions = 1024"],
     ),
     "a row of one token": ("--data.seq_len 1", ["data.seq_len", "1", "2 tokens"]),
-    "accumulation": ("--optimizer.accumulate 3", ["optimizer.accumulate", "3", "data.batch_size = 8"]),
-    "warm-up": ("--optimizer.warmup_steps 100", ["optimizer.warmup_steps", "100", "below steps = 100"]),
+    "accumulation": (
+        "--optimizer.accumulate 3",
+        ["optimizer.accumulate", "3", "data.batch_size = 8"],
+    ),
+    "warm-up": (
+        "--optimizer.warmup_steps 100",
+        ["optimizer.warmup_steps", "100", "below steps = 100"],
+    ),
     "activation": ("--remat_save mlp", ["remat_save", "'mlp'", "mlp_gate"]),
     "run name": ("--name ../x", ["name", "'../x'", "letters"]),
     "pattern": ('--optimizer.groups [{"pattern":"("}]', ["optimizer.groups", "'('"]),
-    "group without a pattern": ('--optimizer.groups [{"frozen":true}]', ["optimizer.groups.0.pattern", "required"]),
+    "group without a pattern": (
+        '--optimizer.groups [{"frozen":true}]',
+        ["optimizer.groups.0.pattern", "required"],
+    ),
     "no value": ("--steps", ["--steps", "no value", "--steps VALUE"]),
     "no dashes": ("steps=3", ["steps=3", "--field.name VALUE"]),
     "not YAML": ("--model.ttt.layers [1,2", ["model.ttt.layers", "[1,2", "brackets"]),
@@ -199,7 +220,9 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 def test_overrides_win_over_the_file(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("steps: 7\nmodel: {ttt: {layers: [1], chunk_size: 64}}\n")
-    config = load_config(path, ["--model.ttt.chunk_size", "128", "--optimizer.lr=1e-4", "--remat_save", "null"])
+    config = load_config(
+        path, ["--model.ttt.chunk_size", "128", "--optimizer.lr=1e-4", "--remat_save", "null"]
+    )
     assert (config.steps, config.model.ttt.layers, config.model.ttt.chunk_size) == (7, (1,), 128)
     assert config.optimizer.lr == 1e-4
     assert config.remat_save is None
@@ -229,15 +252,27 @@ def test_round_trip_of_every_kind_of_field():
     config = Config(
         remat_save=REMAT_NAMES,
         data=DataConfig(seq_len=8192, heldout=("a.jsonl",)),
-        model=replace(ModelConfig(), {"ttt.layers": [0, 3], "rope.kind": "yarn", "rope.original_max_positions": 64}),
-        optimizer=OptimizerConfig(groups=(ParamGroup("mlp", lr_multiplier=2.0), ParamGroup("^embed", frozen=True))),
+        model=replace(
+            ModelConfig(),
+            {"ttt.layers": [0, 3], "rope.kind": "yarn", "rope.original_max_positions": 64},
+        ),
+        optimizer=OptimizerConfig(
+            groups=(ParamGroup("mlp", lr_multiplier=2.0), ParamGroup("^embed", frozen=True))
+        ),
     )
     validate(config)
     assert from_dict(Config, to_dict(config)) == config
     assert from_dict(Config, yaml.safe_load(dump_yaml(config))) == config
-    assert hash(config.model) == hash(from_dict(ModelConfig, to_dict(config.model))), "static under jit"
+    assert hash(config.model) == hash(from_dict(ModelConfig, to_dict(config.model))), (
+        "static under jit"
+    )
     for cut in (None, ()):
-        assert from_dict(Config, yaml.safe_load(dump_yaml(replace(config, {"remat_save": cut})))).remat_save == cut
+        assert (
+            from_dict(
+                Config, yaml.safe_load(dump_yaml(replace(config, {"remat_save": cut})))
+            ).remat_save
+            == cut
+        )
 
 
 def test_replace_leaves_the_original_alone():
@@ -263,7 +298,9 @@ def test_help_lists_every_field_with_its_default():
 
     def leaves(tree, prefix=""):
         for key, value in tree.items():
-            yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+            yield from (
+                leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+            )
 
     assert set(rows) == set(leaves(to_dict(Config())))
 
@@ -292,7 +329,8 @@ def test_a_text_field_takes_the_word_as_written(tmp_path, word):
     if word not in ("null", "~x", "a: b", "[x"):  # in a file these are YAML's own
         path = tmp_path / "c.yaml"
         path.write_text(
-            f"name: {word}\ndata:\n  train: [{word}, b]\noptimizer:\n  groups: [{{pattern: {word}}}]\n"
+            f"name: {word}\ndata:\n  train: [{word}, b]\noptimizer:\n  groups: [{{pattern: "
+            f"{word}}}]\n"
         )
         read = load_config(path, ["--name", "x"])
         assert read.data.train == (word, "b")

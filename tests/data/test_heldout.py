@@ -63,8 +63,8 @@ def test_the_training_file_under_another_name_is_refused(tmp_path, how):
         f"config field data.heldout = '{heldout}': 1 of {record + 1} held-out documents"
     )
     assert (
-        f"are training documents too, for instance {heldout.name} #{record} is data.train's train.txt #0"
-        in message
+        f"are training documents too, for instance {heldout.name} #{record} is data.train's "
+        "train.txt #0" in message
     )
 
 
@@ -85,9 +85,8 @@ def test_many_short_copies_are_refused_and_few_are_left_out(tmp_path):
     assert check_data(config, tokenizer=TOKENIZER).heldout_documents == 2
     (line,) = heldout_remarks(config, TOKENIZER)
     assert (
-        line
-        == f"data.heldout: left out 1 of 3 held-out documents ({len(SHORT) + 1} of {5401 + len(SHORT) + 1 + 11} tokens)"
-        + (", which are copies of training documents")
+        line == f"data.heldout: left out 1 of 3 held-out documents ({len(SHORT) + 1} of "
+        f"{5401 + len(SHORT) + 1 + 11} tokens)" + (", which are copies of training documents")
     )
     rows = heldout_rows(config, tokenizer=TOKENIZER, rows=1000)
     assert not any(bytes(row[:12].astype(np.uint8)) == SHORT[:12].encode() for row in rows["ids"])

@@ -15,9 +15,14 @@ TOKENIZER = load_tokenizer("bytes")
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    """60 documents of 5 to 200 bytes in rows of 64 with chunks of 8: an epoch is about 20 batches of 6 rows."""
+    """60 documents of 5 to 200 bytes in rows of 64 with chunks of 8: an epoch is about 20 batches
+    of 6 rows.
+    """
     rng = np.random.default_rng(0)
-    lines = [json.dumps({"text": "".join(chr(c) for c in rng.integers(97, 123, rng.integers(5, 200)))}) for _ in range(60)]
+    lines = [
+        json.dumps({"text": "".join(chr(c) for c in rng.integers(97, 123, rng.integers(5, 200)))})
+        for _ in range(60)
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return replace(
         Config(),
@@ -46,7 +51,10 @@ def assert_same(left: list[dict[str, np.ndarray]], right: list[dict[str, np.ndar
 
 
 def join(parts: list[list[dict[str, np.ndarray]]]) -> list[dict[str, np.ndarray]]:
-    return [{name: np.concatenate([p[name] for p in batch]) for name in batch[0]} for batch in zip(*parts, strict=True)]
+    return [
+        {name: np.concatenate([p[name] for p in batch]) for name in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
 
 
 def test_batches_have_the_documented_shapes_and_dtypes(config):
@@ -64,11 +72,15 @@ def test_batches_have_the_documented_shapes_and_dtypes(config):
 def test_documents_start_where_the_model_expects_them(config, layers):
     """At chunks, with TTT layers or without: both kinds of model read the same rows."""
     config = replace(config, {"data.seq_len": 256})
-    batches = take(make_loader(replace(config, {"model.ttt.layers": layers}), tokenizer=TOKENIZER), 3)
+    batches = take(
+        make_loader(replace(config, {"model.ttt.layers": layers}), tokenizer=TOKENIZER), 3
+    )
     assert_same(batches, take(make_loader(config, tokenizer=TOKENIZER), 3))
     for batch in batches:
         segment_ids = batch["segment_ids"]
-        starts = np.argwhere((segment_ids != np.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]) & (segment_ids != 0))
+        starts = np.argwhere(
+            (segment_ids != np.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]) & (segment_ids != 0)
+        )
         assert len(starts) > 6
         assert not (starts[:, 1] % 8).any()
         assert (starts[:, 1] % 16).any()
@@ -82,7 +94,9 @@ def test_deterministic_and_seeded(config):
 
 
 def test_epochs_are_shuffled_differently(config):
-    loader = make_loader(replace(config, {"data.pack": False, "data.batch_size": 1}), tokenizer=TOKENIZER)
+    loader = make_loader(
+        replace(config, {"data.pack": False, "data.batch_size": 1}), tokenizer=TOKENIZER
+    )
     pieces = len(loader._table)
     epochs = [[batch["ids"].tobytes() for batch in take(loader, pieces)] for _ in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
@@ -94,7 +108,11 @@ def test_heldout_documents_are_never_trained_on(config):
 
     held = {row.tobytes() for row in heldout_rows(config, tokenizer=TOKENIZER, rows=100)["ids"]}
     unpacked = replace(config, {"data.pack": False})
-    trained = {row.tobytes() for batch in take(make_loader(unpacked, tokenizer=TOKENIZER), 60) for row in batch["ids"]}
+    trained = {
+        row.tobytes()
+        for batch in take(make_loader(unpacked, tokenizer=TOKENIZER), 60)
+        for row in batch["ids"]
+    }
     assert held
     assert not held & trained
 
@@ -123,7 +141,8 @@ def test_resume_is_bit_identical(config, before, pack):
 def test_processes_share_the_same_global_batch(config, processes):
     whole = take(make_loader(config, tokenizer=TOKENIZER), 40)
     parts = [
-        take(make_loader(config, tokenizer=TOKENIZER, process_index=i, process_count=processes), 40) for i in range(processes)
+        take(make_loader(config, tokenizer=TOKENIZER, process_index=i, process_count=processes), 40)
+        for i in range(processes)
     ]
     assert_same(join(parts), whole)
 
@@ -134,7 +153,10 @@ def test_resume_with_another_number_of_processes(config, old, new):
     loader = make_loader(config, tokenizer=TOKENIZER, process_index=old - 1, process_count=old)
     take(loader, 23)
     state = loader.get_state()  # of one process only
-    resumed = [make_loader(config, tokenizer=TOKENIZER, process_index=i, process_count=new) for i in range(new)]
+    resumed = [
+        make_loader(config, tokenizer=TOKENIZER, process_index=i, process_count=new)
+        for i in range(new)
+    ]
     for part in resumed:
         part.set_state(state)
     assert_same(join([take(part, 27) for part in resumed]), whole[23:])
@@ -169,7 +191,8 @@ def test_fewer_pieces_than_rows(tmp_path, config):
         replace(config, {"data.train": [data], "data.heldout": [heldout]}), tokenizer=TOKENIZER
     )
     batch = take(loader, 3)[-1]
-    assert (batch["segment_ids"].max(-1) == 2).all()  # 19 tokens take 24: two of them in a row of 64
+    # 19 tokens take 24: two of them in a row of 64
+    assert (batch["segment_ids"].max(-1) == 2).all()
 
 
 def test_worker_processes_give_the_same_stream(config):
@@ -181,7 +204,8 @@ def test_worker_processes_give_the_same_stream(config):
         state = json.loads(json.dumps(loader.get_state()))
     finally:
         loader.close()
-    resumed = make_loader(config, tokenizer=TOKENIZER)  # without workers: the state does not depend on them
+    # without workers: the state does not depend on them
+    resumed = make_loader(config, tokenizer=TOKENIZER)
     resumed.set_state(state)
     assert_same(take(resumed, 7), expected[5:])
     loader.set_state(state)

@@ -41,13 +41,21 @@ def tables(draw):
     lengths = draw(st.lists(st.integers(2, 3 * row_length), min_size=1, max_size=20))
     pack = draw(st.booleans())
     corpus = make_corpus(lengths)
-    table = cut_pieces(corpus, row_length=row_length, chunk=chunk, pack=pack, vocab_size=PAD, pad_id=PAD)
-    order = grain.MapDataset.range(len(table)).shuffle(seed=draw(st.integers(0, 2**32 - 1))).repeat(None)
+    table = cut_pieces(
+        corpus, row_length=row_length, chunk=chunk, pack=pack, vocab_size=PAD, pad_id=PAD
+    )
+    order = (
+        grain.MapDataset.range(len(table))
+        .shuffle(seed=draw(st.integers(0, 2**32 - 1)))
+        .repeat(None)
+    )
     return table, order, chunk, pack
 
 
 def expected_counts(table) -> collections.Counter:
-    """How often each id must appear in one epoch: once, but not the lonely last token of a document."""
+    """How often each id must appear in one epoch: once, but not the lonely last token of a
+    document.
+    """
     corpus, counts = table.corpus, collections.Counter()
     for start, length in zip(corpus.start_N.tolist(), corpus.length_N.tolist(), strict=True):
         counts.update(range(start, start + length - (length % table.row_length == 1)))
@@ -57,7 +65,9 @@ def expected_counts(table) -> collections.Counter:
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tables(), st.integers(1, 4))
 def test_every_token_once_per_epoch(drawn, slots):
-    """What the slots emitted and what their open rows hold is exactly the part of the stream that they have read."""
+    """What the slots emitted and what their open rows hold is exactly the part of the stream that
+    they have read.
+    """
     table, order, _, _ = drawn
     rows = iter(PackedRows(table, order, range(slots), slots, {}))
     seen, states = collections.Counter(), {}
@@ -73,9 +83,13 @@ def test_every_token_once_per_epoch(drawn, slots):
     for state in states.values():
         for place in range(state["next"], epoch * len(table), slots):
             seen.update(table[order[place]].tolist())
-    beyond = [p for state in states.values() for p in range(epoch * len(table), state["next"], slots)]
+    beyond = [
+        p for state in states.values() for p in range(epoch * len(table), state["next"], slots)
+    ]
     assert beyond == []
-    assert seen == collections.Counter({token: epoch * n for token, n in expected_counts(table).items()})
+    assert seen == collections.Counter(
+        {token: epoch * n for token, n in expected_counts(table).items()}
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,7 +106,9 @@ def test_rows_are_laid_out_right(drawn):
         assert [a.dtype for a in (ids, targets, weights, segments, positions)] == [
             np.int32, np.int32, np.float32, np.int32, np.int32,
         ]  # fmt: skip
-        assert all(a.shape == (table.row_length,) for a in (ids, targets, weights, segments, positions))
+        assert all(
+            a.shape == (table.row_length,) for a in (ids, targets, weights, segments, positions)
+        )
         padding = segments == 0
         assert (ids[padding] == PAD).all()
         assert not weights[padding].any()
@@ -130,7 +146,9 @@ def test_plan_state_restores_half_full_rows(drawn, rows, slots):
 
 
 def test_row_iterator_follows_grains_state_protocol():
-    table = cut_pieces(make_corpus([5, 9, 3, 30]), row_length=16, chunk=2, pack=True, vocab_size=PAD, pad_id=PAD)
+    table = cut_pieces(
+        make_corpus([5, 9, 3, 30]), row_length=16, chunk=2, pack=True, vocab_size=PAD, pad_id=PAD
+    )
     order = grain.MapDataset.range(len(table)).shuffle(seed=0).repeat(None)
     dataset = PackedRows(table, order, range(3), 3, {})
     rows = iter(dataset)
@@ -170,7 +188,8 @@ def test_long_documents_are_cut(tmp_path):
         },
     )
     batch = next(make_loader(config, tokenizer=load_tokenizer("bytes")))
-    # 40 bytes and the end token: pieces of 16, 16 and 9 tokens. The last takes 12, so no second one fits beside it.
+    # 40 bytes and the end token: pieces of 16, 16 and 9 tokens. The last takes 12, so no second one
+    # fits beside it.
     assert batch["ids"].tolist() == [
         list(range(16)),
         list(range(16, 32)),
@@ -187,12 +206,16 @@ def test_packing_wastes_little():
     table = cut_pieces(corpus, row_length=1024, chunk=16, pack=True, vocab_size=10**9, pad_id=0)
     order = grain.MapDataset.range(len(table)).shuffle(seed=0).repeat(None)
     plan = SlotPlan(order, table, 0, 1)
-    used = [sum(int(table.aligned_P[order[place]]) for place in plan.next_row()) for _ in range(500)]
+    used = [
+        sum(int(table.aligned_P[order[place]]) for place in plan.next_row()) for _ in range(500)
+    ]
     assert np.mean(used) / 1024 > 0.94
 
 
 def test_no_row_waits_for_ever(monkeypatch):
-    """A piece of 40 in rows of 64 among pieces of 50 and 10: the tens go to the fuller rows, and it would never leave."""
+    """A piece of 40 in rows of 64 among pieces of 50 and 10: the tens go to the fuller rows, and it
+    would never leave.
+    """
     corpus = make_corpus([40, *[50, 50, 10] * 40])
     table = cut_pieces(corpus, row_length=64, chunk=1, pack=True, vocab_size=10**9, pad_id=0)
     order = grain.MapDataset.range(len(table)).repeat(None)

@@ -1,4 +1,6 @@
-"""Malformed records are left out, counted and listed; documents keep their identity; none is lost or seen twice."""
+"""Malformed records are left out, counted and listed; documents keep their identity; none is lost
+or seen twice.
+"""
 
 import collections
 import errno
@@ -15,7 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from ttt_jax.config import Config, replace
-from ttt_jax.data import cache, corpus, load_tokenizer, make_loader, quarantine, rejected_records, write_quarantine
+from ttt_jax.data import (
+    cache,
+    corpus,
+    load_tokenizer,
+    make_loader,
+    quarantine,
+    rejected_records,
+    write_quarantine,
+)
 from ttt_jax.data.quarantine import _HOPELESS
 from ttt_jax.errors import DataError
 from ttt_jax.run import timing as telemetry
@@ -40,11 +50,15 @@ def config_of(*paths, **changes):
         "data.max_bad_records": 0.1,
         "data.max_record_bytes": 4000,
     }
-    return replace(Config(), base | {key.replace("__", "."): value for key, value in changes.items()})
+    return replace(
+        Config(), base | {key.replace("__", "."): value for key, value in changes.items()}
+    )
 
 
 def write_lines(path, good=100):
-    """`good` documents with a bad line behind every tenth; returns line number (from 1) -> kind of the bad ones."""
+    """`good` documents with a bad line behind every tenth; returns line number (from 1) -> kind of
+    the bad ones.
+    """
     lines, bad, kinds = [], {}, iter(BAD.items())
     for i in range(good):
         lines.append(json.dumps({"text": f"document {i} " * 5}).encode())
@@ -73,29 +87,47 @@ def test_bad_lines_are_left_out_and_listed(tmp_path):
     assert "data.train: 7 of 107 records left out as malformed" in line
     rows = [json.loads(row) for row in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert {row["line"]: row["kind"] for row in rows} == bad
-    assert all(row["path"] == str(path) and row["field"] == "data.train" and row["reason"] for row in rows)
+    assert all(
+        row["path"] == str(path) and row["field"] == "data.train" and row["reason"] for row in rows
+    )
     assert all(len(row["excerpt"]) <= 200 for row in rows)
     assert rows[1]["excerpt"].strip() == "[1, 2]"
     path.write_text(json.dumps({"text": "x" * 20}) + "\n")
-    assert write_quarantine(tmp_path, {"data.train": corpus.load_corpus(config, TOKENIZER).rejected}) == []
+    assert (
+        write_quarantine(tmp_path, {"data.train": corpus.load_corpus(config, TOKENIZER).rejected})
+        == []
+    )
     assert not (tmp_path / "quarantine.jsonl").exists()  # nothing of an earlier start is left
 
 
 def test_the_threshold_is_a_share_of_all_records(tmp_path):
     write_lines(tmp_path / "a.jsonl")
     for limit in (7 / 107, 1.0):
-        assert len(corpus.load_corpus(config_of(tmp_path / "a.jsonl", data__max_bad_records=limit), TOKENIZER)) == 100
+        assert (
+            len(
+                corpus.load_corpus(
+                    config_of(tmp_path / "a.jsonl", data__max_bad_records=limit), TOKENIZER
+                )
+            )
+            == 100
+        )
     with pytest.raises(DataError) as error:
         corpus.load_corpus(config_of(tmp_path / "a.jsonl", data__max_bad_records=0.065), TOKENIZER)
     assert "a.jsonl: line 11 is not JSON" in str(error.value)
-    assert "(7 of 107 records are malformed, 6.54 %); fix them, or raise data.max_bad_records = 0.065" in str(error.value)
+    assert (
+        "(7 of 107 records are malformed, 6.54 %); fix them, or raise data.max_bad_records = 0.065"
+        in str(error.value)
+    )
     assert "\n" not in str(error.value)
 
 
 def test_a_wrong_setting_is_found_before_everything_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"body": "x"}\n' * 100_000)
-    with pytest.raises(DataError, match=rf"first {_HOPELESS} records.* line 1 has no field 'text' .*set data.text_field"):
+    with pytest.raises(
+        DataError,
+        match=rf"first {_HOPELESS} records.* line 1 has no field 'text' .*set data.text_field",
+    ):
         corpus.load_corpus(config_of(path), TOKENIZER)
 
 
@@ -113,7 +145,9 @@ def test_bad_rows_of_parquet(tmp_path):
 
 
 def test_repairing_a_line_moves_no_document(tmp_path):
-    """A document's identity, which the held-out split hangs on, counts the records before it, good or bad."""
+    """A document's identity, which the held-out split hangs on, counts the records before it, good
+    or bad.
+    """
     path = tmp_path / "a.jsonl"
     write_lines(path)
     before = corpus.load_corpus(config_of(path), TOKENIZER)
@@ -139,7 +173,9 @@ def test_rejections_are_kept_with_cached_tokens(tmp_path, monkeypatch):
         again = corpus.load_corpus(config_of(path), TOKENIZER)
     assert again.rejected == first.rejected
     np.testing.assert_array_equal(again.key_N, first.key_N)
-    assert corpus.locate(config_of(path), again.key_N) == corpus.locate(config_of(path), first.key_N)
+    assert corpus.locate(config_of(path), again.key_N) == corpus.locate(
+        config_of(path), first.key_N
+    )
     corpus._recent.clear()
     index = next((tmp_path / "cache").glob("*.npz"))
     index.write_bytes(index.read_bytes()[:-40])  # a damaged index: read again
@@ -160,7 +196,8 @@ def test_a_file_that_shrinks_during_the_run_is_named(tmp_path):
     with pytest.raises(DataError, match=rf"data file {path}: became shorter during the run"):
         list(itertools.islice(loader, 50))
     path.unlink()
-    fresh._table.corpus.arrays[0]._array = None  # as in a worker process, which opens the file again
+    # as in a worker process, which opens the file again
+    fresh._table.corpus.arrays[0]._array = None
     with pytest.raises(DataError, match=rf"data file {path}: vanished"):
         next(fresh)
 
@@ -171,7 +208,9 @@ def pieces_of(loader, batches):
     for _ in range(batches):
         batch = next(loader)
         pieces = loader.documents(loader.pieces)
-        for row, (segment_ids_T, ids_T) in enumerate(zip(batch["segment_ids"], batch["ids"], strict=True)):
+        for row, (segment_ids_T, ids_T) in enumerate(
+            zip(batch["segment_ids"], batch["ids"], strict=True)
+        ):
             here = [piece for piece in pieces if piece.row == row]
             assert len(here) == segment_ids_T.max()
             for number, piece in enumerate(here, 1):
@@ -185,7 +224,9 @@ def pieces_of(loader, batches):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_no_document_is_lost_or_seen_twice_over_resumes(tmp_path, workers):
-    """By document ids: what is delivered, and what waits in open rows, is the beginning of the order, each piece once."""
+    """By document ids: what is delivered, and what waits in open rows, is the beginning of the
+    order, each piece once.
+    """
     path = tmp_path / "a.jsonl"
     write_lines(path)
     config = config_of(path, data__workers=workers)
@@ -205,7 +246,9 @@ def test_no_document_is_lost_or_seen_twice_over_resumes(tmp_path, workers):
 
     table, order, slots = whole._table, whole._order, state["slots"]
     describe = lambda place: (table.document_P[order[place]], table.start_P[order[place]])
-    started = [place for slot, s in slots.items() for place in range(int(slot), s["next"], len(slots))]
+    started = [
+        place for slot, s in slots.items() for place in range(int(slot), s["next"], len(slots))
+    ]
     waiting = [place for s in slots.values() for places in s["bins"] for place in places]
     names = {place: d for d, place in enumerate(corpus.locate(config, table.corpus.key_N))}
     delivered = [(names[file, record], start) for file, record, start in expected]
@@ -225,7 +268,9 @@ def test_a_full_disk_keeps_no_run_from_starting(tmp_path, monkeypatch):
     (text,) = quarantine.write_quarantine(tmp_path, {"data.train": rejected})
     assert text.startswith("data.train: 1 of 3 records")
     assert text.endswith("could not be written (No space left on device)")
-    assert telemetry.write_environment(tmp_path) == [f"{tmp_path / 'environment.json'}: not written (No space left on device)"]
+    assert telemetry.write_environment(tmp_path) == [
+        f"{tmp_path / 'environment.json'}: not written (No space left on device)"
+    ]
     assert not list(tmp_path.iterdir())
 
 

@@ -30,7 +30,9 @@ def config_of(*paths: Path, **changes) -> Config:
         "data.pack": False,
         "data.shuffle": False,
     }
-    return replace(Config(), base | {key.replace("__", "."): value for key, value in changes.items()})
+    return replace(
+        Config(), base | {key.replace("__", "."): value for key, value in changes.items()}
+    )
 
 
 def documents_of(config: Config, field: str = "data.train") -> list[list[int]]:
@@ -46,7 +48,10 @@ def texts_of(config: Config) -> list[str]:
 
 
 def jsonl(texts: list[str]) -> bytes:
-    return "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)).encode() + b"\n\n"
+    return (
+        "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)).encode()
+        + b"\n\n"
+    )
 
 
 def write_arrayrecord(path: Path, records: list[bytes]) -> None:
@@ -78,7 +83,12 @@ def parquet_bytes(texts: list[str]) -> bytes:
 
 @pytest.mark.parametrize(
     ("suffix", "compress"),
-    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.ZstdCompressor().compress),
+    ],
 )
 def test_jsonl(tmp_path, suffix, compress):
     path = tmp_path / f"data.jsonl{suffix}"
@@ -102,8 +112,11 @@ def test_parquet(tmp_path):
 def test_arrayrecord_of_text_and_of_tokens(tmp_path):
     write_arrayrecord(tmp_path / "data.array_record", [text.encode() for text in TEXTS])
     assert texts_of(config_of(tmp_path)) == TEXTS
-    write_arrayrecord(tmp_path / "data.array_record", [npy_bytes([1, 2, 3]), b"text", npy_bytes([4, 5])])
-    expected = [[1, 2, 3], [*b"text", 256], [4, 5]]  # token ids are taken as they are, without an end token
+    write_arrayrecord(
+        tmp_path / "data.array_record", [npy_bytes([1, 2, 3]), b"text", npy_bytes([4, 5])]
+    )
+    # token ids are taken as they are, without an end token
+    expected = [[1, 2, 3], [*b"text", 256], [4, 5]]
     assert documents_of(config_of(tmp_path / "data.array_record")) == expected
 
 
@@ -141,7 +154,8 @@ def test_eos_and_min_document(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(jsonl(["a", "bb", "ccc"]))
     assert documents_of(config_of(path)) == [[97, 256], [98, 98, 256], [99, 99, 99, 256]]
-    assert documents_of(config_of(path, data__eos=False)) == [[98, 98], [99, 99, 99]]  # one token predicts nothing
+    # one token predicts nothing
+    assert documents_of(config_of(path, data__eos=False)) == [[98, 98], [99, 99, 99]]
     assert documents_of(config_of(path, data__min_document=4)) == [[99, 99, 99, 256]]
 
 
@@ -183,7 +197,7 @@ def test_unfinished_cache_files_are_removed(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def write(path: Path, content: bytes) -> None:
@@ -196,12 +210,20 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 BAD_FILES = [
-    ("a.jsonl", lambda p: write(p, b'{"text": "ok"}\n{"body": "x"}\n'), r"line 2 has no field 'text' \(fields: body\)"),
+    (
+        "a.jsonl",
+        lambda p: write(p, b'{"text": "ok"}\n{"body": "x"}\n'),
+        r"line 2 has no field 'text' \(fields: body\)",
+    ),
     ("a.jsonl", lambda p: write(p, b'{"text": 3}\n'), "field 'text' is a int, not a string"),
     ("a.jsonl", lambda p: write(p, b"[1]\n"), "line 1 is a list, not an object"),
     ("a.jsonl", lambda p: write(p, b'{"text": "\xff"}\n'), "line 1 is not UTF-8 at byte 10"),
     ("a.jsonl", lambda p: write(p, b'{"text": " "}\n'), "line 1 has an empty text"),
-    ("a.jsonl", lambda p: write(p, b'{"text": "cut sh'), "line 1 is not JSON .* has no end: the file may be cut short"),
+    (
+        "a.jsonl",
+        lambda p: write(p, b'{"text": "cut sh'),
+        "line 1 is not JSON .* has no end: the file may be cut short",
+    ),
     ("a.jsonl", lambda p: write(p, b"[" * 100_000), "line 1 is not JSON"),
     ("a.jsonl", lambda p: write(p, b""), "empty"),
     ("a.jsonl.gz", lambda p: write(p, b"not gzip"), "cannot be read"),
@@ -209,21 +231,49 @@ BAD_FILES = [
     ("a.jsonl.xz", lambda p: write(p, b"not xz"), "cannot be read"),
     ("a.jsonl.xz", lambda p: write(p, lzma.compress(jsonl(TEXTS))[:-9]), "cannot be read"),
     ("a.jsonl.zst", lambda p: write(p, b"not zst"), "cannot be read"),
-    ("a.jsonl.zst", lambda p: write(p, zstandard.ZstdCompressor().compress(jsonl(TEXTS))[:-5]), "cannot be read"),
+    (
+        "a.jsonl.zst",
+        lambda p: write(p, zstandard.ZstdCompressor().compress(jsonl(TEXTS))[:-5]),
+        "cannot be read",
+    ),
     ("a.txt", lambda p: write(p, b"caf\xe9"), "the file is not UTF-8 at byte 3"),
     ("a.parquet", lambda p: write(p, b"not parquet"), "not a readable Parquet file"),
-    ("a.parquet", lambda p: pq.write_table(pa.table({"n": [1]}), p), r"no column 'text' \(columns: n\)"),
-    ("a.parquet", lambda p: pq.write_table(pa.table({"text": [1]}), p), "column 'text' holds int64"),
-    ("a.parquet", lambda p: pq.write_table(pa.table({"text": ["a", None]}), p), "row 1 has a null 'text'"),
+    (
+        "a.parquet",
+        lambda p: pq.write_table(pa.table({"n": [1]}), p),
+        r"no column 'text' \(columns: n\)",
+    ),
+    (
+        "a.parquet",
+        lambda p: pq.write_table(pa.table({"text": [1]}), p),
+        "column 'text' holds int64",
+    ),
+    (
+        "a.parquet",
+        lambda p: pq.write_table(pa.table({"text": ["a", None]}), p),
+        "row 1 has a null 'text'",
+    ),
     ("a.arrayrecord", lambda p: write(p, b"not a record file"), "not a readable ArrayRecord file"),
-    ("a.arrayrecord", lambda p: damaged_arrayrecord(p, [b"one", b"two", b"three"]), "not a readable ArrayRecord file"),
+    (
+        "a.arrayrecord",
+        lambda p: damaged_arrayrecord(p, [b"one", b"two", b"three"]),
+        "not a readable ArrayRecord file",
+    ),
     ("a.arrayrecord", lambda p: write_arrayrecord(p, [npy_bytes([1, 2])[:-3]]), "damaged"),
-    ("a.arrayrecord", lambda p: write_arrayrecord(p, [npy_bytes([1, 999])]), "token id 999 is outside"),
+    (
+        "a.arrayrecord",
+        lambda p: write_arrayrecord(p, [npy_bytes([1, 999])]),
+        "token id 999 is outside",
+    ),
     ("a.npy", lambda p: save(p, np.ones(4, np.float32)), "dtype float32"),
     ("a.npy", lambda p: save(p, np.ones(4, bool)), "dtype bool"),
     ("a.npy", lambda p: save(p, np.array([{"a": 1}], object)), "not a readable .npy file"),
     ("a.npy", lambda p: save(p, np.ones((2, 2, 2), int)), r"shape \[2, 2, 2\]"),
-    ("a.npy", lambda p: save(p, np.array([1, 257])), "token id 257 is outside model.vocab_size = 257"),
+    (
+        "a.npy",
+        lambda p: save(p, np.array([1, 257])),
+        "token id 257 is outside model.vocab_size = 257",
+    ),
     ("a.npy", lambda p: save(p, np.array([1, -1])), "token id -1 is outside"),
     ("a.npy", lambda p: save(p, np.zeros(0, int)), "empty|not a readable"),
     ("a.npy", lambda p: write(p, b"junk"), "not a readable .npy file"),
@@ -253,15 +303,33 @@ def test_bad_settings_are_one_line(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
-        ({"data.train": [str(tmp_path / "missing")]}, "data.train = '.*missing': no such file or folder"),
-        ({"data.heldout": [str(tmp_path / "missing")]}, "data.heldout = '.*missing': no such file or folder"),
+        (
+            {"data.train": [str(tmp_path / "missing")]},
+            "data.train = '.*missing': no such file or folder",
+        ),
+        (
+            {"data.heldout": [str(tmp_path / "missing")]},
+            "data.heldout = '.*missing': no such file or folder",
+        ),
         ({"data.train": [str(empty)]}, "data.train = '.*empty': the folder holds no file"),
         ({"data.train": []}, r"data.train = \[\]"),
-        ({"data.format": "parquet", "data.train": [str(tmp_path)]}, "holds no file of data.format 'parquet'"),
-        ({"model.vocab_size": 256}, "data.tokenizer = 'bytes': its 257 ids do not fit model.vocab_size = 256"),
+        (
+            {"data.format": "parquet", "data.train": [str(tmp_path)]},
+            "holds no file of data.format 'parquet'",
+        ),
+        (
+            {"model.vocab_size": 256},
+            "data.tokenizer = 'bytes': its 257 ids do not fit model.vocab_size = 256",
+        ),
         ({}, "data.train = '.*good.txt': holding out .* leaves none to train on"),
-        ({"data.min_document": 1000}, "data.train = '.*good.txt': empty: none of its 1 documents has 1000 tokens"),
-        ({"data.heldout": [str(good)], "data.batch_size": 3}, "data.batch_size = 3: must be a multiple of the 2"),
+        (
+            {"data.min_document": 1000},
+            "data.train = '.*good.txt': empty: none of its 1 documents has 1000 tokens",
+        ),
+        (
+            {"data.heldout": [str(good)], "data.batch_size": 3},
+            "data.batch_size = 3: must be a multiple of the 2",
+        ),
     ]
     for changes, message in cases:
         config = replace(config_of(good), changes)
@@ -271,7 +339,7 @@ def test_bad_settings_are_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- held out
+# ----------------------------------------------------------------------------------------- held out
 
 
 def test_heldout_split_is_stable_and_disjoint(tmp_path):
@@ -283,7 +351,8 @@ def test_heldout_split_is_stable_and_disjoint(tmp_path):
     assert 20 < len(heldout) < 65
     assert not set(train.key_N.tolist()) & set(heldout.key_N.tolist())
 
-    path.write_bytes(jsonl([f"document {i}" for i in range(800)]))  # growing the file moves no document
+    # growing the file moves no document
+    path.write_bytes(jsonl([f"document {i}" for i in range(800)]))
     _, later = corpus.split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
     assert set(later.key_N.tolist()) >= set(heldout.key_N.tolist())
     assert len(later) < 130
@@ -296,7 +365,9 @@ def test_heldout_rows_take_long_documents_first_and_one_piece_of_each(tmp_path):
     train = tmp_path / "train"
     train.mkdir()
     (train / "x.txt").write_text("x" * 100)
-    config = config_of(train, data__heldout=[str(tmp_path / f"{name}.txt") for name in lengths], data__eos=False)
+    config = config_of(
+        train, data__heldout=[str(tmp_path / f"{name}.txt") for name in lengths], data__eos=False
+    )
 
     def letters(rows: int) -> list[str]:
         batch = heldout_rows(config, tokenizer=TOKENIZER, rows=rows)

@@ -19,8 +19,12 @@ from ttt_jax.errors import DataError
 TEXT = "the cat sat on the mat, naïve 日本 the end"
 
 
-def make_tokenizer(folder: Path, *, special: tuple[str, ...] = ("<|endoftext|>", "<|im_end|>"), **files) -> Path:
-    """A small byte-level BPE with truncation and padding switched on, and `name.json` files beside it."""
+def make_tokenizer(
+    folder: Path, *, special: tuple[str, ...] = ("<|endoftext|>", "<|im_end|>"), **files
+) -> Path:
+    """A small byte-level BPE with truncation and padding switched on, and `name.json` files beside
+    it.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -78,9 +82,15 @@ def test_json_round_trip_without_truncation_padding_or_special_tokens(tmp_path):
         ({}, "<|endoftext|>"),
         ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
         ({"tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}}, "<|im_end|>"),
-        ({"generation_config": {"eos_token_id": [1, 0]}, "config": {"eos_token_id": 0}}, "<|im_end|>"),
+        (
+            {"generation_config": {"eos_token_id": [1, 0]}, "config": {"eos_token_id": 0}},
+            "<|im_end|>",
+        ),
         ({"config": {"eos_token_id": 1}}, "<|im_end|>"),
-        ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 10**6}}, "<|endoftext|>"),
+        (
+            {"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 10**6}},
+            "<|endoftext|>",
+        ),
     ],
 )
 def test_json_eos(tmp_path, files, expected):
@@ -97,7 +107,9 @@ def test_json_without_eos(tmp_path):
     (tmp_path / "b.txt").write_text(TEXT.upper())
     data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "b.txt")]}
     config = replace(Config(), {"model.vocab_size": 300, "data.tokenizer": str(folder), **data})
-    with pytest.raises(DataError, match=r"^config field data.eos = true: .* has no end token; set data.eos false$"):
+    with pytest.raises(
+        DataError, match=r"^config field data.eos = true: .* has no end token; set data.eos false$"
+    ):
         make_loader(config, tokenizer=tokenizer)
     make_loader(replace(config, {"data.eos": False}), tokenizer=tokenizer)
 
@@ -108,7 +120,9 @@ def test_json_through_the_loader(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_text(TEXT.upper())
     data = {"data.train": [str(tmp_path / "a.txt")], "data.heldout": [str(tmp_path / "b.txt")]}
-    config = replace(Config(), {"model.vocab_size": 300, "data.seq_len": 64, "data.pack": False, **data})
+    config = replace(
+        Config(), {"model.vocab_size": 300, "data.seq_len": 64, "data.pack": False, **data}
+    )
     row = heldout_rows(config, tokenizer=tokenizer, rows=1)
     ids = row["ids"][row["segment_ids"] == 1]
     assert ids.tolist() == [*tokenizer.encode(TEXT.upper()), tokenizer.eos_id]
@@ -119,7 +133,11 @@ def test_json_through_the_loader(tmp_path):
 def test_errors_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text("{\n")
-    for name, message in [("missing", "no such file"), ("empty", "no tokenizer.json"), ("bad.json", "not a readable")]:
+    for name, message in [
+        ("missing", "no such file"),
+        ("empty", "no tokenizer.json"),
+        ("bad.json", "not a readable"),
+    ]:
         with pytest.raises(DataError, match=message) as caught:
             load_tokenizer(str(tmp_path / name))
         assert str(caught.value).startswith("config field data.tokenizer = ")

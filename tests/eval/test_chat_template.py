@@ -1,4 +1,6 @@
-"""Chat templates: what they render, and hostile ones, which end in one line within their time and memory."""
+"""Chat templates: what they render, and hostile ones, which end in one line within their time and
+memory.
+"""
 
 import os
 import time
@@ -38,8 +40,15 @@ def refusal(source, seconds=10.0, **options):
 def test_what_is_rendered():
     assert render(CHATML) == "<user>hello</s>\n<assistant>it is <b>ü</s>\n<assistant>"
     assert render(CHATML, generation=False) == "<user>hello</s>\n<assistant>it is <b>ü"
-    assert render("{{ messages | tojson }}", HISTORY[:1]) == '[{"role": "user", "content": "hello"}]'
-    assert render("{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}x{% endfor %}\n") == "x"
+    assert (
+        render("{{ messages | tojson }}", HISTORY[:1]) == '[{"role": "user", "content": "hello"}]'
+    )
+    assert (
+        render(
+            "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}x{% endfor %}\n"
+        )
+        == "x"
+    )
     assert "leaves out the last message" in refusal("fixed text", generation=False)
 
 
@@ -55,9 +64,13 @@ def test_one_process_renders_many():
 
 
 def test_a_template_that_failed_once_renders_again():
-    template = ChatTemplate("{{ 1 // (messages | length - 1) }}{% for i in range(90000) if messages | length > 2 %}"
+    template = ChatTemplate("{{ 1 // (messages | length - 1) }}{% for i in range(90000) if "
+                            "messages | length > 2 %}"
                             "{% for j in range(90000) %}{% endfor %}{% endfor %}", {}, 1.0)  # fmt: skip
-    for messages, words in ((HISTORY[:1], "ZeroDivisionError"), (HISTORY * 2, "took more than 1 s")):
+    for messages, words in (
+        (HISTORY[:1], "ZeroDivisionError"),
+        (HISTORY * 2, "took more than 1 s"),
+    ):
         with pytest.raises(UserError, match=words):
             template.render(messages, True)
         assert template.render(HISTORY, True) == "1"
@@ -66,14 +79,16 @@ def test_a_template_that_failed_once_renders_again():
 
 HOSTILE = {
     "memory": ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
-    "memory by doubling": ("{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
+    "memory by doubling": ("{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set "
+                           "ns.x = ns.x ~ ns.x %}"
                            "{% endfor %}{{ ns.x }}", "MemoryError"),
     "memory by format": ("{{ '%1000000000d' % 1 }}", "MemoryError"),
     "memory by filter": ("{{ 'x' | center(10 ** 10) }}", "MemoryError"),
     "too long": ("{{ 'x' * 70000000 }}", "gives 70000000 characters"),
     "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError: Range too big"),
     "recursion": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
-    "nested": ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "chat template: cannot be rendered ("),
+    "nested": ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "chat template: cannot be "
+                                                                    "rendered ("),
     "type": ("{{ 1 + 'a' }}", "TypeError"),
     "zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "undefined": ("{{ nobody.field.field }}", "UndefinedError"),
@@ -100,7 +115,8 @@ def test_hostile_templates(case):
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 10 ** (10 ** 8) }}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) "
+        "}}",
     ],
 )
 def test_templates_that_never_end(source):
@@ -113,7 +129,14 @@ def test_templates_are_found(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("a")
     assert find_template(tmp_path, {}) == "a"
     assert find_template(tmp_path, {"chat_template": "b"}) == "b"
-    several = {"chat_template": [{"name": "default", "template": "c"}, {"name": "rag", "template": "d"}, {"name": []}, 3]}
+    several = {
+        "chat_template": [
+            {"name": "default", "template": "c"},
+            {"name": "rag", "template": "d"},
+            {"name": []},
+            3,
+        ]
+    }
     assert (find_template(None, several), find_template(None, several, "rag")) == ("c", "d")
     with pytest.raises(UserError, match="the model has default, rag; name one of them"):
         find_template(None, several, "x")
@@ -126,5 +149,11 @@ def test_templates_are_found(tmp_path):
     os.truncate(tmp_path / "chat_template.jinja", 1_000_001)
     with pytest.raises(CheckpointError, match="1000001 bytes; such a file has at most 1000000"):
         find_template(tmp_path, {})
-    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None, "unk_token": {}, "other": "x"}
+    settings = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "pad_token": None,
+        "unk_token": {},
+        "other": "x",
+    }
     assert special_tokens(settings) == {"bos_token": "<s>", "eos_token": "</s>"}

@@ -9,7 +9,13 @@ from support.models import config, make
 
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import UserError
-from ttt_jax.eval.diagnostics import diagnose, fast_weights, ngram_gain, repeated_ngrams, text_pieces
+from ttt_jax.eval.diagnostics import (
+    diagnose,
+    fast_weights,
+    ngram_gain,
+    repeated_ngrams,
+    text_pieces,
+)
 from ttt_jax.eval.page import gain_colour, text_page
 
 C = 4
@@ -33,8 +39,13 @@ def test_fast_weights(model, ids):
     assert [chunk["chunk"] for chunk in found["chunks"]] == [1, 2, 5]
     for chunk in found["chunks"]:
         end = chunk["chunk"] * C
-        S_DF, z_CF = (np.asarray(x, np.float64)[0, 0, 0] for x in model(ids[None, : end + C - 1])[1].layers[1][0].ttt[:2])
-        assert chunk["state_ratio"] == pytest.approx(np.linalg.norm(S_DF) / np.linalg.norm(w_DF), rel=1e-4)
+        S_DF, z_CF = (
+            np.asarray(x, np.float64)[0, 0, 0]
+            for x in model(ids[None, : end + C - 1])[1].layers[1][0].ttt[:2]
+        )
+        assert chunk["state_ratio"] == pytest.approx(
+            np.linalg.norm(S_DF) / np.linalg.norm(w_DF), rel=1e-4
+        )
         p = np.linalg.svd(S_DF, compute_uv=False) ** 2
         p = p[p > 1e-12 * p.sum()] / p.sum()
         assert chunk["effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
@@ -64,12 +75,22 @@ def test_ngram_gain():
     found = ngram_gain(ids, on, off, n=2)
     assert found["repeated"] == {"tokens": 2, "on": 1.25, "off": 2.0, "gain": 0.75}
     assert found["novel"] == {"tokens": 3, "on": 2.0, "off": 2.0, "gain": 0.0}
-    assert ngram_gain(ids[:2], on[:1], off[:1], n=2)["repeated"] == {"tokens": 0, "on": None, "off": None, "gain": None}
+    assert ngram_gain(ids[:2], on[:1], off[:1], n=2)["repeated"] == {
+        "tokens": 0,
+        "on": None,
+        "off": None,
+        "gain": None,
+    }
 
 
 def test_the_coloured_text_is_the_text():
-    """Characters of several tokens are one piece; everything is escaped; the first token has no gain."""
-    model = make(config(**{"ttt.chunk_size": C, "num_layers": 2, "ttt.layers": (1,), "vocab_size": 257}), "float32")
+    """Characters of several tokens are one piece; everything is escaped; the first token has no
+    gain.
+    """
+    model = make(
+        config(**{"ttt.chunk_size": C, "num_layers": 2, "ttt.layers": (1,), "vocab_size": 257}),
+        "float32",
+    )
     model.tokenizer = ByteTokenizer()
     text = "a <b> & 'naïve' 日本"
     ids = np.array(model.tokenizer.encode(text), np.int32)
@@ -93,12 +114,17 @@ def test_a_character_may_not_swallow_the_first_token():
     model = make(config(vocab_size=257), "float32")
     model.tokenizer = ByteTokenizer()
     ids = np.array(model.tokenizer.encode("日a"), np.int32)
-    assert text_pieces(model, ids, np.array([-1.0, -2.0, -3.0]), np.zeros(3)) == [("日", None, None), ("a", -3.0, 0.0)]
+    assert text_pieces(model, ids, np.array([-1.0, -2.0, -3.0]), np.zeros(3)) == [
+        ("日", None, None),
+        ("a", -3.0, 0.0),
+    ]
 
 
 def test_gain_colour():
     assert gain_colour(0.0) == "#ffffff"
     assert gain_colour(2.0) == gain_colour(1.0) != gain_colour(-1.0)
-    blue, orange = (tuple(int(gain_colour(x)[i : i + 2], 16) for i in (1, 3, 5)) for x in (0.5, -0.5))
+    blue, orange = (
+        tuple(int(gain_colour(x)[i : i + 2], 16) for i in (1, 3, 5)) for x in (0.5, -0.5)
+    )
     assert blue[2] > blue[0]
     assert orange[0] > orange[2]

@@ -1,4 +1,6 @@
-"""The lm-evaluation-harness adapter: equal to `score` and `generate`, dummies score 1.0 on needles, errors that help."""
+"""The lm-evaluation-harness adapter: equal to `score` and `generate`, dummies score 1.0 on needles,
+errors that help.
+"""
 
 import collections
 import functools
@@ -29,7 +31,10 @@ pytestmark = [
 
 @functools.cache
 def model_of():
-    model = make(config(**{"ttt.chunk_size": 4, "num_layers": 2, "ttt.layers": (1,), "vocab_size": 257}), "float32")
+    model = make(
+        config(**{"ttt.chunk_size": 4, "num_layers": 2, "ttt.layers": (1,), "vocab_size": 257}),
+        "float32",
+    )
     model.tokenizer = ByteTokenizer()
     return model
 
@@ -43,7 +48,10 @@ def lm_of(path=None, **options):
 def requests(kind, *arguments):
     from lm_eval.api.instance import Instance
 
-    return [Instance(request_type=kind, doc={}, arguments=args, idx=n) for n, args in enumerate(arguments)]
+    return [
+        Instance(request_type=kind, doc={}, arguments=args, idx=n)
+        for n, args in enumerate(arguments)
+    ]
 
 
 def direct(before, after, ttt):
@@ -59,7 +67,12 @@ def direct(before, after, ttt):
 def test_loglikelihood_equals_score(ttt):
     """Every request alone, from fresh fast weights: in any order and whatever its batch mates."""
     lm, byte = lm_of(ttt=ttt), ByteTokenizer().encode
-    pairs = [("a long context, read in pieces", " and an end"), ("short", "er"), ("trailing ", "space"), ("", "nothing before")]
+    pairs = [
+        ("a long context, read in pieces", " and an end"),
+        ("short", "er"),
+        ("trailing ", "space"),
+        ("", "nothing before"),
+    ]
     expected = [
         direct(byte(pairs[0][0]), byte(pairs[0][1]), ttt),
         direct(byte("short"), byte("er"), ttt),
@@ -67,7 +80,9 @@ def test_loglikelihood_equals_score(ttt):
         direct([256], byte("nothing before"), ttt),
     ]
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        found = lm.loglikelihood(requests("loglikelihood", *(pairs[i] for i in order)), disable_tqdm=True)
+        found = lm.loglikelihood(
+            requests("loglikelihood", *(pairs[i] for i in order)), disable_tqdm=True
+        )
         for (logprob, greedy), i in zip(found, order, strict=True):
             assert logprob == pytest.approx(expected[i][0], rel=1e-4)
             assert greedy == expected[i][1]
@@ -84,16 +99,22 @@ def test_generation_equals_generate():
     """Ragged prompts, an incomplete last batch, two kinds of settings."""
     prompts = ["first prompt", "second, which is longer", "3rd"]
     settings = {"until": [], "max_gen_toks": 6, "do_sample": False, "temperature": 0.0}
-    found = lm_of().generate_until(requests("generate_until", *((prompt, settings) for prompt in prompts)))
+    found = lm_of().generate_until(
+        requests("generate_until", *((prompt, settings) for prompt in prompts))
+    )
     expected = [generate(model_of(), prompt, max_new_tokens=6)[0].text for prompt in prompts]
     assert found == expected
     stop = next(text for text in expected if text.strip())[1:2]
-    cut = lm_of().generate_until(requests("generate_until", *((p, settings | {"until": [stop]}) for p in prompts)))
+    cut = lm_of().generate_until(
+        requests("generate_until", *((p, settings | {"until": [stop]}) for p in prompts))
+    )
     assert cut == [text.split(stop)[0] for text in expected]
 
 
 def test_max_length_cuts_from_the_left():
-    (found,) = lm_of(max_length=8).loglikelihood(requests("loglikelihood", ("0123456789", "ab")), disable_tqdm=True)
+    (found,) = lm_of(max_length=8).loglikelihood(
+        requests("loglikelihood", ("0123456789", "ab")), disable_tqdm=True
+    )
     byte = ByteTokenizer().encode
     assert found[0] == pytest.approx(direct(byte("456789"), byte("ab"), True)[0], rel=1e-4)
 
@@ -101,18 +122,25 @@ def test_max_length_cuts_from_the_left():
 def test_chat_template(tmp_path):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "</s>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "eos_token": "</s>"})
+    )
     lm, history = lm_of(tmp_path), [{"role": "user", "content": "hello"}]
     assert lm.apply_chat_template(history) == "<user>hello</s>\n<assistant>"
     history.append({"role": "assistant", "content": "it is "})
-    assert lm.apply_chat_template(history, add_generation_prompt=False) == "<user>hello</s>\n<assistant>it is"
+    assert (
+        lm.apply_chat_template(history, add_generation_prompt=False)
+        == "<user>hello</s>\n<assistant>it is"
+    )
     with pytest.raises(UserError, match=r"no chat_template in tokenizer_config\.json"):
         lm_of(tmp_path / "x").chat_template()
 
 
 def test_begin_token(tmp_path):
     """Added once when the settings want it; it then stands before texts without context."""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "^", "add_bos_token": True}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "^", "add_bos_token": True})
+    )
     lm = lm_of(tmp_path)
     assert lm.tok_encode("ab") == lm.tok_encode("^ab") == [94, 97, 98]
     assert lm.tok_encode("ab", add_special_tokens=False) == [97, 98]
@@ -135,21 +163,36 @@ def test_it_is_registered():
 def test_unknown_tasks_and_missing_data(monkeypatch):
     from ttt_jax.eval.harness_tasks import _no_data, check_tasks
 
-    with pytest.raises(UserError, match=r"--tasks hellaswagg: neither 'synthetic' nor a task .* did you mean hellaswag"):
+    with pytest.raises(
+        UserError,
+        match=r"--tasks hellaswagg: neither 'synthetic' nor a task .* did you mean hellaswag",
+    ):
         check_tasks(["hellaswagg"])
     missing = _no_data("hellaswag", ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub"))
     assert isinstance(missing, DataError)
     assert "into ./Rowan/hellaswag/ of the working folder" in str(missing)
-    assert "example.org, which cannot be reached" in str(_no_data("x", OSError("Pool(host='example.org', port=443)")))
+    assert "example.org, which cannot be reached" in str(
+        _no_data("x", OSError("Pool(host='example.org', port=443)"))
+    )
 
 
 def byte_folder(folder):
     """A tiny random LLaMA whose tokenizer.json has the 256 bytes and an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    make_folder(folder, {"model_type": "llama", "vocab_size": 257, "max_position_embeddings": 8192, "rope_theta": 1e4})
+    make_folder(
+        folder,
+        {
+            "model_type": "llama",
+            "vocab_size": 257,
+            "max_position_embeddings": 8192,
+            "rope_theta": 1e4,
+        },
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate([*alphabet, "</s>"])}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={char: i for i, char in enumerate([*alphabet, "</s>"])}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -172,32 +215,62 @@ metric_list: [{{metric: acc}}]
 
 
 def test_the_harness_own_command_line(tmp_path):
-    """`python -m ttt_jax.eval.harness run`, in a process of its own, on a task that lies in a folder: the model is known, and
-    the score is what log-probabilities give."""
+    """`python -m ttt_jax.eval.harness run`, in a process of its own, on a task that lies in a
+    folder: the model is known, and the score is what log-probabilities give.
+    """
     folder = byte_folder(tmp_path / "model")
-    docs = [{"question": q, "choices": [" left", " right"], "answer": n % 2} for n, q in enumerate(["a", "bb", "c c", "dd"])]
+    docs = [
+        {"question": q, "choices": [" left", " right"], "answer": n % 2}
+        for n, q in enumerate(["a", "bb", "c c", "dd"])
+    ]
     (tmp_path / "tasks").mkdir()
     data = tmp_path / "docs.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(file=data))
-    words = ["run", "--model", "ttt_jax", "--model_args", f"pretrained={folder},piece=16", "--tasks", "tiny_choice"]
-    words += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
+    words = [
+        "run",
+        "--model",
+        "ttt_jax",
+        "--model_args",
+        f"pretrained={folder},piece=16",
+        "--tasks",
+        "tiny_choice",
+    ]
+    words += [
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--output_path",
+        str(tmp_path / "out"),
+        "--batch_size",
+        "2",
+    ]
     command = [sys.executable, "-m", "ttt_jax.eval.harness", *words]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").rglob("results_*.json")
     lm = lm_of(folder, model=load_pretrained(folder, dtype="float32"))
     pairs = [(doc["question"], choice) for doc in docs for choice in doc["choices"]]
-    logprobs = [x for x, _ in lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)]
-    right = [int(right > left) == doc["answer"] for doc, left, right in zip(docs, logprobs[::2], logprobs[1::2], strict=True)]
-    assert json.loads(file.read_text())["results"]["tiny_choice"]["acc,none"] == pytest.approx(np.mean(right))
+    logprobs = [
+        x for x, _ in lm.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    ]
+    right = [
+        int(right > left) == doc["answer"]
+        for doc, left, right in zip(docs, logprobs[::2], logprobs[1::2], strict=True)
+    ]
+    assert json.loads(file.read_text())["results"]["tiny_choice"]["acc,none"] == pytest.approx(
+        np.mean(right)
+    )
 
 
 def test_the_harness_own_command_line_says_what_is_wrong(tmp_path):
     words = ["run", "--model", "ttt_jax", "--model_args", "ttt=false", "--tasks", "niah_single_1"]
     command = [sys.executable, "-m", "ttt_jax.eval.harness", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: model_args path: missing")
 
@@ -210,7 +283,9 @@ def regex_dummy(*args, **options):
         def write(self, prompts, max_new_tokens, stop, sampling):
             texts = [self.tokenizer.decode(prompt) for prompt in prompts]
             keys = [re.search(r"for ([\w-]+) mentioned in", text) for text in texts]
-            answer = lambda key, text: key and re.search(rf"for {re.escape(key[1])} is: ([\w-]+)\.", text)
+            answer = lambda key, text: (
+                key and re.search(rf"for {re.escape(key[1])} is: ([\w-]+)\.", text)
+            )
             found = list(map(answer, keys, texts))
             return [match[1] if match else "" for match in found]
 
@@ -218,15 +293,25 @@ def regex_dummy(*args, **options):
 
 
 def test_needles_through_the_adapter(tmp_path):
-    """RULER, made here without network, also at a length that it has no metric for: the dummy is right, silence is wrong."""
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'")
-    pytest.importorskip("wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'")
+    """RULER, made here without network, also at a length that it has no metric for: the dummy is
+    right, silence is wrong.
+    """
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'"
+    )
+    pytest.importorskip(
+        "wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'"
+    )
     from ttt_jax.eval.harness_tasks import evaluate_tasks
 
     options = {"lengths": [1024, 4096], "limit": 3, "modes": ["on"]}
-    part = evaluate_tasks(model_of(), tmp_path, ["niah_single_1", "niah_multikey_3"], make=regex_dummy, **options)
+    part = evaluate_tasks(
+        model_of(), tmp_path, ["niah_single_1", "niah_multikey_3"], make=regex_dummy, **options
+    )
     assert {(e["task"], e["metric"]): e["on"]["value"] for e in part["entries"]} == {
-        (task, length): 1.0 for task in ("niah_single_1", "niah_multikey_3") for length in ("1024", "4096")
+        (task, length): 1.0
+        for task in ("niah_single_1", "niah_multikey_3")
+        for length in ("1024", "4096")
     }
     assert {entry["samples"] for entry in part["entries"]} == {3}
 
@@ -235,12 +320,16 @@ def test_needles_through_the_adapter(tmp_path):
         lm.write = lambda prompts, *rest: [""] * len(prompts)
         return lm
 
-    part = evaluate_tasks(model_of(), tmp_path, ["niah_single_1"], make=silent, **options | {"lengths": [1024]})
+    part = evaluate_tasks(
+        model_of(), tmp_path, ["niah_single_1"], make=silent, **options | {"lengths": [1024]}
+    )
     assert part["entries"][0]["on"]["value"] == 0.0
 
 
 class WordTokenizer:
-    """Words and single signs, numbered as they come: RULER's samples have as many tokens as real vocabularies give them."""
+    """Words and single signs, numbered as they come: RULER's samples have as many tokens as real
+    vocabularies give them.
+    """
 
     eos_id, fingerprint = 0, "words"
 
@@ -262,7 +351,9 @@ class WordTokenizer:
 
 
 def solve(text):
-    """The answer to a sample of RULER's variable tracking, common or frequent words, from its text alone."""
+    """The answer to a sample of RULER's variable tracking, common or frequent words, from its text
+    alone.
+    """
     if "chain(s)" in text:
         task = text[text.rindex("Memorize and track") :]  # behind the worked example
         value = re.search(r"assigned the value (\d+)", task)[1]
@@ -271,20 +362,33 @@ def solve(text):
             found += re.findall(rf"VAR (\w+) = VAR {name}\b", task)
         return " ".join(found)
     body, common = text.split("Question:")[0], "numbered list" in text
-    words = re.findall(r"\d+\. (\S+)", body) if common else re.findall(r"\b[a-z]{6}\b", body.split("coded words. ")[1])
+    words = (
+        re.findall(r"\d+\. (\S+)", body)
+        if common
+        else re.findall(r"\b[a-z]{6}\b", body.split("coded words. ")[1])
+    )
     return " ".join(word for word, _ in collections.Counter(words).most_common(10 if common else 3))
 
 
 def test_tracking_and_counting_through_the_adapter(tmp_path):
-    """RULER's vt, cwe and fwe: a solver that sees the prompt only is right, silence wrong, half an answer half right."""
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'")
-    pytest.importorskip("wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'")
+    """RULER's vt, cwe and fwe: a solver that sees the prompt only is right, silence wrong, half an
+    answer half right.
+    """
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'"
+    )
+    pytest.importorskip(
+        "wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'"
+    )
     from ttt_jax.eval.harness import TTTJaxLM
     from ttt_jax.eval.harness_tasks import evaluate_tasks
 
-    model = make(config(num_layers=2, vocab_size=257, **{"ttt.layers": (1,), "ttt.chunk_size": 4}), "float32")
+    model = make(
+        config(num_layers=2, vocab_size=257, **{"ttt.layers": (1,), "ttt.chunk_size": 4}), "float32"
+    )
     model.tokenizer = WordTokenizer()
-    limits = {"chain(s)": 30, "numbered list": 120, "coded text": 50}  # new tokens, by words of the task
+    # new tokens, by words of the task
+    limits = {"chain(s)": 30, "numbered list": 120, "coded text": 50}
 
     def run(names, answer, length):
         prompts = []
@@ -293,11 +397,20 @@ def test_tracking_and_counting_through_the_adapter(tmp_path):
             def write(self, rows, max_new_tokens, stop, sampling):
                 texts = [self.tokenizer.decode(row) for row in rows]
                 prompts.extend((len(row), text) for row, text in zip(rows, texts, strict=True))
-                assert all(limits[words] == max_new_tokens for text in texts for words in limits if words in text)
+                assert all(
+                    limits[words] == max_new_tokens
+                    for text in texts
+                    for words in limits
+                    if words in text
+                )
                 return [answer(text) for text in texts]
 
-        part = evaluate_tasks(model, tmp_path, names, make=Dummy, lengths=[length], limit=3, modes=["on"])
-        assert {(entry["metric"], entry["samples"]) for entry in part["entries"]} == {(str(length), 3)}
+        part = evaluate_tasks(
+            model, tmp_path, names, make=Dummy, lengths=[length], limit=3, modes=["on"]
+        )
+        assert {(entry["metric"], entry["samples"]) for entry in part["entries"]} == {
+            (str(length), 3)
+        }
         return {entry["task"]: entry["on"]["value"] for entry in part["entries"]}, sorted(prompts)
 
     names = ["ruler_vt", "ruler_fwe", "ruler_cwe"]
@@ -306,16 +419,23 @@ def test_tracking_and_counting_through_the_adapter(tmp_path):
     assert 2048 < prompts[0][0] <= prompts[-1][0] <= 4096
     found, again = run(names, lambda text: "", 4096)
     assert found == dict.fromkeys(names, 0.0)
-    # The same samples at each call; but ruler_cwe shuffles with a generator of its module, which goes on.
-    assert [p for p in again if "numbered list" not in p[1]] == [p for p in prompts if "numbered list" not in p[1]]
+    # The same samples at each call; but ruler_cwe shuffles with a generator of its module, which
+    # goes on.
+    assert [p for p in again if "numbered list" not in p[1]] == [
+        p for p in prompts if "numbered list" not in p[1]
+    ]
     found, _ = run(["ruler_cwe"], lambda text: " ".join(solve(text).split()[:5]), 2048)
     assert found == {"ruler_cwe": 0.5}
 
 
 def test_samples_that_cannot_be_made_are_an_error(tmp_path):
     """With one token per byte: left to itself, the harness would not end, or divide by zero."""
-    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'")
-    pytest.importorskip("wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'")
+    pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install 'ttt-jax[eval]'"
+    )
+    pytest.importorskip(
+        "wonderwords", reason="wonderwords is not installed: pip install 'ttt-jax[eval]'"
+    )
     from ttt_jax.eval.harness_tasks import _ruler_tokenizer, evaluate_tasks
 
     def make_samples(module, function, length, tokenizer):
@@ -323,12 +443,21 @@ def test_samples_that_cannot_be_made_are_an_error(tmp_path):
         with _ruler_tokenizer(tmp_path, tokenizer, length):
             getattr(module, function)(tokenizer=str(tmp_path), max_seq_lengths=[length])
 
-    with pytest.raises(UserError, match=r"its shortest example has \d+ tokens .* room for 500; leave the task out"):
+    with pytest.raises(
+        UserError, match=r"its shortest example has \d+ tokens .* room for 500; leave the task out"
+    ):
         make_samples("vt_utils", "get_vt_dataset", 4096, ByteTokenizer())
-    with pytest.raises(UserError, match=r"its shortest sample has \d+ tokens .* room for 512; raise --lengths"):
+    with pytest.raises(
+        UserError, match=r"its shortest sample has \d+ tokens .* room for 512; raise --lengths"
+    ):
         make_samples("vt_utils", "get_vt_dataset", 512, WordTokenizer())
-    with pytest.raises(UserError, match=r"its shortest sample has \d+ tokens .* room for 256; raise --lengths"):
+    with pytest.raises(
+        UserError, match=r"its shortest sample has \d+ tokens .* room for 256; raise --lengths"
+    ):
         make_samples("fwe_utils", "fwe_download", 256, ByteTokenizer())
-    words = "--tasks ruler_cwe: its shortest sample is longer than 4096 tokens of this model's tokenizer; raise --lengths"
+    words = (
+        "--tasks ruler_cwe: its shortest sample is longer than 4096 tokens of this model's "
+        "tokenizer; raise --lengths"
+    )
     with pytest.raises(UserError, match=words):
         evaluate_tasks(model_of(), tmp_path, ["ruler_cwe"], lengths=[4096], limit=1, modes=["on"])

@@ -22,7 +22,12 @@ def entry(on, off, **where):
     """One length or position of two documents."""
     mean = lambda values: {"mean": float(np.mean(values)), "low": 0.0, "high": 9.0}
     gain = mean(np.array(off) - np.array(on))
-    return where | {"on": mean(on), "off": mean(off), "gain": gain, "per_document": {"on": on, "off": off}}
+    return where | {
+        "on": mean(on),
+        "off": mean(off),
+        "gain": gain,
+        "per_document": {"on": on, "off": off},
+    }
 
 
 def results_of(on=(2.0, 3.0), name="a"):
@@ -54,7 +59,9 @@ def test_folder_is_atomic_and_never_replaces_other_things(tmp_path):
     write_folder(out, files_of(results_of()), False)
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
     assert read_results(out) == results_of()
-    with pytest.raises(UserError, match="exists already; choose another folder or pass --overwrite"):
+    with pytest.raises(
+        UserError, match="exists already; choose another folder or pass --overwrite"
+    ):
         write_folder(out, files_of(results_of()), False)
     write_folder(out, files_of(results_of(name="b"), "<p>"), True)
     assert read_results(out)["model"] == "b"
@@ -114,16 +121,39 @@ def test_checks_before_a_model_is_loaded():
 
 @pytest.fixture
 def folder(tmp_path):
-    ttt = {"ttt_layers": [1], "ttt_mode": True, "ttt_proj": True, "ttt_lr": 0.5, "ttt_chunk": 4, "ttt_target": "hidden_states"}
-    make_folder(tmp_path / "model", {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2} | ttt)
+    ttt = {
+        "ttt_layers": [1],
+        "ttt_mode": True,
+        "ttt_proj": True,
+        "ttt_lr": 0.5,
+        "ttt_chunk": 4,
+        "ttt_target": "hidden_states",
+    }
+    make_folder(
+        tmp_path / "model", {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 2} | ttt
+    )
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, V, (3, 40)))
     return tmp_path
 
 
 def test_command_line(folder, capsys):
-    """From a Hugging Face folder and an .npy to results, a page, a coloured text, and a comparison with itself."""
+    """From a Hugging Face folder and an .npy to results, a page, a coloured text, and a comparison
+    with itself.
+    """
     model, ids, out = (str(folder / name) for name in ("model", "ids.npy", "out"))
-    words = ["eval", "--model", model, "--perplexity", ids, "--lengths", "16,32", "--html", "--diagnostics", "--out", out]
+    words = [
+        "eval",
+        "--model",
+        model,
+        "--perplexity",
+        ids,
+        "--lengths",
+        "16,32",
+        "--html",
+        "--diagnostics",
+        "--out",
+        out,
+    ]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "Loss of the same final 8 tokens" in shown
@@ -145,8 +175,14 @@ def test_command_line(folder, capsys):
         (["--out", "x"], "give --model DIR or --compare A B"),
         (["--model", "m"], "--out DIR is missing"),
         (["--model", "m", "--out", "x"], "nothing to evaluate"),
-        (["--model", "nowhere", "--out", "x", "--perplexity", "d"], "model nowhere: no such folder"),
-        (["--model", "m", "--out", "x", "--perplexity", "d", "--lengths", "2q"], "--lengths 2q: '2q' is not a number"),
+        (
+            ["--model", "nowhere", "--out", "x", "--perplexity", "d"],
+            "model nowhere: no such folder",
+        ),
+        (
+            ["--model", "m", "--out", "x", "--perplexity", "d", "--lengths", "2q"],
+            "--lengths 2q: '2q' is not a number",
+        ),
         (["--compare", "nowhere", "nowhere"], "--compare nowhere: holds no results.json"),
     ],
 )

@@ -1,4 +1,5 @@
-"""A real pretrained model: TTT layers that were never trained change nothing, and the harness scores it as transformers does.
+"""A real pretrained model: TTT layers that were never trained change nothing, and the harness
+scores it as transformers does.
 
 TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/eval/test_smollm2.py     # see examples/smollm2.md
 """
@@ -14,16 +15,26 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("TTT_JAX_SMOLLM2" not in os.environ, reason="TTT_JAX_SMOLLM2 does not name its folder"),
+    pytest.mark.skipif(
+        "TTT_JAX_SMOLLM2" not in os.environ, reason="TTT_JAX_SMOLLM2 does not name its folder"
+    ),
     pytest.mark.filterwarnings("ignore"),  # of the harness, torch and their packages
 ]
 
 
 def python(*words):
-    """In a process of its own: this one compiles without optimisations (conftest.py), which suits tiny models only."""
+    """In a process of its own: this one compiles without optimisations (conftest.py), which suits
+    tiny models only.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -56,7 +67,16 @@ def test_untrained_ttt_layers_change_nothing(tmp_path):
     model = tmp_path / "model"
     ttt = ["--ttt.layers", "0,12,24", "--ttt.chunk_size", "64", "--ttt.lr", "0.1"]
     command("convert", os.environ["TTT_JAX_SMOLLM2"], model, "--to", "hf", *ttt)
-    options = ["--lengths", "256,512", "--documents", "2", "--batch-size", "2", "--out", tmp_path / "out"]
+    options = [
+        "--lengths",
+        "256,512",
+        "--documents",
+        "2",
+        "--batch-size",
+        "2",
+        "--out",
+        tmp_path / "out",
+    ]
     command("eval", "--model", model, "--perplexity", "stdlib", *options)
     part = json.loads((tmp_path / "out/results.json").read_text())["perplexity"]
     for entry in part["lengths"] + part["positions"]:
@@ -71,7 +91,9 @@ def test_needles_as_transformers_finds_them():
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     folder, found = Path(os.environ["TTT_JAX_SMOLLM2"]).resolve(), {}
-    assert (folder / "tokenizer_config.json").is_file(), "transformers needs it; make the folder with examples/smollm2.py again"
+    assert (folder / "tokenizer_config.json").is_file(), (
+        "transformers needs it; make the folder with examples/smollm2.py again"
+    )
     for model in ("hf", "ttt_jax"):
         printed = python("-c", NEEDLES, model, folder)
         found[model] = json.loads(printed.rpartition("REPORT")[2])

@@ -1,4 +1,6 @@
-"""The recall suite: every task is solvable from its own tokens, seeded, graded as it says; answers as `score` judges."""
+"""The recall suite: every task is solvable from its own tokens, seeded, graded as it says; answers
+as `score` judges.
+"""
 
 import functools
 
@@ -11,7 +13,14 @@ from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import UserError
 from ttt_jax.eval import synthetic
 from ttt_jax.eval.answers import Judge, Judgement
-from ttt_jax.eval.synthetic import TASKS, IdAlphabet, TextAlphabet, distances, evaluate, make_examples
+from ttt_jax.eval.synthetic import (
+    TASKS,
+    IdAlphabet,
+    TextAlphabet,
+    distances,
+    evaluate,
+    make_examples,
+)
 
 LENGTH = 400
 ALPHABETS = {"ids": IdAlphabet(200), "text": TextAlphabet(ByteTokenizer())}
@@ -19,21 +28,29 @@ ALPHABETS = {"ids": IdAlphabet(200), "text": TextAlphabet(ByteTokenizer())}
 
 @functools.cache
 def model_of():
-    return make(config(**{"ttt.chunk_size": 4, "num_layers": 2, "ttt.layers": (1,), "vocab_size": 257}), "float32")
+    return make(
+        config(**{"ttt.chunk_size": 4, "num_layers": 2, "ttt.layers": (1,), "vocab_size": 257}),
+        "float32",
+    )
 
 
 def examples_of(task, form, count=6, seed=0):
     length = {"ids": LENGTH, "text": 3 * LENGTH}[form]
     distance = 64 if task == "distance" else None
-    return make_examples(task, ALPHABETS[form], length=length, count=count, seed=seed, distance=distance)
+    return make_examples(
+        task, ALPHABETS[form], length=length, count=count, seed=seed, distance=distance
+    )
 
 
 def lookup(ids, start, stop):
-    """An oracle for every task but `variables`: the longest context that stood before, and what followed it there."""
+    """An oracle for every task but `variables`: the longest context that stood before, and what
+    followed it there.
+    """
     text, answer = "".join(map(chr, ids)), []
     for end in range(start, stop):
         n = 1
-        while text.find(text[end - n - 1 : end], 0, end - 1) >= 0:  # a longer context stood before, too
+        # a longer context stood before, too
+        while text.find(text[end - n - 1 : end], 0, end - 1) >= 0:
             n += 1
         answer.append(ids[text.rfind(text[end - n : end], 0, end - 1) + n])
     return answer
@@ -68,12 +85,16 @@ def test_examples_are_seeded_and_as_long_as_asked(task, form):
     assert first == again
     assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
     assert {len(example.ids) for example in first} == {LENGTH if form == "ids" else 3 * LENGTH}
-    assert {len(example.answers) for example in first} == {{"multi_query": 4, "induction": 10}.get(task, 1)}
+    assert {len(example.answers) for example in first} == {
+        {"multi_query": 4, "induction": 10}.get(task, 1)
+    }
     assert all(example.answers[-1][1] == len(example.ids) for example in first)
 
 
 def test_induction_needs_more_than_the_last_word():
-    """Decoys put other words behind most words of the pattern: the last occurrence of the word alone misleads."""
+    """Decoys put other words behind most words of the pattern: the last occurrence of the word
+    alone misleads.
+    """
     wrong = total = 0
     for example in examples_of("induction", "ids", count=20):
         for start, _ in example.answers:
@@ -87,14 +108,21 @@ def test_the_distance_is_what_it_says():
     alphabet = ALPHABETS["ids"]
     closing, opening = alphabet.encode(")")[0], alphabet.encode("(")[0]
     for distance in distances(LENGTH):
-        for example in make_examples("distance", alphabet, length=LENGTH, count=2, distance=distance):
+        for example in make_examples(
+            "distance", alphabet, length=LENGTH, count=2, distance=distance
+        ):
             question = len(example.ids) - 1 - example.ids[::-1].index(opening)
             assert question - example.ids.index(closing) - 1 == distance
 
 
 def test_an_oracle_scores_one_and_a_guess_scores_zero():
-    right = lambda rows: [Judgement(np.zeros(len(row) - 1, np.float32), np.ones(len(row) - 1, bool)) for row in rows]
-    wrong = lambda rows: [Judgement(np.full(len(row) - 1, -9.0, np.float32), np.zeros(len(row) - 1, bool)) for row in rows]
+    right = lambda rows: [
+        Judgement(np.zeros(len(row) - 1, np.float32), np.ones(len(row) - 1, bool)) for row in rows
+    ]
+    wrong = lambda rows: [
+        Judgement(np.full(len(row) - 1, -9.0, np.float32), np.zeros(len(row) - 1, bool))
+        for row in rows
+    ]
     part = evaluate(model_of(), lengths=[LENGTH], examples=3, judges={"on": right, "off": wrong})
     for entry in part["entries"]:
         assert (entry["on"]["accuracy"]["mean"], entry["off"]["accuracy"]["mean"]) == (1.0, 0.0)
@@ -105,18 +133,30 @@ def test_an_oracle_scores_one_and_a_guess_scores_zero():
 
 def test_one_wrong_token_of_an_answer_makes_it_wrong():
     def almost(rows):
-        judged = [Judgement(np.zeros(len(row) - 1, np.float32), np.ones(len(row) - 1, bool)) for row in rows]
+        judged = [
+            Judgement(np.zeros(len(row) - 1, np.float32), np.ones(len(row) - 1, bool))
+            for row in rows
+        ]
         for judgement in judged:
             judgement.greedy_T[-1] = False
         return judged
 
-    part = evaluate(model_of(), lengths=[LENGTH], tasks=["multi_query"], ttt=["on"], examples=3, judges={"on": almost})
+    part = evaluate(
+        model_of(),
+        lengths=[LENGTH],
+        tasks=["multi_query"],
+        ttt=["on"],
+        examples=3,
+        judges={"on": almost},
+    )
     assert part["entries"][0]["on"]["accuracy"]["mean"] == 0.75
 
 
 @pytest.mark.parametrize("ttt", [True, False])
 def test_a_judge_agrees_with_score(ttt):
-    """Ragged rows in batches of two, in pieces: log-probabilities and argmax as of `score`, in the order given."""
+    """Ragged rows in batches of two, in pieces: log-probabilities and argmax as of `score`, in the
+    order given.
+    """
     model, rng = model_of(), np.random.default_rng(0)
     rows = [rng.integers(0, 257, n) for n in (5, 19, 1, 30, 2)]
     counted = []
@@ -125,12 +165,18 @@ def test_a_judge_agrees_with_score(ttt):
     whole = score(model, rows, ttt=ttt, logits=True, piece=32)
     for b, row in enumerate(rows):
         n = len(row) - 1
-        np.testing.assert_allclose(judged[b].logprobs_T, whole.logprobs_BT[b, :n], rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(judged[b].greedy_T, whole.logits_BTV[b, :n].argmax(-1) == row[1:])
+        np.testing.assert_allclose(
+            judged[b].logprobs_T, whole.logprobs_BT[b, :n], rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_array_equal(
+            judged[b].greedy_T, whole.logits_BTV[b, :n].argmax(-1) == row[1:]
+        )
 
 
 def test_the_suite_runs_on_a_model():
-    part = evaluate(model_of(), lengths=[128], tasks=["single_needle"], examples=2, batch_size=2, piece=128)
+    part = evaluate(
+        model_of(), lengths=[128], tasks=["single_needle"], examples=2, batch_size=2, piece=128
+    )
     for mode in ("off", "on"):
         assert part["entries"][0][mode]["nll"]["mean"] > 0
 

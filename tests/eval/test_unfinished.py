@@ -1,4 +1,6 @@
-"""An evaluation that is interrupted: what is finished is kept, the same command goes on, another one is refused."""
+"""An evaluation that is interrupted: what is finished is kept, the same command goes on, another
+one is refused.
+"""
 
 import json
 import signal
@@ -48,7 +50,10 @@ def test_pieces_are_kept_exactly(tmp_path):
 def test_another_command_is_refused_and_may_be_dropped(tmp_path):
     Unfinished(tmp_path, ABOUT).piece(("a",), lambda: 1)
     before = (tmp_path / UNFINISHED).read_bytes()
-    message = r"another command \(lengths: \[16, 32\] there, \[16\] here\); give the same command, another folder, or --over"
+    message = (
+        r"another command \(lengths: \[16, 32\] there, \[16\] here\); give the same "
+        r"command, another folder, or --over"
+    )
     with pytest.raises(UserError, match=message):
         Unfinished(tmp_path, ABOUT | {"lengths": [16]})
     assert (tmp_path / UNFINISHED).read_bytes() == before
@@ -133,7 +138,9 @@ def results(folder):
 
 
 def test_the_same_command_goes_on(words, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the second of three batches: exit 130; then two batches are read, and the figures are those of one run."""
+    """Ctrl-C in the second of three batches: exit 130; then two batches are read, and the figures
+    are those of one run.
+    """
     import ttt_jax.eval.perplexity as perplexity
 
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 DAMAGES = ("a flipped byte", "cut in half", "deleted")
-_UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # of the step itself: no restore reads them
+# of the step itself: no restore reads them
+_UNREAD = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
 def damage(path: Path, how: str) -> None:
@@ -52,7 +53,11 @@ def every_file(job, run: Path, scratch: Path) -> str:
     expected = {newest: restore(scratch)[1]}
     shutil.rmtree(scratch / str(newest))
     expected[older] = restore(scratch)[1]
-    files = sorted(p.relative_to(source / str(newest)) for p in (source / str(newest)).rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(source / str(newest))
+        for p in (source / str(newest)).rglob("*")
+        if p.is_file()
+    )
     fell_back = unread = 0
     for file in files:
         for how in DAMAGES:
@@ -73,6 +78,7 @@ def every_file(job, run: Path, scratch: Path) -> str:
                 assert (scratch / f"{newest}.damaged").is_dir()
                 fell_back += 1
     return (
-        f"{len(files)} files x {len(DAMAGES)} damages: {fell_back} named the file and used the step before, "
+        f"{len(files)} files x {len(DAMAGES)} damages: {fell_back} named the file and used the "
+        "step before, "
         f"{unread} do not matter for what is read"
     )

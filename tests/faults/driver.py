@@ -1,4 +1,5 @@
-"""`python tests/faults/driver.py WORDS`: train.py with faults that no file can cause, as JSON in the variable FAULTS.
+"""`python tests/faults/driver.py WORDS`: train.py with faults that no file can cause, as JSON in
+the variable FAULTS.
 
 {"sleep": 0.02,            seconds added to every step, so that a trial can hit one
  "nan_loss": [7, 8],       steps whose token weights are NaN: loss and gradients are
@@ -36,7 +37,8 @@ if __name__ == "__main__":
         if self.batches_done in faults.get("nan_loss", ()):
             batch["weights"] = batch["weights"] * np.float32("nan")
         if self.batches_done in faults.get("nan_gradient", ()):
-            batch["targets"] = np.where(batch["weights"] == 0, np.int32(MARK), batch["targets"])  # they count nothing
+            # they count nothing
+            batch["targets"] = np.where(batch["weights"] == 0, np.int32(MARK), batch["targets"])
         return batch
 
     @jax.custom_vjp
@@ -45,11 +47,16 @@ if __name__ == "__main__":
 
     poison.defvjp(
         lambda h_BTD, bad: (h_BTD, bad),
-        lambda bad, g_BTD: (jnp.where(jnp.broadcast_to(bad, g_BTD.shape), jnp.float32(jnp.nan), g_BTD), None),
+        lambda bad, g_BTD: (
+            jnp.where(jnp.broadcast_to(bad, g_BTD.shape), jnp.float32(jnp.nan), g_BTD),
+            None,
+        ),
     )
 
     def poisoned_cross_entropy(h_BTD, weight, targets_BT, weights_BT):
-        return cross_entropy(poison(h_BTD, (targets_BT == MARK).any()), weight, targets_BT, weights_BT)
+        return cross_entropy(
+            poison(h_BTD, (targets_BT == MARK).any()), weight, targets_BT, weights_BT
+        )
 
     if faults.get("blind"):
         Saver._has_space = lambda self: True

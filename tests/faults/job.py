@@ -1,4 +1,6 @@
-"""A training job of seconds for fault trials: a corpus, its start and end, its curve and its documents."""
+"""A training job of seconds for fault trials: a corpus, its start and end, its curve and its
+documents.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +31,44 @@ WORDS = [
 
 
 class Job:
-    """Runs of one config in `folder`, started as a user starts them. They share a compilation cache.
+    """Runs of one config in `folder`, started as a user starts them. They share a compilation
+    cache.
 
     Args:
       steps: of each run; the corpus is larger than what they read, so no document may come twice.
       runs_dir: where the runs lie, `folder/runs` by default.
     """
 
-    def __init__(self, folder: Path, steps: int, runs_dir: Path | None = None, words: list[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, steps: int, runs_dir: Path | None = None, words: list[str] | None = None
+    ) -> None:
         self.folder, self.steps, self.runs = folder, steps, runs_dir or folder / "runs"
         self.corpus = folder / "corpus"
         if not self.corpus.exists():
             self.corpus.mkdir(parents=True)
             rng = np.random.default_rng(0)
             for i in range(steps * 8):
-                text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", f"{i:04d}"], rng.integers(2, 12)))
+                text = " ".join(
+                    rng.choice(
+                        ["fast", "weight", "chunk", "update", "apply", f"{i:04d}"],
+                        rng.integers(2, 12),
+                    )
+                )
                 (self.corpus / f"{i:04d}.txt").write_text(text)
         self.words = [*WORDS, f"--steps={steps}", f"--data.train={self.corpus}", *(words or [])]
 
     def start(
-        self, name: str, *extra: str, processes: int = 1, script: str = "train.py", log: Path | None = None, **environment: str
+        self,
+        name: str,
+        *extra: str,
+        processes: int = 1,
+        script: str = "train.py",
+        log: Path | None = None,
+        **environment: str,
     ):
-        """The run `name`, as so many processes; a list of them. What they print goes to `log`, or is what `end` returns."""
+        """The run `name`, as so many processes; a list of them. What they print goes to `log`, or
+        is what `end` returns.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -67,12 +85,23 @@ class Job:
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
             if processes > 1:
-                keys = ("TTT_JAX_COORDINATOR", "TTT_JAX_NUM_PROCESSES", "TTT_JAX_PROCESS_ID", "TTT_JAX_TIMEOUT")
-                env |= dict(zip(keys, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True))
+                keys = (
+                    "TTT_JAX_COORDINATOR",
+                    "TTT_JAX_NUM_PROCESSES",
+                    "TTT_JAX_PROCESS_ID",
+                    "TTT_JAX_TIMEOUT",
+                )
+                env |= dict(
+                    zip(keys, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True)
+                )
             words = [*self.words, f"--runs_dir={self.runs}", f"--name={name}", *extra]
             out = subprocess.PIPE if log is None else log.open("w")
             pipes = {"stdout": out, "stderr": subprocess.STDOUT, "text": True}
-            started.append(subprocess.Popen([sys.executable, script, *words], cwd=ROOT, env=env | environment, **pipes))
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, script, *words], cwd=ROOT, env=env | environment, **pipes
+                )
+            )
         return started
 
     def finish(self, name: str, *extra: str, code: int = 0, **options) -> str:
@@ -83,8 +112,12 @@ class Job:
         """What must not depend on faults: every logged number but times, speed and memory."""
         lines = (self.runs / name / "metrics.jsonl").read_text().splitlines()
         varies = ("tokens_per_second", "time/", "host_memory_bytes")
-        rows = [{k: v for k, v in json.loads(line).items() if not k.startswith(varies)} for line in lines]
-        return [row for row in rows if row.keys() > {"step"}]  # a save has a row of its own, with its time alone
+        rows = [
+            {k: v for k, v in json.loads(line).items() if not k.startswith(varies)}
+            for line in lines
+        ]
+        # a save has a row of its own, with its time alone
+        return [row for row in rows if row.keys() > {"step"}]
 
     def logged(self, name: str) -> int:
         """Steps in the curve so far."""
@@ -92,9 +125,16 @@ class Job:
         return path.read_bytes().count(b'"loss":') if path.exists() else 0
 
     def documents(self, name: str) -> list[list]:
-        """What each step held. Every step has exactly one line, and no piece of a document comes twice."""
-        lines = [json.loads(line) for line in (self.runs / name / "documents.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == list(range(1, self.steps + 1)), "a step is missing or repeated"
+        """What each step held. Every step has exactly one line, and no piece of a document comes
+        twice.
+        """
+        lines = [
+            json.loads(line)
+            for line in (self.runs / name / "documents.jsonl").read_text().splitlines()
+        ]
+        assert [line["step"] for line in lines] == list(range(1, self.steps + 1)), (
+            "a step is missing or repeated"
+        )
         pieces = [tuple(piece) for line in lines for piece in line["documents"]]
         assert pieces, "no documents at all"
         assert len(set(pieces)) == len(pieces), "a document was seen twice"
@@ -103,13 +143,17 @@ class Job:
     def assert_same(self, name: str, expected: str) -> None:
         """Bit for bit one curve, and the same documents in the same steps."""
         assert self.curve(name) == self.curve(expected), f"{name}: another curve than {expected}"
-        assert self.documents(name) == self.documents(expected), f"{name}: other documents than {expected}"
+        assert self.documents(name) == self.documents(expected), (
+            f"{name}: other documents than {expected}"
+        )
 
     def checkpoints(self, name: str) -> Path:
         return self.runs / name / "checkpoints"
 
     def newest(self, name: str) -> int:
-        """The newest complete checkpoint, whose files must be what was written; 0 when there is none."""
+        """The newest complete checkpoint, whose files must be what was written; 0 when there is
+        none.
+        """
         steps = finished_steps(self.checkpoints(name))
         for step in steps:
             folder = self.checkpoints(name) / str(step)
@@ -120,7 +164,9 @@ class Job:
     def saving(self, name: str) -> bool:
         """Whether a save is in flight, seen from outside."""
         try:
-            return any(".orbax-checkpoint-tmp" in entry.name for entry in self.checkpoints(name).iterdir())
+            return any(
+                ".orbax-checkpoint-tmp" in entry.name for entry in self.checkpoints(name).iterdir()
+            )
         except FileNotFoundError:
             return False
 
@@ -147,7 +193,9 @@ def end(processes, code: int | None = 0) -> list[str]:
             process.kill()
             process.wait()
     if code is not None:
-        assert [process.returncode for process in processes] == [code] * len(processes), "\n-----\n".join(outputs)
+        assert [process.returncode for process in processes] == [code] * len(processes), (
+            "\n-----\n".join(outputs)
+        )
     return outputs
 
 

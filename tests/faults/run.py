@@ -1,7 +1,8 @@
-"""The fault harness: `python tests/faults/run.py [--only NAME ...] [--kills 50] [--signals 10] [--instants 200] [--keep]`.
+"""The fault harness: `python tests/faults/run.py [--only NAME ...] [--kills 50] [--signals 10]
+[--instants 200] [--keep]`.
 
-Trains a tiny model, breaks it in every way of `scenarios.py`, continues it, and compares with the undisturbed run. Prints a
-table (Markdown); exit code 1 if a promise was broken.
+Trains a tiny model, breaks it in every way of `scenarios.py`, continues it, and compares with the
+undisturbed run. Prints a table (Markdown); exit code 1 if a promise was broken.
 `disk_full` and `disk_full_of_two` need the right to mount a tmpfs. About half an hour on two cores.
 """
 
@@ -24,7 +25,9 @@ from faults import scenarios  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = ("kill_9", "sigterm", "disk_full", "corrupt", "truncated_data", "not_finite", "one_of_two", "sigterm_of_two",
              "disk_full_of_two", "shared_cache", "two_jobs", "interrupted_twice", "lost_terminal",
              "signals_anywhere")  # fmt: skip

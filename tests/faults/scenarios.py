@@ -1,7 +1,8 @@
-"""The faults, one function each: `scenario(folder, trials) -> what was seen`. A broken promise is an AssertionError.
+"""The faults, one function each: `scenario(folder, trials) -> what was seen`. A broken promise is
+an AssertionError.
 
-After every fault the same command is run again, and the curve has to be the undisturbed one bit for bit, with every
-document in its step, none lost and none twice (`Job.assert_same`).
+After every fault the same command is run again, and the curve has to be the undisturbed one bit for
+bit, with every document in its step, none lost and none twice (`Job.assert_same`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from faults.instants import assert_quiet, handles, interrupted_twice, lost_terminal, signals_anywhere, two_jobs
+from faults.instants import (
+    assert_quiet,
+    handles,
+    interrupted_twice,
+    lost_terminal,
+    signals_anywhere,
+    two_jobs,
+)
 from faults.job import DRIVER, Job, end, fill, kill, small_disk
 from faults.several import disk_full_of_two, one_of_two, shared_cache, sigterm_of_two
 
@@ -27,7 +35,9 @@ __all__ = [
 
 
 def kill_9(folder: Path, trials: int, seed: int = 0) -> str:
-    """kill -9: a third anywhere (start included), a third after a random step, a third while a save is being written."""
+    """kill -9: a third anywhere (start included), a third after a random step, a third while a save
+    is being written.
+    """
     rng, job = random.Random(seed), Job(folder, steps=90)
     job.finish("whole")
     inside = anywhere = done = runs = 0
@@ -60,7 +70,10 @@ def kill_9(folder: Path, trials: int, seed: int = 0) -> str:
         job.finish(name)
         job.assert_same(name, "whole")
         runs += 1
-    return f"{done} kills in {runs} runs ({starts} starts): {inside} with a save in flight, {anywhere} at a random time"
+    return (
+        f"{done} kills in {runs} runs ({starts} starts): {inside} with a save in flight, "
+        f"{anywhere} at a random time"
+    )
 
 
 def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
@@ -95,7 +108,9 @@ def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
             sent += 1
             starting += early
             if job.logged(name) > before or before:
-                assert job.newest(name) >= job.curve(name)[-1]["step"], "a finished step was not saved"
+                assert job.newest(name) >= job.curve(name)[-1]["step"], (
+                    "a finished step was not saved"
+                )
         job.finish(name)
         job.assert_same(name, "whole")
         runs += 1
@@ -110,7 +125,12 @@ def disk_full(folder: Path, trials: int = 2) -> str:
     mount, seen = small_disk(folder / "small"), []
     try:
         job = Job(folder, steps=150)
-        small = Job(folder, steps=150, runs_dir=mount, words=["--checkpoint.keep=1", "--log.tensorboard=true"])
+        small = Job(
+            folder,
+            steps=150,
+            runs_dir=mount,
+            words=["--checkpoint.keep=1", "--log.tensorboard=true"],
+        )
         job.finish("whole150")
         for trial in range(trials):
             returns = trial % 2 == 0
@@ -120,7 +140,8 @@ def disk_full(folder: Path, trials: int = 2) -> str:
             assert small.wait(process, lambda name=name: small.logged(name) >= 20)
             fill(mount / "ballast")
             at = small.logged(name)
-            # The run's own lines wait in memory now, so what it does is read from its output at the end.
+            # The run's own lines wait in memory now, so what it does is read from its output at the
+            # end.
             time.sleep(2.5)
             assert process.poll() is None, "a full disk stopped the run: " + end([process], None)[0]
             if returns:
@@ -143,7 +164,8 @@ def disk_full(folder: Path, trials: int = 2) -> str:
             assert small.newest(name) == 150
             last = [event["text"] for event in small.events(name, "saved_again")]
             seen.append(
-                f"full from step {at}, " + (f"then '{last[0][:60]}'" if returns else "to the end: exit 1, then finished")
+                f"full from step {at}, "
+                + (f"then '{last[0][:60]}'" if returns else "to the end: exit 1, then finished")
             )
             shutil.rmtree(mount / name)
         seen.append(log_on_a_full_disk(job, small, mount))
@@ -155,7 +177,9 @@ def disk_full(folder: Path, trials: int = 2) -> str:
 def log_on_a_full_disk(job: Job, small: Job, mount: Path) -> str:
     """The run's own output is on the disk that is full."""
     log = mount / "log"
-    (process,) = small.start("logged", "--checkpoint.wait_for_space=60", script=DRIVER, FAULTS='{"sleep": 0.1}', log=log)
+    (process,) = small.start(
+        "logged", "--checkpoint.wait_for_space=60", script=DRIVER, FAULTS='{"sleep": 0.1}', log=log
+    )
     assert small.wait(process, lambda: small.logged("logged") >= 20)
     fill(mount / "ballast")
     size = -1
@@ -173,7 +197,9 @@ def log_on_a_full_disk(job: Job, small: Job, mount: Path) -> str:
 
 
 def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
-    """Each file of the newest checkpoint: a byte flipped, cut in half, deleted. `trials` of them by a whole run again."""
+    """Each file of the newest checkpoint: a byte flipped, cut in half, deleted. `trials` of them by
+    a whole run again.
+    """
     from faults import corrupted
 
     rng, job = random.Random(seed), Job(folder, steps=90)
@@ -183,7 +209,11 @@ def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
     half = job.runs / "half"
     seen = corrupted.every_file(job, half, folder / "corrupt")
     folder_of = half / "checkpoints" / "45"
-    files = sorted(p.relative_to(folder_of) for p in folder_of.rglob("*") if p.is_file() and p.stat().st_size > 200)
+    files = sorted(
+        p.relative_to(folder_of)
+        for p in folder_of.rglob("*")
+        if p.is_file() and p.stat().st_size > 200
+    )
     for trial in range(trials):
         name, damage = f"corrupt{trial}", corrupted.DAMAGES[trial % 3]
         shutil.copytree(half, job.runs / name)
@@ -199,7 +229,9 @@ def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
 
 
 def truncated_data(folder: Path, trials: int = 1) -> str:
-    """A data file is cut while a run reads: refused at the next start, by name, until the file is back."""
+    """A data file is cut while a run reads: refused at the next start, by name, until the file is
+    back.
+    """
     job = Job(folder / "data", steps=40)
     job.finish("whole")
     (process,) = job.start("cut", script=DRIVER, FAULTS='{"sleep": 0.05}')
@@ -207,7 +239,9 @@ def truncated_data(folder: Path, trials: int = 1) -> str:
     victim = job.corpus / "0007.txt"
     text = victim.read_bytes()
     victim.write_bytes(text[: len(text) // 2])
-    assert job.wait(process, lambda: job.logged("cut") >= 14), "the running job keeps what it has read"
+    assert job.wait(process, lambda: job.logged("cut") >= 14), (
+        "the running job keeps what it has read"
+    )
     kill([process])
     newest = job.newest("cut")
     output = job.finish("cut", code=2)
@@ -217,7 +251,10 @@ def truncated_data(folder: Path, trials: int = 1) -> str:
     victim.write_bytes(text)
     job.finish("cut")
     job.assert_same("cut", "whole")
-    refused = f"text: the run went on, the next start was refused ('{errors[0][:66]}...'); with the file back it continued"
+    refused = (
+        f"text: the run went on, the next start was refused ('{errors[0][:66]}...'); with "
+        "the file back it continued"
+    )
 
     tokens = np.random.default_rng(0).integers(0, 250, (4000, 33)).astype(np.int32)
     paths = [folder / "data" / name for name in ("train.npy", "heldout.npy")]
@@ -236,11 +273,16 @@ def truncated_data(folder: Path, trials: int = 1) -> str:
     np.save(paths[0], tokens[:3900])
     mapped.finish("cut")
     mapped.assert_same("cut", "whole")
-    return f"{refused}; mapped .npy: the run stopped and named the file, as the next start did; same curve with it back"
+    return (
+        f"{refused}; mapped .npy: the run stopped and named the file, as the next start did; "
+        "same curve with it back"
+    )
 
 
 def not_finite(folder: Path, trials: int = 2, seed: int = 3) -> str:
-    """NaN in losses and in gradients, alone and in a row; with kill -9 in between, the same curve as without."""
+    """NaN in losses and in gradients, alone and in a row; with kill -9 in between, the same curve
+    as without.
+    """
     rng, job = random.Random(seed), Job(folder / "nan", steps=60)
     limits = ["--guard.skips=3", "--guard.rollbacks=1"]
     faults = {"nan_loss": [7, 20, 21, 22], "nan_gradient": [11], "sleep": 0.0}
@@ -276,6 +318,7 @@ def not_finite(folder: Path, trials: int = 2, seed: int = 3) -> str:
     assert "## Rollbacks" in report
     assert job.newest("hopeless") == 27
     return (
-        f"5 steps skipped, 1 rollback (at 22 to the weights of 18), {kills} kills around them: same curve; NaN without end: "
+        f"5 steps skipped, 1 rollback (at 22 to the weights of 18), {kills} kills around them: "
+        "same curve; NaN without end: "
         "exit 1 and a report"
     )

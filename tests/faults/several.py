@@ -1,4 +1,6 @@
-"""Faults of jobs of two gloo processes, and of jobs that share a folder of compiled programs. As scenarios.py."""
+"""Faults of jobs of two gloo processes, and of jobs that share a folder of compiled programs. As
+scenarios.py.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def one_of_two(folder: Path, trials: int = 2, seed: int = 4) -> str:
         assert job.newest(name) >= at // 3 * 3 - 6
         end(job.start(name, processes=2))
         same_on_both(job, name)
-    return f"{trials} kills (process 0 and 1 in turn); the other one ended after {max(lasted):.0f} s at most; same curve"
+    return (
+        f"{trials} kills (process 0 and 1 in turn); the other one ended after "
+        f"{max(lasted):.0f} s at most; same curve"
+    )
 
 
 def same_on_both(job: Job, name: str) -> None:
@@ -62,11 +67,16 @@ def sigterm_of_two(folder: Path, trials: int = 4, seed: int = 5) -> str:
         jobs[trial % 2].send_signal(signal.SIGTERM)
         outputs = end(jobs)
         lasted.append(time.monotonic() - begin)
-        assert "stopped by " + ("another process", "SIGTERM")[trial % 2 == 0] in outputs[0], outputs[0]
+        assert "stopped by " + ("another process", "SIGTERM")[trial % 2 == 0] in outputs[0], (
+            outputs[0]
+        )
         assert job.newest(name) == job.curve(name)[-1]["step"] >= at
     end(job.start(name, processes=2))
     same_on_both(job, name)
-    return f"{trials} SIGTERM (process 0 and 1 in turn): both exit 0, after {max(lasted):.1f} s at most; same curve"
+    return (
+        f"{trials} SIGTERM (process 0 and 1 in turn): both exit 0, after {max(lasted):.1f} s "
+        "at most; same curve"
+    )
 
 
 def disk_full_of_two(folder: Path, trials: int = 2) -> str:
@@ -80,13 +90,17 @@ def disk_full_of_two(folder: Path, trials: int = 2) -> str:
             extra = [f"--checkpoint.wait_for_space={60 if returns else 1}"]
             jobs = small.start(name, *extra, **SLOW)
             # Between two saves: what a disk does that fills during one is in docs/robustness.md.
-            filled = lambda name=name: small.logged(name) % 3 == 1 and small.logged(name) > 12 and not small.saving(name)
+            filled = lambda name=name: (
+                small.logged(name) % 3 == 1 and small.logged(name) > 12 and not small.saving(name)
+            )
             assert small.wait(jobs[0], filled), end(jobs, None)
             fill(mount / "ballast")
             at = small.logged(name)
             if returns:
                 time.sleep(2.5)
-                assert [process.poll() for process in jobs] == [None, None], "a full disk stopped the job"
+                assert [process.poll() for process in jobs] == [None, None], (
+                    "a full disk stopped the job"
+                )
                 (mount / "ballast").unlink()
                 output = end(jobs)[0]
                 assert "no space for step" in output, output
@@ -102,7 +116,10 @@ def disk_full_of_two(folder: Path, trials: int = 2) -> str:
             assert small.newest(name) == 36
             assert small.curve(name) == job.curve("whole")
             assert small.documents(name) == job.documents("whole")
-            seen.append(f"full from step {at}, " + ("space returned" if returns else "to the end: exit 1, then finished"))
+            seen.append(
+                f"full from step {at}, "
+                + ("space returned" if returns else "to the end: exit 1, then finished")
+            )
         name, blind = "inside", SLOW | {"FAULTS": '{"sleep": 0.05, "blind": true}'}
         jobs = small.start(name, "--checkpoint.wait_for_space=1", **blind)
         assert small.wait(jobs[0], lambda: small.logged(name) > 12), end(jobs, None)
@@ -116,26 +133,36 @@ def disk_full_of_two(folder: Path, trials: int = 2) -> str:
         end(small.start(name, processes=2))
         assert small.curve(name) == job.curve("whole")
         assert small.documents(name) == job.documents("whole")
-        seen.append(f"a write that failed inside a save: both ended after {lasted:.0f} s, then finished")
+        seen.append(
+            f"a write that failed inside a save: both ended after {lasted:.0f} s, then finished"
+        )
     finally:
         subprocess.run(["umount", "-l", str(mount)], check=True)
     return "; ".join(seen) + "; same curve"
 
 
 def shared_cache(folder: Path, trials: int = 2) -> str:
-    """A job of two processes and two jobs at a time share a folder of compiled programs, a damaged entry in it too."""
+    """A job of two processes and two jobs at a time share a folder of compiled programs, a damaged
+    entry in it too.
+    """
     job, cache = undisturbed(folder), folder / "programs"
     words = ["--steps=6", f"--compile_cache={cache}"]
     own = {"JAX_COMPILATION_CACHE_DIR": ""}  # not the harness's
-    to_first = lambda name: next(row["time/to_first_step"] for row in rows(job, name) if "time/to_first_step" in row)
+    to_first = lambda name: next(
+        row["time/to_first_step"] for row in rows(job, name) if "time/to_first_step" in row
+    )
     curve = job.curve("whole")[:6]
     outputs = end(job.start("cold", *words, processes=2, **own))
     assert "compile_cache" not in outputs[0], outputs[0]
     entries = {path.name: path.read_bytes() for path in cache.rglob("*-cache")}
     assert entries
     end(job.start("warm", *words, processes=2, **own))
-    assert {path.name for path in cache.rglob("*-cache")} == entries.keys(), "the second start compiled something"
-    victim = next(path for path in cache.rglob("*-cache") if "train_step" in path.name or "step" in path.name)
+    assert {path.name for path in cache.rglob("*-cache")} == entries.keys(), (
+        "the second start compiled something"
+    )
+    victim = next(
+        path for path in cache.rglob("*-cache") if "train_step" in path.name or "step" in path.name
+    )
     victim.write_bytes(entries[victim.name][:-1])
     outputs = end(job.start("damaged", *words, processes=2, **own))
     assert "1 entries without a valid seal were removed" in outputs[0], outputs[0]
@@ -147,11 +174,19 @@ def shared_cache(folder: Path, trials: int = 2) -> str:
         for jobs in pairs:
             end(jobs)
     outputs = end(job.start("last", *words, processes=2, **own))
-    for name in ["cold", "warm", "damaged", "last", *[f"pair{trial}{side}" for trial in range(trials) for side in "ab"]]:
+    for name in [
+        "cold",
+        "warm",
+        "damaged",
+        "last",
+        *[f"pair{trial}{side}" for trial in range(trials) for side in "ab"],
+    ]:
         assert job.curve(name) == curve, f"{name}: another curve"
     return (
-        f"two processes, {len(entries)} programs: {to_first('cold'):.1f} s to the first step, then {to_first('warm'):.1f} s; a "
-        f"damaged one was removed and compiled again; {trials} x 2 jobs at a time: all exit 0; same curve"
+        f"two processes, {len(entries)} programs: {to_first('cold'):.1f} s to the first step, "
+        f"then {to_first('warm'):.1f} s; a "
+        f"damaged one was removed and compiled again; {trials} x 2 jobs at a time: all exit 0; "
+        "same curve"
     )
 
 

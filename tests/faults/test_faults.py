@@ -11,11 +11,17 @@ from faults.job import Job
 
 def can_mount(folder):
     mounted = shutil.which("mount") and os.geteuid() == 0
-    return mounted and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False).returncode == 0
+    return (
+        mounted
+        and subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], check=False).returncode
+        == 0
+    )
 
 
 def test_a_flipped_byte_in_any_file_of_a_checkpoint(tmp_path, monkeypatch):
-    """Named, and the step before is restored. (The full harness also cuts and deletes each, and trains on.)"""
+    """Named, and the step before is restored. (The full harness also cuts and deletes each, and
+    trains on.)
+    """
     monkeypatch.setattr(corrupted, "DAMAGES", corrupted.DAMAGES[:1])
     job = Job(tmp_path, steps=9)
     job.finish("run")

@@ -1,4 +1,6 @@
-"""The small files beside a model: bounded, regular, inside the folder; refused in one line by everything that reads them."""
+"""The small files beside a model: bounded, regular, inside the folder; refused in one line by
+everything that reads them.
+"""
 
 import contextlib
 import functools
@@ -17,7 +19,14 @@ from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.config import CheckpointConfig, Config, ModelConfig, dump_yaml, from_dict
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, UserError
-from ttt_jax.files.reading import MAX_JSON_BYTES, excerpt, find_companion, read_bounded, read_json_object, read_text
+from ttt_jax.files.reading import (
+    MAX_JSON_BYTES,
+    excerpt,
+    find_companion,
+    read_bounded,
+    read_json_object,
+    read_text,
+)
 from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.load import load_pretrained, read_eos_ids
 
@@ -70,7 +79,9 @@ def refused(call):
 
 @contextlib.contextmanager
 def small_memory():
-    """What Python holds at once, compilation and imports included; the files that must not be read have 3 GB."""
+    """What Python holds at once, compilation and imports included; the files that must not be read
+    have 3 GB.
+    """
     tracemalloc.start()
     try:
         yield
@@ -81,7 +92,9 @@ def small_memory():
 
 def link(path):
     secret = path.parent.parent.parent / "secret"
-    secret.write_text(json.dumps({"eos_token_id": SECRET, "eos_token": SECRET, "model_type": SECRET}))
+    secret.write_text(
+        json.dumps({"eos_token_id": SECRET, "eos_token": SECRET, "model_type": SECRET})
+    )
     path.symlink_to(secret)
 
 
@@ -122,7 +135,9 @@ def test_what_is_only_copied(models, how):
     path = models / "hf/chat_template.jinja"
     path.unlink()
     SPOILT[how](path)
-    assert "chat_template.jinja" in refused(lambda: convert(models / "hf", models / "out", to="orbax"))
+    assert "chat_template.jinja" in refused(
+        lambda: convert(models / "hf", models / "out", to="orbax")
+    )
     assert not (models / "out").exists()
 
 
@@ -168,14 +183,19 @@ def test_the_cache_of_hugging_face_is_followed(models, tmp_path):
         shutil.copy(path, blobs / f"hash-{path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
     model = load_pretrained(snapshot)
-    assert (model.eos_ids, model.tokenizer.fingerprint) == ((2, 3), load_tokenizer(str(models / "hf")).fingerprint)
+    assert (model.eos_ids, model.tokenizer.fingerprint) == (
+        (2, 3),
+        load_tokenizer(str(models / "hf")).fingerprint,
+    )
     convert(snapshot, tmp_path / "out", to="orbax")
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_run_with_a_pipe_in_its_place(tmp_path):
     """config.yaml of a run folder, and the JSON of a checkpoint without checksums."""
-    config = from_dict(Config, {"name": "run", "runs_dir": str(tmp_path), "model": {"num_layers": 1}})
+    config = from_dict(
+        Config, {"name": "run", "runs_dir": str(tmp_path), "model": {"num_layers": 1}}
+    )
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run/config.yaml")
     assert "config.yaml: not a regular file" in refused(lambda: load_pretrained(tmp_path / "run"))
@@ -187,7 +207,9 @@ def test_a_run_with_a_pipe_in_its_place(tmp_path):
         os.mkfifo(folder / name)
     assert "not a regular file" in refused(lambda: load_pretrained(tmp_path / "run"))
     with Checkpointer(tmp_path / "run/checkpoints", CheckpointConfig()) as checkpointer:
-        assert "not a regular file" in refused(lambda: checkpointer.restore(1, model={}, opt_state={}))
+        assert "not a regular file" in refused(
+            lambda: checkpointer.restore(1, model={}, opt_state={})
+        )
     assert ModelConfig().num_layers != config.model.num_layers
 
 
@@ -202,7 +224,11 @@ def test_reading_is_bounded(tmp_path):
     path.write_bytes(b"ab\xff")
     with pytest.raises(CheckpointError, match=r"not UTF-8 \(byte 2\)"):
         read_text(path, 10, CheckpointError)
-    for text, words in (("[1]", "expected an object"), ("{", "not valid JSON"), ("[" * 10**5, "not valid JSON")):
+    for text, words in (
+        ("[1]", "expected an object"),
+        ("{", "not valid JSON"),
+        ("[" * 10**5, "not valid JSON"),
+    ):
         path.write_text(text)
         with pytest.raises(CheckpointError, match=words):
             read_json_object(path, CheckpointError)
@@ -213,7 +239,14 @@ def test_reading_is_bounded(tmp_path):
     assert find_companion(tmp_path, "a") == path
 
 
-LONG = ["a" * 10**6, [1] * 10**5, {str(n): n for n in range(100)}, 10**4000, "\x1b[2J\n", [["x"] * 9] * 9]
+LONG = [
+    "a" * 10**6,
+    [1] * 10**5,
+    {str(n): n for n in range(100)},
+    10**4000,
+    "\x1b[2J\n",
+    [["x"] * 9] * 9,
+]
 
 
 @pytest.mark.parametrize("value", LONG)

@@ -1,4 +1,5 @@
-"""Damaged and hostile checkpoints: a one-line `UserError` or exactly what is in the file; no crash, no large allocation.
+"""Damaged and hostile checkpoints: a one-line `UserError` or exactly what is in the file; no crash,
+no large allocation.
 
 A few examples of each run with the fast tests, `-m slow` runs 10,000.
 """
@@ -54,9 +55,15 @@ def work(pristine, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch):
-    """What a model's structure costs to trace, twenty times what reading these files costs, is paid once per config."""
+    """What a model's structure costs to trace, twenty times what reading these files costs, is paid
+    once per config.
+    """
     cached = functools.cache(abstract_transformer)
-    for module in (ttt_jax.pretrained.convert, ttt_jax.pretrained.hf_weights, ttt_jax.pretrained.load):
+    for module in (
+        ttt_jax.pretrained.convert,
+        ttt_jax.pretrained.hf_weights,
+        ttt_jax.pretrained.load,
+    ):
         monkeypatch.setattr(module, "abstract_transformer", cached)
 
 
@@ -169,7 +176,9 @@ def run_texts(work, name, examples):
     @fuzz(examples)
     @given(FLIPS | st.integers(0, len(original)))
     def example(change):
-        with changed(path, flip(original, change) if isinstance(change, list) else original[:change]):
+        with changed(
+            path, flip(original, change) if isinstance(change, list) else original[:change]
+        ):
             read_all(path.parent)
 
     example()
@@ -179,11 +188,23 @@ def run_index(work, stored, examples):
     path = work / "shards" / "model.safetensors.index.json"
     names = list(json.loads(path.read_text())["weight_map"])
     good = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
-    bad = ["../one/model.safetensors", "/etc/passwd", "..", "", "a\0b", "config.json", "x" * 5000, f"{good[0]}/"]
+    bad = [
+        "../one/model.safetensors",
+        "/etc/passwd",
+        "..",
+        "",
+        "a\0b",
+        "config.json",
+        "x" * 5000,
+        f"{good[0]}/",
+    ]
     files = st.sampled_from(good + bad) | JSON
 
     @fuzz(examples)
-    @given(st.dictionaries(st.sampled_from(names) | st.text(max_size=5), files, max_size=4), st.booleans())
+    @given(
+        st.dictionaries(st.sampled_from(names) | st.text(max_size=5), files, max_size=4),
+        st.booleans(),
+    )
     def example(change, keep):
         weight_map = json.loads(path.read_text())["weight_map"] if keep else {}
         with changed(path, json.dumps({"weight_map": weight_map | change}).encode()):
@@ -207,7 +228,11 @@ def run_orbax(work, examples, reader):
     @given(st.integers(0, len(files) - 1), FLIPS, st.integers(0, 1 << 20), st.booleans())
     def example(which, places, length, cut):
         original = files[which].read_bytes()
-        data = original[: length % (len(original) + 1)] if cut or not original else flip(original, places)
+        data = (
+            original[: length % (len(original) + 1)]
+            if cut or not original
+            else flip(original, places)
+        )
         with changed(files[which], data):
             reader(work / "orbax")
 
@@ -234,7 +259,9 @@ def test_configs(work, pristine):
     run_configs(work, pristine[1], 60)
 
 
-@pytest.mark.parametrize("name", ["one/config.json", "shards/model.safetensors.index.json", "orbax/ttt_jax.json"])
+@pytest.mark.parametrize(
+    "name", ["one/config.json", "shards/model.safetensors.index.json", "orbax/ttt_jax.json"]
+)
 def test_json_files(work, name):
     run_texts(work, name, 25)
 
@@ -271,7 +298,7 @@ def test_many_more(work, pristine, what):
     MANY[what](work, pristine[1])
 
 
-# ------------------------------------------------------------------------------------------------- hostile on purpose
+# ------------------------------------------------------------------------------- hostile on purpose
 
 
 def file_of(header, data=b"", length=None):
@@ -293,15 +320,19 @@ HOSTILE = {
     "listed twice": (file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],'
                              b'"data_offsets":[0,4]}}', b"1234"), "a is listed twice"),
     "out of range": (file_of({"a": tensor([1000], 0, 4000)}, b"1234"), "its tensors end at byte"),
-    "overlap": (file_of({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"), "tensor b begins at byte"),
+    "overlap": (file_of({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"), "tensor b "
+                                                                                    "begins at "
+                                                                                    "byte"),
     "hole": (file_of({"a": tensor([1], 4, 8)}, b"12345678"), "tensor a begins at byte"),
     "rest": (file_of({"a": tensor([1], 0, 4)}, b"12345678"), "its tensors end at byte"),
     "negative": (file_of({"a": tensor([-1], 0, 4)}, b"1234"), "no valid shape and data_offsets"),
     "fraction": (file_of({"a": tensor([1.5], 0, 6)}, b"123456"), "no valid shape and data_offsets"),
     "boolean": (file_of({"a": tensor([True], 0, 4)}, b"1234"), "no valid shape and data_offsets"),
-    "huge shape": (file_of({"a": tensor([2**40, 2**40], 0, 4)}, b"1234"), "has 4 bytes, which is not its shape in F32"),
+    "huge shape": (file_of({"a": tensor([2**40, 2**40], 0, 4)}, b"1234"), "has 4 bytes, which is "
+                                                                          "not its shape in F32"),
     "dtype": (file_of({"a": tensor([1], 0, 4, "pickle")}, b"1234"), "unknown dtype 'pickle'"),
-    "line break": (file_of({"a\nerror: b": tensor([1], 0, 8)}, b"12345678"), r"'a\\nerror: b' has 8 bytes"),
+    "line break": (file_of({"a\nerror: b": tensor([1], 0, 8)}, b"12345678"), r"'a\\nerror: b' has "
+                                                                             r"8 bytes"),
 }  # fmt: skip
 
 
@@ -324,17 +355,31 @@ def test_large_headers_and_json_are_not_read(tmp_path):
         TensorFiles(tmp_path)
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_JSON_BYTES + 1)
-    with small_memory(), pytest.raises(ConfigError, match=f"{MAX_JSON_BYTES + 1} bytes; such a file has at most"):
+    with (
+        small_memory(),
+        pytest.raises(ConfigError, match=f"{MAX_JSON_BYTES + 1} bytes; such a file has at most"),
+    ):
         load_hf(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "field", ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+    "field",
+    [
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+    ],
 )
 @pytest.mark.parametrize("value", [10**12, 2**24, 4096])
 def test_absurd_sizes_allocate_nothing(work, field, value):
     path = work / "one" / "config.json"
-    with changed(path, json.dumps(json.loads(path.read_text()) | {field: value}).encode()), small_memory():
+    with (
+        changed(path, json.dumps(json.loads(path.read_text()) | {field: value}).encode()),
+        small_memory(),
+    ):
         with pytest.raises(UserError) as error:
             load_hf(work / "one")
         with pytest.raises(UserError):
@@ -358,7 +403,10 @@ def test_links_may_not_leave_the_folder(pristine, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(root / "one", folder)
     (folder / "tokenizer.json").symlink_to("../secret")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: a link to .*secret, outside the checkpoint's folder"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tokenizer\.json: a link to .*secret, outside the checkpoint's folder",
+    ):
         convert(folder, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
     (folder / "tokenizer.json").unlink()
@@ -372,7 +420,8 @@ def test_links_may_not_leave_the_folder(pristine, tmp_path):
     (folder / "loop").symlink_to("loop")
     with contextlib.suppress(CheckpointError):
         inside(folder, "loop")
-    # A Hugging Face cache keeps its files beside the folder; they are part of it. So are links within the folder.
+    # A Hugging Face cache keeps its files beside the folder; they are part of it. So are links
+    # within the folder.
     snapshot, blobs = tmp_path / "hub/models--x/snapshots/abc", tmp_path / "hub/models--x/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -380,7 +429,10 @@ def test_links_may_not_leave_the_folder(pristine, tmp_path):
         shutil.copy(path, blobs / f"hash-{path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/hash-{path.name}")
     convert(snapshot, tmp_path / "from_hub", to="hf")
-    assert all(read_folder(tmp_path / "from_hub")[name].tobytes() == x.tobytes() for name, x in stored.items())
+    assert all(
+        read_folder(tmp_path / "from_hub")[name].tobytes() == x.tobytes()
+        for name, x in stored.items()
+    )
     os.symlink(folder, tmp_path / "alias")
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "alias"), load_hf(folder))
 
@@ -390,7 +442,8 @@ def test_a_pipe_is_no_file(pristine, tmp_path):
     shutil.copytree(pristine[0] / "one", folder)
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):  # and does not wait for a writer
+    # and does not wait for a writer
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         load_hf(folder)
 
 

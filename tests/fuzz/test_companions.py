@@ -1,6 +1,8 @@
-"""Damaged and hostile files beside a model, and chat templates: a result or one line that is a `UserError`, in bounded time.
+"""Damaged and hostile files beside a model, and chat templates: a result or one line that is a
+`UserError`, in bounded time.
 
-As in `fuzz/test_checkpoints.py`: a few examples of each run with the fast tests, `-m slow` runs 10,000.
+As in `fuzz/test_checkpoints.py`: a few examples of each run with the fast tests, `-m slow` runs
+10,000.
 """
 
 import json
@@ -23,7 +25,8 @@ from ttt_jax.pretrained.load import read_eos_ids
 
 SECONDS = 0.5  # for a template
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + "
+    "'<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PIECES = [
@@ -60,7 +63,9 @@ PIECES = [
     "\x1b[2J",
     "ü",
 ]
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=20)})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": st.text(max_size=20)}
+)
 MESSAGES = st.lists(MESSAGE, max_size=3)
 
 
@@ -78,8 +83,12 @@ def one_line(action):
 def run_templates(examples):
     """Templates in pieces, and flips of a real one."""
     pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install 'ttt-jax[test]'")
-    damaged = FLIPS.map(lambda places: flip(CHATML.encode(), places).decode("utf-8", errors="replace"))
-    sources = st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | damaged | st.text(max_size=30)
+    damaged = FLIPS.map(
+        lambda places: flip(CHATML.encode(), places).decode("utf-8", errors="replace")
+    )
+    sources = (
+        st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | damaged | st.text(max_size=30)
+    )
 
     @fuzz(examples)
     @given(sources, MESSAGES, st.booleans())
@@ -90,13 +99,16 @@ def run_templates(examples):
             assert text is None or isinstance(text, str)
         finally:
             template.close()
-        assert time.monotonic() - begin < 9  # two frames of half a second, and the start of a process
+        # two frames of half a second, and the start of a process
+        assert time.monotonic() - begin < 9
 
     example()
 
 
 def run_settings(folder, examples):
-    """Fields of tokenizer_config.json that the harness uses, of any shape, and its text, flipped and cut."""
+    """Fields of tokenizer_config.json that the harness uses, of any shape, and its text, flipped
+    and cut.
+    """
     path = folder / "tokenizer_config.json"
     names = ["chat_template", "bos_token", "eos_token", "add_bos_token", "pad_token"]
     several = st.lists(st.fixed_dictionaries({"name": JSON, "template": JSON}) | JSON, max_size=3)
@@ -109,7 +121,9 @@ def run_settings(folder, examples):
         if isinstance(change, dict):
             path.write_text(json.dumps(change))
         else:
-            path.write_bytes(flip(original, change) if isinstance(change, list) else original[:change])
+            path.write_bytes(
+                flip(original, change) if isinstance(change, list) else original[:change]
+            )
         settings = one_line(lambda: companion_fields(folder, path.name))
         if settings is not None:
             found = one_line(lambda: find_template(folder, settings))
@@ -130,7 +144,9 @@ def run_end_tokens(folder, examples):
         path.write_text(json.dumps({"eos_token_id": value}))
         found = one_line(lambda: read_eos_ids(folder, 50))
         path.unlink()
-        assert found is None or (len(found) <= 64 and all(type(i) is int and 0 <= i < 50 for i in found))
+        assert found is None or (
+            len(found) <= 64 and all(type(i) is int and 0 <= i < 50 for i in found)
+        )
 
     example()
 

@@ -1,7 +1,8 @@
-"""Damaged files of every format that is read: a one-line `UserError`, or a result; nothing else comes out.
+"""Damaged files of every format that is read: a one-line `UserError`, or a result; nothing else
+comes out.
 
-`fuzz/test_checkpoints.py` does the same for safetensors, their index, config.json and converted folders. A few hundred
-examples of each run with the fast tests, `-m slow` runs 10,000.
+`fuzz/test_checkpoints.py` does the same for safetensors, their index, config.json and converted
+folders. A few hundred examples of each run with the fast tests, `-m slow` runs 10,000.
 """
 
 import gzip
@@ -49,13 +50,15 @@ from ttt_jax.run.folder import read_run_config
 from ttt_jax.run.page import _curves, _facts, _quarantine, _warnings, read_run
 
 TEXTS = ["first document", "naïve café", "日本語のテキスト", "x" * 50] * 3
-JSONL = "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS)).encode() + b"\n"
+JSONL = (
+    "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS)).encode() + b"\n"
+)
 TOKENIZER = load_tokenizer("bytes")
 
-# ----------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 def config_yaml(folder, examples):
@@ -90,14 +93,17 @@ def data_config(path, **changes):
         "data.seq_len": 32,
         "data.batch_size": 2,
     }
-    return replace(Config(), base | {"data.max_bad_records": 1.0, "data.max_record_bytes": 10_000} | changes)
+    return replace(
+        Config(), base | {"data.max_bad_records": 1.0, "data.max_record_bytes": 10_000} | changes
+    )
 
 
 def read_data(path, **changes):
     config = data_config(path, **changes)
 
     def action():
-        corpus._recent.clear()  # files of one size written within one tick of the clock look the same
+        # files of one size written within one tick of the clock look the same
+        corpus._recent.clear()
         next(make_loader(config, tokenizer=TOKENIZER))
 
     return action
@@ -105,7 +111,9 @@ def read_data(path, **changes):
 
 def parquet_bytes():
     stream = io.BytesIO()
-    pq.write_table(pa.table({"text": TEXTS, "n": list(range(len(TEXTS)))}), stream, row_group_size=5)
+    pq.write_table(
+        pa.table({"text": TEXTS, "n": list(range(len(TEXTS)))}), stream, row_group_size=5
+    )
     return stream.getvalue()
 
 
@@ -159,7 +167,9 @@ def json_lines(folder, examples):
 def tokenizer_json(folder, examples):
     from data.test_tokenizer import make_tokenizer
 
-    make_tokenizer(folder, tokenizer_config={"eos_token": "<|im_end|>"}, config={"eos_token_id": [1]})
+    make_tokenizer(
+        folder, tokenizer_config={"eos_token": "<|im_end|>"}, config={"eos_token_id": [1]}
+    )
     path = folder / "tokenizer.json"
     original = path.read_bytes()
 
@@ -207,7 +217,11 @@ def session_file(folder, examples):
 
     def forged(change):  # with checksums that are right
         text = json.dumps(replaced(manifest, *change))
-        save_file(tensors, path, metadata={"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))})
+        save_file(
+            tensors,
+            path,
+            metadata={"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))},
+        )
         one_line(lambda: load_session(path, model))
 
     fuzz(quarter, TREES, forged)
@@ -215,20 +229,44 @@ def session_file(folder, examples):
     def other_tensors(change):
         name, shape, dtype = change
         changed = tensors | {name: np.ones(shape, dtype)}
-        crc32 = {n: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes()) for n, x in changed.items()}
+        crc32 = {
+            n: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes())
+            for n, x in changed.items()
+        }
         text = json.dumps(manifest | {"crc32": crc32})
-        save_file(changed, path, metadata={"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))})
+        save_file(
+            changed,
+            path,
+            metadata={"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))},
+        )
         one_line(lambda: load_session(path, model))
 
     shapes = st.lists(st.integers(0, 3), max_size=4)
     dtypes = st.sampled_from(["int32", "float32", "float64", "int8"])
-    fuzz(quarter, st.tuples(st.sampled_from(sorted(tensors)) | st.just("new"), shapes, dtypes), other_tensors)
+    fuzz(
+        quarter,
+        st.tuples(st.sampled_from(sorted(tensors)) | st.just("new"), shapes, dtypes),
+        other_tensors,
+    )
 
 
 def run_folder(folder, examples):
     """All that `ttt-jax report` reads."""
-    row = {"step": 1, "loss": 2.0, "ttt/layer_01/state_ratio": 0.1, "probe/gain": 0.5, "time/input_wait": 0.01}
-    entry = {"field": "data.train", "path": "x", "line": 3, "kind": "not JSON", "reason": "r", "excerpt": "<b>"}
+    row = {
+        "step": 1,
+        "loss": 2.0,
+        "ttt/layer_01/state_ratio": 0.1,
+        "probe/gain": 0.5,
+        "time/input_wait": 0.01,
+    }
+    entry = {
+        "field": "data.train",
+        "path": "x",
+        "line": 3,
+        "kind": "not JSON",
+        "reason": "r",
+        "excerpt": "<b>",
+    }
     event = {"time": "t", "step": 3, "kind": "warning", "text": "<script>"}
     files = {
         "metrics.jsonl": [row, row | {"step": 2}],
@@ -301,7 +339,9 @@ def cache_seals(folder, examples):
         same = which.read_bytes() == bytes([1]) * 100
         removed = cache.check()
         assert ("jit_1-cache" in removed) or same
-        assert sorted(removed + [p.name for p in folder.glob("*-cache")]) == [f"jit_{n}-cache" for n in range(3)]
+        assert sorted(removed + [p.name for p in folder.glob("*-cache")]) == [
+            f"jit_{n}-cache" for n in range(3)
+        ]
 
     fuzz(examples, st.lists(CHANGES, min_size=1, max_size=3), check)
 

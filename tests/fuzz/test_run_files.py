@@ -1,4 +1,5 @@
-"""Damaged files that a run keeps for itself: a refusal in one line, or a result; a record that nobody can read is no crash.
+"""Damaged files that a run keeps for itself: a refusal in one line, or a result; a record that
+nobody can read is no crash.
 
 As in `fuzz/test_inputs.py`, whose helpers are used, `-m slow` runs 10,000 examples of each.
 """
@@ -77,19 +78,30 @@ def rollbacks(folder, examples):
             assert isinstance(found.data_state, dict)
 
     fuzz_bytes(half, path, original, action)
-    fuzz_tree(examples - half, path, [dataclasses.asdict(record) for record in records], json.dumps, action)
+    fuzz_tree(
+        examples - half,
+        path,
+        [dataclasses.asdict(record) for record in records],
+        json.dumps,
+        action,
+    )
 
 
 def line_files(folder, examples):
     """metrics.jsonl (and documents.jsonl) as a run goes on, events.jsonl as it is read."""
     rows = [{"step": step, "loss": 2.5, "documents": [["a", 1]]} for step in range(1, 5)]
-    dump = lambda rows: "\n".join(map(json.dumps, rows)) + "\n" if isinstance(rows, list) else json.dumps(rows)
+    dump = lambda rows: (
+        "\n".join(map(json.dumps, rows)) + "\n" if isinstance(rows, list) else json.dumps(rows)
+    )
     metrics, events, share = folder / "metrics.jsonl", folder / EVENTS_FILE, examples // 4
 
     def resume():
         truncate_metrics(metrics, 3)
         if metrics.read_bytes():
-            assert all(json.loads(line)["step"] <= 3 for line in metrics.read_text(encoding="utf-8").splitlines())
+            assert all(
+                json.loads(line)["step"] <= 3
+                for line in metrics.read_text(encoding="utf-8").splitlines()
+            )
 
     def read():
         assert all(isinstance(event, dict) for event in read_events(folder))
@@ -112,7 +124,9 @@ def generation_config(folder, examples):
 
 
 def token_cache(folder, examples):
-    """The index beside cached tokens: damaged, it is as if there were none, or it says what it said."""
+    """The index beside cached tokens: damaged, it is as if there were none, or it says what it
+    said.
+    """
     tokens, index = cache._paths("k")
     with cache.TokenWriter("k", np.dtype(np.uint16)) as writer:
         writer.append(np.arange(20, dtype=np.uint16), [])

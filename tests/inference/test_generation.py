@@ -1,4 +1,6 @@
-"""Generation against the official code's decoding, against scoring, and against itself in other pieces and batches."""
+"""Generation against the official code's decoding, against scoring, and against itself in other
+pieces and batches.
+"""
 
 import functools
 
@@ -24,12 +26,14 @@ WINDOW = {"sliding_window": 6}
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
 
 
-# ------------------------------------------------------------------------------------------------------------- golden
+# ------------------------------------------------------------------------------------------- golden
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_official_decoding(golden_model, scan_layers):
-    """The official greedy decoding, across several chunk boundaries: same ids, and scores agree with its logits."""
+    """The official greedy decoding, across several chunk boundaries: same ids, and scores agree
+    with its logits.
+    """
     folder, io = golden_model
     model = load_pretrained(folder, runtime=Runtime(scan_layers=scan_layers))
     prompt, ids = io["decode_prompt"], io["decode_ids"]
@@ -38,27 +42,42 @@ def test_official_decoding(golden_model, scan_layers):
     (completion,) = generate(model, prompt, max_new_tokens=steps, eos_ids=())
     assert completion.token_ids == ids[0, prompt.shape[1] :].tolist()
     assert (completion.finish_reason, completion.text) == ("length", None)
-    log_softmax = io["decode_logits"][0] - np.log(np.exp(io["decode_logits"][0].astype(np.float64)).sum(-1, keepdims=True))
+    log_softmax = io["decode_logits"][0] - np.log(
+        np.exp(io["decode_logits"][0].astype(np.float64)).sum(-1, keepdims=True)
+    )
     expected = log_softmax[np.arange(steps), completion.token_ids]
     assert_close("logprobs", completion.logprobs, expected, 1e-5)
     if scan_layers:
         scores = score(model, ids, logits=True, piece=16)
-        assert_close("logits", scores.logits_BTV[:, prompt.shape[1] - 1 : -1], io["decode_logits"], 1e-4)
-        assert_close("scores", scores.logprobs_BT[0, prompt.shape[1] - 1 :], completion.logprobs, 1e-5)
+        assert_close(
+            "logits", scores.logits_BTV[:, prompt.shape[1] - 1 : -1], io["decode_logits"], 1e-4
+        )
+        assert_close(
+            "scores", scores.logprobs_BT[0, prompt.shape[1] - 1 :], completion.logprobs, 1e-5
+        )
 
 
 def test_official_logits_in_pieces(golden_model):
     folder, io = golden_model
     model = load_pretrained(folder)
-    assert_close("logits", score(model, io["input_ids"], logits=True, piece=16).logits_BTV, io["logits"], 1e-4)
+    assert_close(
+        "logits",
+        score(model, io["input_ids"], logits=True, piece=16).logits_BTV,
+        io["logits"],
+        1e-4,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- batches, pieces
+# ---------------------------------------------------------------------------------- batches, pieces
 
 
-@pytest.mark.parametrize(("changes", "sampling"), [({}, SAMPLED), (WINDOW, Sampling())], ids=["full", "window"])
+@pytest.mark.parametrize(
+    ("changes", "sampling"), [({}, SAMPLED), (WINDOW, Sampling())], ids=["full", "window"]
+)
 def test_a_ragged_batch_equals_single_runs(changes, sampling):
-    """Eight prompts of different lengths, sampled and greedy: what a row gets does not depend on its batch mates."""
+    """Eight prompts of different lengths, sampled and greedy: what a row gets does not depend on
+    its batch mates.
+    """
     model, rows = model_of(**changes), prompts([1, 2, 3, 4, 8, 13, 21, 40])
     session = Session(model, 8, piece=16)
     session.extend(rows)
@@ -79,7 +98,9 @@ def test_generated_tokens_score_as_they_were_generated(changes, ttt):
     (completion,) = generate(model, row, max_new_tokens=14, eos_ids=(), ttt=ttt)
     for piece in (4, 64):
         scores = score(model, [np.concatenate([row, completion.token_ids])], ttt=ttt, piece=piece)
-        np.testing.assert_allclose(scores.logprobs_BT[0, 18:], completion.logprobs, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            scores.logprobs_BT[0, 18:], completion.logprobs, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_ttt_changes_what_is_read():
@@ -97,16 +118,20 @@ def test_scores_of_ragged_rows():
     for b, row in enumerate(rows):
         alone = score(model, [row], logits=True, piece=8)
         n = len(row)
-        np.testing.assert_allclose(together.logprobs_BT[b, : n - 1], alone.logprobs_BT[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            together.logprobs_BT[b, : n - 1], alone.logprobs_BT[0], rtol=1e-4, atol=1e-5
+        )
         assert_close("logits", together.logits_BTV[b, :n], alone.logits_BTV[0], 1e-5)
         assert np.isnan(together.logprobs_BT[b, n - 1 :]).all()
         assert np.isnan(together.logits_BTV[b, n:]).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ sessions
+# ----------------------------------------------------------------------------------------- sessions
 
 
-@pytest.mark.parametrize(("changes", "cuts"), [({}, (5, 22)), ({}, (8, 3)), (WINDOW, (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "cuts"), [({}, (5, 22)), ({}, (8, 3)), (WINDOW, (1, 1))], ids=str
+)
 def test_a_restored_session_goes_on_as_if_never_stopped(changes, cuts, tmp_path):
     """Read, save, restore into the other layout, read, write, save, restore, write: equals one run."""
     model, other = model_of(**changes), model_of_unrolled(**changes)
@@ -127,7 +152,9 @@ def test_a_restored_session_goes_on_as_if_never_stopped(changes, cuts, tmp_path)
     second = session.generate(7, SAMPLED, eos_ids=())
     for one, two, all_of_it in zip(first, second, expected, strict=True):
         assert one.token_ids + two.token_ids == all_of_it.token_ids
-        np.testing.assert_allclose(one.logprobs + two.logprobs, all_of_it.logprobs, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            one.logprobs + two.logprobs, all_of_it.logprobs, rtol=1e-4, atol=1e-5
+        )
     np.testing.assert_array_equal(session.position_B, whole.position_B)
 
 
@@ -141,13 +168,21 @@ def test_branches_go_their_own_ways():
     questions = prompts([3, 5, 2], seed=1)
     session = Session(model)
     session.read([document])
-    fast_weights = lambda: [x for runs in session.state.layers for run in runs if run.ttt for x in (np.asarray(run.ttt.S_BDF),)]
+    fast_weights = lambda: [
+        x
+        for runs in session.state.layers
+        for run in runs
+        if run.ttt
+        for x in (np.asarray(run.ttt.S_BDF),)
+    ]
     before = fast_weights()
     asked = session.branch(3)
     asked.extend(questions)
     together = asked.generate(6, eos_ids=())
     for question, completion in zip(questions, together, strict=True):
-        fresh = generate(model, [np.concatenate([document, question])], max_new_tokens=6, eos_ids=())
+        fresh = generate(
+            model, [np.concatenate([document, question])], max_new_tokens=6, eos_ids=()
+        )
         assert completion.token_ids == fresh[0].token_ids
         copy = session.branch()
         copy.extend([question])
@@ -159,7 +194,9 @@ def test_branches_go_their_own_ways():
 
 
 def test_after_the_end_token_nothing_is_read():
-    """A row that ended keeps its state while others go on: the session continues from the end token."""
+    """A row that ended keeps its state while others go on: the session continues from the end
+    token.
+    """
     model, rows = model_of(), prompts([9, 12])
     free = generate(model, rows, max_new_tokens=12, eos_ids=())
     eos = free[0].token_ids[2]
@@ -174,11 +211,15 @@ def test_after_the_end_token_nothing_is_read():
     session.extend(more)
     went_on = session.generate(4, eos_ids=())
     whole = np.concatenate([rows[0], first.token_ids, more[0]])
-    assert went_on[0].token_ids == generate(model, [whole], max_new_tokens=4, eos_ids=())[0].token_ids
+    assert (
+        went_on[0].token_ids == generate(model, [whole], max_new_tokens=4, eos_ids=())[0].token_ids
+    )
 
 
 def test_stop_strings_and_streamed_text():
-    """The text ends before the stop string, which may be spread over tokens; nothing behind it is read or shown."""
+    """The text ends before the stop string, which may be spread over tokens; nothing behind it is
+    read or shown.
+    """
     model = make(config(**CHANGES, vocab_size=257), "float32")
     model.tokenizer = ByteTokenizer()
     free = generate(model, "Once", max_new_tokens=40, temperature=2.0, eos_ids=(), seed=3)[0]
@@ -188,7 +229,12 @@ def test_stop_strings_and_streamed_text():
     session, shown = Session(model), []
     session.extend(["Once"])
     stopped = session.generate(
-        40, Sampling(2.0), stop=["never seen", stop], eos_ids=(), seed=3, on_text=lambda row, piece: shown.append(piece)
+        40,
+        Sampling(2.0),
+        stop=["never seen", stop],
+        eos_ids=(),
+        seed=3,
+        on_text=lambda row, piece: shown.append(piece),
     )[0]
     assert (stopped.finish_reason, stopped.text) == ("stop", text[: text.index(stop)])
     assert "".join(shown) == stopped.text
@@ -211,13 +257,16 @@ def test_errors_name_what_is_wrong():
         (lambda: generate(model, [[1], [2]], seed=[1]), "1 seeds for 2"),
         (lambda: Session(model).generate(1), "stream 0 is empty"),
         (lambda: Session(model, 2).read([[1]]), "1 for a session of 2"),
-        (lambda: score(model, [[1, 2], [model.config.vocab_size]]), f"holds id {model.config.vocab_size}"),
+        (
+            lambda: score(model, [[1, 2], [model.config.vocab_size]]),
+            f"holds id {model.config.vocab_size}",
+        ),
     ]:
         with pytest.raises(UserError, match=match):
             bad()
 
 
-# -------------------------------------------------------------------------------------------------------- session files
+# ------------------------------------------------------------------------------------ session files
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +280,9 @@ def saved(tmp_path_factory):
 
 def test_a_session_of_another_model_is_refused(saved, tmp_path):
     other = jax.tree.map(lambda x: x, model_of())
-    other.norm.scale = type(other.norm.scale)(other.norm.scale[...].at[3].add(1e-3), axes=("embed",))
+    other.norm.scale = type(other.norm.scale)(
+        other.norm.scale[...].at[3].add(1e-3), axes=("embed",)
+    )
     with pytest.raises(CheckpointError, match="written by another model"):
         Session.load(saved, other)
     with pytest.raises(CheckpointError, match="no such file"):
@@ -244,7 +295,17 @@ def test_a_session_of_another_model_is_refused(saved, tmp_path):
 def test_damage_is_found(saved, tmp_path):
     """Any flipped bit, any truncation: an error, never another answer."""
     data, path, rng = saved.read_bytes(), tmp_path / "s.safetensors", np.random.default_rng(0)
-    places = sorted({0, 7, 8, 9, len(data) - 1, *rng.integers(0, len(data), 60).tolist(), *rng.integers(0, 900, 40).tolist()})
+    places = sorted(
+        {
+            0,
+            7,
+            8,
+            9,
+            len(data) - 1,
+            *rng.integers(0, len(data), 60).tolist(),
+            *rng.integers(0, 900, 40).tolist(),
+        }
+    )
     for place in places:
         bad = bytearray(data)
         bad[place] ^= 1 << int(rng.integers(8))
@@ -275,7 +336,11 @@ def test_tensors_that_do_not_fit_are_refused(saved, tmp_path):
         return tmp_path / "s.safetensors"
 
     Session.load(write(lambda t: t), model_of())
-    S = "layers.0.S" if "layers.0.S" in tensors else sorted(name for name in tensors if name.endswith(".S"))[0]
+    S = (
+        "layers.0.S"
+        if "layers.0.S" in tensors
+        else sorted(name for name in tensors if name.endswith(".S"))[0]
+    )
     for change, match in [
         (lambda t: t | {S: t[S] * np.float32("nan")}, "not finite"),
         (lambda t: t | {S: t[S][:1]}, "tensor layers"),
@@ -306,7 +371,7 @@ def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-# -------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def test_a_ring_does_not_grow():
@@ -332,11 +397,13 @@ def test_caches_grow_when_a_session_reads_on():
     assert jnp.asarray(session.state.position_B).tolist() == [705]
 
 
-# ------------------------------------------------------------------------------------------------------ past the length
+# ---------------------------------------------------------------------------------- past the length
 
 
 def test_one_warning_past_max_positions():
-    """Reading, writing and scoring past the length of the config say so, once; a window sees no new distances."""
+    """Reading, writing and scoring past the length of the config say so, once; a window sees no new
+    distances.
+    """
     from ttt_jax.eval.answers import Judge
     from ttt_jax.inference.prefill import _say_past_positions
 
@@ -345,13 +412,17 @@ def test_one_warning_past_max_positions():
         "score": lambda: score(model, [ids]),
         "prompt": lambda: generate(model, [ids], max_new_tokens=1),
         "new tokens": lambda: generate(model, [ids[:8]], max_new_tokens=10),
-        "pieces": lambda: [session.extend([part]) or session.generate(2) for part in (ids[:8], ids[8:])],
+        "pieces": lambda: [
+            session.extend([part]) or session.generate(2) for part in (ids[:8], ids[8:])
+        ],
         "judge": lambda: Judge(model)([ids]),
     }
     for name, action in actions.items():
         _say_past_positions.cache_clear()
         session = Session(model)
-        with pytest.warns(UserWarning, match=r"input past position 16, the last that .*model\.max_positions") as caught:
+        with pytest.warns(
+            UserWarning, match=r"input past position 16, the last that .*model\.max_positions"
+        ) as caught:
             action()
         assert sum("past position" in str(w.message) for w in caught) == 1, name
         action()  # warnings are errors in tests
@@ -365,7 +436,9 @@ def test_one_warning_past_max_positions():
 
 @pytest.mark.slow
 def test_sessions_in_a_loop_leave_nothing_behind(tmp_path):
-    """200 sessions read, write, branch, are saved and loaded: the memory of the process stays where the first ones left it."""
+    """200 sessions read, write, branch, are saved and loaded: the memory of the process stays where
+    the first ones left it.
+    """
     import gc
     from pathlib import Path
 

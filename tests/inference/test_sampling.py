@@ -17,14 +17,22 @@ def kept(sampling, logits=LOGITS):
 
 def test_filters_keep_what_they_say():
     p = np.exp(LOGITS) / np.exp(LOGITS).sum(1, keepdims=True)
-    np.testing.assert_array_equal(kept(Sampling(1.0, top_k=2)), [[1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]])
+    np.testing.assert_array_equal(
+        kept(Sampling(1.0, top_k=2)), [[1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]
+    )
     for top_p in (0.1, 0.5, 0.62, 0.9, 0.999, 1.0):
         for row, p_V in zip(kept(Sampling(1.0, top_p=top_p)), p, strict=True):
             order = np.argsort(-p_V)
-            needed = int(np.searchsorted(np.cumsum(p_V[order]), top_p - 1e-7)) + 1 if top_p < 1 else len(p_V)
+            needed = (
+                int(np.searchsorted(np.cumsum(p_V[order]), top_p - 1e-7)) + 1
+                if top_p < 1
+                else len(p_V)
+            )
             assert set(np.flatnonzero(row)) == set(order[:needed]), top_p
     for min_p in (0.0, 0.05, 0.3, 1.0):
-        np.testing.assert_array_equal(kept(Sampling(1.0, min_p=min_p)), p >= min_p * p.max(1, keepdims=True) - 1e-9)
+        np.testing.assert_array_equal(
+            kept(Sampling(1.0, min_p=min_p)), p >= min_p * p.max(1, keepdims=True) - 1e-9
+        )
     both = kept(Sampling(1.0, top_k=3, top_p=0.7))
     np.testing.assert_array_equal(both, [[1, 0, 0, 0, 1, 0], [0, 0, 0, 1, 1, 1]])
 
@@ -37,13 +45,17 @@ def draw(sampling, logits, seeds, positions):
 def test_greedy():
     ids, logprobs = draw(Sampling(), LOGITS, np.zeros(2, np.int32), np.zeros(2, np.int32))
     assert ids.tolist() == [4, 5]
-    np.testing.assert_allclose(logprobs, (LOGITS - np.log(np.exp(LOGITS).sum(1, keepdims=True)))[[0, 1], [4, 5]], rtol=1e-6)
+    np.testing.assert_allclose(
+        logprobs, (LOGITS - np.log(np.exp(LOGITS).sum(1, keepdims=True)))[[0, 1], [4, 5]], rtol=1e-6
+    )
 
 
 def test_frequencies_follow_the_distribution():
     n = 20_000
     positions = np.arange(n, dtype=np.int32)
-    ids, _ = draw(Sampling(0.7, top_k=4), np.tile(LOGITS[:1], (n, 1)), np.zeros(n, np.int32), positions)
+    ids, _ = draw(
+        Sampling(0.7, top_k=4), np.tile(LOGITS[:1], (n, 1)), np.zeros(n, np.int32), positions
+    )
     p = np.where(kept(Sampling(1.0, top_k=4))[0], np.exp(LOGITS[0] / 0.7), 0)
     p /= p.sum()
     found = np.bincount(ids, minlength=6) / n
@@ -58,13 +70,27 @@ def test_a_row_depends_on_its_seed_and_position_alone():
         alone, _ = draw(Sampling(1.0), logits[b : b + 1], seeds[b : b + 1], positions[b : b + 1])
         assert alone[0] == together[b]
     same = np.tile(logits[:1], (64, 1))
-    assert len(set(draw(Sampling(1.0), same, np.arange(64, dtype=np.int32), np.zeros(64, np.int32))[0])) > 5
-    assert len(set(draw(Sampling(1.0), same, np.zeros(64, np.int32), np.arange(64, dtype=np.int32))[0])) > 5
+    assert (
+        len(
+            set(draw(Sampling(1.0), same, np.arange(64, dtype=np.int32), np.zeros(64, np.int32))[0])
+        )
+        > 5
+    )
+    assert (
+        len(
+            set(draw(Sampling(1.0), same, np.zeros(64, np.int32), np.arange(64, dtype=np.int32))[0])
+        )
+        > 5
+    )
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(name, x) for name in ("temperature", "top_p", "min_p") for x in (-0.1, float("nan"), float("inf"))]
+    [
+        (name, x)
+        for name in ("temperature", "top_p", "min_p")
+        for x in (-0.1, float("nan"), float("inf"))
+    ]
     + [(name, x) for name, x in (("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("min_p", 2.0))],
 )
 def test_values_out_of_range(field, value):

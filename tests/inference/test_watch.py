@@ -1,4 +1,6 @@
-"""Inference looks at its numbers: ids outside the vocabulary, NaN, norms of fast weights, targets that are zero."""
+"""Inference looks at its numbers: ids outside the vocabulary, NaN, norms of fast weights, targets
+that are zero.
+"""
 
 import json
 import warnings
@@ -32,7 +34,7 @@ def with_nan_at(token):
     return changed(model_of(), "embed", lambda x: x.at[token].set(jnp.nan))
 
 
-# ---------------------------------------------------------------------------------------------------------------- ids
+# ---------------------------------------------------------------------------------------------- ids
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,8 @@ def test_traced_ids_are_not_looked_at():
         (lambda m: generate(m, [[1, 2]], eos_ids=-1), "eos_ids: row 0 holds id -1"),
         (lambda m: generate(m, [[1, [2]]]), "nested unevenly"),
         (lambda m: generate(m, 5), "prompts = 5: give a text"),
-        (lambda m: generate(m, [[1, 2]], max_new_tokens=1.5), "max_new_tokens = 1.5: must be a whole number"),
+        (lambda m: generate(m, [[1, 2]], max_new_tokens=1.5), "max_new_tokens = 1.5: must be a "
+                                                              "whole number"),
         (lambda m: generate(m, [[1, 2]], seed=["x"]), "seed = 'x': must be a whole number"),
         (lambda m: generate(m, [[1, 2]], stop=5), "stop = 5: must be a string"),
         (lambda m: score(m, [[1, -7]]), "holds id -7"),
@@ -76,7 +79,7 @@ def test_arguments_are_refused_in_one_line(call, match):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------------- zero targets
+# ------------------------------------------------------------------------------------- zero targets
 
 ZERO = "the fast weights of every TTT layer stay zero"
 
@@ -123,7 +126,7 @@ def test_an_inner_learning_rate_of_zero():
         Session(model_of(**{"ttt.lr": 0.0}))
 
 
-# -------------------------------------------------------------------------------------------------------------- norms
+# -------------------------------------------------------------------------------------------- norms
 
 
 def test_the_range_is_that_of_the_guard():
@@ -187,11 +190,13 @@ def test_the_value_is_the_norm_of_the_state():
     assert f"= {expected:.3g}," in str(caught[0].message)
 
 
-# ---------------------------------------------------------------------------------------------------------------- NaN
+# ---------------------------------------------------------------------------------------------- NaN
 
 
 def test_score_says_nan_and_keeps_what_was_computed():
-    """The row that is lost does not touch the other one; in its own, NaN touches the whole piece (0 x NaN under the mask)."""
+    """The row that is lost does not touch the other one; in its own, NaN touches the whole piece (0
+    x NaN under the mask).
+    """
     rows = prompts([20, 20], vocab=V - 1)
     expected = score(model_of(), rows, piece=8).logprobs_BT
     rows[1][10] = V - 1
@@ -208,7 +213,9 @@ def test_score_says_nan_and_keeps_what_was_computed():
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_fast_weights_that_overflow_are_no_gain():
-    """An inner learning rate of 1e25: finite losses after the norm, which `eval` reported with an interval."""
+    """An inner learning rate of 1e25: finite losses after the norm, which `eval` reported with an
+    interval.
+    """
     model, (ids,) = model_of(**{"ttt.lr": 1e25}), prompts([24])
     for act in (
         lambda: Session(model, piece=8).read([ids]),
@@ -284,13 +291,15 @@ def test_is_finite():
     assert not any(is_finite(np.array([1.0, bad])) for bad in (np.nan, np.inf, -np.inf, 2e18))
 
 
-# ----------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 @pytest.fixture
 def lost_model(monkeypatch):
     """What the commands load: parameters on disk that are not finite are refused."""
-    monkeypatch.setattr("ttt_jax.command.cli.load_model", lambda *arguments, **options: with_nan_at(V - 1))
+    monkeypatch.setattr(
+        "ttt_jax.command.cli.load_model", lambda *arguments, **options: with_nan_at(V - 1)
+    )
     monkeypatch.setattr("ttt_jax.eval.run._load", lambda options: (with_nan_at(V - 1), "float32"))
     return "model"
 

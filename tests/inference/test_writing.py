@@ -1,4 +1,6 @@
-"""Stop strings as arguments, and text that becomes readable token by token: the whole text, at a cost per token that stays."""
+"""Stop strings as arguments, and text that becomes readable token by token: the whole text, at a
+cost per token that stays.
+"""
 
 import numpy as np
 import pytest
@@ -45,7 +47,9 @@ def test_what_is_no_stop_is_one_line(stop):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_text_is_that_of_all_tokens(seed):
-    """Any bytes, valid or not, in any mixture: pieces that are shown make up what decoding everything gives."""
+    """Any bytes, valid or not, in any mixture: pieces that are shown make up what decoding
+    everything gives.
+    """
     rng = np.random.default_rng(seed)
     parts = [
         "é漢😀 a".encode(),
@@ -77,7 +81,9 @@ def test_what_is_never_valid_costs_the_same_per_token(ids):
 
 
 def test_a_stop_string_is_searched_in_what_is_new():
-    """A stop string that is half there all the time holds text back, never more than its own length."""
+    """A stop string that is half there all the time holds text back, never more than its own
+    length.
+    """
     stop = "ab" * 8 + "!"
     writer = Writer(ByteTokenizer(), (stop,), set(), 10_000)
     shown = ""

@@ -1,4 +1,6 @@
-"""Stacked layers scanned in place: the gradients of the plain loop, nothing kept twice, no stack cut into pieces."""
+"""Stacked layers scanned in place: the gradients of the plain loop, nothing kept twice, no stack
+cut into pieces.
+"""
 
 import re
 
@@ -19,7 +21,7 @@ B, T, D = 2, 5, 4
 SEVEN = {"num_layers": 7, "ttt.layers": (0, 3, 6)}  # (1 TTT layer, 2 plain ones) x 2, then one more
 
 
-# ---------------------------------------------------------------------------------------------------------- toy layers
+# --------------------------------------------------------------------------------------- toy layers
 
 
 def first(params, h_BTD, source_BTD, rest):
@@ -30,7 +32,9 @@ def first(params, h_BTD, source_BTD, rest):
 def second(params, h_BTD, source_BTD, rest):
     table_TD, index_T = rest
     spread = lambda x: jnp.broadcast_to(x, h_BTD.shape)
-    return h_BTD * spread(table_TD) + jnp.sin(h_BTD @ params["w"]) * spread(table_TD[index_T]) + spread(params["b"]), None
+    return h_BTD * spread(table_TD) + jnp.sin(h_BTD @ params["w"]) * spread(
+        table_TD[index_T]
+    ) + spread(params["b"]), None
 
 
 def in_a_row(layers, stacks, h_BTD, source_BTD, rest):
@@ -38,7 +42,9 @@ def in_a_row(layers, stacks, h_BTD, source_BTD, rest):
     for r in range(R):
         for layer, count, stack in zip(layers, COUNTS, stacks, strict=True):
             for n in range(count):
-                h_BTD, stat = layer(jax.tree.map(lambda x, r=r, n=n: x[r, n], stack), h_BTD, source_BTD, rest)
+                h_BTD, stat = layer(
+                    jax.tree.map(lambda x, r=r, n=n: x[r, n], stack), h_BTD, source_BTD, rest
+                )
                 stats += [] if stat is None else [stat["mean"]]
     return h_BTD, jnp.stack(stats)
 
@@ -71,15 +77,18 @@ def test_values_and_gradients_are_those_of_the_plain_loop(x64):
     for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         assert x.dtype == y.dtype
         assert relative_rms(x, y) < 1e-13
-    one = jax.tree.map(lambda x: x[:1], stacks)  # one repeat, and outside of jit: a run of one layer is then no loop
+    # one repeat, and outside of jit: a run of one layer is then no loop
+    one = jax.tree.map(lambda x: x[:1], stacks)
     single = jax.grad(lambda one: jnp.sum(scan_layers(layers, one, h_BTD, source_BTD, rest)[0]))
     for x, y in zip(jax.tree.leaves(single(one)), jax.tree.leaves(jit(single)(one)), strict=True):
         assert relative_rms(x, y) < 1e-13
-    without_gradient, _ = jit(lambda *args: scan_layers(layers, *args))(stacks, h_BTD, source_BTD, rest)
+    without_gradient, _ = jit(lambda *args: scan_layers(layers, *args))(
+        stacks, h_BTD, source_BTD, rest
+    )
     np.testing.assert_allclose(without_gradient, got, rtol=1e-13)
 
 
-# --------------------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 def gradient(model, ids, **options):
@@ -87,7 +96,9 @@ def gradient(model, ids, **options):
 
     def loss(model):
         h_BTD, _, stats = model.hidden(ids, **options)
-        return jnp.sum(jnp.sin(jnp.arange(h_BTD.size, dtype=h_BTD.dtype)).reshape(h_BTD.shape) * h_BTD), stats
+        return jnp.sum(
+            jnp.sin(jnp.arange(h_BTD.size, dtype=h_BTD.dtype)).reshape(h_BTD.shape) * h_BTD
+        ), stats
 
     return jit(jax.value_and_grad(loss, has_aux=True))(model)
 
@@ -98,8 +109,13 @@ def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
     assert [[run.count for run in group.pattern] for group in model.groups] == [[1, 2], [1]]
     segment_ids = jnp.asarray([[1] * 8 + [2] * 3, [1] * 4 + [2] * 4 + [0] * 3], jnp.int32)
     with monkeypatch.context() as patch:
-        patch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((LayerRun(kind, 1),), 1) for kind in kinds])
-        (wanted_value, wanted_stats), wanted = gradient(transplant(model, model.config), ids, segment_ids=segment_ids)
+        patch.setattr(
+            "ttt_jax.model.transformer.find_groups",
+            lambda kinds: [((LayerRun(kind, 1),), 1) for kind in kinds],
+        )
+        (wanted_value, wanted_stats), wanted = gradient(
+            transplant(model, model.config), ids, segment_ids=segment_ids
+        )
     for save in (None, REMAT_NAMES) if changes else ((),):
         one = transplant(model, model.config, remat_save=save)
         (value, stats), got = gradient(one, ids, segment_ids=segment_ids)
@@ -116,7 +132,9 @@ def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
 
 @pytest.mark.parametrize(("save", "kept"), [((), ["h"]), (("ttt_target",), ["h", "v"])])
 def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(monkeypatch, save, kept):
-    """Only what differs from layer to layer and is not at hand in the backward is kept: its input, and what was named."""
+    """Only what differs from layer to layer and is not at hand in the backward is kept: its input,
+    and what was named.
+    """
     seen = []
 
     def spy(*args):
@@ -127,7 +145,9 @@ def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(monkeyp
     monkeypatch.setattr("ttt_jax.model.layer_scan._linearize", spy)
     model = abstract(config(**SEVEN), remat_save=save, dtype="bfloat16")
     ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    jax.eval_shape(jax.grad(lambda model, ids: jnp.sum(model.hidden(ids)[0]).astype(jnp.float32)), model, ids)
+    jax.eval_shape(
+        jax.grad(lambda model, ids: jnp.sum(model.hidden(ids)[0]).astype(jnp.float32)), model, ids
+    )
     D = model.config.d_model
     assert [((2, 8, D), jnp.bfloat16)] * len(kept) in seen  # the TTT layer
     assert all(shape == (2, 8, D) for leaves in seen for shape, _ in leaves)
@@ -135,13 +155,23 @@ def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(monkeyp
 
 
 def test_no_stack_is_cut_into_repeats():
-    """An array of one repeat's two plain layers would be a copy out of, or into, a stack of two repeats."""
+    """An array of one repeat's two plain layers would be a copy out of, or into, a stack of two
+    repeats.
+    """
     model = abstract(config(**SEVEN), remat_save=())
     ids = jax.ShapeDtypeStruct((3, 8), jnp.int32)
-    text = jax.jit(jax.grad(lambda model, ids: jnp.sum(model.hidden(ids)[0]))).lower(model, ids).as_text()
+    text = (
+        jax.jit(jax.grad(lambda model, ids: jnp.sum(model.hidden(ids)[0])))
+        .lower(model, ids)
+        .as_text()
+    )
     D, F = model.config.d_model, model.config.d_ff
     shapes = set(re.findall(r"tensor<([\dx]+)xf32>", text))
     assert f"2x2x{D}x{F}" in shapes
     assert f"2x2x3x8x{D}" in shapes  # inputs kept for the backward
-    cut = [f"{one}{shape}" for one in ("", "1x") for shape in (f"2x{D}x{F}", f"2x{F}x{D}", f"2x3x8x{D}")]
+    cut = [
+        f"{one}{shape}"
+        for one in ("", "1x")
+        for shape in (f"2x{D}x{F}", f"2x{F}x{D}", f"2x3x8x{D}")
+    ]
     assert not shapes & set(cut)

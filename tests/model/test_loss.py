@@ -54,7 +54,14 @@ def computed(h, w, targets, weights, dtype, g):
 
 @pytest.mark.parametrize(
     ("dtype", "rows"),
-    [("float64", None), ("float64", 1), ("float64", 4), ("float64", 12), ("float32", 5), ("bfloat16", 5)],
+    [
+        ("float64", None),
+        ("float64", 1),
+        ("float64", 4),
+        ("float64", 12),
+        ("float32", 5),
+        ("bfloat16", 5),
+    ],
 )
 def test_value_and_gradients(monkeypatch, dtype, rows):
     """`rows`: tokens whose logits are held at a time (the last block is padded)."""
@@ -109,10 +116,20 @@ def test_tokens_of_weight_zero_count_for_nothing():
 def test_float32_master_weights_under_bfloat16_compute():
     """h in bf16 and w in float32: w's gradient comes back in float32, not rounded to bf16."""
     h, w, targets, weights = make_inputs("bfloat16")
-    arguments = jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets), jnp.asarray(weights)
+    arguments = (
+        jnp.asarray(h, jnp.bfloat16),
+        jnp.asarray(w, jnp.float32),
+        jnp.asarray(targets),
+        jnp.asarray(weights),
+    )
     dh, dw = jit(jax.grad(cross_entropy, (0, 1)))(*arguments)
     assert (dh.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
-    assert_close("dw", np.asarray(dw, np.float64), oracle(h, w, targets, weights, g=1.0)[2], TOLERANCE["bfloat16"])
+    assert_close(
+        "dw",
+        np.asarray(dw, np.float64),
+        oracle(h, w, targets, weights, g=1.0)[2],
+        TOLERANCE["bfloat16"],
+    )
     assert (np.asarray(dw) != np.asarray(dw.astype(jnp.bfloat16).astype(jnp.float32))).any()
 
 
@@ -122,10 +139,14 @@ def test_token_nll(monkeypatch, rows, x64):
         monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
     h, w, targets, _ = make_inputs()
     logits = np.einsum("btd,vd->btv", h, w)
-    expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    expected = (
+        np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    )
     got = jit(token_nll)(jnp.asarray(h), jnp.asarray(w), jnp.asarray(targets))
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
-    half = token_nll(jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets))
+    half = token_nll(
+        jnp.asarray(h, jnp.bfloat16), jnp.asarray(w, jnp.float32), jnp.asarray(targets)
+    )
     assert half.dtype == jnp.float32
 
 
@@ -155,7 +176,12 @@ def test_logits_are_held_block_by_block(monkeypatch):
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 2048 * 16)
 
     def temporary_bytes(length):
-        shapes = [((1, length, 8), "float32"), ((2048, 8), "float32"), ((1, length), "int32"), ((1, length), "float32")]
+        shapes = [
+            ((1, length, 8), "float32"),
+            ((2048, 8), "float32"),
+            ((1, length), "int32"),
+            ((1, length), "float32"),
+        ]
         structs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         compiled = jax.jit(jax.value_and_grad(cross_entropy, (0, 1))).lower(*structs).compile()
         return compiled.memory_analysis().temp_size_in_bytes

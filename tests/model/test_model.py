@@ -1,8 +1,9 @@
-"""The whole model on tiny sizes: causality, a stream in any pieces, packed documents, rematerialisation, program size.
+"""The whole model on tiny sizes: causality, a stream in any pieces, packed documents,
+rematerialisation, program size.
 
-Exactness is tested in float64. Parameters are large enough for the fast weights to matter (asserted where it counts).
+Exactness is tested in float64. Parameters are large enough for the fast weights to matter (asserted
+where it counts).
 """
-
 
 import jax
 import jax.numpy as jnp
@@ -37,20 +38,26 @@ from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import LayerKind, find_groups, layer_kinds
 from ttt_jax.model.transformer import LayerRun, Transformer
 
-# ---------------------------------------------------------------------------------------------------------- causality
+# ---------------------------------------------------------------------------------------- causality
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"sliding_window": 2, **EMBED}, RIDGE, SPECTRAL], ids=["hidden", "embed, window", "ridge", "spectral"]
+    "changes",
+    [{}, {"sliding_window": 2, **EMBED}, RIDGE, SPECTRAL],
+    ids=["hidden", "embed, window", "ridge", "spectral"],
 )
 def test_future_tokens_have_no_gradient(changes, x64):
-    """Every token has its own embedding row, so d output_t / d row_s is the influence of token s on token t."""
+    """Every token has its own embedding row, so d output_t / d row_s is the influence of token s on
+    token t.
+    """
     T = 14
     model = make(config(vocab_size=T, tie_embeddings=False, **changes))
     probe = jnp.asarray(np.random.default_rng(5).standard_normal(model.config.d_model))
 
     def outputs(rows, model):
-        model = jax.tree_util.tree_map_with_path(lambda p, x: rows if param_path(p) == "embed" else x, model)
+        model = jax.tree_util.tree_map_with_path(
+            lambda p, x: rows if param_path(p) == "embed" else x, model
+        )
         return model.hidden(jnp.arange(T, dtype=jnp.int32)[None])[0][0] @ probe
 
     influence = jnp.abs(jit(jax.jacrev(outputs))(model.embed[...], model)).sum(-1)
@@ -58,12 +65,13 @@ def test_future_tokens_have_no_gradient(changes, x64):
     assert (influence[s > t] == 0).all(), "exactly"
     assert (influence[s == t] > 0).all()
     assert (influence[(s < t) & (s // C < t // C)] > 0).all(), "every earlier chunk is remembered"
-    if model.config.sliding_window:  # four layers of windows of two reach four tokens back, fast weights all the way
+    # four layers of windows of two reach four tokens back, fast weights all the way
+    if model.config.sliding_window:
         plain = jnp.abs(jit(jax.jacrev(outputs))(model.embed[...], without_ttt(model))).sum(-1)
         assert (plain[t - s > 4] == 0).all()
 
 
-# -------------------------------------------------------------------------------------------------- one stream, pieces
+# ------------------------------------------------------------------------------- one stream, pieces
 
 STREAMS = {
     "hidden": {},
@@ -71,7 +79,12 @@ STREAMS = {
     "window longer than pieces, clipped": {"sliding_window": 18, "ttt.clip_norm": 0.5},
     "ridge, embed, window": EMBED | WINDOW | RIDGE,
     "spectral": SPECTRAL,
-    "biases, no projection": {"ttt.layers": (0, 1), "qkv_bias": True, "mlp_bias": True, "ttt.proj": False},
+    "biases, no projection": {
+        "ttt.layers": (0, 1),
+        "qkv_bias": True,
+        "mlp_bias": True,
+        "ttt.proj": False,
+    },
 }
 
 
@@ -82,11 +95,16 @@ def test_a_stream_in_any_pieces_equals_the_whole(name, x64):
     model, ids = make(config(**STREAMS[name])), tokens(2, T)
     whole, final = run(model, ids, capacity=capacity)
     S = final.layers[0][-1].ttt.S_BDF
-    assert jnp.linalg.norm(S) > 0.1 * jnp.linalg.norm(model.groups[0].blocks[-1].mlp.down[...]), "fast weights matter"
+    assert jnp.linalg.norm(S) > 0.1 * jnp.linalg.norm(model.groups[0].blocks[-1].mlp.down[...]), (
+        "fast weights matter"
+    )
 
     logits, state, start = [], None, 0
-    for size in (5, 7, 1, 1, 1, 7, 1, 1, 1, 1):  # the second piece ends with a chunk that the first began
-        piece, state = run(model, ids[:, start : start + size], state, capacity=None if state else capacity)
+    # the second piece ends with a chunk that the first began
+    for size in (5, 7, 1, 1, 1, 7, 1, 1, 1, 1):
+        piece, state = run(
+            model, ids[:, start : start + size], state, capacity=None if state else capacity
+        )
         logits.append(piece)
         start += size
     np.testing.assert_allclose(jnp.concatenate(logits, 1), whole, rtol=0, atol=1e-12)
@@ -129,19 +147,32 @@ def test_growing_caches(x64):
 
 @pytest.mark.parametrize("changes", [EMBED, WINDOW], ids=["full", "window"])
 def test_rows_of_different_lengths_continue_as_each_alone(changes, x64):
-    """Padded prompts, a padded piece, single tokens with and without lengths; what lies in the padding is noise."""
+    """Padded prompts, a padded piece, single tokens with and without lengths; what lies in the
+    padding is noise.
+    """
     model, B, capacity = make(config(**changes)), 3, 32
     streams = np.asarray(tokens(B, 24, seed=3))
-    whole = np.asarray(run(model, jnp.asarray(streams))[0])  # causal: a prefix of it is the row's own prefix
+    # causal: a prefix of it is the row's own prefix
+    whole = np.asarray(run(model, jnp.asarray(streams))[0])
     position, state = np.zeros(B, int), None
-    # Rows end up just before, on and after the end of a chunk; the last tokens complete one in a single row.
-    for T, lengths in [(12, (7, 12, 3)), (8, (4, 0, 8)), (1, (0, 0, 1)), (1, None), (1, None), (1, None)]:
+    # Rows end up just before, on and after the end of a chunk; the last tokens complete one in a
+    # single row.
+    for T, lengths in [
+        (12, (7, 12, 3)),
+        (8, (4, 0, 8)),
+        (1, (0, 0, 1)),
+        (1, None),
+        (1, None),
+        (1, None),
+    ]:
         real = np.full(B, T) if lengths is None else np.array(lengths)
         piece = np.asarray(tokens(B, T, seed=9)).copy()
         for b in range(B):
             piece[b, : real[b]] = streams[b, position[b] : position[b] + real[b]]
         lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-        logits, state = run(model, jnp.asarray(piece), state, lengths, capacity=None if state else capacity)
+        logits, state = run(
+            model, jnp.asarray(piece), state, lengths, capacity=None if state else capacity
+        )
         for b in range(B):
             expected = whole[b, position[b] : position[b] + real[b]]
             np.testing.assert_allclose(logits[b, : real[b]], expected, rtol=0, atol=1e-12)
@@ -151,7 +182,9 @@ def test_rows_of_different_lengths_continue_as_each_alone(changes, x64):
 
 @pytest.mark.parametrize("T", [C - 1, C, 3 * C])
 def test_lengths_around_the_chunk(T, x64):
-    """A shorter row is the beginning of a longer one; the first chunk reads the pretrained weights alone."""
+    """A shorter row is the beginning of a longer one; the first chunk reads the pretrained weights
+    alone.
+    """
     model, ids = make(config()), tokens(1, 3 * C + 2)
     whole = run(model, ids)[0]
     got = run(model, ids[:, :T])[0]
@@ -166,10 +199,12 @@ def test_rows_of_a_batch_are_independent(x64):
     model, ids = make(config(**EMBED | WINDOW)), tokens(3, 15)
     together = run(model, ids)[0]
     for b in range(3):
-        np.testing.assert_allclose(run(model, ids[b : b + 1])[0], together[b : b + 1], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            run(model, ids[b : b + 1])[0], together[b : b + 1], rtol=0, atol=1e-12
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------------ packing
 
 
 @pytest.mark.parametrize(
@@ -178,7 +213,9 @@ def test_rows_of_a_batch_are_independent(x64):
     ids=["plain", "everything", "ridge", "spectral"],
 )
 def test_packed_documents_equal_each_document_alone(changes, x64):
-    """Values, and gradients of every parameter; documents start on chunks, padding fills the last chunk of each."""
+    """Values, and gradients of every parameter; documents start on chunks, padding fills the last
+    chunk of each.
+    """
     model = make(config(**changes))
     rows = [[7, 8, 5], [12, 0, 6]]  # document lengths; 0 is a chunk of padding
     longest = 12
@@ -208,11 +245,16 @@ def test_packed_documents_equal_each_document_alone(changes, x64):
     run = jit(jax.grad(outputs, has_aux=True))
     options = {"segment_ids": jnp.asarray(segments), "positions": jnp.asarray(positions)}
     grads, packed = run(model, jnp.asarray(ids), jnp.asarray(packed_probe), **options)
-    # Alone, documents are padded on the right to one length: causality keeps that out of what is compared.
+    # Alone, documents are padded on the right to one length: causality keeps that out of what is
+    # compared.
     alone_grads, alone = run(model, jnp.asarray(documents), jnp.asarray(alone_probe))
     for d, (b, start, length) in enumerate(places):
-        np.testing.assert_allclose(packed[b, start : start + length], alone[d, :length], rtol=0, atol=1e-12)
-    for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(alone_grads), strict=True):
+        np.testing.assert_allclose(
+            packed[b, start : start + length], alone[d, :length], rtol=0, atol=1e-12
+        )
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(alone_grads), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-10, err_msg=param_path(path))
         assert np.asarray(y).any(), param_path(path)
 
@@ -225,7 +267,7 @@ def test_packed_rows_start_fresh():
         jax.eval_shape(lambda m, i, s: m.hidden(i, s, segment_ids=i), model, ids, state)
 
 
-# -------------------------------------------------------------------------------------------------------- TTT switched
+# ------------------------------------------------------------------------------------- TTT switched
 
 
 def test_scale_zero_is_the_model_without_ttt(x64):
@@ -243,7 +285,9 @@ def test_scale_zero_is_the_model_without_ttt(x64):
 
 def test_a_tiny_clip_norm_leaves_the_plain_model(x64):
     model, ids = make(config(**{"ttt.clip_norm": 1e-13})), tokens(1, 13)
-    np.testing.assert_allclose(run(model, ids)[0], run(without_ttt(model), ids)[0], rtol=0, atol=1e-11)
+    np.testing.assert_allclose(
+        run(model, ids)[0], run(without_ttt(model), ids)[0], rtol=0, atol=1e-11
+    )
     bounded = make(config(**{"ttt.clip_norm": 0.05}))
     S = run(bounded, ids)[1].layers[0][1].ttt.S_BDF
     norms = np.linalg.norm(np.asarray(S), axis=(-2, -1))
@@ -251,10 +295,16 @@ def test_a_tiny_clip_norm_leaves_the_plain_model(x64):
     assert (norms > 0.01).all()
 
 
-# ------------------------------------------------------------------------------------------------ rematerialisation
+# -------------------------------------------------------------------------------- rematerialisation
 
 
-REMAT_MODEL = {"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "qk_norm": False, "ttt.layers": (0,)}
+REMAT_MODEL = {
+    "num_layers": 1,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "qk_norm": False,
+    "ttt.layers": (0,),
+}
 
 
 def remat_gradient(model, ids):
@@ -265,7 +315,8 @@ def test_what_the_backward_keeps_does_not_change_the_gradients(x64):
     model, ids = make(config(**REMAT_MODEL), remat_save=None), tokens(1, 9)
     gradient = jit(remat_gradient)
     expected = gradient(model, ids)
-    groups = (), REMAT_NAMES[:3], REMAT_NAMES[3:6], REMAT_NAMES[6:]  # nothing, attention's, the MLP's, the targets
+    # nothing, attention's, the MLP's, the targets
+    groups = (), REMAT_NAMES[:3], REMAT_NAMES[3:6], REMAT_NAMES[6:]
     for save in groups:
         got = gradient(transplant(model, model.config, remat_save=save), ids)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -286,7 +337,7 @@ def test_what_is_kept_is_not_computed_again():
             assert kept.count(mark) == everything.count(mark) == nothing.count(mark) / 2 > 0, name
 
 
-# ------------------------------------------------------------------------------------------------------------ depth
+# -------------------------------------------------------------------------------------------- depth
 
 
 def test_program_size_does_not_grow_with_depth():
@@ -307,14 +358,21 @@ KINDS = st.sampled_from([LayerKind(True, None), LayerKind(False, None), LayerKin
 @given(st.lists(KINDS, min_size=1, max_size=30))
 def test_groups_cover_the_layers_in_order(kinds):
     groups = find_groups(kinds)
-    assert [run.kind for pattern, repeats in groups for run in pattern * repeats for _ in range(run.count)] == kinds
+    assert [
+        run.kind
+        for pattern, repeats in groups
+        for run in pattern * repeats
+        for _ in range(run.count)
+    ] == kinds
     assert all(repeats >= 1 and pattern for pattern, repeats in groups)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(KINDS, min_size=1, max_size=6), st.integers(2, 8), st.integers(0, 5))
 def test_groups_of_a_periodic_model_are_few(pattern, repeats, tail):
-    """However the pattern is cut, at most it and its tail are compiled; a whole number of periods costs one pattern."""
+    """However the pattern is cut, at most it and its tail are compiled; a whole number of periods
+    costs one pattern.
+    """
     kinds = pattern * repeats + pattern[: min(tail, len(pattern) - 1)]
     blocks = sum(len(p) for p, _ in find_groups(kinds))
     assert blocks <= 2 * len(pattern)
@@ -345,7 +403,10 @@ def test_scanned_groups_equal_layer_after_layer(monkeypatch, x64):
     assert [group.repeats for group in model.groups] == [2, 1, 1]
     assert [run.count for run in model.groups[0].pattern] == [1, 2]
     whole, _ = run(model, ids)
-    monkeypatch.setattr("ttt_jax.model.transformer.find_groups", lambda kinds: [((LayerRun(kind, 1),), 1) for kind in kinds])
+    monkeypatch.setattr(
+        "ttt_jax.model.transformer.find_groups",
+        lambda kinds: [((LayerRun(kind, 1),), 1) for kind in kinds],
+    )
     single = transplant(model, model.config)
     assert len(single.groups) == 8
     np.testing.assert_allclose(run(single, ids)[0], whole, rtol=0, atol=1e-12)
@@ -357,15 +418,19 @@ def test_scanned_groups_equal_layer_after_layer(monkeypatch, x64):
             np.testing.assert_allclose(by_group[layer][name], value, rtol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------ dtypes, shapes
+# ----------------------------------------------------------------------------------- dtypes, shapes
 
 
 def test_bfloat16_stays_close_to_float32():
     single, ids = make(config(**EMBED | WINDOW), "float32"), tokens(2, 19)
-    half = jax.tree.unflatten(jax.tree.structure(abstract(single.config, dtype="bfloat16")), jax.tree.leaves(single))
+    half = jax.tree.unflatten(
+        jax.tree.structure(abstract(single.config, dtype="bfloat16")), jax.tree.leaves(single)
+    )
     (x, state), (y, _) = run(half, ids), run(single, ids)
     assert x.dtype == y.dtype == jnp.float32
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half)), "parameters stay float32"
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half)), (
+        "parameters stay float32"
+    )
     slots = state.layers[0][1]
     assert (slots.ttt.S_BDF.dtype, slots.ttt.z_BCF.dtype, slots.cache.k_BKLH.dtype) == (
         jnp.float32,
@@ -391,17 +456,27 @@ def test_a_new_model_starts_as_if_it_had_no_fast_weights(monkeypatch):
 
 
 def test_initialisation():
-    """The abstract model has the real one's shapes and dtypes; scales are ones, embeddings have the stated spread."""
-    cfg = config(num_layers=3, d_model=64, vocab_size=200, tie_embeddings=False, **{"ttt.layers": (1,)})
+    """The abstract model has the real one's shapes and dtypes; scales are ones, embeddings have the
+    stated spread.
+    """
+    cfg = config(
+        num_layers=3, d_model=64, vocab_size=200, tie_embeddings=False, **{"ttt.layers": (1,)}
+    )
     model = jit(lambda key: Transformer(cfg, key=key))(jax.random.key(0))
-    jax.tree.map(lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), model, abstract(cfg))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)),
+        model,
+        abstract(cfg),
+    )
     for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
         assert x.dtype == jnp.float32
         if param_path(path).endswith("scale"):
             np.testing.assert_array_equal(x, np.ones(x.shape))
     assert float(model.embed[...].std()) == pytest.approx(0.02, rel=0.05)
     assert (model.embed[...] != model.head[...]).any()
-    groups = [np.asarray(block.attention.q[...]) for group in model.groups for block in group.blocks]
+    groups = [
+        np.asarray(block.attention.q[...]) for group in model.groups for block in group.blocks
+    ]
     layers = [layer for stack in groups for layer in stack]
     assert len(layers) == 3
     assert len({layer.tobytes() for layer in layers}) == 3, "every layer draws its own"
@@ -411,7 +486,9 @@ def test_capacity():
     """More tokens than the caches hold are refused, on a fresh start too."""
     model, ids = abstract(config()), jax.ShapeDtypeStruct((1, 9), jnp.int32)
     state = jax.eval_shape(lambda model: model.init_state(1, 8), model)
-    with pytest.raises(UserError, match="9 tokens do not fit the state's capacity of 8; make a larger"):
+    with pytest.raises(
+        UserError, match="9 tokens do not fit the state's capacity of 8; make a larger"
+    ):
         jax.eval_shape(lambda model, ids, state: model(ids, state), model, ids, state)
     with pytest.raises(UserError, match="9 tokens do not fit the state's capacity of 8"):
         jax.eval_shape(lambda model, ids: model(ids, capacity=8), model, ids)

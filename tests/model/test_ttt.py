@@ -1,4 +1,6 @@
-"""The adaptive MLP and its target module against the official code's float64 arrays; streaming; its statistics."""
+"""The adaptive MLP and its target module against the official code's float64 arrays; streaming; its
+statistics.
+"""
 
 import dataclasses
 
@@ -33,7 +35,9 @@ def parameter(mlp, name):
 
 
 def official_mlp(arrays, dtype):
-    """An MLP of the file's sizes holding its parameters; the target's source comes from `Context.embed_BTD`."""
+    """An MLP of the file's sizes holding its parameters; the target's source comes from
+    `Context.embed_BTD`.
+    """
     F, D = arrays["param.gate_proj.weight"].shape
     ttt = TTTConfig(
         layers=(0,),
@@ -52,7 +56,14 @@ def official_mlp(arrays, dtype):
 
 def context(source, start=None, **options):
     nothing = jnp.zeros((1, 1, 1), jnp.float32)
-    return Context(rope=(nothing, nothing), start_B=start, lengths_B=None, segment_ids_BT=None, embed_BTD=source, **options)
+    return Context(
+        rope=(nothing, nothing),
+        start_B=start,
+        lengths_B=None,
+        segment_ids_BT=None,
+        embed_BTD=source,
+        **options,
+    )
 
 
 @jit
@@ -80,7 +91,9 @@ def test_output_and_gradients_of_the_official_mlp(golden_mlp, dtype):
         assert compared == sum(name.startswith("grad.") for name in golden_mlp)
 
 
-@pytest.mark.parametrize(("dtype", "pieces"), [("float64", "tokens"), ("float64", "odd"), ("float32", "tokens")])
+@pytest.mark.parametrize(
+    ("dtype", "pieces"), [("float64", "tokens"), ("float64", "odd"), ("float32", "tokens")]
+)
 def test_streaming_gives_the_official_inference_form(golden_mlp, dtype, pieces):
     """Pieces of any size from an empty state: `y_infer`, and W + S afterwards `w_after`."""
     with jax.enable_x64(dtype == "float64"):
@@ -95,7 +108,9 @@ def test_streaming_gives_the_official_inference_form(golden_mlp, dtype, pieces):
             outputs.append(y)
         assert_close("y", jnp.concatenate(outputs, 1), golden_mlp["y"], TOLERANCE[dtype])
         if B == 1:
-            assert_close("y_infer", jnp.concatenate(outputs, 1), golden_mlp["y_infer"], TOLERANCE[dtype])
+            assert_close(
+                "y_infer", jnp.concatenate(outputs, 1), golden_mlp["y_infer"], TOLERANCE[dtype]
+            )
             weight = mlp.down[...] + state.S_BDF[0]
             assert_close("w_after", weight, golden_mlp["w_after"], TOLERANCE[dtype])
 
@@ -109,18 +124,23 @@ def test_a_fresh_pass_leaves_the_official_fast_weight(golden_mlp, x64):
     np.testing.assert_array_equal(state.source_BCD[:, :pending], t[:, x.shape[1] - pending :])
     assert not np.asarray(state.source_BCD[:, pending:]).any()
     if x.shape[0] == 1:
-        assert_close("w_after", mlp.down[...] + state.S_BDF[0], golden_mlp["w_after"], TOLERANCE["float64"])
+        assert_close(
+            "w_after", mlp.down[...] + state.S_BDF[0], golden_mlp["w_after"], TOLERANCE["float64"]
+        )
     with jax.numpy_rank_promotion("allow"):  # the rule in one line of numpy per chunk
         v = np.asarray(mlp.target(t[:, : x.shape[1] // C * C], C))
         z = np.asarray(jax.nn.silu(x @ mlp.gate[...].T) * (x @ mlp.up[...].T))
     S = sum(
-        (mlp.cfg.ttt.lr * np.einsum("bcd,bcf->bdf", v[:, i : i + C], z[:, i : i + C]) for i in range(0, v.shape[1], C)),
+        (
+            mlp.cfg.ttt.lr * np.einsum("bcd,bcf->bdf", v[:, i : i + C], z[:, i : i + C])
+            for i in range(0, v.shape[1], C)
+        ),
         np.zeros(state.S_BDF.shape),
     )
     np.testing.assert_allclose(state.S_BDF, S, rtol=0, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------- target
+# ------------------------------------------------------------------------------------------- target
 
 
 def target_of(proj, D=6, **options):
@@ -146,7 +166,7 @@ def test_target_is_a_centred_convolution_inside_each_chunk(C, proj, x64):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13)
 
 
-# ---------------------------------------------------------------------------------------------------- what stats say
+# ----------------------------------------------------------------------------------- what stats say
 
 
 def small_mlp(**ttt):
@@ -162,7 +182,11 @@ def test_statistics(T, x64):
     norm = np.linalg.norm(state.S_BDF, axis=(1, 2))
     slow = np.linalg.norm(np.asarray(mlp.down[...], np.float64))
     np.testing.assert_allclose(stats["state_ratio_B"], norm / slow, rtol=1e-12)
-    before = apply(mlp, x[:, :4], x[:, :4], None, None)[1].S_BDF if T == 10 else np.zeros(state.S_BDF.shape)
+    before = (
+        apply(mlp, x[:, :4], x[:, :4], None, None)[1].S_BDF
+        if T == 10
+        else np.zeros(state.S_BDF.shape)
+    )
     first_row = np.linalg.norm((state.S_BDF - before)[0])  # stands for the batch
     np.testing.assert_allclose(stats["update_norm_B"], [first_row] * 2, rtol=1e-12)
     assert (norm > 0).all() == (T >= 4)
@@ -183,23 +207,35 @@ def test_the_state_accumulates_in_float32_under_bfloat16():
     mlp = small_mlp()
     x = jax.random.normal(jax.random.key(3), (1, 9, 6), jnp.bfloat16)
     y, state, _ = jax.eval_shape(apply, mlp, x, x, None, None)
-    assert (y.dtype, state.S_BDF.dtype, state.z_BCF.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    assert (y.dtype, state.S_BDF.dtype, state.z_BCF.dtype) == (
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.bfloat16,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- layer indices
+# ------------------------------------------------------------------------------------ layer indices
 
 
 def test_only_the_listed_layers_adapt():
-    cfg = ModelConfig(num_layers=5, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24, vocab_size=11)
+    cfg = ModelConfig(
+        num_layers=5, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=24, vocab_size=11
+    )
     cfg = dataclasses.replace(cfg, ttt=TTTConfig(layers=(1, 4), chunk_size=4))
     model = jax.eval_shape(lambda: Transformer(cfg, key=jax.random.key(0)))
     names = {name for group in tensor_names(model).values() for name in group}
-    assert {name for name in names if "ttt_conv" in name} == {f"model.layers.{i}.mlp.ttt_conv.weight" for i in (1, 4)}
-    stats = jax.eval_shape(lambda model, ids: model.hidden(ids)[2], model, jnp.zeros((1, 8), jnp.int32))
+    assert {name for name in names if "ttt_conv" in name} == {
+        f"model.layers.{i}.mlp.ttt_conv.weight" for i in (1, 4)
+    }
+    stats = jax.eval_shape(
+        lambda model, ids: model.hidden(ids)[2], model, jnp.zeros((1, 8), jnp.int32)
+    )
     assert set(stats) == {1, 4}, "statistics by layer index"
 
 
-@pytest.mark.parametrize(("layers", "words"), [((5,), "layer 5 does not exist"), ((1, 1), "listed twice")])
+@pytest.mark.parametrize(
+    ("layers", "words"), [((5,), "layer 5 does not exist"), ((1, 1), "listed twice")]
+)
 def test_a_layer_that_does_not_exist_is_an_error(layers, words):
     with pytest.raises(ConfigError, match=words):
         Transformer(ModelConfig(num_layers=5, ttt=TTTConfig(layers=layers)), key=jax.random.key(0))

@@ -32,7 +32,12 @@ def test_every_line_is_there_once_and_every_test_exists(script):
     assert script.problems(mutants) == []
     assert len(mutants) >= 55
     covered = {mutant.file for mutant in mutants}
-    assert {"train.py", "kernels_pallas/tpu.py", "ttt_jax/ops/ttt/xla.py", "ttt_jax/model/ttt_mlp.py"} <= covered
+    assert {
+        "train.py",
+        "kernels_pallas/tpu.py",
+        "ttt_jax/ops/ttt/xla.py",
+        "ttt_jax/model/ttt_mlp.py",
+    } <= covered
 
 
 def test_what_is_out_of_date_is_named(script, tmp_path):

@@ -1,4 +1,6 @@
-"""Attention's XLA paths against a plain float64 softmax: values and gradients, windows, documents, odd lengths."""
+"""Attention's XLA paths against a plain float64 softmax: values and gradients, windows, documents,
+odd lengths.
+"""
 
 import functools
 
@@ -26,27 +28,39 @@ def value_and_gradients(run, q, k, v, do, *more):
 
 def check(run, arguments, seen, dtype, **options):
     rounded = [x.astype(dtype).astype(np.float64) for x in arguments]
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         oracle = value_and_gradients(plain, *map(jnp.asarray, rounded), jnp.asarray(seen))
         oracle = {name: np.asarray(x) for name, x in oracle.items()}
     with jax.enable_x64(dtype == "float64"):
-        got = value_and_gradients(functools.partial(run, **options), *(jnp.asarray(x, dtype) for x in rounded))
+        got = value_and_gradients(
+            functools.partial(run, **options), *(jnp.asarray(x, dtype) for x in rounded)
+        )
     for name, value in got.items():
         assert value.dtype == dtype
         assert_close(name, np.asarray(value, np.float64), oracle[name], TOLERANCE[dtype])
 
 
-SEGMENTS = np.array([[1] * 15 + [2] * 10 + [3] * 12, [5] * 5 + [4] * 20 + [0] * 12])  # rows of 37, 0 is padding
+# rows of 37, 0 is padding
+SEGMENTS = np.array([[1] * 15 + [2] * 10 + [3] * 12, [5] * 5 + [4] * 20 + [0] * 12])
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one document", "documents"])
 @pytest.mark.parametrize(
     ("window", "rows", "dtype"),
-    [(w, r, "float64") for w, r in [(None, None), (None, 1), (None, 5), (30, 16), (7, None), (18, 36), (36, None)]]
+    [
+        (w, r, "float64")
+        for w, r in [(None, None), (None, 1), (None, 5), (30, 16), (7, None), (18, 36), (36, None)]
+    ]
     + [(None, 5, "float32"), (7, None, "float32")],
 )
 def test_self_attention(monkeypatch, window, rows, dtype, segments):
-    """`rows` queries are computed at a time; a window below half the length takes the windowed path."""
+    """`rows` queries are computed at a time; a window below half the length takes the windowed
+    path.
+    """
     if rows is not None:
         monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 37 * rows)
     arguments = make_inputs()
@@ -56,7 +70,8 @@ def test_self_attention(monkeypatch, window, rows, dtype, segments):
 
 
 @pytest.mark.parametrize(
-    ("T", "window", "together"), [(37, 5, 1), (37, 5, 3), (37, 5, 100), (36, 6, 2), (11, 5, 2), (3, 5, 1), (13, 2, 4)]
+    ("T", "window", "together"),
+    [(37, 5, 1), (37, 5, 3), (37, 5, 100), (36, 6, 2), (11, 5, 2), (3, 5, 1), (13, 2, 4)],
 )
 def test_windowed_blocks(monkeypatch, T, window, together):
     """Any length against the block size, and any number of blocks at once."""
@@ -98,8 +113,14 @@ def test_bfloat16(window):
     """Values against the float64 oracle; logits and softmax are float32, probabilities bf16."""
     q, k, v, _ = make_inputs(T=33)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (q, k, v)]
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        oracle = np.asarray(plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window))))
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        oracle = np.asarray(
+            plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window)))
+        )
     o = self_attention(*(jnp.asarray(x, jnp.bfloat16) for x in rounded), window=window)
     assert o.dtype == jnp.bfloat16
     assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
@@ -110,8 +131,14 @@ def test_softmax_is_computed_in_float32_under_bfloat16(window):
     """Logits of about 10, which as bf16 numbers would be off by 0.03, and so their probabilities."""
     q, k, v, _ = make_inputs(T=33)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (10 * q, k, v)]
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        oracle = np.asarray(plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window))))
+    with (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        oracle = np.asarray(
+            plain(*map(jnp.asarray, rounded), jnp.asarray(causal_mask(2, 33, window)))
+        )
     o = self_attention(*(jnp.asarray(x, jnp.bfloat16) for x in rounded), window=window)
     assert_close("o", np.asarray(o, np.float64), oracle, TOLERANCE["bfloat16"])
 
@@ -119,7 +146,9 @@ def test_softmax_is_computed_in_float32_under_bfloat16(window):
 def test_large_logits_stay_finite():
     q, k, v, do = make_inputs(T=20)
     run = functools.partial(self_attention, segment_ids_BT=jnp.zeros((2, 20), jnp.int32))
-    got = value_and_gradients(run, *(jnp.asarray(x, jnp.float32) for x in (300 * q, 300 * k, v, do)))
+    got = value_and_gradients(
+        run, *(jnp.asarray(x, jnp.float32) for x in (300 * q, 300 * k, v, do))
+    )
     assert all(np.isfinite(x).all() for x in got.values())
 
 
@@ -130,13 +159,23 @@ def test_memory_is_linear_in_the_length(monkeypatch):
     def temporary_bytes(T, window):
         run = lambda q, k, v: self_attention(q, k, v, window=window).sum()
         struct = jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)
-        return jax.jit(jax.grad(run, (0, 1, 2))).lower(*[struct] * 3).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(jax.grad(run, (0, 1, 2)))
+            .lower(*[struct] * 3)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     for window in (None, 16):
-        assert temporary_bytes(4096, window) < 4.6 * temporary_bytes(1024, window) < 2 * 4 * 4096 * 4096
+        assert (
+            temporary_bytes(4096, window)
+            < 4.6 * temporary_bytes(1024, window)
+            < 2 * 4 * 4096 * 4096
+        )
 
 
-# ------------------------------------------------------------------------------------------- documents as cuDNN wants
+# ------------------------------------------------------------------------- documents as cuDNN wants
 
 
 @pytest.mark.parametrize(
@@ -145,7 +184,8 @@ def test_memory_is_linear_in_the_length(monkeypatch):
         ([1, 1, 1, 1, 1, 1, 1, 1], 4, [0], [8]),
         ([1, 1, 1, 1, 2, 2, 2, 2], 4, [0, 4], [4, 4]),
         ([1, 1, 1, 0, 2, 2, 0, 0], 4, [0, 4], [4, 4]),  # padding joins the document before it
-        ([1, 1, 1, 1, 0, 0, 0, 0], 4, [0, 4], [4, 4]),  # a whole chunk of it is a document of its own
+        # a whole chunk of it is a document of its own
+        ([1, 1, 1, 1, 0, 0, 0, 0], 4, [0, 4], [4, 4]),
         ([0, 0, 0, 0, 0, 0, 0, 0], 4, [0], [8]),
         ([3, 3, 3, 3, 3, 3, 1, 1, 1, 1], 2, [0, 6], [6, 4]),
         ([1, 1, 2, 2, 3, 3, 3], 2, [0, 2, 4], [2, 2, 3]),  # an odd end
@@ -169,7 +209,7 @@ def test_document_offsets_of_each_row_of_a_batch():
     np.testing.assert_array_equal(sizes, [[2, 2], [4, -1]])
 
 
-# ---------------------------------------------------------------------------------------------------- implementations
+# ---------------------------------------------------------------------------------- implementations
 
 
 def test_a_named_implementation_that_cannot_run_says_why():
@@ -202,7 +242,7 @@ def assert_reason(monkeypatch, shape, dtype, multiple, words):
     assert (reason is None) if words is None else (words in reason)
 
 
-# -------------------------------------------------------------------------------- packed calls within cuDNN's workspace
+# ------------------------------------------------------------ packed calls within cuDNN's workspace
 
 GIB = 2**30
 
@@ -212,7 +252,13 @@ GIB = 2**30
     [
         (2**15, 128, 1024, None),
         (2**17, 128, 2048, None),  # 4 GiB, just within
-        (2**17, 128, 2047, "2048 tokens or more in rows of 131072, got 2047: one head's backward would take 4.1 GiB"),
+        (
+            2**17,
+            128,
+            2047,
+            "2048 tokens or more in rows of 131072, got 2047: one head's backward would take 4.1 "
+            "GiB",
+        ),
         (2**20, 128, 1024, "multiples of 131072 tokens or more in rows of 1048576, got 1024"),
         (2**20, 128, 2**17, None),
         (2**20, 128, None, None),  # not packed
@@ -238,7 +284,8 @@ def workspace(rows, M, T, heads, kv_heads, H):
         ((8, 256, 16384, 12, 12, 64), (1, 4)),
         ((1, 32, 32768, 32, 8, 128), (1, 4)),  # one KV head
         ((2, 64, 32768, 32, 8, 128), (1, 2)),  # half of one
-        ((2, 128, 32768, 32, 8, 128), (1, 1)),  # 2 GiB, and no second gradient of k and v with one head
+        # 2 GiB, and no second gradient of k and v with one head
+        ((2, 128, 32768, 32, 8, 128), (1, 1)),
         ((2, 256, 32768, 32, 8, 128), (1, 1)),
         ((1, 1024, 2**20, 32, 8, 128), (1, 1)),  # refused before
         ((4, 2, 128, 8, 8, 64), (4, 8)),
@@ -259,12 +306,17 @@ def test_split_covers_everything_in_few_equal_calls_within_the_bound(N, K, M):
 def check_split(B, M, T, N, K, H):
     G = N // K
     rows, heads = cudnn_attention._split_call(B, M, T, N, K, H)
-    row_parts, head_parts = cudnn_attention._parts(B, rows), cudnn_attention._head_parts(N, K, heads)
+    row_parts, head_parts = (
+        cudnn_attention._parts(B, rows),
+        cudnn_attention._head_parts(N, K, heads),
+    )
     whole = lambda parts: [i for part in parts for i in range(part.start, part.stop)]
     assert whole(row_parts) == list(range(B))
     assert whole([n for n, _ in head_parts]) == list(range(N))
     for n, k in head_parts:  # every query head meets its own KV head
-        assert [i // G for i in whole([n])] == [i for i in whole([k]) for _ in range(len(whole([n])) // (k.stop - k.start))]
+        assert [i // G for i in whole([n])] == [
+            i for i in whole([k]) for _ in range(len(whole([n])) // (k.stop - k.start))
+        ]
     size = lambda part: part.stop - part.start
     sizes = [size(n) if heads < G else size(n) // G for n, _ in head_parts]
     assert max(sizes) - min(sizes) <= 1
@@ -300,14 +352,22 @@ def check_split(B, M, T, N, K, H):
     ],
 )
 def test_split_calls_give_the_values_and_gradients_of_one(monkeypatch, N, K, fit, calls):
-    """`fit`: the constant in heads of one row, of which a call with more query than KV heads takes two for each."""
+    """`fit`: the constant in heads of one row, of which a call with more query than KV heads takes
+    two for each.
+    """
     B, T, multiple, H = 3, 24, 4, 8
     segments = np.array([[1] * 8 + [2] * 16, [1] * 4 + [2] * 4 + [3] * 12 + [4] * 4, [5] * 24])
     got = []
-    monkeypatch.setattr(cudnn_attention, "_WORKSPACE_BYTES", fit * workspace(1, T // multiple, T, 1, 1, H))
+    monkeypatch.setattr(
+        cudnn_attention, "_WORKSPACE_BYTES", fit * workspace(1, T // multiple, T, 1, 1, H)
+    )
     monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla(got))
     monkeypatch.setattr(cudnn_attention, "why_not_cudnn", lambda *_: None)
-    options = {"segment_ids_BT": jnp.asarray(segments, jnp.int32), "segment_multiple": multiple, "implementation": "cudnn"}
+    options = {
+        "segment_ids_BT": jnp.asarray(segments, jnp.int32),
+        "segment_multiple": multiple,
+        "implementation": "cudnn",
+    }
     arguments = make_inputs(B=B, T=T, N=N, K=K, H=H)
     check(self_attention, arguments, causal_mask(B, T, 5, segments), "float64", window=5, **options)
     assert got == calls
@@ -319,5 +379,7 @@ def test_a_stream_is_not_split(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "_WORKSPACE_BYTES", 1)
     monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla(got))
     q, k, v, _ = map(jnp.asarray, make_inputs(T=9))
-    cudnn_attention.cudnn_documents(q, k, v, jnp.asarray([[0, -1], [3, -1]]), jnp.asarray([[9], [6]]), 4)
+    cudnn_attention.cudnn_documents(
+        q, k, v, jnp.asarray([[0, -1], [3, -1]]), jnp.asarray([[9], [6]]), 4
+    )
     assert got == [(2, 4, 2)]

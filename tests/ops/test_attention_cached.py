@@ -1,4 +1,6 @@
-"""Attention on a cache against a plain softmax over the whole sequence: pieces of any length, rows at different places."""
+"""Attention on a cache against a plain softmax over the whole sequence: pieces of any length, rows
+at different places.
+"""
 
 import functools
 
@@ -38,7 +40,9 @@ def test_pieces_equal_the_whole(monkeypatch, rows, window, x64):
     q, k, v, _ = make_inputs(T=T)
     seen = causal_mask(2, T, window)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        oracle = np.asarray(plain(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(seen)))
+        oracle = np.asarray(
+            plain(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(seen))
+        )
     slots = window or T + 7
     cache = kv_cache.KVCache(*(jnp.full((2, 2, slots, 8), 1e3) for _ in range(2)))
     start, got = np.zeros(2, np.int32), np.full(oracle.shape, np.nan)
@@ -49,7 +53,9 @@ def test_pieces_equal_the_whole(monkeypatch, rows, window, x64):
             for padded, x in zip(piece, (q, k, v), strict=True):
                 padded[b, :n] = x[b, start[b] : start[b] + n]
         arrays = [jnp.asarray(x) for x in piece]
-        o, cache = call(window, width == 1, *arrays, cache, jnp.asarray(start), jnp.asarray(lengths, jnp.int32))
+        o, cache = call(
+            window, width == 1, *arrays, cache, jnp.asarray(start), jnp.asarray(lengths, jnp.int32)
+        )
         for b, n in enumerate(lengths):
             got[b, start[b] : start[b] + n] = o[b, :n]
         start = start + np.array(lengths, np.int32)
@@ -66,7 +72,9 @@ def test_growing_keeps_what_was_read():
 
 @pytest.mark.parametrize("start", [0, 3, 40])
 def test_cudnn_is_given_room_for_a_second_document(monkeypatch, start):
-    """With room for one, jax ignores where it starts: a piece read before the window was full came out wrong."""
+    """With room for one, jax ignores where it starts: a piece read before the window was full came
+    out wrong.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     seen = {}

@@ -1,4 +1,6 @@
-"""Attention over a split sequence against the same sequence on one device: values, gradients, balance, communication."""
+"""Attention over a split sequence against the same sequence on one device: values, gradients,
+balance, communication.
+"""
 
 import functools
 import re
@@ -40,7 +42,9 @@ def inputs(B=2, T=48, N=4, K=2, H=8, dtype="float64", seed=0):
 
 def segments(T=48):
     """Documents inside a shard, over several shards, and padding."""
-    ids = np.stack([np.searchsorted([0, 5, 11, 30], np.arange(T), side="right"), np.full(T, 7)]).astype(np.int32)
+    ids = np.stack(
+        [np.searchsorted([0, 5, 11, 30], np.arange(T), side="right"), np.full(T, 7)]
+    ).astype(np.int32)
     ids[1, T - 7 :] = 0
     return jnp.asarray(ids)
 
@@ -52,18 +56,38 @@ def value_and_gradients(run, q, k, v, do):
 
 
 def check(p, x, tolerance, **options):
-    want = value_and_gradients(functools.partial(self_attention, implementation="xla", **options), *x)
+    want = value_and_gradients(
+        functools.partial(self_attention, implementation="xla", **options), *x
+    )
     got = value_and_gradients(functools.partial(p.attention, **options), *x)
     for name in NAMES:
         assert_close(name, got[name], want[name], tolerance)
 
 
 @pytest.mark.parametrize(
-    ("window", "packed"), [(None, False), (None, True), (1, True), (4, True), (7, False), (7, True), (8, True), (40, True)]
+    ("window", "packed"),
+    [
+        (None, False),
+        (None, True),
+        (1, True),
+        (4, True),
+        (7, False),
+        (7, True),
+        (8, True),
+        (40, True),
+    ],
 )
 def test_equals_one_device(x64, window, packed):
-    """8 shards of 6 tokens: windows of one token, within a shard, of one shard and a token, and longer."""
-    check(parallel(context=8), inputs(), 1e-10, window=window, segment_ids_BT=segments() if packed else None)
+    """8 shards of 6 tokens: windows of one token, within a shard, of one shard and a token, and
+    longer.
+    """
+    check(
+        parallel(context=8),
+        inputs(),
+        1e-10,
+        window=window,
+        segment_ids_BT=segments() if packed else None,
+    )
 
 
 @pytest.mark.parametrize("shards", [2, 3])
@@ -97,7 +121,12 @@ def test_blocks_of_queries(x64, monkeypatch):
 
 
 def test_float32():
-    check(parallel(context=4), inputs(dtype="float32"), TOLERANCE["float32"], segment_ids_BT=segments())
+    check(
+        parallel(context=4),
+        inputs(dtype="float32"),
+        TOLERANCE["float32"],
+        segment_ids_BT=segments(),
+    )
 
 
 def test_bfloat16():
@@ -115,11 +144,15 @@ def test_lengths_that_do_not_divide_are_left_to_gspmd(x64):
 @pytest.mark.parametrize("window", [9, 10])
 @pytest.mark.parametrize("shards", [2, 4])
 def test_cudnn_is_told_of_documents_that_shards_do_not_hold_whole(x64, monkeypatch, shards, window):
-    """Documents at multiples of 16 in shards of 24 and 12 tokens; the first queries see 8 tokens of the
-    neighbour, which is a multiple of where documents start, or 9."""
+    """Documents at multiples of 16 in shards of 24 and 12 tokens; the first queries see 8 tokens of
+    the neighbour, which is a multiple of where documents start, or 9.
+    """
     monkeypatch.setattr(cudnn_attention, "why_not_cudnn", lambda *_: None)
     monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla([]))
-    x, ids = inputs(), jnp.asarray(np.stack([[1] * 16 + [2] * 16 + [3] * 16, [1] * 32 + [2] * 16]), jnp.int32)
+    x, ids = (
+        inputs(),
+        jnp.asarray(np.stack([[1] * 16 + [2] * 16 + [3] * 16, [1] * 32 + [2] * 16]), jnp.int32),
+    )
     options = {"window": window, "segment_ids_BT": ids}
     alone = functools.partial(self_attention, implementation="xla", **options)
     want = value_and_gradients(alone, *x)
@@ -131,12 +164,20 @@ def test_cudnn_is_told_of_documents_that_shards_do_not_hold_whole(x64, monkeypat
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])
 def test_work_is_balanced(shards):
-    """Every device has two halves of queries and 2P + 1 blocks; together they cover the causal triangle once."""
+    """Every device has two halves of queries and 2P + 1 blocks; together they cover the causal
+    triangle once.
+    """
     covered = np.zeros((2 * shards, 2 * shards), int)
-    mesh = jax.make_mesh((shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards])
+    mesh = jax.make_mesh(
+        (shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards]
+    )
     axis = context_attention._Axis("s", shards)
     blocks = jax.shard_map(
-        lambda: jax.tree.map(lambda x: x[None], _whole_blocks(axis)), mesh=mesh, in_specs=(), out_specs=P("s"), check_vma=False
+        lambda: jax.tree.map(lambda x: x[None], _whole_blocks(axis)),
+        mesh=mesh,
+        in_specs=(),
+        out_specs=P("s"),
+        check_vma=False,
     )()
     for p in range(shards):
         halves = [half for half in range(2 * shards) if _holder(half, shards) == p]
@@ -150,7 +191,9 @@ def test_work_is_balanced(shards):
 
 @pytest.mark.parametrize("shards", [2, 3, 4, 8])
 def test_the_exchange_and_back(shards):
-    mesh = jax.make_mesh((shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards])
+    mesh = jax.make_mesh(
+        (shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards]
+    )
     axis = context_attention._Axis("s", shards)
     T = 4 * shards
     x = jnp.arange(T)[None]
@@ -163,26 +206,39 @@ def test_the_exchange_and_back(shards):
 
 
 def test_a_window_gathers_nothing():
-    """Four tokens from the neighbour, keys and values, there and back; full attention gathers all 48."""
+    """Four tokens from the neighbour, keys and values, there and back; full attention gathers all
+    48.
+    """
     p, x = parallel(context=4), inputs(dtype="float32")
     place = NamedSharding(p.mesh, P(None, p.axis))
     x = [jax.device_put(y, place) for y in x]
-    run = lambda q, k, v, do, **options: jax.vjp(functools.partial(p.attention, **options), q, k, v)[1](do)
+    run = lambda q, k, v, do, **options: jax.vjp(
+        functools.partial(p.attention, **options), q, k, v
+    )[1](do)
     moved = collective_bytes(jit(functools.partial(run, window=5)).lower(*x).compile().as_text())
     token = 4 * 2 * 8 * 2  # bytes of one token's keys, both rows
-    assert moved.pop("collective-permute") == 4 * token * (2 * 2 + 2 * 2), "keys and values, twice the queries"
+    assert moved.pop("collective-permute") == 4 * token * (2 * 2 + 2 * 2), (
+        "keys and values, twice the queries"
+    )
     assert not any(moved.values()), moved
     moved = collective_bytes(jit(run).lower(*x).compile().as_text())
-    assert moved["all-gather"] == 2 * 48 * token, "keys and values, once: XLA shares them with the backward here"
+    assert moved["all-gather"] == 2 * 48 * token, (
+        "keys and values, once: XLA shares them with the backward here"
+    )
     assert moved["reduce-scatter"] == 2 * 12 * token
 
 
 @pytest.mark.parametrize(("saved", "exchanges"), [((), 16), (("attention",), 12)], ids=str)
 def test_rematerialisation_keeps_the_output_and_its_statistics(saved, exchanges):
-    """Two permutations each: queries and outputs forward; queries, outputs, their gradients and the queries' backward. Without
-    the saved output the forward runs once more."""
-    run = jax.checkpoint(lambda q, k, v: 2.0 * parallel(context=4).attention(q, k, v), policy=_remat_policy(saved))
-    program = jax.make_jaxpr(lambda q, k, v, do: jax.vjp(run, q, k, v)[1](do))(*inputs(dtype="float32"))
+    """Two permutations each: queries and outputs forward; queries, outputs, their gradients and the
+    queries' backward. Without the saved output the forward runs once more.
+    """
+    run = jax.checkpoint(
+        lambda q, k, v: 2.0 * parallel(context=4).attention(q, k, v), policy=_remat_policy(saved)
+    )
+    program = jax.make_jaxpr(lambda q, k, v, do: jax.vjp(run, q, k, v)[1](do))(
+        *inputs(dtype="float32")
+    )
     assert str(program).count("ppermute[") == exchanges
 
 
@@ -197,11 +253,16 @@ def test_errors():
 def test_masks_are_not_kept_for_the_backward_pass():
     """What a rematerialised layer keeps may hold one block's mask, not those of all 2P - 1 blocks."""
     p, (q, k, v, _), ids = parallel(context=4), inputs(dtype="float32"), segments()
-    layer = jax.checkpoint(lambda h: p.attention(h, k, v, segment_ids_BT=ids), policy=_remat_policy(("attention",)))
+    layer = jax.checkpoint(
+        lambda h: p.attention(h, k, v, segment_ids_BT=ids), policy=_remat_policy(("attention",))
+    )
 
     def loss(q):
         return jax.lax.scan(lambda h, _: (layer(h), None), q, None, length=2)[0].sum()
 
     program = str(jax.make_jaxpr(jax.grad(loss))(q))
-    masks = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"bool\[([\d,]+)\]", program)]
+    masks = [
+        np.prod([int(n) for n in shape.split(",")])
+        for shape in re.findall(r"bool\[([\d,]+)\]", program)
+    ]
     assert max(masks) == 2 * 4 * 6 * 6, "rows, heads, and the tokens of two halves"

@@ -1,6 +1,7 @@
 """One test base over all implementations of the op: values, final state and every gradient.
 
-The TPU kernel runs in Pallas' interpreter, on sizes that do not fill its tiles and take several in every dimension.
+The TPU kernel runs in Pallas' interpreter, on sizes that do not fill its tiles and take several in
+every dimension.
 """
 
 import contextlib
@@ -25,37 +26,48 @@ from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
 from ttt_jax.ops.ttt import chunk_blocks as blocks
 
 registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
-HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]  # the others: test_gpu_kernels.py, tests/gpu
+# the others: test_gpu_kernels.py, tests/gpu
+HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]
 FAST = [name for name in HERE if name != "reference"]
 KERNELS = ("pallas_tpu",)  # float32 and bfloat16 only
-SIZES = {"pallas_tpu": {"D": 260, "F": 300}}  # padded to 384: the second tile, of 256, is half full; three blocks
+# padded to 384: the second tile, of 256, is half full; three blocks
+SIZES = {"pallas_tpu": {"D": 260, "F": 300}}
 
 DTYPES = {name: (F32, BF16) if name in KERNELS else (F64, F32, BF16) for name in HERE}
 
 
 def cases(*values, implementations=FAST, fast=1):
-    """Implementations x tuples of values, without dtypes that an implementation lacks. Of the interpreter's, which take long,
-    only the first `fast` are fast tests."""
+    """Implementations x tuples of values, without dtypes that an implementation lacks. Of the
+    interpreter's, which take long, only the first `fast` are fast tests.
+    """
     for implementation in implementations:
         tuples = [case if isinstance(case, tuple) else (case,) for case in values]
         lacks = {F64, F32, BF16} - set(DTYPES[implementation])
         for i, case in enumerate(case for case in tuples if lacks.isdisjoint(case)):
             slow = implementation in KERNELS and i >= fast
             name = "-".join(map(str, (implementation, *case)))
-            yield pytest.param(implementation, *case, id=name, marks=[pytest.mark.slow] if slow else [])
+            yield pytest.param(
+                implementation, *case, id=name, marks=[pytest.mark.slow] if slow else []
+            )
 
 
 @pytest.fixture(autouse=True)
 def interpreter(request):
     """Tests with implementation="pallas_tpu" run it in the interpreter."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    with tpu.interpreted() if parameters.get("implementation") == "pallas_tpu" else contextlib.nullcontext():
+    with (
+        tpu.interpreted()
+        if parameters.get("implementation") == "pallas_tpu"
+        else contextlib.nullcontext()
+    ):
         yield
 
 
 @pytest.fixture
 def best(implementation):
-    """The most precise dtype of an implementation, and what results in it may differ by after another order of sums."""
+    """The most precise dtype of an implementation, and what results in it may differ by after
+    another order of sums.
+    """
     dtype = DTYPES[implementation][0]
     with jax.enable_x64(dtype == F64):
         yield dtype, {F64: 1e-14, F32: 1e-5}[dtype]
@@ -75,9 +87,15 @@ def test_matches_the_float64_reference(implementation, T, C, dtype):
 
 @pytest.mark.parametrize(
     ("implementation", "T", "C", "documents"),
-    [*cases((41, 8, "boundaries"), (41, 8, "none"), (8, 8, "none"), (7, 8, "none"), (40, 8, "none"))],
+    [
+        *cases(
+            (41, 8, "boundaries"), (41, 8, "none"), (8, 8, "none"), (7, 8, "none"), (40, 8, "none")
+        )
+    ],
 )
-def test_no_initial_state_and_a_final_state_that_nothing_reads(implementation, best, T, C, documents):
+def test_no_initial_state_and_a_final_state_that_nothing_reads(
+    implementation, best, T, C, documents
+):
     """Implementations may leave out what is known to be zero."""
     make = DOCUMENTS[documents]
     ids = None if make is None else np.stack([make(T, C), np.ones(T, int)]).astype(np.int32)
@@ -88,7 +106,9 @@ def test_no_initial_state_and_a_final_state_that_nothing_reads(implementation, b
 
 
 def test_xla_does_not_compute_with_zeros():
-    """Five chunks: the loops are shorter where nothing comes in, and where nothing reads what comes out."""
+    """Five chunks: the loops are shorter where nothing comes in, and where nothing reads what comes
+    out.
+    """
     (z, v, w, lr, state), _ = make_inputs(T=40)
 
     def lengths(state, read):
@@ -96,16 +116,22 @@ def test_xla_does_not_compute_with_zeros():
             o, S = in_place_ttt(z, v, w, lr=lr, chunk_size=8, state=state, implementation="xla")
             return jnp.sum(o) + (jnp.sum(S) if read else 0)
 
-        return [int(n) for n in re.findall(r"length=(\d+)", str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(z, v)))]
+        return [
+            int(n)
+            for n in re.findall(r"length=(\d+)", str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(z, v)))
+        ]
 
-    assert lengths(state, read=True) == [5, 4, 5]  # forward, replay (without the last update), reverse
+    # forward, replay (without the last update), reverse
+    assert lengths(state, read=True) == [5, 4, 5]
     assert lengths(None, read=True) == [4, 3, 5]
     assert lengths(state, read=False) == [5, 4, 4]
     assert lengths(None, read=False) == [4, 3, 4]
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
-@pytest.mark.parametrize(("n", "T", "C"), [(2, 32, 8), (4, 37, 4), (8, 64, 4), (2, 24, 8), (4, 15, 4), (2, 9, 1)])
+@pytest.mark.parametrize(
+    ("n", "T", "C"), [(2, 32, 8), (4, 37, 4), (8, 64, 4), (2, 24, 8), (4, 15, 4), (2, 9, 1)]
+)
 def test_blocks_of_chunks(monkeypatch, n, T, C, dtype):
     """Whole blocks, chunks that fill none, a partial one, and fewer tokens than a block."""
     name = f"xla in blocks of {n}"
@@ -126,11 +152,19 @@ def test_a_few_blocks_at_a_time(monkeypatch, tokens, T):
 
 
 def test_blocks_are_not_taken_with_documents(monkeypatch):
-    """They would see each other: the same call with and without `segment_ids` of one document, in blocks of 4."""
+    """They would see each other: the same call with and without `segment_ids` of one document, in
+    blocks of 4.
+    """
     monkeypatch.setitem(registry._FAST, "xla", registry._FAST["xla"]._replace(block=lambda call: 4))
     (z, v, w, lr, state), _ = make_inputs(T=40)
     programs = [
-        str(jax.make_jaxpr(lambda z, ids: in_place_ttt(z, v, w, lr=lr, chunk_size=4, state=state, segment_ids=ids))(z, ids))
+        str(
+            jax.make_jaxpr(
+                lambda z, ids: in_place_ttt(
+                    z, v, w, lr=lr, chunk_size=4, state=state, segment_ids=ids
+                )
+            )(z, ids)
+        )
         for ids in (None, jnp.ones((2, 40), jnp.int32))
     ]
     assert ["_in_blocks" in program for program in programs] == [True, False]
@@ -143,23 +177,36 @@ def test_documents(implementation, documents, T, C):
     ids = np.stack([DOCUMENTS[documents](T, C), DOCUMENTS["boundaries"](T, C)]).astype(np.int32)
     arguments, cotangents = make_inputs(T=T, **SIZES.get(implementation, {}))
     for dtype in DTYPES[implementation][:2] if implementation not in KERNELS else (F32,):
-        check(arguments, cotangents, dtype, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
+        check(
+            arguments, cotangents, dtype, implementation, chunk_size=C, segment_ids=jnp.asarray(ids)
+        )
 
 
 @pytest.mark.parametrize("T", [40, 43, 5])
 @pytest.mark.parametrize(("implementation", "clip_norm"), [*cases(0.5, 1e-6, 2.0, 1e6)])
 def test_clip(implementation, clip_norm, T):
     arguments, cotangents = make_inputs(T=T)
-    check(arguments, cotangents, DTYPES[implementation][0], implementation, chunk_size=8, clip_norm=clip_norm)
+    check(
+        arguments,
+        cotangents,
+        DTYPES[implementation][0],
+        implementation,
+        chunk_size=8,
+        clip_norm=clip_norm,
+    )
 
 
 @pytest.mark.parametrize("implementation", HERE)
 def test_clip_bounds_the_update(implementation, best):
     dtype, tolerance = best
     (z, v, w, _, _), _ = make_inputs(T=8, B=3)
-    run = functools.partial(in_place_ttt, lr=50.0, chunk_size=8, clip_norm=0.25, implementation=implementation)
+    run = functools.partial(
+        in_place_ttt, lr=50.0, chunk_size=8, clip_norm=0.25, implementation=implementation
+    )
     _, state = run(*(jnp.asarray(x, dtype) for x in (z, v, w)))
-    np.testing.assert_allclose(np.linalg.norm(np.asarray(state), axis=(1, 2)), 0.25, rtol=100 * tolerance)
+    np.testing.assert_allclose(
+        np.linalg.norm(np.asarray(state), axis=(1, 2)), 0.25, rtol=100 * tolerance
+    )
 
 
 @pytest.mark.parametrize("implementation", HERE)
@@ -177,7 +224,10 @@ def test_future_tokens_have_no_gradient(implementation, best):
     assert (dv[s // C < t // C] > 0).all()
 
 
-@pytest.mark.parametrize(("implementation", "cuts"), [*cases(((16, 24),), ((8,),), ((8, 16, 24, 32),), implementations=HERE)])
+@pytest.mark.parametrize(
+    ("implementation", "cuts"),
+    [*cases(((16, 24),), ((8,),), ((8, 16, 24, 32),), implementations=HERE)],
+)
 def test_pieces_on_chunk_boundaries_equal_the_whole(implementation, cuts, best):
     dtype, tolerance = best
     (z, v, w, lr, state), _ = make_inputs(T=37)
@@ -206,12 +256,14 @@ def test_batch_rows_are_independent(implementation, best):
             np.testing.assert_allclose(x[b : b + 1], y, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("implementation", "ratio"), [*cases(1e-4, 1.0, 1e-6, 1e-2, 0.1, 3.0, fast=2)])
+@pytest.mark.parametrize(
+    ("implementation", "ratio"), [*cases(1e-4, 1.0, 1e-6, 1e-2, 0.1, 3.0, fast=2)]
+)
 def test_a_small_update_survives_bf16(implementation, ratio):
     """The adaptation term o - z W^T under bf16, from ||S||/||W|| = 1e-6 to 3 (DESIGN section 3).
 
-    The output itself is bf16, so its rounding (about 1.7e-3 of o) is subtracted out by comparing state and term as the
-    op computes them: with W = 0 the output is the adaptation term alone.
+    The output itself is bf16, so its rounding (about 1.7e-3 of o) is subtracted out by comparing
+    state and term as the op computes them: with W = 0 the output is the adaptation term alone.
     """
     (z, v, w, _, state), _ = make_inputs(B=1, T=256, D=64, F=96, seed=3, state_scale=1.0)
     state = state * ratio * np.linalg.norm(w) / np.linalg.norm(state)
@@ -226,23 +278,33 @@ def test_a_small_update_survives_bf16(implementation, ratio):
     s32 = jnp.asarray(state, jnp.float32)
     adapted, final16 = run(z16, v16, jnp.zeros_like(w16), state=s32, implementation=implementation)
     assert_close("adaptation term", np.asarray(adapted, np.float64), term, TOLERANCE["bfloat16"])
-    assert_close("final state", np.asarray(final16, np.float64), np.asarray(final), TOLERANCE["bfloat16"])
+    assert_close(
+        "final state", np.asarray(final16, np.float64), np.asarray(final), TOLERANCE["bfloat16"]
+    )
     whole, _ = run(z16, v16, w16, state=s32, implementation=implementation)
     assert_close("output", np.asarray(whole, np.float64), np.asarray(o), TOLERANCE["bfloat16"])
-    # With W in place the term is read through the output's own rounding, which is all that may be added.
+    # With W in place the term is read through the output's own rounding, which is all that may be
+    # added.
     seen = np.asarray(whole, np.float64) - np.einsum("btf,df->btd", z, w)
-    noise = relative_rms(np.asarray(jnp.asarray(o, jnp.bfloat16), np.float64), np.asarray(o)) * np.linalg.norm(o)
+    noise = relative_rms(
+        np.asarray(jnp.asarray(o, jnp.bfloat16), np.float64), np.asarray(o)
+    ) * np.linalg.norm(o)
     assert np.linalg.norm(seen - term) <= 1.1 * noise + TOLERANCE["bfloat16"] * np.linalg.norm(term)
 
 
-@pytest.mark.parametrize("implementation", [name for name in FAST if name not in KERNELS])  # tests/kernels/test_tpu_aot.py
+# tests/kernels/test_tpu_aot.py
+@pytest.mark.parametrize("implementation", [name for name in FAST if name not in KERNELS])
 def test_backward_memory_does_not_grow_with_the_number_of_chunks(implementation):
-    """Temporaries of forward + backward: bounded by a few state-sized buffers plus the outputs' own size."""
+    """Temporaries of forward + backward: bounded by a few state-sized buffers plus the outputs' own
+    size.
+    """
     B, D, F, C = 1, 64, 256, 16
 
     def temporary_bytes(T):
         def loss(z, v, w, state):
-            o, final = in_place_ttt(z, v, w, lr=0.1, chunk_size=C, state=state, implementation=implementation)
+            o, final = in_place_ttt(
+                z, v, w, lr=0.1, chunk_size=C, state=state, implementation=implementation
+            )
             return jnp.sum(o**2) + jnp.sum(final**2)
 
         shapes = [(B, T, F), (B, T, D), (D, F), (B, D, F)]
@@ -250,7 +312,8 @@ def test_backward_memory_does_not_grow_with_the_number_of_chunks(implementation)
         compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*structs).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    state_bytes, token_bytes = 4 * D * F, 4 * (F + 3 * D)  # per token: dz, dv, o and the slow part of o
+    # per token: dz, dv, o and the slow part of o
+    state_bytes, token_bytes = 4 * D * F, 4 * (F + 3 * D)
     short, long = temporary_bytes(16 * C), temporary_bytes(256 * C)
     assert long - short <= 240 * C * token_bytes * 1.1, (short, long)
     assert long < 256 * state_bytes, "one state per chunk would not fit in this"
@@ -285,17 +348,26 @@ def test_wrong_shapes():
         in_place_ttt(*(jnp.asarray(x, jnp.float32) for x in (z, v, w.T)), lr=lr, chunk_size=8)
 
 
-@pytest.mark.parametrize(("implementation", "dtype"), [*cases(BF16, F32, implementations=["pallas_tpu"])])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [*cases(BF16, F32, implementations=["pallas_tpu"])]
+)
 def test_tpu_kernel_has_no_races_and_reads_nothing_unwritten(implementation, dtype, capfd, caplog):
-    """The TPU's own interpreter: two cores share the parallel dimensions, memory starts as NaN, DMAs land when waited for."""
+    """The TPU's own interpreter: two cores share the parallel dimensions, memory starts as NaN,
+    DMAs land when waited for.
+    """
     T, C = 22, 8
     ids = np.stack([DOCUMENTS["padding"](T, C), DOCUMENTS["boundaries"](T, C)]).astype(np.int32)
     arguments, cotangents = make_inputs(T=T, D=130, F=200)
-    parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
+    parameters = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2
+    )
     compiled.cache_clear()  # the interpreter is not in the key
-    # Tiles that end where the array does: with others this interpreter (jax 0.10.2) returns aliased outputs with their padding.
+    # Tiles that end where the array does: with others this interpreter (jax 0.10.2) returns aliased
+    # outputs with their padding.
     with tpu.interpreted(parameters, tiles=(128, 128)):
-        check(arguments, cotangents, dtype, implementation, chunk_size=C, segment_ids=jnp.asarray(ids))
+        check(
+            arguments, cotangents, dtype, implementation, chunk_size=C, segment_ids=jnp.asarray(ids)
+        )
     compiled.cache_clear()
     assert "RACE DETECTED" not in "".join(capfd.readouterr()) + caplog.text
 
@@ -305,7 +377,9 @@ def test_tpu_kernel_has_no_races_and_reads_nothing_unwritten(implementation, dty
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_tpu_kernel_over_many_tiles(implementation, dtype):
     arguments, cotangents = make_inputs(T=300, D=600, F=700)
-    ids = np.stack([DOCUMENTS[name](300, 64) for name in ("padding", "boundaries")]).astype(np.int32)
+    ids = np.stack([DOCUMENTS[name](300, 64) for name in ("padding", "boundaries")]).astype(
+        np.int32
+    )
     check(arguments, cotangents, dtype, implementation, chunk_size=64)
     check(arguments, cotangents, dtype, implementation, chunk_size=64, segment_ids=jnp.asarray(ids))
 
@@ -314,14 +388,21 @@ def test_a_kernel_says_why_it_cannot_run():
     (z, v, w, lr, _), _ = make_inputs()
     run = functools.partial(in_place_ttt, lr=lr, chunk_size=8, implementation="pallas_tpu")
     z, v, w = (jnp.asarray(x, F32) for x in (z, v, w))
-    with pytest.raises(UserError, match="'pallas_tpu' cannot run: it needs a TPU, and the platform is cpu"):
+    with pytest.raises(
+        UserError, match="'pallas_tpu' cannot run: it needs a TPU, and the platform is cpu"
+    ):
         run(z, v, w)
     with tpu.interpreted(), pytest.raises(UserError, match="float32 and bfloat16, not in float16"):
         run(z.astype(jnp.float16), v, w)
     with tpu.interpreted(), pytest.raises(UserError, match="there are no tokens"):
         run(z[:, :0], v[:, :0], w)
-    large = [jax.ShapeDtypeStruct(s, BF16) for s in ((1, 65536, 9728), (1, 65536, 2560), (2560, 9728))]
-    with tpu.interpreted(tiles=None), pytest.raises(UserError, match="D = 2560, F = 9728 needs more than the 64 MiB"):
+    large = [
+        jax.ShapeDtypeStruct(s, BF16) for s in ((1, 65536, 9728), (1, 65536, 2560), (2560, 9728))
+    ]
+    with (
+        tpu.interpreted(tiles=None),
+        pytest.raises(UserError, match="D = 2560, F = 9728 needs more than the 64 MiB"),
+    ):
         jax.eval_shape(functools.partial(run, chunk_size=65536), *large)
 
 
@@ -335,13 +416,20 @@ def test_a_kernel_is_never_partitioned_by_the_compiler():
         out, vjp = jax.vjp(run, *arguments)
         return out, vjp(cotangents)
 
-    run = lambda name: lambda z, v, w, lr, S: in_place_ttt(z, v, w, lr=lr, state=S, chunk_size=8, implementation=name)
+    run = lambda name: (
+        lambda z, v, w, lr, S: in_place_ttt(
+            z, v, w, lr=lr, state=S, chunk_size=8, implementation=name
+        )
+    )
     with tpu.interpreted():
         with jax.set_mesh(mesh), pytest.raises(UserError, match="not partitioned over a mesh"):
             run("pallas_tpu")(*arguments)
-        # The interpreter itself does not pass the check of varying axes; compiled kernels do (tests/kernels/test_tpu_aot.py).
+        # The interpreter itself does not pass the check of varying axes; compiled kernels do
+        # (tests/kernels/test_tpu_aot.py).
         specs = (P("x"), P("x"), P(), P(), P("x"))
-        sharded = jax.shard_map(run("pallas_tpu"), mesh=mesh, in_specs=specs, out_specs=P("x"), check_vma=False)
+        sharded = jax.shard_map(
+            run("pallas_tpu"), mesh=mesh, in_specs=specs, out_specs=P("x"), check_vma=False
+        )
         got = jax.jit(functools.partial(results, sharded))()
     want = jax.jit(functools.partial(results, run("xla")))()
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

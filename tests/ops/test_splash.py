@@ -1,4 +1,6 @@
-"""The TPU attention kernel, interpreted on the CPU, against the XLA path: values, gradients, meshes, split sequences."""
+"""The TPU attention kernel, interpreted on the CPU, against the XLA path: values, gradients,
+meshes, split sequences.
+"""
 
 import functools
 
@@ -30,7 +32,9 @@ def inputs(B=2, T=300, N=4, K=2, H=64, dtype="float32"):
 
 def segments(T):
     """Documents that start anywhere, and padding."""
-    ids = np.stack([np.searchsorted([0, T // 7, T // 2], np.arange(T), side="right"), np.full(T, 7)]).astype(np.int32)
+    ids = np.stack(
+        [np.searchsorted([0, T // 7, T // 2], np.arange(T), side="right"), np.full(T, 7)]
+    ).astype(np.int32)
     ids[1, T - 77 :] = 0
     return jnp.asarray(ids)
 
@@ -42,13 +46,21 @@ def value_and_gradients(run, q, k, v, do):
 
 
 def check(run, x, tolerance, **options):
-    want = value_and_gradients(functools.partial(self_attention, implementation="xla", **options), *x)
+    want = value_and_gradients(
+        functools.partial(self_attention, implementation="xla", **options), *x
+    )
     # jax's kernel is not written for strict promotion.
-    with splash.interpreted(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with (
+        splash.interpreted(),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         got = value_and_gradients(functools.partial(run, implementation="splash", **options), *x)
     for name in NAMES:
         assert got[name].dtype == x[0].dtype
-        assert_close(name, np.asarray(got[name], np.float64), np.asarray(want[name], np.float64), tolerance)
+        assert_close(
+            name, np.asarray(got[name], np.float64), np.asarray(want[name], np.float64), tolerance
+        )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +69,13 @@ def check(run, x, tolerance, **options):
 )
 def test_equals_xla(T, window, packed):
     """Lengths that do not fill blocks, windows within a block and over three, grouped queries."""
-    check(self_attention, inputs(T=T), TOLERANCE["float32"], window=window, segment_ids_BT=segments(T) if packed else None)
+    check(
+        self_attention,
+        inputs(T=T),
+        TOLERANCE["float32"],
+        window=window,
+        segment_ids_BT=segments(T) if packed else None,
+    )
 
 
 @pytest.mark.parametrize(("N", "K", "H"), [(2, 2, 128), (4, 1, 64), (6, 2, 80)])
@@ -66,13 +84,26 @@ def test_heads(N, K, H):
 
 
 def test_bfloat16():
-    """Against the XLA path in float32 on the same rounded numbers; the kernel rounds the scaled queries once more."""
+    """Against the XLA path in float32 on the same rounded numbers; the kernel rounds the scaled
+    queries once more.
+    """
     x = inputs(T=256, H=128, dtype="bfloat16")
-    want = value_and_gradients(functools.partial(self_attention, implementation="xla"), *(a.astype(jnp.float32) for a in x))
-    with splash.interpreted(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    want = value_and_gradients(
+        functools.partial(self_attention, implementation="xla"), *(a.astype(jnp.float32) for a in x)
+    )
+    with (
+        splash.interpreted(),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         got = value_and_gradients(functools.partial(self_attention, implementation="splash"), *x)
     for name in NAMES:
-        assert_close(name, np.asarray(got[name], np.float64), np.asarray(want[name], np.float64), TOLERANCE["bfloat16"])
+        assert_close(
+            name,
+            np.asarray(got[name], np.float64),
+            np.asarray(want[name], np.float64),
+            TOLERANCE["bfloat16"],
+        )
 
 
 def parallel(**sizes):
@@ -93,7 +124,13 @@ def parallel(**sizes):
 )
 def test_on_a_mesh(sizes, window):
     T = 256 * sizes.get("context", 1)
-    check(parallel(**sizes).attention, inputs(T=T), TOLERANCE["float32"], window=window, segment_ids_BT=segments(T))
+    check(
+        parallel(**sizes).attention,
+        inputs(T=T),
+        TOLERANCE["float32"],
+        window=window,
+        segment_ids_BT=segments(T),
+    )
 
 
 def info(mask, block, dkv):
@@ -102,15 +139,28 @@ def info(mask, block, dkv):
 
 
 @pytest.mark.parametrize("dkv", [False, True])
-@pytest.mark.parametrize(("T", "block", "window"), [(1024, 128, None), (1024, 128, 300), (768, 256, 256), (768, 128, 1)])
+@pytest.mark.parametrize(
+    ("T", "block", "window"), [(1024, 128, None), (1024, 128, 300), (768, 256, 256), (768, 128, 1)]
+)
 def test_the_table_of_blocks_is_the_librarys(T, block, window, dkv):
     """Our mask answers what is asked of a block without computing its entries."""
-    theirs = mask_lib.CausalMask((T, T)) if window is None else mask_lib.LocalMask((T, T), (window - 1, 0), 0)
-    (want, entry), (got, own_entry) = info(theirs, block, dkv), info(splash._Causal(T, window), block, dkv)
+    theirs = (
+        mask_lib.CausalMask((T, T))
+        if window is None
+        else mask_lib.LocalMask((T, T), (window - 1, 0), 0)
+    )
+    (want, entry), (got, own_entry) = (
+        info(theirs, block, dkv),
+        info(splash._Causal(T, window), block, dkv),
+    )
     jax.tree.map(np.testing.assert_array_equal, got, want)
     q, k = np.mgrid[:T:7, :T:5]
     np.testing.assert_array_equal(own_entry(q, k), entry(q, k))
-    jax.tree.map(np.testing.assert_array_equal, info(splash._All(T), block, dkv), info(mask_lib.FullMask((T, T)), block, dkv))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        info(splash._All(T), block, dkv),
+        info(mask_lib.FullMask((T, T)), block, dkv),
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,10 +184,13 @@ def test_what_splash_takes(monkeypatch):
     assert splash.why_not(bf16(256)) == "needs a TPU, this is cpu"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert splash.why_not(bf16(256)) is None
-    assert "needs bfloat16, got float32" in str(splash.why_not(jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.float32)))
+    assert "needs bfloat16, got float32" in str(
+        splash.why_not(jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.float32))
+    )
     assert "split the sequence (mesh.context)" in str(splash.why_not(bf16(splash.LONGEST + 1)))
     assert "multiple of 128 tokens, got 100" in str(splash.why_not_blocks(100))
-    # Eight devices and no mesh: nothing says whose arrays these are, so the kernel is not taken, and that is said once.
+    # Eight devices and no mesh: nothing says whose arrays these are, so the kernel is not taken,
+    # and that is said once.
     cudnn_attention.say_once.cache_clear()
     with pytest.warns(UserWarning, match="no fast kernel .*using the XLA path"):
         self_attention(*(jnp.zeros((1, 8, 2, 64), jnp.bfloat16),) * 3)
@@ -149,5 +202,8 @@ def test_a_named_implementation_that_cannot_run_says_why():
         self_attention(q, q, q, implementation="splash")
     with pytest.raises(UserError, match="'splash': it attends to fresh sequences only"):
         attention.uses_cudnn(q, "splash")
-    with splash.interpreted(), pytest.raises(UserError, match="'splash' over a split sequence: half a shard"):
+    with (
+        splash.interpreted(),
+        pytest.raises(UserError, match="'splash' over a split sequence: half a shard"),
+    ):
         parallel(context=2).attention(q, q, q, implementation="splash")

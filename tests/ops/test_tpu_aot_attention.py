@@ -1,4 +1,6 @@
-"""Splash attention compiles for real TPUs at real sizes, alone and in a whole training step. Nothing runs."""
+"""Splash attention compiles for real TPUs at real sizes, alone and in a whole training step.
+Nothing runs.
+"""
 
 import json
 from importlib.util import find_spec
@@ -8,7 +10,9 @@ from support.aot import compile_in_a_process
 
 pytestmark = [
     pytest.mark.tpu_aot,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"),
+    pytest.mark.skipif(
+        find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+    ),
 ]
 
 ATTENTION = """
@@ -77,9 +81,13 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", [[], ["--mesh.context=2", "--mesh.tensor=2"]], ids=["fsdp", "every axis"])
+@pytest.mark.parametrize(
+    "mesh", [[], ["--mesh.context=2", "--mesh.tensor=2"]], ids=["fsdp", "every axis"]
+)
 @pytest.mark.parametrize("window", ["null", "256"])
 def test_a_training_step_compiles(mesh, window):
-    report = compile_in_a_process(STEP, "v5e:2x4", *TINY, f"--model.sliding_window={window}", "--mesh.fsdp=-1", *mesh)
+    report = compile_in_a_process(
+        STEP, "v5e:2x4", *TINY, f"--model.sliding_window={window}", "--mesh.fsdp=-1", *mesh
+    )
     assert report["kernels"] == ["dkv", "dq", "fwd"]
     assert report["temp"] > 0

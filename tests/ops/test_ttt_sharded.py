@@ -1,4 +1,6 @@
-"""The op over a split sequence: equal to one device in values and gradients; what its prefix moves and keeps."""
+"""The op over a split sequence: equal to one device in values and gradients; what its prefix moves
+and keeps.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,11 @@ def arrays(B, T, D, F, dtype, seed=0):
     shapes = {"z": (B, T, F), "v": (B, T, D), "w": (D, F), "lr": (), "state": (B, D, F)}
     x = {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
     x["lr"] = jnp.asarray(0.3, x["z"].dtype)
-    return x, jnp.asarray(rng.standard_normal((B, T, D)), dtype), jnp.asarray(rng.standard_normal((B, D, F)), dtype)
+    return (
+        x,
+        jnp.asarray(rng.standard_normal((B, T, D)), dtype),
+        jnp.asarray(rng.standard_normal((B, D, F)), dtype),
+    )
 
 
 def segments(B, T, kind):
@@ -39,7 +45,9 @@ def segments(B, T, kind):
     if kind is None:
         return None
     starts = {"edges": [[0, T // 2], [0, T // 4]], "inside": [[0, C, 3 * C, T // 2 - C], [0]]}[kind]
-    ids = np.stack([np.searchsorted(starts[b % 2], np.arange(T), side="right") for b in range(B)]).astype(np.int32)
+    ids = np.stack(
+        [np.searchsorted(starts[b % 2], np.arange(T), side="right") for b in range(B)]
+    ).astype(np.int32)
     ids[0, T - 2 :] = 0
     if kind == "edges":  # padding from inside the last chunk of a shard
         ids[1, T // 2 - 1 :] = 0
@@ -69,7 +77,10 @@ name_of = lambda sizes: "x".join(f"{k}{v}" for k, v in sizes.items())
 
 @pytest.mark.parametrize(
     ("sizes", "kind"),
-    [*((sizes, "inside") for sizes in MESHES), *((MESHES[i], kind) for i in (1, 4) for kind in (None, "edges"))],
+    [
+        *((sizes, "inside") for sizes in MESHES),
+        *((MESHES[i], kind) for i in (1, 4) for kind in (None, "edges")),
+    ],
     ids=lambda x: name_of(x) if isinstance(x, dict) else str(x),
 )
 def test_equals_one_device(sizes, kind):
@@ -93,18 +104,27 @@ def test_equals_one_device_exactly(x64, sizes, implementation):
     del x["state"]
     options = {"chunk_size": C, "segment_ids": segments(2, 8 * C, "inside"), "clip_norm": 3.0}
     want = value_and_gradients(in_place_ttt, x, do, dS, **options)
-    norm_BM = np.linalg.norm(np.einsum("bmcd,bmcf->bmdf", *(x[n].reshape(2, 8, C, -1) for n in "vz")), axis=(2, 3))
+    norm_BM = np.linalg.norm(
+        np.einsum("bmcd,bmcf->bmdf", *(x[n].reshape(2, 8, C, -1) for n in "vz")), axis=(2, 3)
+    )
     assert 2 < np.sum(norm_BM * 0.3 > 3.0) < 14, "some chunks are clipped and some are not"
-    got = value_and_gradients(parallel(**sizes).in_place_ttt, x, do, dS, **options, implementation=implementation)
+    got = value_and_gradients(
+        parallel(**sizes).in_place_ttt, x, do, dS, **options, implementation=implementation
+    )
     for name, value in got.items():
         assert_close(name, value, want[name], TOLERANCE["float64"])
 
 
 def test_bfloat16_keeps_a_small_update(x64):
-    """The adaptation term against float64, beside the single device's error, with ||S|| / ||W|| about 1e-3."""
+    """The adaptation term against float64, beside the single device's error, with ||S|| / ||W||
+    about 1e-3.
+    """
     x, *_ = arrays(1, 16 * C, 16, 32, "bfloat16")
     x["lr"], x["state"] = jnp.float32(1e-4), None
-    with_lr = lambda lr: {**{k: None if v is None else v.astype("float64") for k, v in x.items()}, "lr": lr}
+    with_lr = lambda lr: {
+        **{k: None if v is None else v.astype("float64") for k, v in x.items()},
+        "lr": lr,
+    }
     call = lambda op, x: op(x["z"], x["v"], x["w"], lr=x["lr"], chunk_size=C, state=x["state"])
     term = np.asarray(call(in_place_ttt, with_lr(1e-4))[0] - call(in_place_ttt, with_lr(0.0))[0])
     slow = np.asarray(call(in_place_ttt, with_lr(0.0))[0])
@@ -122,7 +142,9 @@ def test_a_shard_must_hold_whole_chunks():
     op = lambda z, v, w: in_place_ttt_shard(z, v, w, lr=0.1, chunk_size=3, axis="s", shards=4)[0]
     split = P(None, "s")
     with pytest.raises(UserError, match="shard of 4 tokens does not hold whole chunks of 3"):
-        jax.shard_map(op, mesh=mesh, in_specs=(split, split, P()), out_specs=split, check_vma=False)(x["z"], x["v"], x["w"])
+        jax.shard_map(
+            op, mesh=mesh, in_specs=(split, split, P()), out_specs=split, check_vma=False
+        )(x["z"], x["v"], x["w"])
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -134,15 +156,21 @@ def test_exclusive_prefix(x64, shards, reverse):
     delta, keep = rng.standard_normal((shards, B, D, F)), rng.integers(0, 3, (shards, B)) / 2
     X = -(-D // shards)
     start = rng.standard_normal((B, D, F))
-    mesh = jax.make_mesh((shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards])
+    mesh = jax.make_mesh(
+        (shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards]
+    )
 
     def local(delta, keep, start):
-        S, end = exclusive_prefix(delta[0], keep[0], start, axis="s", shards=shards, reverse=reverse)
+        S, end = exclusive_prefix(
+            delta[0], keep[0], start, axis="s", shards=shards, reverse=reverse
+        )
         return S[None], end
 
     padded = jnp.asarray(np.pad(start, ((0, 0), (0, shards * X - D), (0, 0))))
     specs = (P("s"), P("s"), P(None, "s"))
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P("s"), P(None, "s")), check_vma=False)
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=specs, out_specs=(P("s"), P(None, "s")), check_vma=False
+    )
     got, end = jit(run)(jnp.asarray(delta), jnp.asarray(keep), padded)
     S = start
     for p in reversed(range(shards)) if reverse else range(shards):
@@ -167,7 +195,9 @@ def compiled(p, T, gradient, D=64, F=96):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_prefix_moves_as_much_on_any_number_of_shards(gradient):
-    """Two all_to_all of S (results counted whole, own slice included) in each direction, and nothing else of that size."""
+    """Two all_to_all of S (results counted whole, own slice included) in each direction, and
+    nothing else of that size.
+    """
     S = 4 * 64 * 96
     for shards in (2, 4, 8):
         moved = collective_bytes(compiled({"context": shards}, 16 * C, gradient).as_text())
@@ -176,6 +206,11 @@ def test_the_prefix_moves_as_much_on_any_number_of_shards(gradient):
 
 
 def test_the_backward_keeps_no_state_per_chunk():
-    """Temporary memory grows by a few arrays of C tokens for each further chunk of the shard; one S would be larger."""
-    few, many = (compiled({"context": 2}, 2 * n * C, True).memory_analysis().temp_size_in_bytes for n in (4, 36))
+    """Temporary memory grows by a few arrays of C tokens for each further chunk of the shard; one S
+    would be larger.
+    """
+    few, many = (
+        compiled({"context": 2}, 2 * n * C, True).memory_analysis().temp_size_in_bytes
+        for n in (4, 36)
+    )
     assert (many - few) / 32 < 4 * 64 * 96 / 2, "half an S for each further chunk"

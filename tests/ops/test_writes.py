@@ -47,7 +47,9 @@ def spectral_oracle(z_BTF, v_BTD):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("like", "lam"), [(0.0, 0.1), (0.5, 1.0), (5.0, 0.1), (60.0, 1.0)])
 def test_ridge_is_least_squares(dtype, lam, like):
-    """Also where all keys are alike, as in a table of dots: a product with the inverse alone would lose cond^2 there."""
+    """Also where all keys are alike, as in a table of dots: a product with the inverse alone would
+    lose cond^2 there.
+    """
     with jax.enable_x64(dtype == "float64"):
         z, v = chunk_arrays(dtype, like=like)
         out = jit(lambda z, v: transformed("ridge", z, v, C, ridge=lam))(z, v)
@@ -60,14 +62,17 @@ def test_spectral_writes_are_newton_schulz_on_the_update(dtype):
     with jax.enable_x64(dtype == "float64"):
         z, v = chunk_arrays(dtype)
         got = written(jit(lambda z, v: transformed("spectral", z, v, C, unit=0.5))(z, v), z)
-        tolerance = {"float64": 1e-10, "float32": 1e-4}[dtype]  # token space squares the condition number
+        # token space squares the condition number
+        tolerance = {"float64": 1e-10, "float32": 1e-4}[dtype]
         assert_close("write", got, 0.5 * spectral_oracle(z, v), tolerance)
         assert (np.linalg.svd(got, compute_uv=False)[..., :4] > 0.5 * 0.6).all()
 
 
 @pytest.mark.parametrize("write", ["ridge", "spectral"])
 def test_bfloat16_rounds_the_targets_once(write, x64):
-    """What is written then differs by more where keys are alike (docs/writes.md): v' is of bf16 as v is."""
+    """What is written then differs by more where keys are alike (docs/writes.md): v' is of bf16 as
+    v is.
+    """
     z, v = chunk_arrays("bfloat16")
     exact = transformed(write, z.astype("float64"), v.astype("float64"), C)
     assert_close("targets", transformed(write, z, v, C), exact, TOLERANCE["bfloat16"])
@@ -103,9 +108,16 @@ def test_gradients(write, x64):
 
 def test_solve_has_the_gradient_of_the_inverse(x64):
     rng = np.random.default_rng(0)
-    root, v = jnp.asarray(rng.standard_normal((2, 9, 9))), jnp.asarray(rng.standard_normal((2, 9, 4)))
-    through = lambda f: jax.grad(lambda r, v: jnp.sum(jnp.sin(f(r @ jnp.swapaxes(r, 1, 2) + jnp.eye(9)[None], v))), (0, 1))
-    for ours, theirs in zip(through(solve)(root, v), through(jnp.linalg.solve)(root, v), strict=True):
+    root, v = (
+        jnp.asarray(rng.standard_normal((2, 9, 9))),
+        jnp.asarray(rng.standard_normal((2, 9, 4))),
+    )
+    through = lambda f: jax.grad(
+        lambda r, v: jnp.sum(jnp.sin(f(r @ jnp.swapaxes(r, 1, 2) + jnp.eye(9)[None], v))), (0, 1)
+    )
+    for ours, theirs in zip(
+        through(solve)(root, v), through(jnp.linalg.solve)(root, v), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -113,13 +125,18 @@ def test_solve_has_the_gradient_of_the_inverse(x64):
 def test_inverse_by_halves(C, x64):
     rng = np.random.default_rng(0)
     root = rng.standard_normal((2, C, C))
-    a = jnp.asarray(root @ np.swapaxes(root, 1, 2) / C + np.eye(C) + 1.0)  # one direction that all share
-    np.testing.assert_allclose(jit(inverse)(a) @ a, np.broadcast_to(np.eye(C), a.shape), rtol=0, atol=1e-11)
+    # one direction that all share
+    a = jnp.asarray(root @ np.swapaxes(root, 1, 2) / C + np.eye(C) + 1.0)
+    np.testing.assert_allclose(
+        jit(inverse)(a) @ a, np.broadcast_to(np.eye(C), a.shape), rtol=0, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("write", ["ridge", "spectral"])
 def test_chunks_of_zeros_write_nothing_and_have_a_gradient(write):
-    """At a model's start the targets are zero; slots of a pending chunk that hold nothing are zero on both sides."""
+    """At a model's start the targets are zero; slots of a pending chunk that hold nothing are zero
+    on both sides.
+    """
     z, v = chunk_arrays("float32")
     z, v = z.at[:, :C].set(0), v.at[:, : 2 * C].set(0)
     out, vjp = jax.vjp(lambda z, v: transformed(write, z, v, C), z, v)

@@ -1,4 +1,6 @@
-"""The mesh and its rules: a sharded step equals one on a single device, and nothing big is replicated."""
+"""The mesh and its rules: a sharded step equals one on a single device, and nothing big is
+replicated.
+"""
 
 import jax
 import numpy as np
@@ -26,7 +28,12 @@ def steps(mesh_sizes, accumulate=1, number=3):
         {
             "model": MODEL,
             "data": {"seq_len": 48, "batch_size": 8},
-            "optimizer": {"lr": 1e-3, "warmup_steps": 0, "schedule": "constant", "accumulate": accumulate},
+            "optimizer": {
+                "lr": 1e-3,
+                "warmup_steps": 0,
+                "schedule": "constant",
+                "accumulate": accumulate,
+            },
             "mesh": mesh_sizes,
         },
     )
@@ -38,10 +45,17 @@ def steps(mesh_sizes, accumulate=1, number=3):
     for _ in range(number):
         ids = rng.integers(0, 64, (8, 49)).astype(np.int32)
         segments = np.broadcast_to(np.arange(48) // 24 + 1, (8, 48)).astype(np.int32).copy()
-        segments[np.arange(48) >= 45 - 5 * np.arange(8)[:, None]] = 0  # rows, and so micro-batches, of other counts
+        # rows, and so micro-batches, of other counts
+        segments[np.arange(48) >= 45 - 5 * np.arange(8)[:, None]] = 0
         positions = np.broadcast_to(np.arange(48) % 24, (8, 48)).astype(np.int32)
-        batch = {"ids": ids[:, :-1], "targets": ids[:, 1:], "weights": (segments > 0).astype(np.float32)}
-        state, out = step(state, put_batch(batch | {"segment_ids": segments, "positions": positions}, mesh))
+        batch = {
+            "ids": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "weights": (segments > 0).astype(np.float32),
+        }
+        state, out = step(
+            state, put_batch(batch | {"segment_ids": segments, "positions": positions}, mesh)
+        )
         metrics.append([float(out["loss"]), float(out["grad_norm"])])
     return np.array(metrics), state
 
@@ -64,18 +78,23 @@ def test_a_sharded_step_equals_one_device(sizes, single):
     metrics, state = steps(ONE | sizes)
     assert_close("losses and gradient norms", metrics, single[0], 1e-5)
     for x, y in zip(jax.tree.leaves(state.model), single[1], strict=True):
-        # Adam divides by the gradient's size, so a rounding difference may move a parameter by a share of lr.
+        # Adam divides by the gradient's size, so a rounding difference may move a parameter by a
+        # share of lr.
         assert np.abs(np.asarray(x) - y).max() < 2e-4
 
 
 def test_accumulation_equals_one_batch(single):
-    """The mean is over the tokens of the whole batch, not over the means of micro-batches, whose counts differ."""
+    """The mean is over the tokens of the whole batch, not over the means of micro-batches, whose
+    counts differ.
+    """
     metrics, _ = steps(ONE, accumulate=4)
     assert_close("losses and gradient norms", metrics, single[0], 1e-5)
 
 
 def test_large_parameters_and_moments_are_sharded():
-    config = from_dict(Config, {"model": MODEL, "data": {"seq_len": 48}, "mesh": {"fsdp": 4, "tensor": 2}})
+    config = from_dict(
+        Config, {"model": MODEL, "data": {"seq_len": 48}, "mesh": {"fsdp": 4, "tensor": 2}}
+    )
     abstract, _ = abstract_state(config, make_mesh(config.mesh))
     for leaf in jax.tree.leaves((abstract.model, abstract.opt_state)):
         shard = leaf.sharding.shard_shape(leaf.shape)
@@ -86,19 +105,26 @@ def test_large_parameters_and_moments_are_sharded():
 def test_specs():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=1, tensor=2))
     assert spec(("mlp", "embed"), (2, 48, 32), mesh) == P(None, "tensor", "fsdp")
-    assert spec(("mlp", "embed"), (47, 30), mesh) == P(None, None), "sizes that do not divide stay whole"
+    assert spec(("mlp", "embed"), (47, 30), mesh) == P(None, None), (
+        "sizes that do not divide stay whole"
+    )
     assert spec(("batch", "tokens"), (8, 16), mesh) == P("fsdp", None)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     assert spec(("mlp", "embed"), (48, 32), mesh) == P("tensor", ("fsdp", "context"))
-    assert spec(("mlp", "embed"), (48, 30), mesh) == P("tensor", "fsdp"), "the first axes that divide"
+    assert spec(("mlp", "embed"), (48, 30), mesh) == P("tensor", "fsdp"), (
+        "the first axes that divide"
+    )
     assert spec(("batch", "embed", "mlp"), (2, 32, 48), mesh) == P("fsdp", "context", "tensor"), "S"
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=1, tensor=2))
     norm = RMSNorm(32, "embed", 1e-6, key=jax.random.key(0))
-    assert [x.spec for x in jax.tree.leaves(model_shardings(norm, mesh))] == [P(None)], "vectors are replicated"
+    assert [x.spec for x in jax.tree.leaves(model_shardings(norm, mesh))] == [P(None)], (
+        "vectors are replicated"
+    )
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"), [({"data": 3}, "does not divide 8 devices"), ({"data": 2, "fsdp": 2}, "needs 4 devices")]
+    ("sizes", "words"),
+    [({"data": 3}, "does not divide 8 devices"), ({"data": 2, "fsdp": 2}, "needs 4 devices")],
 )
 def test_a_mesh_that_does_not_fit(sizes, words):
     with pytest.raises(ConfigError, match=words):

@@ -1,4 +1,6 @@
-"""`ttt-jax plan`: what is read from a program's text, the arithmetic of the estimate, the command; and real TPU compiles."""
+"""`ttt-jax plan`: what is read from a program's text, the arithmetic of the estimate, the command;
+and real TPU compiles.
+"""
 
 import dataclasses
 import json
@@ -26,8 +28,8 @@ from ttt_jax.plan.make import Topology, advice, describe, out_of_memory, parse_t
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_8B = str(ROOT / "configs/qwen3_8b_longct.yaml")
 
-# As libtpu writes it: a loop without a trip count, one gather in three pieces, a start with (operand, result), a kernel whose
-# attributes go over several lines.
+# As libtpu writes it: a loop without a trip count, one gather in three pieces, a start with
+# (operand, result), a kernel whose attributes go over several lines.
 PROGRAM = """HloModule jit_step
 
 %sum (a: f32[], b: f32[]) -> f32[] {
@@ -89,7 +91,9 @@ def test_collectives_of_a_compiled_loop():
 
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False)
     x = jax.ShapeDtypeStruct((8192,), jnp.float32, sharding=NamedSharding(mesh, P("a")))
-    assert read_collectives(jax.jit(mapped).lower(x).compile().as_text()).kinds == {"all-reduce": (5, 5 * 4096)}
+    assert read_collectives(jax.jit(mapped).lower(x).compile().as_text()).kinds == {
+        "all-reduce": (5, 5 * 4096)
+    }
 
 
 def test_bytes_of_types():
@@ -101,7 +105,8 @@ def test_bytes_of_types():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("v7:2x2", "unknown"), ("v5p", "unknown"), ("v5p:4x0x4", "unknown"), ("v5p:4x4", "grid of 3 sizes"),
+        ("v7:2x2", "unknown"), ("v5p", "unknown"), ("v5p:4x0x4", "unknown"), ("v5p:4x4", "grid of "
+                                                                                         "3 sizes"),
         ("v6e:2x2x2", "grid of 2 sizes"), ("h100:2x4", "number of GPUs"),
     ],
 )  # fmt: skip
@@ -118,9 +123,15 @@ def test_topologies():
 
 
 def test_both_ways_in_which_libtpu_says_that_memory_is_short():
-    whole = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded by 4.75G."
+    whole = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. "
+        "Exceeded by 4.75G."
+    )
     assert out_of_memory(whole, 1e9) == (20.5 * 2**30, 15.75 * 2**30)
-    far = "E1000: the total memory required for HLO temporaries (130.69G) exceeds available HBM (15.75G). HLO module: step."
+    far = (
+        "E1000: the total memory required for HLO temporaries (130.69G) exceeds available HBM "
+        "(15.75G). HLO module: step."
+    )
     assert out_of_memory(far, 1e9) == (130.69 * 2**30 + 1e9, 15.75 * 2**30)
     assert out_of_memory("INVALID_ARGUMENT: Mosaic failed", 1e9) is None
 
@@ -148,17 +159,21 @@ def small(*words):
 
 def test_the_estimate_by_hand():
     """fsdp 2, context 2, tensor 2: 4 rows of 128 tokens on a device, half the heads and half of F."""
-    plan = estimate(small("--remat_save=[attention]", "--optimizer.accumulate=1"), parse_topology("h100:8"))
+    plan = estimate(
+        small("--remat_save=[attention]", "--optimizer.accumulate=1"), parse_topology("h100:8")
+    )
     kinds = plan.bytes_by_kind
     b, t, D, F = 4, 128, 64, 64
     assert plan.mesh == {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
     matrices = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 100 * 64
     vectors = 3 * 2 * 64 + 64  # norms, on every device
-    assert kinds["parameters"] == pytest.approx(4 * (matrices / 8 + vectors + 64 * 5), rel=0.02)  # and the convolution
+    # and the convolution
+    assert kinds["parameters"] == pytest.approx(4 * (matrices / 8 + vectors + 64 * 5), rel=0.02)
     assert kinds["optimizer state"] == pytest.approx(2 * kinds["parameters"], rel=0.01)
     assert kinds["gradients"] == kinds["parameters"]
     assert kinds["batch"] == 5 * b * t * 4
-    assert kinds["kept activations"] == b * t * 2 * 3 * (D + 32 + 2 * 2)  # layer inputs, outputs and float32 statistics
+    # layer inputs, outputs and float32 statistics
+    assert kinds["kept activations"] == b * t * 2 * 3 * (D + 32 + 2 * 2)
     assert kinds["one layer, backward"] == b * t * 2 * (8 * D + 6 * F + 2 * (32 + 2 * 16))
     assert kinds["gathered keys and values"] == b * 256 * 2 * 16 * (2 + 4)
     assert kinds["fast weights"] == 4 * b * D * F * 4
@@ -175,8 +190,14 @@ def test_the_estimate_follows_the_knobs():
 
     assert kinds("--optimizer.accumulate=4")["kept activations"] * 4 == kinds()["kept activations"]
     assert kinds("--optimizer.accumulate=4")["gradients"] == 2 * kinds()["gradients"]
-    assert kinds("--remat_save=null")["kept activations"] > 3 * kinds("--remat_save=[]")["kept activations"]
-    assert kinds("--mesh.context=4", "--mesh.tensor=1")["kept activations"] == kinds("--mesh.tensor=1")["kept activations"]
+    assert (
+        kinds("--remat_save=null")["kept activations"]
+        > 3 * kinds("--remat_save=[]")["kept activations"]
+    )
+    assert (
+        kinds("--mesh.context=4", "--mesh.tensor=1")["kept activations"]
+        == kinds("--mesh.tensor=1")["kept activations"]
+    )
     assert kinds("--model.sliding_window=16")["gathered keys and values"] == 0
     assert kinds("--model.ttt.layers=[]")["fast weights"] == 0
 
@@ -193,12 +214,15 @@ def test_the_estimate_counts_rows_that_do_not_split():
 
 def test_a_prefill_estimate():
     plan = estimate(small(), parse_topology("h100:8"), prefill=512)
-    assert plan.bytes_by_kind["KV cache"] == 3 * 256 * 2 * 16 * 2  # a row on each pair of devices of one context
+    # a row on each pair of devices of one context
+    assert plan.bytes_by_kind["KV cache"] == 3 * 256 * 2 * 16 * 2
     assert plan.bytes_by_kind["fast weights"] == 64 * 64 * 4
     assert plan.rows == 2
     assert plan.program == "prefill of 512 tokens"
     assert plan.notes == ()
-    (note,) = estimate(small("--model.max_positions=256"), parse_topology("h100:8"), prefill=512).notes
+    (note,) = estimate(
+        small("--model.max_positions=256"), parse_topology("h100:8"), prefill=512
+    ).notes
     assert "--prefill 512: the config knows 256 positions" in note
 
 
@@ -207,9 +231,17 @@ def test_advice_names_the_knobs():
     kinds = {"parameters": 1e9, "optimizer state": 2e9}
     sizes = {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
     tight = " ".join(advice(config, sizes, kinds, 4e9, None))
-    for knob in ("more devices", "optimizer.accumulate", "remat_save", "mesh.context", "mesh.tensor"):
+    for knob in (
+        "more devices",
+        "optimizer.accumulate",
+        "remat_save",
+        "mesh.context",
+        "mesh.tensor",
+    ):
         assert knob in tight
-    roomy = " ".join(advice(small("--remat_save=[]", "--optimizer.accumulate=4"), sizes, kinds, 1e11, None))
+    roomy = " ".join(
+        advice(small("--remat_save=[]", "--optimizer.accumulate=4"), sizes, kinds, 1e11, None)
+    )
     assert "more devices" not in roomy
     assert "remat_save" not in roomy
     assert "accumulate" not in roomy
@@ -260,25 +292,48 @@ def test_a_mesh_may_split_an_axis_of_the_torus():
 
 
 def test_slices_lie_on_the_data_axis():
-    mesh = make_mesh(small("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=1").mesh, chips((2, 2, 1), slices=2))
+    mesh = make_mesh(
+        small("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=1").mesh, chips((2, 2, 1), slices=2)
+    )
     assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
     with pytest.raises(UserError, match="multiple of the 2 TPU slices"):
         make_mesh(small("--mesh.data=1", "--mesh.tensor=1").mesh, chips((2, 2, 1), slices=2))
 
 
-# -------------------------------------------------------------------------------------------------------- real TPUs
+# ---------------------------------------------------------------------------------------- real TPUs
 
 tpu = [
     pytest.mark.tpu_aot,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"),
+    pytest.mark.skipif(
+        find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+    ),
 ]
 
 
 def plan_json(config, topology, *words, timeout):
     """The command in a process of its own: libtpu reads its environment once."""
-    command = [sys.executable, "-m", "ttt_jax", "plan", "--config", str(config), "--topology", topology, "--json", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "ttt_jax",
+        "plan",
+        "--config",
+        str(config),
+        "--topology",
+        topology,
+        "--json",
+        *words,
+    ]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
     assert done.returncode in (0, 1), done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(plan))  # `pytest -rP` shows it: the figures are why one waits for these tests
@@ -293,7 +348,9 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("program", [pytest.param("train", marks=tpu), pytest.param("prefill", marks=tpu)])
+@pytest.mark.parametrize(
+    "program", [pytest.param("train", marks=tpu), pytest.param("prefill", marks=tpu)]
+)
 def test_a_tiny_model_on_every_axis(program):
     words = ["--prefill=2048"] if program == "prefill" else []
     plan = plan_json(ROOT / "configs/default.yaml", "v5e:2x4", *TINY, *words, timeout=600)
@@ -306,10 +363,19 @@ def test_a_tiny_model_on_every_axis(program):
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'")
+@pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
 def test_qwen3_8b_at_128k_fits_a_v5p_128():
-    """Minutes. 64 chips of 95 GB; packed rows, float32 master weights. It took 55 GB while masks were kept."""
-    words = ["--data.seq_len=131072", "--model.max_positions=131072", "--data.batch_size=8", "--optimizer.accumulate=1"]
+    """Minutes. 64 chips of 95 GB; packed rows, float32 master weights. It took 55 GB while masks
+    were kept.
+    """
+    words = [
+        "--data.seq_len=131072",
+        "--model.max_positions=131072",
+        "--data.batch_size=8",
+        "--optimizer.accumulate=1",
+    ]
     plan = plan_json(QWEN3_8B, "v5p:4x4x4", *words, "--mesh.context=8", timeout=2400)
     assert plan["mesh"] == {"data": 1, "fsdp": 8, "context": 8, "tensor": 1}
     assert plan["fits"]
@@ -318,5 +384,6 @@ def test_qwen3_8b_at_128k_fits_a_v5p_128():
     stored = plan["bytes_by_kind"]["parameters"] + plan["bytes_by_kind"]["optimizer state"]
     assert stored == pytest.approx(3 * 4 * 8.29e9 / 64, rel=0.02)
     assert plan["loops_of_unknown_length"] == 0
-    # All layers are counted: each gathers the keys and values of all tokens, in the forward and in the backward pass.
+    # All layers are counted: each gathers the keys and values of all tokens, in the forward and in
+    # the backward pass.
     assert plan["collectives"]["all-gather"][1] >= 36 * 2 * 2 * 131072 * 8 * 128 * 2

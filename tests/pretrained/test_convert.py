@@ -1,4 +1,6 @@
-"""`ttt-jax convert`: there and back byte for byte, bounded memory, TTT for plain models, refusals that leave no trace."""
+"""`ttt-jax convert`: there and back byte for byte, bounded memory, TTT for plain models, refusals
+that leave no trace.
+"""
 
 import dataclasses
 import json
@@ -37,7 +39,9 @@ PLAIN = {"model_type": "llama", "tie_word_embeddings": True}
 
 
 def same_params(a, b):
-    paths = lambda tree: [param_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    paths = lambda tree: [
+        param_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
     assert (a.config, a.runtime, paths(a)) == (b.config, b.runtime, paths(b))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
 
@@ -57,7 +61,7 @@ def plain(tmp_path):
     return tmp_path / "plain"
 
 
-# --------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------- there and back
 
 
 def test_official_models_there_and_back(golden_model, tmp_path):
@@ -65,11 +69,19 @@ def test_official_models_there_and_back(golden_model, tmp_path):
     report = convert(folder, tmp_path / "orbax", to="orbax")
     convert(tmp_path / "orbax", tmp_path / "hf", to="hf")
     stored = read_folder(folder)
-    assert (report.tensors, report.nbytes, report.fresh) == (len(stored), sum(x.nbytes for x in stored.values()), 0)
+    assert (report.tensors, report.nbytes, report.fresh) == (
+        len(stored),
+        sum(x.nbytes for x in stored.values()),
+        0,
+    )
     assert_same_tensors(stored, read_folder(tmp_path / "hf"))
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "hf" / name).read_text()) == json.loads((folder / name).read_text())
-    assert not (tmp_path / "orbax" / "config.json").exists(), "nobody shall take it for a Hugging Face folder"
+        assert json.loads((tmp_path / "hf" / name).read_text()) == json.loads(
+            (folder / name).read_text()
+        )
+    assert not (tmp_path / "orbax" / "config.json").exists(), (
+        "nobody shall take it for a Hugging Face folder"
+    )
     model = load_pretrained(tmp_path / "orbax")
     assert model.config == read_config(folder)
     same_params(model, load_pretrained(folder))
@@ -78,16 +90,22 @@ def test_official_models_there_and_back(golden_model, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_there_and_back(family, tmp_path):
-    """Sharded or not; a tied head that is written out, and a stack whose layers differ in dtype, come back as they were."""
+    """Sharded or not; a tied head that is written out, and a stack whose layers differ in dtype,
+    come back as they were.
+    """
 
     def change(stored):
         if family == "smollm2":
             stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
-            stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].astype(np.float32)
+            stored["model.layers.1.mlp.up_proj.weight"] = stored[
+                "model.layers.1.mlp.up_proj.weight"
+            ].astype(np.float32)
 
     shards = 4 if family in ("qwen2", "smollm2") else 1
     stored = make_folder(tmp_path / "source", FAMILIES[family], shards=shards, change=change)
-    assert ("lm_head.weight" in stored) == (family in ("smollm2", "mistral") or family.startswith("llama"))
+    assert ("lm_head.weight" in stored) == (
+        family in ("smollm2", "mistral") or family.startswith("llama")
+    )
     convert(tmp_path / "source", tmp_path / "orbax", to="orbax")
     convert(tmp_path / "orbax", tmp_path / "back", to="hf", max_shard_bytes=20_000)
     convert(tmp_path / "source", tmp_path / "direct", to="hf")
@@ -100,7 +118,10 @@ def test_families_there_and_back(family, tmp_path):
         assert (tmp_path / out / "tokenizer_config.json").read_text() == '{"eos_token": "<end>"}'
     assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 3
     for dtype in ("float32", "bfloat16"):
-        same_params(load_pretrained(tmp_path / "orbax", dtype=dtype), load_pretrained(tmp_path / "source", dtype=dtype))
+        same_params(
+            load_pretrained(tmp_path / "orbax", dtype=dtype),
+            load_pretrained(tmp_path / "source", dtype=dtype),
+        )
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
@@ -119,7 +140,9 @@ def test_onto_a_mesh(golden_model, tmp_path):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     abstract = abstract_model(read_config(folder))
     placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, model_shardings(abstract, mesh)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        model_shardings(abstract, mesh),
     )
     model = load_model_params(tmp_path / "orbax", placed)
     same_params(model, load_pretrained(folder))
@@ -132,20 +155,26 @@ def test_onto_a_mesh(golden_model, tmp_path):
 def test_a_run_of_train_py(tmp_path):
     """Masters are float32; a chunk on disk holds one layer, so that it can be read layer by layer."""
     ttt = TTTConfig(layers=(3,), chunk_size=16, lr=0.25)
-    model = ModelConfig(d_model=256, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=384, ttt=ttt)
+    model = ModelConfig(
+        d_model=256, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=384, ttt=ttt
+    )
     config = Config(name="run", runs_dir=str(tmp_path), model=model)
     prepare_run_dir(config)
     params = jit(lambda key: Transformer(model, key=key))(jax.random.key(1))
     moments = {"count": jnp.zeros((), jnp.int32)}
     with Checkpointer(config.run_dir / "checkpoints", CheckpointConfig()) as checkpointer:
         checkpointer.save(3, model=params, opt_state=moments, data_state={})
-        checkpointer.save(7, model=jax.tree.map(lambda x: 2 * x, params), opt_state=moments, data_state={})
+        checkpointer.save(
+            7, model=jax.tree.map(lambda x: 2 * x, params), opt_state=moments, data_state={}
+        )
     for source, factor in (("run", 2), ("run/checkpoints/7", 2), ("run/checkpoints/3", 1)):
         out = tmp_path / f"hf{source.replace('/', '_')}"
         convert(tmp_path / source, out, to="hf")
         same_params(load_pretrained(out), jax.tree.map(lambda x, f=factor: f * x, params))
         assert read_config(out) == model
-    assert open_source(tmp_path / "run").tensors.block_bytes == 384 * 256 * 4, "one layer of an MLP weight, not three"
+    assert open_source(tmp_path / "run").tensors.block_bytes == 384 * 256 * 4, (
+        "one layer of an MLP weight, not three"
+    )
     convert(tmp_path / "run", tmp_path / "orbax", to="orbax")
     again = load_pretrained(tmp_path / "orbax")
     assert again.tokenizer.fingerprint == "bytes-1"
@@ -153,7 +182,7 @@ def test_a_run_of_train_py(tmp_path):
     same_params(again, load_pretrained(tmp_path / "hfrun"))
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
 import sys
@@ -177,11 +206,20 @@ print(*all_ways(out + "/big", out + "/b"))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured through Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="measured through Linux's /proc"
+)
 def test_memory_is_bounded_by_a_shard(tmp_path):
-    """280 MB in 40 shards: resident memory, mapped pages included, grows by less than 1.3 of the largest, any way."""
+    """280 MB in 40 shards: resident memory, mapped pages included, grows by less than 1.3 of the
+    largest, any way.
+    """
     make_folder(tmp_path / "tiny", PLAIN)
-    size = {"hidden_size": 512, "intermediate_size": 1365, "num_hidden_layers": 24, "vocab_size": 4096}
+    size = {
+        "hidden_size": 512,
+        "intermediate_size": 1365,
+        "num_hidden_layers": 24,
+        "vocab_size": 4096,
+    }
     make_folder(tmp_path / "big", PLAIN | size, shards=40)
     largest = max(path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors"))
     words = [sys.executable, "-c", MEASURE, str(tmp_path), str(largest)]
@@ -195,7 +233,7 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
     assert_same_tensors(read_folder(tmp_path / "big"), read_folder(tmp_path / "b_h"))
 
 
-# ------------------------------------------------------------------------------------------------------------ equip
+# -------------------------------------------------------------------------------------------- equip
 
 EQUIP = ["--ttt.layers", "0,2", "--ttt.chunk_size", "8", "--ttt.lr", "0.5"]
 
@@ -213,7 +251,9 @@ def test_a_plain_model_gets_ttt_that_changes_nothing_yet(plain, to, tmp_path, ca
     before, after = read_folder(plain), read_folder(tmp_path / "hf")
     new = {name: after.pop(name) for name in sorted(set(after) - set(before))}
     assert_same_tensors(before, after)
-    assert list(new) == [f"model.layers.{i}.mlp.ttt_{what}.weight" for i in (0, 2) for what in ("conv", "proj")]
+    assert list(new) == [
+        f"model.layers.{i}.mlp.ttt_{what}.weight" for i in (0, 2) for what in ("conv", "proj")
+    ]
     for name, x in new.items():
         if name.endswith("conv.weight"):
             assert not x.any()
@@ -244,8 +284,14 @@ def test_fresh_parameters_depend_on_the_seed_alone(plain, tmp_path):
 @pytest.mark.parametrize(
     ("ttt", "words"),
     [
-        ({"layers": [0, 1]}, r"--ttt\.layers \[0, 1\]: .* has TTT parameters already, with ttt\.layers = \[0, 2\]"),
-        ({"layers": [0, 2], "chunk_size": 32}, r"--ttt\.chunk_size 32: .* with ttt\.chunk_size = 16"),
+        (
+            {"layers": [0, 1]},
+            r"--ttt\.layers \[0, 1\]: .* has TTT parameters already, with ttt\.layers = \[0, 2\]",
+        ),
+        (
+            {"layers": [0, 2], "chunk_size": 32},
+            r"--ttt\.chunk_size 32: .* with ttt\.chunk_size = 16",
+        ),
         ({"lr": 1.0}, r"--ttt\.lr 1\.0: "),
     ],
 )
@@ -270,15 +316,25 @@ def test_ttt_that_makes_no_sense_is_refused(plain, ttt, words, tmp_path):
 
 
 def test_agreeing_options_and_tensors_without_config_fields(golden_model, tmp_path):
-    """Options that repeat what is there are fine, and name TTT tensors that config.json keeps silent about."""
+    """Options that repeat what is there are fine, and name TTT tensors that config.json keeps
+    silent about.
+    """
     folder, _ = golden_model
     ttt = read_config(folder).ttt
-    options = {"layers": list(ttt.layers), "chunk_size": 16, "lr": 0.5, "target": ttt.target, "proj": True}
+    options = {
+        "layers": list(ttt.layers),
+        "chunk_size": 16,
+        "lr": 0.5,
+        "target": ttt.target,
+        "proj": True,
+    }
     assert convert(folder, tmp_path / "same", to="hf", ttt=options).fresh == 0
     silent = tmp_path / "silent"
     shutil.copytree(folder, silent)
     raw = json.loads((silent / "config.json").read_text())
-    (silent / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("ttt_")}))
+    (silent / "config.json").write_text(
+        json.dumps({k: v for k, v in raw.items() if not k.startswith("ttt_")})
+    )
     assert convert(silent, tmp_path / "named", to="hf", ttt=options).fresh == 0
     for name in ("same", "named"):
         assert_same_tensors(read_folder(folder), read_folder(tmp_path / name))
@@ -287,7 +343,7 @@ def test_agreeing_options_and_tensors_without_config_fields(golden_model, tmp_pa
         convert(silent, tmp_path / "out", to="hf", ttt=options | {"layers": [0]})
 
 
-# ------------------------------------------------------------------------------------------------------- as init_from
+# ------------------------------------------------------------------------------------- as init_from
 
 
 def test_init_from_a_converted_model(golden_model, plain, tmp_path):
@@ -299,11 +355,14 @@ def test_init_from_a_converted_model(golden_model, plain, tmp_path):
     wrong = dataclasses.replace(cfg, d_ff=81)
     with pytest.raises(ConfigError, match=r"model\.d_ff = 81"):
         initial_model(Config(model=wrong, init_from=str(tmp_path / "orbax")), abstract_model(wrong))
-    # Layers that the checkpoint does not adapt group otherwise; their parameters are new, the others' are the checkpoint's.
+    # Layers that the checkpoint does not adapt group otherwise; their parameters are new, the
+    # others' are the checkpoint's.
     convert(plain, tmp_path / "plain_orbax", to="orbax")
     cfg = read_config(plain)
     cfg = dataclasses.replace(cfg, ttt=TTTConfig(layers=(1,), chunk_size=8))
-    from_orbax = initial_model(Config(model=cfg, init_from=str(tmp_path / "plain_orbax")), abstract_model(cfg))
+    from_orbax = initial_model(
+        Config(model=cfg, init_from=str(tmp_path / "plain_orbax")), abstract_model(cfg)
+    )
     from_hf = initial_model(Config(model=cfg, init_from=str(plain)), abstract_model(cfg))
     same_params(from_orbax, from_hf)
 
@@ -311,43 +370,95 @@ def test_init_from_a_converted_model(golden_model, plain, tmp_path):
 @pytest.mark.slow
 def test_train_py_continues_from_a_converted_model(tmp_path):
     make_folder(tmp_path / "source", PLAIN | {"vocab_size": 257})
-    convert(tmp_path / "source", tmp_path / "orbax", to="orbax", ttt={"layers": [1], "chunk_size": 16})
+    convert(
+        tmp_path / "source", tmp_path / "orbax", to="orbax", ttt={"layers": [1], "chunk_size": 16}
+    )
     (tmp_path / "texts").mkdir()
     for i in range(40):
-        (tmp_path / "texts" / f"{i}.txt").write_text(f"In-place test-time training reads {i} and adapts.\n" * 40)
-    model = {"d_model": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48, "max_positions": 512}
+        (tmp_path / "texts" / f"{i}.txt").write_text(
+            f"In-place test-time training reads {i} and adapts.\n" * 40
+        )
+    model = {
+        "d_model": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "d_ff": 48,
+        "max_positions": 512,
+    }
     words = [f"--model.{name}={value}" for name, value in model.items()]
-    words += ["--model.ttt.layers=1", "--model.ttt.chunk_size=16", f"--data.train={tmp_path / 'texts'}", "--data.seq_len=32"]
-    words += ["--data.batch_size=8", "--steps=2", f"--runs_dir={tmp_path / 'runs'}", f"--init_from={tmp_path / 'orbax'}"]
-    words += ["--data.heldout_fraction=0.5", "--eval.rows=2", "--log.tensorboard=false", "--name=run"]
+    words += [
+        "--model.ttt.layers=1",
+        "--model.ttt.chunk_size=16",
+        f"--data.train={tmp_path / 'texts'}",
+        "--data.seq_len=32",
+    ]
+    words += [
+        "--data.batch_size=8",
+        "--steps=2",
+        f"--runs_dir={tmp_path / 'runs'}",
+        f"--init_from={tmp_path / 'orbax'}",
+    ]
+    words += [
+        "--data.heldout_fraction=0.5",
+        "--eval.rows=2",
+        "--log.tensorboard=false",
+        "--name=run",
+    ]
     words += ["--optimizer.warmup_steps=0", "--optimizer.lr=1e-4"]
     assert train.main(words) == 0
     assert main(["convert", str(tmp_path / "runs/run"), str(tmp_path / "hf"), "--to", "hf"]) == 0
     before, after = read_folder(tmp_path / "source"), read_folder(tmp_path / "hf")
-    assert set(after) - set(before) == {f"model.layers.1.mlp.ttt_{what}.weight" for what in ("conv", "proj")}
+    assert set(after) - set(before) == {
+        f"model.layers.1.mlp.ttt_{what}.weight" for what in ("conv", "proj")
+    }
     for name, x in before.items():  # two steps of about 1e-4 each
         assert np.abs(after[name] - x).max() < 3e-4, name
 
 
-# ------------------------------------------------------------------------------------------------------------ verify
+# ------------------------------------------------------------------------------------------- verify
 
 
 def test_verify_reports_what_rounding_costs(tmp_path, capsys):
-    words = ["convert", str(OFFICIAL), str(tmp_path / "out"), "--to", "orbax", "--dtype", "bfloat16", "--verify"]
+    words = [
+        "convert",
+        str(OFFICIAL),
+        str(tmp_path / "out"),
+        "--to",
+        "orbax",
+        "--dtype",
+        "bfloat16",
+        "--verify",
+    ]
     assert main(words) == 0
     rms = float(re.search(r"relative RMS of the logits (\S+)", capsys.readouterr().out)[1])
     assert 1e-4 < rms < 3e-2, "bfloat16 keeps 8 bits"
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.ttt_conv.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.ttt_conv.weight"]
+)
 def test_verify_catches_a_wrong_tensor(name, tmp_path, monkeypatch, capsys):
     """Also one that acts only after an update. Exit code 1, and the old output stays."""
     folder = OFFICIAL
     convert(folder, tmp_path / "out", to="orbax")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     write = OrbaxWriter.write
-    monkeypatch.setattr(OrbaxWriter, "write", lambda self, n, i, x: write(self, n, i, x * np.float32(1.01) if n == name else x))
-    words = ["convert", str(folder), str(tmp_path / "out"), "--to", "orbax", "--verify", "--overwrite"]
+    monkeypatch.setattr(
+        OrbaxWriter,
+        "write",
+        lambda self, n, i, x: write(self, n, i, x * np.float32(1.01) if n == name else x),
+    )
+    words = [
+        "convert",
+        str(folder),
+        str(tmp_path / "out"),
+        "--to",
+        "orbax",
+        "--verify",
+        "--overwrite",
+    ]
     assert main(words) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -359,13 +470,15 @@ def test_verify_catches_a_wrong_tensor(name, tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+# ------------------------------------------------------------------------------------------- output
 
 
 def test_existing_output_needs_overwrite(plain, tmp_path, capsys):
     folder, out = str(OFFICIAL), str(tmp_path / "out")
     assert main(["convert", folder, out, "--to", "orbax"]) == 0
-    assert main(["convert", str(tmp_path / "nowhere"), out, "--to", "hf"]) == 2, "refused before the source is looked at"
+    assert main(["convert", str(tmp_path / "nowhere"), out, "--to", "hf"]) == 2, (
+        "refused before the source is looked at"
+    )
     assert "exists already; choose another folder, or add --overwrite" in capsys.readouterr().err
     assert main(["convert", str(plain), out, "--to", "hf", "--overwrite"]) == 0
     assert_same_tensors(read_folder(plain), read_folder(tmp_path / "out"))
@@ -378,7 +491,11 @@ def test_overwrite_replaces_model_folders_only(plain, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(plain)
-    for name, words in (("mine", "not a model folder"), ("file", "not a folder"), ("link", "not a folder")):
+    for name, words in (
+        ("mine", "not a model folder"),
+        ("file", "not a folder"),
+        ("link", "not a folder"),
+    ):
         with pytest.raises(CheckpointError, match=words):
             convert(plain, tmp_path / name, to="hf", overwrite=True)
     for output in (plain, tmp_path / "plain" / ".." / "plain"):
@@ -389,8 +506,14 @@ def test_overwrite_replaces_model_folders_only(plain, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
-@pytest.mark.parametrize("problem", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"])
-def test_a_failure_leaves_the_old_output_and_nothing_else(plain, to, problem, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(28, "No space left on device"), KeyboardInterrupt()],
+    ids=["full", "interrupt"],
+)
+def test_a_failure_leaves_the_old_output_and_nothing_else(
+    plain, to, problem, tmp_path, monkeypatch
+):
     convert(plain, tmp_path / "out", to=to)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
@@ -407,7 +530,7 @@ def test_a_failure_leaves_the_old_output_and_nothing_else(plain, to, problem, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
 
 
-# ------------------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def drop_and_add(stored):
@@ -427,13 +550,19 @@ UP = "model.layers.1.mlp.up_proj.weight"
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 BROKEN = {
-    "tensors": (drop_and_add, r"missing model\.norm\.weight; unknown model\.layers\.0\.self_attn\.q_proj\.bias; wrong shape "
+    "tensors": (drop_and_add, r"missing model\.norm\.weight; unknown "
+                              r"model\.layers\.0\.self_attn\.q_proj\.bias; wrong shape "
                 r"model\.layers\.2\.mlp\.down_proj\.weight \(48, 32\) \(expected \(32, 48\)\)$"),
-    "nan": (put(UP, (40, 3), np.nan), r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"),
+    "nan": (put(UP, (40, 3), np.nan), r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN "
+                                      r"or infinity"),
     "infinity": (put(NORM, 5, np.inf), r"tensor model\.norm\.weight holds NaN or infinity"),
-    "float64": (lambda s: s.update({NORM: s[NORM].astype(np.float64)}), r"choose --dtype .*: model\.norm\.weight$"),
-    "integers": (lambda s: s.update({NORM: s[NORM].astype(np.int8)}), r"not of floats \(quantised\?\) model\.norm"),
-    "head": (lambda s: s.update({HEAD: s[EMBED] + 1}), r"lm_head\.weight is not model\.embed_tokens\.weight"),
+    "float64": (lambda s: s.update({NORM: s[NORM].astype(np.float64)}), r"choose --dtype .*: "
+                                                                        r"model\.norm\.weight$"),
+    "integers": (lambda s: s.update({NORM: s[NORM].astype(np.int8)}), r"not of floats "
+                                                                      r"\(quantised\?\) "
+                                                                      r"model\.norm"),
+    "head": (lambda s: s.update({HEAD: s[EMBED] + 1}), r"lm_head\.weight is not "
+                                                       r"model\.embed_tokens\.weight"),
 }  # fmt: skip
 
 
@@ -449,8 +578,12 @@ def test_a_broken_source_is_named_and_leaves_no_trace(case, to, tmp_path):
 
 
 def test_values_that_do_not_fit_are_refused(plain, tmp_path):
-    make_folder(tmp_path / "source", PLAIN, change=put(UP, (0, 0), 3.4028235e38))  # rounds to infinity in bfloat16
-    with pytest.raises(CheckpointError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight does not fit into bfloat16"):
+    # rounds to infinity in bfloat16
+    make_folder(tmp_path / "source", PLAIN, change=put(UP, (0, 0), 3.4028235e38))
+    with pytest.raises(
+        CheckpointError,
+        match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight does not fit into bfloat16",
+    ):
         convert(tmp_path / "source", tmp_path / "out", to="hf", dtype="bfloat16")
     convert(tmp_path / "source", tmp_path / "out", to="hf")
     wide = tmp_path / "wide"
@@ -461,12 +594,18 @@ def test_values_that_do_not_fit_are_refused(plain, tmp_path):
 
 def test_what_is_no_model_is_refused(plain, tmp_path):
     (tmp_path / "empty").mkdir()
-    for source, words in (("nowhere", "no such folder"), ("empty", r"holds no config\.json, ttt_jax\.json or config\.yaml")):
+    for source, words in (
+        ("nowhere", "no such folder"),
+        ("empty", r"holds no config\.json, ttt_jax\.json or config\.yaml"),
+    ):
         with pytest.raises(CheckpointError, match=words):
             convert(tmp_path / source, tmp_path / "out", to="hf")
     raw = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(raw | {"model_type": "mamba"}))
-    with pytest.raises(ConfigError, match="model_type = 'mamba' is not supported; supported: llama, qwen3, qwen2, mistral"):
+    with pytest.raises(
+        ConfigError,
+        match="model_type = 'mamba' is not supported; supported: llama, qwen3, qwen2, mistral",
+    ):
         convert(plain, tmp_path / "out", to="hf")
 
 
@@ -479,7 +618,10 @@ def test_a_damaged_converted_folder(plain, tmp_path):
         ({"format": "ttt_jax model 9"}, "this version reads 'ttt_jax model 1'"),
         ({"model": 3}, "damaged"),
         ({"dtypes": {"x": "int8"}}, "damaged"),
-        ({"model": good["model"] | {"d_ff": 49}}, r"wrong shape groups\.0\.blocks\.0\.mlp\.down \(1, 3, 32, 48\)"),
+        (
+            {"model": good["model"] | {"d_ff": 49}},
+            r"wrong shape groups\.0\.blocks\.0\.mlp\.down \(1, 3, 32, 48\)",
+        ),
         ({"model": good["model"] | {"tie_embeddings": False}}, "missing head"),
     ]
     for change, words in changes:
@@ -507,14 +649,18 @@ def test_help(capsys):
 
 
 def test_paths_of_the_converted_folder_are_the_models(plain, tmp_path):
-    """What docs/checkpoints.md says of the layout: Orbax's own reader sees the parameters' dotted paths."""
+    """What docs/checkpoints.md says of the layout: Orbax's own reader sees the parameters' dotted
+    paths.
+    """
     import orbax.checkpoint as ocp
 
     convert(plain, tmp_path / "orbax", to="orbax")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore((tmp_path / "orbax/model").absolute())
     model = load_pretrained(plain)
-    expected = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+    expected = {
+        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+    }
     assert tree.keys() == expected.keys()
     for name, x in expected.items():
         np.testing.assert_array_equal(tree[name], x, err_msg=name)

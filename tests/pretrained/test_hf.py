@@ -1,4 +1,6 @@
-"""Hugging Face folders: the official code's models reproduced, the name map, config.json's dialects, refusals."""
+"""Hugging Face folders: the official code's models reproduced, the name map, config.json's
+dialects, refusals.
+"""
 
 import dataclasses
 import json
@@ -30,12 +32,16 @@ def tensors(folder):
 
 
 def by_tensor(model, tree):
-    """(checkpoint name, array) of everything in a model-shaped tree, with the stacks of scanned layers taken apart."""
+    """(checkpoint name, array) of everything in a model-shaped tree, with the stacks of scanned
+    layers taken apart.
+    """
     names = tensor_names(model)
     for path, value in leaves(tree).items():
         rank = 3 if path.endswith("conv") else 1 if path.endswith(("scale", "bias")) else 2
         assert len(names[path]) == math.prod(value.shape[:-rank])
-        yield from zip(names[path], np.asarray(value).reshape(-1, *value.shape[-rank:]), strict=True)
+        yield from zip(
+            names[path], np.asarray(value).reshape(-1, *value.shape[-rank:]), strict=True
+        )
 
 
 def leaves(model):
@@ -51,7 +57,7 @@ def folder(golden_model, tmp_path):
     return copy
 
 
-# ------------------------------------------------------------------------------------------------ the official models
+# ------------------------------------------------------------------------------ the official models
 
 
 def test_logits_loss_and_gradients_of_the_official_models(golden_model):
@@ -62,7 +68,9 @@ def test_logits_loss_and_gradients_of_the_official_models(golden_model):
         h, _, _ = model.hidden(ids)
         targets = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
         weights = jnp.ones(ids.shape, jnp.float32).at[:, -1].set(0)
-        return cross_entropy(h, model.output_weight, targets, weights / weights.sum()), model.logits(h)
+        return cross_entropy(
+            h, model.output_weight, targets, weights / weights.sum()
+        ), model.logits(h)
 
     (value, logits), grads = jit(jax.value_and_grad(loss, has_aux=True))(model)
     assert_close("logits", logits, io["logits"], 1e-4)
@@ -72,7 +80,9 @@ def test_logits_loss_and_gradients_of_the_official_models(golden_model):
         norm = float(np.linalg.norm(grad.astype(np.float64)))
         assert abs(norm / float(io[f"gradnorm.{name}"]) - 1) <= 1e-3, name
         seen.add(f"gradnorm.{name}")
-    assert seen == {name for name in io if name.startswith("gradnorm.")}, "every official gradient was compared"
+    assert seen == {name for name in io if name.startswith("gradnorm.")}, (
+        "every official gradient was compared"
+    )
 
 
 def test_decoding_step_by_step_follows_the_official_one(golden_model):
@@ -81,7 +91,9 @@ def test_decoding_step_by_step_follows_the_official_one(golden_model):
     prompt = io["decode_prompt"].shape[1]
     np.testing.assert_array_equal(ids[:, :prompt], io["decode_prompt"])
     step = jit(lambda model, ids, state: model(ids, state))
-    logits, state = jit(lambda model, ids: model(ids, capacity=ids.shape[1] + 39))(model, ids[:, :prompt])
+    logits, state = jit(lambda model, ids: model(ids, capacity=ids.shape[1] + 39))(
+        model, ids[:, :prompt]
+    )
     steps, greedy = [logits[:, -1]], [int(logits[0, -1].argmax())]
     for _ in range(prompt, ids.shape[1] - 1):  # feeds its own choices
         logits, state = step(model, jnp.asarray([[greedy[-1]]], jnp.int32), state)
@@ -103,22 +115,32 @@ def test_every_tensor_is_named_once_and_lands_unchanged(golden_model):
 def test_ttt_fields_of_the_official_config(golden_model):
     ttt = read_config(golden_model[0]).ttt
     target = golden_model[0].name.partition("_")[2].partition("_")[2]
-    assert (ttt.layers, ttt.chunk_size, ttt.lr, ttt.target, ttt.proj) == ((0, 2), 16, 0.5, target, True)
+    assert (ttt.layers, ttt.chunk_size, ttt.lr, ttt.target, ttt.proj) == (
+        (0, 2),
+        16,
+        0.5,
+        target,
+        True,
+    )
     raw = json.loads((golden_model[0] / "config.json").read_text())
     assert config_from_hf(raw | {"ttt_mode": False}).ttt.layers == ()
     assert not config_from_hf(raw | {"ttt_proj": False}).ttt.proj
 
 
-# ---------------------------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def test_shards_with_an_index_equal_one_file(folder):
     whole, stored = load_hf(folder), tensors(folder)
     (folder / "model.safetensors").unlink()
     names = sorted(stored)
-    weight_map = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(names)
+    }
     for shard in set(weight_map.values()):
-        save_file({name: stored[name] for name in names if weight_map[name] == shard}, folder / shard)
+        save_file(
+            {name: stored[name] for name in names if weight_map[name] == shard}, folder / shard
+        )
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     jax.tree.map(np.testing.assert_array_equal, load_hf(folder), whole)
@@ -184,7 +206,7 @@ def test_bfloat16_parameters(golden_model):
         np.testing.assert_array_equal(x.astype(jnp.bfloat16), y)
 
 
-# --------------------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -212,7 +234,9 @@ LLAMA3 = {
 @pytest.mark.parametrize("scaling", [None, YARN, LLAMA3], ids=["default", "yarn", "llama3"])
 def test_transformers_4_and_5_write_the_same_model(scaling):
     four = config_from_hf(QWEN3 | {"rope_theta": 5e5, "rope_scaling": scaling})
-    five = config_from_hf(QWEN3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5} | (scaling or {})})
+    five = config_from_hf(
+        QWEN3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5} | (scaling or {})}
+    )
     assert four == five
     assert four.rope.base == 5e5
     assert four.rope.kind == (scaling["rope_type"] if scaling else "default")
@@ -228,28 +252,56 @@ def test_transformers_4_and_5_write_the_same_model(scaling):
 def test_golden_config_as_transformers_5_writes_it(golden_model):
     raw = json.loads((golden_model[0] / "config.json").read_text())
     five = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_scaling")}
-    five["rope_parameters"] = {"rope_theta": raw["rope_theta"], "rope_type": "default"} | (raw["rope_scaling"] or {})
+    five["rope_parameters"] = {"rope_theta": raw["rope_theta"], "rope_type": "default"} | (
+        raw["rope_scaling"] or {}
+    )
     assert config_from_hf(five) == config_from_hf(raw)
 
 
 def test_families():
     qwen3 = config_from_hf(QWEN3)
-    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.o_bias, qwen3.sliding_window) == (True, False, False, None)
+    assert (qwen3.qk_norm, qwen3.qkv_bias, qwen3.o_bias, qwen3.sliding_window) == (
+        True,
+        False,
+        False,
+        None,
+    )
     qwen2 = config_from_hf(QWEN3 | {"model_type": "qwen2"})
-    assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias) == (False, True, False, False)
+    assert (qwen2.qk_norm, qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias) == (
+        False,
+        True,
+        False,
+        False,
+    )
     biased = config_from_hf(QWEN3 | {"model_type": "qwen2", "attention_bias": True})
-    assert (biased.qkv_bias, biased.o_bias) == (True, False), "transformers' Qwen2 ignores the field"
-    llama = config_from_hf(QWEN3 | {"model_type": "llama", "attention_bias": True, "mlp_bias": True})
-    assert (llama.qk_norm, llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (False, True, True, True)
-    bare = {key: value for key, value in QWEN3.items() if key not in ("num_key_value_heads", "head_dim")}
+    assert (biased.qkv_bias, biased.o_bias) == (True, False), (
+        "transformers' Qwen2 ignores the field"
+    )
+    llama = config_from_hf(
+        QWEN3 | {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+    )
+    assert (llama.qk_norm, llama.qkv_bias, llama.o_bias, llama.mlp_bias) == (
+        False,
+        True,
+        True,
+        True,
+    )
+    bare = {
+        key: value for key, value in QWEN3.items() if key not in ("num_key_value_heads", "head_dim")
+    }
     assert (config_from_hf(bare).num_kv_heads, config_from_hf(bare).head_dim) == (4, 12)
 
 
 def test_windows():
-    assert config_from_hf(QWEN3 | {"sliding_window": 32}).sliding_window is None, "only Mistral's is always on"
+    assert config_from_hf(QWEN3 | {"sliding_window": 32}).sliding_window is None, (
+        "only Mistral's is always on"
+    )
     mistral = config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": 32})
     assert (mistral.sliding_window, mistral.full_attention_layers) == (32, ())
-    assert config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    assert (
+        config_from_hf(QWEN3 | {"model_type": "mistral", "sliding_window": None}).sliding_window
+        is None
+    )
     default = config_from_hf(QWEN3 | {"model_type": "mistral"})
     assert default.sliding_window == 4096, "transformers' default"
     on = QWEN3 | {"sliding_window": 32, "use_sliding_window": True}
@@ -266,7 +318,10 @@ def test_qwen2_biases_are_read_and_count(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model = Transformer(config_from_hf(raw), key=jax.random.key(0))
     rng = np.random.default_rng(0)
-    stored = {name: 0.2 * rng.standard_normal(x.shape).astype(np.float32) for name, x in by_tensor(model, model)}
+    stored = {
+        name: 0.2 * rng.standard_normal(x.shape).astype(np.float32)
+        for name, x in by_tensor(model, model)
+    }
     assert "model.layers.3.self_attn.k_proj.bias" in stored
     assert "model.layers.3.self_attn.o_proj.bias" not in stored
     save_file(stored, tmp_path / "model.safetensors")
@@ -308,7 +363,7 @@ def test_a_ttt_layer_outside_the_model_is_refused(folder):
         load_hf(folder)
 
 
-# --------------------------------------------------------------------------------------------------------------- rope
+# --------------------------------------------------------------------------------------------- rope
 
 
 def test_default_rope_frequencies():
@@ -328,27 +383,36 @@ def test_llama3_rope_frequencies():
     middle = (waves >= 2048) & (waves <= 8192)
     assert middle.sum() >= 5
     smooth = (8192 / waves[middle] - 1) / 3
-    np.testing.assert_allclose(got[middle], (1 - smooth) * plain[middle] / 8 + smooth * plain[middle], rtol=1e-14)
-    # By hand: index 30 of 64, 500000^(-30/64) = 2.13112e-3, wavelength 2948.3, 8192 / 2948.3 = 2.77855, blend 0.59285
+    np.testing.assert_allclose(
+        got[middle], (1 - smooth) * plain[middle] / 8 + smooth * plain[middle], rtol=1e-14
+    )
+    # By hand: index 30 of 64, 500000^(-30/64) = 2.13112e-3, wavelength 2948.3, 8192 / 2948.3 =
+    # 2.77855, blend 0.59285
     assert got[30] == pytest.approx(2.13112e-3 * (0.40715 / 8 + 0.59285), rel=1e-5)
     assert rope_frequencies(rope, 128)[1] == 1.0
 
 
 @pytest.mark.parametrize(
-    ("base", "factor", "length", "head_dim"), [(1e6, 4.0, 32768, 128), (1e4, 16.0, 64, 16), (1e4, 32.0, 4096, 64)]
+    ("base", "factor", "length", "head_dim"),
+    [(1e6, 4.0, 32768, 128), (1e4, 16.0, 64, 16), (1e4, 32.0, 4096, 64)],
 )
 def test_yarn_rope_frequencies(base, factor, length, head_dim):
     """arXiv 2309.00071, section 3.2, with the boundaries rounded outwards as Hugging Face does."""
     got, scale = rope_frequencies(RopeConfig("yarn", base, factor, length), head_dim)
     plain = base ** (-2.0 * np.arange(head_dim // 2) / head_dim)
-    # The real-valued index at which a dimension turns r times over the original length: length base^(-2i/d) = 2 pi r
+    # The real-valued index at which a dimension turns r times over the original length: length
+    # base^(-2i/d) = 2 pi r
     index = lambda r: head_dim / 2 * np.log(length / (2 * np.pi * r)) / np.log(base)
     first, last = max(np.floor(index(32)), 0), min(np.ceil(index(1)), head_dim - 1)
     kept = 1 - np.clip((np.arange(head_dim // 2) - first) / (last - first), 0, 1)
     np.testing.assert_allclose(got, kept * plain + (1 - kept) * plain / factor, rtol=1e-13)
     assert scale == pytest.approx(0.1 * math.log(factor) + 1, rel=1e-14)
-    assert (got[0], got[-1]) == pytest.approx((1.0 if index(32) > 0 else got[0], plain[-1] / factor), rel=1e-12)
-    set_by_hand = dataclasses.replace(RopeConfig("yarn", base, factor, length), attention_factor=0.7)
+    assert (got[0], got[-1]) == pytest.approx(
+        (1.0 if index(32) > 0 else got[0], plain[-1] / factor), rel=1e-12
+    )
+    set_by_hand = dataclasses.replace(
+        RopeConfig("yarn", base, factor, length), attention_factor=0.7
+    )
     assert rope_frequencies(set_by_hand, head_dim)[1] == 0.7
 
 
@@ -366,7 +430,7 @@ def test_yarn_over_an_original_context_longer_than_every_wavelength():
     np.testing.assert_allclose(got, 10.0 ** (-np.arange(32) / 32) * (1 - r + r / 4), rtol=1e-13)
 
 
-# ------------------------------------------------------------------------------------------------ continual training
+# ------------------------------------------------------------------------------- continual training
 
 
 def abstract_model(cfg):
@@ -377,8 +441,12 @@ def strip_ttt(folder):
     """Make a plain checkpoint of a golden folder. Returns the TTT model's config."""
     cfg = read_config(folder)
     raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("ttt_")}))
-    save_file({k: v for k, v in tensors(folder).items() if ".ttt_" not in k}, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in raw.items() if not k.startswith("ttt_")})
+    )
+    save_file(
+        {k: v for k, v in tensors(folder).items() if ".ttt_" not in k}, folder / "model.safetensors"
+    )
     return cfg
 
 
@@ -418,7 +486,9 @@ def test_continual_init_depends_on_the_key_alone(folder):
 
 
 def test_ttt_parameters_of_a_checkpoint_win(golden_model):
-    """Reading a TTT checkpoint into a training model takes its TTT parameters; a layer more gets fresh ones."""
+    """Reading a TTT checkpoint into a training model takes its TTT parameters; a layer more gets
+    fresh ones.
+    """
     folder, _ = golden_model
     cfg, stored = read_config(folder), tensors(folder)
     jax.tree.map(
@@ -431,7 +501,9 @@ def test_ttt_parameters_of_a_checkpoint_win(golden_model):
     convs = {name: x for name, x in by_tensor(model, model) if name.endswith("mlp.ttt_conv.weight")}
     assert len(convs) == 3
     for name, x in convs.items():
-        np.testing.assert_array_equal(x, stored.get(name, np.zeros((48, 1, 5), np.float32)), err_msg=name)
+        np.testing.assert_array_equal(
+            x, stored.get(name, np.zeros((48, 1, 5), np.float32)), err_msg=name
+        )
     fewer = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, layers=(0,)))
     with pytest.raises(CheckpointError, match=r"unknown model\.layers\.2\.mlp\.ttt_conv\.weight"):
         load_hf_into(abstract_model(fewer), folder, key=jax.random.key(0))

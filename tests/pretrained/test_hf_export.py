@@ -18,7 +18,14 @@ from ttt_jax.pretrained.hf_weights import load_hf
 from ttt_jax.pretrained.safetensors_io import TensorFiles
 
 SMALL = ModelConfig(
-    vocab_size=31, d_model=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, rope=RopeConfig(base=5e5)
+    vocab_size=31,
+    d_model=16,
+    num_layers=5,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    rope=RopeConfig(base=5e5),
 )
 
 
@@ -31,14 +38,18 @@ def tensors(folder):
 def test_official_checkpoints_come_back_byte_for_byte(golden_model, tmp_path, max_shard_bytes):
     folder, _ = golden_model
     out = tmp_path / "out"
-    save_pretrained(load_hf(folder), out, dtype="float32", max_shard_bytes=max_shard_bytes, carry_from=folder)
+    save_pretrained(
+        load_hf(folder), out, dtype="float32", max_shard_bytes=max_shard_bytes, carry_from=folder
+    )
     before, after = tensors(folder), tensors(out)
     assert before.keys() == after.keys()
     for name, x in before.items():
         assert x.dtype == after[name].dtype
         assert x.tobytes() == after[name].tobytes(), name
     assert read_config(out) == read_config(folder)
-    assert (out / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
+    assert (out / "generation_config.json").read_bytes() == (
+        folder / "generation_config.json"
+    ).read_bytes()
     files = sorted(out.glob("*.safetensors"))
     if max_shard_bytes == 10**9:
         assert [f.name for f in files] == ["model.safetensors"]
@@ -54,7 +65,9 @@ def test_official_checkpoints_come_back_byte_for_byte(golden_model, tmp_path, ma
 
 def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
     plain = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,)))
-    own = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5))
+    own = dataclasses.replace(
+        SMALL, ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5)
+    )
     assert not {"ttt_normalize_source", "ttt_write", "ttt_ridge"} & config_to_hf(plain).keys()
     for model in (plain, own):
         assert config_from_hf(config_to_hf(model)).ttt == model.ttt
@@ -88,7 +101,15 @@ def test_bfloat16_is_rounded_once(golden_model, tmp_path):
         {"qkv_bias": True, "sliding_window": 8},
         {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "tie_embeddings": False},
         {"sliding_window": 8},
-        {"rope": RopeConfig(kind="yarn", base=1e6, factor=4.0, original_max_positions=32768, attention_factor=1.2)},
+        {
+            "rope": RopeConfig(
+                kind="yarn",
+                base=1e6,
+                factor=4.0,
+                original_max_positions=32768,
+                attention_factor=1.2,
+            )
+        },
         {"rope": RopeConfig(kind="llama3", base=5e5, factor=8.0, original_max_positions=8192)},
         {"ttt": TTTConfig(layers=(1, 4), chunk_size=8, lr=0.25, target="input_embed", proj=False)},
     ],

@@ -1,4 +1,5 @@
-"""Logits against transformers (torch on the CPU), for random models of every family and, where it lies, SmolLM2.
+"""Logits against transformers (torch on the CPU), for random models of every family and, where it
+lies, SmolLM2.
 
 pip install torch transformers      # optional; the tests are skipped without
 TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/pretrained/test_transformers.py     # see examples/smollm2.md
@@ -14,7 +15,9 @@ from support.tolerance import assert_close
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 torch = pytest.importorskip("torch", reason="pip install torch transformers to compare with them")
-transformers = pytest.importorskip("transformers", reason="pip install torch transformers to compare with them")
+transformers = pytest.importorskip(
+    "transformers", reason="pip install torch transformers to compare with them"
+)
 
 SMALL = {
     "vocab_size": 101,
@@ -60,8 +63,12 @@ def test_random_models(name, tmp_path):
     compare(tmp_path / "model", model, np.random.default_rng(0).integers(0, 101, (2, 150)))
 
 
-@pytest.mark.skipif("TTT_JAX_SMOLLM2" not in os.environ, reason="TTT_JAX_SMOLLM2 does not name its folder")
+@pytest.mark.skipif(
+    "TTT_JAX_SMOLLM2" not in os.environ, reason="TTT_JAX_SMOLLM2 does not name its folder"
+)
 def test_smollm2():
     folder = Path(os.environ["TTT_JAX_SMOLLM2"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     compare(folder, model.eval(), np.random.default_rng(0).integers(0, 40_000, (1, 300)))

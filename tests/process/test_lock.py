@@ -90,7 +90,9 @@ def test_a_number_that_another_process_got_later_is_not_the_holder(path, other):
         path.write_text(json.dumps(holder | {"pid": alive.pid}))
         with lock_of(path):
             pass
-        path.write_text(json.dumps(holder | {"pid": alive.pid, "started": module._started(alive.pid)}))
+        path.write_text(
+            json.dumps(holder | {"pid": alive.pid, "started": module._started(alive.pid)})
+        )
         assert f"process {alive.pid} on" in refusal(path)
     finally:
         alive.kill()
@@ -116,9 +118,15 @@ def test_a_file_system_without_locks_goes_by_the_content(path, other, monkeypatc
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_holder_on_another_machine_is_watched(path, monkeypatch, alive):
-    """Its clock says nothing: the date in the file is of the future, the time of the file of the past."""
+    """Its clock says nothing: the date in the file is of the future, the time of the file of the
+    past.
+    """
     monkeypatch.setattr(module, "WATCH", 0.6)
-    holder = module._describe_me() | {"host": "far", "machine": "another boot", "date": "2199-01-01T00:00:00+00:00"}
+    holder = module._describe_me() | {
+        "host": "far",
+        "machine": "another boot",
+        "date": "2199-01-01T00:00:00+00:00",
+    }
     path.write_text(json.dumps(holder))
     os.utime(path, (1, 1))
     said, end = [], threading.Event()
@@ -163,7 +171,9 @@ def test_what_is_in_the_file_does_not_matter_to_the_one_who_gets_it(path):
 
 
 def test_nothing_in_the_file_reaches_the_terminal_raw(path, other):
-    path.write_text(json.dumps(read_holder(path) | {"command": "\x1b]0;x\x07", "host": "a\nb" * 1000}))
+    path.write_text(
+        json.dumps(read_holder(path) | {"command": "\x1b]0;x\x07", "host": "a\nb" * 1000})
+    )
     message = refusal(path)
     assert "\x1b" not in message
     assert len(message) < 600
@@ -202,7 +212,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", read_only)
     message = refusal(tmp_path / ".lock")
     assert message == (
-        f"folder x: cannot be written (Read-only file system: {tmp_path}/.lock); make it writable or choose another name"
+        f"folder x: cannot be written (Read-only file system: {tmp_path}/.lock); make it writable "
+        "or choose another name"
     )
 
 
@@ -225,19 +236,23 @@ def test_a_run_whose_folder_vanishes_or_becomes_anothers_stops(tmp_path):
         (run / "config.yaml").write_text("")
         lock.check()
         (run / ".lock").rename(tmp_path / "away")
-        with pytest.raises(TrainingError, match=r"run folder .*run: its lock file .* was removed; stopped"):
+        with pytest.raises(
+            TrainingError, match=r"run folder .*run: its lock file .* was removed; stopped"
+        ):
             lock.check()
         (run / ".lock").write_text(json.dumps(module._describe_me() | {"pid": 7, "host": "far"}))
         with pytest.raises(TrainingError, match=r"process 7 on far .* has taken it over"):
             lock.check()
         run.rename(tmp_path / "moved")
-        with pytest.raises(TrainingError, match="it has vanished; stopped, because what is learnt cannot be saved") as error:
+        with pytest.raises(
+            TrainingError, match="it has vanished; stopped, because what is learnt cannot be saved"
+        ) as error:
             lock.check()
         assert "\n" not in str(error.value)
     assert (tmp_path / "moved" / ".lock").exists(), "another one's file stays"
 
 
-# ------------------------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------ outputs
 
 
 def test_an_output_leaves_no_half_written_parts(tmp_path):
@@ -277,7 +292,9 @@ def test_two_writers_of_one_output(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     with (
         one_writer(tmp_path / "out", "--out"),
-        pytest.raises(UserError, match="is writing it; wait for it, stop it, or choose another one"),
+        pytest.raises(
+            UserError, match="is writing it; wait for it, stop it, or choose another one"
+        ),
         one_writer(tmp_path / "link" / "out", "--out"),
     ):
         pass

@@ -1,4 +1,6 @@
-"""A lost terminal or a full disk below the log never ends a run, and libraries' tracebacks stay off the terminal."""
+"""A lost terminal or a full disk below the log never ends a run, and libraries' tracebacks stay off
+the terminal.
+"""
 
 import errno
 import logging
@@ -28,16 +30,25 @@ with unbreakable_output():
 
 @pytest.mark.parametrize(
     "command",
-    ["python CODE > /dev/full 2> /dev/full", "python CODE | head -1", "python CODE 2>&1 | head -1", "python CODE >&- 2>&-"],
+    [
+        "python CODE > /dev/full 2> /dev/full",
+        "python CODE | head -1",
+        "python CODE 2>&1 | head -1",
+        "python CODE >&- 2>&-",
+    ],
 )
 def test_a_job_outlives_its_terminal(command, tmp_path):
-    """Exit code 0 (Python's own is 120 when the last flush fails), and nothing on stderr but what belongs there."""
+    """Exit code 0 (Python's own is 120 when the last flush fails), and nothing on stderr but what
+    belongs there.
+    """
     done = tmp_path / "done"
     (tmp_path / "code.py").write_text(PRINTS)
     command = command.replace("python CODE", f"{sys.executable} {tmp_path / 'code.py'} {done}")
     script = f"set -o pipefail; {command}"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 0, ended.stderr
     assert done.read_text() == "done"
     assert "Traceback" not in ended.stderr
@@ -68,7 +79,10 @@ def test_what_a_full_disk_swallows_is_said():
         assert stream.write("lost\n") == 5
     disk.full = False
     stream.write("two\n")
-    assert disk.text == "one\n(this output could not be written for a while: lines may be missing above)\ntwo\n"
+    assert (
+        disk.text
+        == "one\n(this output could not be written for a while: lines may be missing above)\ntwo\n"
+    )
 
 
 def test_the_streams_are_put_back():
@@ -88,15 +102,23 @@ def test_failures_that_are_reported_elsewhere_say_nothing(capsys):
             for text in ("Event loop is closed", "something else"):
                 sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
             assert [str(found.exc_value) for found in unraisable] == ["something else"]
-            writer = type("Writer", (threading.Thread,), {"__module__": "tensorboardX.event_file_writer"})()
+            writer = type(
+                "Writer", (threading.Thread,), {"__module__": "tensorboardX.event_file_writer"}
+            )()
             full = OSError(errno.ENOSPC, "No space left on device")
             for thread in (writer, threading.Thread(), threading.Thread()):
                 threading.excepthook(SimpleNamespace(exc_value=full, thread=thread))
-            threading.excepthook(SimpleNamespace(exc_value=ValueError("a bug"), thread=threading.Thread()))
+            threading.excepthook(
+                SimpleNamespace(exc_value=ValueError("a bug"), thread=threading.Thread())
+            )
             assert [str(found.exc_value) for found in thread_failed] == ["a bug"]
             said = capsys.readouterr().err
-            assert said == "warning: a thread of threading ended: [Errno 28] No space left on device\n"
-            kept = lambda text, error: log.filter(log.makeRecord("asyncio", 40, "", 0, text, (), (type(error), error, None)))
+            assert (
+                said == "warning: a thread of threading ended: [Errno 28] No space left on device\n"
+            )
+            kept = lambda text, error: log.filter(
+                log.makeRecord("asyncio", 40, "", 0, text, (), (type(error), error, None))
+            )
             assert not kept("Future exception was never retrieved", full)
             assert kept("Future exception was never retrieved", TypeError("a bug"))
             assert kept("something else", full)

@@ -1,4 +1,6 @@
-"""Jobs of several processes on CPUs with gloo: one training curve, whatever the processes and meshes it is computed on."""
+"""Jobs of several processes on CPUs with gloo: one training curve, whatever the processes and
+meshes it is computed on.
+"""
 
 import json
 import os
@@ -29,7 +31,12 @@ def words(tmp_path):
     for i in range(40):
         text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
         (corpus / f"{i:02d}.txt").write_text(text)
-    size = ["--data.batch_size=4", f"--steps={STEPS}", "--checkpoint.every=4", "--optimizer.schedule=constant"]
+    size = [
+        "--data.batch_size=4",
+        f"--steps={STEPS}",
+        "--checkpoint.every=4",
+        "--optimizer.schedule=constant",
+    ]
     return [*TINY, *size, f"--data.train={corpus}", f"--runs_dir={tmp_path / 'runs'}"]
 
 
@@ -41,15 +48,30 @@ def free_port():
 
 def start(words, processes=1, devices=2, **environment):
     """`python train.py` as a job of so many processes."""
-    port, jobs, flags = free_port(), [], "--xla_backend_optimization_level=0"  # tiny programs: compiling is all the time
+    # tiny programs: compiling is all the time
+    port, jobs, flags = free_port(), [], "--xla_backend_optimization_level=0"
     for index in range(processes):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("TTT_JAX_", "SLURM_"))}
-        env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}
+        env |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        }
         if processes > 1:
-            names = ("TTT_JAX_COORDINATOR", "TTT_JAX_NUM_PROCESSES", "TTT_JAX_PROCESS_ID", "TTT_JAX_TIMEOUT")
-            env |= dict(zip(names, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True))
+            names = (
+                "TTT_JAX_COORDINATOR",
+                "TTT_JAX_NUM_PROCESSES",
+                "TTT_JAX_PROCESS_ID",
+                "TTT_JAX_TIMEOUT",
+            )
+            env |= dict(
+                zip(names, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True)
+            )
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        jobs.append(subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, env=env | environment, **pipes))
+        jobs.append(
+            subprocess.Popen(
+                [sys.executable, "train.py", *words], cwd=ROOT, env=env | environment, **pipes
+            )
+        )
     return jobs
 
 
@@ -78,7 +100,12 @@ def test_two_processes_train_as_one_and_one_goes_on(words, tmp_path):
     assert "step 1/" in outputs[0]
     assert "step " not in outputs[1], "only process 0 reports"
     assert numbers(runs / "two").shape == (STEPS // 2, 2)
-    finish([*start([*words, "--name=two", "--mesh.tensor=2"]), *start([*words, "--name=one"], devices=1)])
+    finish(
+        [
+            *start([*words, "--name=two", "--mesh.tensor=2"]),
+            *start([*words, "--name=one"], devices=1),
+        ]
+    )
     assert numbers(runs / "one").shape == (STEPS, 2)
     assert_close("losses and norms", numbers(runs / "two"), numbers(runs / "one"), 1e-5)
 
@@ -95,13 +122,21 @@ def test_two_processes_resume_together(words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [["--mesh.context=4"], ["--mesh.data=2", "--mesh.tensor=2"], ["--mesh.fsdp=8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "mesh",
+    [["--mesh.context=4"], ["--mesh.data=2", "--mesh.tensor=2"], ["--mesh.fsdp=8"]],
+    ids=" ".join,
+)
 def test_every_axis_may_span_processes(mesh, words, tmp_path):
-    """Context over both processes: they hold the same rows. fsdp 8 with 4 rows: rows do not split at all."""
+    """Context over both processes: they hold the same rows. fsdp 8 with 4 rows: rows do not split
+    at all.
+    """
     devices = 4 if "--mesh.fsdp=8" in mesh else 2
     finish(start([*words, "--name=two", *mesh], processes=2, devices=devices))
     finish(start([*words, "--name=one"], devices=1))
-    assert_close("losses and norms", numbers(tmp_path / "runs/two"), numbers(tmp_path / "runs/one"), 1e-5)
+    assert_close(
+        "losses and norms", numbers(tmp_path / "runs/two"), numbers(tmp_path / "runs/one"), 1e-5
+    )
 
 
 @pytest.mark.slow
@@ -109,9 +144,13 @@ def test_another_number_of_data_hosts_continues_exactly(words, tmp_path):
     """Four processes read a row each, then two read two, then one reads all."""
     for stop, processes in ((3, 4), (6, 2), (STEPS, 1)):
         devices = 4 // processes
-        finish(start([*words, "--name=many", f"--steps={stop}"], processes=processes, devices=devices))
+        finish(
+            start([*words, "--name=many", f"--steps={stop}"], processes=processes, devices=devices)
+        )
     finish(start([*words, "--name=one"], devices=1))
-    assert_close("losses and norms", numbers(tmp_path / "runs/many"), numbers(tmp_path / "runs/one"), 1e-5)
+    assert_close(
+        "losses and norms", numbers(tmp_path / "runs/many"), numbers(tmp_path / "runs/one"), 1e-5
+    )
 
 
 def test_a_signal_to_one_process_stops_all(words, tmp_path):
@@ -135,7 +174,11 @@ def test_a_missing_host_is_one_line(words, tmp_path):
     """The other process never comes."""
     begin, jobs = time.monotonic(), []
     for index in ("0", "1"):
-        env = {"TTT_JAX_COORDINATOR": f"127.0.0.1:{free_port()}", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_TIMEOUT": "3"}
+        env = {
+            "TTT_JAX_COORDINATOR": f"127.0.0.1:{free_port()}",
+            "TTT_JAX_NUM_PROCESSES": "2",
+            "TTT_JAX_TIMEOUT": "3",
+        }
         jobs += start([*words, "--name=alone"], TTT_JAX_PROCESS_ID=index, **env)
     for output in finish(jobs, code=1):
         error = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -151,10 +194,22 @@ def test_a_missing_host_is_one_line(words, tmp_path):
     ("env", "words"),
     [
         ({"TTT_JAX_COORDINATOR": "a:1"}, "TTT_JAX_NUM_PROCESSES: missing"),
-        ({"TTT_JAX_COORDINATOR": "a", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_PROCESS_ID": "0"}, "write HOST:PORT"),
-        ({"TTT_JAX_COORDINATOR": "a:1", "TTT_JAX_NUM_PROCESSES": "0", "TTT_JAX_PROCESS_ID": "0"}, "from 1"),
-        ({"TTT_JAX_COORDINATOR": "a:1", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_PROCESS_ID": "2"}, "0 to TTT_JAX_NUM"),
-        ({"TTT_JAX_COORDINATOR": "a:1", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_PROCESS_ID": "x"}, "whole number"),
+        (
+            {"TTT_JAX_COORDINATOR": "a", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_PROCESS_ID": "0"},
+            "write HOST:PORT",
+        ),
+        (
+            {"TTT_JAX_COORDINATOR": "a:1", "TTT_JAX_NUM_PROCESSES": "0", "TTT_JAX_PROCESS_ID": "0"},
+            "from 1",
+        ),
+        (
+            {"TTT_JAX_COORDINATOR": "a:1", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_PROCESS_ID": "2"},
+            "0 to TTT_JAX_NUM",
+        ),
+        (
+            {"TTT_JAX_COORDINATOR": "a:1", "TTT_JAX_NUM_PROCESSES": "2", "TTT_JAX_PROCESS_ID": "x"},
+            "whole number",
+        ),
     ],
 )
 def test_malformed_variables(env, words):

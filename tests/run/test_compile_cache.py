@@ -52,12 +52,15 @@ def test_only_sealed_entries_are_used(config):
     key = cache.folder.parents[3] / "user" / "compile_key"
     assert stat.S_IMODE(os.stat(key).st_mode) == 0o600
 
-    damaged = sorted(first)[0]  # a bit flipped, an entry cut short by a kill, one from somebody else
+    # a bit flipped, an entry cut short by a kill, one from somebody else
+    damaged = sorted(first)[0]
     (cache.folder / damaged).write_bytes(first[damaged][:-1])
     (cache.folder / "jit_foreign-cache").write_bytes(b"machine code")
     jax.config.update("jax_compilation_cache_dir", None)
     cache, warnings = compile_cache.open_cache(config)
-    assert warnings == ["compile_cache: 2 entries without a valid seal were removed; compiling again"]
+    assert warnings == [
+        "compile_cache: 2 entries without a valid seal were removed; compiling again"
+    ]
     assert entries(cache) == {name: data for name, data in first.items() if name != damaged}
     np.testing.assert_array_equal(compute(), expected)
     cache.seal()
@@ -67,18 +70,24 @@ def test_only_sealed_entries_are_used(config):
     assert cache.check() == []  # the key was read at the start
     jax.config.update("jax_compilation_cache_dir", None)
     cache, warnings = compile_cache.open_cache(config)
-    assert warnings == [f"compile_cache: {len(first)} entries without a valid seal were removed; compiling again"]
+    assert warnings == [
+        f"compile_cache: {len(first)} entries without a valid seal were removed; compiling again"
+    ]
     assert entries(cache) == {}
 
 
 def test_off_elsewhere_and_unusable(config, tmp_path, monkeypatch):
     assert compile_cache.open_cache(replace(config, {"compile_cache": None})) == (None, [])
-    cache, _ = compile_cache.open_cache(replace(config, {"compile_cache": str(tmp_path / "shared")}))
+    cache, _ = compile_cache.open_cache(
+        replace(config, {"compile_cache": str(tmp_path / "shared")})
+    )
     assert cache.folder.parent == tmp_path / "shared"
     assert compile_cache.open_cache(config) == (None, [])  # jax has been told of a folder already
     jax.config.update("jax_compilation_cache_dir", None)
     (tmp_path / "file").write_text("")
-    cache, (warning,) = compile_cache.open_cache(replace(config, {"compile_cache": str(tmp_path / "file")}))
+    cache, (warning,) = compile_cache.open_cache(
+        replace(config, {"compile_cache": str(tmp_path / "file")})
+    )
     assert cache is None
     assert warning.startswith("compile_cache: off, because ")
     assert jax.config.jax_compilation_cache_dir is None
@@ -114,7 +123,9 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    assert "warning: compile_cache: 1 entries without a valid seal were removed" in train("--name=full")
+    assert "warning: compile_cache: 1 entries without a valid seal were removed" in train(
+        "--name=full"
+    )
     (event,) = read_events(runs / "full")
     assert (event["kind"], event["step"]) == ("start", 0)
     off, empty, full = (curve(tmp_path / "runs" / name) for name in ("without", "empty", "full"))

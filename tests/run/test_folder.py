@@ -67,7 +67,14 @@ def test_another_curve_is_refused(config, field, value, before):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"log.every": 3, "checkpoint.keep": 5, "eval.rows": 4, "mesh.data": 2, "data.workers": 2, "remat_save": None},
+        {
+            "log.every": 3,
+            "checkpoint.keep": 5,
+            "eval.rows": 4,
+            "mesh.data": 2,
+            "data.workers": 2,
+            "remat_save": None,
+        },
         {"model.ttt.implementation": "xla", "optimizer.accumulate": 2},
         {"optimizer.warmup_steps": 2},  # what the default ratio comes to
         {"optimizer.decay_ratio": 0.5},  # of the wsd schedule, which is not used
@@ -94,14 +101,21 @@ def test_steps_may_grow_under_a_constant_schedule(config):
 def test_folders_that_are_not_ours(config, tmp_path):
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "thesis.tex").write_text("years of work")
-    assert "holds 'thesis.tex' but no config.yaml, so it is not a run; choose another name" in refusal(config)
+    assert (
+        "holds 'thesis.tex' but no config.yaml, so it is not a run; choose another name"
+        in refusal(config)
+    )
     (config.run_dir / "config.yaml").write_text("a: [b")
     assert "config.yaml is damaged" in refusal(config)
     (config.run_dir / "config.yaml").write_text("model:\n  depth: 3\n")
-    assert "config.yaml is not of this version: config field model.depth: unknown" in refusal(config)
+    assert "config.yaml is not of this version: config field model.depth: unknown" in refusal(
+        config
+    )
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(replace(config, {"runs_dir": str(tmp_path), "name": "file"}))
-    assert "choose another runs_dir" in refusal(replace(config, {"runs_dir": str(tmp_path / "file")}))
+    assert "choose another runs_dir" in refusal(
+        replace(config, {"runs_dir": str(tmp_path / "file")})
+    )
 
 
 def test_a_kill_inside_the_first_write_is_forgiven(config):
@@ -146,7 +160,10 @@ def test_two_processes_agree(tmp_path):
     script = _PROCESS.format(root=str(ROOT), port=29000 + os.getpid() % 1000, runs=str(tmp_path))
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     children = [
-        subprocess.Popen([sys.executable, "-c", script, str(i)], stdout=subprocess.PIPE, text=True, env=env) for i in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(i)], stdout=subprocess.PIPE, text=True, env=env
+        )
+        for i in range(2)
     ]
     outputs = [child.communicate(timeout=120)[0].splitlines()[-1] for child in children]
     assert outputs[0] == outputs[1]

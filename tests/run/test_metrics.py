@@ -21,12 +21,14 @@ def curve(step):
 
 
 def write(run_dir, steps, start_step=0, config=QUIET, **options):
-    with MetricsLogger(config, run_dir, total_steps=100, start_step=start_step, **options) as logger:
+    with MetricsLogger(
+        config, run_dir, total_steps=100, start_step=start_step, **options
+    ) as logger:
         for step in steps:
             logger.log(step, curve(step))
 
 
-# ------------------------------------------------------------------------------------------------------ JSON lines
+# --------------------------------------------------------------------------------------- JSON lines
 
 
 def test_floats_survive_bit_for_bit(tmp_path):
@@ -37,21 +39,31 @@ def test_floats_survive_bit_for_bit(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     assert row.pop("step") == 3
-    assert {key: value.hex() for key, value in row.items()} == {key: value.hex() for key, value in values.items()}
+    assert {key: value.hex() for key, value in row.items()} == {
+        key: value.hex() for key, value in values.items()
+    }
     assert lines[1] == '{"step": 4, "a": null, "b": null}'  # JSON has no NaN
 
 
 def test_resuming_gives_the_file_of_an_uninterrupted_run(tmp_path):
     write(tmp_path / "whole", range(10, 101, 10))
-    write(tmp_path / "parts", range(10, 81, 10))  # killed after step 80, its checkpoint is of step 50,
+    # killed after step 80, its checkpoint is of step 50,
+    write(tmp_path / "parts", range(10, 81, 10))
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 90, "lo')  # in the middle of a line
     write(tmp_path / "parts", range(60, 101, 10), start_step=50)
-    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl")[4] == {"step": 50, **curve(50)}
     write(tmp_path / "each", range(1, 8))
     write(tmp_path / "each", [], start_step=4)  # the step after the checkpoint's is taken again
-    assert [row["step"] for row in read_metrics(tmp_path / "each" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path / "each" / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     write(tmp_path / "parts", [10], start_step=0)  # killed before the first checkpoint: all anew
     assert [row["step"] for row in read_metrics(tmp_path / "parts" / "metrics.jsonl")] == [10]
 
@@ -59,14 +71,18 @@ def test_resuming_gives_the_file_of_an_uninterrupted_run(tmp_path):
 def test_damaged_file_is_not_overwritten(tmp_path):
     text = '{"step": 1}\nnonsense\n{"step": 2}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object with a step") as error:
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object with a step"
+    ) as error:
         write(tmp_path, [3], start_step=2)
     assert "\n" not in str(error.value)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
-    with MetricsLogger(Config(), tmp_path / "run", total_steps=10, start_step=0, enabled=False) as logger:
+    with MetricsLogger(
+        Config(), tmp_path / "run", total_steps=10, start_step=0, enabled=False
+    ) as logger:
         logger.log(1, curve(1))
         logger.advance(2)
         logger.message("hello")
@@ -74,17 +90,25 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-# ----------------------------------------------------------------------------------------------------- other sinks
+# -------------------------------------------------------------------------------------- other sinks
 
 
 def test_plain_lines_when_not_a_terminal(tmp_path, capsys):
     with MetricsLogger(QUIET, tmp_path, total_steps=20, start_step=0) as logger:
-        scalars = {"loss": 2.5, "grad_norm": 0.25, "tokens_per_second": 12345.6, "mfu": 0.314, "ttt/x": 1.0}
+        scalars = {
+            "loss": 2.5,
+            "grad_norm": 0.25,
+            "tokens_per_second": 12345.6,
+            "mfu": 0.314,
+            "ttt/x": 1.0,
+        }
         logger.log(10, scalars)
         logger.advance(11)
         logger.message("checkpoint [10] saved")
         logger.log(20, {"heldout/ttt_on": 1.0})
-    expected = "step 10/20  loss 2.5000  grad norm 0.250  12,346 tok/s  MFU 31.4%\ncheckpoint [10] saved\n"
+    expected = (
+        "step 10/20  loss 2.5000  grad norm 0.250  12,346 tok/s  MFU 31.4%\ncheckpoint [10] saved\n"
+    )
     assert capsys.readouterr().out == expected
 
 
@@ -93,7 +117,16 @@ def test_progress_display_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     with MetricsLogger(QUIET, tmp_path, total_steps=20, start_step=0) as logger:
-        logger.log(10, {"loss": 2.5, "grad_norm": 0.25, "learning_rate": 3e-4, "tokens_per_second": 1e6, "mfu": 0.5})
+        logger.log(
+            10,
+            {
+                "loss": 2.5,
+                "grad_norm": 0.25,
+                "learning_rate": 3e-4,
+                "tokens_per_second": 1e6,
+                "mfu": 0.5,
+            },
+        )
         logger.message("checkpoint [10] saved")
         logger.advance(20)
     out = capsys.readouterr().out
@@ -111,8 +144,16 @@ def test_tensorboard(tmp_path):
 @pytest.mark.parametrize(
     ("package", "log", "message"),
     [
-        ("tensorboardX", LogConfig(), "config field log.tensorboard = true: tensorboardX is missing; pip install"),
-        ("wandb", LogConfig(tensorboard=False, wandb="p"), "config field log.wandb = p: wandb is not installed; pip"),
+        (
+            "tensorboardX",
+            LogConfig(),
+            "config field log.tensorboard = true: tensorboardX is missing; pip install",
+        ),
+        (
+            "wandb",
+            LogConfig(tensorboard=False, wandb="p"),
+            "config field log.wandb = p: wandb is not installed; pip",
+        ),
     ],
 )
 def test_missing_sink(tmp_path, monkeypatch, package, log, message):
@@ -126,7 +167,9 @@ def test_missing_sink(tmp_path, monkeypatch, package, log, message):
 
 def test_wandb(tmp_path, monkeypatch):
     calls = []
-    run = SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda **k: calls.append(k))
+    run = SimpleNamespace(
+        log=lambda *a, **k: calls.append((a, k)), finish=lambda **k: calls.append(k)
+    )
     fake = SimpleNamespace(init=lambda **k: calls.append(k["id"]) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = Config(log=LogConfig(tensorboard=False, wandb="p"))
@@ -136,7 +179,7 @@ def test_wandb(tmp_path, monkeypatch):
     assert calls[0] == calls[3]  # the same run is continued
 
 
-# ------------------------------------------------------------------------------------------------------ arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 
 
 def test_flops_by_counting_products():
@@ -156,7 +199,15 @@ def test_flops_by_counting_products():
 
 
 def test_flops_of_a_large_model_are_about_6n():
-    model = ModelConfig(vocab_size=151_936, d_model=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=9728)
+    model = ModelConfig(
+        vocab_size=151_936,
+        d_model=2560,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ff=9728,
+    )
     assert model_flops_per_token(model, 1024, training=True) == pytest.approx(6 * 4.02e9, rel=0.05)
 
 

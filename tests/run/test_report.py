@@ -1,4 +1,6 @@
-"""The closing report: means by position, the promised keys, files that programs and people can read."""
+"""The closing report: means by position, the promised keys, files that programs and people can
+read.
+"""
 
 import io
 import itertools
@@ -40,7 +42,9 @@ def test_bucket_losses(length, buckets):
 
 def test_bucket_losses_accumulates_in_float64():
     nll = np.full((1, 1 << 20), 0.1, np.float32)
-    assert bucket_losses(nll, np.ones_like(nll), 1)[1][0] == pytest.approx(float(np.float32(0.1)), rel=1e-12)
+    assert bucket_losses(nll, np.ones_like(nll), 1)[1][0] == pytest.approx(
+        float(np.float32(0.1)), rel=1e-12
+    )
 
 
 def test_report_files(tmp_path):
@@ -84,11 +88,15 @@ def test_not_a_number_becomes_null(tmp_path):
 
 def test_lengths_must_agree(tmp_path):
     with pytest.raises(ValueError, match="3 positions, 2 ttt_on and 3 ttt_off"):
-        write_report(tmp_path, config=CONFIG, heldout={**HELDOUT, "ttt_on": [1, 2]}, curve=[], summary={})
+        write_report(
+            tmp_path, config=CONFIG, heldout={**HELDOUT, "ttt_on": [1, 2]}, curve=[], summary={}
+        )
 
 
 def test_print_report(tmp_path):
-    report = write_report(tmp_path, config=CONFIG, heldout=HELDOUT, curve=CURVE, summary={"tokens_per_second": 1234.5})
+    report = write_report(
+        tmp_path, config=CONFIG, heldout=HELDOUT, curve=CURVE, summary={"tokens_per_second": 1234.5}
+    )
     out = io.StringIO()
     print_report(report, tmp_path, Console(file=out, width=80))
     assert "512 to 1023" in out.getvalue()

@@ -1,4 +1,6 @@
-"""The probe's numbers against a plain computation, on one device and on a mesh; the timer; the page of a run."""
+"""The probe's numbers against a plain computation, on one device and on a mesh; the timer; the page
+of a run.
+"""
 
 import json
 import re
@@ -29,16 +31,24 @@ def oracle(z_BTF, v_BTD, C, ids_BT=None):
     deltas = []
     for i in range(z_BTF.shape[1] // C):
         piece = slice(i * C, (i + 1) * C)
-        whole = ids_BT is None or ((ids_BT[0, piece] == ids_BT[0, i * C]).all() and ids_BT[0, i * C] != 0)
+        whole = ids_BT is None or (
+            (ids_BT[0, piece] == ids_BT[0, i * C]).all() and ids_BT[0, i * C] != 0
+        )
         deltas.append(np.float64(v_BTD[0, piece]).T @ np.float64(z_BTF[0, piece]) * whole)
     norms = [np.linalg.norm(d) for d in deltas]
-    pairs = [(a * b).sum() / m / n for a, b, m, n in zip(deltas, deltas[1:], norms, norms[1:], strict=False) if m * n > 0]
+    pairs = [
+        (a * b).sum() / m / n
+        for a, b, m, n in zip(deltas, deltas[1:], norms, norms[1:], strict=False)
+        if m * n > 0
+    ]
     return np.mean(pairs) if pairs else 0.0
 
 
 def arrays(T=22, seed=0):
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((2, T, 6)).astype(np.float32), rng.standard_normal((2, T, 4)).astype(np.float32)
+    return rng.standard_normal((2, T, 6)).astype(np.float32), rng.standard_normal((2, T, 4)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("T", [3, 4, 8, 22])
@@ -57,17 +67,29 @@ def test_update_cosine_of_padding_and_of_equal_chunks():
 
 
 def test_update_cosine_on_a_mesh():
-    """Devices that split F give the same; those that split rows or tokens give the mean of what each one has."""
+    """Devices that split F give the same; those that split rows or tokens give the mean of what
+    each one has.
+    """
     z, v = arrays(16)
     mesh = make_mesh(replace(Config(), {"mesh.tensor": 2, "mesh.context": 2, "mesh.fsdp": 2}).mesh)
     with jax.set_mesh(mesh):
-        got = jax.jit(lambda z, v: Parallel(mesh).update_cosine(z, v, 4))(jnp.asarray(z), jnp.asarray(v))
-    want = np.mean([oracle(z[row:, half], v[row:, half], 4) for row in (0, 1) for half in (slice(8), slice(8, 16))])
+        got = jax.jit(lambda z, v: Parallel(mesh).update_cosine(z, v, 4))(
+            jnp.asarray(z), jnp.asarray(v)
+        )
+    want = np.mean(
+        [
+            oracle(z[row:, half], v[row:, half], 4)
+            for row in (0, 1)
+            for half in (slice(8), slice(8, 16))
+        ]
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_probe_weighs_tokens_and_ignores_padding():
-    rows = {name: np.zeros((3, 4), np.int32) for name in ("ids", "targets", "segment_ids", "positions")}
+    rows = {
+        name: np.zeros((3, 4), np.int32) for name in ("ids", "targets", "segment_ids", "positions")
+    }
     rows["weights"] = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], np.float32)
     seen = []
 
@@ -76,9 +98,19 @@ def test_probe_weighs_tokens_and_ignores_padding():
         nll = jnp.array([[1.0, 2.0, jnp.nan, 9.0], [3.0, jnp.inf, 0, 0]]) + (1 - scale)
         return nll, {"layer_01/update_cosine": jnp.float32(0.5)}
 
-    probe = make_probe(position_nll, rows, make_mesh(replace(Config(), {"mesh.fsdp": 1}).mesh, jax.devices()[:1]), 2)
+    probe = make_probe(
+        position_nll,
+        rows,
+        make_mesh(replace(Config(), {"mesh.fsdp": 1}).mesh, jax.devices()[:1]),
+        2,
+    )
     found = probe(None)
-    assert found == {"probe/ttt_off": 3.0, "probe/ttt_on": 2.0, "probe/gain": 1.0, "probe/layer_01/update_cosine": 0.5}
+    assert found == {
+        "probe/ttt_off": 3.0,
+        "probe/ttt_on": 2.0,
+        "probe/gain": 1.0,
+        "probe/layer_01/update_cosine": 0.5,
+    }
     assert seen == [(2, 4)] * 2  # the first two rows
 
 
@@ -101,7 +133,7 @@ def test_the_timer_counts_only_what_the_device_waits_for():
     assert 10_000_000 < host_memory_bytes() < 1 << 40
 
 
-# ------------------------------------------------------------------------------------------------------------- page
+# --------------------------------------------------------------------------------------------- page
 
 
 @pytest.fixture
@@ -113,15 +145,30 @@ def run(tmp_path):
     (folder / "config.yaml").write_text(dump_yaml(config))
     with MetricsLogger(config, folder, total_steps=60, start_step=0) as logger:
         for step in range(1, 61):
-            row = {"loss": 6 / step, "grad_norm": 1.0, "tokens_per_second": 100.0 + step, "time/input_wait": 0.01}
+            row = {
+                "loss": 6 / step,
+                "grad_norm": 1.0,
+                "tokens_per_second": 100.0 + step,
+                "time/input_wait": 0.01,
+            }
             row |= {f"ttt/layer_{i:02d}/state_ratio": 0.1 * i + step / 100 for i in (1, 3)}
             if step % 20 == 0:
-                row |= {"probe/ttt_on": 5 / step, "probe/ttt_off": 5.5 / step, "probe/gain": 0.5 / step}
+                row |= {
+                    "probe/ttt_on": 5 / step,
+                    "probe/ttt_off": 5.5 / step,
+                    "probe/gain": 0.5 / step,
+                }
                 row |= {"probe/layer_01/update_cosine": 0.5}
             logger.log(step, row)
             if step % 30 == 0:
                 logger.log(step, {"time/checkpoint": 0.1})
-    bad = {"path": "a.jsonl", "line": 3, "kind": "not JSON", "reason": "is not JSON", "excerpt": "<script>alert(1)</script>"}
+    bad = {
+        "path": "a.jsonl",
+        "line": 3,
+        "kind": "not JSON",
+        "reason": "is not JSON",
+        "excerpt": "<script>alert(1)</script>",
+    }
     (folder / "quarantine.jsonl").write_text(json.dumps({"field": "data.train", **bad}) + "\n{cut")
     event = {"time": "now", "step": 7, "kind": "warning", "text": "<img src=x>"}
     (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
@@ -146,7 +193,9 @@ def test_page_of_a_run_that_has_just_begun(run, tmp_path):
         if path.name != "config.yaml":
             path.unlink()
     assert "No metrics yet" in write_page(run, tmp_path / "deep" / "page.html").read_text()
-    with pytest.raises(CheckpointError, match=r"no config\.yaml; give the folder of a training run"):
+    with pytest.raises(
+        CheckpointError, match=r"no config\.yaml; give the folder of a training run"
+    ):
         write_page(tmp_path)
 
 

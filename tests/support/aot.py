@@ -1,5 +1,6 @@
-"""Compiling for TPUs that are not there, in a process of its own: libtpu reads its environment once, and this one may have
-initialised another platform already."""
+"""Compiling for TPUs that are not there, in a process of its own: libtpu reads its environment
+once, and this one may have initialised another platform already.
+"""
 
 import json
 import os
@@ -21,7 +22,9 @@ def compile_in_a_process(script: str, *words: str) -> dict:
     }
     environment.pop("XLA_FLAGS", None)  # of the tests: they switch optimisations off
     command = [sys.executable, "-c", script, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=1800, check=False
+    )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT")]
     return json.loads(lines[0].removeprefix("REPORT"))

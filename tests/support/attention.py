@@ -15,7 +15,9 @@ def make_inputs(B=2, T=37, N=4, K=2, H=8, S=None, seed=0):
 
 
 def plain(q, k, v, seen):
-    """Softmax attention written out, `seen` [B, T, S]; every query head has its own copy of its key head."""
+    """Softmax attention written out, `seen` [B, T, S]; every query head has its own copy of its key
+    head.
+    """
     repeat = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
@@ -33,7 +35,9 @@ def causal_mask(B, T, window=None, segments=None):
 
 
 def documents_in_xla(calls):
-    """Stands for the call of cuDNN, whose arguments it takes, and notes the rows, query heads and KV heads of each."""
+    """Stands for the call of cuDNN, whose arguments it takes, and notes the rows, query heads and
+    KV heads of each.
+    """
 
     def call(q, k, v, offsets_BM, sizes_BM, window):
         (B, T, N, _), K = q.shape, k.shape[2]

@@ -1,6 +1,8 @@
-"""New models whose fast weights write: with the zero convolution of a real start no test would see a fast weight.
+"""New models whose fast weights write: with the zero convolution of a real start no test would see
+a fast weight.
 
-Imported by conftest.py, so that it holds in every test; `new_target` is what models really start with.
+Imported by conftest.py, so that it holds in every test; `new_target` is what models really start
+with.
 """
 
 import jax

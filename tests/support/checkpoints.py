@@ -14,10 +14,16 @@ from ttt_jax.training.optimizer import make_optimizer
 
 class Model(nnx.Module):
     def __init__(self, width=8, dtype=jnp.float32, seed=0, bias=False):
-        draw = lambda i, shape: jnp.asarray(np.random.default_rng([seed, i]).normal(size=shape).astype(dtype))
+        draw = lambda i, shape: jnp.asarray(
+            np.random.default_rng([seed, i]).normal(size=shape).astype(dtype)
+        )
         self.embed = nnx.Param(draw(0, (16, 8)), axes=("vocab", "embed"))
-        self.groups = nnx.List([nnx.Dict(down=nnx.Param(draw(1, (2, 8, width)), axes=("embed", "mlp")))])
-        self.scale = nnx.Param(jnp.asarray([1 / 3, jnp.nan, -0.0, 1e-40], jnp.bfloat16), axes=("embed",))
+        self.groups = nnx.List(
+            [nnx.Dict(down=nnx.Param(draw(1, (2, 8, width)), axes=("embed", "mlp")))]
+        )
+        self.scale = nnx.Param(
+            jnp.asarray([1 / 3, jnp.nan, -0.0, 1e-40], jnp.bfloat16), axes=("embed",)
+        )
         if bias:
             self.bias = nnx.Param(draw(2, (8,)), axes=("embed",))
 
@@ -35,7 +41,13 @@ def assert_same_bits(actual, expected):
 
 
 def save(checkpointer, step, model, **options):
-    checkpointer.save(step, model=model, opt_state=state_of(model, **options), data_state={"step": step}, extra={"a": 0.1})
+    checkpointer.save(
+        step,
+        model=model,
+        opt_state=state_of(model, **options),
+        data_state={"step": step},
+        extra={"a": 0.1},
+    )
 
 
 def refusal(call, *args, **kwargs):
@@ -47,7 +59,9 @@ def refusal(call, *args, **kwargs):
 
 def newest_of(folder, model, warned, **options):
     with Checkpointer(folder, CheckpointConfig(keep=3), warned.append) as checkpointer:
-        return checkpointer.restore_newest(model=abstract(model), opt_state=abstract(state_of(model)), **options)
+        return checkpointer.restore_newest(
+            model=abstract(model), opt_state=abstract(state_of(model)), **options
+        )
 
 
 def older(step):

@@ -1,4 +1,6 @@
-"""`jax.jit` for tests: tiny programs compile twice as fast without LLVM's optimisations and compute the same."""
+"""`jax.jit` for tests: tiny programs compile twice as fast without LLVM's optimisations and compute
+the same.
+"""
 
 import functools
 

@@ -11,8 +11,18 @@ SMALL = {
 
 
 def fuzz(examples):
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors]
-    return settings(max_examples=examples, deadline=10_000, suppress_health_check=checks, derandomize=True, database=None)
+    checks = [
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.differing_executors,
+    ]
+    return settings(
+        max_examples=examples,
+        deadline=10_000,
+        suppress_health_check=checks,
+        derandomize=True,
+        database=None,
+    )
 
 
 def flip(data, places):
@@ -26,7 +36,14 @@ FLIPS = st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 7)), min_size
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 10**13) | st.floats() | st.text(max_size=8) | st.just(10**400),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**13)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.just(10**400),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3)
+    ),
     max_leaves=5,
 )

@@ -10,12 +10,27 @@ from hypothesis import strategies as st
 
 from ttt_jax.errors import UserError
 
-JUNK = [b"\0", b"\xff\xfe", b"{", b"[" * 1200, b'"', b"9" * 5000, b"-1", b"1e999", b"null", b"\n", b"NaN", b"&a *a"]
+JUNK = [
+    b"\0",
+    b"\xff\xfe",
+    b"{",
+    b"[" * 1200,
+    b'"',
+    b"9" * 5000,
+    b"-1",
+    b"1e999",
+    b"null",
+    b"\n",
+    b"NaN",
+    b"&a *a",
+]
 PIECES = st.sampled_from(JUNK)
 SCALARS = st.none() | st.booleans() | st.integers(-3, 10**13) | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
     SCALARS | st.just(10**400) | st.just("x" * 3000),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 CHANGES = st.one_of(
@@ -50,7 +65,9 @@ def replaced(tree, place, value, remove):
     nodes = []
 
     def walk(node):
-        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        for key in (
+            node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        ):
             nodes.append((node, key))
             walk(node[key])
 
@@ -66,7 +83,13 @@ def replaced(tree, place, value, remove):
 
 def fuzz(examples, strategy, check):
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    rules = settings(max_examples=examples, deadline=None, suppress_health_check=checks, derandomize=True, database=None)
+    rules = settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=checks,
+        derandomize=True,
+        database=None,
+    )
     rules(given(strategy)(check))()
 
 

@@ -40,14 +40,18 @@ FAMILIES = {
     | {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3, "torch_dtype": "bfloat16"},
     "llama3_transformers_5": UNTIED
     | {"model_type": "llama", "rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "dtype": "bfloat16"},
-    "qwen2": TIED | {"model_type": "qwen2", "rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 8},
-    "mistral": UNTIED | {"model_type": "mistral", "rope_theta": 1e4, "sliding_window": 8, "dtype": "float16"},
+    "qwen2": TIED
+    | {"model_type": "qwen2", "rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 8},
+    "mistral": UNTIED
+    | {"model_type": "mistral", "rope_theta": 1e4, "sliding_window": 8, "dtype": "float16"},
     "smollm2": TIED | {"model_type": "llama", "rope_theta": 1e5, "torch_dtype": "bfloat16"},
 }
 
 
 def make_folder(folder, raw, *, shards=1, change=None):
-    """Write a random model of a config, in files of about equal size; `change` edits the tensors. Returns name -> array."""
+    """Write a random model of a config, in files of about equal size; `change` edits the tensors.
+    Returns name -> array.
+    """
     raw = BASE | raw
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
@@ -55,7 +59,9 @@ def make_folder(folder, raw, *, shards=1, change=None):
     dtype = np.dtype(raw.get("torch_dtype") or raw.get("dtype") or "float32")
     rng = np.random.default_rng(0)
     stored = {}
-    for name, shape in sorted(tensor_shapes(jax.eval_shape(lambda: Transformer(cfg, key=jax.random.key(0)))).items()):
+    for name, shape in sorted(
+        tensor_shapes(jax.eval_shape(lambda: Transformer(cfg, key=jax.random.key(0)))).items()
+    ):
         near = 1.0 if name.endswith("norm.weight") else 0.0
         stored[name] = (near + 0.1 * rng.standard_normal(shape)).astype(dtype)
     if change is not None:
@@ -77,7 +83,9 @@ def write_shards(folder, stored, shards):
         files[name] = f"model-{lightest + 1:05}-of-{shards:05}.safetensors"
     for file in sorted(set(files.values())):
         save_file({name: stored[name] for name in stored if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
 
 
 def read_folder(folder):

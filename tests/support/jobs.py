@@ -20,14 +20,26 @@ def start(words):
     """`python train.py` in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "train.py", *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "train.py", *words],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def curve(run_dir):
     """What must not depend on interruptions: every logged number but times and memory."""
     rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    kept = [{k: v for k, v in row.items() if not k.startswith(("tokens_per_second", "time/", "host_memory"))} for row in rows]
+    kept = [
+        {
+            k: v
+            for k, v in row.items()
+            if not k.startswith(("tokens_per_second", "time/", "host_memory"))
+        }
+        for row in rows
+    ]
     return [row for row in kept if row.keys() > {"step"}]
 
 

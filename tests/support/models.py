@@ -39,7 +39,8 @@ RIDGE = {"ttt.write": "ridge", "ttt.normalize_source": True, "ttt.lr": 2.0}
 SPECTRAL = {"ttt.write": "spectral", "ttt.normalize_source": True}
 
 
-WINDOW = {"sliding_window": 3, "full_attention_layers": (0, 2)}  # shorter than most pieces, and a full layer in between
+# shorter than most pieces, and a full layer in between
+WINDOW = {"sliding_window": 3, "full_attention_layers": (0, 2)}
 
 
 def config(**changes):
@@ -57,7 +58,9 @@ def abstract(cfg, **runtime):
 
 
 def make(cfg, dtype="float64", **runtime):
-    """A model with random parameters of every kind (norm scales and biases too), without compiling its init."""
+    """A model with random parameters of every kind (norm scales and biases too), without compiling
+    its init.
+    """
     rng = np.random.default_rng(0)
 
     def leaf(path, struct):
@@ -74,7 +77,9 @@ def make(cfg, dtype="float64", **runtime):
 
 
 def transplant(model, cfg, **runtime):
-    """The parameters of one model in a model of another depth pattern (by layer, through the checkpoint's names)."""
+    """The parameters of one model in a model of another depth pattern (by layer, through the
+    checkpoint's names).
+    """
     values, names = {}, tensor_names(model)
     for path, value in jax.tree_util.tree_flatten_with_path(model)[0]:
         ours = param_path(path)
@@ -98,7 +103,16 @@ def tokens(B, T, seed=1):
 
 
 @functools.partial(jit, static_argnames=("capacity", "ttt_scale"))
-def run(model, ids, state=None, lengths=None, segment_ids=None, positions=None, capacity=None, ttt_scale=1.0):
+def run(
+    model,
+    ids,
+    state=None,
+    lengths=None,
+    segment_ids=None,
+    positions=None,
+    capacity=None,
+    ttt_scale=1.0,
+):
     """Logits and state."""
     h, state, _ = model.hidden(
         ids,
@@ -114,10 +128,14 @@ def run(model, ids, state=None, lengths=None, segment_ids=None, positions=None, 
 
 
 def assert_same_state(state, other, chunk=C):
-    """All that a stream can still read: positions, caches, S, pending tokens (the slots behind them hold nothing)."""
+    """All that a stream can still read: positions, caches, S, pending tokens (the slots behind them
+    hold nothing).
+    """
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(state.position_B, other.position_B)
-    pending_BC1 = (np.arange(chunk)[None] < (np.asarray(state.position_B) % chunk)[:, None])[:, :, None]
+    pending_BC1 = (np.arange(chunk)[None] < (np.asarray(state.position_B) % chunk)[:, None])[
+        :, :, None
+    ]
     is_layer = lambda x: isinstance(x, LayerState)
     layers, others = (jax.tree.leaves(s.layers, is_leaf=is_layer) for s in (state, other))
     assert any(layer.ttt is not None for layer in layers)

@@ -1,4 +1,6 @@
-"""One check for all implementations of the op: values, final state and every gradient against the float64 reference."""
+"""One check for all implementations of the op: values, final state and every gradient against the
+float64 reference.
+"""
 
 import functools
 
@@ -26,12 +28,16 @@ def make_inputs(B=2, T=40, D=12, F=20, seed=0, state_scale=0.3):
 
 @functools.cache
 def compiled(fresh=False, unread=False, **options):
-    """One program per shape and option. `fresh`: no initial state; `unread`: no gradient reaches the final state."""
+    """One program per shape and option. `fresh`: no initial state; `unread`: no gradient reaches
+    the final state.
+    """
 
     def both(arguments, cotangents, segment_ids, clip_norm):
         def run(z, v, w, lr, state):
             start = None if fresh else state
-            return in_place_ttt(z, v, w, lr=lr, state=start, segment_ids=segment_ids, clip_norm=clip_norm, **options)
+            return in_place_ttt(
+                z, v, w, lr=lr, state=start, segment_ids=segment_ids, clip_norm=clip_norm, **options
+            )
 
         if unread:
             o, vjp, S = jax.vjp(run, *arguments, has_aux=True)
@@ -46,19 +52,30 @@ def results(arguments, cotangents, dtype, segment_ids=None, clip_norm=None, **op
     """(o, S) and the gradients of <o, do> + <S, dS> for z, v, w, lr and state, as float64 numpy."""
     z, v, w, lr, state = arguments
     acc = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    cast = [jnp.asarray(x, dtype) for x in (z, v, w)] + [jnp.asarray(lr, acc), jnp.asarray(state, acc)]
+    cast = [jnp.asarray(x, dtype) for x in (z, v, w)] + [
+        jnp.asarray(lr, acc),
+        jnp.asarray(state, acc),
+    ]
     do, dS = jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], acc)
     out, grads = compiled(**options)(cast, (do, dS), segment_ids, clip_norm)
-    named = {"o": out[0], "final_state": out[1]} | {f"d{n}": g for n, g in zip(NAMES, grads, strict=True)}
+    named = {"o": out[0], "final_state": out[1]} | {
+        f"d{n}": g for n, g in zip(NAMES, grads, strict=True)
+    }
     return {name: np.asarray(x, np.float64) for name, x in named.items()}
 
 
 def rounded(arguments, cotangents, dtype):
-    """What the implementation under test receives, in float64: the oracle must not be charged for rounding inputs."""
+    """What the implementation under test receives, in float64: the oracle must not be charged for
+    rounding inputs.
+    """
     cast = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)
     z, v, w, lr, state = arguments
     lower = cast if dtype != jnp.float64 else np.float64
-    single = (lambda x: np.asarray(x, np.float32).astype(np.float64)) if dtype != jnp.float64 else np.float64
+    single = (
+        (lambda x: np.asarray(x, np.float32).astype(np.float64))
+        if dtype != jnp.float64
+        else np.float64
+    )
     do, dS = cotangents
     return (lower(z), lower(v), lower(w), float(single(lr)), single(state)), (lower(do), single(dS))
 
@@ -72,8 +89,13 @@ def check(arguments, cotangents, dtype, implementation, **options):
         got = results(arguments, cotangents, dtype, implementation=implementation, **options)
     tolerance = TOLERANCE[jnp.dtype(dtype).name]
     for name, value in got.items():
-        if name == "dlr":  # an inner product <v, dv> / lr, which may cancel (to zero, once every update is clipped)
-            scale = np.linalg.norm(arguments[1]) * np.linalg.norm(oracle["dv"]) / max(arguments[3], 1e-2)
+        # an inner product <v, dv> / lr, which may cancel (to zero, once every update is clipped)
+        if name == "dlr":
+            scale = (
+                np.linalg.norm(arguments[1])
+                * np.linalg.norm(oracle["dv"])
+                / max(arguments[3], 1e-2)
+            )
             assert abs(value - oracle[name]) <= tolerance * max(scale, abs(oracle[name])), name
         else:
             assert_close(name, value, oracle[name], tolerance)
@@ -82,6 +104,8 @@ def check(arguments, cotangents, dtype, implementation, **options):
 DOCUMENTS = {
     "none": None,
     "boundaries": lambda T, C: np.minimum(np.arange(T) // C // 2 + 1, 3),
-    "padding": lambda T, C: np.where(np.arange(T) % (3 * C) < 2 * C + C // 2, np.arange(T) // (3 * C) + 1, 0),
+    "padding": lambda T, C: np.where(
+        np.arange(T) % (3 * C) < 2 * C + C // 2, np.arange(T) // (3 * C) + 1, 0
+    ),
     "all_padding": lambda T, C: np.zeros(T, int),
 }

@@ -1,8 +1,11 @@
-"""How results are compared: relative root mean square against a float64 oracle or the official arrays."""
+"""How results are compared: relative root mean square against a float64 oracle or the official
+arrays.
+"""
 
 import numpy as np
 
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-3}  # DESIGN section 3; never relaxed to pass a test
+# DESIGN section 3; never relaxed to pass a test
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-3}
 
 
 def relative_rms(value, oracle) -> float:

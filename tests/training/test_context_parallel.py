@@ -1,4 +1,6 @@
-"""The whole model and its training on meshes that split rows, sequence, heads, F and parameters: equal to one device."""
+"""The whole model and its training on meshes that split rows, sequence, heads, F and parameters:
+equal to one device.
+"""
 
 import functools
 
@@ -25,7 +27,8 @@ MODEL = {
     "rope": {"kind": "yarn", "factor": 4.0, "original_max_positions": 16},
     "ttt": {"layers": [0, 1], "chunk_size": C, "lr": 0.05},
 }  # fmt: skip
-MIXED = ("context", "fsdp, context, tensor")  # the fast tests; tests/parallel/test_sharding.py has the other axes alone
+# the fast tests; tests/parallel/test_sharding.py has the other axes alone
+MIXED = ("context", "fsdp, context, tensor")
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 MESHES = {
     "data": {"data": 8}, "fsdp": {"fsdp": 8}, "context": {"context": 8}, "tensor": {"tensor": 2},
@@ -37,7 +40,13 @@ def make_config(sizes, **optimizer):
     optimizer = {"lr": 1e-3, "warmup_steps": 0, "schedule": "constant"} | optimizer
     return from_dict(
         Config,
-        {"model": MODEL, "data": {"seq_len": T, "batch_size": B}, "optimizer": optimizer, "mesh": ONE | sizes, "steps": 20},
+        {
+            "model": MODEL,
+            "data": {"seq_len": T, "batch_size": B},
+            "optimizer": optimizer,
+            "mesh": ONE | sizes,
+            "steps": 20,
+        },
     )
 
 
@@ -53,7 +62,9 @@ def parameters():
 
     def leaf(path, x):
         scale = param_path(path).endswith("scale")
-        return (rng.standard_normal(x.shape) * (0.1 if scale else 0.3) + (1 if scale else 0)).astype(np.float32)
+        return (
+            rng.standard_normal(x.shape) * (0.1 if scale else 0.3) + (1 if scale else 0)
+        ).astype(np.float32)
 
     return [leaf(*item) for item in jax.tree_util.tree_flatten_with_path(model)[0]]
 
@@ -61,14 +72,20 @@ def parameters():
 def make_model(sizes):
     abstract, _ = abstract_state(make_config(sizes), mesh_for(sizes))
     leaves, tree = jax.tree.flatten(abstract.model)
-    return tree.unflatten(jax.device_put(x, y.sharding) for x, y in zip(parameters(), leaves, strict=True))
+    return tree.unflatten(
+        jax.device_put(x, y.sharding) for x, y in zip(parameters(), leaves, strict=True)
+    )
 
 
 def make_batch(seed=0, rows=B):
     """Packed rows: documents of 24, 8 and 16 tokens that start inside shards, then padding."""
     ids = np.random.default_rng(seed).integers(0, V, (rows, T + 1)).astype(np.int32)
     starts = [0, 24, 32]
-    segments = np.broadcast_to(np.searchsorted(starts, np.arange(T), side="right"), (rows, T)).astype(np.int32).copy()
+    segments = (
+        np.broadcast_to(np.searchsorted(starts, np.arange(T), side="right"), (rows, T))
+        .astype(np.int32)
+        .copy()
+    )
     segments[::2, 45:] = 0
     segments[1] = 1  # one document in the whole row
     positions = np.arange(T)[None] - np.take(starts, np.maximum(segments - 1, 0))
@@ -81,10 +98,21 @@ def make_batch(seed=0, rows=B):
 @jit
 def loss_and_gradients(model, batch):
     def loss(model):
-        h, _, stats = model.hidden(batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-        tokens = (h, model.output_weight, batch["targets"], batch["weights"] / batch["weights"].sum())
+        h, _, stats = model.hidden(
+            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        tokens = (
+            h,
+            model.output_weight,
+            batch["targets"],
+            batch["weights"] / batch["weights"].sum(),
+        )
         parallel = model.runtime.parallel
-        value = cross_entropy(*tokens) if parallel is None else parallel.over_tokens(cross_entropy, *tokens, total=True)
+        value = (
+            cross_entropy(*tokens)
+            if parallel is None
+            else parallel.over_tokens(cross_entropy, *tokens, total=True)
+        )
         return value, stats
 
     return jax.value_and_grad(loss, has_aux=True)(model)
@@ -97,13 +125,19 @@ def named(model):
 @pytest.fixture(scope="module")
 def single():
     (loss, stats), gradients = loss_and_gradients(make_model({}), make_batch())
-    assert min(float(x["state_ratio_B"].max()) for x in stats.values()) > 0.02, "the fast weights matter"
+    assert min(float(x["state_ratio_B"].max()) for x in stats.values()) > 0.02, (
+        "the fast weights matter"
+    )
     return loss, stats, named(gradients)
 
 
-@pytest.mark.parametrize("name", [*MIXED, *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m not in MIXED)])
+@pytest.mark.parametrize(
+    "name", [*MIXED, *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES if m not in MIXED)]
+)
 def test_loss_and_gradients_equal_one_device(name, single):
-    """Packed rows, sliding window and full attention, yarn, TTT: every gradient, and the statistics."""
+    """Packed rows, sliding window and full attention, yarn, TTT: every gradient, and the
+    statistics.
+    """
     model, batch = make_model(MESHES[name]), make_batch()
     (loss, stats), gradients = loss_and_gradients(model, put_batch(batch, mesh_for(MESHES[name])))
     assert_close("loss", loss, single[0], TOLERANCE["float32"])
@@ -115,7 +149,9 @@ def test_loss_and_gradients_equal_one_device(name, single):
 
 
 def test_ragged_lengths_and_a_state_to_read_on_with():
-    """Rows padded at the right, then more tokens of odd number: the split prefill and its state equal one device's."""
+    """Rows padded at the right, then more tokens of odd number: the split prefill and its state
+    equal one device's.
+    """
     ids, more = (jnp.asarray(make_batch(seed)["ids"][:2]) for seed in (3, 4))
     lengths = jnp.asarray([T - 3, 2 * C + 5], jnp.int32)
 
@@ -125,7 +161,10 @@ def test_ragged_lengths_and_a_state_to_read_on_with():
         whole, state_whole, _ = model.hidden(ids, keep_state=True)
         return h, whole, model.hidden(more, state)[0], model.hidden(more, state_whole)[0]
 
-    got, want = (read(make_model(sizes), ids, more[:, :11], lengths) for sizes in ({"context": 4, "tensor": 2}, {}))
+    got, want = (
+        read(make_model(sizes), ids, more[:, :11], lengths)
+        for sizes in ({"context": 4, "tensor": 2}, {})
+    )
     for b, n in enumerate(lengths):
         assert_close(f"row {b}", got[0][b, :n], want[0][b, :n], TOLERANCE["float32"])
     for name, x, y in zip(("", "whole", "after lengths", "after whole"), got, want, strict=True):
@@ -134,8 +173,10 @@ def test_ragged_lengths_and_a_state_to_read_on_with():
 
 
 def test_no_token_sees_a_later_one_on_any_shard():
-    """The gradient of one token's output with respect to every input is zero after it and not before. Every token has a row
-    of the embedding of its own, so the embedding's gradient tells the tokens apart."""
+    """The gradient of one token's output with respect to every input is zero after it and not
+    before. Every token has a row of the embedding of its own, so the embedding's gradient tells the
+    tokens apart.
+    """
     model = make_model({"context": 4})
     assert V == T
 
@@ -144,7 +185,9 @@ def test_no_token_sees_a_later_one_on_any_shard():
         def output(embed_VD):
             copy = jax.tree.map(lambda x: x, model)
             copy.embed.set_value(embed_VD)
-            return jnp.take(copy.hidden(jnp.arange(T, dtype=jnp.int32)[None])[0][0], t, axis=0).sum()
+            return jnp.take(
+                copy.hidden(jnp.arange(T, dtype=jnp.int32)[None])[0][0], t, axis=0
+            ).sum()
 
         return jnp.abs(jax.grad(output)(model.embed[...])).sum(axis=1)
 
@@ -187,11 +230,19 @@ def test_twenty_steps_end_at_the_same_loss(name, trained):
 
 
 def test_activations_are_not_gathered():
-    """Elementwise parts, projections, the target's convolution and the loss leave every token where it is: nothing in the
-    compiled gradient that moves is as large as a shard of the hidden states, but the keys, values and queries of attention
-    and S. (Many rows, so that activations are larger than parameters.)"""
+    """Elementwise parts, projections, the target's convolution and the loss leave every token where
+    it is: nothing in the compiled gradient that moves is as large as a shard of the hidden states,
+    but the keys, values and queries of attention and S. (Many rows, so that activations are larger
+    than parameters.)
+    """
     sizes, rows = {"context": 4}, 64
-    hlo = loss_and_gradients.lower(make_model(sizes), put_batch(make_batch(rows=rows), mesh_for(sizes))).compile().as_text()
+    hlo = (
+        loss_and_gradients.lower(
+            make_model(sizes), put_batch(make_batch(rows=rows), mesh_for(sizes))
+        )
+        .compile()
+        .as_text()
+    )
     hidden, keys, S = (4 * rows * size for size in (T // 4 * 36, T * 2 * 8, 36 * 48))
     large = {(kind, size) for kind, size in collectives(hlo) if size >= hidden}
     assert large == {("all-gather", keys), ("all-to-all", S)}

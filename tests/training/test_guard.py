@@ -1,4 +1,6 @@
-"""Steps that are not finite change nothing; fast weights out of range are named; rollbacks and the end of patience."""
+"""Steps that are not finite change nothing; fast weights out of range are named; rollbacks and the
+end of patience.
+"""
 
 import dataclasses
 import errno
@@ -49,12 +51,21 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 def guard_of(tmp_path, shown, **settings):
     config = dataclasses.replace(from_dict(RunConfig, SMALL), guard=GuardConfig(**settings))
-    return Guard(config, EventLog(tmp_path, shown.append), lambda pieces: [Piece(r, "a.txt", r, 0, 9) for r in pieces])
+    return Guard(
+        config,
+        EventLog(tmp_path, shown.append),
+        lambda pieces: [Piece(r, "a.txt", r, 0, 9) for r in pieces],
+    )
 
 
 def scalars(skipped):
     loss = float("nan") if skipped else 1.0
-    return {"skipped": jnp.float32(skipped), "loss": jnp.float32(loss), "grad_norm": jnp.float32(loss), "other": None}
+    return {
+        "skipped": jnp.float32(skipped),
+        "loss": jnp.float32(loss),
+        "grad_norm": jnp.float32(loss),
+        "other": None,
+    }
 
 
 def test_skipped_steps_are_named_and_counted_in_a_row(tmp_path):
@@ -67,7 +78,13 @@ def test_skipped_steps_are_named_and_counted_in_a_row(tmp_path):
     guard.settle()
     assert guard.must_roll_back
     events = read_events(tmp_path)
-    assert [(event["step"], event["in_a_row"]) for event in events] == [(2, 1), (3, 2), (5, 1), (6, 2), (7, 3)]
+    assert [(event["step"], event["in_a_row"]) for event in events] == [
+        (2, 1),
+        (3, 2),
+        (5, 1),
+        (6, 2),
+        (7, 3),
+    ]
     assert events[0]["documents"] == [[r, "a.txt", r, 0, 9] for r in range(6)]
     assert shown[0].endswith("its documents: a.txt #0, a.txt #1, a.txt #2, a.txt #3 and 2 more")
     guard.rolled_back()
@@ -78,10 +95,19 @@ def test_fast_weights_out_of_range_are_named_once(tmp_path):
     shown = []
     guard = guard_of(tmp_path, shown, min_state_ratio=1e-3, max_state_ratio=2.0)
     guard._lr = 0.01
-    for step, ratio in enumerate([0.0, 1e-4, 0.5, 2.5, 3.0, 1.0, 2.1, float("nan"), 0.5, 1e-5, 0.0, 0.5], 1):
+    for step, ratio in enumerate(
+        [0.0, 1e-4, 0.5, 2.5, 3.0, 1.0, 2.1, float("nan"), 0.5, 1e-5, 0.0, 0.5], 1
+    ):
         guard.check_fast_weights(step, {"ttt/layer_01/state_ratio": ratio, "loss": 7.0})
-    assert [(e["step"], e["layer"]) for e in read_events(tmp_path)] == [(4, "layer_01"), (7, "layer_01"), (10, "layer_01")]
-    assert "above guard.max_state_ratio = 2: it explodes; lower model.ttt.lr (here 0.002 would give 0.5) or set" in shown[0]
+    assert [(e["step"], e["layer"]) for e in read_events(tmp_path)] == [
+        (4, "layer_01"),
+        (7, "layer_01"),
+        (10, "layer_01"),
+    ]
+    assert (
+        "above guard.max_state_ratio = 2: it explodes; lower model.ttt.lr (here 0.002 would give "
+        "0.5) or set" in shown[0]
+    )
     assert "below guard.min_state_ratio = 0.001: it collapses" in shown[2]
 
 
@@ -102,16 +128,21 @@ def test_a_ratio_without_end_is_a_warning_with_a_usable_advice(tmp_path, ratio, 
     guard.check_fast_weights(3, {"ttt/layer_01/state_ratio": 0.5})
     guard.check_fast_weights(4, {"ttt/layer_01/state_ratio": ratio})
     (text,), (event,) = shown, read_events(tmp_path)
-    assert f"||S||/||W|| = {ratio:.3g} at step 4, above guard.max_state_ratio = 2: it explodes; {advice} or set" in text
+    assert (
+        f"||S||/||W|| = {ratio:.3g} at step 4, above guard.max_state_ratio = 2: it explodes; "
+        f"{advice} or set" in text
+    )
     assert (event["step"], event["ratio"]) == (4, ratio if np.isfinite(ratio) else str(ratio))
 
 
 def test_a_range_needs_two_ends():
-    with pytest.raises(ConfigError, match=r"guard\.min_state_ratio = 5: must be below guard\.max_state_ratio = 3"):
+    with pytest.raises(
+        ConfigError, match=r"guard\.min_state_ratio = 5: must be below guard\.max_state_ratio = 3"
+    ):
         load_config(None, ["--guard.min_state_ratio=5"])
 
 
-# --------------------------------------------------------------------------------------------------------- rollbacks
+# ---------------------------------------------------------------------------------------- rollbacks
 
 
 class Data:
@@ -134,20 +165,32 @@ def tree(value):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with checkpoints 3, 6, 9 (the last one taken in the middle of skipped steps), whose weights are their steps."""
+    """A run with checkpoints 3, 6, 9 (the last one taken in the middle of skipped steps), whose
+    weights are their steps.
+    """
     config = dataclasses.replace(from_dict(RunConfig, SMALL), runs_dir=str(tmp_path), name="run")
     placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), TrainState(tree(0), tree(0), jnp.int32(0))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        TrainState(tree(0), tree(0), jnp.int32(0)),
     )
     config.run_dir.mkdir()
     with Checkpointer(config.run_dir / "checkpoints", CheckpointConfig(keep=5)) as checkpointer:
         for step, in_a_row in ((3, 0), (6, 0), (9, 1)):
             extra, data = {"skipped_in_a_row": in_a_row}, {"at": step}
-            checkpointer.save(step, model=tree(step), opt_state=tree(step), data_state=data, extra=extra)
+            checkpointer.save(
+                step, model=tree(step), opt_state=tree(step), data_state=data, extra=extra
+            )
         checkpointer.wait()
         fresh = lambda: TrainState(tree(0), tree(0), jnp.int32(0))
-        yield Recovery(config, checkpointer, abstract, Data(), fresh, EventLog(config.run_dir, lambda text: None))
+        yield Recovery(
+            config,
+            checkpointer,
+            abstract,
+            Data(),
+            fresh,
+            EventLog(config.run_dir, lambda text: None),
+        )
 
 
 def value(state):
@@ -172,15 +215,26 @@ def test_rollback_takes_good_weights_and_goes_on_with_the_data(run):
         run.roll_back(state, 14)
     assert "\n" not in str(error.value)
     report = (run.config.run_dir / "failure.md").read_text()
-    assert "back to the weights of step 6; the data of steps 7 to 10 is left out (rollback 1 of 2)" in report
-    assert [event["kind"] for event in read_events(run.config.run_dir)] == ["rolled_back", "rolled_back", "gave_up"]
+    assert (
+        "back to the weights of step 6; the data of steps 7 to 10 is left out (rollback 1 of 2)"
+        in report
+    )
+    assert [event["kind"] for event in read_events(run.config.run_dir)] == [
+        "rolled_back",
+        "rolled_back",
+        "gave_up",
+    ]
 
 
 @pytest.mark.parametrize("fault", ["full disk", "damaged events"])
 def test_giving_up_is_one_line_whatever_the_folder_holds(run, monkeypatch, fault):
     run.config = dataclasses.replace(run.config, guard=GuardConfig(rollbacks=0))
     if fault == "damaged events":
-        lines = ['{"a": 1}', '{"kind": "step_skipped", "documents": [[1], 2]}', '{"kind": "rolled_back"}']
+        lines = [
+            '{"a": 1}',
+            '{"kind": "step_skipped", "documents": [[1], 2]}',
+            '{"kind": "rolled_back"}',
+        ]
         (run.config.run_dir / "events.jsonl").write_text("\n".join(lines) + "\n")
     else:
 
@@ -197,7 +251,9 @@ def test_giving_up_is_one_line_whatever_the_folder_holds(run, monkeypatch, fault
 
 def test_a_checkpoint_after_a_rollback_ends_it(run):
     state = run.roll_back(run.resume()[0], 10)
-    run.checkpointer.save(12, model=tree(12), opt_state=tree(12), data_state={"at": 12}, extra={"skipped_in_a_row": 0})
+    run.checkpointer.save(
+        12, model=tree(12), opt_state=tree(12), data_state={"at": 12}, extra={"skipped_in_a_row": 0}
+    )
     run.checkpointer.wait()
     state, step, _ = run.resume()
     assert (value(state), step, run.loader.at) == (12, 12, 12)
@@ -224,12 +280,14 @@ def test_a_damaged_record_of_rollbacks_is_one_line(tmp_path):
         read_rollbacks(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------- document names
+# ----------------------------------------------------------------------------------- document names
 
 
 def test_a_batch_names_its_documents(tmp_path):
     for name, texts in {"a": ["x" * 50, "y" * 9], "b": ["z" * 5, "u" * 7, "v" * 20]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        )
     (heldout := tmp_path / ".heldout").mkdir()
     (heldout / "c.jsonl").write_text('{"text": "held out"}\n')
     settings = {
@@ -242,8 +300,17 @@ def test_a_batch_names_its_documents(tmp_path):
     config = from_dict(RunConfig, {"data": settings})
     tokenizer = load_tokenizer("bytes")
     corpus = load_corpus(config, tokenizer)
-    assert locate(config, corpus.key_N) == [("a.jsonl", 0), ("a.jsonl", 1), ("b.jsonl", 0), ("b.jsonl", 1), ("b.jsonl", 2)]
-    loader, letters = make_loader(config, tokenizer=tokenizer), {("a.jsonl", 0): "x", ("b.jsonl", 2): "v"}
+    assert locate(config, corpus.key_N) == [
+        ("a.jsonl", 0),
+        ("a.jsonl", 1),
+        ("b.jsonl", 0),
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+    ]
+    loader, letters = (
+        make_loader(config, tokenizer=tokenizer),
+        {("a.jsonl", 0): "x", ("b.jsonl", 2): "v"},
+    )
     for _ in range(3):
         rows = next(loader)
         for row in range(4):
@@ -253,6 +320,9 @@ def test_a_batch_names_its_documents(tmp_path):
                 place += piece.tokens
                 text = bytes(ids[ids < 256].astype(np.uint8)).decode()
                 assert set(text) <= {letters.get((piece.file, piece.document), text[:1])}
-                assert piece.tokens == (rows["segment_ids"][row] == rows["segment_ids"][row, place - 1]).sum()
+                assert (
+                    piece.tokens
+                    == (rows["segment_ids"][row] == rows["segment_ids"][row, place - 1]).sum()
+                )
     (tmp_path / "a.jsonl").unlink()
     assert locate(config, corpus.key_N)[0][0].startswith("unknown file (key ")

@@ -25,7 +25,9 @@ STATE = TrainState({"w": jnp.zeros((8,))}, {"m": jnp.zeros((8,))}, jnp.int32(0))
 
 
 class Disk:
-    """A checkpointer on a disk that may be full: at once, or when an asynchronous save is waited for."""
+    """A checkpointer on a disk that may be full: at once, or when an asynchronous save is waited
+    for.
+    """
 
     def __init__(self, directory):
         self.directory, self.saved, self.full, self.late = directory, [], False, False
@@ -53,7 +55,9 @@ class Disk:
 @pytest.fixture
 def clock(monkeypatch):
     clock = types.SimpleNamespace(now=0.0)
-    fake = types.SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda s: setattr(clock, "now", clock.now + s))
+    fake = types.SimpleNamespace(
+        monotonic=lambda: clock.now, sleep=lambda s: setattr(clock, "now", clock.now + s)
+    )
     monkeypatch.setattr("ttt_jax.training.saver.time", fake)
     return clock
 
@@ -80,7 +84,11 @@ def test_training_goes_on_and_saves_when_space_returns(late, tmp_path, clock):
     assert saver.retry_due()
     save(12)
     assert disk.saved == [5, 12]
-    assert [event["kind"] for event in read_events(tmp_path)] == ["save_failed", "save_failed", "saved_again"]
+    assert [event["kind"] for event in read_events(tmp_path)] == [
+        "save_failed",
+        "save_failed",
+        "saved_again",
+    ]
     clock.now += 2
     assert not saver.retry_due()
 
@@ -91,7 +99,9 @@ def test_no_attempt_without_room(tmp_path, clock, monkeypatch):
     disk.full = True
     saver.save(5, STATE, {}, {})
     disk.full, clock.now = False, 10.0
-    monkeypatch.setattr("ttt_jax.training.saver.shutil.disk_usage", lambda path: types.SimpleNamespace(free=10))
+    monkeypatch.setattr(
+        "ttt_jax.training.saver.shutil.disk_usage", lambda path: types.SimpleNamespace(free=10)
+    )
     assert not saver.retry_due()
     saver.save(10, STATE, {}, {})
     assert disk.saved == []
@@ -102,7 +112,9 @@ def test_several_processes_look_before_they_save(tmp_path, clock, monkeypatch):
     disk, shown, free = Disk(tmp_path), [], 10
     monkeypatch.setattr("ttt_jax.training.saver.jax.process_count", lambda: 2)
     monkeypatch.setattr("ttt_jax.training.saver.any_process", lambda flag: flag)
-    monkeypatch.setattr("ttt_jax.training.saver.shutil.disk_usage", lambda path: types.SimpleNamespace(free=free))
+    monkeypatch.setattr(
+        "ttt_jax.training.saver.shutil.disk_usage", lambda path: types.SimpleNamespace(free=free)
+    )
     saver = Saver(disk, 5, lambda text, **details: shown.append((details["kind"], text)))
     saver.save(5, STATE, {}, {})
     saver.save(10, STATE, {}, {})
@@ -152,10 +164,19 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch):
     room = 5
     for step in (3, 4, 5):
         assert not file.append({"step": step})
-        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2], "no half lines"
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2], (
+            "no half lines"
+        )
     monkeypatch.undo()
     assert file.append({"step": 6})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     file.close()
     with path.open("a") as cut:
         cut.write('{"step": 7')
@@ -183,7 +204,11 @@ with StopSignal() as stop:
 def signalled(word, *signals, pause=0.0):
     """Exit code, standard output and error of a process that gets signals."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STARTING, word], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", STARTING, word],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -202,9 +227,13 @@ def test_a_signal_while_there_is_nothing_to_lose_ends_the_process(number):
 
 
 def test_a_second_interrupt_is_one_line():
-    code, out, err = signalled("defer", signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT, pause=0.7)
+    code, out, err = signalled(
+        "defer", signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT, pause=0.7
+    )
     assert (code, out) == (1, "left\n")
-    assert err.startswith("error: interrupted by a second SIGINT: what was learnt since the last checkpoint is lost; ")
+    assert err.startswith(
+        "error: interrupted by a second SIGINT: what was learnt since the last checkpoint is lost; "
+    )
     assert err.count("\n") == 1
 
 
@@ -215,11 +244,14 @@ def test_signals_while_there_is_something_to_lose():
         stop.at_once()
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
             signal.raise_signal(number)
-        signal.raise_signal(signal.SIGINT)  # a launcher hands on what the terminal has sent as well: one interrupt
+        # a launcher hands on what the terminal has sent as well: one interrupt
+        signal.raise_signal(signal.SIGINT)
         assert (stop.requested, stop.name) == (True, "SIGHUP")
         with pytest.raises(Stopped):  # everything is saved now
             stop.at_once()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == before
+    assert [
+        signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    ] == before
 
 
 def test_nohup_is_respected():
@@ -240,7 +272,9 @@ def test_the_end_of_a_process_is_bounded():
         "threading.Timer(0.2, signal.raise_signal, [signal.SIGTERM]).start()\nend_process(3, 1.0)"
     )
     begin = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
     assert time.monotonic() - begin < 30
 
@@ -259,7 +293,9 @@ def test_a_file_of_lines_that_is_removed_is_begun_anew(tmp_path, removed):
         folder.mkdir()
     assert file.append({"step": 3})
     assert (file.lost_now(), file.lost_now()) == (True, False)
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == ([3] if removed == "file" else [2, 3])
     file.close()
 

@@ -30,7 +30,9 @@ def runs(steps, times=1, **fields):
 
 
 def test_a_dropped_step_is_a_step_without_ttt():
-    """With every step dropped: the same losses as where the op writes next to nothing, and nothing was written."""
+    """With every step dropped: the same losses as where the op writes next to nothing, and nothing
+    was written.
+    """
     fields = {"optimizer.accumulate": 2}
     ((dropped, model),) = runs(3, **fields, **{"optimizer.ttt_drop": 1.0})
     ((silent, expected),) = runs(3, **fields, **{"model.ttt.lr": 1e-12})

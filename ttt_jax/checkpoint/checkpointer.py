@@ -6,8 +6,9 @@
     checkpoints/STEP/extra           JSON: anything else, the step's number, and that there are checksums
     checkpoints/STEP/checksums.json  SHA-256 of every file
 
-A step folder gets its final name only when all of it is on disk, so a kill during a save costs that save alone. Trees
-are stored as flat dictionaries, so what is in a checkpoint does not depend on Python classes, and there is no pickle.
+A step folder gets its final name only when all of it is on disk, so a kill during a save costs that
+save alone. Trees are stored as flat dictionaries, so what is in a checkpoint does not depend on
+Python classes, and there is no pickle.
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ __all__ = [
 _MODEL, _OPT_STATE, _DATA_STATE, _EXTRA = "model", "opt_state", "data_state", "extra"
 _FIX_MODEL = "use the model section of the config it was trained with, or start another run"
 _FIX_OPT_STATE = "use the optimizer.groups it was trained with, or start another run with init_from"
-_IO_ERRORS = (OSError, ValueError, RuntimeError)  # ValueError: tensorstore's, for instance when the disk is full
+# ValueError: tensorstore's, for instance when the disk is full
+_IO_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class Restored(NamedTuple):
-    """What `Checkpointer.restore` returns; `model` and `opt_state` have the structures that were passed in."""
+    """What `Checkpointer.restore` returns; `model` and `opt_state` have the structures that were
+    passed in.
+    """
 
     model: Any
     opt_state: Any
@@ -80,12 +84,15 @@ logging.getLogger("absl").addFilter(_ReportedElsewhere())
 
 
 class _WithChecksums(ocp.CompositeCheckpointHandler):
-    """Orbax calls `finalize` when all items are on disk, on one process, before the folder gets its name."""
+    """Orbax calls `finalize` when all items are on disk, on one process, before the folder gets its
+    name.
+    """
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         write_checksums(Path(directory))
-        sync_tree(Path(directory))  # Orbax and tensorstore see to the arrays; the JSON beside them is needed as much
+        # Orbax and tensorstore see to the arrays; the JSON beside them is needed as much
+        sync_tree(Path(directory))
 
 
 @ocp.args.register_with_handler(_WithChecksums, for_save=True, for_restore=True)
@@ -94,9 +101,16 @@ class _Items(ocp.args.Composite):
 
 
 class Checkpointer:
-    """The checkpoints of one run. With several processes, each one calls every method in the same order."""
+    """The checkpoints of one run. With several processes, each one calls every method in the same
+    order.
+    """
 
-    def __init__(self, directory: str | Path, config: CheckpointConfig, warn: Callable[[str], None] = warnings.warn) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        config: CheckpointConfig,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
         """Open `directory` (created if missing) and remove what an interrupted save has left there.
 
         Args:
@@ -112,7 +126,9 @@ class Checkpointer:
             if jax.process_index() == 0:
                 remove_leftovers(self.directory)
         except OSError as error:
-            raise CheckpointError(f"checkpoint folder {directory}: {error.strerror}; choose another runs_dir") from None
+            raise CheckpointError(
+                f"checkpoint folder {directory}: {error.strerror}; choose another runs_dir"
+            ) from None
         self._writer = ocp.AsyncCheckpointer(_WithChecksums())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -121,7 +137,12 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self.close()
         except CheckpointError as failure:
@@ -130,17 +151,26 @@ class Checkpointer:
             self._warn(str(failure))  # the first error is the one to report
 
     def save(
-        self, step: int, *, model: Any, opt_state: Any, data_state: dict[str, Any], extra: dict[str, Any] | None = None
+        self,
+        step: int,
+        *,
+        model: Any,
+        opt_state: Any,
+        data_state: dict[str, Any],
+        extra: dict[str, Any] | None = None,
     ) -> None:
-        """Save a step; with `async_save`, return as soon as the arrays are copied, so that they may be donated.
+        """Save a step; with `async_save`, return as soon as the arrays are copied, so that they may
+        be donated.
 
         Args:
           step: finished steps. A step that is saved already (or being saved) is left as it is.
-          model, opt_state: trees of float32, bfloat16 or integer `jax.Array`s, global ones with several processes.
+          model, opt_state: trees of float32, bfloat16 or integer `jax.Array`s, global ones with
+            several processes.
           data_state, extra: what JSON can hold; process 0's are stored.
 
         Raises:
-          CheckpointError: this save, or an earlier asynchronous one, could not be written. What it had written is removed.
+          CheckpointError: this save, or an earlier asynchronous one, could not be written. What it
+            had written is removed.
         """
         self.wait()
         path = self.directory / str(step)
@@ -181,30 +211,40 @@ class Checkpointer:
 
         Args:
           step: a step of this folder, see `latest_step`.
-          model, opt_state: trees of `jax.ShapeDtypeStruct` (or arrays) of the wanted shapes and dtypes; each leaf is
+          model, opt_state: trees of `jax.ShapeDtypeStruct` (or arrays) of the wanted shapes and
+            dtypes; each leaf is
             placed by its `sharding`, which need not be the one it was saved with. Abstract leaves save memory.
 
         Raises:
-          CheckpointError: the step is missing or damaged, or a parameter's name, shape or dtype differs.
+          CheckpointError: the step is missing or damaged, or a parameter's name, shape or dtype
+            differs.
         """
         self.wait()
         path = self.directory / str(step)
         if not is_finished(path):
-            raise CheckpointError(f"checkpoint {path}: no such step; the newest one is {self.latest_step()}")
+            raise CheckpointError(
+                f"checkpoint {path}: no such step; the newest one is {self.latest_step()}"
+            )
         if wrong := from_first_process(find_damage(path)):
-            raise DamagedError(f"checkpoint {path}: damaged ({wrong}); delete that folder to use an older one")
+            raise DamagedError(
+                f"checkpoint {path}: damaged ({wrong}); delete that folder to use an older one"
+            )
         return self._read(path, model, opt_state)
 
-    def restore_newest(self, *, model: Any, opt_state: Any, before: int | None = None) -> tuple[int, Restored] | None:
-        """The newest step whose files are what was written, and its number; None when there is no checkpoint at all.
+    def restore_newest(
+        self, *, model: Any, opt_state: Any, before: int | None = None
+    ) -> tuple[int, Restored] | None:
+        """The newest step whose files are what was written, and its number; None when there is no
+        checkpoint at all.
 
-        A damaged one is named in a warning and set aside as `STEP.damaged`, once an older one is found intact. All
-        processes restore the same step: the first one decides.
+        A damaged one is named in a warning and set aside as `STEP.damaged`, once an older one is
+        found intact. All processes restore the same step: the first one decides.
 
         Args: as of `restore`; `before`: only steps below it.
 
         Raises:
-          CheckpointError: every one is damaged (nothing is renamed then), or a parameter's name, shape or dtype differs.
+          CheckpointError: every one is damaged (nothing is renamed then), or a parameter's name,
+            shape or dtype differs.
         """
         self.wait()
         damaged: list[tuple[int, str]] = []
@@ -212,19 +252,24 @@ class Checkpointer:
             path, failure, restored = self.directory / str(step), None, None
             try:
                 restored = self._read(path, model, opt_state)
-            except DamagedError as error:  # only files without checksums, or a disk that changes its mind
+            # only files without checksums, or a disk that changes its mind
+            except DamagedError as error:
                 failure = str(error)
             if not any_process(restored is None):
                 assert restored is not None
                 self._set_aside(damaged, step)
                 if from_first_process(not has_checksums(path)):
-                    self._warn(f"checkpoint {path}: has no checksums (an older version's); restored unverified")
+                    self._warn(
+                        f"checkpoint {path}: has no checksums (an older version's); restored "
+                        "unverified"
+                    )
                 return step, restored
             damaged.append((step, failure or "another process could not read it"))
         if damaged := from_first_process(damaged):
             step, wrong = damaged[0]
             raise DamagedError(
-                f"checkpoint {self.directory / str(step)}: damaged ({wrong}), and no older one is intact; restore its "
+                f"checkpoint {self.directory / str(step)}: damaged ({wrong}), and no older one is "
+                "intact; restore its "
                 f"files from a copy, or delete {self.directory} to start anew"
             )
         return None
@@ -251,10 +296,14 @@ class Checkpointer:
                     where = f"kept as {set_aside(path).name}"
                 except OSError as error:
                     where = f"could not be set aside: {error.strerror}"
-                self._warn(f"checkpoint {path}: damaged ({wrong}); step {used} is used instead ({where})")
+                self._warn(
+                    f"checkpoint {path}: damaged ({wrong}); step {used} is used instead ({where})"
+                )
 
     def extra(self, step: int) -> dict[str, Any]:
-        """What a step was saved with as `extra`, as the first process reads it; {} when it cannot be read."""
+        """What a step was saved with as `extra`, as the first process reads it; {} when it cannot
+        be read.
+        """
         try:
             answer = _read_extra(self.directory / str(step)) if jax.process_index() == 0 else {}
         except DamagedError:
@@ -271,7 +320,9 @@ class Checkpointer:
         return Restored(model, opt_state, read_json(path, _DATA_STATE), _read_extra(path))
 
     def wait(self) -> None:
-        """Return when no save is in flight. Raises `CheckpointError` when one has failed; each failure is raised once."""
+        """Return when no save is in flight. Raises `CheckpointError` when one has failed; each
+        failure is raised once.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -281,19 +332,23 @@ class Checkpointer:
             raise self._not_written(self._pending_step, error) from None
 
     def close(self) -> None:
-        """Finish what is in flight and release the threads. Raises `CheckpointError` when a save has failed."""
+        """Finish what is in flight and release the threads. Raises `CheckpointError` when a save
+        has failed.
+        """
         try:
             self.wait()
         finally:
             self._thread.shutdown()
-            with contextlib.suppress(*_IO_ERRORS):  # of saves that failed, and were reported, before
+            # of saves that failed, and were reported, before
+            with contextlib.suppress(*_IO_ERRORS):
                 self._writer.close()
 
     def _not_written(self, step: int, error: Exception) -> CheckpointError:
         if jax.process_index() == 0:
             remove_leftovers(self.directory)  # its bytes may be what fills the disk
         return CheckpointError(
-            f"checkpoint folder {self.directory}: step {step} could not be written ({one_line(error)}); "
+            f"checkpoint folder {self.directory}: step {step} could not be written "
+            f"({one_line(error)}); "
             "free space or make it writable"
         )
 
@@ -303,7 +358,7 @@ def _read_extra(path: Path) -> dict[str, Any]:
     return {name: value for name, value in read_json(path, _EXTRA).items() if name != FORMAT}
 
 
-# ------------------------------------------------------------------------------------------------- parameters alone
+# --------------------------------------------------------------------------------- parameters alone
 
 
 def save_model_params(path: str | Path, model: Any) -> None:
@@ -318,18 +373,26 @@ def save_model_params(path: str | Path, model: Any) -> None:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
             writer.save(target, args=save_args(flat(model)))
-        names = (name.relative_to(target.parent).as_posix() for name in target.rglob("*") if name.is_file())
+        names = (
+            name.relative_to(target.parent).as_posix()
+            for name in target.rglob("*")
+            if name.is_file()
+        )
         write_checksums(target.parent, names)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {target}: could not be written ({one_line(error)})") from None
+        raise CheckpointError(
+            f"checkpoint {target}: could not be written ({one_line(error)})"
+        ) from None
 
 
 def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) -> Any:
     """Restore only the parameters: for `init_from`, evaluation and inference.
 
     Args:
-      run_dir_or_checkpoint: a run folder or its `checkpoints` (the newest step is taken), or one step's folder.
-      abstract_model: tree of `jax.ShapeDtypeStruct` (or arrays); each leaf gives the dtype and sharding.
+      run_dir_or_checkpoint: a run folder or its `checkpoints` (the newest step is taken), or one
+        step's folder.
+      abstract_model: tree of `jax.ShapeDtypeStruct` (or arrays); each leaf gives the dtype and
+        sharding.
 
     Returns:
       The same structure with `jax.Array` leaves.
@@ -345,14 +408,21 @@ def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
     """The folder that holds `model`: the given one, or the newest finished step below it.
 
     Raises:
-      CheckpointError: there is none, or the files below `model` do not match their checksums. No older step is taken
-        silently here: what is evaluated or converted should be what was asked for.
+      CheckpointError: there is none, or the files below `model` do not match their checksums. No
+        older step is taken silently here: what is evaluated or converted should be what was asked
+        for.
     """
     path = _find(Path(run_dir_or_checkpoint).absolute(), run_dir_or_checkpoint)
     if wrong := find_damage(path, f"{_MODEL}/"):
-        raise DamagedError(f"checkpoint {path}: damaged ({wrong}); restore the file, or use an older step or the original")
+        raise DamagedError(
+            f"checkpoint {path}: damaged ({wrong}); restore the file, or use an older step or the "
+            "original"
+        )
     if not has_checksums(path):
-        warnings.warn(f"checkpoint {path}: has no checksums (an older version's); read unverified", stacklevel=3)
+        warnings.warn(
+            f"checkpoint {path}: has no checksums (an older version's); read unverified",
+            stacklevel=3,
+        )
     return path
 
 
@@ -365,5 +435,6 @@ def _find(given: Path, named: str | Path) -> Path:
     if not given.exists():
         raise CheckpointError(f"checkpoint {named}: no such folder; check the path")
     raise CheckpointError(
-        f"checkpoint {named}: holds no finished checkpoint; give a run folder or one of its {CHECKPOINT_FOLDER}/STEP folders"
+        f"checkpoint {named}: holds no finished checkpoint; give a run folder or one of its "
+        f"{CHECKPOINT_FOLDER}/STEP folders"
     )

@@ -1,4 +1,5 @@
-"""The folders of a run's checkpoints: which steps are complete, checksums of their files, and what is removed when.
+"""The folders of a run's checkpoints: which steps are complete, checksums of their files, and what
+is removed when.
 
     checkpoints/STEP/                      complete: Orbax gives the folder this name last
     checkpoints/STEP/checksums.json        SHA-256 and size of every file, written before the folder gets its name
@@ -24,15 +25,17 @@ from ttt_jax.files.reading import excerpt, read_json_object, show
 from ttt_jax.files.text import atomic_write_text
 
 CHECKSUMS = "checksums.json"
-FORMAT = "format"  # field of `extra` that a checkpoint says about itself: its step, and that checksums were written
+# field of `extra` that a checkpoint says about itself: its step, and that checksums were written
+FORMAT = "format"
 EXTRA_FILE = "extra/metadata"
 _DESCRIPTION = "ttt_jax.json"  # of a converted folder, where the field `checksums` says the same
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes these last; a restore does not read them
+# Orbax writes these last; a restore does not read them
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _MAX_BYTES = 256 << 20  # of checksums.json, and of the files that say that there is one
 _LEFTOVERS = (".orbax-checkpoint-tmp", ".deleting")
 
 
-# ------------------------------------------------------------------------------------------------------- checksums
+# ---------------------------------------------------------------------------------------- checksums
 
 
 def format_note(step: int) -> dict[str, Any]:
@@ -49,21 +52,28 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     Raises: OSError.
     """
     if names is None:
-        names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        names = (
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        )
     names = sorted(name for name in names if name != CHECKSUMS and name not in _LATER)
-    files = dict(zip(names, _in_parallel(lambda name: _describe(folder / name), names), strict=True))
+    files = dict(
+        zip(names, _in_parallel(lambda name: _describe(folder / name), names), strict=True)
+    )
     text = json.dumps({"version": 1, "files": files, "files_sha256": _digest(files)}, indent=0)
     atomic_write_text(folder / CHECKSUMS, text)
 
 
 def find_damage(folder: Path, below: str = "") -> str | None:
-    """Compare a checkpoint with its checksums: None when all is well, else what is wrong, beginning with a file's name.
+    """Compare a checkpoint with its checksums: None when all is well, else what is wrong, beginning
+    with a file's name.
 
     Args:
-      below: only files whose path below `folder` starts with this, such as `model/` (and what the checkpoint says of itself).
+      below: only files whose path below `folder` starts with this, such as `model/` (and what the
+        checkpoint says of itself).
 
-    A missing `checksums.json` is damage where the checkpoint says that it was written. An older version's checkpoint does
-    not say so, and cannot be compared: None; see `has_checksums`. A step's folder must have the step's number for a name.
+    A missing `checksums.json` is damage where the checkpoint says that it was written. An older
+    version's checkpoint does not say so, and cannot be compared: None; see `has_checksums`. A
+    step's folder must have the step's number for a name.
     """
     try:
         if wrong := _irregular(folder, below):
@@ -84,7 +94,8 @@ def find_damage(folder: Path, below: str = "") -> str | None:
 
 
 def compare_files(folder: Path, below: tuple[str, ...] = ("",)) -> str | None:
-    """Compare files with `checksums.json`, which must be there: None, or what is wrong, beginning with a file's name.
+    """Compare files with `checksums.json`, which must be there: None, or what is wrong, beginning
+    with a file's name.
 
     Args:
       below: only files whose path starts with one of these.
@@ -95,7 +106,9 @@ def compare_files(folder: Path, below: tuple[str, ...] = ("",)) -> str | None:
         if record["version"] != 1 or record["files_sha256"] != _digest(files):
             return f"{CHECKSUMS}: does not match itself"
         names = [name for name in files if name.startswith(below)]
-        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names):
+        if any(
+            PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in names
+        ):
             return f"{CHECKSUMS}: names files outside of the checkpoint"
         wanted = [(files[name]["bytes"], files[name]["sha256"]) for name in names]
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
@@ -114,7 +127,10 @@ def compare_files(folder: Path, below: tuple[str, ...] = ("",)) -> str | None:
             return f"{show(name)}: {getattr(error, 'strerror', None) or error}"
         return None
 
-    return next((wrong for wrong in _in_parallel(check, list(zip(names, wanted, strict=True))) if wrong), None)
+    return next(
+        (wrong for wrong in _in_parallel(check, list(zip(names, wanted, strict=True))) if wrong),
+        None,
+    )
 
 
 def has_checksums(folder: Path) -> bool:
@@ -125,7 +141,11 @@ def has_checksums(folder: Path) -> bool:
 def _irregular(folder: Path, below: str) -> str | None:
     """A pipe or a device among the files, at which a reader would hang."""
     for path in (folder / below, folder / EXTRA_FILE, folder / _DESCRIPTION, folder / CHECKSUMS):
-        places = [path] if not path.is_dir() else (Path(root, name) for root, _, names in os.walk(path) for name in names)
+        places = (
+            [path]
+            if not path.is_dir()
+            else (Path(root, name) for root, _, names in os.walk(path) for name in names)
+        )
         for place in places:
             if os.path.lexists(place) and not (place.is_file() or place.is_dir()):
                 return f"{place.relative_to(folder).as_posix()}: not a regular file"
@@ -133,16 +153,23 @@ def _irregular(folder: Path, below: str) -> str | None:
 
 
 def _own_note(folder: Path) -> dict[str, Any] | str:
-    """What a step or a converted folder says of itself (`step`, `checksums`), or what is wrong with the file that says it."""
+    """What a step or a converted folder says of itself (`step`, `checksums`), or what is wrong with
+    the file that says it.
+    """
     for name in (EXTRA_FILE, _DESCRIPTION):
         if os.path.lexists(folder / name):
             try:
                 found = read_json_object(folder / name, CheckpointError, _MAX_BYTES)
             except CheckpointError:
                 return f"{name}: not readable"
-            note = found.get(FORMAT, {}) if name == EXTRA_FILE else {"checksums": found.get("checksums")}
+            note = (
+                found.get(FORMAT, {})
+                if name == EXTRA_FILE
+                else {"checksums": found.get("checksums")}
+            )
             return note if isinstance(note, dict) else f"{name}: not readable"
-    # Every version wrote `extra` into a step's folder. Without it nothing would say that checksums are missing.
+    # Every version wrote `extra` into a step's folder. Without it nothing would say that checksums
+    # are missing.
     return f"{EXTRA_FILE}: missing" if folder.name.isdecimal() else {}
 
 
@@ -161,7 +188,7 @@ def _in_parallel(function: Any, items: list[Any]) -> Iterator[Any]:
         yield from pool.map(function, items)
 
 
-# --------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def finished_steps(folder: Path) -> list[int]:
@@ -185,7 +212,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, protect: int | None = None) -> None:
-    """Remove all but the newest `keep` steps (and `protect`). A kill in between leaves no half of a step behind."""
+    """Remove all but the newest `keep` steps (and `protect`). A kill in between leaves no half of a
+    step behind.
+    """
     for step in finished_steps(folder)[:-keep]:
         if step == protect:
             continue
@@ -196,7 +225,9 @@ def prune(folder: Path, keep: int, protect: int | None = None) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged step so that it is neither read nor counted nor overwritten. Returns its new place."""
+    """Rename a damaged step so that it is neither read nor counted nor overwritten. Returns its new
+    place.
+    """
     target, number = path.with_name(f"{path.name}.damaged"), 1
     while target.exists():
         number += 1

@@ -1,6 +1,7 @@
 """The command line: `ttt-jax COMMAND`, same as `python -m ttt_jax COMMAND`.
 
-Every command checks its arguments and reads its files' headers before jax compiles anything. Exit codes are in command.py.
+Every command checks its arguments and reads its files' headers before jax compiles anything. Exit
+codes are in command.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from pathlib import Path
 import click
 
 from ttt_jax import __version__
-from ttt_jax.command.io import encode, load_model, print_completions, read_ids, read_text, saved_early
+from ttt_jax.command.io import (
+    encode,
+    load_model,
+    print_completions,
+    read_ids,
+    read_text,
+    saved_early,
+)
 from ttt_jax.command.running import run as run_command
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.process.interrupts import HeldBack
@@ -37,7 +45,9 @@ class _Group(click.Group):
     command_class = _Epilog
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="ttt-jax")
 def cli() -> None:
     """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan, report."""
@@ -53,22 +63,48 @@ def cli() -> None:
 @click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
 @click.argument("output", type=click.Path(path_type=Path), metavar="DST")
 @click.option("--to", type=click.Choice(["orbax", "hf"]), required=True, help="Format of DST.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of every tensor.  [default: as in SRC]")
-@click.option("--shard-gb", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, help="Of --to hf.")
-@click.option("--ttt.layers", "layers", metavar="0,6,12", help="Give a plain model TTT on these layers.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of every tensor.  [default: as in SRC]",
+)
+@click.option(
+    "--shard-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Of --to hf.",
+)
+@click.option(
+    "--ttt.layers", "layers", metavar="0,6,12", help="Give a plain model TTT on these layers."
+)
 @click.option("--ttt.chunk_size", "chunk_size", type=int, help="Tokens between two updates.")
 @click.option("--ttt.lr", "lr", type=float, help="Inner learning rate.")
-@click.option("--ttt.target", "target", type=click.Choice(["hidden_states", "input_embed"]), help="Source of the target.")
-@click.option("--ttt.proj", "proj", type=bool, metavar="true|false", help="Multiply the target by W_target.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the TTT parameters' initialisation.")
-@click.option("--verify", is_flag=True, help="Compare the logits of both sides in float32; exit 1 when they differ.")
+@click.option(
+    "--ttt.target",
+    "target",
+    type=click.Choice(["hidden_states", "input_embed"]),
+    help="Source of the target.",
+)
+@click.option(
+    "--ttt.proj", "proj", type=bool, metavar="true|false", help="Multiply the target by W_target."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the TTT parameters' initialisation."
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare the logits of both sides in float32; exit 1 when they differ.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 def convert(source: Path, output: Path, to: str, dtype: str | None, shard_gb: float, seed: int, verify: bool, overwrite: bool,
             **ttt: object) -> int:  # fmt: skip
     """Convert a model between Hugging Face folders and Orbax.
 
-    SRC is a Hugging Face folder, a converted folder, or a run folder of train.py. Tensors are streamed: the peak of host
-    memory is a part of the largest shard (--verify loads the model). DST appears complete or not at all.
+    SRC is a Hugging Face folder, a converted folder, or a run folder of train.py. Tensors are
+    streamed: the peak of host memory is a part of the largest shard (--verify loads the model). DST
+    appears complete or not at all.
     """
     from ttt_jax.pretrained.convert import VERIFY_LIMIT
     from ttt_jax.pretrained.convert import convert as run
@@ -76,26 +112,42 @@ def convert(source: Path, output: Path, to: str, dtype: str | None, shard_gb: fl
     click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
     options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite}
-    report = run(source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options)
+    report = run(
+        source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options
+    )
     size = f"{report.tensors} tensors, {report.nbytes / 1e6:,.1f} MB"
     names = printable(f"{source} -> {output}")
-    print(f"{names}: {size} in {report.seconds:.1f} s" + f", {report.fresh} of them new" * (report.fresh > 0))
+    print(
+        f"{names}: {size} in {report.seconds:.1f} s"
+        + f", {report.fresh} of them new" * (report.fresh > 0)
+    )
     if report.relative_rms is not None:
-        print(f"verify: relative RMS of the logits {report.relative_rms:.1e} (limit for an unchanged dtype: {VERIFY_LIMIT:g})")
+        print(
+            f"verify: relative RMS of the logits {report.relative_rms:.1e} (limit for an "
+            f"unchanged dtype: {VERIFY_LIMIT:g})"
+        )
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------- score, generate
+# ---------------------------------------------------------------------------------- score, generate
 
 _EXISTING = click.Path(path_type=Path)
 _MODEL = click.option(
-    "--model", "folder", required=True, type=_EXISTING, help="Hugging Face folder, converted checkpoint or run folder."
+    "--model",
+    "folder",
+    required=True,
+    type=_EXISTING,
+    help="Hugging Face folder, converted checkpoint or run folder.",
 )
 _DTYPE = click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Parameters and compute.  [default: float32 on CPUs]"
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Parameters and compute.  [default: float32 on CPUs]",
 )
 _NO_TTT = click.option("--no-ttt", is_flag=True, help="Switch the adaptation off.")
-_PIECE = click.option("--piece", type=click.IntRange(1), help="Tokens read at a time, rounded to chunks.")
+_PIECE = click.option(
+    "--piece", type=click.IntRange(1), help="Tokens read at a time, rounded to chunks."
+)
 
 
 @cli.command(
@@ -107,7 +159,12 @@ _PIECE = click.option("--piece", type=click.IntRange(1), help="Tokens read at a 
 @_MODEL
 @click.option("--ids", type=_EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy.")
 @click.option("--text", type=_EXISTING, help="UTF-8 text, tokenised with the model's tokenizer.")
-@click.option("--out", required=True, type=_EXISTING, help="Result: logprobs [B, T-1] float32, log p(token t+1 | 0..t).")
+@click.option(
+    "--out",
+    required=True,
+    type=_EXISTING,
+    help="Result: logprobs [B, T-1] float32, log p(token t+1 | 0..t).",
+)
 @click.option("--logits", is_flag=True, help="Also write logits [B, T, V] float32.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @_NO_TTT
@@ -135,7 +192,9 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
     failure = None
     try:
         with progress("scoring", max(len(row) for row in rows), "tokens") as advance_to:
-            result = score_rows(model, rows, ttt=not no_ttt, logits=logits, piece=piece, on_progress=advance_to)
+            result = score_rows(
+                model, rows, ttt=not no_ttt, logits=logits, piece=piece, on_progress=advance_to
+            )
     except NotFiniteError as error:
         failure, result = error, error.partial
     arrays = {"logprobs": result.logprobs_BT} | ({"logits": result.logits_BTV} if logits else {})
@@ -149,7 +208,9 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
             part.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"--out {out}: could not be written ({error}); free space or choose another file") from None
+        raise UserError(
+            f"--out {out}: could not be written ({error}); free space or choose another file"
+        ) from None
     if failure is not None:
         raise NotFiniteError(f"{failure}; {out} holds what was computed")
     tokens = sum(len(row) for row in rows)
@@ -170,7 +231,9 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
 )
 @_MODEL
 @click.option("--prompt", multiple=True, help="Text; several make a batch.")
-@click.option("--prompt-file", multiple=True, type=_EXISTING, help="UTF-8 text file; several make a batch.")
+@click.option(
+    "--prompt-file", multiple=True, type=_EXISTING, help="UTF-8 text file; several make a batch."
+)
 @click.option("--ids", type=_EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -179,24 +242,55 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
 @click.option("--min-p", type=float, help="Keep tokens at least this much as likely as the best.")
 @click.option("--stop", multiple=True, help="Text that ends a completion.")
 @click.option("--ignore-eos", is_flag=True, help="Write on after an end token.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Row i of a batch draws with seed + i.")
-@click.option("--session", type=_EXISTING, help="Continue the stream in this file (if it exists) and save it there again.")
-@click.option("--keep-session", is_flag=True, help="Do not save the session: ask, and leave the file as it is.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per sequence: token_ids, text, timings.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Row i of a batch draws with seed + i."
+)
+@click.option(
+    "--session",
+    type=_EXISTING,
+    help="Continue the stream in this file (if it exists) and save it there again.",
+)
+@click.option(
+    "--keep-session",
+    is_flag=True,
+    help="Do not save the session: ask, and leave the file as it is.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object per sequence: token_ids, text, timings.",
+)
 @_NO_TTT
 @_DTYPE
 @_PIECE
-def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, no_ttt, dtype, piece, **options) -> None:
+def generate(
+    folder,
+    prompt,
+    prompt_file,
+    ids,
+    session,
+    keep_session,
+    as_json,
+    no_ttt,
+    dtype,
+    piece,
+    **options,
+) -> None:
     """Continue prompts, adapting while reading and writing."""
     from ttt_jax.inference.sampling import Sampling
 
     sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     if bool(prompt) + bool(prompt_file) + bool(ids) > 1:
-        raise click.UsageError("give prompts by --prompt, by --prompt-file or by --ids, one of them")
+        raise click.UsageError(
+            "give prompts by --prompt, by --prompt-file or by --ids, one of them"
+        )
     if keep_session and session is None:
         raise click.UsageError("--keep-session needs --session FILE")
     if not (prompt or prompt_file or ids) and not (session and session.exists()):
-        raise click.UsageError("no prompt: give --prompt TEXT, --prompt-file FILE or --ids FILE.npy")
+        raise click.UsageError(
+            "no prompt: give --prompt TEXT, --prompt-file FILE or --ids FILE.npy"
+        )
     if session is not None and not keep_session:
         click.get_current_context().with_resource(one_writer(session, "--session"))
     texts = [read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
@@ -206,12 +300,16 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
     from ttt_jax.inference.generation import Session
     from ttt_jax.progress import progress
 
-    rows = rows or [encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts]
+    rows = rows or [
+        encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts
+    ]
     if session is not None and session.exists():
         stream = Session.load(session, model, piece=piece)
         if no_ttt == stream.ttt:
             wrong, fix = ("off", "drop --no-ttt") if no_ttt else ("on", "pass --no-ttt")
-            raise UserError(f"--session {session}: was not read with TTT {wrong}; {fix}, or use another file")
+            raise UserError(
+                f"--session {session}: was not read with TTT {wrong}; {fix}, or use another file"
+            )
         if len(rows) > 1 and stream.batch_size == 1 and keep_session:
             stream = stream.branch(len(rows))  # several questions about one document
     else:
@@ -252,7 +350,7 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
         raise NotFiniteError(f"{failure}{kept}")
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluate
+# ----------------------------------------------------------------------------------------- evaluate
 
 
 @cli.command(
@@ -265,31 +363,114 @@ def generate(folder, prompt, prompt_file, ids, session, keep_session, as_json, n
     ttt-jax eval --compare results/before results/after --out results/comparison
     """,
 )
-@click.option("--model", "folder", type=_EXISTING, help="Hugging Face folder, converted checkpoint or run folder.")
-@click.option("--perplexity", metavar="DATA", help='Loss by context length and position: a file, a folder or "stdlib".')
-@click.option("--tasks", default="", metavar="A,B", help='"synthetic", and tasks of lm-evaluation-harness (extra "eval").')
-@click.option("--lengths", default="2k,4k", show_default=True, help="Context lengths in tokens; k = 1024, m = 1024 k.")
+@click.option(
+    "--model",
+    "folder",
+    type=_EXISTING,
+    help="Hugging Face folder, converted checkpoint or run folder.",
+)
+@click.option(
+    "--perplexity",
+    metavar="DATA",
+    help='Loss by context length and position: a file, a folder or "stdlib".',
+)
+@click.option(
+    "--tasks",
+    default="",
+    metavar="A,B",
+    help='"synthetic", and tasks of lm-evaluation-harness (extra "eval").',
+)
+@click.option(
+    "--lengths",
+    default="2k,4k",
+    show_default=True,
+    help="Context lengths in tokens; k = 1024, m = 1024 k.",
+)
 @click.option("--ttt", type=click.Choice(["on", "off", "both"]), default="both", show_default=True)
-@click.option("--shuffled/--no-shuffled", default=None, help="Control: S of another document.  [default: if possible]")
-@click.option("--block", type=click.IntRange(1), help="Final tokens that are scored.  [default: half the shortest length]")
-@click.option("--documents", type=click.IntRange(1), default=64, show_default=True, help="Of DATA, at most; the first ones.")
-@click.option("--diagnostics", is_flag=True, help="Norm, rank and share of the fast weights; gain on repeated n-grams.")
-@click.option("--html", is_flag=True, help="text.html: the first document coloured by the gain of each token.")
-@click.option("--html-tokens", type=click.IntRange(2), default=8192, show_default=True, help="Of --diagnostics and --html.")
-@click.option("--form", type=click.Choice(["ids", "text"]), default="ids", show_default=True, help="Of the synthetic words.")
-@click.option("--examples", type=click.IntRange(1), default=32, show_default=True, help="Per synthetic task and length.")
+@click.option(
+    "--shuffled/--no-shuffled",
+    default=None,
+    help="Control: S of another document.  [default: if possible]",
+)
+@click.option(
+    "--block",
+    type=click.IntRange(1),
+    help="Final tokens that are scored.  [default: half the shortest length]",
+)
+@click.option(
+    "--documents",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Of DATA, at most; the first ones.",
+)
+@click.option(
+    "--diagnostics",
+    is_flag=True,
+    help="Norm, rank and share of the fast weights; gain on repeated n-grams.",
+)
+@click.option(
+    "--html", is_flag=True, help="text.html: the first document coloured by the gain of each token."
+)
+@click.option(
+    "--html-tokens",
+    type=click.IntRange(2),
+    default=8192,
+    show_default=True,
+    help="Of --diagnostics and --html.",
+)
+@click.option(
+    "--form",
+    type=click.Choice(["ids", "text"]),
+    default="ids",
+    show_default=True,
+    help="Of the synthetic words.",
+)
+@click.option(
+    "--examples",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Per synthetic task and length.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Samples per harness task.  [default: all]")
-@click.option("--fewshot", type=click.IntRange(0), help="Of harness tasks.  [default: the task's own]")
-@click.option("--chat", is_flag=True, help="Put harness prompts into the chat template of tokenizer_config.json.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Documents or samples read at once.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap and the synthetic tasks.")
-@click.option("--compare", nargs=2, type=_EXISTING, metavar="A B", help="Two result folders, or two models to evaluate.")
+@click.option(
+    "--fewshot", type=click.IntRange(0), help="Of harness tasks.  [default: the task's own]"
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put harness prompts into the chat template of tokenizer_config.json.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Documents or samples read at once.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the bootstrap and the synthetic tasks.",
+)
+@click.option(
+    "--compare",
+    nargs=2,
+    type=_EXISTING,
+    metavar="A B",
+    help="Two result folders, or two models to evaluate.",
+)
 @click.option("--out", type=_EXISTING, help="Folder for results.json and report.html.")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is a result folder.")
 @_DTYPE
 @_PIECE
 def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, **options) -> None:
-    """What TTT gives on the same weights: perplexity by context and position, recall, harness tasks."""
+    """What TTT gives on the same weights: perplexity by context and position, recall, harness
+    tasks.
+    """
     from ttt_jax.eval import output, run
 
     if (folder is None) == (not compare):
@@ -318,7 +499,7 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
         print(printable(f"results: {out}"))
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 
 
 @cli.command(
@@ -331,15 +512,22 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
     """,
 )
 @click.option("--config", "path", required=True, type=_EXISTING, help="A preset, as for train.py.")
-@click.option("--topology", required=True, help="TPU grid (v4 v5e v5p v6e), or a number of GPUs (h100 h200).")
-@click.option("--prefill", type=click.IntRange(2), metavar="TOKENS", help="Plan reading so many tokens, not a train step.")
+@click.option(
+    "--topology", required=True, help="TPU grid (v4 v5e v5p v6e), or a number of GPUs (h100 h200)."
+)
+@click.option(
+    "--prefill",
+    type=click.IntRange(2),
+    metavar="TOKENS",
+    help="Plan reading so many tokens, not a train step.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--FIELD VALUE ...]")
 def plan(path, topology, prefill, as_json, overrides) -> int:
     """Does a config fit a topology? Memory, FLOPs and traffic of one step, without a device.
 
-    TPU programs are compiled ahead of time (minutes for a large model); GPUs get an estimate. Dotted overrides as for train.py.
-    Exit code: 0 it fits, 1 it does not.
+    TPU programs are compiled ahead of time (minutes for a large model); GPUs get an estimate.
+    Dotted overrides as for train.py. Exit code: 0 it fits, 1 it does not.
     """
     from ttt_jax.config import load_config
     from ttt_jax.plan.make import describe, make_plan, parse_topology, prepare_environment
@@ -351,7 +539,7 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     return 0 if result.fits else 1
 
 
-# ------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 @cli.command(
@@ -361,9 +549,13 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     """
 )
 @click.argument("run", type=_EXISTING, metavar="RUN")
-@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html]"
+)
 def report(run: Path, out: Path | None) -> None:
-    """One HTML page of a training run, finished or not: curves, warnings, quarantined records, configuration, environment."""
+    """One HTML page of a training run, finished or not: curves, warnings, quarantined records,
+    configuration, environment.
+    """
     from ttt_jax.run.page import write_page
 
     print(printable(f"report: {write_page(run, out)}"))

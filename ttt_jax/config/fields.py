@@ -1,8 +1,9 @@
 """Configuration: frozen dataclasses, YAML presets, dotted overrides, validation.
 
-A run is described by one `Config`. It is read from a YAML file (`load_config`), changed by dotted overrides
-(`--model.ttt.chunk_size 512`) and checked completely before anything is compiled. pydantic does the type checks; rules
-that span several fields are in the `validate` functions. This module imports no jax, so that `--help` is instant.
+A run is described by one `Config`. It is read from a YAML file (`load_config`), changed by dotted
+overrides (`--model.ttt.chunk_size 512`) and checked completely before anything is compiled.
+pydantic does the type checks; rules that span several fields are in the `validate` functions. This
+module imports no jax, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ def _as_list(value: Any) -> Any:
 Layers = Annotated[tuple[NonNegative, ...], BeforeValidator(_as_list)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
-REMAT_NAMES = ("attention", "qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target")
+REMAT_NAMES = (
+    "attention",
+    "qkv",
+    "attention_out",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_hidden",
+    "ttt_target",
+)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -39,15 +48,22 @@ class TTTConfig:
     """In-Place TTT (arXiv 2604.06169, section 3): which layers adapt, and how."""
 
     layers: Layers = ()  # indices of the layers whose down-projection is a fast weight
-    chunk_size: Positive = 4096  # C, tokens between two updates; packed documents start at its multiples, also without layers
+    # C, tokens between two updates; packed documents start at its multiples, also without layers
+    chunk_size: Positive = 4096
     lr: float = 3.0  # inner learning rate
-    target: Literal["hidden_states", "input_embed"] = "hidden_states"  # source of the target: MLP input or embeddings
+    # source of the target: MLP input or embeddings
+    target: Literal["hidden_states", "input_embed"] = "hidden_states"
     proj: bool = True  # multiply the convolved source by W_target
-    normalize_source: bool = False  # divide the source by its rms, so that lr means the same for every model
-    write: Literal["sum", "ridge", "spectral"] = "sum"  # what a chunk writes for its targets (docs/writes.md)
-    ridge: PositiveFloat = 1.0  # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
-    clip_norm: PositiveFloat | None = None  # rescale each chunk's update to this Frobenius norm when it exceeds it
-    implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None  # None: the fastest
+    # divide the source by its rms, so that lr means the same for every model
+    normalize_source: bool = False
+    # what a chunk writes for its targets (docs/writes.md)
+    write: Literal["sum", "ridge", "spectral"] = "sum"
+    # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
+    ridge: PositiveFloat = 1.0
+    # rescale each chunk's update to this Frobenius norm when it exceeds it
+    clip_norm: PositiveFloat | None = None
+    # None: the fastest
+    implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -57,7 +73,8 @@ class RopeConfig:
     kind: Literal["default", "llama3", "yarn"] = "default"
     base: PositiveFloat = 10000.0
     factor: PositiveFloat = 1.0
-    original_max_positions: Positive | None = None  # context length of the unscaled model (llama3, yarn)
+    # context length of the unscaled model (llama3, yarn)
+    original_max_positions: Positive | None = None
     low_freq_factor: PositiveFloat = 1.0  # llama3
     high_freq_factor: PositiveFloat = 4.0  # llama3
     beta_fast: PositiveFloat = 32.0  # yarn
@@ -91,8 +108,12 @@ class ModelConfig:
 
     @property
     def known_positions(self) -> int:
-        """Positions that the model was made for. With scaled RoPE a checkpoint may state the length before it (Qwen3 does)."""
-        return max(self.max_positions, int(self.rope.factor * (self.rope.original_max_positions or 0)))
+        """Positions that the model was made for. With scaled RoPE a checkpoint may state the length
+        before it (Qwen3 does).
+        """
+        return max(
+            self.max_positions, int(self.rope.factor * (self.rope.original_max_positions or 0))
+        )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -105,20 +126,25 @@ class DataConfig:
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
     tokenizer: str = "bytes"  # "bytes", or a tokenizer.json / a folder that holds one
-    eos: bool = True  # end every text with the tokenizer's end-of-text token; token ids are taken as they are
+    # end every text with the tokenizer's end-of-text token; token ids are taken as they are
+    eos: bool = True
     seq_len: Positive = 2048  # T
     batch_size: Positive = 8  # B, rows per step over all hosts
     min_document: NonNegative = 0  # shorter documents (tokens) are dropped
-    pack: bool = True  # several documents per row, each starting on a chunk boundary; False: one document per row
+    # several documents per row, each starting on a chunk boundary; False: one document per row
+    pack: bool = True
     shuffle: bool = True
     workers: NonNegative = 0  # grain worker processes
-    max_bad_records: Fraction = 0.01  # share of malformed records that are left out and listed; more of them stop the run
+    # share of malformed records that are left out and listed; more of them stop the run
+    max_bad_records: Fraction = 0.01
     max_record_bytes: Positive = 1 << 30  # a longer record is malformed
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ParamGroup:
-    """Settings for the parameters whose path matches `pattern` (re.search); the first matching group counts."""
+    """Settings for the parameters whose path matches `pattern` (re.search); the first matching
+    group counts.
+    """
 
     pattern: str
     lr_multiplier: NonNegativeFloat = 1.0
@@ -142,8 +168,10 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat | None = 1.0  # global gradient norm
     accumulate: Positive = 1  # micro-batches per step; divides data.batch_size
-    ttt_lr_warmup_steps: NonNegative = 0  # raise the inner learning rate linearly from 0 over these steps
-    ttt_drop: Fraction = 0.0  # share of the steps, at random, that train with TTT off: a model that works both ways
+    # raise the inner learning rate linearly from 0 over these steps
+    ttt_lr_warmup_steps: NonNegative = 0
+    # share of the steps, at random, that train with TTT off: a model that works both ways
+    ttt_drop: Fraction = 0.0
     groups: tuple[ParamGroup, ...] = ()
 
     def warmup(self, steps: int) -> int:
@@ -171,26 +199,35 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class GuardConfig:
-    """What happens when a step is not finite, and when fast weights leave their range (docs/robustness.md)."""
+    """What happens when a step is not finite, and when fast weights leave their range
+    (docs/robustness.md).
+    """
 
-    skips: Positive = 5  # skipped steps in a row after which the run goes back to its last good checkpoint
-    rollbacks: NonNegative = 3  # times that a run goes back before it stops; raise it to let a stopped run go on
-    min_state_ratio: NonNegativeFloat = 1e-6  # warn when ||S||/||W|| of a TTT layer falls below it (collapse)
-    max_state_ratio: PositiveFloat = 3.0  # warn when it exceeds this (explosion); model.ttt.clip_norm limits each update
+    # skipped steps in a row after which the run goes back to its last good checkpoint
+    skips: Positive = 5
+    # times that a run goes back before it stops; raise it to let a stopped run go on
+    rollbacks: NonNegative = 3
+    # warn when ||S||/||W|| of a TTT layer falls below it (collapse)
+    min_state_ratio: NonNegativeFloat = 1e-6
+    # warn when it exceeds this (explosion); model.ttt.clip_norm limits each update
+    max_state_ratio: PositiveFloat = 3.0
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LogConfig:
     every: Positive = 10
     documents: bool = False  # write which documents each step held to documents.jsonl
-    probe_every: NonNegative = 100  # steps between two measurements of TTT on held-out rows (docs/telemetry.md); 0: never
+    # steps between two measurements of TTT on held-out rows (docs/telemetry.md); 0: never
+    probe_every: NonNegative = 100
     tensorboard: bool = True
     wandb: str | None = None  # project name; None: off
 
 
 @dataclass(frozen=True, config=_STRICT)
 class EvalConfig:
-    """Held-out loss by position, TTT on and off on the same weights, at the end (and every `every` steps)."""
+    """Held-out loss by position, TTT on and off on the same weights, at the end (and every `every`
+    steps).
+    """
 
     every: NonNegative = 0
     rows: Positive = 16  # held-out rows used
@@ -205,10 +242,13 @@ class Config:
     runs_dir: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     steps: Positive = 100
-    compile_cache: str | None = "run"  # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
-    init_from: str | None = None  # Hugging Face folder or run folder to start from; None: from scratch
+    # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
+    compile_cache: str | None = "run"
+    # Hugging Face folder or run folder to start from; None: from scratch
+    init_from: str | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps all.
+    # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps
+    # all.
     remat_save: Names | None = ()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -224,9 +264,7 @@ class Config:
         return Path(self.runs_dir) / self.name
 
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
-# ------------------------------------------------------------------------------------------------------ validation
-
-
+# --------------------------------------------------------------------------------------- validation

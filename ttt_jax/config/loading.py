@@ -53,7 +53,9 @@ def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can hold."""
+    """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can
+    hold.
+    """
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
@@ -156,7 +158,9 @@ def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tup
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"argument {word!r}: overrides are written --field.name VALUE (see --help)")
+            raise ConfigError(
+                f"argument {word!r}: overrides are written --field.name VALUE (see --help)"
+            )
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not rest:
@@ -202,7 +206,10 @@ def _scalar(key: str, word: str, cls: type) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # False, not an error, for names that no file system takes
-        presets = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or f"no YAML file in {path.parent}"
+        presets = (
+            ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml")))
+            or f"no YAML file in {path.parent}"
+        )
         raise ConfigError(f"config {path}: no such file (there: {presets})")
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
@@ -221,7 +228,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: the top level must be a mapping of fields, not {type(tree).__name__}")
+        raise ConfigError(
+            f"config {path}: the top level must be a mapping of fields, not {type(tree).__name__}"
+        )
     return tree
 
 
@@ -230,7 +239,9 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     for depth, parent in enumerate(parents):
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"--{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no fields")
+            raise ConfigError(
+                f"--{key}: {'.'.join(parents[: depth + 1])} is a single value, it has no fields"
+            )
     tree[last] = value
 
 
@@ -238,9 +249,15 @@ def _explain(cls: type, error: ValidationError) -> str:
     """The first pydantic error as one line; unknown fields get the nearest known name."""
     errors = error.errors(include_url=False, include_context=False)
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
-    first = min(errors, key=lambda item: item["type"] not in unknown)  # a misspelt name also misses its field
-    # pydantic puts the alternatives of a union into the location; only names and indices help a reader.
-    where = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z_0-9]*", str(part))]
+    # a misspelt name also misses its field
+    first = min(errors, key=lambda item: item["type"] not in unknown)
+    # pydantic puts the alternatives of a union into the location; only names and indices help a
+    # reader.
+    where = [
+        str(part)
+        for part in first["loc"]
+        if isinstance(part, int) or re.fullmatch(r"[a-z_][a-z_0-9]*", str(part))
+    ]
     name = ".".join(where) or cls.__name__
     if first["type"] in unknown:
         known = [row[0] for row in fields_help(cls)]

@@ -14,13 +14,20 @@ def validate(config: Config) -> None:
     if config.remat_save is not None:
         for name in config.remat_save:
             if name not in REMAT_NAMES:
-                raise ConfigError(f"config field remat_save: unknown activation {name!r}; known: {', '.join(REMAT_NAMES)}")
+                raise ConfigError(
+                    f"config field remat_save: unknown activation {name!r}; known: "
+                    f"{', '.join(REMAT_NAMES)}"
+                )
     if not re.fullmatch(r"[A-Za-z0-9._-]+", config.name) or config.name.startswith("."):
-        raise ConfigError(f"config field name = {config.name!r}: use letters, digits, '.', '_' and '-' only")
+        raise ConfigError(
+            f"config field name = {config.name!r}: use letters, digits, '.', '_' and '-' only"
+        )
     sizes = dataclasses.asdict(config.mesh)
     for axis, size in sizes.items():
         if size == 0 or size < -1:
-            raise ConfigError(f"config field mesh.{axis} = {size}: must be positive, or -1 for what is left")
+            raise ConfigError(
+                f"config field mesh.{axis} = {size}: must be positive, or -1 for what is left"
+            )
     if sum(size == -1 for size in sizes.values()) > 1:
         raise ConfigError(f"config field mesh: only one axis may be -1, got {sizes}")
     if data.batch_size % config.optimizer.accumulate:
@@ -30,31 +37,42 @@ def validate(config: Config) -> None:
         )
     if ttt.layers and data.pack and data.seq_len % ttt.chunk_size:
         raise ConfigError(
-            f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it a multiple of "
+            f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it "
+            "a multiple of "
             f"model.ttt.chunk_size = {ttt.chunk_size}, or set data.pack false"
         )
     validate_context(config, max(config.mesh.context, 1))
     if data.seq_len > model.max_positions:
         raise ConfigError(
-            f"config field data.seq_len = {data.seq_len}: longer than model.max_positions = {model.max_positions}; "
+            f"config field data.seq_len = {data.seq_len}: longer than model.max_positions = "
+            f"{model.max_positions}; "
             "raise it (and scale model.rope) or shorten the rows"
         )
     if data.seq_len < 2:
-        raise ConfigError(f"config field data.seq_len = {data.seq_len}: at least 2 tokens are needed to predict one")
+        raise ConfigError(
+            f"config field data.seq_len = {data.seq_len}: at least 2 tokens are needed to predict "
+            "one"
+        )
     guard = config.guard
     if guard.min_state_ratio >= guard.max_state_ratio:
         raise ConfigError(
-            f"config field guard.min_state_ratio = {guard.min_state_ratio:g}: must be below guard.max_state_ratio = "
+            f"config field guard.min_state_ratio = {guard.min_state_ratio:g}: must be below "
+            "guard.max_state_ratio = "
             f"{guard.max_state_ratio:g}"
         )
     opt = config.optimizer
     if opt.warmup_steps is not None and opt.warmup_steps >= config.steps:
-        raise ConfigError(f"config field optimizer.warmup_steps = {opt.warmup_steps}: must be below steps = {config.steps}")
+        raise ConfigError(
+            f"config field optimizer.warmup_steps = {opt.warmup_steps}: must be below steps = "
+            f"{config.steps}"
+        )
     for group in opt.groups:
         try:
             re.compile(group.pattern)
         except re.error as error:
-            raise ConfigError(f"config field optimizer.groups pattern {group.pattern!r}: {error}") from None
+            raise ConfigError(
+                f"config field optimizer.groups pattern {group.pattern!r}: {error}"
+            ) from None
 
 
 def validate_context(config: Config, shards: int) -> None:
@@ -74,24 +92,40 @@ def validate_context(config: Config, shards: int) -> None:
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Rules inside `ModelConfig`, shared by training, conversion and inference. Raises `ConfigError`."""
+    """Rules inside `ModelConfig`, shared by training, conversion and inference. Raises
+    `ConfigError`.
+    """
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(
-            f"config field model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}"
+            f"config field model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads "
+            f"= {model.num_heads}"
         )
     if model.head_dim % 2:
-        raise ConfigError(f"config field model.head_dim = {model.head_dim}: rotary embedding needs an even size")
-    for name, layers in (("ttt.layers", model.ttt.layers), ("full_attention_layers", model.full_attention_layers)):
+        raise ConfigError(
+            f"config field model.head_dim = {model.head_dim}: rotary embedding needs an even size"
+        )
+    for name, layers in (
+        ("ttt.layers", model.ttt.layers),
+        ("full_attention_layers", model.full_attention_layers),
+    ):
         for layer in layers:
             if layer >= model.num_layers:
                 raise ConfigError(
-                    f"config field model.{name}: layer {layer} does not exist in a model of {model.num_layers} layers "
+                    f"config field model.{name}: layer {layer} does not exist in a model of "
+                    f"{model.num_layers} layers "
                     f"(0 to {model.num_layers - 1})"
                 )
         if len(set(layers)) != len(layers):
-            raise ConfigError(f"config field model.{name} = {list(layers)}: a layer is listed twice")
+            raise ConfigError(
+                f"config field model.{name} = {list(layers)}: a layer is listed twice"
+            )
     if model.full_attention_layers and model.sliding_window is None:
-        raise ConfigError("config field model.full_attention_layers: has no effect without model.sliding_window; set one")
+        raise ConfigError(
+            "config field model.full_attention_layers: has no effect without "
+            "model.sliding_window; set one"
+        )
     rope = model.rope
     if rope.kind != "default" and rope.original_max_positions is None:
-        raise ConfigError(f"config field model.rope.original_max_positions: required for rope kind {rope.kind!r}")
+        raise ConfigError(
+            f"config field model.rope.original_max_positions: required for rope kind {rope.kind!r}"
+        )

@@ -1,4 +1,6 @@
-"""Tokenised text: in memory while it is small, otherwise in the cache folder, from which later runs map it."""
+"""Tokenised text: in memory while it is small, otherwise in the cache folder, from which later runs
+map it.
+"""
 
 from __future__ import annotations
 
@@ -17,37 +19,45 @@ from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy
 from ttt_jax.files.text import cache_folder
 
-MEMORY_LIMIT = 64 << 20  # bytes of tokens kept in memory; grain copies them into every worker process
+# bytes of tokens kept in memory; grain copies them into every worker process
+MEMORY_LIMIT = 64 << 20
 _PARTIAL = "partial-"  # how the names of unfinished files begin
 _STALE = 86_400.0  # seconds after which an unfinished file that cannot be locked is nobody's
 
 
 class TokenArray:
-    """A flat integer array in memory, or mapped from a file, which worker processes then open again by its path.
+    """A flat integer array in memory, or mapped from a file, which worker processes then open again
+    by its path.
 
     Args:
       array: the array, when it is in memory.
       path: the file otherwise; `.npy`, or raw numbers of `dtype` when that is given.
     """
 
-    def __init__(self, array: np.ndarray | None = None, *, path: Path | None = None, dtype: str | None = None) -> None:
+    def __init__(
+        self, array: np.ndarray | None = None, *, path: Path | None = None, dtype: str | None = None
+    ) -> None:
         self._array, self._path, self._dtype = array, path, dtype
         self._bytes = 0  # of the file when it was mapped
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `start` to `start + length`; a view where they are mapped.
 
-        Raises: DataError naming the file when it has vanished or become shorter since it was opened.
+        Raises: DataError naming the file when it has vanished or become shorter since it was
+        opened.
         """
         array = self._open() if self._array is None else self._array
         if self._path is not None:
-            # Touching a page behind the end of a file kills the process, so its length is asked for before each read.
+            # Touching a page behind the end of a file kills the process, so its length is asked for
+            # before each read.
             size = self._bytes
-            with contextlib.suppress(FileNotFoundError):  # a file that was removed stays whole where it is mapped
+            # a file that was removed stays whole where it is mapped
+            with contextlib.suppress(FileNotFoundError):
                 size = self._path.stat().st_size
             if size < self._bytes or start + length > len(array):
                 raise DataError(
-                    f"data file {self._path}: became shorter during the run; restore it and run the same command again"
+                    f"data file {self._path}: became shorter during the run; restore it and run "
+                    "the same command again"
                 )
         return array[start : start + length]
 
@@ -61,7 +71,10 @@ class TokenArray:
                 self._array = np.memmap(self._path, dtype=self._dtype, mode="r")
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise DataError(f"data file {self._path}: vanished or cut short during the run ({reason}); restore it") from None
+            raise DataError(
+                f"data file {self._path}: vanished or cut short during the run ({reason}); "
+                "restore it"
+            ) from None
         return self._array
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,7 +83,8 @@ class TokenArray:
 
 
 class TokenWriter:
-    """Collects documents in memory, and moves them to a file in the cache folder once they exceed `MEMORY_LIMIT`.
+    """Collects documents in memory, and moves them to a file in the cache folder once they exceed
+    `MEMORY_LIMIT`.
 
     A context manager: leaving it without `finish` removes the unfinished file.
 
@@ -139,7 +153,12 @@ class TokenWriter:
     def __enter__(self) -> TokenWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._file is not None:
             with contextlib.suppress(
                 OSError
@@ -183,7 +202,8 @@ def _index_of(partial: Path) -> Path:
 
 def _not_written(error: OSError) -> DataError:
     return DataError(
-        f"cache folder {cache_folder()}: cannot write tokenised text there ({error.strerror}); free "
+        f"cache folder {cache_folder()}: cannot write tokenised text there ({error.strerror}); "
+        "free "
         "some space, or name another folder in the environment variable TTT_JAX_CACHE"
     )
 
@@ -194,7 +214,8 @@ def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.nda
     """
     tokens, index = _paths(key)
     try:
-        with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:  # numpy closes no damaged file
+        # numpy closes no damaged file
+        with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
         if tokens.stat().st_size != int(arrays["length_N"].sum()) * dtype.itemsize:
             return None

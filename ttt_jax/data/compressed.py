@@ -32,7 +32,8 @@ def check_budget(out: int, size: int) -> None:
     """Raise BudgetError when `out` bytes are too many for `size` compressed ones."""
     if out > FREE_BYTES and out > MAX_RATIO * size:
         raise BudgetError(
-            f"expands to more than {MAX_RATIO} times its size ({out} bytes from {size}); if that is "
+            f"expands to more than {MAX_RATIO} times its size ({out} bytes from {size}); if that "
+            "is "
             "meant, give it unpacked"
         )
 

@@ -1,10 +1,11 @@
 """A corpus: all documents of some files as token ids, with random access and known lengths.
 
-Text is tokenised once, before training. That finds every unreadable record before anything is compiled, and it makes
-the order of training independent of the number of hosts, because document lengths are known. A small corpus stays in
-memory, a large one goes to the cache folder (`cache.py`). `.npy` files are mapped where they lie.
-Every document has a hash of its tokens (`digests.py`): a run is not continued on other ones, and
-held-out documents are not training documents.
+Text is tokenised once, before training. That finds every unreadable record before anything is
+compiled, and it makes the order of training independent of the number of hosts, because document
+lengths are known. A small corpus stays in memory, a large one goes to the cache folder
+(`cache.py`). `.npy` files are mapped where they lie. Every document has a hash of its tokens
+(`digests.py`): a run is not continued on other ones, and held-out documents are not training
+documents.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from ttt_jax.errors import DataError
 
 _CACHE_VERSION = 3  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
-_CHECK_TOKENS = 1 << 30  # tokens of one .npy file that are checked up front; the rest is checked when it is read
-_recent: collections.OrderedDict[str, Corpus] = collections.OrderedDict()  # train and held-out share one corpus
+# tokens of one .npy file that are checked up front; the rest is checked when it is read
+_CHECK_TOKENS = 1 << 30
+# train and held-out share one corpus
+_recent: collections.OrderedDict[str, Corpus] = collections.OrderedDict()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +44,8 @@ class Corpus:
       array_N: int32, which of `arrays` a document lies in.
       start_N: int64, its first token there.
       length_N: int64, its number of tokens.
-      key_N: uint64, a hash of its identity (file name in the corpus, and index in the file); `locate` inverts it.
+      key_N: uint64, a hash of its identity (file name in the corpus, and index in the file);
+        `locate` inverts it.
       digest_N: uint64, a hash of its tokens, without an end token behind them; 0 where they were
         not read (digests.py).
       rejected: the malformed records, which were left out.
@@ -63,7 +67,9 @@ class Corpus:
         return len(self.length_N)
 
     def tokens(self, document: int, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length` of a document, in the array's own integer dtype, `[length]`."""
+        """Tokens `start` to `start + length` of a document, in the array's own integer dtype,
+        `[length]`.
+        """
         first = int(self.start_N[document]) + start
         return self.arrays[self.array_N[document]].read(first, length)
 
@@ -82,20 +88,26 @@ class Corpus:
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.train") -> Corpus:
-    """All documents of `data.train` or `data.heldout` that have at least `data.min_document` tokens.
+    """All documents of `data.train` or `data.heldout` that have at least `data.min_document`
+    tokens.
 
-    Tokenised documents end with the end token if `data.eos`; pre-tokenised ones are taken as they are.
+    Tokenised documents end with the end token if `data.eos`; pre-tokenised ones are taken as they
+    are.
 
     Raises:
-      DataError: one line, for anything wrong with the files or with the ids in them, and when more than
-        `data.max_bad_records` of their records are malformed.
+      DataError: one line, for anything wrong with the files or with the ids in them, and when more
+        than `data.max_bad_records` of their records are malformed.
     """
     data = config.data
     entries = getattr(data, field.rpartition(".")[2])
     files = find_files(entries, field=field, format=data.format)
-    key = _key(files, [field, *_text_settings(config, tokenizer), data.min_document, data.max_bad_records])
+    key = _key(
+        files, [field, *_text_settings(config, tokenizer), data.min_document, data.max_bad_records]
+    )
     if key not in _recent:
-        _recent[key] = _build(config, tokenizer, files, f"config field {field} = {', '.join(map(repr, entries))}")
+        _recent[key] = _build(
+            config, tokenizer, files, f"config field {field} = {', '.join(map(repr, entries))}"
+        )
         while len(_recent) > 2:
             _recent.popitem(last=False)
     _recent.move_to_end(key)
@@ -108,20 +120,22 @@ def split_corpus(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     Args:
       fraction: `data.heldout_fraction`.
 
-    A document's side depends on nothing but its own name and index, so that growing the corpus moves no document.
+    A document's side depends on nothing but its own name and index, so that growing the corpus
+    moves no document.
     """
     held_N = corpus.key_N < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
     if not held_N.any():
         held_N[np.argmin(corpus.key_N)] = True
     if held_N.all():
         raise DataError(
-            f"{corpus.label}: holding out data.heldout_fraction = {fraction} of {len(corpus)} document(s) leaves none "
+            f"{corpus.label}: holding out data.heldout_fraction = {fraction} of {len(corpus)} "
+            "document(s) leaves none "
             "to train on; name held-out files in data.heldout, or give more documents"
         )
     return corpus.select(~held_N), corpus.select(held_N)
 
 
-# --------------------------------------------------------------------------------------------------------- building
+# ----------------------------------------------------------------------------------------- building
 
 
 class _Part(NamedTuple):
@@ -145,7 +159,9 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
     length_N = np.concatenate([part.length_N for part in parts])
     corpus = Corpus(
         arrays=tuple(part.tokens for part in parts),
-        array_N=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.length_N) for part in parts]),
+        array_N=np.repeat(
+            np.arange(len(parts), dtype=np.int32), [len(part.length_N) for part in parts]
+        ),
         start_N=np.concatenate([np.cumsum(part.length_N) - part.length_N for part in parts]),
         length_N=length_N,
         key_N=np.concatenate([part.key_N for part in parts]),
@@ -158,8 +174,15 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
     shortest = max(config.data.min_document, 2)
     corpus = corpus.select(length_N >= shortest)
     if not len(corpus):
-        count = f"none of its {len(length_N)} documents has" if len(length_N) else "it holds no document with"
-        raise DataError(f"{label}: empty: {count} {shortest} tokens or more; give more data or lower data.min_document")
+        count = (
+            f"none of its {len(length_N)} documents has"
+            if len(length_N)
+            else "it holds no document with"
+        )
+        raise DataError(
+            f"{label}: empty: {count} {shortest} tokens or more; give more data or lower "
+            "data.min_document"
+        )
     return corpus
 
 
@@ -232,8 +255,12 @@ def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
         return None
 
 
-def _good(file: SourceFile, records: Iterator[Record], rejects: Rejects, index: list[int]) -> Iterator[bytes | np.ndarray]:
-    """The documents among a file's records. Bad records are counted in `rejects`; `index` gets each document's place."""
+def _good(
+    file: SourceFile, records: Iterator[Record], rejects: Rejects, index: list[int]
+) -> Iterator[bytes | np.ndarray]:
+    """The documents among a file's records. Bad records are counted in `rejects`; `index` gets each
+    document's place.
+    """
     for number, record in enumerate(records):
         if isinstance(record, BadRecord):
             rejects.bad(file.path, file.label, record)
@@ -244,7 +271,9 @@ def _good(file: SourceFile, records: Iterator[Record], rejects: Rejects, index: 
 
 
 def _batches(documents: Iterator[bytes | np.ndarray]) -> Iterator[list[bytes] | np.ndarray]:
-    """Group consecutive text documents, so that a tokenizer can use all cores; token documents pass singly."""
+    """Group consecutive text documents, so that a tokenizer can use all cores; token documents pass
+    singly.
+    """
     batch: list[bytes] = []
     size = 0
     for document in documents:
@@ -285,21 +314,29 @@ def _map_npy(file: SourceFile, vocab_size: int, eos_id: int | None) -> _Part:
 def _check_ids(file: SourceFile, ids: np.ndarray, vocab_size: int) -> None:
     if ids.size and (int(ids.max()) >= vocab_size or int(ids.min()) < 0):
         bad = next(int(i) for i in (ids.max(), ids.min()) if not 0 <= int(i) < vocab_size)
-        raise file.error(f"token id {bad} is outside model.vocab_size = {vocab_size}; use the model's own tokenizer")
+        raise file.error(
+            f"token id {bad} is outside model.vocab_size = {vocab_size}; use the model's own "
+            "tokenizer"
+        )
 
 
 def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     name, vocab_size = config.data.tokenizer, config.model.vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"config field data.tokenizer = {name!r}: its {tokenizer.vocab_size} ids do not fit model.vocab_size = "
+            f"config field data.tokenizer = {name!r}: its {tokenizer.vocab_size} ids do not fit "
+            "model.vocab_size = "
             f"{vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     if config.data.eos and tokenizer.eos_id is None:
-        raise DataError(f"config field data.eos = true: tokenizer {name!r} has no end token; set data.eos false")
+        raise DataError(
+            f"config field data.eos = true: tokenizer {name!r} has no end token; set data.eos false"
+        )
 
 
-_STEP, _MIX1, _MIX2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_STEP, _MIX1, _MIX2 = (
+    np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def _seed(file: SourceFile) -> np.uint64:
@@ -309,7 +346,8 @@ def _seed(file: SourceFile) -> np.uint64:
 
 def _keys(file: SourceFile, index_N: np.ndarray) -> np.ndarray:
     """uint64: hashes of (file name, index of the record in it), uniform over 64 bits."""
-    # The finaliser of splitmix64: every bit of the result depends on every bit of the index; uint64 wraps around.
+    # The finaliser of splitmix64: every bit of the result depends on every bit of the index; uint64
+    # wraps around.
     x = _seed(file) + (index_N.astype(np.uint64) + np.uint64(1)) * _STEP
     x = (x ^ (x >> np.uint64(30))) * _MIX1
     x = (x ^ (x >> np.uint64(27))) * _MIX2
@@ -322,7 +360,8 @@ def locate(
     """(file name, index of the record in it) of documents of `data.train` or `data.heldout`, by
     their keys.
 
-    The inverse of `_keys`, so that nothing is stored. A file that is gone since gives ("unknown file (key ...)", -1).
+    The inverse of `_keys`, so that nothing is stored. A file that is gone since gives ("unknown
+    file (key ...)", -1).
     """
     files = find_files(
         getattr(config.data, field.rpartition(".")[2]), field=field, format=config.data.format
@@ -333,10 +372,15 @@ def locate(
     seed_F = np.array([_seed(file) for file in files], np.uint64)
     found = []
     for key, mixed in zip(key_K, mixed_K, strict=True):
-        index_F = (mixed - seed_F) * _inverse(_STEP) - np.uint64(1)  # a random 64-bit number for the other files
+        # a random 64-bit number for the other files
+        index_F = (mixed - seed_F) * _inverse(_STEP) - np.uint64(1)
         best = int(np.argmin(index_F))
         index = int(index_F[best])
-        found.append((files[best].name, index) if index < 1 << 40 else (f"unknown file (key {int(key):016x})", -1))
+        found.append(
+            (files[best].name, index)
+            if index < 1 << 40
+            else (f"unknown file (key {int(key):016x})", -1)
+        )
     return found
 
 

@@ -12,7 +12,15 @@ import numpy as np
 from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus, locate
 from ttt_jax.data.heldout import split
-from ttt_jax.data.packing import OPEN_BINS, PATIENCE, PackedRows, PieceTable, SlotPlan, cut_pieces, render_row
+from ttt_jax.data.packing import (
+    OPEN_BINS,
+    PATIENCE,
+    PackedRows,
+    PieceTable,
+    SlotPlan,
+    cut_pieces,
+    render_row,
+)
 from ttt_jax.data.quarantine import Rejected
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
@@ -45,7 +53,9 @@ class Piece:
 
     row: int  # of the global batch
     file: str
-    document: int  # index of the record in the file, from 0, malformed ones counted (JSONL: of the lines that are not blank)
+    # index of the record in the file, from 0, malformed ones counted (JSONL: of the lines that are
+    # not blank)
+    document: int
     start: int  # first token in the document
     tokens: int
 
@@ -53,7 +63,8 @@ class Piece:
 class Loader(Iterator[Batch]):
     """An endless iterator over this process' rows of every batch.
 
-    A batch holds, for `b` rows (data.batch_size, unless processes share them out) of `T = data.seq_len` tokens:
+    A batch holds, for `b` rows (data.batch_size, unless processes share them out) of `T =
+    data.seq_len` tokens:
 
       ids          int32 [b, T]    token ids; padding holds the end token (or 0)
       targets      int32 [b, T]    the next token of the same document
@@ -78,7 +89,8 @@ class Loader(Iterator[Batch]):
         self._config, self._table = config, table
         self._total_slots = data.batch_size
         self._slots = tuple(slots)
-        # Each worker serves its own slots, so their number has to divide the rows; the stream does not depend on it.
+        # Each worker serves its own slots, so their number has to divide the rows; the stream does
+        # not depend on it.
         self._workers = next((n for n in range(min(data.workers, rows), 0, -1) if rows % n == 0), 0)
         order = grain.MapDataset.range(len(table))
         if data.shuffle:
@@ -123,7 +135,9 @@ class Loader(Iterator[Batch]):
 
     @property
     def pieces(self) -> dict[int, list[int]]:
-        """Row of the global batch -> numbers of the pieces in it, for this process' rows of the last batch."""
+        """Row of the global batch -> numbers of the pieces in it, for this process' rows of the
+        last batch.
+        """
         return self._pieces
 
     def documents(self, pieces: dict[int, list[int]]) -> list[Piece]:
@@ -155,7 +169,10 @@ class Loader(Iterator[Batch]):
           DataError: one line, when the data or how it is packed has changed since.
         """
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
-            raise DataError("data state: not one of this version's; start a new run, or use the version that wrote it")
+            raise DataError(
+                "data state: not one of this version's; start a new run, or use the version that "
+                "wrote it"
+            )
         identity = state.get("identity")
         if not isinstance(identity, dict):
             raise DataError(_DAMAGED)
@@ -212,11 +229,15 @@ class Loader(Iterator[Batch]):
             self._rows = None
 
     def _start(self) -> grain.DatasetIterator:
-        rows: grain.IterDataset = PackedRows(self._table, self._order, self._slots, self._total_slots, self._states)
+        rows: grain.IterDataset = PackedRows(
+            self._table, self._order, self._slots, self._total_slots, self._states
+        )
         if self._workers:
             _mark_flags_parsed()
             ahead = max(1, 2 * len(self._slots) // self._workers)  # two batches
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=ahead))
+            rows = rows.mp_prefetch(
+                grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=ahead)
+            )
         return iter(rows)
 
 
@@ -231,20 +252,30 @@ def make_loader(
     """The training stream, for one process.
 
     Args:
-      rows: indices of the rows of the global batch that it reads; several processes may read the same.
-      process_index, process_count: without `rows`: it reads the `process_index`-th of `process_count` equal parts.
+      rows: indices of the rows of the global batch that it reads; several processes may read the
+        same.
+      process_index, process_count: without `rows`: it reads the `process_index`-th of
+        `process_count` equal parts.
 
-    `data.workers` processes read ahead (the largest number up to it that divides the rows of this process); scripts
-    that use them need an `if __name__ == "__main__"` guard, because Python starts workers by importing the main script.
+    `data.workers` processes read ahead (the largest number up to it that divides the rows of this
+    process); scripts that use them need an `if __name__ == "__main__"` guard, because Python starts
+    workers by importing the main script.
 
     Raises:
-      DataError: one line, for anything wrong with the data; all of it is read once here, before anything is compiled.
+      DataError: one line, for anything wrong with the data; all of it is read once here, before
+        anything is compiled.
     """
     batch_size = config.data.batch_size
     if not 0 <= process_index < process_count:
-        raise DataError(f"process_index = {process_index}: must be from 0 to process_count - 1 = {process_count - 1}")
+        raise DataError(
+            f"process_index = {process_index}: must be from 0 to process_count - 1 = "
+            f"{process_count - 1}"
+        )
     if batch_size % process_count:
-        raise DataError(f"config field data.batch_size = {batch_size}: must be a multiple of the {process_count} processes")
+        raise DataError(
+            f"config field data.batch_size = {batch_size}: must be a multiple of the "
+            f"{process_count} processes"
+        )
     train, heldout, _ = split(config, tokenizer)
     table = _table(config, tokenizer, train, pack=config.data.pack)
     share = batch_size // process_count
@@ -259,11 +290,15 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
       DataError: one line, for anything wrong with the data.
     """
     train, heldout, _ = split(config, tokenizer)
-    return DataSummary(len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum()))
+    return DataSummary(
+        len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum())
+    )
 
 
 def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected]:
-    """Config field -> the malformed records of its files, for the loader's and the held-out rows' data."""
+    """Config field -> the malformed records of its files, for the loader's and the held-out rows'
+    data.
+    """
     fields = ["data.train", *(["data.heldout"] if config.data.heldout else [])]
     return {field: load_corpus(config, tokenizer, field=field).rejected for field in fields}
 
@@ -279,7 +314,8 @@ def heldout_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
     """Held-out rows, one piece of a document each, with the fields of `Loader`'s batches.
 
-    First pieces of documents of at least T tokens come first, then the other documents, then second pieces, and so on.
+    First pieces of documents of at least T tokens come first, then the other documents, then second
+    pieces, and so on.
 
     Returns:
       Arrays `[R, T]`, R = `rows` or fewer when there are not enough documents.
@@ -289,13 +325,17 @@ def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
     short_P = corpus.length_N[table.document_P] < table.row_length
     # By hash within a rank, so that the rows do not all come from the first folder of the corpus.
     chosen = np.lexsort((corpus.key_N[table.document_P], short_P, table.start_P))[:rows]
-    rendered = [render_row([table[i]], [table.row_length], table.row_length, table.pad_id) for i in chosen.tolist()]
+    rendered = [
+        render_row([table[i]], [table.row_length], table.row_length, table.pad_id)
+        for i in chosen.tolist()
+    ]
     return {name: np.stack([row[name] for row in rendered]) for name in _FIELDS}
 
 
 def _table(config: Config, tokenizer: Tokenizer, corpus: Corpus, *, pack: bool) -> PieceTable:
     eos_id, vocab_size = tokenizer.eos_id, config.model.vocab_size
-    # With pre-tokenised data nothing has checked the tokenizer, and padding has to be an id of the model.
+    # With pre-tokenised data nothing has checked the tokenizer, and padding has to be an id of the
+    # model.
     pad_id = eos_id if eos_id is not None and eos_id < vocab_size else 0
     return cut_pieces(
         corpus,

@@ -1,8 +1,9 @@
 """Packing: pieces of documents into rows of T tokens, each piece starting on a chunk boundary.
 
-The global batch has B rows. Row `r` of every batch comes from its own stream, *slot* `r`: pieces r, r+B, r+2B, ... of
-the endless shuffled order (epoch after epoch). A slot is packed on its own and its plan needs only lengths, so the
-global batch does not depend on how many hosts or workers share the slots, and a slot's state is a few integers.
+The global batch has B rows. Row `r` of every batch comes from its own stream, *slot* `r`: pieces r,
+r+B, r+2B, ... of the endless shuffled order (epoch after epoch). A slot is packed on its own and
+its plan needs only lengths, so the global batch does not depend on how many hosts or workers share
+the slots, and a slot's state is a few integers.
 
 grain's own packing is not used: when a piece does not fit, it emits every open row, however empty.
 """
@@ -21,19 +22,23 @@ from ttt_jax.errors import DataError
 
 OPEN_BINS = 16  # partly filled rows per slot among which a piece may choose
 PATIENCE = 1024  # pieces of the slot after which an open row leaves as it is
-Order = Any  # an endless grain.MapDataset of piece numbers (whose own annotation lets every item be None)
+# an endless grain.MapDataset of piece numbers (whose own annotation lets every item be None)
+Order = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class PieceTable:
     """Documents cut into pieces of at most `row_length` tokens.
 
-    A last piece of one token is left out: it predicts nothing, and alone in a row it would make a mean loss 0/0.
+    A last piece of one token is left out: it predicts nothing, and alone in a row it would make a
+    mean loss 0/0.
 
     Attributes:
       corpus: the documents.
-      document_P, start_P, length_P: int64, a piece's document, its first token in it, and its number of tokens.
-      aligned_P: int64, the tokens that it takes in a row, up to the next chunk boundary (without packing: all T).
+      document_P, start_P, length_P: int64, a piece's document, its first token in it, and its
+        number of tokens.
+      aligned_P: int64, the tokens that it takes in a row, up to the next chunk boundary (without
+        packing: all T).
       row_length: T.
       vocab_size: ids must be below it.
       pad_id: the id at padding positions.
@@ -55,13 +60,18 @@ class PieceTable:
         """Token ids of a piece, int32 `[length]`."""
         document, length = int(self.document_P[piece]), int(self.length_P[piece])
         ids = self.corpus.tokens(document, int(self.start_P[piece]), length)
-        # Very large mapped files are not checked completely at the start; a gather on a device would clamp silently.
+        # Very large mapped files are not checked completely at the start; a gather on a device
+        # would clamp silently.
         if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
-            raise DataError(f"{self.corpus.label}: a token id is outside model.vocab_size = {self.vocab_size}")
+            raise DataError(
+                f"{self.corpus.label}: a token id is outside model.vocab_size = {self.vocab_size}"
+            )
         return ids.astype(np.int32)
 
 
-def cut_pieces(corpus: Corpus, *, row_length: int, chunk: int, pack: bool, vocab_size: int, pad_id: int) -> PieceTable:
+def cut_pieces(
+    corpus: Corpus, *, row_length: int, chunk: int, pack: bool, vocab_size: int, pad_id: int
+) -> PieceTable:
     """Cut every document into pieces of `row_length` tokens, the last one shorter."""
     pieces_N = (corpus.length_N + row_length - 1) // row_length
     document_P = np.repeat(np.arange(len(corpus), dtype=np.int64), pieces_N)
@@ -70,11 +80,19 @@ def cut_pieces(corpus: Corpus, *, row_length: int, chunk: int, pack: bool, vocab
     length_P = np.minimum(corpus.length_N[document_P] - start_P, row_length)
     keep_P = length_P > 1
     document_P, start_P, length_P = document_P[keep_P], start_P[keep_P], length_P[keep_P]
-    aligned_P = np.minimum(-(-length_P // chunk) * chunk, row_length) if pack else np.full_like(length_P, row_length)
-    return PieceTable(corpus, document_P, start_P, length_P, aligned_P, row_length, vocab_size, pad_id)
+    aligned_P = (
+        np.minimum(-(-length_P // chunk) * chunk, row_length)
+        if pack
+        else np.full_like(length_P, row_length)
+    )
+    return PieceTable(
+        corpus, document_P, start_P, length_P, aligned_P, row_length, vocab_size, pad_id
+    )
 
 
-def render_row(pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length: int, pad_id: int) -> dict[str, np.ndarray]:
+def render_row(
+    pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length: int, pad_id: int
+) -> dict[str, np.ndarray]:
     """Lay pieces out in one row.
 
     Args:
@@ -110,12 +128,14 @@ def render_row(pieces: Sequence[np.ndarray], aligned: Sequence[int], row_length:
 
 
 class SlotPlan:
-    """The endless stream of rows of one slot, as numbers of pieces in the global order (no tokens are read).
+    """The endless stream of rows of one slot, as numbers of pieces in the global order (no tokens
+    are read).
 
-    Best fit: a piece goes into the fullest open row that it fits; when it fits none of `OPEN_BINS`, the fullest leaves.
-    A row that nothing fits leaves at once and one that has waited for `PATIENCE` pieces does too, or the emptiest rows would
-    keep their documents from ever being trained on. (With 16 open rows and lengths uniform up to the row, 95 % of the tokens
-    are filled, against 93 % by first fit.)
+    Best fit: a piece goes into the fullest open row that it fits; when it fits none of `OPEN_BINS`,
+    the fullest leaves. A row that nothing fits leaves at once and one that has waited for
+    `PATIENCE` pieces does too, or the emptiest rows would keep their documents from ever being
+    trained on. (With 16 open rows and lengths uniform up to the row, 95 % of the tokens are filled,
+    against 93 % by first fit.)
     """
 
     def __init__(self, order: Order, table: PieceTable, slot: int, slots: int) -> None:
@@ -128,7 +148,8 @@ class SlotPlan:
     def next_row(self) -> list[int]:
         """The places, in the global order, of the pieces of the next row."""
         while True:
-            if self._bins and self._next - self._bins[0][0] > PATIENCE * self._slots:  # the first was opened first
+            # the first was opened first
+            if self._bins and self._next - self._bins[0][0] > PATIENCE * self._slots:
                 return self._emit(0)
             place = self._next
             self._next += self._slots
@@ -143,7 +164,11 @@ class SlotPlan:
                 if self._free[best] < self._smallest:
                     return self._emit(best)
                 continue
-            row = self._emit(self._free.index(min(self._free))) if len(self._bins) == OPEN_BINS else None
+            row = (
+                self._emit(self._free.index(min(self._free)))
+                if len(self._bins) == OPEN_BINS
+                else None
+            )
             self._bins.append([place])
             self._free.append(self._row_length - size)
             if row is not None:
@@ -161,7 +186,11 @@ class SlotPlan:
         """Raises ValueError, KeyError or TypeError when the state cannot be one of `get_state`."""
         following = int(state["next"])
         bins = [[int(place) for place in places] for places in state["bins"]]
-        if following < 0 or len(bins) > OPEN_BINS or any(not 0 <= p < following for places in bins for p in places):
+        if (
+            following < 0
+            or len(bins) > OPEN_BINS
+            or any(not 0 <= p < following for places in bins for p in places)
+        ):
             raise ValueError("places outside the order")
         sizes = [[int(self._aligned_P[self._order[place]]) for place in places] for places in bins]
         free = [self._row_length - sum(row) for row in sizes]
@@ -173,8 +202,9 @@ class SlotPlan:
 class PackedRows(grain.IterDataset):
     """Rows of some slots in turn: slot after slot, then the next row of each.
 
-    Every row carries its slot, the numbers of its pieces, and the slot's state after it, so that the consumer knows the
-    exact state of what it has taken, however far worker processes have read ahead.
+    Every row carries its slot, the numbers of its pieces, and the slot's state after it, so that
+    the consumer knows the exact state of what it has taken, however far worker processes have read
+    ahead.
     """
 
     def __init__(
@@ -190,12 +220,17 @@ class PackedRows(grain.IterDataset):
         self._slots, self._total_slots, self._states = list(slots), total_slots, states
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Give a worker its share of the slots (grain calls this); grain then takes a row of each worker in turn."""
+        """Give a worker its share of the slots (grain calls this); grain then takes a row of each
+        worker in turn.
+        """
         del sequential_slice
         self._slots = self._slots[sl]
 
     def __iter__(self) -> grain.DatasetIterator:
-        plans = {slot: SlotPlan(self._order, self._table, slot, self._total_slots) for slot in self._slots}
+        plans = {
+            slot: SlotPlan(self._order, self._table, slot, self._total_slots)
+            for slot in self._slots
+        }
         for slot, plan in plans.items():
             if slot in self._states:
                 plan.set_state(self._states[slot])
@@ -214,12 +249,23 @@ class _PackedRowsIterator(grain.DatasetIterator):
         table = self._table
         indices = [self._order[place] for place in self._plans[slot].next_row()]
         row = render_row(
-            [table[i] for i in indices], [int(table.aligned_P[i]) for i in indices], table.row_length, table.pad_id
+            [table[i] for i in indices],
+            [int(table.aligned_P[i]) for i in indices],
+            table.row_length,
+            table.pad_id,
         )
-        return {**row, "slot": slot, "pieces": [int(i) for i in indices], "state": self._plans[slot].get_state()}
+        return {
+            **row,
+            "slot": slot,
+            "pieces": [int(i) for i in indices],
+            "state": self._plans[slot].get_state(),
+        }
 
     def get_state(self) -> dict[str, Any]:
-        return {"turn": self._turn, "plans": {str(slot): plan.get_state() for slot, plan in self._plans.items()}}
+        return {
+            "turn": self._turn,
+            "plans": {str(slot): plan.get_state() for slot, plan in self._plans.items()},
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._turn = state["turn"]

@@ -10,7 +10,9 @@ _DELAY = 2.0  # seconds before anything is shown
 
 
 class TokenProgress:
-    """`with TokenProgress("Tokenising") as progress: progress.add(tokens)`; silent when stderr is no terminal."""
+    """`with TokenProgress("Tokenising") as progress: progress.add(tokens)`; silent when stderr is
+    no terminal.
+    """
 
     def __init__(self, title: str) -> None:
         self._title, self._tokens = title, 0
@@ -31,7 +33,10 @@ class TokenProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._visible:
             print(file=sys.stderr)

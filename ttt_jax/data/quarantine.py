@@ -1,7 +1,8 @@
 """Malformed records: what was wrong with each, how many there are, and the file that lists them.
 
-A reader yields a `BadRecord` in the place of a document it cannot give. The corpus leaves it out and counts it, up to the
-share `data.max_bad_records`; `write_quarantine` lists what was left out in the run folder.
+A reader yields a `BadRecord` in the place of a document it cannot give. The corpus leaves it out
+and counts it, up to the share `data.max_bad_records`; `write_quarantine` lists what was left out in
+the run folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from ttt_jax.files.text import atomic_write_text
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _LISTED = 100_000  # records that are listed; all are counted
-_HOPELESS = 100  # when so many at the beginning are all bad, a setting is wrong, and reading on would waste hours
+# when so many at the beginning are all bad, a setting is wrong, and reading on would waste hours
+_HOPELESS = 100
 _EXCERPT = 200  # characters
 
 
@@ -26,7 +28,8 @@ class BadRecord(NamedTuple):
     """Why a record is not a document.
 
     Fields:
-      unit, number: where it is in its file: "line" (from 1), "row", "record" (both from 0) or "file".
+      unit, number: where it is in its file: "line" (from 1), "row", "record" (both from 0) or
+        "file".
       kind: one of a few words that are counted, such as "not JSON".
       problem: what is wrong, a phrase that continues "line 3 ...".
       excerpt: its first characters.
@@ -77,7 +80,9 @@ class Rejected:
         return cls(int(tree["records"]), dict(tree["kinds"]), tuple(tree["listed"]))
 
     def check(self, label: str, limit: float) -> None:
-        """Raises DataError, one line, when the share of bad records exceeds `limit` (`data.max_bad_records`)."""
+        """Raises DataError, one line, when the share of bad records exceeds `limit`
+        (`data.max_bad_records`).
+        """
         if self.bad and self.bad / self.records > limit:
             raise DataError(self._complaint(label, limit))
 
@@ -90,7 +95,10 @@ class Rejected:
         first = self.listed[0]
         unit = next(unit for unit in ("line", "row", "record", "file") if unit in first)
         place = "the file" if unit == "file" else f"{unit} {first[unit]}"
-        share = f"{self.bad} of {self.records} records are malformed, {100 * self.bad / self.records:.3g} %"
+        share = (
+            f"{self.bad} of {self.records} records are malformed, "
+            f"{100 * self.bad / self.records:.3g} %"
+        )
         fix = "fix them" if limit == 0 else f"fix them, or raise data.max_bad_records = {limit:g}"
         return f"{label}: {Path(first['path']).name}: {place} {first['reason']} ({share}); {fix}"
 
@@ -117,7 +125,13 @@ class Rejects:
         self._kinds[record.kind] += 1
         if len(self._listed) < _LISTED:
             place = {record.unit: record.number}
-            entry = {"path": str(path), **place, "kind": record.kind, "reason": record.problem, "excerpt": record.excerpt}
+            entry = {
+                "path": str(path),
+                **place,
+                "kind": record.kind,
+                "reason": record.problem,
+                "excerpt": record.excerpt,
+            }
             self._listed.append(entry)
         if self._limit < 1 and self._records == _HOPELESS == sum(self._kinds.values()):
             self.result().check(f"{label} (its first {_HOPELESS} records)", self._limit)
@@ -127,7 +141,8 @@ class Rejects:
 
 
 def write_quarantine(run_dir: str | Path, rejected: dict[str, Rejected]) -> list[str]:
-    """Write `quarantine.jsonl`, one malformed record a line; it replaces that of an earlier start. Without any, no file.
+    """Write `quarantine.jsonl`, one malformed record a line; it replaces that of an earlier start.
+    Without any, no file.
 
     Args:
       rejected: config field -> what was left out of its files.

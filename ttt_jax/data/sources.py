@@ -1,7 +1,8 @@
 """Files to documents: which files a config names, and how each format is read.
 
-A document is `bytes` (UTF-8 text) or a 1-D integer array (already tokenised). Every reader goes through its file once,
-in order, and gives a `BadRecord` in the place of a record that is no document; `corpus.py` gives the random access.
+A document is `bytes` (UTF-8 text) or a 1-D integer array (already tokenised). Every reader goes
+through its file once, in order, and gives a `BadRecord` in the place of a record that is no
+document; `corpus.py` gives the random access.
 """
 
 from __future__ import annotations
@@ -39,21 +40,32 @@ _FORMATS = {
     ".npy": "npy",
 }
 # Of the standard library: tests, bundled third-party code, and generated or tabular modules.
-_STDLIB_SKIP = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "encodings", "_bundled"}
+_STDLIB_SKIP = {
+    "test",
+    "tests",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "pydoc_data",
+    "encodings",
+    "_bundled",
+}
 _NPY_MAGIC = b"\x93NUMPY"
 _AT_ONCE = 64 << 20  # bytes of records that are unpacked at once
 _HEAD = 1000  # bytes of a line of which an excerpt is made
 Record = bytes | np.ndarray | BadRecord
 # What the decompressors raise on a damaged file.
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError) + ((zstandard.ZstdError,) if zstandard else ())
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError) + (
+    (zstandard.ZstdError,) if zstandard else ()
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
     """One file of a corpus.
 
-    `name` identifies it independently of where the corpus lies (the held-out split hangs on it), `label` is how errors
-    name the config field and value that it came from.
+    `name` identifies it independently of where the corpus lies (the held-out split hangs on it),
+    `label` is how errors name the config field and value that it came from.
     """
 
     path: Path
@@ -93,13 +105,17 @@ def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[Sou
                 if (kind := _folder_format(child, format, label)) is not None
             ]
             if not found:
-                raise DataError(f"{label}: the folder holds no file of data.format {format!r}; check both")
+                raise DataError(
+                    f"{label}: the folder holds no file of data.format {format!r}; check both"
+                )
             files += found
         elif os.path.isfile(path):
             kind = _format_of(path) or "text" if format == "auto" else format
             files.append(SourceFile(path, path.name, kind, label))
         else:
-            raise DataError(f"{label}: no such file or folder; give an existing path, or {STDLIB!r}")
+            raise DataError(
+                f"{label}: no such file or folder; give an existing path, or {STDLIB!r}"
+            )
     return files
 
 
@@ -130,7 +146,10 @@ def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iter
     except BudgetError as error:
         raise file.error(str(error)) from None
     except _DAMAGE as error:
-        raise file.error(f"cannot be read beyond its first {count} records ({_one_line(error)}); replace the file") from None
+        raise file.error(
+            f"cannot be read beyond its first {count} records ({_one_line(error)}); replace the "
+            "file"
+        ) from None
 
 
 def open_npy(file: SourceFile) -> np.ndarray:
@@ -157,12 +176,14 @@ def _token_problem(array: np.ndarray, max_dims: int) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- finding
+# ------------------------------------------------------------------------------------------ finding
 
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name != "__pycache__"
+        )
         for name in sorted(names):
             if not name.startswith("."):
                 yield Path(folder, name)
@@ -185,7 +206,8 @@ def _folder_format(path: Path, format: str, label: str) -> str | None:
     file = SourceFile(path, path.name, "text", label)
     try:
         with _open(file) as stream:
-            return None if b"\0" in stream.read(4096) else "text"  # a NUL is the usual sign of a binary file
+            # a NUL is the usual sign of a binary file
+            return None if b"\0" in stream.read(4096) else "text"
     except _DAMAGE as error:
         raise file.error(f"cannot be read ({_one_line(error)}); remove or replace it") from None
 
@@ -199,11 +221,13 @@ def _stdlib(label: str) -> list[SourceFile]:
         if path.suffix == ".py" and not generated and not _STDLIB_SKIP.intersection(name.parts):
             files.append(SourceFile(path, f"{STDLIB}/{name.as_posix()}", "text", label))
     if not files:
-        raise DataError(f"{label}: this Python keeps no source files in {root}; name files or folders instead")
+        raise DataError(
+            f"{label}: this Python keeps no source files in {root}; name files or folders instead"
+        )
     return files
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _open(file: SourceFile) -> IO[bytes]:
@@ -289,10 +313,16 @@ def _json_text(
 def _missing(record: object, text_field: str) -> tuple[str, str]:
     """(kind, problem) of a JSON line without a text."""
     if not isinstance(record, dict):
-        return "wrong type", f"is a {type(record).__name__}, not an object; write one {{...}} a line"
+        return (
+            "wrong type",
+            f"is a {type(record).__name__}, not an object; write one {{...}} a line",
+        )
     if text_field in record:
         kind = type(record[text_field]).__name__
-        return "wrong type", f"field {text_field!r} is a {kind}, not a string; fix it or set data.text_field"
+        return (
+            "wrong type",
+            f"field {text_field!r} is a {kind}, not a string; fix it or set data.text_field",
+        )
     names = ", ".join(str(name)[:40] for name in list(record)[:8])
     return "no text", f"has no field {text_field!r} (fields: {names}); set data.text_field"
 
@@ -307,10 +337,15 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
         with pq.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
             if text_field not in names:
-                raise file.error(f"no column {text_field!r} (columns: {', '.join(names[:8])}); set data.text_field")
+                raise file.error(
+                    f"no column {text_field!r} (columns: {', '.join(names[:8])}); set "
+                    "data.text_field"
+                )
             kind = table.schema_arrow.field(text_field).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise file.error(f"column {text_field!r} holds {kind}, not strings; set data.text_field")
+                raise file.error(
+                    f"column {text_field!r} holds {kind}, not strings; set data.text_field"
+                )
             size, out = file.path.stat().st_size, 0
             for row, text in enumerate(_parquet_column(file, table, text_field)):
                 if text is None:
@@ -362,7 +397,9 @@ def _largest_value(raw: IO[bytes], table: Any, group: int, text_field: str) -> i
 
 
 def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
-    """A record is UTF-8 text, or token ids as `numpy.save` writes them (recognised by its magic bytes)."""
+    """A record is UTF-8 text, or token ids as `numpy.save` writes them (recognised by its magic
+    bytes).
+    """
     from grain.sources import ArrayRecordDataSource
 
     try:
@@ -378,12 +415,19 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
                 count = max(1, min(1024, 2 * count, _AT_ONCE // max(1, *map(len, records))))
                 for number, record in enumerate(records, start):
                     is_tokens = record.startswith(_NPY_MAGIC)
-                    yield _token_record(number, record) if is_tokens else _text("record", number, record, max_bytes)
+                    yield (
+                        _token_record(number, record)
+                        if is_tokens
+                        else _text("record", number, record, max_bytes)
+                    )
                 start += len(records)
     except BudgetError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:  # damage anywhere: blocks have checksums of their own
-        raise file.error(f"not a readable ArrayRecord file ({_one_line(error)}); replace it") from None
+    # damage anywhere: blocks have checksums of their own
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise file.error(
+            f"not a readable ArrayRecord file ({_one_line(error)}); replace it"
+        ) from None
 
 
 def _token_record(number: int, record: bytes) -> np.ndarray | BadRecord:

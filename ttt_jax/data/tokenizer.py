@@ -1,4 +1,6 @@
-"""Tokenizers: a byte-level one that is built in, and `tokenizer.json` files through the `tokenizers` library."""
+"""Tokenizers: a byte-level one that is built in, and `tokenizer.json` files through the
+`tokenizers` library.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ import numpy as np
 
 from ttt_jax.data.rust_panics import panics_as_errors
 from ttt_jax.errors import CheckpointError, DataError
-from ttt_jax.files.reading import MAX_TOKENIZER_BYTES, companion_fields, find_companion, read_bounded
+from ttt_jax.files.reading import (
+    MAX_TOKENIZER_BYTES,
+    companion_fields,
+    find_companion,
+    read_bounded,
+)
 
 # Tried in this order when no file beside tokenizer.json names the end token.
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
@@ -47,7 +54,9 @@ class ByteTokenizer:
     fingerprint: str = "bytes-1"
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+        """The UTF-8 bytes of `text`; a lone surrogate, which UTF-8 cannot hold, becomes a question
+        mark.
+        """
         return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -55,7 +64,9 @@ class ByteTokenizer:
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Views of the documents, uint8 `[length]` each; bytes that are not UTF-8 are kept as they are."""
+        """Views of the documents, uint8 `[length]` each; bytes that are not UTF-8 are kept as they
+        are.
+        """
         return [np.frombuffer(document, np.uint8) for document in documents]
 
 
@@ -63,7 +74,8 @@ class JsonTokenizer:
     """A Hugging Face `tokenizer.json`.
 
     Args:
-      path: the file; `tokenizer_config.json`, `generation_config.json` and `config.json` beside it name the end token.
+      path: the file; `tokenizer_config.json`, `generation_config.json` and `config.json` beside it
+        name the end token.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,16 +84,20 @@ class JsonTokenizer:
         raw = read_bounded(path, MAX_TOKENIZER_BYTES, CheckpointError)
         try:
             tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        except BaseException as error:  # a malformed file raises bare Exception; a panic of its Rust code is no Exception
+        # a malformed file raises bare Exception; a panic of its Rust code is no Exception
+        except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise _error(str(path), f"not a readable tokenizer.json ({_one_line(error)}); export it again") from None
+            raise _error(
+                str(path), f"not a readable tokenizer.json ({_one_line(error)}); export it again"
+            ) from None
         # Files often carry padding or truncation settings, which would silently change documents.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer, self._path = tokenizer, path
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
-        self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes, so the number of entries is not enough
+        # ids may have holes, so the number of entries is not enough
+        self.vocab_size: int = max(ids, default=-1) + 1
         self.eos_id: int | None = self._find_eos(path.parent)
         self.fingerprint: str = hashlib.sha256(raw + str(self.eos_id).encode()).hexdigest()[:16]
 
@@ -119,7 +135,11 @@ class JsonTokenizer:
             value = companion_fields(folder, name).get("eos_token_id")
             value = value[0] if isinstance(value, list) and value else value
             # A config.json may belong to a larger vocabulary than the tokenizer's.
-            if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self.vocab_size:
+            if (
+                isinstance(value, int)
+                and not isinstance(value, bool)
+                and 0 <= value < self.vocab_size
+            ):
                 return value
         for name in _EOS_NAMES:
             if (token := self._tokenizer.token_to_id(name)) is not None:
@@ -134,7 +154,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
       spec: `"bytes"`, a `tokenizer.json`, or a folder that holds one.
 
     Raises:
-      DataError: one line, when there is no such file, or it (or a file beside it that names the end token) cannot be read.
+      DataError: one line, when there is no such file, or it (or a file beside it that names the end
+        token) cannot be read.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -146,7 +167,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
                 raise _error(spec, "the folder holds no tokenizer.json; export one, or use 'bytes'")
             return JsonTokenizer(found)
         if not os.path.lexists(path):
-            raise _error(spec[:200], "no such file; give 'bytes', a tokenizer.json or a folder that holds one")
+            raise _error(
+                spec[:200],
+                "no such file; give 'bytes', a tokenizer.json or a folder that holds one",
+            )
         return JsonTokenizer(path)
     except CheckpointError as error:
         raise _error(spec[:200], str(error)) from None

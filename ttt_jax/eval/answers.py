@@ -27,7 +27,9 @@ from ttt_jax.model.transformer import State, Transformer
 
 
 class Judgement(NamedTuple):
-    """For token t + 1 of a row given tokens 0..t: log p in nats, and whether it is the most likely one. Both [T - 1]."""
+    """For token t + 1 of a row given tokens 0..t: log p in nats, and whether it is the most likely
+    one. Both [T - 1].
+    """
 
     logprobs_T: np.ndarray
     greedy_T: np.ndarray
@@ -56,18 +58,24 @@ class Judge:
         self.model, self.ttt, self.batch_size = model, ttt, batch_size
         self.frozen, self.size = Frozen(model), piece_size(model, piece)
 
-    def __call__(self, rows: Sequence[Sequence[int]], on_row: Callable[[int], None] | None = None) -> list[Judgement]:
-        """One judgement per row, in the order given. `on_row` is called with the number of rows done.
+    def __call__(
+        self, rows: Sequence[Sequence[int]], on_row: Callable[[int], None] | None = None
+    ) -> list[Judgement]:
+        """One judgement per row, in the order given. `on_row` is called with the number of rows
+        done.
 
         Raises: UserError for rows that are not token ids of the model; NotFiniteError.
         """
         ids = check_ids(rows, self.model.config.vocab_size)
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # equal lengths together: little padding, few shapes
+        # equal lengths together: little padding, few shapes
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         result: list[Judgement | None] = [None] * len(ids)
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
             # Filled up with one-token rows, so that the last batch is no program of its own.
-            padded = [ids[i] for i in part] + [ids[part[0]][:1]] * (self.batch_size - len(part) if start else 0)
+            padded = [ids[i] for i in part] + [ids[part[0]][:1]] * (
+                self.batch_size - len(part) if start else 0
+            )
             judged = self._batch(padded)
             for at, (i, judgement) in enumerate(zip(part, judged, strict=False)):
                 why = self.watch.lost.get(at, "")
@@ -90,13 +98,18 @@ class Judge:
                 following = row[part.start + 1 : part.start + 1 + n]
                 targets_P[: len(following)] = following
             static = {"capacity": capacity, "at_chunk_start": part.at_chunk_start, "ttt": self.ttt}
-            state, nll_BP, hit_BP, ratio_LB = judge_piece(self.frozen, state, part.ids_BP, targets_BP, part.lengths_B, **static)
+            state, nll_BP, hit_BP, ratio_LB = judge_piece(
+                self.frozen, state, part.ids_BP, targets_BP, part.lengths_B, **static
+            )
             self.watch.note(ratio_LB)
             width = min(part.ids_BP.shape[1], T - part.start)
             logprobs_BT[:, part.start : part.start + width] = -np.asarray(nll_BP)[:, :width]
             greedy_BT[:, part.start : part.start + width] = np.asarray(hit_BP)[:, :width]
         self.watch.settle()
-        return [Judgement(logprobs_BT[b, : len(row) - 1], greedy_BT[b, : len(row) - 1]) for b, row in enumerate(ids)]
+        return [
+            Judgement(logprobs_BT[b, : len(row) - 1], greedy_BT[b, : len(row) - 1])
+            for b, row in enumerate(ids)
+        ]
 
 
 def _capacity(tokens: int, piece: int) -> int:
@@ -106,10 +119,13 @@ def _capacity(tokens: int, piece: int) -> int:
 
 
 @program(("capacity", "at_chunk_start", "ttt"))
-def judge_piece(model, state: State | None, ids_BP, targets_BP, lengths_B, *, capacity, at_chunk_start, ttt):
+def judge_piece(
+    model, state: State | None, ids_BP, targets_BP, lengths_B, *, capacity, at_chunk_start, ttt
+):
     """Read a piece.
 
-    Returns: (state, -log p(target) float32 [B, P], target is the most likely token, bool [B, P], ||S||/||W|| [L, B] or None).
+    Returns: (state, -log p(target) float32 [B, P], target is the most likely token, bool [B, P],
+    ||S||/||W|| [L, B] or None).
     """
     h_BPD, state, stats = model.hidden(
         ids_BP,

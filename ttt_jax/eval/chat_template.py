@@ -1,9 +1,11 @@
-"""Chat templates: small programs in jinja2's language that come with a model and turn a conversation into a prompt.
+"""Chat templates: small programs in jinja2's language that come with a model and turn a
+conversation into a prompt.
 
-They are somebody else's programs, so they run in a process of their own (template_worker.py) with limits on memory, time and
-output. jinja2's sandbox alone keeps a template from Python's objects and bounds `range`, but not time (two nested loops) nor
-memory (`'x' * 10 ** 10` is one operation, inside C, which no check or signal in this process could interrupt). A process can
-be killed. It is started once for a template and kept, since a harness renders thousands of prompts.
+They are somebody else's programs, so they run in a process of their own (template_worker.py) with
+limits on memory, time and output. jinja2's sandbox alone keeps a template from Python's objects and
+bounds `range`, but not time (two nested loops) nor memory (`'x' * 10 ** 10` is one operation,
+inside C, which no check or signal in this process could interrupt). A process can be killed. It is
+started once for a template and kept, since a harness renders thousands of prompts.
 """
 
 from __future__ import annotations
@@ -32,22 +34,36 @@ def find_template(folder: Path | None, settings: dict[str, Any], name: str = "de
       settings: the fields of tokenizer_config.json.
       name: which one, where the settings hold several.
 
-    Raises: UserError when there is none (of this name), CheckpointError when it is malformed or too long.
+    Raises: UserError when there is none (of this name), CheckpointError when it is malformed or too
+    long.
     """
     found = settings.get("chat_template")
-    if found is None and folder is not None and (file := find_companion(folder, "chat_template.jinja")) is not None:
+    if (
+        found is None
+        and folder is not None
+        and (file := find_companion(folder, "chat_template.jinja")) is not None
+    ):
         return read_text(file, MAX_TEMPLATE_BYTES, CheckpointError)
     if isinstance(found, list):
-        pairs = [(entry.get("name"), entry.get("template")) for entry in found if isinstance(entry, dict)]
+        pairs = [
+            (entry.get("name"), entry.get("template")) for entry in found if isinstance(entry, dict)
+        ]
         named = {known: template for known, template in pairs if isinstance(known, str)}
         if name not in named:
             known = show(", ".join(sorted(named)))
-            raise UserError(f"chat template {name!r}: the model has {known or 'none with a name'}; name one of them")
+            raise UserError(
+                f"chat template {name!r}: the model has {known or 'none with a name'}; name one "
+                "of them"
+            )
         found = named[name]
         if not isinstance(found, str):
-            raise CheckpointError(f"{folder}: chat template {name!r} is no text; fix tokenizer_config.json")
+            raise CheckpointError(
+                f"{folder}: chat template {name!r} is no text; fix tokenizer_config.json"
+            )
     if not isinstance(found, str):
-        raise UserError(f"--chat: {folder} has no chat_template in tokenizer_config.json; add it or drop --chat")
+        raise UserError(
+            f"--chat: {folder} has no chat_template in tokenizer_config.json; add it or drop --chat"
+        )
     if len(found) > MAX_TEMPLATE_BYTES:
         size = f"{len(found)} characters; at most {MAX_TEMPLATE_BYTES} are read"
         raise CheckpointError(f"{folder}: its chat_template has {size}")
@@ -57,14 +73,21 @@ def find_template(folder: Path | None, settings: dict[str, Any], name: str = "de
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """The variables that templates expect for begin and end tokens: `bos_token`, `eos_token`, ..."""
     fields = {name: value for name, value in settings.items() if name.endswith("_token")}
-    fields = {name: value.get("content") if isinstance(value, dict) else value for name, value in fields.items()}
+    fields = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
     return {name: value for name, value in fields.items() if isinstance(value, str)}
 
 
 class ChatTemplate:
-    """A template, ready to render. Its process starts with the first prompt and ends with this object."""
+    """A template, ready to render. Its process starts with the first prompt and ends with this
+    object.
+    """
 
-    def __init__(self, source: str, special: dict[str, str], seconds: float = RENDER_SECONDS) -> None:
+    def __init__(
+        self, source: str, special: dict[str, str], seconds: float = RENDER_SECONDS
+    ) -> None:
         """Keep the template.
 
         Args:
@@ -77,12 +100,17 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """Put messages into the template; without `add_generation_prompt` the last one is left open, to be continued.
+        """Put messages into the template; without `add_generation_prompt` the last one is left
+        open, to be continued.
 
         Raises: UserError, one line, when the template fails, refuses, or passes its limits.
         """
         process = self._process or self._start()
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._special}
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special,
+        }
         text = self._ask(process, {"variables": variables}, self._seconds).get("text")
         if not isinstance(text, str):
             raise _unusable("gave no text")
@@ -110,11 +138,15 @@ class ChatTemplate:
         try:
             self._ask(process, None, START_SECONDS)
         except UserError:
-            raise UserError("chat template: jinja2 could not be started; pip install jinja2") from None
+            raise UserError(
+                "chat template: jinja2 could not be started; pip install jinja2"
+            ) from None
         self._ask(process, {"template": self.source}, self._seconds)
         return process
 
-    def _ask(self, process: subprocess.Popen[bytes], frame: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    def _ask(
+        self, process: subprocess.Popen[bytes], frame: dict[str, Any] | None, seconds: float
+    ) -> dict[str, Any]:
         """Send a frame (None: only listen) and wait for its answer."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -135,7 +167,8 @@ class ChatTemplate:
             answer = None
         finally:
             clock.cancel()
-            if answer is None:  # also when this process is interrupted: an answer that comes later answers nothing
+            # also when this process is interrupted: an answer that comes later answers nothing
+            if answer is None:
                 self.close()
         if answer is None:
             limit = f"took more than {seconds:g} s" if late.is_set() else _how_it_ended(process)
@@ -148,7 +181,9 @@ class ChatTemplate:
 
 
 def _unusable(reason: str) -> UserError:
-    return UserError(f"chat template: cannot be rendered ({reason}); fix the template, or drop --chat")
+    return UserError(
+        f"chat template: cannot be rendered ({reason}); fix the template, or drop --chat"
+    )
 
 
 def _how_it_ended(process: subprocess.Popen[bytes]) -> str:

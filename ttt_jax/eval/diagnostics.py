@@ -1,6 +1,7 @@
 """What the fast weights do while a text is read, and where they help.
 
-D model width, F MLP width, C chunk size, L TTT layers; S the accumulated update of a fast weight, W the slow weight.
+D model width, F MLP width, C chunk size, L TTT layers; S the accumulated update of a fast weight, W
+the slow weight.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ from ttt_jax.ops.numerics import precision_for
 _POINTS = 12  # chunks looked at
 
 
-def fast_weights(model: Transformer, ids: np.ndarray, *, points: int = _POINTS) -> list[dict[str, Any]]:
+def fast_weights(
+    model: Transformer, ids: np.ndarray, *, points: int = _POINTS
+) -> list[dict[str, Any]]:
     """Per TTT layer, at some chunks of a text read from a fresh state.
 
-    "After chunk m" means S as chunk m + 1 is read with it. `state_ratio` is ||S||_F / ||W||_F. `effective_rank` is
-    exp(entropy) of the squared singular values of S, scaled to sum 1: 1 for a matrix of rank one, min(D, F) for one with equal
-    singular values. `output_share` is ||z S^T||_F / ||z (W + S)^T||_F over the tokens z of chunk m + 1 (all but its last).
+    "After chunk m" means S as chunk m + 1 is read with it. `state_ratio` is ||S||_F / ||W||_F.
+    `effective_rank` is exp(entropy) of the squared singular values of S, scaled to sum 1: 1 for a
+    matrix of rank one, min(D, F) for one with equal singular values. `output_share` is ||z S^T||_F
+    / ||z (W + S)^T||_F over the tokens z of chunk m + 1 (all but its last).
 
-    Returns: [{"layer", "chunks": [{"chunk", "state_ratio", "effective_rank", "output_share"}]}], empty without TTT layers.
-    Raises: UserError for a text shorter than two chunks, or chunks of one token.
+    Returns: [{"layer", "chunks": [{"chunk", "state_ratio", "effective_rank", "output_share"}]}],
+    empty without TTT layers. Raises: UserError for a text shorter than two chunks, or chunks of one
+    token.
     """
     C = model.config.ttt.chunk_size
     if not model.config.ttt.layers:
         return []
     if len(ids) < 2 * C or C < 2:
-        raise UserError(f"--diagnostics: {len(ids)} tokens at chunk size {C}; give at least two chunks of at least two tokens")
+        raise UserError(
+            f"--diagnostics: {len(ids)} tokens at chunk size {C}; give at least two chunks of at "
+            "least two tokens"
+        )
     whole = len(ids) // C
     marks = sorted({int(m) for m in np.unique(np.geomspace(1, whole - 1, points).round())})
     frozen, state, position = Frozen(model), None, 0
@@ -57,11 +65,19 @@ def fast_weights(model: Transformer, ids: np.ndarray, *, points: int = _POINTS) 
 
     for mark in marks:
         state = read(state, mark * C)
-        state = read(state, mark * C + C - 1)  # the pending tokens' activations z are in the state, S is still that of `mark`
+        # the pending tokens' activations z are in the state, S is still that of `mark`
+        state = read(state, mark * C + C - 1)
         state, measured = measure(frozen, state)
-        for layer, values in zip(_layer_indices(model), np.stack([np.asarray(x) for x in measured], axis=1), strict=True):
+        for layer, values in zip(
+            _layer_indices(model), np.stack([np.asarray(x) for x in measured], axis=1), strict=True
+        ):
             ratio, rank, share = (float(x) for x in values)
-            entry = {"chunk": mark, "state_ratio": ratio, "effective_rank": rank, "output_share": share}
+            entry = {
+                "chunk": mark,
+                "state_ratio": ratio,
+                "effective_rank": rank,
+                "output_share": share,
+            }
             layers.setdefault(layer, []).append(entry)
         state = read(state, mark * C + C)
     return [{"layer": layer, "chunks": layers[layer]} for layer in sorted(layers)]
@@ -69,13 +85,17 @@ def fast_weights(model: Transformer, ids: np.ndarray, *, points: int = _POINTS) 
 
 def _layer_indices(model: Transformer) -> list[int]:
     """Layer numbers in the order in which `measure` returns them."""
-    runs = [(group, i) for group in model.groups for i, run in enumerate(group.pattern) if run.kind.ttt]
+    runs = [
+        (group, i) for group in model.groups for i, run in enumerate(group.pattern) if run.kind.ttt
+    ]
     return [layer for group, i in runs for layer in group.layer_indices(i)]
 
 
 @program(())
 def measure(model, state: State):
-    """(state, (||S|| / ||W||, effective rank of S, share of the output from S)), each float32 [L], of the only row."""
+    """(state, (||S|| / ||W||, effective rank of S, share of the output from S)), each float32 [L],
+    of the only row.
+    """
     C = model.config.ttt.chunk_size
     found = []
     for group, runs in zip(model.groups, state.layers, strict=True):
@@ -93,7 +113,8 @@ def _measure_layer(x):
     S_DF, z_CF, w_DF = x
     z_CF, w_DF = z_CF.astype(S_DF.dtype), w_DF.astype(S_DF.dtype)
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
-    # Squared singular values of S are the eigenvalues of its Gram matrix on the smaller side; S is scaled to norm 1 before.
+    # Squared singular values of S are the eigenvalues of its Gram matrix on the smaller side; S is
+    # scaled to norm 1 before.
     scale = norm(S_DF)
     unit_DF = S_DF / jnp.where(scale > 0, scale, 1)
     side = "df,ef->de" if S_DF.shape[0] <= S_DF.shape[1] else "df,dg->fg"
@@ -129,21 +150,36 @@ def ngram_gain(ids: np.ndarray, on_T: np.ndarray, off_T: np.ndarray, n: int = 4)
     repeated_T = repeated_ngrams(ids, n)
     result: dict[str, Any] = {"n": n}
     for name, chosen_T in (("repeated", repeated_T), ("novel", ~repeated_T)):
-        on, off = (-float(x[chosen_T].mean(dtype=np.float64)) if chosen_T.any() else None for x in (on_T, off_T))
+        on, off = (
+            -float(x[chosen_T].mean(dtype=np.float64)) if chosen_T.any() else None
+            for x in (on_T, off_T)
+        )
         gain = None if on is None or off is None else off - on
         result[name] = {"tokens": int(chosen_T.sum()), "on": on, "off": off, "gain": gain}
     return result
 
 
-def diagnose(model: Transformer, ids: np.ndarray, *, n: int = 4, piece: int | None = None) -> tuple[dict[str, Any], list]:
-    """The "diagnostics" part of results.json for one text, and the pieces that `page.text_page` colours."""
-    on_T, off_T = (score(model, [ids], ttt=ttt, piece=piece).logprobs_BT[0] for ttt in (True, False))
-    part = {"tokens": len(ids), "layers": fast_weights(model, ids), "ngrams": ngram_gain(ids, on_T, off_T, n)}
+def diagnose(
+    model: Transformer, ids: np.ndarray, *, n: int = 4, piece: int | None = None
+) -> tuple[dict[str, Any], list]:
+    """The "diagnostics" part of results.json for one text, and the pieces that `page.text_page`
+    colours.
+    """
+    on_T, off_T = (
+        score(model, [ids], ttt=ttt, piece=piece).logprobs_BT[0] for ttt in (True, False)
+    )
+    part = {
+        "tokens": len(ids),
+        "layers": fast_weights(model, ids),
+        "ngrams": ngram_gain(ids, on_T, off_T, n),
+    }
     return part, text_pieces(model, ids, on_T, off_T)
 
 
 def text_pieces(model: Transformer, ids: np.ndarray, on_T: np.ndarray, off_T: np.ndarray):
-    """(text, log p on, log p off) per token; those of tokens that are parts of one character are joined and summed."""
+    """(text, log p on, log p off) per token; those of tokens that are parts of one character are
+    joined and summed.
+    """
     pieces, held, sums = [], [], np.zeros(2)
     for t, token in enumerate(ids.tolist()):
         held.append(token)
@@ -152,6 +188,8 @@ def text_pieces(model: Transformer, ids: np.ndarray, on_T: np.ndarray, off_T: np
         text = f"{token} " if model.tokenizer is None else model.tokenizer.decode(held)
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(held) < 4 and t + 1 < len(ids):
             continue
-        pieces.append((text, float(sums[0]), float(sums[1])) if t >= len(held) else (text, None, None))
+        pieces.append(
+            (text, float(sums[0]), float(sums[1])) if t >= len(held) else (text, None, None)
+        )
         held, sums = [], np.zeros(2)
     return pieces

@@ -1,4 +1,6 @@
-"""Tasks of lm-evaluation-harness for `ttt-jax eval --tasks`: found, loaded with errors that help, run with TTT on and off."""
+"""Tasks of lm-evaluation-harness for `ttt-jax eval --tasks`: found, loaded with errors that help,
+run with TTT on and off.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,16 @@ def check_tasks(names: Sequence[str]) -> None:
     try:
         known = _known_tasks()
     except ImportError as error:
-        raise UserError(f"--tasks {','.join(names)}: needs lm-evaluation-harness ({error}); {_SCARCE}") from None
+        raise UserError(
+            f"--tasks {','.join(names)}: needs lm-evaluation-harness ({error}); {_SCARCE}"
+        ) from None
     for name in names:
         if name not in known and not Path(name).is_file():
             near = difflib.get_close_matches(name, known, 3)
             hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists them"
-            raise UserError(f"--tasks {name}: neither 'synthetic' nor a task of lm-evaluation-harness; {hint}")
+            raise UserError(
+                f"--tasks {name}: neither 'synthetic' nor a task of lm-evaluation-harness; {hint}"
+            )
 
 
 @functools.cache
@@ -64,11 +70,13 @@ def evaluate_tasks(
       path: the model's folder, for tokenizer_config.json.
       lengths: of tasks that make their own samples (RULER), in tokens of the model's tokenizer.
       limit: samples per task; None: all.
-      make: builds the harness's LM from (path, model=, ttt=, batch_size=, piece=); None: `TTTJaxLM`. Tests put dummies here.
+      make: builds the harness's LM from (path, model=, ttt=, batch_size=, piece=); None:
+        `TTTJaxLM`. Tests put dummies here.
       kept: lengths and modes that an earlier start finished, and where this one keeps its own.
 
     Returns: the "tasks" part of results.json.
-    Raises: UserError for unknown tasks, DataError when a task's data cannot be had, saying what to put where.
+    Raises: UserError for unknown tasks, DataError when a task's data cannot be had, saying what to
+    put where.
     """
     check_tasks(names)
     kept = Unfinished(None, {}) if kept is None else kept
@@ -78,8 +86,12 @@ def evaluate_tasks(
     values: dict[tuple[str, str], dict[str, Any]] = {}
     options = {"limit": limit, "fewshot": fewshot, "chat": chat, "seed": seed}
     build = cast(Any, make or TTTJaxLM)
-    models = {mode: build(path, model=model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in modes}
-    generated = list(names)  # those that make samples of a wanted length; all, until they are loaded
+    models = {
+        mode: build(path, model=model, ttt=mode == "on", batch_size=batch_size, piece=piece)
+        for mode in modes
+    }
+    # those that make samples of a wanted length; all, until they are loaded
+    generated = list(names)
     # One length at a time: the harness applies `limit` to the samples of all lengths together.
     for length in sorted(lengths):
         manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": str(path)})
@@ -93,19 +105,39 @@ def evaluate_tasks(
             _report_length(task, length)
         for mode, lm in models.items():
             key = ("tasks", *names, length, mode)
-            found = kept.piece(key, lambda lm=lm, items=items, manager=manager: list(_run(lm, items, manager, **options)))
+            found = kept.piece(
+                key,
+                lambda lm=lm, items=items, manager=manager: list(
+                    _run(lm, items, manager, **options)
+                ),
+            )
             for task, metric, samples, value, error in found:
-                entry = values.setdefault((task, metric), {"task": task, "metric": metric, "samples": samples})
+                entry = values.setdefault(
+                    (task, metric), {"task": task, "metric": metric, "samples": samples}
+                )
                 entry[mode] = {"value": value, "stderr": error}
-        generated = [name for name, group in loaded.items() if any(callable(t.config.custom_dataset) for t in _leaves(group))]
+        generated = [
+            name
+            for name, group in loaded.items()
+            if any(callable(t.config.custom_dataset) for t in _leaves(group))
+        ]
         if not generated:
             break
     entries = [entry for entry in values.values() if all(mode in entry for mode in modes)]
     version = importlib.metadata.version("lm_eval")
-    return {"modes": list(modes), "version": version, "limit": limit, "fewshot": fewshot, "chat": chat, "entries": entries}
+    return {
+        "modes": list(modes),
+        "version": version,
+        "limit": limit,
+        "fewshot": fewshot,
+        "chat": chat,
+        "entries": entries,
+    }
 
 
-def _run(lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed) -> Iterator[tuple[Any, ...]]:
+def _run(
+    lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed
+) -> Iterator[tuple[Any, ...]]:
     """(task, metric, samples, value, standard error or None) of every metric."""
     found: Any = importlib.import_module("lm_eval").simple_evaluate(
         model=lm,
@@ -123,27 +155,44 @@ def _run(lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed)
     )
     for task, metric, value, error in _values(found):
         if not math.isfinite(value):
-            raise NotFiniteError(f"--tasks {task}: {metric} = {value}; leave the task out, or give more samples")
-        error = error if error is not None and math.isfinite(error) else None  # of one sample there is none
+            raise NotFiniteError(
+                f"--tasks {task}: {metric} = {value}; leave the task out, or give more samples"
+            )
+        # of one sample there is none
+        error = error if error is not None and math.isfinite(error) else None
         yield task, metric, found["n-samples"].get(task, {}).get("effective", 0), value, error
 
 
 def _leaves(items: list[Any]) -> list[Any]:
     """The tasks of tasks and groups."""
-    return [task for item in items for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+    return [
+        task
+        for item in items
+        for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])
+    ]
 
 
 def _check_answers(task: Any, length: int) -> None:
     """RULER's ruler_cwe makes samples without words to find where one with ten of them is too long."""
-    if callable(task.config.custom_dataset) and any(not doc.get("outputs", True) for doc in task.test_docs()):
+    if callable(task.config.custom_dataset) and any(
+        not doc.get("outputs", True) for doc in task.test_docs()
+    ):
         problem = f"its shortest sample is longer than {length} tokens of this model's tokenizer"
-        raise UserError(f"--tasks {task.task_name}: {problem}; raise --lengths or leave the task out")
+        raise UserError(
+            f"--tasks {task.task_name}: {problem}; raise --lengths or leave the task out"
+        )
 
 
 def _report_length(task: Any, length: int) -> None:
-    """RULER's tasks name one metric for each of a few lengths; any other length is reported in the same way."""
+    """RULER's tasks name one metric for each of a few lengths; any other length is reported in the
+    same way.
+    """
     aggregations = task.aggregation()
-    if callable(task.config.custom_dataset) and "4096" in aggregations and str(length) not in aggregations:
+    if (
+        callable(task.config.custom_dataset)
+        and "4096" in aggregations
+        and str(length) not in aggregations
+    ):
         aggregations[str(length)] = aggregations["4096"]
         task.higher_is_better()[str(length)] = True
 
@@ -154,11 +203,21 @@ def _values(found: dict[str, Any]) -> Iterator[tuple[str, str, float, float | No
             metric, _, filter_name = name.partition(",")
             # RULER reports every length that exists, -1 for those that were not asked for.
             unused = metric.isdecimal() and value == -1
-            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float) or unused:
+            if (
+                not filter_name
+                or metric.endswith("_stderr")
+                or not isinstance(value, int | float)
+                or unused
+            ):
                 continue
             error = metrics.get(f"{metric}_stderr,{filter_name}")
             metric = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            yield task, metric, float(value), float(error) if isinstance(error, int | float) else None
+            yield (
+                task,
+                metric,
+                float(value),
+                float(error) if isinstance(error, int | float) else None,
+            )
 
 
 def _load(manager: Any, name: str) -> list[Any]:
@@ -169,8 +228,11 @@ def _load(manager: Any, name: str) -> list[Any]:
     except UserError as error:
         raise UserError(f"--tasks {name}: {error}") from None
     except ImportError as error:
-        raise UserError(f"--tasks {name}: needs a package that is missing ({_one_line(error)}); {_SCARCE}") from None
-    except Exception as error:  # whatever a download raises: OSError, requests, httpx, datasets, nltk
+        raise UserError(
+            f"--tasks {name}: needs a package that is missing ({_one_line(error)}); {_SCARCE}"
+        ) from None
+    # whatever a download raises: OSError, requests, httpx, datasets, nltk
+    except Exception as error:
         raise _no_data(name, error) from None
 
 
@@ -182,14 +244,23 @@ def _no_data(name: str, error: Exception) -> UserError:
     data_set = re.search(r"['\"]([\w.-]+/[\w.-]+)['\"]", reason)
     if data_set:
         folder = data_set.group(1)
-        fix = f"put its files (train, validation, test, each .jsonl or .parquet) into ./{folder}/ of the working folder"
-        return DataError(f"--tasks {name}: the data set {folder} cannot be downloaded ({reason}); {fix}")
+        fix = (
+            f"put its files (train, validation, test, each .jsonl or .parquet) into ./{folder}/ "
+            "of the working folder"
+        )
+        return DataError(
+            f"--tasks {name}: the data set {folder} cannot be downloaded ({reason}); {fix}"
+        )
     host = re.search(r"host='([^']+)'", reason)
     if host:
         where = f"fetches {host.group(1)}, which cannot be reached, and takes no local file"
-        return DataError(f"--tasks {name}: {where}; run it on a machine with network, or leave it out")
+        return DataError(
+            f"--tasks {name}: {where}; run it on a machine with network, or leave it out"
+        )
     reason = f"{type(error).__name__}: {reason}"
-    return DataError(f"--tasks {name}: could not be loaded ({reason}); see the task's README in lm_eval")
+    return DataError(
+        f"--tasks {name}: could not be loaded ({reason}); see the task's README in lm_eval"
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -198,19 +269,26 @@ def _one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _ruler_tokenizer(path: Path, tokenizer: Any, length: int) -> Iterator[None]:
-    """RULER loads its tokenizer through transformers by the name `path`; give it the model's, whatever file that came from."""
+    """RULER loads its tokenizer through transformers by the name `path`; give it the model's,
+    whatever file that came from.
+    """
     try:
         AutoTokenizer: Any = importlib.import_module("transformers").AutoTokenizer
     except ImportError:  # loading one of RULER's tasks says so
         yield
         return
     original: Any = AutoTokenizer.from_pretrained
-    for name, module in list(sys.modules.items()):  # RULER keeps tokenizers by name; this one is of one length
+    # RULER keeps tokenizers by name; this one is of one length
+    for name, module in list(sys.modules.items()):
         if name.startswith("lm_eval.tasks.ruler.") and hasattr(module, "get_tokenizer"):
             module.get_tokenizer.cache_clear()
 
     def from_pretrained(name: Any, *args: Any, **kwargs: Any) -> Any:
-        return _TaskTokenizer(tokenizer, length) if str(name) == str(path) else original(name, *args, **kwargs)
+        return (
+            _TaskTokenizer(tokenizer, length)
+            if str(name) == str(path)
+            else original(name, *args, **kwargs)
+        )
 
     AutoTokenizer.from_pretrained = from_pretrained
     try:
@@ -222,8 +300,9 @@ def _ruler_tokenizer(path: Path, tokenizer: Any, length: int) -> Iterator[None]:
 class _TaskTokenizer:
     """What RULER's tasks use of a transformers tokenizer, for samples of one length.
 
-    A sample is made by removing words until it has that length. Where the shortest one is too long, two tasks of lm_eval 0.4.13
-    go on for ever, ruler_vt deaf to Ctrl-C too. They ask for the length of the shortest one first: that call raises UserError.
+    A sample is made by removing words until it has that length. Where the shortest one is too long,
+    two tasks of lm_eval 0.4.13 go on for ever, ruler_vt deaf to Ctrl-C too. They ask for the length
+    of the shortest one first: that call raises UserError.
     """
 
     def __init__(self, tokenizer: Any, length: int) -> None:
@@ -239,7 +318,9 @@ class _TaskTokenizer:
         return SimpleNamespace(input_ids=ids)
 
     def _check_variables(self, text: str, tokens: int) -> None:
-        """ruler_vt: first the worked example, of 5 lines and more and at most 500 tokens, then samples of 10 lines and more."""
+        """ruler_vt: first the worked example, of 5 lines and more and at most 500 tokens, then
+        samples of 10 lines and more.
+        """
         lines, answer = text.count("There and back again."), 30
         if text.endswith("\n\n"):
             self._example = tokens
@@ -251,8 +332,14 @@ class _TaskTokenizer:
     def _check_room(self, tokens: int, room: int) -> None:
         if tokens > room:
             problem = f"has {tokens} tokens of this model's tokenizer, and room for {room}"
-            fix = "raise --lengths" if room == self._length else "leave the task out: the harness fixes this room"
-            raise UserError(f"its shortest {'sample' if room == self._length else 'example'} {problem}; {fix}")
+            fix = (
+                "raise --lengths"
+                if room == self._length
+                else "leave the task out: the harness fixes this room"
+            )
+            raise UserError(
+                f"its shortest {'sample' if room == self._length else 'example'} {problem}; {fix}"
+            )
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
         return self._tokenizer.encode(text)

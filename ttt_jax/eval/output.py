@@ -1,4 +1,6 @@
-"""The result folder: `results.json`, `report.html`, and `text.html` when asked for; and the comparison of two of them."""
+"""The result folder: `results.json`, `report.html`, and `text.html` when asked for; and the
+comparison of two of them.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,39 @@ from ttt_jax.terminal import printable
 RESULTS = "results.json"
 _MAX_BYTES = 256 << 20  # of results.json
 _WIDTH = 150  # columns when the output is a file
-_OURS = {RESULTS, "report.html", "text.html", "comparison.json", "comparison.html", "a", "b", UNFINISHED}
+_OURS = {
+    RESULTS,
+    "report.html",
+    "text.html",
+    "comparison.json",
+    "comparison.html",
+    "a",
+    "b",
+    UNFINISHED,
+}
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError when `out` exists and may not be replaced: never anything but a result folder.
+    """Raises UserError when `out` exists and may not be replaced: never anything but a result
+    folder.
 
-    One that holds nothing, or only what an interrupted evaluation has kept, may be filled without `overwrite`.
+    One that holds nothing, or only what an interrupted evaluation has kept, may be filled without
+    `overwrite`.
     """
     if (not out.exists() and not out.is_symlink()) or _is_unfinished(out):
         return
     if not overwrite:
         raise UserError(f"--out {out}: exists already; choose another folder or pass --overwrite")
-    foreign = sorted({path.name for path in out.iterdir()} - _OURS) if out.is_dir() and not out.is_symlink() else [out.name]
+    foreign = (
+        sorted({path.name for path in out.iterdir()} - _OURS)
+        if out.is_dir() and not out.is_symlink()
+        else [out.name]
+    )
     if foreign:
-        raise UserError(f"--out {out}: holds {foreign[0]!r}, so it is not a result folder; choose another folder")
+        raise UserError(
+            f"--out {out}: holds {foreign[0]!r}, so it is not a result folder; choose another "
+            "folder"
+        )
 
 
 def _is_unfinished(out: Path) -> bool:
@@ -73,12 +93,18 @@ def write_folder(out: Path, files: dict[str, str], overwrite: bool) -> None:
         shutil.rmtree(part, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"--out {out}: could not be written ({error.strerror}); free space or choose another folder") from None
+        raise UserError(
+            f"--out {out}: could not be written ({error.strerror}); free space or choose another "
+            "folder"
+        ) from None
 
 
 def files_of(results: dict[str, Any], text_html: str | None = None) -> dict[str, str]:
     """The files of a result folder."""
-    files = {RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n", "report.html": report_page(results)}
+    files = {
+        RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n",
+        "report.html": report_page(results),
+    }
     return files | ({"text.html": text_html} if text_html else {})
 
 
@@ -86,17 +112,26 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError when the folder holds no readable results."""
     try:
         if (folder / RESULTS).stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"--compare {folder}: {RESULTS} has more than {_MAX_BYTES} bytes; evaluate again")
+            raise CheckpointError(
+                f"--compare {folder}: {RESULTS} has more than {_MAX_BYTES} bytes; evaluate again"
+            )
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"--compare {folder}: holds no {RESULTS}; give the --out folder of an evaluation") from None
+        raise CheckpointError(
+            f"--compare {folder}: holds no {RESULTS}; give the --out folder of an evaluation"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"--compare {folder}: {RESULTS} is not readable ({reason}); evaluate again") from None
+        raise CheckpointError(
+            f"--compare {folder}: {RESULTS} is not readable ({reason}); evaluate again"
+        ) from None
     if not isinstance(results, dict) or "model" not in results or "config" not in results:
-        raise CheckpointError(f"--compare {folder}: {RESULTS} is not of an evaluation; give an --out folder of ttt-jax eval")
+        raise CheckpointError(
+            f"--compare {folder}: {RESULTS} is not of an evaluation; give an --out folder of "
+            "ttt-jax eval"
+        )
     return results
 
 
@@ -104,11 +139,15 @@ def print_tables(made: list[Table], console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_WIDTH)
-    # Names of tasks, models and documents are other people's: no markup, and nothing that a terminal obeys.
+    # Names of tasks, models and documents are other people's: no markup, and nothing that a
+    # terminal obeys.
     plain = lambda text: Text(printable(text))
     for table in made:
         rich = RichTable(
-            title=plain(table.title), caption=plain(table.note), title_justify="left", caption_justify="left"
+            title=plain(table.title),
+            caption=plain(table.note),
+            title_justify="left",
+            caption_justify="left",
         )
         rich.title_style = "bold"
         for n, heading in enumerate(table.headings):
@@ -122,13 +161,15 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
     print_tables(tables(results), console)
 
 
-# ------------------------------------------------------------------------------------------------------ comparison
+# --------------------------------------------------------------------------------------- comparison
 
 
 def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
-    """What B gives over A, where both have the same entries; losses on the same documents are paired.
+    """What B gives over A, where both have the same entries; losses on the same documents are
+    paired.
 
-    Raises: UserError when the two have nothing in common, CheckpointError when one of them is not what an evaluation writes.
+    Raises: UserError when the two have nothing in common, CheckpointError when one of them is not
+    what an evaluation writes.
     """
     with _damage_is_told():
         return _compare(a, b)
@@ -143,27 +184,44 @@ def _damage_is_told() -> Iterator[None]:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise CheckpointError(f"--compare: one of the two {RESULTS} is damaged ({reason}); evaluate again") from None
+        raise CheckpointError(
+            f"--compare: one of the two {RESULTS} is damaged ({reason}); evaluate again"
+        ) from None
 
 
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
     rows = [*_compare_losses(a, b), *_compare_synthetic(a, b), *_compare_tasks(a, b)]
     if not rows:
-        raise UserError("--compare: the two results have no entry in common; evaluate both with the same options")
+        raise UserError(
+            "--compare: the two results have no entry in common; evaluate both with the same "
+            "options"
+        )
     headings = ["what", "mode", "A", "B", "B - A"]
-    note = f"A: {a['model']} ({a['commit'] or 'no commit'}), B: {b['model']} ({b['commit'] or 'no commit'})."
+    note = (
+        f"A: {a['model']} ({a['commit'] or 'no commit'}), B: {b['model']} "
+        f"({b['commit'] or 'no commit'})."
+    )
     note += " Losses in nats (lower is better), accuracies and task scores (higher is better)."
-    cells = [[r["what"], r["mode"], number(r["a"]), number(r["b"]), interval(r["difference"], "+.4f")] for r in rows]
-    return {"a": a["model"], "b": b["model"], "rows": rows}, [Table("B against A", note, headings, cells)]
+    cells = [
+        [r["what"], r["mode"], number(r["a"]), number(r["b"]), interval(r["difference"], "+.4f")]
+        for r in rows
+    ]
+    return {"a": a["model"], "b": b["model"], "rows": rows}, [
+        Table("B against A", note, headings, cells)
+    ]
 
 
-def comparison_files(a: dict[str, Any], b: dict[str, Any], compared: dict[str, Any], made: list[Table]) -> dict[str, str]:
+def comparison_files(
+    a: dict[str, Any], b: dict[str, Any], compared: dict[str, Any], made: list[Table]
+) -> dict[str, str]:
     with _damage_is_told():
         text = json.dumps(compared, indent=1, allow_nan=False) + "\n"
         return {"comparison.json": text, "comparison.html": comparison_page(a, b, made)}
 
 
-def _row(what: str, mode: str, a: float | None, b: float | None, difference: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    what: str, mode: str, a: float | None, b: float | None, difference: dict[str, Any]
+) -> dict[str, Any]:
     return {"what": what, "mode": mode, "a": a, "b": b, "difference": difference}
 
 
@@ -178,8 +236,18 @@ def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, 
     paired = pa["documents"] == pb["documents"]  # the same documents, and so the same order
     for entry, other, mode in _common(pa, pb, "lengths", ("length",)):
         ours, theirs = (np.array(e["per_document"][mode]) for e in (entry, other))
-        difference = mean_with_interval(theirs - ours) if paired else _plain_difference(ours.mean(), theirs.mean())
-        yield _row(f"loss at {tokens(entry['length'])}", mode, entry[mode]["mean"], other[mode]["mean"], difference)
+        difference = (
+            mean_with_interval(theirs - ours)
+            if paired
+            else _plain_difference(ours.mean(), theirs.mean())
+        )
+        yield _row(
+            f"loss at {tokens(entry['length'])}",
+            mode,
+            entry[mode]["mean"],
+            other[mode]["mean"],
+            difference,
+        )
 
 
 def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -199,10 +267,18 @@ def _compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, A
         return
     for entry, other, mode in _common(pa, pb, "entries", ("task", "metric")):
         ours, theirs = (e[mode]["value"] for e in (entry, other))
-        yield _row(f"{entry['task']} {entry['metric']}", mode, ours, theirs, _plain_difference(ours, theirs))
+        yield _row(
+            f"{entry['task']} {entry['metric']}",
+            mode,
+            ours,
+            theirs,
+            _plain_difference(ours, theirs),
+        )
 
 
-def _common(a: dict[str, Any], b: dict[str, Any], part: str, names: tuple[str, ...]) -> Iterator[tuple[dict, dict, str]]:
+def _common(
+    a: dict[str, Any], b: dict[str, Any], part: str, names: tuple[str, ...]
+) -> Iterator[tuple[dict, dict, str]]:
     """(entry of A, entry of B, mode) of what both have."""
     others = {tuple(entry[name] for name in names): entry for entry in b[part]}
     for entry in a[part]:

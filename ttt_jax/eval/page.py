@@ -15,10 +15,17 @@ _MARKERS = {"on": "o", "off": "s", "shuffled": "^"}
 
 def report_page(results: dict[str, Any]) -> str:
     """All tables and plots of one evaluation."""
-    body = [f"<h1>Evaluation of {escape(results['model'])}</h1>", _facts(results), *_pictures(results)]
+    body = [
+        f"<h1>Evaluation of {escape(results['model'])}</h1>",
+        _facts(results),
+        *_pictures(results),
+    ]
     body += [_table(table) for table in tables(results)]
     config = json.dumps(results["config"], indent=2)
-    body.append(f"<details><summary>Model configuration</summary><pre class='json'>{escape(config)}</pre></details>")
+    body.append(
+        "<details><summary>Model configuration</summary><pre "
+        f"class='json'>{escape(config)}</pre></details>"
+    )
     return html_page(f"Evaluation of {results['model']}", body)
 
 
@@ -33,7 +40,8 @@ def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) 
     """A text coloured by what TTT gives.
 
     Args:
-      pieces: (text, log-probability with TTT on, and off), in order; None for the first token, which nothing predicts.
+      pieces: (text, log-probability with TTT on, and off), in order; None for the first token,
+        which nothing predicts.
     """
     gains = np.array([on - off for _, on, off in pieces if on is not None and off is not None])
     scale = max(float(np.percentile(np.abs(gains), 98)), 1e-6) if gains.size else 1.0
@@ -46,14 +54,21 @@ def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) 
         colour = gain_colour((on - off) / scale)
         spans.append(f'<span style="background:{colour}" title="{hint}">{escape(text)}</span>')
     legend = "".join(
-        f'<span style="background:{gain_colour(x)}">{x * scale:+.2f}</span>' for x in (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
+        f'<span style="background:{gain_colour(x)}">{x * scale:+.2f}</span>'
+        for x in (-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0)
     )
-    mean = f"Mean gain {gains.mean():+.4f} nats per token over {len(gains)} tokens; " if gains.size else ""
+    mean = (
+        f"Mean gain {gains.mean():+.4f} nats per token over {len(gains)} tokens; "
+        if gains.size
+        else ""
+    )
     helped = f"TTT helps on {100 * float((gains > 0).mean()):.1f} % of them." if gains.size else ""
     body = [
         f"<h1>{escape(title)}</h1>",
-        "<p class='note'>Each token is coloured by log p with TTT minus log p without, on the same weights: blue where "
-        f"adaptation helps, orange where it hurts. {mean}{helped} Hover over a token for the figures.</p>",
+        "<p class='note'>Each token is coloured by log p with TTT minus log p without, on the "
+        "same weights: blue where "
+        f"adaptation helps, orange where it hurts. {mean}{helped} Hover over a token for the "
+        "figures.</p>",
         f"<p class='legend'>{legend} nats</p>",
         f"<pre class='text'>{''.join(spans)}</pre>",
     ]
@@ -72,25 +87,34 @@ def _facts(results: dict[str, Any]) -> str:
     facts = {
         "date": results["date"],
         "commit": results["commit"] or "not in git",
-        "hardware": f"{hardware['device_count']} x {hardware['device']}, {hardware['cpus']} CPU cores",
+        "hardware": f"{hardware['device_count']} x {hardware['device']}, {hardware['cpus']} CPU "
+        "cores",
         "dtype": results["dtype"],
         "seconds": f"{results['seconds']:.0f}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "options": ", ".join(f"{key} {value}" for key, value in results["options"].items() if value not in (None, False)),
+        "options": ", ".join(
+            f"{key} {value}"
+            for key, value in results["options"].items()
+            if value not in (None, False)
+        ),
     }
     cell = "<td style='text-align:left;white-space:normal'>"
-    rows = "".join(f"<tr><td>{key}</td>{cell}{escape(value)}</td></tr>" for key, value in facts.items())
+    rows = "".join(
+        f"<tr><td>{key}</td>{cell}{escape(value)}</td></tr>" for key, value in facts.items()
+    )
     return f"<table><tbody>{rows}</tbody></table>"
 
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
     note = f"<p class='note'>{escape(table.note)}</p>"
     return f"<h2>{escape(table.title)}</h2>{note}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def _pictures(results: dict[str, Any]) -> list[str]:
@@ -117,7 +141,9 @@ def _line(axes: Any, x: Any, entries: list[dict[str, Any]], key: str, **style: A
 def _perplexity_picture(part: dict[str, Any]) -> str:
     figure = figure_of(11, 6)
     paired = "gain" in part["lengths"][0]
-    axes = figure.subplots(2 if paired else 1, 2, squeeze=False, height_ratios=(2, 1) if paired else (1,))
+    axes = figure.subplots(
+        2 if paired else 1, 2, squeeze=False, height_ratios=(2, 1) if paired else (1,)
+    )
     lengths, positions = part["lengths"], part["positions"]
     x_length = np.arange(len(lengths))
     x_position = [(entry["start"] + entry["stop"]) / 2 for entry in positions]
@@ -129,15 +155,27 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
             below = axes[1, column]
             _line(below, x, entries, "gain", color=COLOURS["on"], marker="o", label="off - on")
             if "gain_shuffled" in entries[0]:
-                _line(below, x, entries, "gain_shuffled", color=COLOURS["shuffled"], marker="^", label="off - shuffled")
+                _line(
+                    below,
+                    x,
+                    entries,
+                    "gain_shuffled",
+                    color=COLOURS["shuffled"],
+                    marker="^",
+                    label="off - shuffled",
+                )
             below.axhline(0, color="black", linewidth=0.8)
             below.set_ylabel("gain (nats), 95 %")
         for row in axes[:, column]:
             tidy(row)
-        axes[-1, column].set_xlabel("context length (tokens)" if column == 0 else "position (tokens)")
+        axes[-1, column].set_xlabel(
+            "context length (tokens)" if column == 0 else "position (tokens)"
+        )
     for row in axes[:, 0]:
         row.set_xticks(x_length, [tokens(entry["length"]) for entry in lengths])
-    axes[0, 0].set(title=f"Same final {part['block']} tokens, growing context", ylabel="loss (nats per token)")
+    axes[0, 0].set(
+        title=f"Same final {part['block']} tokens, growing context", ylabel="loss (nats per token)"
+    )
     axes[0, 1].set_title("By position")
     axes[0, 0].legend(frameon=False)
     return image(figure, "Loss by context length and by position, TTT on and off")
@@ -152,11 +190,24 @@ def _distance_picture(part: dict[str, Any]) -> str | None:
     x = [entry["distance"] for entry in sweep]
     for mode in part["modes"]:
         entries = [entry[mode] for entry in sweep]
-        _line(axes, x, entries, "accuracy", color=COLOURS[mode], marker=_MARKERS[mode], label=f"TTT {mode}")
+        _line(
+            axes,
+            x,
+            entries,
+            "accuracy",
+            color=COLOURS[mode],
+            marker=_MARKERS[mode],
+            label=f"TTT {mode}",
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [tokens(n) for n in x])
     axes.minorticks_off()
-    axes.set(xlabel="tokens between needle and question", ylabel="accuracy", ylim=(-0.03, 1.03), title="Recall by distance")
+    axes.set(
+        xlabel="tokens between needle and question",
+        ylabel="accuracy",
+        ylim=(-0.03, 1.03),
+        title="Recall by distance",
+    )
     axes.legend(frameon=False)
     tidy(axes)
     return image(figure, "Recall accuracy by distance")
@@ -164,14 +215,24 @@ def _distance_picture(part: dict[str, Any]) -> str | None:
 
 def _fast_weight_picture(part: dict[str, Any]) -> str:
     figure = figure_of(11, 3.4)
-    panels = (("state_ratio", "||S|| / ||W||"), ("effective_rank", "effective rank of S"), ("output_share", "share of output"))
+    panels = (
+        ("state_ratio", "||S|| / ||W||"),
+        ("effective_rank", "effective rank of S"),
+        ("output_share", "share of output"),
+    )
     for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
         for n, layer in enumerate(part["layers"]):
             shade = n / max(len(part["layers"]) - 1, 1)
             colour = (0.0, 0.25 + 0.5 * shade, 0.75 - 0.25 * shade)
             chunks = layer["chunks"]
             x = [chunk["chunk"] for chunk in chunks]
-            axes.plot(x, [chunk[key] for chunk in chunks], color=colour, marker=".", label=f"layer {layer['layer']}")
+            axes.plot(
+                x,
+                [chunk[key] for chunk in chunks],
+                color=colour,
+                marker=".",
+                label=f"layer {layer['layer']}",
+            )
         axes.set(title=title, xlabel="chunks read", ylim=(0, None))
         tidy(axes)
         if len(part["layers"]) <= 8:

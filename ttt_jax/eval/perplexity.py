@@ -1,14 +1,18 @@
-"""Perplexity as the preceding context grows, and loss by position: TTT on, off, and with another document's fast weights.
+"""Perplexity as the preceding context grows, and loss by position: TTT on, off, and with another
+document's fast weights.
 
-B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv 2604.06169, section 4.
+B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv
+2604.06169, section 4.
 
-Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context length L the model reads the
-last L of the first Lmax tokens from a fresh state; the loss is that of the last K of them, each predicting its successor. So
-every length scores the *same* K tokens, and only the context differs. By position: the excerpt is read once from its start.
+Definitions (docs/evaluation.md). A document's excerpt is its first Lmax + 1 tokens. At context
+length L the model reads the last L of the first Lmax tokens from a fresh state; the loss is that of
+the last K of them, each predicting its successor. So every length scores the *same* K tokens, and
+only the context differs. By position: the excerpt is read once from its start.
 
-The control "shuffled": everything is computed as with TTT on (this document's keys and values, its pending chunk), but each
-scored chunk is read with the fast weights S of the next document in the batch, read to the same position. The stream that is
-read on keeps its own S. What is left of TTT's gain is not due to this document's content.
+The control "shuffled": everything is computed as with TTT on (this document's keys and values, its
+pending chunk), but each scored chunk is read with the fast weights S of the next document in the
+batch, read to the same position. The stream that is read on keeps its own S. What is left of TTT's
+gain is not due to this document's content.
 """
 
 from __future__ import annotations
@@ -51,10 +55,15 @@ def check_lengths(lengths: Sequence[int], block: int | None) -> tuple[list[int],
     """
     lengths = sorted(set(lengths))
     if not lengths or lengths[0] < 2:
-        raise UserError(f"--lengths {','.join(map(str, lengths))}: give lengths of at least 2 tokens, such as 2k,4k")
+        raise UserError(
+            f"--lengths {','.join(map(str, lengths))}: give lengths of at least 2 tokens, such as "
+            "2k,4k"
+        )
     block = block or lengths[0] // 2
     if not 1 <= block < lengths[0]:
-        raise UserError(f"--block {block}: must be shorter than the shortest of --lengths, {lengths[0]}")
+        raise UserError(
+            f"--block {block}: must be shorter than the shortest of --lengths, {lengths[0]}"
+        )
     return lengths, block
 
 
@@ -66,23 +75,34 @@ class Reader:
         self.size = piece_size(model, piece)
         self.chunk = model.config.ttt.chunk_size
         self.watch = Watch(model)
-        self.on_tokens: Callable[[int], None] = lambda tokens: None  # called with every token (per row) that was read
+        # called with every token (per row) that was read
+        self.on_tokens: Callable[[int], None] = lambda tokens: None
 
-    def block_losses(self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
-        """Losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`: L inputs and the last target."""
+    def block_losses(
+        self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`: L
+        inputs and the last target.
+        """
         return self._losses(ids_BL1, ids_BL1.shape[1] - 1 - block, modes)
 
     def position_losses(self, ids_BL1: np.ndarray, modes: Sequence[str]) -> dict[str, np.ndarray]:
         """Losses float32 [B, L] of all predictions of each row, per mode."""
         return self._losses(ids_BL1, 0, modes)
 
-    def _losses(self, ids_BL1: np.ndarray, begin: int, modes: Sequence[str]) -> dict[str, np.ndarray]:
+    def _losses(
+        self, ids_BL1: np.ndarray, begin: int, modes: Sequence[str]
+    ) -> dict[str, np.ndarray]:
         """Losses of the predictions from position `begin` on; what comes before is only read."""
         L = ids_BL1.shape[1] - 1
         losses: dict[str, list[Any]] = {mode: [] for mode in MODES}
-        # With the control, every mode is read in the same pieces, or modes that ought to be equal would differ by the rounding
-        # of other matrix shapes.
-        inner = range(-(-(begin + 1) // self.chunk) * self.chunk, L, self.chunk) if "shuffled" in modes else ()
+        # With the control, every mode is read in the same pieces, or modes that ought to be equal
+        # would differ by the rounding of other matrix shapes.
+        inner = (
+            range(-(-(begin + 1) // self.chunk) * self.chunk, L, self.chunk)
+            if "shuffled" in modes
+            else ()
+        )
         edges = [begin, *inner, L]
         for ttt in (False, True):  # one state at a time: it may be large
             if not set(modes) & ({"on", "shuffled"} if ttt else {"off"}):
@@ -106,14 +126,18 @@ class Reader:
         capacity = -(-L // self.size) * self.size if needs_capacity(self.model) else None
         return {"capacity": capacity, "at_chunk_start": first % self.chunk == 0, "ttt": ttt}
 
-    def _read(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool) -> State | None:
+    def _read(
+        self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool
+    ) -> State | None:
         B = len(ids_BL1)
         logits_BV = jnp.zeros((B, self.model.config.vocab_size), jnp.float32)
         for first, last in self._cuts(start, stop):
             lengths_B = np.full(B, last - first, np.int32)
             options = self._arguments(L, first, last, ttt)
             ids_BP = ids_BL1[:, first:last]
-            state, logits_BV, ratio_LB = read_piece(self.frozen, state, logits_BV, ids_BP, lengths_B, **options)
+            state, logits_BV, ratio_LB = read_piece(
+                self.frozen, state, logits_BV, ids_BP, lengths_B, **options
+            )
             self.watch.note(ratio_LB)
             self.on_tokens(last - first)
         return state
@@ -126,10 +150,13 @@ class Reader:
             targets_BP = ids_BL1[:, first + 1 : last + 1]
             options = self._arguments(L, first, last, ttt) | {"with_logits": False}
             ids_BP = ids_BL1[:, first:last]
-            state, logprobs_BP, _, ratio_LB = score_piece(self.frozen, state, ids_BP, targets_BP, lengths_B, **options)
+            state, logprobs_BP, _, ratio_LB = score_piece(
+                self.frozen, state, ids_BP, targets_BP, lengths_B, **options
+            )
             self.watch.note(ratio_LB)
             losses.append(logprobs_BP)
-            if len(losses) > _IN_FLIGHT:  # the host follows a few pieces behind, so that the device never waits for it
+            # the host follows a few pieces behind, so that the device never waits for it
+            if len(losses) > _IN_FLIGHT:
                 losses[-_IN_FLIGHT - 1] = np.asarray(losses[-_IN_FLIGHT - 1])
             self.on_tokens(last - first)
         return state, losses
@@ -140,7 +167,9 @@ def _join(logprobs: list[Any]) -> np.ndarray:
 
 
 def exchanged(state: State | None) -> State:
-    """A copy of the state in which every document has the fast weights of the next document of the batch."""
+    """A copy of the state in which every document has the fast weights of the next document of the
+    batch.
+    """
     assert state is not None
 
     def swap(layer):
@@ -154,15 +183,19 @@ def exchanged(state: State | None) -> State:
 
 
 def batches(count: int, size: int, at_least: int) -> list[np.ndarray]:
-    """Indices 0 to count - 1 in batches of about equal size, each of `at_least` or more; none is larger than the first."""
+    """Indices 0 to count - 1 in batches of about equal size, each of `at_least` or more; none is
+    larger than the first.
+    """
     parts = min(-(-count // size), max(1, count // at_least))
     return [part for part in np.array_split(np.arange(count), parts) if len(part)]
 
 
 def filled_up(rows_BX: np.ndarray, size: int) -> np.ndarray:
-    """The rows, repeated in order up to `size` of them, so that all batches run the same compiled programs.
+    """The rows, repeated in order up to `size` of them, so that all batches run the same compiled
+    programs.
 
-    The last row's neighbour (its control's fast weights) stays the first row, as if none had been added.
+    The last row's neighbour (its control's fast weights) stays the first row, as if none had been
+    added.
     """
     return rows_BX[np.arange(size) % len(rows_BX)]
 
@@ -192,9 +225,12 @@ def evaluate(
       on_progress: called with the number of tokens read so far, over all modes.
       kept: batches that an earlier start finished, and where this one keeps its own.
 
-    Returns: the "perplexity" part of results.json: `lengths` and `positions` with loss and interval per mode, `gain` (off - on)
-      paired by document, the losses per document, and tokens per second after the first batch (None for one batch).
-    Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or without TTT layers;
+    Returns: the "perplexity" part of results.json: `lengths` and `positions` with loss and interval
+    per mode, `gain` (off - on)
+      paired by document, the losses per document, and tokens per second after the first batch (None
+      for one batch).
+    Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or
+    without TTT layers;
       NotFiniteError, naming the document.
     """
     lengths, block = check_lengths(lengths, block)
@@ -224,7 +260,9 @@ def evaluate(
         before = total
         found = kept.piece(
             ("perplexity", *names, content),
-            lambda ids=ids_BL1, names=names: _losses_of(reader, ids, names, lengths, block, modes, starts),
+            lambda ids=ids_BL1, names=names: _losses_of(
+                reader, ids, names, lengths, block, modes, starts
+            ),
         )
         if total == before:  # kept by an earlier start
             total += tokens_to_read(lengths, block, modes) * len(part)
@@ -246,7 +284,8 @@ def evaluate(
         "modes": list(modes),
         "lengths": [{"length": L} | _entry(by_length, n, seed) for n, L in enumerate(lengths)],
         "positions": [
-            {"start": starts[n], "stop": starts[n + 1]} | _entry(by_position, n, seed) for n in range(len(starts) - 1)
+            {"start": starts[n], "stop": starts[n + 1]} | _entry(by_position, n, seed)
+            for n in range(len(starts) - 1)
         ],
     }
 
@@ -260,18 +299,24 @@ def _losses_of(
     modes: Sequence[str],
     starts: list[int],
 ) -> dict[str, dict[str, list]]:
-    """Mean losses of the documents of a batch, the first `len(names)` rows: per mode, by length and by position.
+    """Mean losses of the documents of a batch, the first `len(names)` rows: per mode, by length and
+    by position.
 
     Raises: NotFiniteError.
     """
     n, longest = len(names), lengths[-1]
-    found: dict[str, dict[str, list]] = {"lengths": {mode: [] for mode in modes}, "positions": {mode: [] for mode in modes}}
+    found: dict[str, dict[str, list]] = {
+        "lengths": {mode: [] for mode in modes},
+        "positions": {mode: [] for mode in modes},
+    }
 
     def take(part: str, mode: str, losses_BX: np.ndarray) -> None:
         mean_B = losses_BX.mean(axis=1, dtype=np.float64)
         if not np.isfinite(mean_B).all():
             name = names[int(np.flatnonzero(~np.isfinite(mean_B))[0])]
-            raise not_finite(f"document {name} with TTT {mode}", next(iter(reader.watch.lost.values()), ""))
+            raise not_finite(
+                f"document {name} with TTT {mode}", next(iter(reader.watch.lost.values()), "")
+            )
         found[part][mode].append(mean_B.tolist())
 
     for L in lengths[:-1]:
@@ -288,20 +333,29 @@ def _losses_of(
 def check_modes(model: Transformer, modes: Sequence[str], documents: int) -> None:
     """Raises UserError for modes that mean nothing here."""
     if "shuffled" in modes and documents < 2:
-        raise UserError("--shuffled: needs two documents that are long enough, there is one; give more or shorter --lengths")
+        raise UserError(
+            "--shuffled: needs two documents that are long enough, there is one; give more or "
+            "shorter --lengths"
+        )
     if not model.config.ttt.layers and set(modes) != {"off"}:
-        raise UserError("--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off")
+        raise UserError(
+            "--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off"
+        )
 
 
 def position_edges(length: int, block: int) -> list[int]:
-    """At most 16 position ranges that are made of whole stretches of `block` tokens, counted from the end."""
+    """At most 16 position ranges that are made of whole stretches of `block` tokens, counted from
+    the end.
+    """
     edges = sorted({0, *range(length, 0, -block)})
     step = -(-(len(edges) - 1) // _BUCKETS)
     return sorted({0, *edges[::-1][::step]})
 
 
 def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {mode: mean_with_interval(values[n], seed=seed) for mode, values in losses.items()}
+    entry: dict[str, Any] = {
+        mode: mean_with_interval(values[n], seed=seed) for mode, values in losses.items()
+    }
     for mode in ("on", "shuffled"):
         if mode in losses and "off" in losses:
             difference = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
@@ -310,7 +364,9 @@ def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
 
 
 def tokens_to_read(lengths: Sequence[int], block: int | None, modes: Sequence[str]) -> int:
-    """Tokens per document that `evaluate` reads, over all modes; those of the control count as often as they are read."""
+    """Tokens per document that `evaluate` reads, over all modes; those of the control count as
+    often as they are read.
+    """
     lengths, block = check_lengths(lengths, block)
     passes = ("off" in modes) + ("on" in modes or "shuffled" in modes)
     extra = ((len(lengths) - 1) * block * ("on" in modes) + lengths[-1]) * ("shuffled" in modes)

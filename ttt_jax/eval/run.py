@@ -21,7 +21,8 @@ class Options:
 
     Fields:
       model: folder. dtype: of parameters and compute; None: float32 on CPUs, bfloat16 elsewhere.
-      perplexity: data source, or None. lengths, block, documents: of the perplexity; `lengths` of the synthetic suite too.
+      perplexity: data source, or None. lengths, block, documents: of the perplexity; `lengths` of
+        the synthetic suite too.
       ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
       tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
       limit, fewshot, chat: of the harness.
@@ -57,7 +58,9 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         factor = {"k": 1 << 10, "m": 1 << 20}.get(word[-1:], 1)
         digits = word[:-1] if factor > 1 else word
         if not digits.isdecimal() or int(digits) < 1:
-            raise UserError(f"--lengths {text}: {word!r} is not a number of tokens; write them as 2k,4k,16384")
+            raise UserError(
+                f"--lengths {text}: {word!r} is not a number of tokens; write them as 2k,4k,16384"
+            )
         lengths.append(int(digits) * factor)
     return tuple(sorted(set(lengths)))
 
@@ -75,9 +78,13 @@ def check(options: Options) -> None:
     if options.perplexity:
         check_lengths(options.lengths, options.block)
     if options.shuffled and (options.ttt != "both" or not options.perplexity):
-        raise UserError("--shuffled: is a control of --perplexity with --ttt both; drop it or change them")
+        raise UserError(
+            "--shuffled: is a control of --perplexity with --ttt both; drop it or change them"
+        )
     if (options.diagnostics or options.text_page) and not options.perplexity:
-        raise UserError("--diagnostics and --html look at the first document of --perplexity DATA; give it")
+        raise UserError(
+            "--diagnostics and --html look at the first document of --perplexity DATA; give it"
+        )
     if harness_tasks(options):
         from ttt_jax.eval.harness_tasks import check_tasks
 
@@ -88,14 +95,18 @@ def harness_tasks(options: Options) -> list[str]:
     return [task for task in options.tasks if task != "synthetic"]
 
 
-def evaluate(options: Options, out: Path | None = None, overwrite: bool = False) -> tuple[dict[str, Any], str | None]:
+def evaluate(
+    options: Options, out: Path | None = None, overwrite: bool = False
+) -> tuple[dict[str, Any], str | None]:
     """Returns (results, the page of the coloured text or None).
 
     Args:
-      out: keep what is finished in this folder, and go on behind what an interrupted start of the same command has kept there.
+      out: keep what is finished in this folder, and go on behind what an interrupted start of the
+        same command has kept there.
       overwrite: drop what another command has kept there.
 
-    Raises: UserError, one line, for whatever the options get wrong; before anything is compiled where that can be known.
+    Raises: UserError, one line, for whatever the options get wrong; before anything is compiled
+    where that can be known.
       NotFiniteError, and KeyboardInterrupt, whose messages say what is kept.
     """
     check(options)
@@ -110,8 +121,16 @@ def evaluate(options: Options, out: Path | None = None, overwrite: bool = False)
     kept = Unfinished(out, about, overwrite)
     if len(kept):
         where = printable(out)
-        print(f"going on: {len(kept)} finished pieces of work are in {where}", file=sys.stderr, flush=True)
-    results: dict[str, Any] = {"model": str(options.model), "dtype": dtype, "options": _plain_options(options)}
+        print(
+            f"going on: {len(kept)} finished pieces of work are in {where}",
+            file=sys.stderr,
+            flush=True,
+        )
+    results: dict[str, Any] = {
+        "model": str(options.model),
+        "dtype": dtype,
+        "options": _plain_options(options),
+    }
     try:
         with one_warning():
             if options.ttt != "off":
@@ -120,13 +139,19 @@ def evaluate(options: Options, out: Path | None = None, overwrite: bool = False)
     except (KeyboardInterrupt, NotFiniteError) as error:
         if not len(kept):
             raise
-        told = f"{len(kept)} finished pieces of work are kept in {out}; the same command goes on behind them"
+        told = (
+            f"{len(kept)} finished pieces of work are kept in {out}; the same command goes on "
+            "behind them"
+        )
         interrupted = isinstance(error, KeyboardInterrupt)
         raise type(error)(told if interrupted else f"{error}; {told}") from None
     from ttt_jax.config import to_dict
     from ttt_jax.run.provenance import provenance
 
-    results |= provenance() | {"seconds": time.perf_counter() - begin, "config": to_dict(model.config)}
+    results |= provenance() | {
+        "seconds": time.perf_counter() - begin,
+        "config": to_dict(model.config),
+    }
     return results, text_html
 
 
@@ -139,9 +164,13 @@ def _load(options: Options):
 
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     decodes = bool(harness_tasks(options)) and jax.default_backend() != "cpu"
-    model = load_pretrained(options.model, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=not decodes))
+    model = load_pretrained(
+        options.model, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=not decodes)
+    )
     if not model.config.ttt.layers and options.ttt != "off":
-        raise UserError("--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off")
+        raise UserError(
+            "--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off"
+        )
     return model, dtype
 
 
@@ -183,7 +212,11 @@ def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -
 
 def _plain_options(options: Options) -> dict[str, Any]:
     return {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        key: str(value)
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for key, value in dataclasses.asdict(options).items()
     }
 
@@ -197,7 +230,11 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
     assert options.perplexity is not None
     corpus = open_documents(model, options.perplexity)
     documents = choose(corpus, max(options.lengths) + 1, options.documents)
-    control = options.shuffled if options.shuffled is not None else options.ttt == "both" and len(documents) > 1
+    control = (
+        options.shuffled
+        if options.shuffled is not None
+        else options.ttt == "both" and len(documents) > 1
+    )
     modes = modes_of(options.ttt) + (("shuffled",) if control else ())
     perplexity.check_modes(model, modes, len(documents))
     total = perplexity.tokens_to_read(options.lengths, options.block, modes) * len(documents)
@@ -219,7 +256,9 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
         results["perplexity"]["seconds"] = time.perf_counter() - begin
     if not (options.diagnostics or options.text_page):
         return None
-    ids = np.asarray(corpus.tokens(documents[0], 0, min(int(corpus.length_N[documents[0]]), options.html_tokens)))
+    ids = np.asarray(
+        corpus.tokens(documents[0], 0, min(int(corpus.length_N[documents[0]]), options.html_tokens))
+    )
     part, pieces = diagnostics.diagnose(model, ids.astype(np.int32), piece=options.piece)
     results["diagnostics"] = part
     return text_page(pieces, f"{options.model}: where TTT helps") if options.text_page else None
@@ -230,7 +269,9 @@ def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinishe
     from ttt_jax.progress import progress
 
     modes = modes_of(options.ttt)
-    total = synthetic.count_sequences(options.lengths, synthetic.TASKS, options.examples, len(modes))
+    total = synthetic.count_sequences(
+        options.lengths, synthetic.TASKS, options.examples, len(modes)
+    )
     with progress("synthetic", total, "sequences") as advance_to:
         results["synthetic"] = synthetic.evaluate(
             model,
@@ -247,10 +288,12 @@ def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinishe
 
 
 def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwrite: bool):
-    """Compare two result folders, or two models evaluated with the same options (their results go to OUT/a and OUT/b).
+    """Compare two result folders, or two models evaluated with the same options (their results go
+    to OUT/a and OUT/b).
 
     Returns: the tables of the comparison.
-    Raises: UserError when they have nothing in common, or a model is given without anything to evaluate.
+    Raises: UserError when they have nothing in common, or a model is given without anything to
+    evaluate.
     """
     from ttt_jax.eval import output
 
@@ -261,14 +304,21 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
             continue
         if options is None or not (options.perplexity or options.tasks):
             raise UserError(
-                f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an evaluation, or a model and "
+                f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an "
+                "evaluation, or a model and "
                 "--perplexity DATA or --tasks TASKS"
             )
-        results, text_html = evaluate(dataclasses.replace(options, model=folder), out and out / name, overwrite)
-        files |= {f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()}
+        results, text_html = evaluate(
+            dataclasses.replace(options, model=folder), out and out / name, overwrite
+        )
+        files |= {
+            f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()
+        }
         both.append(results)
     first, second = both
     compared, made = output.comparison(first, second)
     if out is not None:
-        output.write_folder(out, files | output.comparison_files(first, second, compared, made), overwrite)
+        output.write_folder(
+            out, files | output.comparison_files(first, second, compared, made), overwrite
+        )
     return made

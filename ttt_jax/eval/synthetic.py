@@ -1,8 +1,10 @@
-"""Associative recall and induction on made-up sequences: seeded, for any vocabulary, with a known answer.
+"""Associative recall and induction on made-up sequences: seeded, for any vocabulary, with a known
+answer.
 
-Every task writes a sequence of *words* in which some are answers that follow from the words before them. Words become token ids
-through an `Alphabet`: single random ids (for any model), or text through the model's tokenizer. A model's answer is right when
-each of its tokens is the most likely one given everything before it, which is what greedy decoding would write.
+Every task writes a sequence of *words* in which some are answers that follow from the words before
+them. Words become token ids through an `Alphabet`: single random ids (for any model), or text
+through the model's tokenizer. A model's answer is right when each of its tokens is the most likely
+one given everything before it, which is what greedy decoding would write.
 
 Tasks (docs/evaluation.md shows one of each):
   single_needle   one key-value pair in filler, then the key
@@ -32,7 +34,9 @@ TASKS = ("single_needle", "multi_needle", "multi_query", "variables", "induction
 PAIRS, QUERIES, CHAINS, HOPS, PATTERN, DECOYS = 8, 4, 3, 3, 12, 4
 _SYMBOLS = 64  # words of an alphabet; a task draws keys and values from them
 _SMALLEST_VOCABULARY = 96
-_FILLER_TEXT = "The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."
+_FILLER_TEXT = (
+    "The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."
+)
 
 
 @dataclasses.dataclass
@@ -75,11 +79,14 @@ class IdAlphabet:
         usable = np.setdiff1d(np.arange(vocab_size), np.asarray(avoid, np.int64))
         if len(usable) < _SMALLEST_VOCABULARY:
             raise UserError(
-                f"--tasks synthetic: the model's vocabulary has {vocab_size} ids; at least {_SMALLEST_VOCABULARY} are needed"
+                f"--tasks synthetic: the model's vocabulary has {vocab_size} ids; at least "
+                f"{_SMALLEST_VOCABULARY} are needed"
             )
         shuffled = np.random.default_rng(seed).permutation(usable)
         self.symbols = [f"w{i}" for i in range(_SYMBOLS)]
-        self._ids = {word: int(i) for word, i in zip(self.symbols, shuffled[:_SYMBOLS], strict=True)}
+        self._ids = {
+            word: int(i) for word, i in zip(self.symbols, shuffled[:_SYMBOLS], strict=True)
+        }
         rest = shuffled[_SYMBOLS:]
         self._marks, self._filler = rest[:16], rest[16:]
         self._used: dict[str, int] = {}
@@ -87,7 +94,8 @@ class IdAlphabet:
     def encode(self, word: str) -> list[int]:
         if word in self._ids:
             return [self._ids[word]]
-        if word not in self._used:  # words of the templates: ids of their own, in the order of their appearance
+        # words of the templates: ids of their own, in the order of their appearance
+        if word not in self._used:
             self._used[word] = int(self._marks[len(self._used)])
         return [self._used[word]]
 
@@ -96,7 +104,9 @@ class IdAlphabet:
 
 
 class TextAlphabet:
-    """Words are made-up text with a space before it, encoded one by one; filler is RULER's repeated sentences."""
+    """Words are made-up text with a space before it, encoded one by one; filler is RULER's repeated
+    sentences.
+    """
 
     form = "text"
 
@@ -122,7 +132,9 @@ class TextAlphabet:
 
 
 class _Draft:
-    """A sequence being written: statements and questions, with filler put between statements at the end."""
+    """A sequence being written: statements and questions, with filler put between statements at the
+    end.
+    """
 
     def __init__(self, alphabet: Alphabet) -> None:
         self.alphabet = alphabet
@@ -140,13 +152,17 @@ class _Draft:
     ) -> Example:
         """`length` tokens: statements spread in filler at random, then (question, answer) pairs.
 
-        With `distance`, that many tokens lie between the end of the last statement and the first question.
+        With `distance`, that many tokens lie between the end of the last statement and the first
+        question.
         """
         asked = sum(len(question) + len(answer) for question, answer in questions)
         free = length - asked - sum(map(len, statements))
         if free < 0 or (distance is not None and distance > free):
             need = length - free + (distance or 0)
-            raise UserError(f"--lengths {length}: too short for the task, which needs {need} tokens; give longer ones")
+            raise UserError(
+                f"--lengths {length}: too short for the task, which needs {need} tokens; give "
+                "longer ones"
+            )
         if distance is None:
             cuts = np.sort(rng.integers(0, free + 1, len(statements)))
         else:
@@ -162,10 +178,19 @@ class _Draft:
         return Example(ids, answers)
 
 
-def _pairs(alphabet: Alphabet, rng: np.random.Generator, length: int, pairs: int, queries: int, distance=None) -> Example:
+def _pairs(
+    alphabet: Alphabet,
+    rng: np.random.Generator,
+    length: int,
+    pairs: int,
+    queries: int,
+    distance=None,
+) -> Example:
     draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
     keys, values = words[:pairs], words[pairs : 2 * pairs]
-    statements = [draft.ids("(", key, "is", value, ")") for key, value in zip(keys, values, strict=True)]
+    statements = [
+        draft.ids("(", key, "is", value, ")") for key, value in zip(keys, values, strict=True)
+    ]
     asked = rng.permutation(pairs)[:queries]
     questions = [(draft.ids("(", keys[i], "is"), draft.ids(values[i])) for i in asked]
     return draft.finish(rng, length, statements, questions, distance)
@@ -186,7 +211,9 @@ def _variables(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Exa
 
 
 def _induction(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Example:
-    """What follows a word depends on the word before it too: decoys hold each word of the pattern after other words."""
+    """What follows a word depends on the word before it too: decoys hold each word of the pattern
+    after other words.
+    """
     draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
     pattern, others = words[:PATTERN], words[PATTERN:]
     statements = [draft.ids("(", *pattern, ")")]
@@ -197,7 +224,9 @@ def _induction(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Exa
         statements.append(draft.ids("(", *decoy, ")"))
     order = rng.permutation(len(statements))
     question = draft.ids("(", *pattern[:2])
-    questions = [(question, draft.ids(pattern[2]))] + [([], draft.ids(word)) for word in pattern[3:]]
+    questions = [(question, draft.ids(pattern[2]))] + [
+        ([], draft.ids(word)) for word in pattern[3:]
+    ]
     return draft.finish(rng, length, [statements[i] for i in order], questions)
 
 
@@ -211,9 +240,16 @@ _MAKERS: dict[str, Callable[[Alphabet, np.random.Generator, int], Example]] = {
 
 
 def make_examples(
-    task: str, alphabet: Alphabet, *, length: int, count: int, seed: int = 0, distance: int | None = None
+    task: str,
+    alphabet: Alphabet,
+    *,
+    length: int,
+    count: int,
+    seed: int = 0,
+    distance: int | None = None,
 ) -> list[Example]:
-    """`count` examples of exactly `length` tokens. The same arguments give the same examples, on every machine.
+    """`count` examples of exactly `length` tokens. The same arguments give the same examples, on
+    every machine.
 
     Raises: UserError when the task does not fit the length.
     """
@@ -229,7 +265,9 @@ def make_examples(
 
 
 def distances(length: int) -> list[int]:
-    """Distances of the sweep: powers of two from 16 to what fits, with room for the pair and the question."""
+    """Distances of the sweep: powers of two from 16 to what fits, with room for the pair and the
+    question.
+    """
     return [1 << n for n in range(4, length.bit_length()) if (1 << n) <= length - 64]
 
 
@@ -260,7 +298,8 @@ def evaluate(
       kept: tasks that an earlier start finished, and where this one keeps its own.
 
     Returns: the "synthetic" part of results.json.
-    Raises: UserError when a task does not fit a length, the vocabulary is too small, or text is asked for without a tokenizer.
+    Raises: UserError when a task does not fit a length, the vocabulary is too small, or text is
+    asked for without a tokenizer.
     """
     alphabet = make_alphabet(model, form, seed)
     cases = []
@@ -269,13 +308,17 @@ def evaluate(
             for distance in distances(length) if task == "distance" else [None]:
                 options = {"length": length, "count": examples, "seed": seed, "distance": distance}
                 cases.append((task, length, distance, make_examples(task, alphabet, **options)))
-    judges = judges or {mode: Judge(model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in ttt}
+    judges = judges or {
+        mode: Judge(model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in ttt
+    }
     kept = Unfinished(None, {}) if kept is None else kept
     entries, done = [], 0
 
     def grade(mode: str, made: list[Example]) -> dict[str, list[float]]:
         judged = judges[mode]([example.ids for example in made])
-        right, nll = zip(*(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True)
+        right, nll = zip(
+            *(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True
+        )
         return {"right": list(right), "nll": list(nll)}
 
     for task, length, distance, made in cases:
@@ -286,35 +329,52 @@ def evaluate(
             found = kept.piece(key, lambda mode=mode, made=made: grade(mode, made))
             accuracy[mode] = np.array(found["right"])
             measured = {"accuracy": accuracy[mode], "nll": np.array(found["nll"])}
-            entry[mode] = {name: mean_with_interval(values, seed=seed) for name, values in measured.items()}
+            entry[mode] = {
+                name: mean_with_interval(values, seed=seed) for name, values in measured.items()
+            }
             done += len(made)
             if on_progress is not None:
                 on_progress(done)
         if len(ttt) == 2:
             entry["gain"] = mean_with_interval(accuracy["on"] - accuracy["off"], seed=seed)
         entries.append(entry)
-    return {"modes": list(ttt), "examples": examples, "form": alphabet.form, "seed": seed, "entries": entries}
+    return {
+        "modes": list(ttt),
+        "examples": examples,
+        "form": alphabet.form,
+        "seed": seed,
+        "entries": entries,
+    }
 
 
 def make_alphabet(model: Transformer, form: str, seed: int) -> Alphabet:
     """Raises UserError for text without a tokenizer, or a vocabulary that is too small."""
     if form == "text":
         if model.tokenizer is None:
-            raise UserError("--form text: the model's folder has no tokenizer.json; add it or use --form ids")
+            raise UserError(
+                "--form text: the model's folder has no tokenizer.json; add it or use --form ids"
+            )
         return TextAlphabet(model.tokenizer, seed)
-    end = [] if model.tokenizer is None or model.tokenizer.eos_id is None else [model.tokenizer.eos_id]
+    end = (
+        []
+        if model.tokenizer is None or model.tokenizer.eos_id is None
+        else [model.tokenizer.eos_id]
+    )
     return IdAlphabet(model.config.vocab_size, seed, [*model.eos_ids, *end])
 
 
 def count_sequences(lengths: Sequence[int], tasks: Sequence[str], examples: int, modes: int) -> int:
     """How many sequences `evaluate` judges."""
-    cases = sum(len(distances(lengths[-1])) if task == "distance" else len(lengths) for task in tasks)
+    cases = sum(
+        len(distances(lengths[-1])) if task == "distance" else len(lengths) for task in tasks
+    )
     return cases * examples * modes
 
 
 def _grade(example: Example, judgement: Judgement) -> tuple[float, float]:
     """(share of the answers whose every token is greedy, mean loss of their tokens)."""
-    spans = [slice(start - 1, stop - 1) for start, stop in example.answers]  # token t is judged at t - 1
+    # token t is judged at t - 1
+    spans = [slice(start - 1, stop - 1) for start, stop in example.answers]
     right = np.mean([bool(judgement.greedy_T[span].all()) for span in spans])
     nll = -np.concatenate([judgement.logprobs_T[span] for span in spans]).mean(dtype=np.float64)
     return float(right), float(nll)

@@ -1,4 +1,6 @@
-"""results.json as tables of text, the same for the terminal, the HTML page and the comparison of two results."""
+"""results.json as tables of text, the same for the terminal, the HTML page and the comparison of
+two results.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def interval(entry: dict[str, Any] | None, form: str = ".4f") -> str:
         return "-"
     if entry["low"] is None:
         return number(entry["mean"], form)
-    return f"{number(entry['mean'], form)} [{number(entry['low'], form)}, {number(entry['high'], form)}]"
+    return (
+        f"{number(entry['mean'], form)} [{number(entry['low'], form)}, "
+        f"{number(entry['high'], form)}]"
+    )
 
 
 def tokens(n: int) -> str:
@@ -52,11 +57,21 @@ _GAINS = {"gain": "gain (off - on)", "gain_shuffled": "off - shuffled"}
 def _perplexity(part: dict[str, Any]) -> list[Table]:
     modes, N = part["modes"], len(part["documents"])
     gains = [key for key in _GAINS if key in part["lengths"][0]]
-    note = f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over documents, gains paired by document."
+    note = (
+        f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over "
+        "documents, gains paired by document."
+    )
 
-    def table(title: str, first: str, entries: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]) -> Table:
+    def table(
+        title: str, first: str, entries: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]
+    ) -> Table:
         shown = [mode for mode in modes if mode != "shuffled"]
-        headings = [first, *modes, *(f"perplexity {mode}" for mode in shown), *(_GAINS[key] for key in gains)]
+        headings = [
+            first,
+            *modes,
+            *(f"perplexity {mode}" for mode in shown),
+            *(_GAINS[key] for key in gains),
+        ]
         rows = []
         for entry in entries:
             row = [name(entry), *(number(entry[mode]["mean"]) for mode in modes)]
@@ -67,23 +82,39 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
     by_length = f"Loss of the same final {part['block']} tokens as the context grows"
     return [
         table(by_length, "context", part["lengths"], lambda e: tokens(e["length"])),
-        table("Loss by position", "positions", part["positions"], lambda e: f"{e['start']} to {e['stop'] - 1}"),
+        table(
+            "Loss by position",
+            "positions",
+            part["positions"],
+            lambda e: f"{e['start']} to {e['stop'] - 1}",
+        ),
     ]
 
 
 def _synthetic(part: dict[str, Any]) -> Table:
     modes, rows = part["modes"], []
     for entry in part["entries"]:
-        row = [entry["task"], tokens(entry["length"]), "-" if entry["distance"] is None else str(entry["distance"])]
+        row = [
+            entry["task"],
+            tokens(entry["length"]),
+            "-" if entry["distance"] is None else str(entry["distance"]),
+        ]
         row += [number(entry[mode]["accuracy"]["mean"], ".3f") for mode in modes]
         row += [number(entry[mode]["nll"]["mean"], ".3f") for mode in modes]
         if "gain" in entry:
             row += [interval(entry["gain"], "+.3f")]
         rows.append(row)
-    headings = ["task", "length", "distance", *(f"accuracy {mode}" for mode in modes), *(f"nats {mode}" for mode in modes)]
+    headings = [
+        "task",
+        "length",
+        "distance",
+        *(f"accuracy {mode}" for mode in modes),
+        *(f"nats {mode}" for mode in modes),
+    ]
     headings += ["accuracy on - off"] * (len(modes) == 2)
     note = (
-        f"{part['examples']} examples each ({part['form']}); accuracy: share of answers whose every token is the most likely "
+        f"{part['examples']} examples each ({part['form']}); accuracy: share of answers whose "
+        "every token is the most likely "
         "one; nats: loss per answer token; 95 % bootstrap intervals over examples."
     )
     return Table("Associative recall and induction", note, headings, rows)
@@ -95,12 +126,17 @@ def _tasks(part: dict[str, Any]) -> Table:
         row = [entry["task"], entry["metric"], str(entry["samples"])]
         for mode in modes:
             error = entry[mode]["stderr"]
-            row.append(number(entry[mode]["value"]) + (f" ± {number(error)}" if error is not None else ""))
+            row.append(
+                number(entry[mode]["value"]) + (f" ± {number(error)}" if error is not None else "")
+            )
         if len(modes) == 2:
             row.append(number(entry["on"]["value"] - entry["off"]["value"], "+.4f"))
         rows.append(row)
     headings = ["task", "metric", "samples", *modes, *(["on - off"] * (len(modes) == 2))]
-    note = f"lm-evaluation-harness {part['version']}; ± standard error as it gives it; fresh fast weights for each sample."
+    note = (
+        f"lm-evaluation-harness {part['version']}; ± standard error as it gives it; fresh fast "
+        "weights for each sample."
+    )
     return Table("Harness tasks", note, headings, rows)
 
 
@@ -109,16 +145,33 @@ def _diagnostics(part: dict[str, Any]) -> list[Table]:
     for layer in part["layers"]:
         last = layer["chunks"][-1]
         forms = (("state_ratio", ".3e"), ("effective_rank", ".1f"), ("output_share", ".4f"))
-        rows.append([str(layer["layer"]), str(last["chunk"]), *(format(last[key], form) for key, form in forms)])
+        rows.append(
+            [
+                str(layer["layer"]),
+                str(last["chunk"]),
+                *(format(last[key], form) for key, form in forms),
+            ]
+        )
     made = []
     if rows:
-        headings = ["layer", "after chunk", "||S|| / ||W||", "effective rank of S", "||z S^T|| / ||z (W + S)^T||"]
-        made.append(Table("Fast weights at the last chunk looked at", "One document.", headings, rows))
+        headings = [
+            "layer",
+            "after chunk",
+            "||S|| / ||W||",
+            "effective rank of S",
+            "||z S^T|| / ||z (W + S)^T||",
+        ]
+        made.append(
+            Table("Fast weights at the last chunk looked at", "One document.", headings, rows)
+        )
     grams = part["ngrams"]
     rows = []
     for key, name in (("repeated", f"repeats a {grams['n']}-gram"), ("novel", "does not")):
         losses = [number(grams[key][mode]) for mode in ("off", "on")]
         rows.append([name, str(grams[key]["tokens"]), *losses, number(grams[key]["gain"], "+.4f")])
-    note = f"Loss on tokens that complete a {grams['n']}-gram which the document held before, and on others; gain: off - on."
+    note = (
+        f"Loss on tokens that complete a {grams['n']}-gram which the document held before, and "
+        "on others; gain: off - on."
+    )
     made.append(Table("Repeated n-grams", note, ["token", "tokens", "off", "on", "gain"], rows))
     return made

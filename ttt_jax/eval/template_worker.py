@@ -1,8 +1,10 @@
-"""The process in which a chat template runs; chat_template.py starts it, by this file's name. Needs jinja2 alone.
+"""The process in which a chat template runs; chat_template.py starts it, by this file's name. Needs
+jinja2 alone.
 
-It speaks frames of JSON: eight bytes of length, then an object. First it says that it is ready; then it takes the template,
-and after that one conversation at a time. A template is a program of somebody else: it runs in jinja2's immutable sandbox,
-with a limit on memory, on processor time for each frame, and on what it may write (nothing but its answers).
+It speaks frames of JSON: eight bytes of length, then an object. First it says that it is ready;
+then it takes the template, and after that one conversation at a time. A template is a program of
+somebody else: it runs in jinja2's immutable sandbox, with a limit on memory, on processor time for
+each frame, and on what it may write (nothing but its answers).
 """
 
 from __future__ import annotations
@@ -59,9 +61,13 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # pyright: ignore[reportMissingImports]
 
     # As transformers sets it up, which templates are written for.
-    found = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    found = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     found.globals["raise_exception"] = _refuse
-    found.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
+    found.filters["tojson"] = lambda value, **kwargs: json.dumps(
+        value, ensure_ascii=False, **kwargs
+    )
     return found
 
 

@@ -52,7 +52,8 @@ class Unfinished:
             name = wrong[0]
             difference = f"{name}: {header.get(name)!r:.80} there, {self._about[name]!r:.80} here"
             raise UserError(
-                f"--out {folder}: holds an unfinished evaluation of another command ({difference}); "
+                f"--out {folder}: holds an unfinished evaluation of another command "
+                f"({difference}); "
                 "give the same command, another folder, or --overwrite to drop it"
             )
         if wrong:

@@ -1,4 +1,6 @@
-"""`.npy` files: read without unpickling, and with one kind of error for all that can be wrong with them."""
+"""`.npy` files: read without unpickling, and with one kind of error for all that can be wrong with
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,13 @@ import numpy as np
 
 
 def map_npy(path: str | Path) -> np.ndarray:
-    """The array of a file, mapped. Raises ValueError, one line, when it is not the `.npy` file of a plain array."""
+    """The array of a file, mapped. Raises ValueError, one line, when it is not the `.npy` file of a
+    plain array.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy parses the header as Python literals: damaged ones surface in many ways
+    # numpy parses the header as Python literals: damaged ones surface in many ways
+    except Exception as error:
         raise ValueError(_one_line(error)) from None
     if not isinstance(array, np.ndarray):
         array.close()
@@ -25,7 +30,11 @@ def parse_npy(data: bytes) -> np.ndarray:
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, _, dtype = read_header(stream)
         # Before it is allocated: a header may claim any size.
         if int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize > len(data):

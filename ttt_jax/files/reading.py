@@ -1,8 +1,10 @@
-"""The small files beside a model's arrays (configs, tokenizer, templates), read with bounds; nothing about them is trusted.
+"""The small files beside a model's arrays (configs, tokenizer, templates), read with bounds;
+nothing about them is trusted.
 
-A file is looked at before it is opened: a pipe or a device would hang or never end. Its size is known before memory is
-taken. A link may not leave the folder, so that a foreign folder cannot name a file of the reader's machine; the `blobs`
-of a Hugging Face cache are its own. Messages quote a short excerpt at most. This module imports no jax and no numpy.
+A file is looked at before it is opened: a pipe or a device would hang or never end. Its size is
+known before memory is taken. A link may not leave the folder, so that a foreign folder cannot name
+a file of the reader's machine; the `blobs` of a Hugging Face cache are its own. Messages quote a
+short excerpt at most. This module imports no jax and no numpy.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def show(name: str) -> str:
 
 
 def excerpt(value: Any) -> str:
-    """The beginning of a foreign value, on one line, for a message: `MAX_EXCERPT` characters at most."""
+    """The beginning of a foreign value, on one line, for a message: `MAX_EXCERPT` characters at
+    most.
+    """
     if isinstance(value, list | dict) and len(value) > 20:
         return f"a {'list' if isinstance(value, list) else 'table'} of {len(value)} items"
     text = repr(value[: 2 * MAX_EXCERPT] if isinstance(value, str) else value)
@@ -39,7 +43,8 @@ def excerpt(value: Any) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Join `folder/name`, unless it is a link that leaves the folder. The `blobs` of a Hugging Face cache are its own.
+    """Join `folder/name`, unless it is a link that leaves the folder. The `blobs` of a Hugging Face
+    cache are its own.
 
     Raises: CheckpointError naming the link.
     """
@@ -52,14 +57,18 @@ def inside(folder: Path, name: str) -> Path:
     if root.parent.name == "snapshots":  # models--X/snapshots/REVISION/file -> ../../blobs/HASH
         roots.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in roots):
-        raise CheckpointError(f"{path}: a link to {real}, outside the checkpoint's folder; put the file itself there")
+        raise CheckpointError(
+            f"{path}: a link to {real}, outside the checkpoint's folder; put the file itself there"
+        )
     return path
 
 
 def find_companion(folder: Path, name: str) -> Path | None:
-    """Find a file that a model folder may hold: `folder/name`, or None when nothing of that name is there.
+    """Find a file that a model folder may hold: `folder/name`, or None when nothing of that name is
+    there.
 
-    Raises: CheckpointError for a link that leaves the folder or leads nowhere, a folder, a pipe or a device.
+    Raises: CheckpointError for a link that leaves the folder or leads nowhere, a folder, a pipe or
+    a device.
     """
     path = folder / name
     if not os.path.lexists(path):
@@ -96,7 +105,9 @@ def read_bounded(path: Path, limit: int, error: type[UserError]) -> bytes:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise error(f"{path}: not a regular file; put the file itself there, or remove it")
             data = bytearray()  # in blocks: one read of `limit` bytes would take them at once
-            while len(data) <= limit and (block := file.read(min(_BLOCK_BYTES, limit + 1 - len(data)))):
+            while len(data) <= limit and (
+                block := file.read(min(_BLOCK_BYTES, limit + 1 - len(data)))
+            ):
                 data += block
     except OSError as problem:
         raise error(f"{path}: could not be read ({problem.strerror})") from None
@@ -113,11 +124,14 @@ def read_text(path: Path, limit: int, error: type[UserError]) -> str:
         raise error(f"{path}: not UTF-8 (byte {problem.start}); save it as UTF-8") from None
 
 
-def read_json_object(path: Path, error: type[UserError], limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json_object(
+    path: Path, error: type[UserError], limit: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
     """Read a JSON object from a file of bounded size. Raises `error`, one line."""
     try:
         raw = json.loads(read_bounded(path, limit, error).decode("utf-8"))
-    except (ValueError, RecursionError) as problem:  # bad UTF-8, bad JSON, absurd integers, absurd nesting
+    # bad UTF-8, bad JSON, absurd integers, absurd nesting
+    except (ValueError, RecursionError) as problem:
         if isinstance(problem, UserError):
             raise
         reason = " ".join(str(problem).split())[:200]
@@ -128,7 +142,9 @@ def read_json_object(path: Path, error: type[UserError], limit: int = MAX_JSON_B
 
 
 def companion_fields(folder: Path, name: str) -> dict[str, Any]:
-    """Read the fields of an optional JSON file; none when nothing of that name is there. Raises CheckpointError."""
+    """Read the fields of an optional JSON file; none when nothing of that name is there. Raises
+    CheckpointError.
+    """
     path = find_companion(folder, name)
     return {} if path is None else read_json_object(path, CheckpointError)
 

@@ -20,7 +20,9 @@ def cache_folder() -> Path:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file so that a reader, or a crash, finds the old content or the new one, never a part."""
+    """Write a UTF-8 file so that a reader, or a crash, finds the old content or the new one, never
+    a part.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -32,7 +34,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises OSError.
+    """Bring a file, or the names in a folder, to the disk: after a power cut they are there. Raises
+    OSError.
 
     A file system that has no such call is left alone.
     """
@@ -56,23 +59,31 @@ def sync_tree(folder: Path) -> None:
 
 
 class LineFile:
-    """Appends whole lines. While they cannot be written (a full disk), they wait in memory, and training goes on."""
+    """Appends whole lines. While they cannot be written (a full disk), they wait in memory, and
+    training goes on.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._waiting, self._lost = path, [], False
         self._open()
 
     def _open(self) -> None:
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
+        )
         self._size = os.fstat(self._file).st_size
 
     def append(self, record: dict[str, Any]) -> bool:
-        """Add one line; whether everything so far is in the file. Numbers that JSON does not have become text."""
+        """Add one line; whether everything so far is in the file. Numbers that JSON does not have
+        become text.
+        """
         self._waiting.append((json.dumps(_finite(record), allow_nan=False) + "\n").encode())
         return self.flush()
 
     def flush(self) -> bool:
-        """Write the lines that wait; whether all are in the file. One that was removed is begun anew."""
+        """Write the lines that wait; whether all are in the file. One that was removed is begun
+        anew.
+        """
         while self._waiting:
             line = self._waiting[0]
             try:
@@ -84,7 +95,8 @@ class LineFile:
                 if os.write(self._file, line) != len(line):
                     raise OSError("only a part was written")
             except OSError:
-                with contextlib.suppress(OSError):  # of a file that cannot be written at all any more
+                # of a file that cannot be written at all any more
+                with contextlib.suppress(OSError):
                     os.ftruncate(self._file, self._size)  # no half lines
                 return False
             self._size += len(line)
@@ -97,7 +109,9 @@ class LineFile:
         return lost
 
     def close(self) -> None:
-        """Close the file; lines that still cannot be written are lost, and a full disk is no reason to fail here."""
+        """Close the file; lines that still cannot be written are lost, and a full disk is no reason
+        to fail here.
+        """
         self.flush()
         with contextlib.suppress(OSError):
             os.close(self._file)

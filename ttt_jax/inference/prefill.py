@@ -1,7 +1,8 @@
 """Reading long inputs in pieces of fixed shapes: the loop behind scoring and generation.
 
-B batch, P tokens in a piece, V vocabulary, C chunk size. Rows are padded at the right; `lengths` says how many tokens of each
-are real. Every program is compiled for one of a few shapes: whole pieces, and powers of two for the rest.
+B batch, P tokens in a piece, V vocabulary, C chunk size. Rows are padded at the right; `lengths`
+says how many tokens of each are real. Every program is compiled for one of a few shapes: whole
+pieces, and powers of two for the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Piece(NamedTuple):
 
 
 def piece_size(model: Transformer, tokens: int | None) -> int:
-    """Tokens per piece: about `tokens` (None: 8192 on accelerators, 2048 on CPUs), a multiple of the chunk."""
+    """Tokens per piece: about `tokens` (None: 8192 on accelerators, 2048 on CPUs), a multiple of
+    the chunk.
+    """
     wanted = tokens or (2048 if jax.default_backend() == "cpu" else 8192)
     C = model.config.ttt.chunk_size if model.config.ttt.layers else 1
     return max(wanted // C, 1) * C
@@ -60,7 +63,10 @@ def pieces(rows: Sequence[np.ndarray], position_B: np.ndarray, size: int, chunk_
     while start < longest:
         rest = longest - start
         width = size if rest >= size else min(size, max(_SMALLEST, 1 << (rest - 1).bit_length()))
-        ids_BP, lengths_B = np.zeros((len(rows), width), np.int32), np.clip(total_B - start, 0, width).astype(np.int32)
+        ids_BP, lengths_B = (
+            np.zeros((len(rows), width), np.int32),
+            np.clip(total_B - start, 0, width).astype(np.int32),
+        )
         for ids_P, row, n in zip(ids_BP, rows, lengths_B, strict=True):
             ids_P[:n] = row[start : start + n]
         at_start = (position_B + start) % chunk_size == 0
@@ -69,26 +75,36 @@ def pieces(rows: Sequence[np.ndarray], position_B: np.ndarray, size: int, chunk_
 
 
 def check_ids(rows: Sequence[Any], vocab_size: int, what: str = "ids") -> list[np.ndarray]:
-    """Rows as int32 arrays. Raises UserError for an empty row, another shape or dtype, and ids outside the vocabulary."""
+    """Rows as int32 arrays. Raises UserError for an empty row, another shape or dtype, and ids
+    outside the vocabulary.
+    """
     checked = []
     for i, row in enumerate(rows):
         try:
             ids = np.asarray(row)
         except ValueError:
-            raise UserError(f"{what}: row {i} is not a list of token ids but nested unevenly; each must be flat") from None
+            raise UserError(
+                f"{what}: row {i} is not a list of token ids but nested unevenly; each must be flat"
+            ) from None
         if ids.ndim != 1 or ids.size == 0:
-            raise UserError(f"{what}: row {i} has shape {ids.shape}; each must be a non-empty list of token ids")
+            raise UserError(
+                f"{what}: row {i} has shape {ids.shape}; each must be a non-empty list of token ids"
+            )
         if not np.issubdtype(ids.dtype, np.integer):
             raise UserError(f"{what}: row {i} has dtype {ids.dtype}; token ids are integers")
         if ids.min() < 0 or ids.max() >= vocab_size:
             bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-            raise UserError(f"{what}: row {i} holds id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
+            raise UserError(
+                f"{what}: row {i} holds id {bad}; the model's vocabulary has ids 0 to "
+                f"{vocab_size - 1}"
+            )
         checked.append(ids.astype(np.int32))
     return checked
 
 
 def warn_past_positions(model: Transformer, tokens: int) -> None:
-    """Warn, once, when a stream of so many tokens has positions that the model's config does not know.
+    """Warn, once, when a stream of so many tokens has positions that the model's config does not
+    know.
 
     RoPE tells layers with a window only distances, which stay within it: they are not warned of.
     """
@@ -99,17 +115,20 @@ def warn_past_positions(model: Transformer, tokens: int) -> None:
 @functools.cache
 def _say_past_positions(known: int) -> None:
     warnings.warn(
-        f"input past position {known}, the last that the model's config knows (model.max_positions, model.rope): RoPE "
+        f"input past position {known}, the last that the model's config knows "
+        "(model.max_positions, model.rope): RoPE "
         "extrapolates; expect worse results, or shorten the input",
         stacklevel=4,
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ capacity
+# ----------------------------------------------------------------------------------------- capacity
 
 
 def needs_capacity(model: Transformer) -> bool:
-    """Whether some layer keeps all keys. Without, memory does not depend on the length of the stream."""
+    """Whether some layer keeps all keys. Without, memory does not depend on the length of the
+    stream.
+    """
     cfg = model.config
     return cfg.sliding_window is None or bool(cfg.full_attention_layers)
 
@@ -136,11 +155,12 @@ def _grow(model: Transformer, state: State, capacity: int) -> State:
     return State(state.position_B, tuple(groups), capacity)
 
 
-# ------------------------------------------------------------------------------------------------------------ programs
+# ----------------------------------------------------------------------------------------- programs
 
 
 class Frozen:
-    """A model ready to be called many times: flattening its modules costs milliseconds, so it is done once.
+    """A model ready to be called many times: flattening its modules costs milliseconds, so it is
+    done once.
 
     Later changes to the model's parameters are not seen.
     """
@@ -150,12 +170,16 @@ class Frozen:
 
 
 def program(static_argnames: tuple[str, ...]):
-    """Compile `fn(model, state, *arrays, **static)` as a function of a `Frozen` model; the state is donated."""
+    """Compile `fn(model, state, *arrays, **static)` as a function of a `Frozen` model; the state is
+    donated.
+    """
 
     def decorate(fn):
         @functools.lru_cache(maxsize=32)
         def compiled(tree):
-            call = lambda leaves, state, *arrays, **static: fn(jax.tree.unflatten(tree, leaves), state, *arrays, **static)
+            call = lambda leaves, state, *arrays, **static: fn(
+                jax.tree.unflatten(tree, leaves), state, *arrays, **static
+            )
             return jax.jit(call, static_argnames=static_argnames, donate_argnums=1)
 
         @functools.wraps(fn)
@@ -173,31 +197,51 @@ def ttt_scale(ttt: bool) -> float:
 
 
 @program(("capacity", "at_chunk_start", "ttt"))
-def read_piece(model, state: State | None, logits_BV, ids_BP, lengths_B, *, capacity, at_chunk_start, ttt):
+def read_piece(
+    model, state: State | None, logits_BV, ids_BP, lengths_B, *, capacity, at_chunk_start, ttt
+):
     """Read a piece.
 
-    Returns: (state, logits_BV after each row's last token, ||S||/||W|| [L, B] or None). The logits of a row that reads nothing
+    Returns: (state, logits_BV after each row's last token, ||S||/||W|| [L, B] or None). The logits
+    of a row that reads nothing
       stay.
     """
     h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
     last_B = jnp.maximum(lengths_B - 1, 0)
-    h_B1D = jax.vmap(lambda h_PD, n: jax.lax.dynamic_slice_in_dim(h_PD, n, 1, axis=0))(h_BPD, last_B)
+    h_B1D = jax.vmap(lambda h_PD, n: jax.lax.dynamic_slice_in_dim(h_PD, n, 1, axis=0))(
+        h_BPD, last_B
+    )
     new_BV = model.logits(h_B1D)[:, 0]
     return state, jnp.where((lengths_B > 0)[:, None], new_BV, logits_BV), ratio_LB
 
 
 @program(("capacity", "at_chunk_start", "ttt", "with_logits"))
 def score_piece(
-    model, state: State | None, ids_BP, targets_BP, lengths_B, *, capacity, at_chunk_start, ttt, with_logits
+    model,
+    state: State | None,
+    ids_BP,
+    targets_BP,
+    lengths_B,
+    *,
+    capacity,
+    at_chunk_start,
+    ttt,
+    with_logits,
 ):
     """Read a piece.
 
-    Returns: (state, log-probabilities of the targets float32 [B, P], logits float32 [B, P, V] or None,
+    Returns: (state, log-probabilities of the targets float32 [B, P], logits float32 [B, P, V] or
+    None,
       ||S||/||W|| [L, B] or None).
     """
     h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
     logits_BPV = model.logits(h_BPD).astype(jnp.float32) if with_logits else None
-    return state, -token_nll(h_BPD, model.output_weight, targets_BP).astype(jnp.float32), logits_BPV, ratio_LB
+    return (
+        state,
+        -token_nll(h_BPD, model.output_weight, targets_BP).astype(jnp.float32),
+        logits_BPV,
+        ratio_LB,
+    )
 
 
 def _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt):

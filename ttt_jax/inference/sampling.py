@@ -15,7 +15,8 @@ from ttt_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The filters apply in the order of the fields, as in transformers.
+    """How the next token is drawn. The filters apply in the order of the fields, as in
+    transformers.
 
     Fields:
       temperature: 0 is greedy.
@@ -37,21 +38,29 @@ class Sampling:
                 raise UserError(f"{name} = {getattr(self, name)}: {what}")
 
         check("temperature", 0 <= self.temperature < float("inf"), "must be 0 (greedy) or more")
-        check("top_k", self.top_k is None or self.top_k >= 1, "must be at least 1; leave it out to keep all tokens")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie above 0 and be at most 1")
+        check(
+            "top_k",
+            self.top_k is None or self.top_k >= 1,
+            "must be at least 1; leave it out to keep all tokens",
+        )
+        check(
+            "top_p", self.top_p is None or 0 < self.top_p <= 1, "must lie above 0 and be at most 1"
+        )
         check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "must lie between 0 and 1")
 
 
 def sample(logits_BV, sampling: Sampling, seed_B, position_B) -> tuple[jax.Array, jax.Array]:
     """Draw a token per row.
 
-    The randomness of a row depends on its seed and its position alone, so its batch mates do not change what it gets.
+    The randomness of a row depends on its seed and its position alone, so its batch mates do not
+    change what it gets.
 
     Args:
       logits_BV: float32.
       seed_B, position_B: int32.
 
-    Returns: ids int32 [B], and their log-probabilities under the model (before temperature and filters), float32 [B].
+    Returns: ids int32 [B], and their log-probabilities under the model (before temperature and
+    filters), float32 [B].
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     if sampling.temperature == 0:
@@ -74,10 +83,13 @@ def _filter(logits_BV, sampling: Sampling):
     if sampling.top_p is not None and sampling.top_p < 1:
         sorted_BV = -jnp.sort(-logits_BV, axis=-1)
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p  # the mass before a token does not reach p
+        # the mass before a token does not reach p
+        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p
         smallest_B1 = jnp.min(jnp.where(needed_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     if sampling.min_p:
         best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < best_B1 + jnp.log(jnp.float32(sampling.min_p)), -jnp.inf, logits_BV)
+        logits_BV = jnp.where(
+            logits_BV < best_B1 + jnp.log(jnp.float32(sampling.min_p)), -jnp.inf, logits_BV
+        )
     return logits_BV

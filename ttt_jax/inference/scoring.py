@@ -10,7 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_jax.inference.prefill import Frozen, check_ids, needs_capacity, piece_size, pieces, score_piece, warn_past_positions
+from ttt_jax.inference.prefill import (
+    Frozen,
+    check_ids,
+    needs_capacity,
+    piece_size,
+    pieces,
+    score_piece,
+    warn_past_positions,
+)
 from ttt_jax.inference.watch import Watch, not_finite, warn_of_zero_targets
 from ttt_jax.model.transformer import Transformer
 
@@ -36,7 +44,8 @@ def score(
 ) -> Scores:
     """Score rows of token ids.
 
-    Memory does not grow with the length for layers with a sliding window; full-attention layers keep their keys and values.
+    Memory does not grow with the length for layers with a sliding window; full-attention layers
+    keep their keys and values.
 
     Args:
       model: from `load_pretrained`.
@@ -48,8 +57,10 @@ def score(
 
     Warns, once, when ||S||/||W|| leaves its range, and when TTT can do nothing (watch.py).
 
-    Raises: UserError for rows that are not token ids of the model; NotFiniteError when one of the numbers is not finite: its
-      `partial` holds the Scores, NaN where nothing was computed. Rows that are finite are scored to their end.
+    Raises: UserError for rows that are not token ids of the model; NotFiniteError when one of the
+    numbers is not finite: its
+      `partial` holds the Scores, NaN where nothing was computed. Rows that are finite are scored to
+      their end.
     """
     ids = check_ids(rows, model.config.vocab_size)
     B, T = len(ids), max(len(row) for row in ids)
@@ -80,7 +91,9 @@ def score(
         piece_logprobs = np.asarray(piece_logprobs)
         for b, n in enumerate(part.lengths_B):
             known = min(n, len(ids[b]) - 1 - part.start)  # nothing follows a row's last token
-            logprobs_BT[b, part.start : part.start + max(known, 0)] = piece_logprobs[b, : max(known, 0)]
+            logprobs_BT[b, part.start : part.start + max(known, 0)] = piece_logprobs[
+                b, : max(known, 0)
+            ]
             if logits_BTV is not None and piece_logits is not None:
                 logits_BTV[b, part.start : part.start + n] = np.asarray(piece_logits[b, :n])
             bad_P = ~np.isfinite(piece_logprobs[b, : max(known, 0)])
@@ -91,7 +104,10 @@ def score(
         if ratio_LB is not None:
             watch.look(ratio_LB)  # of the program whose results are here
             for b in watch.lost:
-                lost.setdefault(b, f"row {b} in tokens {part.start} to {part.start + int(part.lengths_B[b]) - 1}")
+                lost.setdefault(
+                    b,
+                    f"row {b} in tokens {part.start} to {part.start + int(part.lengths_B[b]) - 1}",
+                )
         if len(lost) == B:
             break
         if on_progress is not None:

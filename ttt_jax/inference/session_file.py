@@ -9,8 +9,9 @@ B streams, L slots, K KV heads, H head dim, C chunk size, D model width, F MLP w
     layers.I.z      [B, n, F]            MLP activations of the pending chunk, n the largest number of pending tokens
     layers.I.source [B, n, D]            source of its targets
 
-The metadata's `manifest` says which model wrote the file and has a CRC-32 of every tensor; `manifest_crc32` protects it.
-Nothing in the file is executed or unpickled. The layout does not depend on how the model stacks its layers.
+The metadata's `manifest` says which model wrote the file and has a CRC-32 of every tensor;
+`manifest_crc32` protects it. Nothing in the file is executed or unpickled. The layout does not
+depend on how the model stacks its layers.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ FORMAT = "ttt_jax session 1"
 def save_session(session: Session, path: str | Path) -> None:
     """Write the session; a file of that name is replaced when the new one is complete.
 
-    Raises: CheckpointError when it cannot be written; NotFiniteError for numbers that are not finite.
+    Raises: CheckpointError when it cannot be written; NotFiniteError for numbers that are not
+    finite.
     """
     path = Path(path)
     session.watch.check("session: row")
@@ -68,7 +70,11 @@ def save_session(session: Session, path: str | Path) -> None:
     part = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata={"manifest": manifest, "manifest_crc32": str(zlib.crc32(manifest.encode()))})
+        save_file(
+            tensors,
+            part,
+            metadata={"manifest": manifest, "manifest_crc32": str(zlib.crc32(manifest.encode()))},
+        )
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.rename(path)
@@ -77,7 +83,9 @@ def save_session(session: Session, path: str | Path) -> None:
             part.unlink(missing_ok=True)
         if not isinstance(error, OSError | SafetensorError):
             raise
-        raise CheckpointError(f"session {path}: could not be written ({error}); free space or choose another file") from None
+        raise CheckpointError(
+            f"session {path}: could not be written ({error}); free space or choose another file"
+        ) from None
 
 
 def load_session(path: str | Path, model: Transformer, *, piece: int | None = None) -> Session:
@@ -87,7 +95,9 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"session {path}: no such file; give the file that an earlier --session wrote")
+        raise CheckpointError(
+            f"session {path}: no such file; give the file that an earlier --session wrote"
+        )
     try:
         with safe_open(path, framework="numpy") as file:
             manifest = _manifest(path, file.metadata(), model)
@@ -95,11 +105,16 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
             if names != set(manifest["crc32"]):
                 raise _damaged(path, "its tensors are not those of its manifest")
             shape = lambda name: tuple(file.get_slice(name).get_shape())
-            expected = _expected(path, model, {name: shape(name) for name in names}, manifest["ttt"])
+            expected = _expected(
+                path, model, {name: shape(name) for name in names}, manifest["ttt"]
+            )
             for name, (want, dtype) in expected.items():
                 found = (shape(name), _numpy_dtype(file.get_slice(name).get_dtype()))
                 if found != (want, np.dtype(dtype)):
-                    raise _damaged(path, f"tensor {name} is {found[1]} {list(found[0])}, not {dtype} {list(want)}")
+                    raise _damaged(
+                        path,
+                        f"tensor {name} is {found[1]} {list(found[0])}, not {dtype} {list(want)}",
+                    )
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from None
@@ -107,7 +122,10 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
         if _crc32(x) != manifest["crc32"][name]:
             raise _damaged(path, f"the checksum of tensor {name} does not match")
         if not is_finite(x):
-            raise _damaged(path, f"tensor {name} holds numbers that are not finite, or too large for any stream")
+            raise _damaged(
+                path,
+                f"tensor {name} holds numbers that are not finite, or too large for any stream",
+            )
     B, cfg = len(tensors["position"]), model.config
     if tensors["position"].min() < 0:
         raise _damaged(path, "a position is negative")
@@ -125,7 +143,9 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
 
 
 def fingerprint(model: Transformer) -> str:
-    """A hash of the model's config and of every parameter's bits, the same however layers are stacked and placed."""
+    """A hash of the model's config and of every parameter's bits, the same however layers are
+    stacked and placed.
+    """
     sums = {}
     names = tensor_names(model)
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
@@ -139,15 +159,21 @@ def fingerprint(model: Transformer) -> str:
 
 @jax.jit
 def _checksums(x_LX):
-    """Two uint32 sums over the bits of each row: plain, and weighted by place. Exact whatever the order of summation."""
+    """Two uint32 sums over the bits of each row: plain, and weighted by place. Exact whatever the
+    order of summation.
+    """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x_LX.dtype.itemsize]
-    bits_LX = jax.lax.bitcast_convert_type(x_LX, unsigned).astype(jnp.uint32).reshape(x_LX.shape[0], -1)
-    place_LX = jax.lax.broadcasted_iota(jnp.uint32, bits_LX.shape, 1) * jnp.uint32(2) + jnp.uint32(1)
+    bits_LX = (
+        jax.lax.bitcast_convert_type(x_LX, unsigned).astype(jnp.uint32).reshape(x_LX.shape[0], -1)
+    )
+    place_LX = jax.lax.broadcasted_iota(jnp.uint32, bits_LX.shape, 1) * jnp.uint32(2) + jnp.uint32(
+        1
+    )
     total = lambda x: jnp.sum(x, axis=1, dtype=jnp.uint32)
     return jnp.stack([total(bits_LX), total(bits_LX * place_LX)], axis=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 
 def _layers(model: Transformer):
@@ -180,11 +206,15 @@ def _tensors(session: Session) -> dict[str, np.ndarray]:
         if run.ttt is not None:
             tensors[f"layers.{layer}.S"] = take(run.ttt.S_BDF)
             tensors[f"layers.{layer}.z"] = np.ascontiguousarray(take(run.ttt.z_BCF)[:, :pending])
-            tensors[f"layers.{layer}.source"] = np.ascontiguousarray(take(run.ttt.source_BCD)[:, :pending])
+            tensors[f"layers.{layer}.source"] = np.ascontiguousarray(
+                take(run.ttt.source_BCD)[:, :pending]
+            )
     return tensors
 
 
-def _expected(path: Path, model: Transformer, shapes: dict[str, tuple[int, ...]], ttt: bool) -> dict[str, tuple[Any, Any]]:
+def _expected(
+    path: Path, model: Transformer, shapes: dict[str, tuple[int, ...]], ttt: bool
+) -> dict[str, tuple[Any, Any]]:
     """Shape and dtype of every tensor that a session of this many streams and slots has."""
     cfg, dtype = model.config, model.runtime.dtype
     if len(shapes.get("position", ())) != 1:
@@ -207,7 +237,10 @@ def _expected(path: Path, model: Transformer, shapes: dict[str, tuple[int, ...]]
             expected[f"layers.{layer}.{name}"] = ((B, cfg.num_kv_heads, slots, cfg.head_dim), dtype)
         if ttt and layer in cfg.ttt.layers:
             pending = min(size(f"layers.{layer}.z", 1), cfg.ttt.chunk_size)
-            expected[f"layers.{layer}.S"] = ((B, cfg.d_model, cfg.d_ff), "float64" if dtype == "float64" else "float32")
+            expected[f"layers.{layer}.S"] = (
+                (B, cfg.d_model, cfg.d_ff),
+                "float64" if dtype == "float64" else "float32",
+            )
             expected[f"layers.{layer}.z"] = ((B, pending, cfg.d_ff), dtype)
             expected[f"layers.{layer}.source"] = ((B, pending, cfg.d_model), dtype)
     if set(shapes) != set(expected):
@@ -236,20 +269,24 @@ def _state(model: Transformer, tensors: dict[str, np.ndarray]) -> State:
     for g, group in enumerate(model.groups):
         runs = []
         for r, run in enumerate(group.pattern):
-            stack = lambda *xs, run=run, group=group: jnp.asarray(np.stack(xs).reshape(group.repeats, run.count, *xs[0].shape))
+            stack = lambda *xs, run=run, group=group: jnp.asarray(
+                np.stack(xs).reshape(group.repeats, run.count, *xs[0].shape)
+            )
             runs.append(jax.tree.map(stack, *layers[g, r]))
         groups.append(tuple(runs))
     return State(jnp.asarray(tensors["position"]), tuple(groups), capacity)
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def _manifest(path: Path, metadata: dict[str, str] | None, model: Transformer) -> dict[str, Any]:
     metadata = metadata or {}
     text = metadata.get("manifest")
     if text is None:
-        raise CheckpointError(f"session {path}: not a session of ttt_jax; give a file that an earlier --session wrote")
+        raise CheckpointError(
+            f"session {path}: not a session of ttt_jax; give a file that an earlier --session wrote"
+        )
     if metadata.get("manifest_crc32") != str(zlib.crc32(text.encode())):
         raise _damaged(path, "the checksum of its manifest does not match")
     try:
@@ -259,22 +296,32 @@ def _manifest(path: Path, metadata: dict[str, str] | None, model: Transformer) -
     if not isinstance(manifest, dict):
         raise _damaged(path, "its manifest is not an object")
     kinds = {"model": str, "compute_dtype": str, "ttt": bool, "crc32": dict}
-    if manifest.get("format") == FORMAT and any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+    if manifest.get("format") == FORMAT and any(
+        not isinstance(manifest.get(key), kind) for key, kind in kinds.items()
+    ):
         raise _damaged(path, "its manifest lacks a field")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"session {path}: its format is {manifest.get('format')!r}, this version reads {FORMAT!r}")
+        raise CheckpointError(
+            f"session {path}: its format is {manifest.get('format')!r}, this version reads "
+            f"{FORMAT!r}"
+        )
     if manifest["compute_dtype"] != model.runtime.dtype:
         raise CheckpointError(
-            f"session {path}: written in {manifest['compute_dtype']}, the model computes in {model.runtime.dtype}; "
+            f"session {path}: written in {manifest['compute_dtype']}, the model computes in "
+            f"{model.runtime.dtype}; "
             f"use --dtype {manifest['compute_dtype']}"
         )
     if manifest["model"] != fingerprint(model):
-        raise CheckpointError(f"session {path}: written by another model; use the one that read it, or another file")
+        raise CheckpointError(
+            f"session {path}: written by another model; use the one that read it, or another file"
+        )
     return manifest
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"session {path}: damaged ({why}); restore it from a copy or read the input again")
+    return CheckpointError(
+        f"session {path}: damaged ({why}); restore it from a copy or read the input again"
+    )
 
 
 def _crc32(x: np.ndarray) -> int:
@@ -282,4 +329,12 @@ def _crc32(x: np.ndarray) -> int:
 
 
 def _numpy_dtype(name: str) -> np.dtype:
-    return np.dtype({"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I32": "int32"}.get(name, "V1"))
+    return np.dtype(
+        {
+            "F64": "float64",
+            "F32": "float32",
+            "BF16": "bfloat16",
+            "F16": "float16",
+            "I32": "int32",
+        }.get(name, "V1")
+    )

@@ -25,7 +25,9 @@ class Attention(nnx.Module):
         self.k = param(next(keys), (K * H, D), ("kv_heads", "embed"), std)
         self.v = param(next(keys), (K * H, D), ("kv_heads", "embed"), std)
         # Residual branches start smaller in deep models (GPT-2).
-        self.o = param(next(keys), (D, N * H), ("embed", "heads"), std / math.sqrt(2 * cfg.num_layers))
+        self.o = param(
+            next(keys), (D, N * H), ("embed", "heads"), std / math.sqrt(2 * cfg.num_layers)
+        )
         bias = lambda size, axis: param(key, (size,), (axis,), 0.0)
         self.q_bias = bias(N * H, "heads") if cfg.qkv_bias else None
         self.k_bias = bias(K * H, "kv_heads") if cfg.qkv_bias else None
@@ -35,13 +37,19 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, "head_dim", cfg.norm_eps, key=next(keys)) if cfg.qk_norm else None
 
     def __call__(self, x_BTD, ctx: Context, cache: KVCache | None, implementation: str | None):
-        """Returns the branch's output [B, T, D] and the cache to continue with (None unless ctx.keep_state)."""
+        """Returns the branch's output [B, T, D] and the cache to continue with (None unless
+        ctx.keep_state).
+        """
         B, T, _ = x_BTD.shape
         cfg, name = self.cfg, checkpoint_name
         with jax.named_scope("qkv"):
             q_BTNH = linear(x_BTD, self.q, self.q_bias).reshape(B, T, cfg.num_heads, cfg.head_dim)
-            k_BTKH = linear(x_BTD, self.k, self.k_bias).reshape(B, T, cfg.num_kv_heads, cfg.head_dim)
-            v_BTKH = linear(x_BTD, self.v, self.v_bias).reshape(B, T, cfg.num_kv_heads, cfg.head_dim)
+            k_BTKH = linear(x_BTD, self.k, self.k_bias).reshape(
+                B, T, cfg.num_kv_heads, cfg.head_dim
+            )
+            v_BTKH = linear(x_BTD, self.v, self.v_bias).reshape(
+                B, T, cfg.num_kv_heads, cfg.head_dim
+            )
             if ctx.parallel is not None:
                 q_axis, kv_axis = ctx.parallel.head_axes(cfg.num_heads, cfg.num_kv_heads)
                 q_BTNH = ctx.pin(q_BTNH, q_axis, None)
@@ -71,7 +79,9 @@ class Attention(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int, dtype) -> KVCache:
         """An empty cache; a window needs no more slots than itself."""
-        return kv_cache.empty(batch, self.cfg.num_kv_heads, self.window or capacity, self.cfg.head_dim, dtype)
+        return kv_cache.empty(
+            batch, self.cfg.num_kv_heads, self.window or capacity, self.cfg.head_dim, dtype
+        )
 
     def _fill(self, k_BTKH, v_BTKH, ctx: Context) -> KVCache:
         B, T = k_BTKH.shape[:2]
@@ -79,9 +89,13 @@ class Attention(nnx.Module):
             return KVCache(jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2))
         empty = self.init_cache(B, ctx.capacity or T, k_BTKH.dtype)
         start_B = jnp.zeros((B,), jnp.int32)
-        return kv_cache.write(empty, k_BTKH, v_BTKH, start_B, ctx.lengths_B, ring=self.window is not None)
+        return kv_cache.write(
+            empty, k_BTKH, v_BTKH, start_B, ctx.lengths_B, ring=self.window is not None
+        )
 
-    def _continue(self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache, implementation: str | None):
+    def _continue(
+        self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache, implementation: str | None
+    ):
         T, start_B, ring = q_BTNH.shape[1], ctx.position_B, self.window is not None
         if not ring and ctx.capacity is None:  # a cache without a capacity grows
             cache = kv_cache.grow(cache, T)

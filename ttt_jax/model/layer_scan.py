@@ -1,11 +1,13 @@
-"""Stacked layers, scanned in place: every layer reads its parameters from the stacks and writes its gradients into them.
+"""Stacked layers, scanned in place: every layer reads its parameters from the stacks and writes its
+gradients into them.
 
 R repeats of a pattern, N layers of a run in it, B batch, T tokens, D model width.
 
-A `jax.lax.scan` over the layers of a run inside one over the repeats of a pattern is the same computation, but XLA then
-copies a repeat's parameters and saved activations out of their stacks before the inner loop, and activations and gradients
-into them after it: at Qwen3-1.7B, 4 x 8192 tokens, 65 GB a step (docs/performance.md). Here both loops carry the whole
-stacks. For that the backward is written out: a layer is linearised where it runs, what its backward needs and the caller
+A `jax.lax.scan` over the layers of a run inside one over the repeats of a pattern is the same
+computation, but XLA then copies a repeat's parameters and saved activations out of their stacks
+before the inner loop, and activations and gradients into them after it: at Qwen3-1.7B, 4 x 8192
+tokens, 65 GB a step (docs/performance.md). Here both loops carry the whole stacks. For that the
+backward is written out: a layer is linearised where it runs, what its backward needs and the caller
 does not have anyway is saved, and the backward runs the same loops in reverse.
 """
 
@@ -20,26 +22,35 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-Layer = Callable[..., tuple[jax.Array, Any]]  # (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
+# (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
+Layer = Callable[..., tuple[jax.Array, Any]]
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recipe:
-    """How the backward of a layer is put together: leaf i is constants[i], or the known one of this number, or (None) the next
-    of those that were saved."""
+    """How the backward of a layer is put together: leaf i is constants[i], or the known one of this
+    number, or (None) the next of those that were saved.
+    """
 
     treedef: Any
     constants: dict[int, Any]
     known: tuple[int | None, ...]
 
     def saved(self, leaves):
-        return [leaf for j, leaf in enumerate(leaves) if self.known[j] is None and j not in self.constants]
+        return [
+            leaf
+            for j, leaf in enumerate(leaves)
+            if self.known[j] is None and j not in self.constants
+        ]
 
     def leaves(self, known, saved):
         saved = iter(saved)
         order = enumerate(self.known)
-        return [self.constants[j] if j in self.constants else next(saved) if k is None else known[k] for j, k in order]
+        return [
+            self.constants[j] if j in self.constants else next(saved) if k is None else known[k]
+            for j, k in order
+        ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -48,7 +59,8 @@ def scan_layers(layers: tuple[Layer, ...], stacks: tuple[Any, ...], h_BTD, sourc
 
     Args:
       layers: what a layer of each run computes.
-      stacks: parameters of each run, leaves [R, N, ...]. Every leaf of one run has the same R and N.
+      stacks: parameters of each run, leaves [R, N, ...]. Every leaf of one run has the same R and
+        N.
       h_BTD: what the first layer reads.
       source_BTD: an array that every layer may read; differentiable.
       rest: a pytree of arrays that every layer may read; not differentiated.
@@ -66,9 +78,15 @@ def scan_layers(layers: tuple[Layer, ...], stacks: tuple[Any, ...], h_BTD, sourc
 
 def _forward(layers, stacks, h_BTD, source_BTD, rest):
     def layer(i, r, n, h_BTD, kept):
-        h_BTD, stats, leaves, _ = _linearize(layers[i], _at(stacks[i], r, n), h_BTD, source_BTD, rest)
+        h_BTD, stats, leaves, _ = _linearize(
+            layers[i], _at(stacks[i], r, n), h_BTD, source_BTD, rest
+        )
         saved = recipes[i].saved(leaves)
-        return h_BTD, stats, [_put(stack, r, n, leaf) for stack, leaf in zip(kept, saved, strict=True)]
+        return (
+            h_BTD,
+            stats,
+            [_put(stack, r, n, leaf) for stack, leaf in zip(kept, saved, strict=True)],
+        )
 
     empty, recipes = [], []
     for function, stack in zip(layers, stacks, strict=True):
@@ -97,7 +115,9 @@ def _backward(layers, residuals, cotangents):
         return (dh_BTD, dsource_BTD + dsource), None, _put(dstack, r, n, dparams)
 
     zeros = jax.tree.map(jnp.zeros_like, stacks)
-    carry, _, dstacks = _loops(layer, stacks, (dh_BTD, jnp.zeros_like(source_BTD)), zeros, reverse=True)
+    carry, _, dstacks = _loops(
+        layer, stacks, (dh_BTD, jnp.zeros_like(source_BTD)), zeros, reverse=True
+    )
     return dstacks, *carry, None
 
 
@@ -105,8 +125,12 @@ scan_layers.defvjp(_forward, _backward)
 
 
 def _linearize(layer: Layer, params, h_BTD, source_BTD, rest):
-    """The layer's outputs, the leaves that its backward is made of, and the recipe for that (of abstract values only)."""
-    h_BTD, pullback, stats = jax.vjp(lambda *args: layer(*args, rest), params, h_BTD, source_BTD, has_aux=True)
+    """The layer's outputs, the leaves that its backward is made of, and the recipe for that (of
+    abstract values only).
+    """
+    h_BTD, pullback, stats = jax.vjp(
+        lambda *args: layer(*args, rest), params, h_BTD, source_BTD, has_aux=True
+    )
     leaves, treedef = jax.tree.flatten(pullback)
     place = {id(x): k for k, x in enumerate(_known(params, source_BTD, rest))}
     known = tuple(place.get(id(leaf)) for leaf in leaves)
@@ -119,7 +143,9 @@ def _known(params, source_BTD, rest) -> list[jax.Array]:
 
 
 def _loops(layer, stacks, carry, per_run: tuple[Any, ...], reverse: bool = False):
-    """`carry, stats, per_run[i] = layer(i, r, n, carry, per_run[i])` for every layer in order; stats come back stacked."""
+    """`carry, stats, per_run[i] = layer(i, r, n, carry, per_run[i])` for every layer in order;
+    stats come back stacked.
+    """
     order = range(len(stacks))
 
     def scan(body, carry, length):
@@ -159,6 +185,8 @@ def _at(tree, r, n):
 
 def _put(tree, r, n, piece):
     def one(x, y):
-        return jax.lax.dynamic_update_slice(x, y[None, None], (r, n, *(jnp.zeros_like(r),) * y.ndim))
+        return jax.lax.dynamic_update_slice(
+            x, y[None, None], (r, n, *(jnp.zeros_like(r),) * y.ndim)
+        )
 
     return jax.tree.map(one, tree, piece)

@@ -1,7 +1,9 @@
-"""The parts of a block that do not adapt: parameters, RMSNorm, rotary embedding, attention projections.
+"""The parts of a block that do not adapt: parameters, RMSNorm, rotary embedding, attention
+projections.
 
 B batch, T new tokens, S keys, D model width, N query heads, K KV heads, G = N / K, H head dim.
-Weights are stored as Hugging Face stores them, [out, in], so a checkpoint is taken over without a copy.
+Weights are stored as Hugging Face stores them, [out, in], so a checkpoint is taken over without a
+copy.
 """
 
 from __future__ import annotations
@@ -60,11 +62,17 @@ class Context:
 
 
 def param(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
-    """A float32 parameter with its logical axes; std 0 gives zeros, and one axis gives ones (a norm scale)."""
+    """A float32 parameter with its logical axes; std 0 gives zeros, and one axis gives ones (a norm
+    scale).
+    """
     if len(shape) == 1 and std == 1.0:
         value = jnp.ones(shape, jnp.float32)
     else:
-        value = std * jax.random.normal(key, shape, jnp.float32) if std else jnp.zeros(shape, jnp.float32)
+        value = (
+            std * jax.random.normal(key, shape, jnp.float32)
+            if std
+            else jnp.zeros(shape, jnp.float32)
+        )
     return nnx.Param(value, axes=axes)
 
 
@@ -88,7 +96,7 @@ class RMSNorm(nnx.Module):
         return (y * jnp.broadcast_to(self.scale[...].astype(acc), y.shape)).astype(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------- rope
+# --------------------------------------------------------------------------------------------- rope
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[list[float], float]:
@@ -98,17 +106,21 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[list[float], floa
     if rope.kind == "default":
         return plain, 1.0
     length = float(rope.original_max_positions or 0)
-    if rope.kind == "llama3":  # long wavelengths are stretched by `factor`, short ones kept, a smooth blend between
+    # long wavelengths are stretched by `factor`, short ones kept, a smooth blend between
+    if rope.kind == "llama3":
         low, high = length / rope.low_freq_factor, length / rope.high_freq_factor
         scaled = []
         for f in plain:
             wavelength = 2 * math.pi / f
-            blend = (length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+            blend = (length / wavelength - rope.low_freq_factor) / (
+                rope.high_freq_factor - rope.low_freq_factor
+            )
             blend = 1.0 if wavelength < high else 0.0 if wavelength > low else blend
             scaled.append((1 - blend) * f / rope.factor + blend * f)
         return scaled, 1.0
 
-    def dimension(rotations):  # the index whose wavelength makes this many turns over the original context
+    # the index whose wavelength makes this many turns over the original context
+    def dimension(rotations):
         return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.base))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
@@ -122,7 +134,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[list[float], floa
 def rope_tables(rope: RopeConfig, head_dim: int, positions_BT) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [B, T, H/2]."""
     frequencies, factor = rope_frequencies(rope, head_dim)
-    angles = positions_BT.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+    angles = (
+        positions_BT.astype(jnp.float32)[:, :, None]
+        * jnp.asarray(frequencies, jnp.float32)[None, None]
+    )
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
@@ -130,12 +145,15 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions_BT) -> tuple[jax.Arra
 def apply_rope(x_BTNH, rope):
     """Rotate pairs (i, i + H/2), the Hugging Face layout. No gradient flows to the tables.
 
-    Written with a reversal of the halves, which XLA fuses with what is before it; slices and a concatenation it does not.
+    Written with a reversal of the halves, which XLA fuses with what is before it; slices and a
+    concatenation it does not.
     """
     B, T, N, H = x_BTNH.shape
     x_BTN2h = x_BTNH.reshape(B, T, N, 2, H // 2).astype(accumulator(x_BTNH.dtype))
     cos, sin = rope
-    spread = lambda *halves: jnp.broadcast_to(jnp.stack(halves, axis=2)[:, :, None].astype(x_BTN2h.dtype), x_BTN2h.shape)
+    spread = lambda *halves: jnp.broadcast_to(
+        jnp.stack(halves, axis=2)[:, :, None].astype(x_BTN2h.dtype), x_BTN2h.shape
+    )
     rotated = x_BTN2h * spread(cos, cos) + jnp.flip(x_BTN2h, axis=3) * spread(-sin, sin)
     return rotated.astype(x_BTNH.dtype).reshape(B, T, N, H)
 
@@ -145,10 +163,9 @@ def _rotate_back(rope, dx_BTNH):
     return apply_rope(dx_BTNH, (cos, -sin)), None
 
 
-# The transpose of a rotation. Derived by jax, it would keep the tables spread over batch and heads for every layer.
+# The transpose of a rotation. Derived by jax, it would keep the tables spread over batch and heads
+# for every layer.
 apply_rope.defvjp(lambda x_BTNH, rope: (apply_rope(x_BTNH, rope), rope), _rotate_back)
 
 
-# -------------------------------------------------------------------------------------------------------- attention
-
-
+# ---------------------------------------------------------------------------------------- attention

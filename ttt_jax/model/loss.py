@@ -16,7 +16,9 @@ _BLOCK_BYTES = 2**30  # float32 logits held at a time
 
 
 def token_nll(h_BTD, w_VD, targets_BT):
-    """-log p(target) for every token, float32 [B, T]; logits are made block by block. No gradient is meant to be taken."""
+    """-log p(target) for every token, float32 [B, T]; logits are made block by block. No gradient
+    is meant to be taken.
+    """
     acc = accumulator(h_BTD.dtype)
     w_VD = w_VD.astype(h_BTD.dtype)
 
@@ -32,7 +34,9 @@ def token_nll(h_BTD, w_VD, targets_BT):
 
 
 def token_nll_and_hit(h_BTD, w_VD, targets_BT):
-    """As `token_nll`, and whether the target is the most likely token, bool [B, T] (of equals, the lowest id)."""
+    """As `token_nll`, and whether the target is the most likely token, bool [B, T] (of equals, the
+    lowest id).
+    """
     acc = accumulator(h_BTD.dtype)
     w_VD = w_VD.astype(h_BTD.dtype)
 
@@ -53,11 +57,12 @@ def cross_entropy(h_BTD, w_VD, targets_BT, weights_BT):
     """Sum over tokens of weight * -log p(target), a float32 scalar.
 
     Args:
-      h_BTD: final hidden states. w_VD: output weights, cast to h's dtype. targets_BT: int32. weights_BT: float32 factors
-        (0 for tokens without a target); no gradient flows to them.
+      h_BTD: final hidden states. w_VD: output weights, cast to h's dtype. targets_BT: int32.
+        weights_BT: float32 factors (0 for tokens without a target); no gradient flows to them.
 
-    When differentiated, the gradients for h and w are made in the forward pass, block by block, while a block's logits are
-    at hand: the output matmul is not done twice and peak memory is one block of logits.
+    When differentiated, the gradients for h and w are made in the forward pass, block by block,
+    while a block's logits are at hand: the output matmul is not done twice and peak memory is one
+    block of logits.
     """
     return jnp.sum(weights_BT * token_nll(h_BTD, w_VD, targets_BT).astype(weights_BT.dtype))
 
@@ -74,11 +79,15 @@ def _forward(h_BTD, w_VD, targets_BT, weights_BT):
         with jax.named_scope("logits"):
             logits_BQV = _logits(h_BQD, w_cast_VD, acc)
         log_z_BQ = jax.nn.logsumexp(logits_BQV, axis=-1)
-        hit_BQV = targets_BQ[..., None] == jnp.arange(w_VD.shape[0], dtype=targets_BQ.dtype)[None, None]
+        hit_BQV = (
+            targets_BQ[..., None] == jnp.arange(w_VD.shape[0], dtype=targets_BQ.dtype)[None, None]
+        )
         picked_BQ = jnp.sum(jnp.where(hit_BQV, logits_BQV, 0), axis=-1)
         loss = loss + jnp.sum(weights_BQ.astype(acc) * (log_z_BQ - picked_BQ))
         p_BQV = jnp.exp(logits_BQV - log_z_BQ[..., None])
-        d_BQV = (weights_BQ.astype(acc)[..., None] * (p_BQV - hit_BQV.astype(acc))).astype(h_BQD.dtype)
+        d_BQV = (weights_BQ.astype(acc)[..., None] * (p_BQV - hit_BQV.astype(acc))).astype(
+            h_BQD.dtype
+        )
         with jax.named_scope("logits_grad"):
             dot = functools.partial(jnp.einsum, precision=precision_for(h_BQD.dtype))
             dh_BQD = dot("bqv,vd->bqd", d_BQV, w_cast_VD)
@@ -86,13 +95,17 @@ def _forward(h_BTD, w_VD, targets_BT, weights_BT):
         return (loss, dw_VD), dh_BQD
 
     xs = (split_tokens(h_BTD, Q), split_tokens(targets_BT, Q), split_tokens(weights_BT, Q))
-    (loss, dw_VD), dh_blocks = jax.lax.scan(block, (jnp.zeros((), acc), jnp.zeros(w_VD.shape, acc)), xs)
+    (loss, dw_VD), dh_blocks = jax.lax.scan(
+        block, (jnp.zeros((), acc), jnp.zeros(w_VD.shape, acc)), xs
+    )
     return loss.astype(weights_BT.dtype), (join_tokens(dh_blocks, T), dw_VD.astype(w_VD.dtype))
 
 
 def _backward(residuals, g):
     dh_BTD, dw_VD = residuals
-    scale = lambda x: (g.astype(accumulator(x.dtype)) * x.astype(accumulator(x.dtype))).astype(x.dtype)
+    scale = lambda x: (g.astype(accumulator(x.dtype)) * x.astype(accumulator(x.dtype))).astype(
+        x.dtype
+    )
     return scale(dh_BTD), scale(dw_VD), None, None
 
 
@@ -100,7 +113,9 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _logits(h_BQD, w_VD, acc):
-    return jnp.einsum("bqd,vd->bqv", h_BQD, w_VD, preferred_element_type=acc, precision=precision_for(h_BQD.dtype))
+    return jnp.einsum(
+        "bqd,vd->bqv", h_BQD, w_VD, preferred_element_type=acc, precision=precision_for(h_BQD.dtype)
+    )
 
 
 def _block_size(h_BTD, w_VD) -> int:

@@ -24,10 +24,12 @@ class Runtime:
 
     Fields:
       dtype: compute dtype, "float32" or "bfloat16" (parameters are cast where they are used).
-      remat_save: names of the activations that the backward keeps (config.REMAT_NAMES); None keeps all.
+      remat_save: names of the activations that the backward keeps (config.REMAT_NAMES); None keeps
+        all.
       attention: attention implementation; None picks the fastest.
-      scan_layers: stack equal layers and scan over them, so that compile time does not grow with depth. Without, each layer
-        has its own arrays, which decoding reads and updates in place (a scan copies a layer's slice first).
+      scan_layers: stack equal layers and scan over them, so that compile time does not grow with
+        depth. Without, each layer has its own arrays, which decoding reads and updates in place (a
+        scan copies a layer's slice first).
       parallel: the parallel forms of attention and op on a mesh; None on a single device.
     """
 
@@ -65,7 +67,11 @@ class Block(nnx.Module):
         y_BTD, cache = self.attention(ctx.pin(self.attention_norm(h_BTD)), ctx, cache, attention)
         h_BTD = ctx.pin(h_BTD + ctx.pin(y_BTD))
         y_BTD, ttt, stats = self.mlp(ctx.pin(self.mlp_norm(h_BTD)), ctx, ttt)
-        return ctx.pin(h_BTD + ctx.pin(y_BTD)), None if cache is None else LayerState(cache, ttt), stats
+        return (
+            ctx.pin(h_BTD + ctx.pin(y_BTD)),
+            None if cache is None else LayerState(cache, ttt),
+            stats,
+        )
 
 
 class LayerRun(NamedTuple):
@@ -78,16 +84,26 @@ class LayerRun(NamedTuple):
 class Group(nnx.Module):
     """`repeats` copies of a pattern of runs, for instance (1 TTT layer, 5 plain layers) x 6.
 
-    One scan goes over the repeats and one, inside it, over the layers of each run, so every distinct block is compiled once
-    and the backward holds the recomputed activations of one block at a time. The parameters of `blocks[i]` are stacked
-    [repeats, pattern[i].count, ...].
+    One scan goes over the repeats and one, inside it, over the layers of each run, so every
+    distinct block is compiled once and the backward holds the recomputed activations of one block
+    at a time. The parameters of `blocks[i]` are stacked [repeats, pattern[i].count, ...].
     """
 
-    def __init__(self, cfg: ModelConfig, first: int, pattern: tuple[LayerRun, ...], repeats: int, *, key: jax.Array):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        first: int,
+        pattern: tuple[LayerRun, ...],
+        repeats: int,
+        *,
+        key: jax.Array,
+    ):
         self.first, self.pattern, self.repeats = first, pattern, repeats
         blocks = []
         for i, run in enumerate(pattern):
-            keys = jax.random.split(jax.random.fold_in(key, self.layer_index(0, i, 0)), repeats * run.count)
+            keys = jax.random.split(
+                jax.random.fold_in(key, self.layer_index(0, i, 0)), repeats * run.count
+            )
             make = functools.partial(_make_block, cfg, run.kind)
             blocks.append(jax.vmap(jax.vmap(make))(keys.reshape(repeats, run.count)))
         self.blocks = nnx.List(blocks)
@@ -102,25 +118,41 @@ class Group(nnx.Module):
         count = self.pattern[run].count
         return [self.layer_index(r, run, n) for r in range(self.repeats) for n in range(count)]
 
-    def __call__(self, h_BTD, ctx: Context, states: tuple[LayerState, ...] | None, runtime: Runtime):
-        """Returns h, the states and the stats of each run (None where it has no TTT), stacked like the parameters."""
+    def __call__(
+        self, h_BTD, ctx: Context, states: tuple[LayerState, ...] | None, runtime: Runtime
+    ):
+        """Returns h, the states and the stats of each run (None where it has no TTT), stacked like
+        the parameters.
+        """
 
         def apply(block, h_BTD, ctx, state):
             return block(h_BTD, ctx, state, runtime.attention)
 
         if runtime.remat_save is not None:
             # prevent_cse is for recomputation outside of loops, which these scans rule out.
-            apply = jax.checkpoint(apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False)
+            apply = jax.checkpoint(
+                apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False
+            )
 
         single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
-        if states is None and not ctx.keep_state and isinstance(ctx.ttt_scale, float) and not single:  # training
+        # training
+        if (
+            states is None
+            and not ctx.keep_state
+            and isinstance(ctx.ttt_scale, float)
+            and not single
+        ):
 
             def stateless(block, h_BTD, embed_BTD, ctx):
-                h_BTD, _, stats = apply(block, h_BTD, dataclasses.replace(ctx, embed_BTD=embed_BTD), None)
+                h_BTD, _, stats = apply(
+                    block, h_BTD, dataclasses.replace(ctx, embed_BTD=embed_BTD), None
+                )
                 return h_BTD, stats
 
             runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
-            results: Any = scan_layers((stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+            results: Any = scan_layers(
+                (stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest
+            )
             return results[0], (None,) * runs, results[1]
 
         def layer(h_BTD, xs):
@@ -131,7 +163,9 @@ class Group(nnx.Module):
             blocks, states = xs
             outs = []
             for i, block in enumerate(blocks):
-                h_BTD, out = jax.lax.scan(layer, h_BTD, (block, None if states is None else states[i]))
+                h_BTD, out = jax.lax.scan(
+                    layer, h_BTD, (block, None if states is None else states[i])
+                )
                 outs.append(out)
             return h_BTD, tuple(outs)
 
@@ -139,7 +173,9 @@ class Group(nnx.Module):
             outs = []
             for i, block in enumerate(self.blocks):
                 only = lambda tree: jax.tree.map(lambda x: x.reshape(x.shape[2:]), tree)
-                h_BTD, out = layer(h_BTD, (only(block), None if states is None else only(states[i])))
+                h_BTD, out = layer(
+                    h_BTD, (only(block), None if states is None else only(states[i]))
+                )
                 outs.append(jax.tree.map(lambda x: x[None, None], out))
         else:
             h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
@@ -153,12 +189,14 @@ def _make_block(cfg: ModelConfig, kind: LayerKind, key: jax.Array) -> Block:
 def layer_kinds(cfg: ModelConfig) -> list[LayerKind]:
     full = set(cfg.full_attention_layers)
     return [
-        LayerKind(i in cfg.ttt.layers, None if i in full else cfg.sliding_window) for i in range(cfg.num_layers)
+        LayerKind(i in cfg.ttt.layers, None if i in full else cfg.sliding_window)
+        for i in range(cfg.num_layers)
     ]
 
 
 def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[LayerRun, ...], int]]:
-    """Cut a list of layer kinds into (pattern of runs, repeats), so that few distinct blocks are compiled.
+    """Cut a list of layer kinds into (pattern of runs, repeats), so that few distinct blocks are
+    compiled.
 
     At each place take the pattern that covers most layers per run; ties go to the longer cover.
     """
@@ -172,7 +210,11 @@ def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[LayerRun, ...], int]
                 repeats += 1
             covered = sum(run.count for run in runs[:period]) * repeats
             if repeats > 1 or period == 1:
-                best, best_value = max((best, best_value), ((period, repeats), (covered / period, covered)), key=lambda x: x[1])
+                best, best_value = max(
+                    (best, best_value),
+                    ((period, repeats), (covered / period, covered)),
+                    key=lambda x: x[1],
+                )
         period, repeats = best
         groups.append((tuple(runs[:period]), repeats))
         runs = runs[period * repeats :]
@@ -180,7 +222,9 @@ def find_groups(kinds: list[LayerKind]) -> list[tuple[tuple[LayerRun, ...], int]
 
 
 def _remat_policy(names: tuple[str, ...]):
-    """Keep the named activations; "attention" keeps what attention's own backward needs (output and softmax statistics)."""
+    """Keep the named activations; "attention" keeps what attention's own backward needs (output and
+    softmax statistics).
+    """
     by_name = jax.checkpoint_policies.save_only_these_names(*names)
     if "attention" not in names:
         return by_name

@@ -2,9 +2,10 @@
 
 B batch, T tokens, D model width, V vocabulary, C chunk size.
 
-Layers that repeat are stacked and scanned: the model finds the repeating pattern of layer kinds (say one TTT layer followed
-by five plain ones) and compiles each kind once, so HLO size and compile time do not grow with depth.
-Read top down: `Transformer.__call__` -> `Group` -> `Block` -> `Attention` (layers.py) and `MLP` (ttt.py) -> the op (ops/).
+Layers that repeat are stacked and scanned: the model finds the repeating pattern of layer kinds
+(say one TTT layer followed by five plain ones) and compiles each kind once, so HLO size and compile
+time do not grow with depth. Read top down: `Transformer.__call__` -> `Group` -> `Block` ->
+`Attention` (layers.py) and `MLP` (ttt.py) -> the op (ops/).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from ttt_jax.ops.numerics import accumulator, precision_for
 
 @struct.dataclass
 class State:
-    """What the model needs to read on. A pytree; `layers[group][run]` is stacked like the parameters of the run.
+    """What the model needs to read on. A pytree; `layers[group][run]` is stacked like the
+    parameters of the run.
 
     Fields:
       position_B: tokens read by each row, int32.
@@ -40,9 +42,11 @@ class State:
 
 
 class Transformer(nnx.Module):
-    """A decoder-only language model of the LLaMA / Qwen family with In-Place TTT on `cfg.ttt.layers`.
+    """A decoder-only language model of the LLaMA / Qwen family with In-Place TTT on
+    `cfg.ttt.layers`.
 
-    A plain pytree of float32 parameters: use it with `jax.jit`, `jax.grad`, optax. It holds no mutable state.
+    A plain pytree of float32 parameters: use it with `jax.jit`, `jax.grad`, optax. It holds no
+    mutable state.
     """
 
     def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array):
@@ -55,13 +59,19 @@ class Transformer(nnx.Module):
         self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
         groups, first = [], 0
         kinds = layer_kinds(cfg)
-        for pattern, repeats in find_groups(kinds) if runtime.scan_layers else [((LayerRun(kind, 1),), 1) for kind in kinds]:
+        for pattern, repeats in (
+            find_groups(kinds)
+            if runtime.scan_layers
+            else [((LayerRun(kind, 1),), 1) for kind in kinds]
+        ):
             groups.append(Group(cfg, first, pattern, repeats, key=k_layers))
             first += sum(run.count for run in pattern) * repeats
         self.groups = nnx.List(groups)
         self.norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_head)
         shape = (cfg.vocab_size, cfg.d_model)
-        self.head = None if cfg.tie_embeddings else param(k_head, shape, ("vocab", "embed"), cfg.init_std)
+        self.head = (
+            None if cfg.tie_embeddings else param(k_head, shape, ("vocab", "embed"), cfg.init_std)
+        )
 
     @property
     def output_weight(self) -> jax.Array:
@@ -72,13 +82,15 @@ class Transformer(nnx.Module):
         """Read tokens and return logits for each next token.
 
         Args:
-          ids_BT: int32 token ids. Inside of `jax.jit` their values are not known: ids outside the vocabulary then give NaN
+          ids_BT: int32 token ids. Inside of `jax.jit` their values are not known: ids outside the
+            vocabulary then give NaN
             (negative ones count from its end); `reading.check_ids` looks at them before.
           state: where the stream was left; None starts fresh.
           options: see `hidden`.
 
-        Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives the same logits.
-        Raises: UserError for ids outside the vocabulary, where their values are known.
+        Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives
+        the same logits. Raises: UserError for ids outside the vocabulary, where their values are
+        known.
         """
         _check_known_ids(ids_BT, self.config.vocab_size)
         h_BTD, new_state, _ = self.hidden(ids_BT, state, keep_state=True, **options)
@@ -103,29 +115,42 @@ class Transformer(nnx.Module):
         """Final hidden states (after the last norm).
 
         Args:
-          ids_BT: int32 token ids inside the vocabulary; their values are not looked at, and others give NaN.
+          ids_BT: int32 token ids inside the vocabulary; their values are not looked at, and others
+            give NaN.
           state: from an earlier call, or `init_state`; None starts fresh.
           keep_state: return a state (training does without).
-          lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past them mean nothing.
-          segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start at multiples of
+          lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past
+            them mean nothing.
+          segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start
+            at multiples of
             `config.ttt.chunk_size`; only for a fresh start.
           ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
-          capacity: slots of the KV caches that a fresh start allocates; None lets them grow with every call.
-          at_chunk_start: the caller knows that every row that reads here stands at a chunk boundary: pieces then cost what a
+          capacity: slots of the KV caches that a fresh start allocates; None lets them grow with
+            every call.
+          at_chunk_start: the caller knows that every row that reads here stands at a chunk
+            boundary: pieces then cost what a
             fresh start costs.
-          ends_chunk: of a one-token step, whether it may complete a chunk of some row; None finds out on the device.
-          probe: of a fresh start, add "update_cosine_B" to the stats, which costs about one more update of one row.
+          ends_chunk: of a one-token step, whether it may complete a chunk of some row; None finds
+            out on the device.
+          probe: of a fresh start, add "update_cosine_B" to the stats, which costs about one more
+            update of one row.
 
-        Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B", "update_norm_B"}}).
-        Raises: UserError when packed rows meet a state.
+        Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B",
+        "update_norm_B"}}). Raises: UserError when packed rows meet a state.
         """
         cfg, dtype = self.config, jnp.dtype(self.runtime.dtype)
         B, T = ids_BT.shape
         if state is not None and (segment_ids is not None or positions is not None):
-            raise UserError("segment_ids and positions: packed rows start fresh; pass state=None or drop them")
+            raise UserError(
+                "segment_ids and positions: packed rows start fresh; pass state=None or drop them"
+            )
         capacity = capacity if state is None else state.capacity
-        if capacity is not None and capacity < T:  # caches would drop what does not fit without a word
-            raise UserError(f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger state")
+        # caches would drop what does not fit without a word
+        if capacity is not None and capacity < T:
+            raise UserError(
+                f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger "
+                "state"
+            )
         if positions is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
@@ -187,13 +212,19 @@ class Transformer(nnx.Module):
                 ttt = block.mlp.init_state(batch_size, dtype) if run.kind.ttt else None
                 layer = LayerState(block.attention.init_cache(batch_size, capacity, dtype), ttt)
                 stack = (group.repeats, run.count)
-                runs.append(jax.tree.map(lambda x, s=stack: jnp.broadcast_to(x[None, None], (*s, *x.shape)), layer))
+                runs.append(
+                    jax.tree.map(
+                        lambda x, s=stack: jnp.broadcast_to(x[None, None], (*s, *x.shape)), layer
+                    )
+                )
             layers.append(tuple(runs))
         return State(jnp.zeros((batch_size,), jnp.int32), tuple(layers), capacity)
 
 
 def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
-    """Raise UserError for ids outside the vocabulary; of traced arrays, and parts of other processes', nothing is known."""
+    """Raise UserError for ids outside the vocabulary; of traced arrays, and parts of other
+    processes', nothing is known.
+    """
     if isinstance(ids_BT, Tracer) or not getattr(ids_BT, "is_fully_addressable", True):
         return
     ids_BT = np.asarray(ids_BT)

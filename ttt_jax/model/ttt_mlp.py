@@ -1,7 +1,8 @@
 """The adaptive MLP: SwiGLU whose down-projection is a fast weight, its target module and its state.
 
-B batch, T new tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update (D F).
-In-Place TTT, https://arxiv.org/abs/2604.06169, section 3; the chunk clock of a row counts from its first token.
+B batch, T new tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update (D
+F). In-Place TTT, https://arxiv.org/abs/2604.06169, section 3; the chunk clock of a row counts from
+its first token.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ KERNEL = 5  # taps of the target convolution: two past tokens, the token itself,
 
 
 def initial_target(key: jax.Array, D: int, std: float) -> tuple[jax.Array, jax.Array]:
-    """Make the target's parameters: convolution [D, KERNEL] of zeros, diagonal W_target [D, D] ~ N(0, std^2).
+    """Make the target's parameters: convolution [D, KERNEL] of zeros, diagonal W_target [D, D] ~
+    N(0, std^2).
 
-    Both are float32. The model starts as if it had no fast weights (paper, appendix; the same from scratch and for
-    continual training, where hf.py reads it row by row).
+    Both are float32. The model starts as if it had no fast weights (paper, appendix; the same from
+    scratch and for continual training, where hf.py reads it row by row).
     """
     diagonal_D = std * jax.random.normal(key, (D,), jnp.float32)
     return jnp.zeros((D, KERNEL), jnp.float32), jnp.diag(diagonal_D)
@@ -44,10 +46,12 @@ def unit_rms(x_BTD: jax.Array) -> jax.Array:
 
 
 class Target(nnx.Module):
-    """Targets v = conv(source) @ W_target: a depthwise convolution inside each chunk, then an optional projection.
+    """Targets v = conv(source) @ W_target: a depthwise convolution inside each chunk, then an
+    optional projection.
 
-    The convolution is centred: it sees two *future* tokens. That is causal all the same, because the update of a chunk
-    reaches only later chunks; the zero padding at both edges of every chunk keeps it inside.
+    The convolution is centred: it sees two *future* tokens. That is causal all the same, because
+    the update of a chunk reaches only later chunks; the zero padding at both edges of every chunk
+    keeps it inside.
     """
 
     def __init__(self, cfg: ModelConfig, *, key: jax.Array):
@@ -57,8 +61,12 @@ class Target(nnx.Module):
         self.conv = nnx.Param(conv_DK[:, None], axes=("embed", "conv_in", "conv_taps"))
         self.proj = nnx.Param(proj_DD, axes=("embed", "embed_out")) if cfg.ttt.proj else None
 
-    def __call__(self, source_BTD, chunk_size: int, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
-        """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype. `pin`: see `Context.pin`."""
+    def __call__(
+        self, source_BTD, chunk_size: int, pin: Callable[[jax.Array], jax.Array] = lambda x: x
+    ):
+        """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype.
+        `pin`: see `Context.pin`.
+        """
         B, T, D = source_BTD.shape
         C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
         acc = accumulator(dtype)
@@ -73,9 +81,12 @@ class Target(nnx.Module):
                 tap_D = jnp.broadcast_to(conv_DK[:, k], source_BMCD.shape)
                 t = t + padded[:, :, k : k + C].astype(acc) * tap_D
             t_BTD = pin(t.astype(dtype).reshape(B, T, D))
-            if self.proj is not None:  # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
+            # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
+            if self.proj is not None:
                 weight = self.proj[...].astype(dtype)
-                t_BTD = pin(jnp.einsum("btd,de->bte", t_BTD, weight, precision=precision_for(dtype)))
+                t_BTD = pin(
+                    jnp.einsum("btd,de->bte", t_BTD, weight, precision=precision_for(dtype))
+                )
         return t_BTD
 
 
@@ -98,8 +109,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD, ctx: Context, state: TTTState | None):
         """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
 
-        `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the update of the first
-        sequence's last whole chunk.
+        `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the
+        update of the first sequence's last whole chunk.
         """
         with jax.named_scope("mlp_up"):
             gate_BTF = checkpoint_name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
@@ -123,7 +134,9 @@ class MLP(nnx.Module):
         D, F, C = self.cfg.d_model, self.cfg.d_ff, self.cfg.ttt.chunk_size
         acc = accumulator(dtype)
         return TTTState(
-            jnp.zeros((batch, D, F), acc), jnp.zeros((batch, C, F), dtype), jnp.zeros((batch, C, D), dtype)
+            jnp.zeros((batch, D, F), acc),
+            jnp.zeros((batch, C, F), dtype),
+            jnp.zeros((batch, C, D), dtype),
         )
 
     def _lr(self, ctx: Context, acc):
@@ -144,8 +157,12 @@ class MLP(nnx.Module):
             implementation=ttt.implementation,
         )
 
-    def _targets(self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x):
-        """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the chunks of each row."""
+    def _targets(
+        self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x
+    ):
+        """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the
+        chunks of each row.
+        """
         ttt, C = self.cfg.ttt, self.cfg.ttt.chunk_size
         T = source_BTD.shape[1]
         M = T // C
@@ -153,8 +170,11 @@ class MLP(nnx.Module):
             return jnp.zeros_like(source_BTD)
         v_BTD = self.target(source_BTD[:, : M * C], C, pin)
         if ttt.write != "sum":
-            unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])  # a row of W
-            v_BTD = pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, ridge=ttt.ridge, unit=unit))
+            # a row of W
+            unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])
+            v_BTD = pin(
+                transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, ridge=ttt.ridge, unit=unit)
+            )
         if whole_B is not None:
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
             v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
@@ -168,7 +188,10 @@ class MLP(nnx.Module):
     def _stats(self, S_BDF, update_norm_B):
         slow = self._slow_norm(S_BDF.dtype)
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
-        return {"state_ratio_B": jax.lax.stop_gradient(fast_B / slow), "update_norm_B": update_norm_B}
+        return {
+            "state_ratio_B": jax.lax.stop_gradient(fast_B / slow),
+            "update_norm_B": update_norm_B,
+        }
 
     def _last_update_norm(self, z_BTF, v_BTD, lr, parallel: Parallel | None = None):
         C = self.cfg.ttt.chunk_size
@@ -180,7 +203,9 @@ class MLP(nnx.Module):
             norm = parallel.last_update_norm(stop(z_BTF), stop(v_BTD), stop(lr), C)
             return jnp.broadcast_to(norm, z_BTF.shape[:1])
         last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
-        return jnp.broadcast_to(update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1])
+        return jnp.broadcast_to(
+            update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1]
+        )
 
     def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
         """Every row starts, or stands at the start of a chunk (or reads nothing)."""
@@ -195,21 +220,30 @@ class MLP(nnx.Module):
         stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
         if ctx.probe:
             cosine = update_cosine if parallel is None else parallel.update_cosine
-            stats["update_cosine_B"] = jnp.broadcast_to(cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT), (B,))
+            stats["update_cosine_B"] = jnp.broadcast_to(
+                cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT), (B,)
+            )
         if not ctx.keep_state:
             return y_BTD, None, stats
         if whole_B is None and T % C == 0:  # nothing is pending
-            return y_BTD, TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))), stats
+            return (
+                y_BTD,
+                TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))),
+                stats,
+            )
         whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
         z_BCF, source_BCD = (pending(x, whole_B, C) for x in (z_BTF, source_BTD))
-        if state is not None and ctx.lengths_B is not None:  # a row that reads nothing keeps its pending chunk
+        # a row that reads nothing keeps its pending chunk
+        if state is not None and ctx.lengths_B is not None:
             idle_B11 = (ctx.lengths_B == 0)[:, None, None]
             z_BCF = jnp.where(idle_B11, state.z_BCF, z_BCF)
             source_BCD = jnp.where(idle_B11, state.source_BCD, source_BCD)
         return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
 
     def _continue(self, z_BTF, source_BTD, ctx: Context, state: TTTState):
-        """Any number of new tokens at any place of the chunk clock: put them behind the pending ones and run the op."""
+        """Any number of new tokens at any place of the chunk clock: put them behind the pending
+        ones and run the op.
+        """
         C = self.cfg.ttt.chunk_size
         B, T, _ = z_BTF.shape
         lr = self._lr(ctx, state.S_BDF.dtype)
@@ -227,12 +261,16 @@ class MLP(nnx.Module):
         whole_B = (pending_B + length_B) // C
         v_BLD = self._targets(z_BLF, source_BLD, whole_B)
         y_BLD, S_BDF = self._op(z_BLF, v_BLD, lr, state.S_BDF)
-        y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(y_BLD, pending_B)
+        y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(
+            y_BLD, pending_B
+        )
         stats = self._stats(S_BDF, self._last_update_norm(z_BLF, v_BLD, lr))
         return y_BTD, TTTState(S_BDF, *(pending(x, whole_B, C) for x in (z_BLF, source_BLD))), stats
 
     def _append(self, z_B1F, source_B1D, ctx: Context, state: TTTState):
-        """One token: O(D + F) beside the apply; the update runs in the step that completes some row's chunk."""
+        """One token: O(D + F) beside the apply; the update runs in the step that completes some
+        row's chunk.
+        """
         C = self.cfg.ttt.chunk_size
         lr = self._lr(ctx, state.S_BDF.dtype)
         pending_B = ctx.position_B % C
@@ -241,7 +279,10 @@ class MLP(nnx.Module):
         y_B1D = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
         slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
         put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
-        z_BCF, source_BCD = put(state.z_BCF, z_B1F, slot_B), put(state.source_BCD, source_B1D, slot_B)
+        z_BCF, source_BCD = (
+            put(state.z_BCF, z_B1F, slot_B),
+            put(state.source_BCD, source_B1D, slot_B),
+        )
         complete_B = (pending_B == C - 1) & (read_B > 0)
 
         def update(S_BDF):
@@ -254,5 +295,3 @@ class MLP(nnx.Module):
         else:
             S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
         return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), self._stats(S_BDF, norm_B)
-
-

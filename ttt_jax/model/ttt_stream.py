@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 
 class TTTState(NamedTuple):
-    """What one TTT layer carries from one call to the next. Position modulo C is the number of pending tokens.
+    """What one TTT layer carries from one call to the next. Position modulo C is the number of
+    pending tokens.
 
     Fields:
       S_BDF: accumulated update of the down-projection, float32.
-      z_BCF: MLP activations of the pending chunk, compute dtype; slots from the pending count on hold nothing.
+      z_BCF: MLP activations of the pending chunk, compute dtype; slots from the pending count on
+        hold nothing.
       source_BCD: source of the targets of the pending chunk, compute dtype.
     """
 

@@ -22,7 +22,9 @@ def join_tokens(blocks, length: int):
 
 def precision_for(dtype):
     """float32 inputs ask for float32 products; bf16 ones are exact in any mode."""
-    return jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize <= 2 else jax.lax.Precision.HIGHEST
+    return (
+        jax.lax.Precision.DEFAULT if jnp.dtype(dtype).itemsize <= 2 else jax.lax.Precision.HIGHEST
+    )
 
 
 def accumulator(dtype):
@@ -31,4 +33,6 @@ def accumulator(dtype):
 
 
 def dot(subscripts, x, y, acc):
-    return jnp.einsum(subscripts, x, y, preferred_element_type=acc, precision=precision_for(x.dtype))
+    return jnp.einsum(
+        subscripts, x, y, preferred_element_type=acc, precision=precision_for(x.dtype)
+    )

@@ -6,15 +6,19 @@ import jax
 
 
 def compiled_for() -> str:
-    """The platform of the mesh's devices where a mesh is set (they may exist on paper only), or of the default device."""
+    """The platform of the mesh's devices where a mesh is set (they may exist on paper only), or of
+    the default device.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def on_one_device() -> bool:
-    """Whether arrays here are one device's own, so that nothing is left for the compiler to partition.
+    """Whether arrays here are one device's own, so that nothing is left for the compiler to
+    partition.
 
-    Outside a shard_map over all axes nothing tells whether the program is for one device or for all of them.
+    Outside a shard_map over all axes nothing tells whether the program is for one device or for all
+    of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
@@ -28,6 +32,8 @@ def one_of_several() -> bool:
 
 
 def may_be_one_device() -> bool:
-    """Whether a kernel that the caller has named can be taken at its word: not inside a mesh that the compiler partitions."""
+    """Whether a kernel that the caller has named can be taken at its word: not inside a mesh that
+    the compiler partitions.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or on_one_device()

@@ -1,15 +1,18 @@
-"""How the parts of the model that GSPMD cannot split well run on a mesh: one `shard_map` around each of them.
+"""How the parts of the model that GSPMD cannot split well run on a mesh: one `shard_map` around
+each of them.
 
-B batch, T tokens, D model width, F MLP width, V vocabulary, N query heads, K KV heads, H head dim, C chunk size, P context
-shards, X rows of S that one context shard holds, Y devices that split F.
+B batch, T tokens, D model width, F MLP width, V vocabulary, N query heads, K KV heads, H head dim,
+C chunk size, P context shards, X rows of S that one context shard holds, Y devices that split F.
 
-Attention, the In-Place TTT op and the loss run per device here, so that each device calls an ordinary implementation (kernels
-included) on its share, and the only communication is the one written down. Everything else, norms, projections, the target's
-convolution, is left to GSPMD. The model knows this module as `Runtime.parallel`; mesh axes are named in sharding.py only.
+Attention, the In-Place TTT op and the loss run per device here, so that each device calls an
+ordinary implementation (kernels included) on its share, and the only communication is the one
+written down. Everything else, norms, projections, the target's convolution, is left to GSPMD. The
+model knows this module as `Runtime.parallel`; mesh axes are named in sharding.py only.
 
-`check_vma=False`: kernels and the scans of the op carry no types of varying axes. Then the gradient of an argument that is
-whole on several devices is summed over them by `shard_map` itself; results that are partial sums come out with an axis of
-their own and are summed outside, so that no gradient is summed twice.
+`check_vma=False`: kernels and the scans of the op carry no types of varying axes. Then the gradient
+of an argument that is whole on several devices is summed over them by `shard_map` itself; results
+that are partial sums come out with an axis of their own and are summed outside, so that no gradient
+is summed twice.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from ttt_jax.parallel.mesh import mesh_axes, spec
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """The parallel forms of attention, op and loss on one mesh. Hashable: it is part of the model's structure."""
+    """The parallel forms of attention, op and loss on one mesh. Hashable: it is part of the model's
+    structure.
+    """
 
     mesh: Mesh
 
@@ -49,46 +54,74 @@ class Parallel:
         return axes[0] if axes else None
 
     def splits(self, T: int, chunk_size: int = 1) -> bool:
-        """Whether T tokens give every shard the same whole number of chunks (any number of tokens on one shard)."""
+        """Whether T tokens give every shard the same whole number of chunks (any number of tokens
+        on one shard).
+        """
         return self.shards == 1 or T % (self.shards * chunk_size) == 0
 
     def pin(self, x_BTX, *axes: str | None) -> jax.Array:
-        """Keep rows and tokens split, and what follows by its logical `axes` (whole if none are given), in the gradient too:
-        left alone, GSPMD may split activations like parameters, or gather all tokens for a weight's gradient."""
+        """Keep rows and tokens split, and what follows by its logical `axes` (whole if none are
+        given), in the gradient too: left alone, GSPMD may split activations like parameters, or
+        gather all tokens for a weight's gradient.
+        """
         axes = axes or (None,) * (x_BTX.ndim - 2)
-        sharding = NamedSharding(self.mesh, spec(("batch", "tokens", *axes), x_BTX.shape, self.mesh))
+        sharding = NamedSharding(
+            self.mesh, spec(("batch", "tokens", *axes), x_BTX.shape, self.mesh)
+        )
         return jax.lax.with_sharding_constraint(x_BTX, sharding)
 
     def embed(self, table_VD, ids_BT) -> jax.Array:
-        """Rows of the table, [B, T, D]. The table is gathered: GSPMD would look up with D split and then gather all tokens."""
+        """Rows of the table, [B, T, D]. The table is gathered: GSPMD would look up with D split and
+        then gather all tokens.
+        """
         tokens = spec(("batch", "tokens"), ids_BT.shape, self.mesh)
         local = lambda table_VD, ids_BT: jnp.take(table_VD, ids_BT, axis=0)
         return self._map(local, (P(None, None), tokens), P(*tokens, None))(table_VD, ids_BT)
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, **options) -> jax.Array:
-        """`self_attention` with rows, tokens and heads split; same arguments. Lengths that do not divide go to GSPMD."""
+        """`self_attention` with rows, tokens and heads split; same arguments. Lengths that do not
+        divide go to GSPMD.
+        """
         if not self.splits(q_BTNH.shape[1]):
             return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
         heads = self.head_axes(q_BTNH.shape[2], k_BTKH.shape[2])
-        q, kv = (spec(("batch", "tokens", h, None), x.shape, self.mesh) for h, x in zip(heads, (q_BTNH, k_BTKH), strict=True))
+        q, kv = (
+            spec(("batch", "tokens", h, None), x.shape, self.mesh)
+            for h, x in zip(heads, (q_BTNH, k_BTKH), strict=True)
+        )
 
         def local(q_BTNH, k_BTKH, v_BTKH, ids_BT):
             if self.axis is None:
                 return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, **options)
             split = {"axis": self.axis, "shards": self.shards}
-            return attention_shard(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, **split, **options)
+            return attention_shard(
+                q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, **split, **options
+            )
 
         return self._map(local, (q, kv, kv, P(*q[:2])), q)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def in_place_ttt(
-        self, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state=None, segment_ids=None, clip_norm=None, implementation=None
+        self,
+        z_BTF,
+        v_BTD,
+        w_DF,
+        *,
+        lr,
+        chunk_size,
+        state=None,
+        segment_ids=None,
+        clip_norm=None,
+        implementation=None,
     ):
         """`ttt_jax.ops.ttt.api` with rows, tokens and F split; same arguments and results.
 
         The state lies as W_down does: its rows over the context axis, its columns over F's.
         """
         if not self.splits(z_BTF.shape[1], chunk_size):
-            raise ValueError(f"{z_BTF.shape[1]} tokens do not give {self.shards} shards whole chunks of {chunk_size}")
+            raise ValueError(
+                f"{z_BTF.shape[1]} tokens do not give {self.shards} shards whole chunks of "
+                f"{chunk_size}"
+            )
         D, mesh = v_BTD.shape[2], self.mesh
         X = slice_rows(D, self.shards)
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, mesh)
@@ -99,7 +132,12 @@ class Parallel:
         w_DF, lr = w_DF.astype(z_BTF.dtype), jnp.asarray(lr, accumulator(z_BTF.dtype))
 
         def local(z_BTF, v_BTD, w_DF, lr, state_BXF, ids_BT):
-            options = {"lr": lr, "chunk_size": chunk_size, "clip_norm": clip_norm, "implementation": implementation}
+            options = {
+                "lr": lr,
+                "chunk_size": chunk_size,
+                "clip_norm": clip_norm,
+                "implementation": implementation,
+            }
             sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None
             split = {"axis": self.axis, "shards": self.shards, "sum_F": sum_F}
             o_BTD, S_BXF = in_place_ttt_shard(
@@ -107,18 +145,31 @@ class Parallel:
             )
             return o_BTD[None], S_BXF
 
-        in_specs = (P(rows, tokens, wide), P(rows, tokens, None), P(None, wide), P(), state_spec, P(rows, tokens))
+        in_specs = (
+            P(rows, tokens, wide),
+            P(rows, tokens, None),
+            P(None, wide),
+            P(),
+            state_spec,
+            P(rows, tokens),
+        )
         out_specs = (P(wide, rows, tokens, None), state_spec)
-        o_YBTD, S_BXF = self._map(local, in_specs, out_specs)(z_BTF, v_BTD, w_DF, lr, state, segment_ids)
+        o_YBTD, S_BXF = self._map(local, in_specs, out_specs)(
+            z_BTF, v_BTD, w_DF, lr, state, segment_ids
+        )
         return (o_YBTD.sum(axis=0) if wide else o_YBTD[0]), S_BXF[:, :D]
 
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int):
-        """Frobenius norm of the update of the first sequence's last chunk, a scalar. No gradient is meant to be taken."""
+        """Frobenius norm of the update of the first sequence's last chunk, a scalar. No gradient is
+        meant to be taken.
+        """
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
         split = _axes((rows, tokens, wide))
 
         def local(z_BTF, v_BTD, lr):
-            square = last_update_square(z_BTF, v_BTD, lr, chunk_size, axis=self.axis, shards=self.shards)
+            square = last_update_square(
+                z_BTF, v_BTD, lr, chunk_size, axis=self.axis, shards=self.shards
+            )
             for axis in _axes((rows,)):
                 square = jnp.where(jax.lax.axis_index(axis) == 0, square, 0)
             return jnp.sqrt(jax.lax.psum(square, split)) if split else jnp.sqrt(square)
@@ -127,7 +178,9 @@ class Parallel:
         return self._map(local, in_specs, P())(z_BTF, v_BTD, lr)
 
     def update_cosine(self, z_BTF, v_BTD, chunk_size: int, segment_ids_BT=None):
-        """`update_cosine` of the first sequence on each device, pairs of chunks on one device, averaged over the devices."""
+        """`update_cosine` of the first sequence on each device, pairs of chunks on one device,
+        averaged over the devices.
+        """
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
         sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None
 
@@ -139,7 +192,8 @@ class Parallel:
         return self._map(local, in_specs, P())(z_BTF, v_BTD, segment_ids_BT)
 
     def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool):
-        """A function of the output weight and of tokens one by one, with every device on tokens of its own.
+        """A function of the output weight and of tokens one by one, with every device on tokens of
+        its own.
 
         Args:
           function: (h_BTD, w_VD, *token_data_BT) -> a sum over tokens, or one number per token.
@@ -148,11 +202,15 @@ class Parallel:
         tokens = spec(("batch", "loss_tokens"), h_BTD.shape[:2], self.mesh)
         local = (lambda *xs: function(*xs)[None]) if total else function
         in_specs = (P(*tokens, None), P(None, None), *(tokens for _ in token_data_BT))
-        out = self._map(local, in_specs, P(_axes(tokens)) if total else tokens)(h_BTD, w_VD, *token_data_BT)
+        out = self._map(local, in_specs, P(_axes(tokens)) if total else tokens)(
+            h_BTD, w_VD, *token_data_BT
+        )
         return out.sum() if total else out
 
     def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
-        """Logical axes of N query and K KV heads: split both or none, one alone would tear the groups apart."""
+        """Logical axes of N query and K KV heads: split both or none, one alone would tear the
+        groups apart.
+        """
         ways = math.prod(self.mesh.shape[axis] for axis in mesh_axes("kv_heads", self.mesh))
         return ("heads", "kv_heads") if N % ways == 0 and K % ways == 0 else (None, None)
 
@@ -160,16 +218,22 @@ class Parallel:
         alone = tuple(axis for axis, size in self.mesh.shape.items() if size == 1)
 
         def name_all(spec: P) -> P:
-            """Mesh axes of one device are named too, or gradients would be "summed" over them, which XLA may not remove."""
+            """Mesh axes of one device are named too, or gradients would be "summed" over them,
+            which XLA may not remove.
+            """
             return P((*alone, *_axes(spec[:1])), *spec[1:]) if len(spec) else spec
 
         specs = jax.tree.map(name_all, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+        )
 
 
 def _axes(parts) -> tuple[str, ...]:
     """The mesh axes in the entries of a PartitionSpec."""
-    return tuple(axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ()))
+    return tuple(
+        axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())
+    )
 
 
 def make_parallel(mesh: Mesh) -> Parallel | None:

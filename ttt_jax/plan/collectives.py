@@ -1,8 +1,9 @@
 """What a compiled program sends between devices, read from its text.
 
-A collective inside a loop runs once per round. Rounds are known where XLA says so (`known_trip_count`) or where the loop's
-condition compares a counter with a constant, as in every `jax.lax.scan` (from 0 in steps of 1); other loops count once and are
-reported. TPU programs split one asynchronous collective into several pieces with the same `chain_id`; they count once.
+A collective inside a loop runs once per round. Rounds are known where XLA says so
+(`known_trip_count`) or where the loop's condition compares a counter with a constant, as in every
+`jax.lax.scan` (from 0 in steps of 1); other loops count once and are reported. TPU programs split
+one asynchronous collective into several pieces with the same `chain_id`; they count once.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ import math
 import re
 from typing import NamedTuple
 
-KINDS: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS: tuple[str, ...] = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
-# A kernel's attributes may hold line breaks (splash attention's do), and a line of them may begin with `}}`.
+# A kernel's attributes may hold line breaks (splash attention's do), and a line of them may begin
+# with `}}`.
 _END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
@@ -24,7 +32,9 @@ _TRIPS = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind: how often they run, and the bytes of their results on one device, per call of the program."""
+    """Collectives of one kind: how often they run, and the bytes of their results on one device,
+    per call of the program.
+    """
 
     count: int
     nbytes: int
@@ -78,11 +88,15 @@ def read_collectives(text: str) -> Collectives:
                 walk(inner, times)
 
     walk(entry, 1)
-    return Collectives({kind: Traffic(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}, unknown)
+    return Collectives(
+        {kind: Traffic(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}, unknown
+    )
 
 
 def nbytes(shapes: str) -> int:
-    """Bytes of every array in a type such as `(f32[2,3]{1,0}, u8[4])`; tokens and opaque values have none."""
+    """Bytes of every array in a type such as `(f32[2,3]{1,0}, u8[4])`; tokens and opaque values
+    have none.
+    """
     total = 0
     for dtype, shape in re.findall(r"\b([a-z]+\d*(?:e\d\w*)?)\[([\d,]*)\]", shapes):
         total += math.prod(int(n) for n in shape.split(",") if n) * _bits(dtype)
@@ -97,7 +111,9 @@ def _bits(dtype: str) -> int:
 
 
 def _result(started: str, kind: str) -> str:
-    """The result inside what a `-start` gives: (operand, result, ...), but only the result for an all-reduce."""
+    """The result inside what a `-start` gives: (operand, result, ...), but only the result for an
+    all-reduce.
+    """
     if kind == "all-reduce" or not started.startswith("("):
         return started
     parts, depth, begin = [], 0, 1
@@ -128,10 +144,16 @@ def trips(line: str, condition: list[str] | tuple[()]) -> int | None:
     """Rounds of a loop; None when its text does not say."""
     if known := _TRIPS.search(line):
         return int(known[1])
-    constants = dict(re.findall(r"%?([\w.\-]+) = s(?:32|64)\[\][^ ]* constant\((\d+)\)", "\n".join(condition)))
+    constants = dict(
+        re.findall(r"%?([\w.\-]+) = s(?:32|64)\[\][^ ]* constant\((\d+)\)", "\n".join(condition))
+    )
     root = next((text for text in condition if text.lstrip().startswith("ROOT")), "")
     if "direction=LT" in root or "calls=" in root:  # the comparison itself, or a fusion of it
-        named = [constants[name] for name in re.findall(r"%([\w.\-]+)", root.partition("(")[2]) if name in constants]
+        named = [
+            constants[name]
+            for name in re.findall(r"%([\w.\-]+)", root.partition("(")[2])
+            if name in constants
+        ]
         if len(named) == 1:
             return int(named[0])
     return None

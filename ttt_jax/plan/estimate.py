@@ -1,10 +1,13 @@
-"""Memory of a step on GPUs, estimated from shapes and shardings. XLA's GPU compiler needs a GPU, so nothing is compiled.
+"""Memory of a step on GPUs, estimated from shapes and shardings. XLA's GPU compiler needs a GPU, so
+nothing is compiled.
 
-b rows and t tokens of a row on one device at a time, T tokens of a row, D width, F MLP width, N query and K KV heads, H head
-dim, V vocabulary, a bytes of the compute dtype, L layers, P ways that `mesh.tensor` splits heads and F.
+b rows and t tokens of a row on one device at a time, T tokens of a row, D width, F MLP width, N
+query and K KV heads, H head dim, V vocabulary, a bytes of the compute dtype, L layers, P ways that
+`mesh.tensor` splits heads and F.
 
-Parameters, optimizer state and gradients are exact (shapes and shardings of the real state). The rest is a sum of the arrays
-that the step is known to hold; what XLA adds (fragmentation, copies, collectives' buffers) is not in it. Formulas:
+Parameters, optimizer state and gradients are exact (shapes and shardings of the real state). The
+rest is a sum of the arrays that the step is known to hold; what XLA adds (fragmentation, copies,
+collectives' buffers) is not in it. Formulas:
 
     gradients            float32, split as the parameters; twice with accumulation (the sum and the micro-batch's)
     kept activations     b t a (L D + the arrays that remat_save names in every layer)
@@ -20,7 +23,16 @@ from __future__ import annotations
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.plan.make import Plan, Topology, abstract_batch, advice, prefill_notes, row_notes, shard_bytes, workload
+from ttt_jax.plan.make import (
+    Plan,
+    Topology,
+    abstract_batch,
+    advice,
+    prefill_notes,
+    row_notes,
+    shard_bytes,
+    workload,
+)
 
 _LOGITS = 1.5 * 2**30  # one block in float32 (loss.py) and its gradient in the compute dtype
 
@@ -63,8 +75,12 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
         total=total,
         fits=fits,
         advice=() if fits else advice(config, sizes, by_kind, topology.memory, prefill),
-        notes=tuple(row_notes(config, sizes) if prefill is None else prefill_notes(config, prefill)),
-        model_flops=rows * tokens * model_flops_per_token(config.model, tokens, training=prefill is None),
+        notes=tuple(
+            row_notes(config, sizes) if prefill is None else prefill_notes(config, prefill)
+        ),
+        model_flops=rows
+        * tokens
+        * model_flops_per_token(config.model, tokens, training=prefill is None),
     )
 
 
@@ -78,7 +94,8 @@ def activations(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     t = T // sizes["context"]
     F, heads, kv, N = _split(config, sizes)
     ttt_layers = len(model.ttt.layers)
-    width = {  # elements a token, by the names of remat_save; TTT targets only where there are targets
+    # elements a token, by the names of remat_save; TTT targets only where there are targets
+    width = {
         "attention": heads + 4 * N / a, "qkv": heads + 2 * kv, "attention_out": D, "mlp_gate": F, "mlp_up": F,
         "mlp_hidden": F, "ttt_target": D * ttt_layers / model.num_layers,
     }  # fmt: skip
@@ -102,13 +119,23 @@ def _prefill(config: Config, sizes: dict[str, int], rows: int, tokens: int) -> d
     b, t = rows // (sizes["data"] * sizes["fsdp"]), tokens // sizes["context"]
     F, heads, kv, _ = _split(config, sizes)
     D, S = model.d_model, len(model.ttt.layers) * b * model.d_model * F * 4
-    windowed = 0 if model.sliding_window is None else model.num_layers - len(model.full_attention_layers)
-    cached = b * 2 * kv * a * ((model.num_layers - windowed) * t + windowed * min(t, model.sliding_window or t))
+    windowed = (
+        0 if model.sliding_window is None else model.num_layers - len(model.full_attention_layers)
+    )
+    cached = (
+        b
+        * 2
+        * kv
+        * a
+        * ((model.num_layers - windowed) * t + windowed * min(t, model.sliding_window or t))
+    )
     return {
         "KV cache": float(cached),
         "fast weights": float(S),
         "one layer": float(b * t * a * (4 * D + 3 * F + heads + 2 * kv)),
-        "gathered weights": float(D * (2 * heads + 2 * kv + 3 * F) * 2 * a + model.vocab_size * D * a),
+        "gathered weights": float(
+            D * (2 * heads + 2 * kv + 3 * F) * 2 * a + model.vocab_size * D * a
+        ),
     }
 
 

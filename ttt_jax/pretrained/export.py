@@ -1,7 +1,8 @@
-"""Write a model as a Hugging Face folder: config.json with the official `ttt_*` fields, sharded safetensors, index.
+"""Write a model as a Hugging Face folder: config.json with the official `ttt_*` fields, sharded
+safetensors, index.
 
-The inverse of `hf.py`, through the same name map. Tensors are written one shard at a time; the folder appears complete or not
-at all.
+The inverse of `hf.py`, through the same name map. Tensors are written one shard at a time; the
+folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from ttt_jax.pretrained.hf_weights import tensor_names
 from ttt_jax.pretrained.safetensors_io import TensorSpec, tensor_file_names, write_tensors
 
 COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json", "merges.txt"),
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+        "vocab.json",
+        "merges.txt",
+    ),
     "generation_config.json",
 )
 
@@ -41,7 +49,8 @@ def save_pretrained(
     max_shard_bytes: int = 5 * 10**9,
     carry_from: str | Path | None = None,
 ) -> None:
-    """Write config.json and safetensors that transformers, the official code and `load_pretrained` read.
+    """Write config.json and safetensors that transformers, the official code and `load_pretrained`
+    read.
 
     Args:
       model: parameters of any dtype.
@@ -50,12 +59,15 @@ def save_pretrained(
       max_shard_bytes: tensors per file; more than one file gets `model.safetensors.index.json`.
       carry_from: folder whose tokenizer and generation config are copied along.
 
-    Raises: CheckpointError when the folder exists or cannot be written; ConfigError when no Hugging Face architecture can
+    Raises: CheckpointError when the folder exists or cannot be written; ConfigError when no Hugging
+    Face architecture can
       express the model.
     """
     folder = Path(folder)
     if folder.exists():
-        raise CheckpointError(f"output {folder}: exists already; choose another folder or delete it")
+        raise CheckpointError(
+            f"output {folder}: exists already; choose another folder or delete it"
+        )
     raw = config_to_hf(model.config) | {"dtype": dtype}
     parts = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -66,10 +78,14 @@ def save_pretrained(
         sync(folder.absolute().parent)
     except OSError as error:
         shutil.rmtree(parts, ignore_errors=True)
-        raise CheckpointError(f"output {folder}: could not be written ({error}); free space or choose another folder") from None
+        raise CheckpointError(
+            f"output {folder}: could not be written ({error}); free space or choose another folder"
+        ) from None
 
 
-def _write_folder(model, parts: Path, raw: dict[str, Any], dtype: str, max_shard_bytes: int, carry_from) -> None:
+def _write_folder(
+    model, parts: Path, raw: dict[str, Any], dtype: str, max_shard_bytes: int, carry_from
+) -> None:
     write_config(parts, raw)
     _write_tensors(model, parts, dtype, max_shard_bytes)
     write_checksums(parts, tensor_file_names(parts))
@@ -79,7 +95,9 @@ def _write_folder(model, parts: Path, raw: dict[str, Any], dtype: str, max_shard
 
 
 def write_config(folder: Path, raw: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def copy_companions(source: str | Path | None, folder: Path) -> None:
@@ -88,7 +106,8 @@ def copy_companions(source: str | Path | None, folder: Path) -> None:
     Args:
       source: a folder, or a tokenizer.json alone; None copies nothing.
 
-    Raises: CheckpointError for a link that leaves the source's folder, a pipe or device, and a file of absurd size.
+    Raises: CheckpointError for a link that leaves the source's folder, a pipe or device, and a file
+    of absurd size.
     """
     if source is None:
         return
@@ -96,7 +115,8 @@ def copy_companions(source: str | Path | None, folder: Path) -> None:
     if not source.is_dir():
         _copy(source, folder / "tokenizer.json")
         return
-    for name in sorted(entry.name for entry in source.iterdir()):  # glob would pass over links that lead nowhere
+    # glob would pass over links that lead nowhere
+    for name in sorted(entry.name for entry in source.iterdir()):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS):
             path = inside(source, name)
             if not path.is_dir() or path.suffix:  # folders of further templates are left out
@@ -106,7 +126,9 @@ def copy_companions(source: str | Path | None, folder: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     size = check_regular(source, CheckpointError)
     if size > MAX_TOKENIZER_BYTES:
-        raise CheckpointError(f"{source}: {size} bytes; such a file has at most {MAX_TOKENIZER_BYTES}")
+        raise CheckpointError(
+            f"{source}: {size} bytes; such a file has at most {MAX_TOKENIZER_BYTES}"
+        )
     shutil.copyfile(source, target)
 
 
@@ -119,7 +141,14 @@ def _write_tensors(model: Transformer, folder: Path, dtype: str, max_shard_bytes
         ours = param_path(path)
         stacked = ours.startswith("groups.")
         for i, name in enumerate(names[ours]):
-            specs.append(TensorSpec(name, tuple(value.shape[2:] if stacked else value.shape), target))
+            specs.append(
+                TensorSpec(name, tuple(value.shape[2:] if stacked else value.shape), target)
+            )
             index = (i // value.shape[1], i % value.shape[1]) if stacked else ()
             values[name] = lambda value=value, index=index: value[index]
-    write_tensors(folder, specs, lambda spec: iter([np.asarray(values[spec.name]().astype(dtype))]), max_shard_bytes)
+    write_tensors(
+        folder,
+        specs,
+        lambda spec: iter([np.asarray(values[spec.name]().astype(dtype))]),
+        max_shard_bytes,
+    )

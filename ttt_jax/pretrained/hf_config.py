@@ -10,16 +10,27 @@ from ttt_jax.files.reading import find_companion, read_json_object
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
 
 
-# Beyond these a config is damaged or hostile; the shapes are compared with the files' headers before anything is allocated.
+# Beyond these a config is damaged or hostile; the shapes are compared with the files' headers
+# before anything is allocated.
 _LIMITS = {"num_hidden_layers": 4096, "hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**28, "head_dim": 2**16,
            "num_attention_heads": 2**16, "num_key_value_heads": 2**16}  # fmt: skip
 
 
-_TTT_FIELDS = {"ttt_layers": "layers", "ttt_chunk": "chunk_size", "ttt_lr": "lr", "ttt_target": "target", "ttt_proj": "proj"}
+_TTT_FIELDS = {
+    "ttt_layers": "layers",
+    "ttt_chunk": "chunk_size",
+    "ttt_lr": "lr",
+    "ttt_target": "target",
+    "ttt_proj": "proj",
+}
 
 
 # Fields that the official code does not know: absent means what it does.
-OWN_TTT_FIELDS = {"ttt_normalize_source": "normalize_source", "ttt_write": "write", "ttt_ridge": "ridge"}
+OWN_TTT_FIELDS = {
+    "ttt_normalize_source": "normalize_source",
+    "ttt_write": "write",
+    "ttt_ridge": "ridge",
+}
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -31,10 +42,14 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_raw_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of `config.json` as they are. Raises CheckpointError (no such file) or ConfigError (no JSON object)."""
+    """The fields of `config.json` as they are. Raises CheckpointError (no such file) or ConfigError
+    (no JSON object).
+    """
     path = find_companion(Path(folder), "config.json")
     if path is None:
-        raise CheckpointError(f"checkpoint {folder}: no config.json; give a Hugging Face model folder")
+        raise CheckpointError(
+            f"checkpoint {folder}: no config.json; give a Hugging Face model folder"
+        )
     return read_json_object(path, ConfigError)
 
 
@@ -42,7 +57,10 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its value."""
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type = {_short(family)} is not supported; supported: {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"{where}: model_type = {_short(family)} is not supported; supported: "
+            f"{', '.join(FAMILIES)}"
+        )
 
     def size(name: str, default: int | None = None) -> int:
         value = raw.get(name)
@@ -62,7 +80,9 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
 
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
-        raise ConfigError(f"{where}: hidden_act = {_short(act)} is not supported; only silu (SwiGLU) is")
+        raise ConfigError(
+            f"{where}: hidden_act = {_short(act)} is not supported; only silu (SwiGLU) is"
+        )
     for name, plain in (("partial_rotary_factor", 1.0), ("quantization_config", None)):
         if raw.get(name) not in (None, plain):
             raise ConfigError(f"{where}: {name} = {_short(raw[name])} is not supported")
@@ -104,10 +124,16 @@ def _short(value: Any, quote: bool = True) -> str:
 
 
 def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
-    return {ours: raw[theirs] for theirs, ours in (_TTT_FIELDS | OWN_TTT_FIELDS).items() if raw.get(theirs) is not None}
+    return {
+        ours: raw[theirs]
+        for theirs, ours in (_TTT_FIELDS | OWN_TTT_FIELDS).items()
+        if raw.get(theirs) is not None
+    }
 
 
-def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: str) -> tuple[int | None, list[int]]:
+def _windows(
+    raw: dict[str, Any], family: str, layers: int, used: bool, where: str
+) -> tuple[int | None, list[int]]:
     # transformers gives Mistral a window unless config.json says null.
     window = raw.get("sliding_window", 4096 if family == "mistral" else None)
     if window is None or (family != "mistral" and not used):
@@ -115,7 +141,10 @@ def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: s
     types = raw.get("layer_types")
     if types:
         if not isinstance(types, list) or len(types) != layers:
-            raise ConfigError(f"{where}: layer_types = {_short(types)}: expected a list, one kind for each of {layers} layers")
+            raise ConfigError(
+                f"{where}: layer_types = {_short(types)}: expected a list, one kind for each of "
+                f"{layers} layers"
+            )
         unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
         if unknown:
             raise ConfigError(f"{where}: layer_types: kind {_short(unknown[0])} is not supported")
@@ -123,7 +152,9 @@ def _windows(raw: dict[str, Any], family: str, layers: int, used: bool, where: s
     else:  # older Qwen configs: the first `max_window_layers` layers see everything
         first = raw.get("max_window_layers", layers)
         if type(first) is not int or first < 0:
-            raise ConfigError(f"{where}: max_window_layers = {_short(first)}: expected a whole number")
+            raise ConfigError(
+                f"{where}: max_window_layers = {_short(first)}: expected a whole number"
+            )
         full = [] if family == "mistral" else list(range(min(first, layers)))
     return (None, []) if len(full) == layers else (window, full)
 
@@ -132,22 +163,35 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise ConfigError(f"{where}: rope_parameters = {_short(scaling)}: expected one set of fields for all layers")
+        raise ConfigError(
+            f"{where}: rope_parameters = {_short(scaling)}: expected one set of fields for all "
+            "layers"
+        )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
     if kind not in ("default", "llama3", "yarn"):
-        raise ConfigError(f"{where}: rope type {_short(kind)} is not supported; supported: default, llama3, yarn")
+        raise ConfigError(
+            f"{where}: rope type {_short(kind)} is not supported; supported: default, llama3, yarn"
+        )
     rope: dict[str, Any] = {"kind": kind, "base": base}
     if kind == "default":
         return rope
     if scaling.get("factor") is None:
         raise ConfigError(f"{where}: rope_scaling.factor is missing")
     rope["factor"] = scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    original = scaling.get("original_max_position_embeddings") or raw.get(
+        "original_max_position_embeddings"
+    )
     rope["original_max_positions"] = original or raw.get("max_position_embeddings")
     if kind == "yarn" and (scaling.get("mscale") or scaling.get("truncate") is False):
         raise ConfigError(f"{where}: rope_scaling fields mscale and truncate are not supported")
-    for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+    for name in (
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+    ):
         if scaling.get(name) is not None:
             rope[name] = scaling[name]
     return rope
@@ -162,7 +206,8 @@ ARCHITECTURES = {
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The fields of `config.json`, as transformers 4 writes them. `config_from_hf` of the result is `model` again.
+    """The fields of `config.json`, as transformers 4 writes them. `config_from_hf` of the result is
+    `model` again.
 
     Raises: ConfigError when no supported architecture has this combination of features.
     """
@@ -191,16 +236,31 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         raw["sliding_window"] = model.sliding_window
         if family != "mistral":
             full = set(model.full_attention_layers)
-            kinds = ["full_attention" if i in full else "sliding_attention" for i in range(model.num_layers)]
+            kinds = [
+                "full_attention" if i in full else "sliding_attention"
+                for i in range(model.num_layers)
+            ]
             raw |= {"use_sliding_window": True, "layer_types": kinds}
     ttt = model.ttt
     if ttt.layers:
         if ttt.clip_norm is not None:
-            raise ConfigError(f"config field model.ttt.clip_norm = {ttt.clip_norm:g}: the official format has no field for it")
-        raw |= {"ttt_mode": True, "ttt_layers": list(ttt.layers), "ttt_chunk": ttt.chunk_size, "ttt_lr": ttt.lr}
+            raise ConfigError(
+                f"config field model.ttt.clip_norm = {ttt.clip_norm:g}: the official format has "
+                "no field for it"
+            )
+        raw |= {
+            "ttt_mode": True,
+            "ttt_layers": list(ttt.layers),
+            "ttt_chunk": ttt.chunk_size,
+            "ttt_lr": ttt.lr,
+        }
         raw |= {"ttt_target": ttt.target, "ttt_proj": ttt.proj}
-        # Left out where they say what the official code does, so that its checkpoints stay as they are.
-        own = {theirs: (getattr(ttt, ours), getattr(TTTConfig(), ours)) for theirs, ours in OWN_TTT_FIELDS.items()}
+        # Left out where they say what the official code does, so that its checkpoints stay as they
+        # are.
+        own = {
+            theirs: (getattr(ttt, ours), getattr(TTTConfig(), ours))
+            for theirs, ours in OWN_TTT_FIELDS.items()
+        }
         raw |= {name: value for name, (value, default) in own.items() if value != default}
     return raw
 
@@ -214,12 +274,21 @@ def _family(model: ModelConfig) -> str:
         return "qwen2"
     if not model.qk_norm and model.qkv_bias == model.o_bias and not window:
         return "llama"
-    if not (model.qk_norm or model.qkv_bias or model.o_bias or model.mlp_bias or model.full_attention_layers):
+    if not (
+        model.qk_norm
+        or model.qkv_bias
+        or model.o_bias
+        or model.mlp_bias
+        or model.full_attention_layers
+    ):
         return "mistral"
     raise ConfigError(
-        "config field model: no Hugging Face architecture has this combination of qk_norm, biases and sliding windows "
-        f"(qk_norm {model.qk_norm}, qkv_bias {model.qkv_bias}, o_bias {model.o_bias}, mlp_bias {model.mlp_bias}, "
-        f"sliding_window {model.sliding_window}, full_attention_layers {list(model.full_attention_layers)})"
+        "config field model: no Hugging Face architecture has this combination of qk_norm, biases "
+        "and sliding windows "
+        f"(qk_norm {model.qk_norm}, qkv_bias {model.qkv_bias}, o_bias {model.o_bias}, mlp_bias "
+        f"{model.mlp_bias}, "
+        f"sliding_window {model.sliding_window}, full_attention_layers "
+        f"{list(model.full_attention_layers)})"
     )
 
 
@@ -230,6 +299,11 @@ def _rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
     raw: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
     raw["original_max_position_embeddings"] = rope.original_max_positions
     if rope.kind == "llama3":
-        return raw | {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        return raw | {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+        }
     raw |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-    return raw if rope.attention_factor is None else raw | {"attention_factor": rope.attention_factor}
+    return (
+        raw if rope.attention_factor is None else raw | {"attention_factor": rope.attention_factor}
+    )

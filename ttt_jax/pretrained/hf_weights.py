@@ -1,7 +1,8 @@
-"""Hugging Face folders: config.json (with the official `ttt_*` fields) and safetensors into our model.
+"""Hugging Face folders: config.json (with the official `ttt_*` fields) and safetensors into our
+model.
 
-The name map is one table, `tensor_names`; a checkpoint must hold exactly the tensors that it lists. Tensors are read one
-at a time through safetensors, never unpickled.
+The name map is one table, `tensor_names`; a checkpoint must hold exactly the tensors that it lists.
+Tensors are read one at a time through safetensors, never unpickled.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from ttt_jax.model.ttt_mlp import KERNEL
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource
 
-# ------------------------------------------------------------------------------------------------------------ config
+# ------------------------------------------------------------------------------------------- config
 
 
-# ------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 _BLOCK_NAMES = {
     "attention_norm.scale": "input_layernorm.weight",
@@ -50,11 +51,17 @@ _BLOCK_NAMES = {
     "mlp.target.conv": "mlp.ttt_conv.weight",
     "mlp.target.proj": "mlp.ttt_proj.weight",
 }
-_TOP_NAMES = {"embed": "model.embed_tokens.weight", "norm.scale": "model.norm.weight", "head": "lm_head.weight"}
+_TOP_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "norm.scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
 
 
 def tensor_names(model: Transformer) -> dict[str, list[str]]:
-    """For each parameter path of the model, the checkpoint's tensors: one, or one per layer of a stack."""
+    """For each parameter path of the model, the checkpoint's tensors: one, or one per layer of a
+    stack.
+    """
     names = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
         ours = param_path(path)
@@ -67,10 +74,12 @@ def tensor_names(model: Transformer) -> dict[str, list[str]]:
     return names
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
-def load_hf(folder: str | Path, runtime: Runtime | None = None, *, dtype: str = "float32") -> Transformer:
+def load_hf(
+    folder: str | Path, runtime: Runtime | None = None, *, dtype: str = "float32"
+) -> Transformer:
     """Read a Hugging Face folder into a `Transformer`.
 
     Args:
@@ -78,7 +87,8 @@ def load_hf(folder: str | Path, runtime: Runtime | None = None, *, dtype: str = 
       runtime: how to compute; None computes in float32.
       dtype: dtype of the parameters; training wants float32.
 
-    Raises: ConfigError for an unsupported architecture; CheckpointError listing the tensors that are missing, that the
+    Raises: ConfigError for an unsupported architecture; CheckpointError listing the tensors that
+    are missing, that the
       model has no place for, or whose shape differs, or naming one that holds NaN.
     """
     cfg = read_config(folder)
@@ -89,11 +99,18 @@ def load_hf(folder: str | Path, runtime: Runtime | None = None, *, dtype: str = 
     return fill(abstract, files.read)
 
 
-def abstract_model(cfg: ModelConfig, source: TensorSource, where: str, runtime: Runtime | None = None) -> Transformer:
-    """The model's structure without arrays. Raises CheckpointError when the source has too few tensors for its layers."""
+def abstract_model(
+    cfg: ModelConfig, source: TensorSource, where: str, runtime: Runtime | None = None
+) -> Transformer:
+    """The model's structure without arrays. Raises CheckpointError when the source has too few
+    tensors for its layers.
+    """
     count = sum(1 for _ in source)
     if cfg.num_layers > count:  # before anything is built for each layer
-        raise CheckpointError(f"checkpoint {where}: its config has {cfg.num_layers} layers, but it holds {count} tensors")
+        raise CheckpointError(
+            f"checkpoint {where}: its config has {cfg.num_layers} layers, but it holds {count} "
+            "tensors"
+        )
     return abstract_transformer(cfg, runtime or Runtime())
 
 
@@ -102,22 +119,34 @@ def load_hf_into(abstract: Transformer, folder: str | Path, *, key: jax.Array) -
     return load_into(abstract, TensorFiles(folder), str(folder), key=key)
 
 
-def load_into(abstract: Transformer, source: TensorSource, where: str, *, key: jax.Array) -> Transformer:
-    """Read tensors into the places (dtype and sharding) of an abstract model, which may have more TTT layers.
+def load_into(
+    abstract: Transformer, source: TensorSource, where: str, *, key: jax.Array
+) -> Transformer:
+    """Read tensors into the places (dtype and sharding) of an abstract model, which may have more
+    TTT layers.
 
-    TTT parameters that the source lacks get the initialisation of continual training, see `fresh_ttt_rows`.
+    TTT parameters that the source lacks get the initialisation of continual training, see
+    `fresh_ttt_rows`.
     """
-    fresh = {name for names in tensor_names(abstract).values() for name in names if ".mlp.ttt_" in name} - set(source)
+    fresh = {
+        name for names in tensor_names(abstract).values() for name in names if ".mlp.ttt_" in name
+    } - set(source)
     check_tensors(abstract, source, where, optional=fresh)
     D, std = abstract.config.d_model, abstract.config.init_std
-    return fill(abstract, lambda name: fresh_ttt_rows(name, D, std, key) if name in fresh else source.read(name))
+    return fill(
+        abstract,
+        lambda name: fresh_ttt_rows(name, D, std, key) if name in fresh else source.read(name),
+    )
 
 
-def fresh_ttt_rows(name: str, D: int, std: float, key: jax.Array, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows of a TTT tensor as continual training initialises it, float32; they depend on the key and the name alone.
+def fresh_ttt_rows(
+    name: str, D: int, std: float, key: jax.Array, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Rows of a TTT tensor as continual training initialises it, float32; they depend on the key
+    and the name alone.
 
-    The convolution is zero and W_target diagonal with entries N(0, std^2), so the model starts exactly at its pretrained
-    function (docs/design.md).
+    The convolution is zero and W_target diagonal with entries N(0, std^2), so the model starts
+    exactly at its pretrained function (docs/design.md).
     """
     start, stop, _ = slice(start, stop).indices(D)
     if name.endswith("ttt_conv.weight"):
@@ -132,31 +161,48 @@ def fresh_ttt_rows(name: str, D: int, std: float, key: jax.Array, start: int = 0
 def tensor_shapes(abstract: Transformer) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the model needs, under the checkpoint's names."""
     shapes = {}
-    leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+    leaves = {
+        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+    }
     for ours, theirs in tensor_names(abstract).items():
         shape = leaves[ours].shape[2:] if ours.startswith("groups.") else leaves[ours].shape
         shapes |= dict.fromkeys(theirs, tuple(shape))
     return shapes
 
 
-def check_tensors(abstract: Transformer, source: TensorSource, where: str, optional: Set[str] = frozenset()) -> None:
-    """Every tensor of the model is there with its shape (but for the optional ones), and nothing else is.
+def check_tensors(
+    abstract: Transformer, source: TensorSource, where: str, optional: Set[str] = frozenset()
+) -> None:
+    """Every tensor of the model is there with its shape (but for the optional ones), and nothing
+    else is.
 
-    Raises: CheckpointError listing what is missing, unknown, of the wrong shape or not made of floats.
+    Raises: CheckpointError listing what is missing, unknown, of the wrong shape or not made of
+    floats.
     """
     shapes = tensor_shapes(abstract)
-    ignored = {"lm_head.weight"} if abstract.head is None else set()  # a tied head is sometimes written out
-    ignored |= {name for name in source if name.endswith("rotary_emb.inv_freq")}  # a constant that old exports carry
+    # a tied head is sometimes written out
+    ignored = {"lm_head.weight"} if abstract.head is None else set()
+    # a constant that old exports carry
+    ignored |= {name for name in source if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(shapes) - set(source) - optional)
     extra = sorted(set(source) - set(shapes) - ignored)
     both = sorted(set(shapes) & set(source))
     shared = [(name, source.shape(name), shapes[name]) for name in both]
-    wrong = [f"{name} {found} (expected {wanted})" for name, found, wanted in shared if found != wanted]
+    wrong = [
+        f"{name} {found} (expected {wanted})" for name, found, wanted in shared if found != wanted
+    ]
     integers = [name for name in both if source.dtype(name) is None]
-    kinds = {"missing": missing, "unknown": extra, "wrong shape": wrong, "not of floats (quantised?)": integers}
+    kinds = {
+        "missing": missing,
+        "unknown": extra,
+        "wrong shape": wrong,
+        "not of floats (quantised?)": integers,
+    }
     problems = [f"{kind} {list_names(names)}" for kind, names in kinds.items() if names]
     if problems:
-        raise CheckpointError(f"checkpoint {where}: its tensors do not fit its config.json: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"checkpoint {where}: its tensors do not fit its config.json: {'; '.join(problems)}"
+        )
 
 
 def fill(abstract: Transformer, read: Callable[[str], np.ndarray]) -> Transformer:

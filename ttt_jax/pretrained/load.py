@@ -1,4 +1,6 @@
-"""Models from disk: for inference (`load_pretrained`) and as the start of a training run (`initial_model`)."""
+"""Models from disk: for inference (`load_pretrained`) and as the start of a training run
+(`initial_model`).
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,38 @@ from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, tensor_names
 from ttt_jax.pretrained.model_changes import compare_models
-from ttt_jax.pretrained.orbax_folder import OrbaxTensors, check_layout, is_model_folder, read_description
+from ttt_jax.pretrained.orbax_folder import (
+    OrbaxTensors,
+    check_layout,
+    is_model_folder,
+    read_description,
+)
 from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
 
 MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token
 
 
-def load_pretrained(path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None) -> Transformer:
+def load_pretrained(
+    path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None
+) -> Transformer:
     """Load a model for inference.
 
     Args:
-      path: a Hugging Face folder (config.json, safetensors), a folder that `ttt-jax convert --to orbax` wrote, or a run folder
-        of `train.py` (its newest checkpoint) or one of its `checkpoints/STEP`.
+      path: a Hugging Face folder (config.json, safetensors), a folder that `ttt-jax convert --to
+        orbax` wrote, or a run folder of `train.py` (its newest checkpoint) or one of its
+        `checkpoints/STEP`.
       dtype: dtype of the parameters.
       runtime: how to compute; None computes in `dtype`.
 
-    Returns: a `Transformer` with `.config` and `.tokenizer` (None when the folder has no tokenizer.json).
-    Raises: CheckpointError or ConfigError, one line, when the folder is missing, incomplete or not supported.
+    Returns: a `Transformer` with `.config` and `.tokenizer` (None when the folder has no
+    tokenizer.json). Raises: CheckpointError or ConfigError, one line, when the folder is missing,
+    incomplete or not supported.
     """
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if not path.is_dir():
-        raise CheckpointError(f"model {path}: no such folder; give a Hugging Face, converted or run folder")
+        raise CheckpointError(
+            f"model {path}: no such folder; give a Hugging Face, converted or run folder"
+        )
     has_tokenizer = find_companion(path, "tokenizer.json") is not None
     if is_model_folder(path):
         about = read_description(path)
@@ -80,9 +93,11 @@ def unstacked(model: Transformer) -> Transformer:
 
 
 def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """The end tokens of `generation_config.json`, else of `config.json`; none when neither names one.
+    """The end tokens of `generation_config.json`, else of `config.json`; none when neither names
+    one.
 
-    Raises: CheckpointError when the file is not a JSON object of bounded size, or the field is not a token id below
+    Raises: CheckpointError when the file is not a JSON object of bounded size, or the field is not
+    a token id below
       `vocab_size` or a list of `MAX_EOS_IDS` of them at most.
     """
     for name in ("generation_config.json", "config.json"):
@@ -91,30 +106,37 @@ def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
             continue
         where, ids = f"{folder / name}: eos_token_id", found if isinstance(found, list) else [found]
         if len(ids) > MAX_EOS_IDS:
-            raise CheckpointError(f"{where} lists {len(ids)} tokens; at most {MAX_EOS_IDS} may end a text")
+            raise CheckpointError(
+                f"{where} lists {len(ids)} tokens; at most {MAX_EOS_IDS} may end a text"
+            )
         for i in ids:
             if type(i) is not int or not 0 <= i < vocab_size:
                 raise CheckpointError(
-                    f"{where} = {excerpt(i)}: must be a token id from 0 to {vocab_size - 1}, or a list of them; correct it"
+                    f"{where} = {excerpt(i)}: must be a token id from 0 to {vocab_size - 1}, or a "
+                    "list of them; correct it"
                 )
         return tuple(ids)
     return ()
 
 
 def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
-    """The parameters that `config.init_from` names, placed like `abstract`; None for a random start.
+    """The parameters that `config.init_from` names, placed like `abstract`; None for a random
+    start.
 
-    A source without TTT parameters gets those of continual training, which leave its function unchanged. What may differ
-    from the source's config is said in model_changes.py; `checked_start` prints it.
+    A source without TTT parameters gets those of continual training, which leave its function
+    unchanged. What may differ from the source's config is said in model_changes.py; `checked_start`
+    prints it.
 
-    Raises: CheckpointError or ConfigError, one line, when the source is missing or does not fit `config.model`.
+    Raises: CheckpointError or ConfigError, one line, when the source is missing or does not fit
+    `config.model`.
     """
     if config.init_from is None:
         return None
     source = Path(config.init_from)
     if not source.is_dir():
         raise CheckpointError(
-            f"config field init_from = {config.init_from!r}: no such folder; give a Hugging Face or run folder, or null"
+            f"config field init_from = {config.init_from!r}: no such folder; give a Hugging Face "
+            "or run folder, or null"
         )
     found = source_config(source)
     if found is not None:
@@ -134,7 +156,8 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
 
 
 def source_config(source: Path) -> ModelConfig | None:
-    """The model's config in a Hugging Face, converted or run folder (or one of its steps); None: it holds parameters alone.
+    """The model's config in a Hugging Face, converted or run folder (or one of its steps); None: it
+    holds parameters alone.
 
     Raises: CheckpointError or ConfigError, one line, when the file that says it cannot be read.
     """

@@ -10,9 +10,10 @@
 | `sliding_window`, `full_attention_layers` | every layer sees as much as before or less: printed; one sees more: refused |
 | all others, `rope.base` among them | refused |
 
-Printed means a line each before anything starts: continual training changes these on purpose, for longer rows or for a
-smaller cache, and a wrong preset changes them by mistake. Refused is what no recipe changes: the weights would compute
-something else. Settings without effect (the factor of `default`) are not compared.
+Printed means a line each before anything starts: continual training changes these on purpose, for
+longer rows or for a smaller cache, and a wrong preset changes them by mistake. Refused is what no
+recipe changes: the weights would compute something else. Settings without effect (the factor of
+`default`) are not compared.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _SCALING = {  # the fields that have an effect
 def compare_models(wanted: ModelConfig, found: ModelConfig, where: str) -> list[str]:
     """Compare the model of a run with that of the checkpoint it starts from, by the rules above.
 
-    Returns: one line for each difference that continual training may make; none when both compute the same.
-    Raises: ConfigError naming the field, both values and the fix.
+    Returns: one line for each difference that continual training may make; none when both compute
+    the same. Raises: ConfigError naming the field, both values and the fix.
     """
     for field in dataclasses.fields(ModelConfig):
         if field.name not in (*_FREE, *_BY_RULE):
@@ -49,7 +50,8 @@ def compare_models(wanted: ModelConfig, found: ModelConfig, where: str) -> list[
 
 def _refuse(name: str, ours: Any, theirs: Any, where: str, reason: str = "") -> None:
     raise ConfigError(
-        f"config field model.{name} = {_show(ours)}: {where} has {_show(theirs)}{reason}; set model.{name} to {_show(theirs)}"
+        f"config field model.{name} = {_show(ours)}: {where} has {_show(theirs)}{reason}; set "
+        f"model.{name} to {_show(theirs)}"
     )
 
 
@@ -79,9 +81,14 @@ def _compare_rope(wanted: RopeConfig, found: RopeConfig, where: str) -> list[str
     _same("rope.base", wanted.base, found.base, where)
     if wanted.kind != found.kind:
         if found.kind != "default":
-            _refuse("rope.kind", wanted.kind, found.kind, where, ", which its weights were trained with")
+            _refuse(
+                "rope.kind", wanted.kind, found.kind, where, ", which its weights were trained with"
+            )
         lines = [_line("rope.kind", wanted.kind, found.kind)]
-        return lines + [f"model.rope.{name} is {_show(getattr(wanted, name))} here" for name in _SCALING[wanted.kind]]
+        return lines + [
+            f"model.rope.{name} is {_show(getattr(wanted, name))} here"
+            for name in _SCALING[wanted.kind]
+        ]
     lines = []
     for name in _SCALING[found.kind]:
         ours, theirs = getattr(wanted, name), getattr(found, name)
@@ -99,7 +106,11 @@ def _reach(model: ModelConfig, layer: int) -> float:
 
 
 def _compare_windows(wanted: ModelConfig, found: ModelConfig, where: str) -> list[str]:
-    names = [name for name in ("sliding_window", "full_attention_layers") if getattr(wanted, name) != getattr(found, name)]
+    names = [
+        name
+        for name in ("sliding_window", "full_attention_layers")
+        if getattr(wanted, name) != getattr(found, name)
+    ]
     wider = [i for i in range(found.num_layers) if _reach(wanted, i) > _reach(found, i)]
     if wider:
         # With the checkpoint's window the other field decides, and the other way round.
@@ -110,10 +121,16 @@ def _compare_windows(wanted: ModelConfig, found: ModelConfig, where: str) -> lis
 
 
 def _compare_ttt(wanted: ModelConfig, found: ModelConfig) -> list[str]:
-    """Layers that are new start at zero and change nothing; everything else about layers that adapt does."""
+    """Layers that are new start at zero and change nothing; everything else about layers that adapt
+    does.
+    """
     if not found.ttt.layers:
         return []
-    names = [field.name for field in dataclasses.fields(type(found.ttt)) if field.name not in ("implementation", "layers")]
+    names = [
+        field.name
+        for field in dataclasses.fields(type(found.ttt))
+        if field.name not in ("implementation", "layers")
+    ]
     pairs = [(name, getattr(wanted.ttt, name), getattr(found.ttt, name)) for name in names]
     lines = [_line(f"ttt.{name}", ours, theirs) for name, ours, theirs in pairs if ours != theirs]
     if not set(wanted.ttt.layers) >= set(found.ttt.layers):

@@ -5,9 +5,10 @@
     FOLDER/checksums.json          SHA-256 of the two above
     FOLDER/tokenizer.json, generation_config.json, ...
 
-There is no `config.json`, so that no other tool takes the folder for a Hugging Face model. Arrays are stacked over layers, as
-the model holds them, and such a stack can be larger than the host's memory; so `OrbaxWriter` fills them chunk by chunk
-through tensorstore, in files that Orbax itself has laid out, and `OrbaxTensors` reads single rows of single layers.
+There is no `config.json`, so that no other tool takes the folder for a Hugging Face model. Arrays
+are stacked over layers, as the model holds them, and such a stack can be larger than the host's
+memory; so `OrbaxWriter` fills them chunk by chunk through tensorstore, in files that Orbax itself
+has laid out, and `OrbaxTensors` reads single rows of single layers.
 
 Letters: R repeats of a scanned pattern, N layers of a run in it.
 """
@@ -42,7 +43,8 @@ from ttt_jax.pretrained.safetensors_io import FLOATS, TensorSpec, all_finite
 DESCRIPTION = "ttt_jax.json"
 MODEL = "model"
 _FORMAT = "ttt_jax model 1"
-_CHUNK_COLUMNS = 8  # chunks cut the last axis, too: devices that hold slices of it need not each read everything
+# chunks cut the last axis, too: devices that hold slices of it need not each read everything
+_CHUNK_COLUMNS = 8
 _CHUNK_BYTES = 8 << 20
 _DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
 
@@ -51,10 +53,14 @@ _ZARRAY = {
     "zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None, "dimension_separator": ".",
     "shape": [], "chunks": [], "dtype": "",
 }  # fmt: skip
-_ZARR_DTYPES = {"<f4": _DTYPES["float32"], "<f2": _DTYPES["float16"], "bfloat16": _DTYPES["bfloat16"]}
+_ZARR_DTYPES = {
+    "<f4": _DTYPES["float32"],
+    "<f2": _DTYPES["float16"],
+    "bfloat16": _DTYPES["bfloat16"],
+}
 
 
-# ------------------------------------------------------------------------------------------------------- description
+# -------------------------------------------------------------------------------------- description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +69,10 @@ class Description:
 
     Fields:
       model: the architecture.
-      hf_config: the fields of the source's config.json, written back by a conversion to Hugging Face; None: there was none.
-      dtypes: tensors that are stored wider than they were, with their own dtype (a stack of layers has one).
+      hf_config: the fields of the source's config.json, written back by a conversion to Hugging
+        Face; None: there was none.
+      dtypes: tensors that are stored wider than they were, with their own dtype (a stack of layers
+        has one).
       tied_head: the source wrote its tied output head out as `lm_head.weight`.
       tokenizer: "bytes" for the built-in one; None: that of the folder, if it has one.
     """
@@ -77,13 +85,23 @@ class Description:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether `ttt_jax.json` is there. Raises CheckpointError when it is a link that leaves the folder, or no file."""
+    """Whether `ttt_jax.json` is there. Raises CheckpointError when it is a link that leaves the
+    folder, or no file.
+    """
     return find_companion(Path(folder), DESCRIPTION) is not None
 
 
 def write_description(folder: Path, description: Description) -> None:
-    fields = {"format": _FORMAT, "model": to_dict(description.model), "hf_config": description.hf_config}
-    fields |= {"dtypes": description.dtypes, "tied_head": description.tied_head, "tokenizer": description.tokenizer}
+    fields = {
+        "format": _FORMAT,
+        "model": to_dict(description.model),
+        "hf_config": description.hf_config,
+    }
+    fields |= {
+        "dtypes": description.dtypes,
+        "tied_head": description.tied_head,
+        "tokenizer": description.tokenizer,
+    }
     fields["checksums"] = True  # so that a checksums.json which is gone is noticed
     atomic_write_text(folder / DESCRIPTION, json.dumps(fields, indent=2) + "\n")
 
@@ -92,16 +110,26 @@ def read_description(folder: str | Path) -> Description:
     """Raises CheckpointError when `ttt_jax.json` is missing, damaged or of another version."""
     path = find_companion(Path(folder), DESCRIPTION)
     if path is None:
-        raise CheckpointError(f"model {folder}: no {DESCRIPTION}; give a folder that ttt-jax convert --to orbax wrote")
+        raise CheckpointError(
+            f"model {folder}: no {DESCRIPTION}; give a folder that ttt-jax convert --to orbax wrote"
+        )
     raw = read_json_object(path, CheckpointError)
     if raw.get("format") != _FORMAT:
         found = show(str(raw.get("format")))
-        raise CheckpointError(f"{path}: format is {found!r}, this version reads {_FORMAT!r}; convert again")
+        raise CheckpointError(
+            f"{path}: format is {found!r}, this version reads {_FORMAT!r}; convert again"
+        )
     model, hf_config, dtypes = raw.get("model"), raw.get("hf_config"), raw.get("dtypes", {})
     tied_head, tokenizer = raw.get("tied_head", False), raw.get("tokenizer")
-    if not isinstance(model, dict) or not isinstance(hf_config, dict | None) or not isinstance(tied_head, bool):
+    if (
+        not isinstance(model, dict)
+        or not isinstance(hf_config, dict | None)
+        or not isinstance(tied_head, bool)
+    ):
         raise CheckpointError(f"{path}: damaged (model, hf_config or tied_head); convert again")
-    if not isinstance(dtypes, dict) or not all(dtype in _DTYPES for dtype in map(str, dtypes.values())):
+    if not isinstance(dtypes, dict) or not all(
+        dtype in _DTYPES for dtype in map(str, dtypes.values())
+    ):
         raise CheckpointError(f"{path}: damaged (dtypes); convert again")
     if tokenizer not in (None, "bytes"):
         raise CheckpointError(f"{path}: damaged (tokenizer); convert again")
@@ -116,40 +144,63 @@ def read_description(folder: str | Path) -> Description:
 def check_layout(folder: Path, abstract: Transformer) -> None:
     """Every file of `folder/model` is there, of its exact size, and says what this module writes.
 
-    Called before Orbax or tensorstore sees the folder: they trust array headers, and damaged ones have crashed the process.
+    Called before Orbax or tensorstore sees the folder: they trust array headers, and damaged ones
+    have crashed the process.
 
     Args:
       abstract: the structure of the model that the folder's description names.
 
-    Raises: CheckpointError naming the file, or listing the parameters that are missing, unknown or of the wrong shape.
+    Raises: CheckpointError naming the file, or listing the parameters that are missing, unknown or
+    of the wrong shape.
     """
     model = folder / MODEL
-    leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+    leaves = {
+        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+    }
     try:
         metadata = read_json_object(inside(model, "_METADATA"), CheckpointError)
         tree = metadata.get("tree_metadata")
         expected = {str((name,)): [{"key": name, "key_type": 2}] for name in leaves}
         known = metadata.get("use_ocdbt") is False and metadata.get("use_zarr3") is False
-        known = known and isinstance(tree, dict) and all(_is_array(value, expected.get(key)) for key, value in tree.items())
+        known = (
+            known
+            and isinstance(tree, dict)
+            and all(_is_array(value, expected.get(key)) for key, value in tree.items())
+        )
         if not known or not isinstance(tree, dict):
-            raise CheckpointError(f"{model / '_METADATA'}: not as ttt-jax convert writes it; convert again")
+            raise CheckpointError(
+                f"{model / '_METADATA'}: not as ttt-jax convert writes it; convert again"
+            )
         problems = [f"missing {name}" for name in leaves if str((name,)) not in tree]
         problems += [f"unknown {show(key)}" for key in tree if key not in expected]
-        headers = {name: _read_array_header(model / name) for name in leaves if str((name,)) in tree}
+        headers = {
+            name: _read_array_header(model / name) for name in leaves if str((name,)) in tree
+        }
         for name, header in headers.items():
             if header["shape"] != list(leaves[name].shape):
-                problems.append(f"wrong shape {name} {tuple(header['shape'])} (expected {tuple(leaves[name].shape)})")
+                problems.append(
+                    f"wrong shape {name} {tuple(header['shape'])} (expected "
+                    f"{tuple(leaves[name].shape)})"
+                )
         if problems:
-            raise CheckpointError(f"model {folder}: its parameters do not fit its description: {list_names(sorted(problems))}")
+            raise CheckpointError(
+                f"model {folder}: its parameters do not fit its description: "
+                f"{list_names(sorted(problems))}"
+            )
         for name, header in headers.items():
             nbytes = math.prod(header["chunks"]) * _ZARR_DTYPES[header["dtype"]].itemsize
-            counts = [math.ceil(size / part) for size, part in zip(header["shape"], header["chunks"], strict=True)]
+            counts = [
+                math.ceil(size / part)
+                for size, part in zip(header["shape"], header["chunks"], strict=True)
+            ]
             for index in np.ndindex(*counts):
                 path = model / name / ".".join(map(str, index))
                 if path.is_symlink():
                     inside(model, path.relative_to(model).as_posix())
                 if not path.is_file() or path.stat().st_size != nbytes:
-                    raise CheckpointError(f"{path}: missing, or not of {nbytes} bytes; convert again")
+                    raise CheckpointError(
+                        f"{path}: missing, or not of {nbytes} bytes; convert again"
+                    )
     except OSError as error:
         raise CheckpointError(f"model {folder}: could not be read ({error.strerror})") from None
 
@@ -166,26 +217,38 @@ def _read_array_header(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; convert again")
     header = read_json_object(path, CheckpointError)
-    right = header | {"shape": [], "chunks": [], "dtype": ""} == _ZARRAY and str(header.get("dtype")) in _ZARR_DTYPES
+    right = (
+        header | {"shape": [], "chunks": [], "dtype": ""} == _ZARRAY
+        and str(header.get("dtype")) in _ZARR_DTYPES
+    )
     shape, chunks = _sizes(header.get("shape")), _sizes(header.get("chunks"))
-    if not right or not shape or len(chunks) != len(shape) or any(a > b for a, b in zip(chunks, shape, strict=True)):
+    if (
+        not right
+        or not shape
+        or len(chunks) != len(shape)
+        or any(a > b for a, b in zip(chunks, shape, strict=True))
+    ):
         raise CheckpointError(f"{path}: not as ttt-jax convert writes it; convert again")
     return header
 
 
 def _sizes(value: Any) -> list[int]:
     """A list of positive sizes, or the empty list for anything else."""
-    right = isinstance(value, list) and all(type(size) is int and 0 < size < 1 << 48 for size in value)
+    right = isinstance(value, list) and all(
+        type(size) is int and 0 < size < 1 << 48 for size in value
+    )
     return value if right else []
 
 
-# ----------------------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- places
 
 
 def _places(abstract: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensor name -> (parameter path, index in its stack)."""
     places = {}
-    leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+    leaves = {
+        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+    }
     for ours, theirs in tensor_names(abstract).items():
         N = leaves[ours].shape[1] if ours.startswith("groups.") else 0
         for i, name in enumerate(theirs):
@@ -195,7 +258,11 @@ def _places(abstract: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def _context(cache_bytes: int = 0) -> ts.Context:
     # One copy at a time: each one in flight holds its chunk.
-    limits = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 2}, "file_io_sync": False}
+    limits = {
+        "data_copy_concurrency": {"limit": 1},
+        "file_io_concurrency": {"limit": 2},
+        "file_io_sync": False,
+    }
     return ts.Context(limits | {"cache_pool": {"total_bytes_limit": cache_bytes}})
 
 
@@ -203,13 +270,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 class OrbaxWriter:
     """Writes `folder/model`, some rows at a time; each call is done before it returns."""
 
-    def __init__(self, folder: Path, abstract: Transformer, dtypes: dict[str, np.dtype], block_bytes: int):
+    def __init__(
+        self, folder: Path, abstract: Transformer, dtypes: dict[str, np.dtype], block_bytes: int
+    ):
         """Lays out every array.
 
         Args:
@@ -218,17 +287,27 @@ class OrbaxWriter:
           block_bytes: about what one `write` will bring.
         """
         self._places = _places(abstract)
-        leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+        leaves = {
+            param_path(path): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+        }
         stored = {self._places[name][0]: dtype for name, dtype in dtypes.items()}
         try:
             self._arrays = self._lay_out(folder, leaves, stored, block_bytes)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"output {folder}: could not be written ({_one_line(error)})") from None
+            raise CheckpointError(
+                f"output {folder}: could not be written ({_one_line(error)})"
+            ) from None
 
     @staticmethod
-    def _lay_out(folder: Path, leaves: dict[str, Any], stored: dict[str, np.dtype], block_bytes: int) -> dict[str, Any]:
-        # Orbax writes the tree, its metadata and the commit marks around placeholders; the arrays then take their places.
-        placeholders = {ours: np.zeros((1,) * leaf.ndim, stored[ours]) for ours, leaf in leaves.items()}
+    def _lay_out(
+        folder: Path, leaves: dict[str, Any], stored: dict[str, np.dtype], block_bytes: int
+    ) -> dict[str, Any]:
+        # Orbax writes the tree, its metadata and the commit marks around placeholders; the arrays
+        # then take their places.
+        placeholders = {
+            ours: np.zeros((1,) * leaf.ndim, stored[ours]) for ours, leaf in leaves.items()
+        }
         # Plain files: with OCDBT every commit would rewrite its index.
         logger = logging.getLogger("absl")
         level = logger.level
@@ -240,7 +319,12 @@ class OrbaxWriter:
             logger.setLevel(level)
         arrays, context = {}, _context()
         for ours, leaf in leaves.items():
-            chunk = _chunk_shape(leaf.shape, 2 if ours.startswith("groups.") else 0, stored[ours].itemsize, block_bytes)
+            chunk = _chunk_shape(
+                leaf.shape,
+                2 if ours.startswith("groups.") else 0,
+                stored[ours].itemsize,
+                block_bytes,
+            )
             arrays[ours] = ts.open(
                 {
                     "driver": "zarr",
@@ -260,11 +344,16 @@ class OrbaxWriter:
         try:
             target = self._arrays[ours][(*index, slice(start, start + rows.shape[0]))]
             target.write(rows, can_reference_source_data_indefinitely=True).result()
-        except (OSError, ValueError) as error:  # tensorstore's is a ValueError, for instance when the disk is full
-            raise CheckpointError(f"output: tensor {name} could not be written ({_one_line(error)}); free space") from None
+        # tensorstore's is a ValueError, for instance when the disk is full
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"output: tensor {name} could not be written ({_one_line(error)}); free space"
+            ) from None
 
 
-def _chunk_shape(shape: tuple[int, ...], stack_axes: int, itemsize: int, block_bytes: int) -> list[int]:
+def _chunk_shape(
+    shape: tuple[int, ...], stack_axes: int, itemsize: int, block_bytes: int
+) -> list[int]:
     tensor = shape[stack_axes:]
     if len(tensor) == 1:
         return [1] * stack_axes + list(tensor)
@@ -286,16 +375,23 @@ def _ts_dtype(dtype: np.dtype) -> ts.dtype:
     return ts.bfloat16 if dtype == np.dtype(ml_dtypes.bfloat16) else ts.dtype(dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 class OrbaxTensors:
     """The parameters of an Orbax checkpoint under their Hugging Face names, as a `TensorSource`.
 
-    Memory: what is read at once, and the stored chunks that a row lies in (64 MiB at most as this version writes them).
+    Memory: what is read at once, and the stored chunks that a row lies in (64 MiB at most as this
+    version writes them).
     """
 
-    def __init__(self, checkpoint: Path, abstract: Transformer, dtypes: dict[str, str] | None = None, tied_head: bool = False):
+    def __init__(
+        self,
+        checkpoint: Path,
+        abstract: Transformer,
+        dtypes: dict[str, str] | None = None,
+        tied_head: bool = False,
+    ):
         """Opens `checkpoint/model`.
 
         Args:
@@ -308,14 +404,19 @@ class OrbaxTensors:
         self._dtypes = dtypes or {}
         self._open: tuple[str, Any] | None = None
         try:
-            self._stored = dict(ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / MODEL)).tree)
+            self._stored = dict(
+                ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / MODEL)).tree
+            )
             metadata = json.loads((checkpoint / MODEL / "_METADATA").read_text(encoding="utf-8"))
             self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
             check_chunks(self._stored)
         except Exception as error:  # damaged JSON surfaces in many ways
             raise self._damaged(error) from None
         self._places = _places(abstract)
-        leaves = {param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+        leaves = {
+            param_path(path): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+        }
         problems = [f"missing {name}" for name in leaves if name not in self._stored]
         problems += [f"unknown {show(name)}" for name in self._stored if name not in leaves]
         for name in leaves.keys() & self._stored.keys():
@@ -324,8 +425,14 @@ class OrbaxTensors:
                 problems.append(f"wrong shape {name} {found} (expected {wanted})")
         if problems:
             listed = list_names(sorted(problems))
-            raise CheckpointError(f"checkpoint {checkpoint}: its parameters do not fit its config: {listed}")
-        self._head = {"lm_head.weight": "model.embed_tokens.weight"} if tied_head and abstract.head is None else {}
+            raise CheckpointError(
+                f"checkpoint {checkpoint}: its parameters do not fit its config: {listed}"
+            )
+        self._head = (
+            {"lm_head.weight": "model.embed_tokens.weight"}
+            if tied_head and abstract.head is None
+            else {}
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._places, *self._head])
@@ -352,7 +459,9 @@ class OrbaxTensors:
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         if not all_finite(rows):
-            raise CheckpointError(f"checkpoint {self.checkpoint}: parameter {ours} holds NaN or infinity")
+            raise CheckpointError(
+                f"checkpoint {self.checkpoint}: parameter {ours} holds NaN or infinity"
+            )
         return rows if dtype is None else rows.astype(dtype, copy=False)
 
     @property
@@ -363,25 +472,44 @@ class OrbaxTensors:
     def _band_bytes(self, ours: str) -> int:
         stored = self._stored[ours]
         shape, storage = tuple(stored.shape), stored.storage
-        chunk = shape if storage is None or storage.chunk_shape is None else tuple(size or 1 for size in storage.chunk_shape)
+        chunk = (
+            shape
+            if storage is None or storage.chunk_shape is None
+            else tuple(size or 1 for size in storage.chunk_shape)
+        )
         row_axis = 2 if ours.startswith("groups.") else 0
-        across = (math.ceil(size / part) for size, part in zip(shape[row_axis + 1 :], chunk[row_axis + 1 :], strict=True))
+        across = (
+            math.ceil(size / part)
+            for size, part in zip(shape[row_axis + 1 :], chunk[row_axis + 1 :], strict=True)
+        )
         return math.prod(chunk) * math.prod(across) * np.dtype(stored.dtype).itemsize
 
     def _array(self, ours: str) -> Any:
-        # One array is open at a time. Its cache holds the chunks that several blocks (or, in old runs, layers) share.
+        # One array is open at a time. Its cache holds the chunks that several blocks (or, in old
+        # runs, layers) share.
         if self._open is None or self._open[0] != ours:
             self._open = None
-            spec: dict[str, Any] = {"driver": self._driver, "kvstore": _kvstore(self.checkpoint / MODEL, ours)}
+            spec: dict[str, Any] = {
+                "driver": self._driver,
+                "kvstore": _kvstore(self.checkpoint / MODEL, ours),
+            }
             if self._driver == "zarr":
-                spec["fill_missing_data_reads"] = False  # a chunk that is gone is an error, not zeros
-            self._open = (ours, ts.open(spec, open=True, context=_context(self._band_bytes(ours))).result())
+                # a chunk that is gone is an error, not zeros
+                spec["fill_missing_data_reads"] = False
+            self._open = (
+                ours,
+                ts.open(spec, open=True, context=_context(self._band_bytes(ours))).result(),
+            )
         return self._open[1]
 
     def _damaged(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"checkpoint {self.checkpoint}: incomplete or damaged ({_one_line(error)})")
+        return CheckpointError(
+            f"checkpoint {self.checkpoint}: incomplete or damaged ({_one_line(error)})"
+        )
 
 
 def tensor_spec(source: Any, name: str, dtype: str | None) -> TensorSpec:
     """Name, shape and dtype of a tensor of a source once it is cast to `dtype` (None: as it is)."""
-    return TensorSpec(name, source.shape(name), np.dtype(_DTYPES[dtype]) if dtype else source.dtype(name))
+    return TensorSpec(
+        name, source.shape(name), np.dtype(_DTYPES[dtype]) if dtype else source.dtype(name)
+    )

@@ -1,8 +1,10 @@
-"""Safetensors, read and written piece by piece; nothing in a file is trusted, and nothing is ever unpickled.
+"""Safetensors, read and written piece by piece; nothing in a file is trusted, and nothing is ever
+unpickled.
 
-The header of a file is parsed and checked completely (sizes against the file's length) before any tensor is read, so a
-damaged or hostile file costs an error and no memory. Tensors are read with plain reads instead of a memory map: mapped
-pages stay resident as long as the map does, so a folder's peak would be the folder. Nothing here imports jax.
+The header of a file is parsed and checked completely (sizes against the file's length) before any
+tensor is read, so a damaged or hostile file costs an error and no memory. Tensors are read with
+plain reads instead of a memory map: mapped pages stay resident as long as the map does, so a
+folder's peak would be the folder. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _CODES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 class TensorSource(Protocol):
-    """Where tensors come from, under their Hugging Face names: a folder of safetensors, or an Orbax checkpoint."""
+    """Where tensors come from, under their Hugging Face names: a folder of safetensors, or an Orbax
+    checkpoint.
+    """
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -51,7 +55,9 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of the first axis. Raises CheckpointError when they cannot be read or are not finite."""
+        """Rows `start:stop` of the first axis. Raises CheckpointError when they cannot be read or
+        are not finite.
+        """
         ...
 
 
@@ -72,10 +78,13 @@ class _Entry(NamedTuple):
 
 
 class TensorFiles:
-    """The safetensors of a folder, sharded or not, as a `TensorSource`. Files are open only while they are read."""
+    """The safetensors of a folder, sharded or not, as a `TensorSource`. Files are open only while
+    they are read.
+    """
 
     def __init__(self, folder: str | Path):
-        """Read and check every header, and compare the files with their checksums if this project wrote them.
+        """Read and check every header, and compare the files with their checksums if this project
+        wrote them.
 
         Raises: CheckpointError naming the file and what is wrong with it.
         """
@@ -86,16 +95,23 @@ class TensorFiles:
         for name, listed in _shards(self.folder).items():
             path = inside(self.folder, name)
             if not path.is_file():
-                raise CheckpointError(f"checkpoint {folder}: {name} is missing (only safetensors are read, never pickles)")
+                raise CheckpointError(
+                    f"checkpoint {folder}: {name} is missing (only safetensors are read, never "
+                    "pickles)"
+                )
             entries, says_so = _read_header(path)
             promised = promised or says_so
             for tensor, entry in entries.items():
                 if tensor in self._entries:
-                    raise CheckpointError(f"checkpoint {folder}: tensor {show(tensor)} is in two files")
+                    raise CheckpointError(
+                        f"checkpoint {folder}: tensor {show(tensor)} is in two files"
+                    )
                 self._entries[tensor] = entry
                 listed.discard(tensor)
             if listed:
-                raise CheckpointError(f"{self.folder / INDEX_FILE}: {name} does not hold {list_names(sorted(listed))}")
+                raise CheckpointError(
+                    f"{self.folder / INDEX_FILE}: {name} does not hold {list_names(sorted(listed))}"
+                )
             self.largest_file = max(self.largest_file, path.stat().st_size)
         _compare(self.folder, promised)
 
@@ -114,7 +130,10 @@ class TensorFiles:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         entry, dtype = self._entries[name], self.dtype(name)
         if dtype is None:
-            raise CheckpointError(f"{entry.path}: tensor {show(name)} has dtype {entry.code}; give an unquantised checkpoint")
+            raise CheckpointError(
+                f"{entry.path}: tensor {show(name)} has dtype {entry.code}; give an unquantised "
+                "checkpoint"
+            )
         shape, offset = entry.shape, entry.offset
         if shape:
             start, stop, _ = slice(start, stop).indices(shape[0])
@@ -123,7 +142,9 @@ class TensorFiles:
         array = np.empty(shape, dtype)
         _read_into(entry.path, offset, array)
         if not all_finite(array):
-            raise CheckpointError(f"{entry.path}: tensor {show(name)} holds NaN or infinity; the checkpoint is broken")
+            raise CheckpointError(
+                f"{entry.path}: tensor {show(name)} holds NaN or infinity; the checkpoint is broken"
+            )
         return array
 
 
@@ -131,7 +152,8 @@ def all_finite(array: np.ndarray) -> bool:
     flat, block = array.reshape(-1), 1 << 18  # in blocks: the temporaries stay small
     for start in range(0, flat.size, block):
         part = flat[start : start + block]
-        if part.dtype == FLOATS["BF16"]:  # all exponent bits set; several times faster than isfinite
+        # all exponent bits set; several times faster than isfinite
+        if part.dtype == FLOATS["BF16"]:
             bad = bool(((part.view(np.uint16) & 0x7F80) == 0x7F80).any())
         else:
             bad = not np.isfinite(part).all()
@@ -142,14 +164,19 @@ def all_finite(array: np.ndarray) -> bool:
 
 def tensor_file_names(folder: Path) -> list[str]:
     """The names of what `write_tensors` wrote: safetensors and their index."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name == INDEX_FILE)
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.suffix == ".safetensors" or path.name == INDEX_FILE
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _compare(folder: Path, promised: bool) -> None:
-    """Compare with `checksums.json`; a file of that name that the tensors do not speak of may be of another tool.
+    """Compare with `checksums.json`; a file of that name that the tensors do not speak of may be of
+    another tool.
 
     Raises: CheckpointError.
     """
@@ -159,7 +186,10 @@ def _compare(folder: Path, promised: bool) -> None:
     elif promised:
         wrong = compare_files(folder)
     if wrong:
-        raise CheckpointError(f"checkpoint {folder}: damaged ({wrong}); restore the file, or convert the original again")
+        raise CheckpointError(
+            f"checkpoint {folder}: damaged ({wrong}); restore the file, or convert the original "
+            "again"
+        )
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
@@ -175,8 +205,16 @@ def _shards(folder: Path) -> dict[str, set[str]]:
         raise CheckpointError(f"{index}: not a safetensors index: no weight_map")
     shards: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
-            raise CheckpointError(f"{index}: shard {show(str(name))!r} is not a plain file name ending in .safetensors")
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not name.endswith(".safetensors")
+            or "\0" in name
+        ):
+            raise CheckpointError(
+                f"{index}: shard {show(str(name))!r} is not a plain file name ending in "
+                ".safetensors"
+            )
         shards.setdefault(name, set()).add(tensor)
     return dict(sorted(shards.items()))
 
@@ -193,11 +231,15 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], bool]:
     except OSError as error:
         raise _broken(path, error.strerror or "input/output error") from None
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
+        header = json.loads(
+            text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs)
+        )
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _broken(path, f"its header is not JSON: {' '.join(str(error).split())[:120]}") from None
+        raise _broken(
+            path, f"its header is not JSON: {' '.join(str(error).split())[:120]}"
+        ) from None
     if not isinstance(header, dict):
         raise _broken(path, "its header is not an object")
     about = header.pop("__metadata__", None)
@@ -206,7 +248,9 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], bool]:
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
-            raise _broken(path, f"tensor {show(name)} begins at byte {entry.offset}, expected {end}")
+            raise _broken(
+                path, f"tensor {show(name)} begins at byte {entry.offset}, expected {end}"
+            )
         end += entry.nbytes
     if end != size:
         raise _broken(path, f"its tensors end at byte {end}, the file at {size}")
@@ -227,18 +271,26 @@ def _entry(path: Path, name: str, fields: Any, base: int) -> _Entry:
         right = isinstance(values, list) and (count is None or len(values) == count)
         return right and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
-    if not isinstance(fields, dict) or not whole(fields.get("shape")) or not whole(fields.get("data_offsets"), 2):
+    if (
+        not isinstance(fields, dict)
+        or not whole(fields.get("shape"))
+        or not whole(fields.get("data_offsets"), 2)
+    ):
         raise _broken(path, f"tensor {show(name)} has no valid shape and data_offsets")
     code, shape, (begin, end) = fields.get("dtype"), tuple(fields["shape"]), fields["data_offsets"]
     if not isinstance(code, str) or code not in _ITEM_BYTES:
         raise _broken(path, f"tensor {show(name)} has the unknown dtype {show(str(code))!r}")
     if len(shape) > 32 or end - begin != math.prod(shape) * _ITEM_BYTES[code]:
-        raise _broken(path, f"tensor {show(name)} has {end - begin} bytes, which is not its shape in {code}")
+        raise _broken(
+            path, f"tensor {show(name)} has {end - begin} bytes, which is not its shape in {code}"
+        )
     return _Entry(path, code, shape, base + begin, end - begin)
 
 
 def _broken(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path}: not a readable safetensors file: {reason}; fetch the file again")
+    return CheckpointError(
+        f"{path}: not a readable safetensors file: {reason}; fetch the file again"
+    )
 
 
 def _read_into(path: Path, offset: int, array: np.ndarray) -> None:
@@ -255,7 +307,7 @@ def _read_into(path: Path, offset: int, array: np.ndarray) -> None:
         raise _broken(path, error.strerror or "input/output error") from None
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 class TensorSpec(NamedTuple):
@@ -269,12 +321,16 @@ class TensorSpec(NamedTuple):
 
 
 def write_tensors(
-    folder: Path, specs: Sequence[TensorSpec], blocks: Callable[[TensorSpec], Iterator[np.ndarray]], max_shard_bytes: int
+    folder: Path,
+    specs: Sequence[TensorSpec],
+    blocks: Callable[[TensorSpec], Iterator[np.ndarray]],
+    max_shard_bytes: int,
 ) -> None:
-    """Write `model.safetensors`, or shards of at most `max_shard_bytes` (one tensor at least) with their index.
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` (one tensor at least) with
+    their index.
 
-    Headers are written first, from the specs, so that no more than one block is held at a time. They say that there are
-    checksums, which the caller writes when everything else is there.
+    Headers are written first, from the specs, so that no more than one block is held at a time.
+    They say that there are checksums, which the caller writes when everything else is there.
 
     Args:
       blocks: the rows of a tensor in order, in the spec's dtype.
@@ -290,19 +346,29 @@ def write_tensors(
     count, weight_map = len(shards), {}
     for i, shard in enumerate(shards, start=1):
         name = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-        _write_file(folder / name, sorted(shard, key=lambda spec: -spec.dtype.itemsize), blocks)  # wide first: aligned
+        # wide first: aligned
+        _write_file(folder / name, sorted(shard, key=lambda spec: -spec.dtype.itemsize), blocks)
         weight_map |= {spec.name: name for spec in shard}
     if count > 1:
-        index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
+            "weight_map": weight_map,
+        }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, specs: list[TensorSpec], blocks: Callable[[TensorSpec], Iterator[np.ndarray]]) -> None:
+def _write_file(
+    path: Path, specs: list[TensorSpec], blocks: Callable[[TensorSpec], Iterator[np.ndarray]]
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _NOTE: CHECKSUMS}}
     end = 0
     for spec in specs:
         offsets = [end, end := end + spec.nbytes]
-        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        header[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:

@@ -10,7 +10,10 @@ from pathlib import Path
 from ttt_jax.errors import TrainingError
 
 TRACEBACK_FILE = "traceback.txt"
-_LESS = "lower data.batch_size or data.seq_len, raise optimizer.accumulate, or split the model over more devices"
+_LESS = (
+    "lower data.batch_size or data.seq_len, raise optimizer.accumulate, or split the model "
+    "over more devices"
+)
 
 
 @contextlib.contextmanager
@@ -18,8 +21,8 @@ def failures_in_one_line(folder: Path | None) -> Iterator[None]:
     """Turn such an exception into a TrainingError of one line.
 
     Args:
-      folder: gets `traceback.txt`, for a report of the problem; None: no such file. A traceback that can be written nowhere
-        is lost.
+      folder: gets `traceback.txt`, for a report of the problem; None: no such file. A traceback
+        that can be written nowhere is lost.
 
     Other exceptions are bugs, and pass.
     """
@@ -31,7 +34,9 @@ def failures_in_one_line(folder: Path | None) -> Iterator[None]:
             raise
         if folder is not None:
             with contextlib.suppress(OSError):
-                (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                (folder / TRACEBACK_FILE).write_text(
+                    "".join(traceback.format_exception(error)), encoding="utf-8"
+                )
                 line += f" (details: {folder / TRACEBACK_FILE})"
         raise TrainingError(line) from None
 
@@ -44,13 +49,21 @@ def describe(error: Exception) -> str | None:
         return f"out of memory{f': {text}' if text else ''}; {_LESS}"
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""
-        return f"the system failed:{where}: {error.strerror or text}; mend that and run the same command again"
+        return (
+            f"the system failed:{where}: {error.strerror or text}; mend that and run the same "
+            "command again"
+        )
     if _is_jax(error):
-        return f"the device, or another process of the job, failed: {text}; run the same command again"
+        return (
+            f"the device, or another process of the job, failed: {text}; run the same command again"
+        )
     if isinstance(error, RecursionError | ArithmeticError):
         frames = traceback.extract_tb(error.__traceback__)
         where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
-        return f"{type(error).__name__}{where}: {text}; this is a fault of the program: please report it"
+        return (
+            f"{type(error).__name__}{where}: {text}; this is a fault of the program: please "
+            "report it"
+        )
     return None
 
 

@@ -3,9 +3,10 @@
     RUN/.lock               of a run folder, so that it is the same file however the folder is mounted
     PARENT/.NAME.lock       beside an output, which is replaced as a whole (output_lock.py)
 
-The operating system's lock (flock) decides on one machine. The file's content decides where that says nothing, on file
-systems shared by several hosts: the holder touches the file every few seconds, and one that no longer does is gone. Clocks
-are not compared, so one that is set back does no harm. This module imports no jax, unless several processes have to agree.
+The operating system's lock (flock) decides on one machine. The file's content decides where that
+says nothing, on file systems shared by several hosts: the holder touches the file every few
+seconds, and one that no longer does is gone. Clocks are not compared, so one that is set back does
+no harm. This module imports no jax, unless several processes have to agree.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Lock:
       tell: prints a line, when finding out takes time.
     """
 
-    def __init__(self, path: Path, what: str, fix: str, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, what: str, fix: str, tell: Callable[[str], None] | None = None
+    ) -> None:
         self.path, self._what, self._fix = path, what, fix
         self._tell = tell or (lambda text: print(text, file=sys.stderr, flush=True))
         self._file: int | None = None
@@ -57,7 +60,9 @@ class Lock:
         self._guard = threading.RLock()  # between the file's last touch and its end
 
     def acquire(self) -> Lock:
-        """Take the lock. Raises UserError, one line, when another process has it or the file cannot be written."""
+        """Take the lock. Raises UserError, one line, when another process has it or the file cannot
+        be written.
+        """
         try:
             self._make_parents()
             while not self._try():
@@ -65,7 +70,8 @@ class Lock:
         except OSError as error:
             self.release()
             raise UserError(
-                f"{self._what}: cannot be written ({error.strerror}: {self.path}); make it writable or {self._fix}"
+                f"{self._what}: cannot be written ({error.strerror}: {self.path}); make it "
+                f"writable or {self._fix}"
             ) from None
         except BaseException:
             self.release()
@@ -80,7 +86,8 @@ class Lock:
             if self._file is not None:
                 with contextlib.suppress(OSError):
                     if self._is_mine():
-                        os.ftruncate(self._file, 0)  # a folder that became read-only keeps a file that names nobody
+                        # a folder that became read-only keeps a file that names nobody
+                        os.ftruncate(self._file, 0)
                         self.path.unlink()
                 self._drop()
         for folder in self._made:
@@ -95,18 +102,28 @@ class Lock:
         self.release()
 
     def lost(self) -> str | None:
-        """Why the lock is no longer held (folder gone, file removed or another's), or None. Errors of the disk say nothing."""
+        """Why the lock is no longer held (folder gone, file removed or another's), or None. Errors
+        of the disk say nothing.
+        """
         try:
             found = read_holder(self.path)
         except (FileNotFoundError, NotADirectoryError):
-            return "it has vanished" if not self.path.parent.is_dir() else f"its lock file {self.path} was removed"
+            return (
+                "it has vanished"
+                if not self.path.parent.is_dir()
+                else f"its lock file {self.path} was removed"
+            )
         except OSError:
             return None
         if not self._written or (found and found.get("token") == self._me["token"]):
             return None
-        return f"{_name(found)} has taken it over" if found else f"its lock file {self.path} was emptied"
+        return (
+            f"{_name(found)} has taken it over"
+            if found
+            else f"its lock file {self.path} was emptied"
+        )
 
-    # -------------------------------------------------------------------------------------------------------- taking it
+    # ------------------------------------------------------------------------------------ taking it
 
     def _make_parents(self) -> None:
         folder, missing = self.path.parent, []
@@ -117,9 +134,13 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _try(self) -> bool:
-        """One attempt; False when the file was removed by its holder in between. Raises OSError, UserError."""
+        """One attempt; False when the file was removed by its holder in between. Raises OSError,
+        UserError.
+        """
         # No link is followed: the folder may be somebody else's.
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        self._file = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644
+        )
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             self._drop()
             raise OSError(0, "not a regular file")
@@ -178,7 +199,9 @@ class Lock:
 
     def _refuse(self, holder: dict[str, Any] | None) -> None:
         self._drop()
-        raise UserError(f"{self._what}: {_name(holder)} is writing it; wait for it, stop it, or {self._fix}")
+        raise UserError(
+            f"{self._what}: {_name(holder)} is writing it; wait for it, stop it, or {self._fix}"
+        )
 
     def _drop(self) -> None:
         file, self._file = self._file, None
@@ -187,7 +210,9 @@ class Lock:
 
     def _watch(self, holder: dict[str, Any]) -> bool:
         """Whether a holder of whom nothing can be known from here touches the file."""
-        self._tell(f"{self._what}: locked by {_name(holder)}; looking for {WATCH:g} s whether it is alive")
+        self._tell(
+            f"{self._what}: locked by {_name(holder)}; looking for {WATCH:g} s whether it is alive"
+        )
         before, end = self._state(), time.monotonic() + WATCH
         while time.monotonic() < end:
             time.sleep(min(1.0, WATCH / 10))
@@ -214,7 +239,7 @@ class Lock:
                     os.utime(self._file)
 
 
-# -------------------------------------------------------------------------------------------------------------- holders
+# ------------------------------------------------------------------------------------------ holders
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
@@ -251,7 +276,9 @@ def _name(holder: dict[str, Any] | None) -> str:
     """For a message. The file may be anybody's, so nothing in it reaches the terminal as it is."""
     if holder is None:
         return "another process"
-    clean = lambda key: "".join(c if c.isprintable() else "?" for c in str(holder.get(key, "?")))[:100]
+    clean = lambda key: "".join(c if c.isprintable() else "?" for c in str(holder.get(key, "?")))[
+        :100
+    ]
     return f"process {clean('pid')} on {clean('host')} ({clean('command')}, since {clean('date')})"
 
 
@@ -275,7 +302,9 @@ def _runs(holder: dict[str, Any], me: dict[str, Any], locked: bool) -> bool | No
 
 
 def _machine() -> str:
-    """This boot of this machine: containers and users share it, another machine of the same name does not."""
+    """This boot of this machine: containers and users share it, another machine of the same name
+    does not.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -290,7 +319,9 @@ def _process_space() -> str | None:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; None when there is none (or one that only waits to be reaped)."""
+    """When a process started, in ticks since the boot; None when there is none (or one that only
+    waits to be reaped).
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -299,16 +330,19 @@ def _started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-# ---------------------------------------------------------------------------------------------------------- run folders
+# -------------------------------------------------------------------------------------- run folders
 
 
 class RunLock:
-    """The lock of a run folder for all processes of one job: the first one holds it, all get the same answers.
+    """The lock of a run folder for all processes of one job: the first one holds it, all get the
+    same answers.
 
     All processes call every method in the same order.
     """
 
-    def __init__(self, run_dir: Path, main: bool, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, main: bool, tell: Callable[[str], None] | None = None
+    ) -> None:
         self.run_dir, self._main = run_dir, main
         self._lock = Lock(run_dir / RUN_LOCK, f"run folder {run_dir}", "choose another name", tell)
 
@@ -327,7 +361,9 @@ class RunLock:
             self._lock.release()
 
     def check(self) -> None:
-        """Raises TrainingError, on all processes, when the folder has vanished or is another job's by now."""
+        """Raises TrainingError, on all processes, when the folder has vanished or is another job's
+        by now.
+        """
         from ttt_jax.process.multihost import any_process, from_first_process
 
         reason = self._lock.lost() if self._main else None
@@ -335,17 +371,21 @@ class RunLock:
             reason = "it has vanished"  # a save in flight may have made a folder of that name again
         if any_process(reason is not None):
             raise TrainingError(
-                f"run folder {self.run_dir}: {from_first_process(reason)}; stopped, because what is learnt cannot be saved "
+                f"run folder {self.run_dir}: {from_first_process(reason)}; stopped, because what "
+                "is learnt cannot be saved "
                 "there; put the folder back, or choose another name"
             )
 
 
 def refuse_if_held(run_dir: Path) -> None:
-    """Raises UserError when a live process of this machine has the lock. Writes nothing; says nothing of other machines."""
+    """Raises UserError when a live process of this machine has the lock. Writes nothing; says
+    nothing of other machines.
+    """
     path = run_dir / RUN_LOCK
     with contextlib.suppress(OSError):
         holder, me = read_holder(path), _describe_me()
         if holder and _runs(holder, me, locked=False) and holder.get("token") != me["token"]:
             raise UserError(
-                f"run folder {run_dir}: {_name(holder)} is writing it; wait for it, stop it, or choose another name"
+                f"run folder {run_dir}: {_name(holder)} is writing it; wait for it, stop it, or "
+                "choose another name"
             )

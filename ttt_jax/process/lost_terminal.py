@@ -1,4 +1,5 @@
-"""A terminal that may be lost: what is printed never ends a run, and what libraries print about a failure is said once.
+"""A terminal that may be lost: what is printed never ends a run, and what libraries print about a
+failure is said once.
 
 Imports only the standard library.
 """
@@ -22,8 +23,9 @@ _MAY_RETURN = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EINTR, errno.EIO)
 class Unbreakable:
     """A text stream whose `write` and `flush` never raise.
 
-    While the sink takes nothing (a full disk), lines wait in its buffer, and are dropped when that is full; the first one
-    that is taken again says so. When its reader is gone for good (a closed pipe), all later output goes to the null device.
+    While the sink takes nothing (a full disk), lines wait in its buffer, and are dropped when that
+    is full; the first one that is taken again says so. When its reader is gone for good (a closed
+    pipe), all later output goes to the null device.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -34,7 +36,9 @@ class Unbreakable:
             if self._gap and text:
                 self._stream.flush()
                 self._gap = False
-                self._stream.write("(this output could not be written for a while: lines may be missing above)\n")
+                self._stream.write(
+                    "(this output could not be written for a while: lines may be missing above)\n"
+                )
             self._stream.write(text)
         except (OSError, ValueError) as error:
             self._failed(error)
@@ -61,7 +65,9 @@ class Unbreakable:
 
 @contextlib.contextmanager
 def unbreakable_output() -> Iterator[None]:
-    """Make `sys.stdout` and `sys.stderr` unbreakable; on leaving, what they cannot take is thrown away, not an exit code."""
+    """Make `sys.stdout` and `sys.stderr` unbreakable; on leaving, what they cannot take is thrown
+    away, not an exit code.
+    """
     _open_closed()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Unbreakable(stream or io.StringIO()) for stream in before)
@@ -78,7 +84,9 @@ def unbreakable_output() -> Iterator[None]:
 
 
 def _open_closed() -> None:
-    """A file that the run opens must not get the number of a closed standard stream: libraries print there."""
+    """A file that the run opens must not get the number of a closed standard stream: libraries
+    print there.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -97,23 +105,28 @@ def _to_null(stream: Any) -> None:
         stream.flush()
 
 
-# ------------------------------------------------------------------------------------------ what libraries say of failures
+# ------------------------------------------------------------------- what libraries say of failures
 
 
 @contextlib.contextmanager
 def quiet_background() -> Iterator[None]:
-    """Keep tracebacks of background threads off the terminal for failures that are reported in one line elsewhere.
+    """Keep tracebacks of background threads off the terminal for failures that are reported in one
+    line elsewhere.
 
-    A save that fails leaves, in Orbax and tensorstore, futures that nobody asks and callbacks into a closed event loop;
-    `saving.Saver` has reported it by then. A full disk kills TensorBoard's writer, which `MetricsLogger` reports. Another
-    thread that the system fails is one line, once for each text.
+    A save that fails leaves, in Orbax and tensorstore, futures that nobody asks and callbacks into
+    a closed event loop; `saving.Saver` has reported it by then. A full disk kills TensorBoard's
+    writer, which `MetricsLogger` reports. Another thread that the system fails is one line, once
+    for each text.
     """
     said: set[str] = set()
     old_unraisable, old_thread = sys.unraisablehook, threading.excepthook
     asyncio_log, never_retrieved = logging.getLogger("asyncio"), _NeverRetrieved()
 
     def unraisable(found: Any) -> None:
-        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        if not (
+            isinstance(found.exc_value, RuntimeError)
+            and str(found.exc_value) == "Event loop is closed"
+        ):
             old_unraisable(found)
 
     def thread_failed(found: Any) -> None:
@@ -140,4 +153,7 @@ class _NeverRetrieved(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not ("never retrieved" in record.getMessage() and isinstance(error, OSError | ValueError | RuntimeError))
+        return not (
+            "never retrieved" in record.getMessage()
+            and isinstance(error, OSError | ValueError | RuntimeError)
+        )

@@ -1,11 +1,13 @@
-"""Starting a job of several processes, one per host (or per GPU). Called once, before jax looks at its devices.
+"""Starting a job of several processes, one per host (or per GPU). Called once, before jax looks at
+its devices.
 
 Where the processes are comes from the environment, first match:
 
     TTT_JAX_COORDINATOR=HOST:PORT TTT_JAX_NUM_PROCESSES=N TTT_JAX_PROCESS_ID=I     set by hand, on any machines
     SLURM with several tasks, Open MPI, TPU pods (GCE, GKE)                        found by jax itself
 
-Otherwise the job has one process. `TTT_JAX_TIMEOUT` is the number of seconds to wait for the other hosts (default 300).
+Otherwise the job has one process. `TTT_JAX_TIMEOUT` is the number of seconds to wait for the other
+hosts (default 300).
 """
 
 from __future__ import annotations
@@ -48,11 +50,14 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
         address, count, index = explicit
         where = f"{count} processes through {address} (this is process {index})"
         options = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    # It would take over SIGTERM, behind the back of Python's handlers, and the job would train on until it is killed.
+    # It would take over SIGTERM, behind the back of Python's handlers, and the job would train on
+    # until it is killed.
     jax.config.update("jax_enable_preemption_service", False)
-    # jax's client ends the whole process, with a stack trace, when the coordinator never answers; so the line comes first.
+    # jax's client ends the whole process, with a stack trace, when the coordinator never answers;
+    # so the line comes first.
     hint = (
-        f"not all of {where} came within {timeout} s; start every host with the same coordinator and number of processes, "
+        f"not all of {where} came within {timeout} s; start every host with the same coordinator "
+        "and number of processes, "
         f"check that its port is open, or raise {_TIMEOUT}"
     )
     watch = threading.Timer(timeout + 5, _give_up, [hint])
@@ -60,7 +65,8 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
     watch.start()
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **options)
-    except Exception as error:  # jax raises RuntimeError, ValueError and its own, by the stage that fails
+    # jax raises RuntimeError, ValueError and its own, by the stage that fails
+    except Exception as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 160 else reason[:157] + "..."
         raise TrainingError(f"{hint} ({reason})") from None
@@ -70,7 +76,9 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on some process: the same answer on all of them. Waits for the slowest."""
+    """Whether the flag is set on some process: the same answer on all of them. Waits for the
+    slowest.
+    """
     import jax
 
     if jax.process_count() == 1:
@@ -82,8 +90,11 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first_process(value: Any) -> Any:
-    """Process 0's value (what JSON can hold), on all processes. Waits for the slowest; one process gets `value` itself."""
-    # Without jax in the process there is no multi-process run; asking jax would initialise its backends.
+    """Process 0's value (what JSON can hold), on all processes. Waits for the slowest; one process
+    gets `value` itself.
+    """
+    # Without jax in the process there is no multi-process run; asking jax would initialise its
+    # backends.
     if "jax" not in sys.modules or sys.modules["jax"].process_count() == 1:
         return value
     import jax
@@ -98,7 +109,8 @@ def from_first_process(value: Any) -> Any:
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:
-    """Process 0 calls the function; all get its value (what JSON can hold), or all raise its UserError.
+    """Process 0 calls the function; all get its value (what JSON can hold), or all raise its
+    UserError.
 
     Waits for the slowest; one process alone just calls it.
     """
@@ -112,13 +124,17 @@ def on_first_process(function: Callable[[], Any]) -> Any:
             answer |= {"error": str(error)[:2000], "kind": type(error).__name__}
     answer = from_first_process(answer)
     if "error" in answer:
-        kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError, DataError, TrainingError)}
+        kinds = {
+            kind.__name__: kind for kind in (CheckpointError, ConfigError, DataError, TrainingError)
+        }
         raise kinds.get(answer["kind"], UserError)(answer["error"])
     return answer["value"]
 
 
 def from_all_processes(value: Any) -> list[Any]:
-    """Every process' value (what JSON can hold), in their order, on all processes. Waits for the slowest."""
+    """Every process' value (what JSON can hold), in their order, on all processes. Waits for the
+    slowest.
+    """
     import jax
 
     if jax.process_count() == 1:
@@ -135,7 +151,8 @@ def from_all_processes(value: Any) -> list[Any]:
 
 
 def read_explicit(env: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator, number of processes, this one's index) from the TTT_JAX_ variables; None if none is set.
+    """(coordinator, number of processes, this one's index) from the TTT_JAX_ variables; None if
+    none is set.
 
     Raises: ConfigError when only some are set, or one is malformed.
     """
@@ -143,28 +160,40 @@ def read_explicit(env: Mapping[str, str]) -> tuple[str, int, int] | None:
     if not given:
         return None
     if missing := [name for name in NAMES if not env.get(name)]:
-        raise ConfigError(f"environment variable {missing[0]}: missing; set all of {', '.join(NAMES)}, or none")
+        raise ConfigError(
+            f"environment variable {missing[0]}: missing; set all of {', '.join(NAMES)}, or none"
+        )
     address = env[NAMES[0]]
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ConfigError(f"environment variable {NAMES[0]} = {address}: write HOST:PORT, the same on all hosts")
+        raise ConfigError(
+            f"environment variable {NAMES[0]} = {address}: write HOST:PORT, the same on all hosts"
+        )
     count, index = _number(env, NAMES[1], 1), _number(env, NAMES[2], 0)
     if index >= count:
-        raise ConfigError(f"environment variable {NAMES[2]} = {index}: must be from 0 to {NAMES[1]} - 1 = {count - 1}")
+        raise ConfigError(
+            f"environment variable {NAMES[2]} = {index}: must be from 0 to {NAMES[1]} - 1 = "
+            f"{count - 1}"
+        )
     return address, count, index
 
 
 def _number(env: Mapping[str, str], name: str, least: int) -> int:
     text = env.get(name, "")
     if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"environment variable {name} = {text}: must be a whole number from {least}")
+        raise ConfigError(
+            f"environment variable {name} = {text}: must be a whole number from {least}"
+        )
     return int(text)
 
 
 def _is_cluster(env: Mapping[str, str]) -> bool:
-    """Whether jax will find several processes. On other machines its detection is left alone: it may ask the network."""
+    """Whether jax will find several processes. On other machines its detection is left alone: it
+    may ask the network.
+    """
     for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        # SLURM sets the first in an allocation's shell, too; a task that srun has started knows its step.
+        # SLURM sets the first in an allocation's shell, too; a task that srun has started knows its
+        # step.
         started = count != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in env
         if started and env.get(count, "1").isdecimal() and int(env.get(count, "1")) > 1:
             return True

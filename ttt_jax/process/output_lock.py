@@ -1,4 +1,5 @@
-"""One writer for an output that appears as a whole (a file or a folder), and none of its half-written parts left behind.
+"""One writer for an output that appears as a whole (a file or a folder), and none of its
+half-written parts left behind.
 
 Imports no jax.
 """
@@ -18,7 +19,8 @@ from ttt_jax.process.lock import Lock
 
 @contextlib.contextmanager
 def one_writer(path: Path, what: str) -> Iterator[Lock]:
-    """Hold the lock of an output (a file or folder that appears as a whole), and remove what unfinished writes have left.
+    """Hold the lock of an output (a file or folder that appears as a whole), and remove what
+    unfinished writes have left.
 
     Args:
       path: the output. what: how the command names it, such as "--out"; begins every message.
@@ -32,7 +34,9 @@ def one_writer(path: Path, what: str) -> Iterator[Lock]:
             try:
                 _restore(path)
             except OSError as error:
-                raise UserError(f"{what} {path}: cannot be written ({error.strerror}); choose another one") from None
+                raise UserError(
+                    f"{what} {path}: cannot be written ({error.strerror}); choose another one"
+                ) from None
             yield lock
         finally:
             _tidy(path)
@@ -47,7 +51,9 @@ def _leftovers(path: Path, kind: str) -> list[Path]:
 
 
 def _restore(path: Path) -> None:
-    """An output that was moved out of the way and never replaced comes back; others of before are removed."""
+    """An output that was moved out of the way and never replaced comes back; others of before are
+    removed.
+    """
     for old in _leftovers(path, "old"):
         if os.path.lexists(path):
             _remove(old)

@@ -1,7 +1,9 @@
-"""SIGTERM, SIGINT and SIGHUP: leave at once while there is nothing to lose, else after a checkpoint.
+"""SIGTERM, SIGINT and SIGHUP: leave at once while there is nothing to lose, else after a
+checkpoint.
 
-Nothing is raised from a handler: it may run inside an import or below C++ code, where an exception ends as another error or
-as an abort. While there is nothing to lose the handler itself ends the process; later it leaves a note.
+Nothing is raised from a handler: it may run inside an import or below C++ code, where an exception
+ends as another error or as an abort. While there is nothing to lose the handler itself ends the
+process; later it leaves a note.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_SAME = 0.5  # seconds within which a second SIGINT is the same one: a terminal and a launcher may both send it
+# seconds within which a second SIGINT is the same one: a terminal and a launcher may both send it
+_SAME = 0.5
 
 
 class Stopped(BaseException):
@@ -23,11 +26,12 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """A context manager that takes over SIGTERM, SIGINT and SIGHUP (unless `nohup` has it ignored) and puts them back.
+    """A context manager that takes over SIGTERM, SIGINT and SIGHUP (unless `nohup` has it ignored)
+    and puts them back.
 
-    Until `defer`, a signal ends the process with exit code 0 and one line, after calling what is in `before_leaving`. From
-    then on it sets `requested`, which the training loop reads after each step; only a second SIGINT ends the process at
-    once, with exit code 1 and one line.
+    Until `defer`, a signal ends the process with exit code 0 and one line, after calling what is in
+    `before_leaving`. From then on it sets `requested`, which the training loop reads after each
+    step; only a second SIGINT ends the process at once, with exit code 1 and one line.
 
     Args:
       last: what comes after the block is the end of the process, and signals are ignored there.
@@ -47,7 +51,12 @@ class StopSignal:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self._last else handler)
 
@@ -56,7 +65,9 @@ class StopSignal:
         self._deferred = True
 
     def at_once(self) -> None:
-        """Nothing is left to save. Raises `Stopped` when a signal has come; to be called again between pieces of work."""
+        """Nothing is left to save. Raises `Stopped` when a signal has come; to be called again
+        between pieces of work.
+        """
         if self.requested:
             raise Stopped
 
@@ -70,7 +81,10 @@ class StopSignal:
         if not self._deferred:
             self._leave(0, 1, f"stopped by {name}; run the same command again to continue")
         if again:
-            text = f"error: interrupted by a second {name}: what was learnt since the last checkpoint is lost; "
+            text = (
+                f"error: interrupted by a second {name}: what was learnt since the last "
+                "checkpoint is lost; "
+            )
             self._leave(1, 2, text + "run the same command again to continue from there")
 
     def _leave(self, code: int, descriptor: int, line: str) -> None:
@@ -86,9 +100,11 @@ class StopSignal:
 
 
 def end_process(code: int, seconds: float = 60.0) -> None:
-    """End the interpreter with this exit code, at the latest after `seconds`. Signals change nothing any more.
+    """End the interpreter with this exit code, at the latest after `seconds`. Signals change
+    nothing any more.
 
-    Threads and exit handlers of libraries that have nothing to do may wait for one another for good.
+    Threads and exit handlers of libraries that have nothing to do may wait for one another for
+    good.
     """
     import threading
 

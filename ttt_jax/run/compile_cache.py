@@ -1,9 +1,11 @@
-"""jax's cache of compiled programs, in the run folder, so that a run that is started again need not compile again.
+"""jax's cache of compiled programs, in the run folder, so that a run that is started again need not
+compile again.
 
-A cache entry is machine code. jax runs whatever it finds, a damaged or a planted entry too, and it writes entries in place,
-so that a kill leaves half of one. Hence entries are sealed: `seals.json` has an HMAC-SHA-256 of each one, under a key that
-only this user has (`TTT_JAX_CACHE`/compile_key), and an entry without its seal is removed before jax sees it. A run folder
-from somebody else therefore compiles anew. On CPUs the entries of each kind of CPU have a folder of their own.
+A cache entry is machine code. jax runs whatever it finds, a damaged or a planted entry too, and it
+writes entries in place, so that a kill leaves half of one. Hence entries are sealed: `seals.json`
+has an HMAC-SHA-256 of each one, under a key that only this user has (`TTT_JAX_CACHE`/compile_key),
+and an entry without its seal is removed before jax sees it. A run folder from somebody else
+therefore compiles anew. On CPUs the entries of each kind of CPU have a folder of their own.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class CompileCache:
         return removed
 
     def seal(self) -> None:
-        """Seal the entries that have been written. A failure, of a full disk for instance, costs a compilation later."""
+        """Seal the entries that have been written. A failure, of a full disk for instance, costs a
+        compilation later.
+        """
         with contextlib.suppress(OSError):
             seals = {path.name: self._seal(path) for path in self._entries()}
             if seals != self._seals():
@@ -70,21 +74,28 @@ class CompileCache:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
-        valid = isinstance(found, dict) and all(isinstance(seal, str) and seal.isascii() for seal in found.values())
+        valid = isinstance(found, dict) and all(
+            isinstance(seal, str) and seal.isascii() for seal in found.values()
+        )
         return found if valid else {}
 
 
 def open_cache(config: Config) -> tuple[CompileCache | None, list[str]]:
-    """Let jax keep compiled programs where `compile_cache` says. Before anything is compiled; all processes together.
+    """Let jax keep compiled programs where `compile_cache` says. Before anything is compiled; all
+    processes together.
 
     A cache that jax was told of already (`JAX_COMPILATION_CACHE_DIR`) is left alone.
 
-    Returns: the cache, to be sealed once the programs of the run are compiled (on one process; None: there is nothing to
-    seal), and warnings.
+    Returns: the cache, to be sealed once the programs of the run are compiled (on one process;
+    None: there is nothing to seal), and warnings.
     """
     if config.compile_cache is None or getattr(jax.config, "jax_compilation_cache_dir", None):
         return None, []
-    base = config.run_dir / FOLDER if config.compile_cache == "run" else Path(config.compile_cache).expanduser()
+    base = (
+        config.run_dir / FOLDER
+        if config.compile_cache == "run"
+        else Path(config.compile_cache).expanduser()
+    )
     main, warnings = jax.process_index() == 0, []
     cache = None
     if main:
@@ -93,17 +104,24 @@ def open_cache(config: Config) -> tuple[CompileCache | None, list[str]]:
             folder.mkdir(parents=True, exist_ok=True)
             cache = CompileCache(folder, _read_key(cache_folder() / "compile_key"))
             if removed := cache.check():
-                warnings.append(f"compile_cache: {len(removed)} entries without a valid seal were removed; compiling again")
+                warnings.append(
+                    f"compile_cache: {len(removed)} entries without a valid seal were removed; "
+                    "compiling again"
+                )
         except OSError as error:
             cache = None
-            warnings.append(f"compile_cache: off, because {error.filename or base} cannot be used ({error.strerror})")
+            warnings.append(
+                f"compile_cache: off, because {error.filename or base} cannot be used "
+                f"({error.strerror})"
+            )
     # The others wait here until nothing unsealed is left, and go without where process 0 does.
     if any_process(main and cache is None):
         return None, warnings
     jax.config.update("jax_compilation_cache_dir", str(base.absolute() / _machine()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # files that nothing would seal
+    # files that nothing would seal
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_raise_persistent_cache_errors", False)
     _forget_earlier_cache()
     return cache, warnings
@@ -132,11 +150,15 @@ def _read_key(path: Path) -> bytes:
 
 
 def _machine() -> str:
-    """A folder name: programs for accelerators do not depend on the host, those for CPUs on its instruction set."""
+    """A folder name: programs for accelerators do not depend on the host, those for CPUs on its
+    instruction set.
+    """
     if jax.default_backend() != "cpu":
         return jax.default_backend()
     features = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), features)
+        features = next(
+            (line for line in lines if line.startswith(("flags", "Features"))), features
+        )
     return f"cpu-{hashlib.sha256(f'{platform.machine()} {features}'.encode()).hexdigest()[:12]}"

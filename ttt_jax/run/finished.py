@@ -1,4 +1,6 @@
-"""A run that is finished: asked for again, it shows the report that is there, and nothing in its folder changes."""
+"""A run that is finished: asked for again, it shows the report that is there, and nothing in its
+folder changes.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ _PLACE = ("name", "runs_dir")  # a folder may be moved
 
 
 def show_if_finished(config: Config) -> bool:
-    """Print the report of a finished run, and which settings have no effect on it; whether it is one. Writes nothing.
+    """Print the report of a finished run, and which settings have no effect on it; whether it is
+    one. Writes nothing.
 
-    A run is finished when its `report.json`, which is written last, is readable and has the steps that are asked for.
+    A run is finished when its `report.json`, which is written last, is readable and has the steps
+    that are asked for.
 
     Raises: CheckpointError, one line: the folder holds another run or other files.
     """
@@ -30,7 +34,8 @@ def show_if_finished(config: Config) -> bool:
         return False
     if report["steps"] < config.steps:
         print(
-            f"run folder {config.run_dir}: was finished with {report['steps']} steps and goes on to {config.steps}; the report "
+            f"run folder {config.run_dir}: was finished with {report['steps']} steps and goes on "
+            f"to {config.steps}; the report "
             "is then made anew",
             flush=True,
         )
@@ -39,7 +44,8 @@ def show_if_finished(config: Config) -> bool:
     print(f"run folder {config.run_dir}: {done}", flush=True)
     if other := _without_effect(config, report):
         print(
-            f"without effect on a finished run: {', '.join(other)}; for another closing evaluation delete "
+            f"without effect on a finished run: {', '.join(other)}; for another closing "
+            "evaluation delete "
             f"{config.run_dir / REPORT_FILE} and run the same command again",
             flush=True,
         )
@@ -58,16 +64,34 @@ def _read_report(config: Config) -> dict[str, Any] | None:
         return report if isinstance(report["steps"], int) else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        print(f"warning: {path}: not readable ({type(error).__name__}); the closing evaluation is done again", flush=True)
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        print(
+            f"warning: {path}: not readable ({type(error).__name__}); the closing evaluation is "
+            "done again",
+            flush=True,
+        )
         return None
 
 
 def _without_effect(config: Config, report: dict[str, Any]) -> list[str]:
     """Settings that differ from those of the report, as `field = value (was value)`."""
     before, now = flatten(report["config"]), flatten(json.loads(json.dumps(to_dict(config))))
-    differ = [field for field in now if field in before and before[field] != now[field] and field not in _PLACE]
+    differ = [
+        field
+        for field in now
+        if field in before and before[field] != now[field] and field not in _PLACE
+    ]
     if report["steps"] > config.steps and "steps" not in differ:
         differ.append("steps")
         before["steps"] = report["steps"]
-    return [f"{field} = {json.dumps(now[field])} (was {json.dumps(before[field])})" for field in differ]
+    return [
+        f"{field} = {json.dumps(now[field])} (was {json.dumps(before[field])})" for field in differ
+    ]

@@ -1,11 +1,12 @@
-"""The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in it.
+"""The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in
+it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
               environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)
               compile_cache/ report.html (`ttt-jax report`)
 
-A folder belongs to one training curve. Asking for another one under the same name is refused, and nothing is written.
-This module imports no jax, unless several processes have to agree.
+A folder belongs to one training curve. Asking for another one under the same name is refused, and
+nothing is written. This module imports no jax, unless several processes have to agree.
 """
 
 from __future__ import annotations
@@ -33,15 +34,19 @@ ENVIRONMENT_FILE = "environment.json"
 
 
 def prepare_run_dir(config: Config) -> bool:
-    """Create `config.run_dir` with its `config.yaml`, or check that the folder continues the same training curve.
+    """Create `config.run_dir` with its `config.yaml`, or check that the folder continues the same
+    training curve.
 
-    With several processes, the first one looks and writes, and all get the same answer or the same error.
+    With several processes, the first one looks and writes, and all get the same answer or the same
+    error.
 
     Returns:
-      True if the folder already was a run of this config (`config.yaml` then takes the new log, eval, ... settings).
+      True if the folder already was a run of this config (`config.yaml` then takes the new log,
+      eval, ... settings).
 
     Raises:
-      CheckpointError: one line; the folder holds another run or other files, or cannot be written. Nothing is changed.
+      CheckpointError: one line; the folder holds another run or other files, or cannot be written.
+        Nothing is changed.
     """
     return on_first_process(lambda: _prepare(config))
 
@@ -79,7 +84,9 @@ def _prepare(config: Config) -> bool:
         if not resuming or path.read_text(encoding="utf-8") != text:
             atomic_write_text(path, text)
     except OSError as error:
-        raise CheckpointError(f"run folder {run_dir}: {error.strerror}; choose another runs_dir") from None
+        raise CheckpointError(
+            f"run folder {run_dir}: {error.strerror}; choose another runs_dir"
+        ) from None
     return resuming
 
 
@@ -88,19 +95,24 @@ def read_run_config(run_dir: str | Path) -> Config:
     path = Path(run_dir) / CONFIG_FILE
     try:
         if not os.path.lexists(path):
-            raise CheckpointError(f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run")
+            raise CheckpointError(
+                f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run"
+            )
         tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES, CheckpointError).decode("utf-8"))
         return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})
     except ConfigError as error:
-        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}") from None
+        raise CheckpointError(
+            f"run folder {run_dir}: {CONFIG_FILE} is not of this version: {error}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it") from None
+        raise CheckpointError(
+            f"run folder {run_dir}: {CONFIG_FILE} is damaged ({reason}); restore or delete it"
+        ) from None
 
 
 def check_same_curve(run_dir: Path, config: Config) -> None:
-    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`.
-    """
+    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`."""
     try:
         before = read_run_config(run_dir)
     except CheckpointError as error:
@@ -109,16 +121,23 @@ def check_same_curve(run_dir: Path, config: Config) -> None:
     for field in [*new, *(key for key in old if key not in new)]:
         if old.get(field) != new.get(field):
             raise CheckpointError(
-                f"config field {field} = {_short(new.get(field))}: run folder {run_dir} was started with "
-                f"{_short(old.get(field))}; choose another name, or delete that folder to start anew"
+                f"config field {field} = {_short(new.get(field))}: run folder {run_dir} was "
+                "started with "
+                f"{_short(old.get(field))}; choose another name, or delete that folder to start "
+                "anew"
             )
 
 
 def _curve_fields(config: Config) -> dict[str, Any]:
-    """Dotted field -> value, of the fields that shape the training curve. Derived ones in their effective form."""
-    fields = {key: value for key, value in flatten(to_dict(config)).items() if on_resume(key) == REFUSED}
+    """Dotted field -> value, of the fields that shape the training curve. Derived ones in their
+    effective form.
+    """
+    fields = {
+        key: value for key, value in flatten(to_dict(config)).items() if on_resume(key) == REFUSED
+    }
     optimizer = config.optimizer
-    fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)  # a ratio means a number of steps
+    # a ratio means a number of steps
+    fields["optimizer.warmup_steps"] = optimizer.warmup(config.steps)
     unused = {"optimizer.warmup_ratio"}
     if optimizer.schedule != "wsd":
         unused.add("optimizer.decay_ratio")

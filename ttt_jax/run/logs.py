@@ -1,4 +1,5 @@
-"""Files of JSON lines in the run folder that survive kills and full disks: metrics, events, documents.
+"""Files of JSON lines in the run folder that survive kills and full disks: metrics, events,
+documents.
 
 metrics.jsonl     the training curve; a resumed run drops the lines after the step it goes on from
 events.jsonl      what went wrong and what was done about it, with the time; only ever grows
@@ -35,7 +36,9 @@ class EventLog:
         self._path = run_dir / EVENTS_FILE
         self.step = 0  # finished steps, for events that do not name their own
 
-    def __call__(self, text: str, kind: str = "warning", step: int | None = None, **details: Any) -> None:
+    def __call__(
+        self, text: str, kind: str = "warning", step: int | None = None, **details: Any
+    ) -> None:
         """Record an event. `details`: what JSON can hold."""
         if not self._enabled:
             return
@@ -58,7 +61,9 @@ class EventLog:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a line that is no JSON object, such as one cut short by a kill, is left out."""
+    """The events of a run, oldest first; a line that is no JSON object, such as one cut short by a
+    kill, is left out.
+    """
     path = Path(run_dir) / EVENTS_FILE
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -72,9 +77,13 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 class DocumentLog:
-    """Which documents each step held: one line a step, [file, index in the file, first token, tokens] per piece."""
+    """Which documents each step held: one line a step, [file, index in the file, first token,
+    tokens] per piece.
+    """
 
-    def __init__(self, run_dir: Path, start_step: int, process: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, start_step: int, process: int = 0, enabled: bool = True
+    ) -> None:
         self.enabled, self._file = enabled, None
         if enabled:
             path = run_dir / (DOCUMENTS_FILE if process == 0 else f"documents.{process}.jsonl")
@@ -91,11 +100,14 @@ class DocumentLog:
     def write(self, step: int, pieces: list[Any]) -> None:
         """Record a step's `Loader.documents`."""
         assert self._file is not None
-        self._file.append({"step": step, "documents": [[p.file, p.document, p.start, p.tokens] for p in pieces]})
+        self._file.append(
+            {"step": step, "documents": [[p.file, p.document, p.start, p.tokens] for p in pieces]}
+        )
 
 
 def truncate_metrics(path: Path, start_step: int) -> None:
-    """Atomically drop the lines of `metrics.jsonl` after `start_step` (all for 0), and a line cut short by a kill.
+    """Atomically drop the lines of `metrics.jsonl` after `start_step` (all for 0), and a line cut
+    short by a kill.
 
     Raises:
       CheckpointError: a line other than the last is not a JSON object with a step.

@@ -1,8 +1,9 @@
-"""What a training run tells: terminal, `metrics.jsonl`, TensorBoard, wandb; and the counts behind tokens/s and MFU.
+"""What a training run tells: terminal, `metrics.jsonl`, TensorBoard, wandb; and the counts behind
+tokens/s and MFU.
 
-The JSON lines are the record: floats are written in full, so two runs can be compared bit for bit. A run resumed from
-step k first drops the lines after k, so the file reads like that of a run that was never interrupted. jax, tensorboardX
-and wandb are imported only when they are needed.
+The JSON lines are the record: floats are written in full, so two runs can be compared bit for bit.
+A run resumed from step k first drops the lines after k, so the file reads like that of a run that
+was never interrupted. jax, tensorboardX and wandb are imported only when they are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from ttt_jax.config import Config, to_dict
@@ -40,16 +48,28 @@ _SHOWN = {
 
 
 class MetricsLogger:
-    """Writes scalars to every sink that the config asks for. A context manager; on exit everything is flushed.
+    """Writes scalars to every sink that the config asks for. A context manager; on exit everything
+    is flushed.
 
-    The terminal shows the keys `loss`, `grad_norm`, `learning_rate`, `tokens_per_second` and `mfu` (a fraction) where
-    they are given. Keys may be nested by slashes, such as `ttt/layer_03/state_ratio`.
+    The terminal shows the keys `loss`, `grad_norm`, `learning_rate`, `tokens_per_second` and `mfu`
+    (a fraction) where they are given. Keys may be nested by slashes, such as
+    `ttt/layer_03/state_ratio`.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, *, total_steps: int, start_step: int, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: str | Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        enabled: bool = True,
+    ) -> None:
         """Args:
-          total_steps, start_step: the run's last step, and the finished steps (0: a fresh start, old lines go).
-          enabled: False on every process but the first: then nothing is written and nothing is printed.
+          total_steps, start_step: the run's last step, and the finished steps (0: a fresh start,
+            old lines go).
+          enabled: False on every process but the first: then nothing is written and nothing is
+            printed.
 
         Raises:
           ConfigError: a sink that the config asks for is not installed.
@@ -88,10 +108,17 @@ class MetricsLogger:
         if self._live is not None:
             self._live.start()
         if self._missing:
-            self.message(f"warning: {METRICS_FILE} is missing; the curve begins after step {self._start}")
+            self.message(
+                f"warning: {METRICS_FILE} is missing; the curve begins after step {self._start}"
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             self._live.stop()
         if self._jsonl is not None:
@@ -103,14 +130,19 @@ class MetricsLogger:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record the scalars of a finished step. Not-a-number and infinity become null in the JSON lines."""
+        """Record the scalars of a finished step. Not-a-number and infinity become null in the JSON
+        lines.
+        """
         if self._jsonl is None:  # not the process that writes
             return
         values = {key: float(value) for key, value in scalars.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._jsonl.append({"step": step, **finite})
         if self._jsonl.lost_now():
-            self.message(f"warning: {METRICS_FILE} was removed; the steps before {step} are missing from the curve")
+            self.message(
+                f"warning: {METRICS_FILE} was removed; the steps before {step} are missing from "
+                "the curve"
+            )
         if self._tensorboard is not None:
             self._to_tensorboard(step, values)
         if self._wandb is not None:
@@ -118,13 +150,16 @@ class MetricsLogger:
         text = "  ".join(form.format(values[key]) for key, form in _SHOWN.items() if key in values)
         if self._live is not None:
             self.advance(step)
-            if text:  # a step that only brings, say, an evaluation keeps the text of the last training step
+            # a step that only brings, say, an evaluation keeps the text of the last training step
+            if text:
                 self._live.update(self._display(text))
         elif text:
             print(f"step {step}/{self._total}  {text}", flush=True)
 
     def _to_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
-        """tensorboardX writes in a thread; when a full disk kills it, its queue fills up and the next call never returns."""
+        """tensorboardX writes in a thread; when a full disk kills it, its queue fills up and the
+        next call never returns.
+        """
         assert self._tensorboard is not None
         try:
             if not self._tensorboard.file_writer.event_writer._worker.is_alive():
@@ -132,9 +167,13 @@ class MetricsLogger:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
         except OSError as error:
-            self._tensorboard.file_writer.event_writer._closed = True  # nothing is left to do at exit
+            # nothing is left to do at exit
+            self._tensorboard.file_writer.event_writer._closed = True
             self._tensorboard = None
-            self.message(f"warning: TensorBoard is switched off until the next start ({error}); metrics.jsonl goes on")
+            self.message(
+                f"warning: TensorBoard is switched off until the next start ({error}); "
+                "metrics.jsonl goes on"
+            )
 
     def advance(self, step: int) -> None:
         """Move the progress bar to a finished step that is not logged."""
@@ -154,8 +193,14 @@ class MetricsLogger:
 
 
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` that have a loss, oldest first; none when the file is not there."""
-    return [row for row in read_metrics(path) if row.get("loss") is not None] if Path(path).exists() else []
+    """The rows of a `metrics.jsonl` that have a loss, oldest first; none when the file is not
+    there.
+    """
+    return (
+        [row for row in read_metrics(path) if row.get("loss") is not None]
+        if Path(path).exists()
+        else []
+    )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -168,10 +213,14 @@ def _open_tensorboard(folder: Path, start_step: int) -> Any:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "config field log.tensorboard = true: tensorboardX is missing; pip install tensorboardX, or set it false"
+            "config field log.tensorboard = true: tensorboardX is missing; pip install "
+            "tensorboardX, or set it false"
         ) from None
-    # purge_step hides what an interrupted run has written after the step from which this one goes on.
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0, max_queue=10_000)
+    # purge_step hides what an interrupted run has written after the step from which this one goes
+    # on.
+    return SummaryWriter(
+        str(folder), purge_step=start_step + 1 if start_step else 0, max_queue=10_000
+    )
 
 
 def _open_wandb(config: Config, run_dir: Path) -> Any:
@@ -179,9 +228,11 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]  (optional, the user installs it)
     except ImportError:
         raise ConfigError(
-            f"config field log.wandb = {config.log.wandb}: wandb is not installed; pip install wandb, or set it null"
+            f"config field log.wandb = {config.log.wandb}: wandb is not installed; pip install "
+            "wandb, or set it null"
         ) from None
-    id_file = run_dir / "wandb_id"  # lives and dies with the folder, so a run started anew is a new one there, too
+    # lives and dies with the folder, so a run started anew is a new one there, too
+    id_file = run_dir / "wandb_id"
     if not id_file.exists():
         atomic_write_text(id_file, secrets.token_hex(4))
     return wandb.init(
@@ -194,6 +245,4 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
     )
 
 
-# ---------------------------------------------------------------------------------------------- memory and arithmetic
-
-
+# ---------------------------------------------------------------------------- memory and arithmetic

@@ -1,8 +1,9 @@
-"""`ttt-jax report RUN`: one self-contained HTML page of a training run, finished or not; no script, no network.
+"""`ttt-jax report RUN`: one self-contained HTML page of a training run, finished or not; no script,
+no network.
 
-Everything is read from the run folder: `config.yaml`, `metrics.jsonl`, and where they are there `environment.json`,
-`report.json`, `events.jsonl` and `quarantine.jsonl`. Nothing in them is trusted: texts are escaped, sizes are limited, and a
-line that is damaged is counted and left out.
+Everything is read from the run folder: `config.yaml`, `metrics.jsonl`, and where they are there
+`environment.json`, `report.json`, `events.jsonl` and `quarantine.jsonl`. Nothing in them is
+trusted: texts are escaped, sizes are limited, and a line that is damaged is counted and left out.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run; returns its path (by default `RUN/report.html`).
 
     Raises:
-      CheckpointError: `run_dir` is not the folder of a run, or its files are too large or unreadable.
+      CheckpointError: `run_dir` is not the folder of a run, or its files are too large or
+        unreadable.
       UserError: the page cannot be written.
     """
     path = Path(out) if out is not None else Path(run_dir) / PAGE_FILE
@@ -56,7 +58,9 @@ def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text)
     except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another file") from None
+        raise UserError(
+            f"--out {path}: cannot be written ({error.strerror}); choose another file"
+        ) from None
     return path
 
 
@@ -65,8 +69,12 @@ def read_run(run_dir: str | Path) -> RunFiles:
     folder = Path(run_dir)
     config = read_run_config(folder)
     damaged: dict[str, int] = {}
-    metrics, events, quarantine = (_lines(folder / n, damaged) for n in (METRICS_FILE, "events.jsonl", QUARANTINE_FILE))
-    environment, report = (_object(folder / name, damaged) for name in (ENVIRONMENT_FILE, "report.json"))
+    metrics, events, quarantine = (
+        _lines(folder / n, damaged) for n in (METRICS_FILE, "events.jsonl", QUARANTINE_FILE)
+    )
+    environment, report = (
+        _object(folder / name, damaged) for name in (ENVIRONMENT_FILE, "report.json")
+    )
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
     return RunFiles(folder, config, metrics, environment, report, events, quarantine, damaged)
 
@@ -80,14 +88,20 @@ def run_page(run: RunFiles) -> str:
     if not curves:
         body.append("<p class='note'>No metrics yet.</p>")
     body += [_latest(curves), _quarantine(run)]
-    if environment := (run.environment or {key: run.report.get(key) for key in ("date", "commit", "hardware", "versions")}):
+    if environment := (
+        run.environment
+        or {key: run.report.get(key) for key in ("date", "commit", "hardware", "versions")}
+    ):
         body.append("<h2>Environment</h2>" + _table(_flat(environment)))
     config = escape(dump_yaml(run.config))
-    body.append(f"<h2>Configuration</h2><details open><summary>config.yaml</summary><pre class='json'>{config}</pre></details>")
+    body.append(
+        "<h2>Configuration</h2><details open><summary>config.yaml</summary><pre "
+        f"class='json'>{config}</pre></details>"
+    )
     return html_page(title, [part for part in body if part])
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def _bytes(path: Path, limit: int) -> bytes | None:
@@ -136,13 +150,20 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.nda
     for row in metrics:
         step = row["step"]
         for name, value in row.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+            number = (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and abs(value) < 1e300
+            )
             if name != "step" and number and abs(step) < 1 << 53 and math.isfinite(value):
                 points[name].append((step, float(value)))
-    return {name: (np.array([s for s, _ in p]), np.array([v for _, v in p])) for name, p in sorted(points.items())}
+    return {
+        name: (np.array([s for s, _ in p]), np.array([v for _, v in p]))
+        for name, p in sorted(points.items())
+    }
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 _Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -152,7 +173,10 @@ def _pictures(curves: _Curves) -> list[tuple[Any, str]]:
     made = [_loss_picture(curves)] if "loss" in curves else []
     for title, panels in (
         ("Fast weights by step", _layer_panels(curves)),
-        ("Optimisation by step", _panels(curves, {"grad_norm": "gradient norm", "learning_rate": "learning rate"})),
+        (
+            "Optimisation by step",
+            _panels(curves, {"grad_norm": "gradient norm", "learning_rate": "learning rate"}),
+        ),
         (
             "Speed by step",
             _panels(
@@ -204,22 +228,32 @@ def _layer_panels(curves: _Curves) -> list[tuple[str, list[tuple[str, Any]]]]:
         ("ttt", "update_norm", "norm of the last update"),
         ("probe", "update_cosine", "cosine of successive updates"),
     ):
-        names = [name for name in curves if name.startswith(f"{prefix}/layer_") and name.endswith(f"/{quantity}")]
+        names = [
+            name
+            for name in curves
+            if name.startswith(f"{prefix}/layer_") and name.endswith(f"/{quantity}")
+        ]
         if names:
-            panels.append((title, [(name.split("/")[1].replace("_", " "), curves[name]) for name in names]))
+            panels.append(
+                (title, [(name.split("/")[1].replace("_", " "), curves[name]) for name in names])
+            )
     return panels
 
 
 def _panels(curves: _Curves, titles: dict[str, str]) -> list[tuple[str, list[tuple[str, Any]]]]:
     unit = lambda title: 2.0**30 if title.endswith("(GiB)") else 1.0
     return [
-        (title, [("", (curves[name][0], curves[name][1] / unit(title)))]) for name, title in titles.items() if name in curves
+        (title, [("", (curves[name][0], curves[name][1] / unit(title)))])
+        for name, title in titles.items()
+        if name in curves
     ]
 
 
 def _row_of_panels(panels: list[tuple[str, list[tuple[str, Any]]]]) -> Any:
     figure = figure_of(11, 3.2)
-    for axes, (title, lines) in zip(figure.subplots(1, 3), panels + [("", [])] * (3 - len(panels)), strict=True):
+    for axes, (title, lines) in zip(
+        figure.subplots(1, 3), panels + [("", [])] * (3 - len(panels)), strict=True
+    ):
         if not lines:
             axes.set_visible(False)
         for n, (label, curve) in enumerate(lines):
@@ -232,16 +266,25 @@ def _row_of_panels(panels: list[tuple[str, list[tuple[str, Any]]]]) -> Any:
     return figure
 
 
-def _draw(axes: Any, curve: tuple[np.ndarray, np.ndarray], *, marker: str = "", **style: Any) -> None:
+def _draw(
+    axes: Any, curve: tuple[np.ndarray, np.ndarray], *, marker: str = "", **style: Any
+) -> None:
     """A line through at most `_POINTS` means of neighbouring points."""
     steps, values = curve
     if len(steps) > _POINTS:
         parts = np.array_split(np.arange(len(steps)), _POINTS)
         steps, values = (np.array([x[part].mean() for part in parts]) for x in (steps, values))
-    axes.plot(steps, values, linewidth=1.6, marker=marker or ("." if len(steps) < 3 else ""), markersize=4, **style)
+    axes.plot(
+        steps,
+        values,
+        linewidth=1.6,
+        marker=marker or ("." if len(steps) < 3 else ""),
+        markersize=4,
+        **style,
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def _facts(run: RunFiles, curves: _Curves) -> str:
@@ -280,19 +323,37 @@ def _warnings(run: RunFiles) -> str:
 def _quarantine(run: RunFiles) -> str:
     if not run.quarantine:
         return "<h2>Quarantined records</h2><p class='note'>None.</p>"
-    kinds = collections.Counter(_short(entry.get("kind", "not listed"), 40) for entry in run.quarantine)
+    kinds = collections.Counter(
+        _short(entry.get("kind", "not listed"), 40) for entry in run.quarantine
+    )
     extra = sum(n for entry in run.quarantine if isinstance(n := entry.get("not_listed"), int))
     del kinds["not listed"]
     counts = dict(kinds.most_common()) | ({"not listed": extra} if extra else {})
     rows = []
     for entry in run.quarantine[:_SHOWN]:
-        place = next((f"{unit} {_short(entry[unit], 20)}" for unit in ("line", "row", "record", "file") if unit in entry), "")
+        place = next(
+            (
+                f"{unit} {_short(entry[unit], 20)}"
+                for unit in ("line", "row", "record", "file")
+                if unit in entry
+            ),
+            "",
+        )
         rows.append([_short(entry.get(key, "")) for key in ("field", "path")] + [place])
         rows[-1] += [_short(entry.get(key, "")) for key in ("reason", "excerpt")]
-    head = "".join(f"<th style='text-align:left'>{heading}</th>" for heading in ("field", "file", "place", "reason", "excerpt"))
+    head = "".join(
+        f"<th style='text-align:left'>{heading}</th>"
+        for heading in ("field", "file", "place", "reason", "excerpt")
+    )
     cell = "<td style='text-align:left;white-space:normal;overflow-wrap:anywhere'>"
-    cells = "".join("<tr>" + "".join(f"{cell}{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    note = f"<p class='note'>The first {len(rows)}; quarantine.jsonl has them all.</p>" if len(run.quarantine) > _SHOWN else ""
+    cells = "".join(
+        "<tr>" + "".join(f"{cell}{escape(text)}</td>" for text in row) + "</tr>" for row in rows
+    )
+    note = (
+        f"<p class='note'>The first {len(rows)}; quarantine.jsonl has them all.</p>"
+        if len(run.quarantine) > _SHOWN
+        else ""
+    )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
     return f"<h2>Quarantined records</h2>{_table(counts)}{note}{table}"
 
@@ -300,8 +361,14 @@ def _quarantine(run: RunFiles) -> str:
 def _latest(curves: _Curves) -> str:
     if not curves:
         return ""
-    rows = {name: f"{values[-1]:.6g}  (step {int(steps[-1])})" for name, (steps, values) in curves.items()}
-    return f"<h2>All scalars</h2><details><summary>The last value of each</summary>{_table(rows)}</details>"
+    rows = {
+        name: f"{values[-1]:.6g}  (step {int(steps[-1])})"
+        for name, (steps, values) in curves.items()
+    }
+    return (
+        "<h2>All scalars</h2><details><summary>The last value of "
+        f"each</summary>{_table(rows)}</details>"
+    )
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -315,7 +382,11 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     """One level of nesting as dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= (
+            {f"{key}.{name}": inner for name, inner in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
     return flat
 
 

@@ -41,7 +41,9 @@ def _hardware() -> dict[str, Any]:
         "device": device.device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "machine": platform.machine(),
     }
 
@@ -57,11 +59,15 @@ def _versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, marked when files differ; None for an installed copy."""
+    """The commit of the checkout that this file is tracked in, marked when files differ; None for
+    an installed copy.
+    """
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)

@@ -1,7 +1,8 @@
-"""The closing report of a run: held-out loss by position with TTT on and off on the same weights, and the loss curve.
+"""The closing report of a run: held-out loss by position with TTT on and off on the same weights,
+and the loss curve.
 
-`report.json` is for programs, `report.md` with two PNGs for people, `print_report` for the terminal. jax is asked only
-for the hardware, matplotlib is imported only to draw.
+`report.json` is for programs, `report.md` with two PNGs for people, `print_report` for the
+terminal. jax is asked only for the hardware, matplotlib is imported only to draw.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def write_report(
     """Write `report.json`, `report.md`, `loss_curve.png` and `loss_by_position.png` into `run_dir`.
 
     Args:
-      heldout: `positions` as of `bucket_losses`, and the losses `ttt_on` and `ttt_off`, all of one length.
+      heldout: `positions` as of `bucket_losses`, and the losses `ttt_on` and `ttt_off`, all of one
+        length.
       curve: rows of `metrics.jsonl`; those with a `loss` make the curve.
-      summary: further entries of the report, such as `tokens_per_second`; they replace the ones derived here.
+      summary: further entries of the report, such as `tokens_per_second`; they replace the ones
+        derived here.
 
     Returns:
       What `report.json` holds.
@@ -50,7 +53,9 @@ def write_report(
     positions = [[int(start), int(stop)] for start, stop in heldout["positions"]]
     on, off = [[_number(value) for value in heldout[key]] for key in ("ttt_on", "ttt_off")]
     if not len(positions) == len(on) == len(off):
-        raise ValueError(f"heldout: {len(positions)} positions, {len(on)} ttt_on and {len(off)} ttt_off losses")
+        raise ValueError(
+            f"heldout: {len(positions)} positions, {len(on)} ttt_on and {len(off)} ttt_off losses"
+        )
     summary = {key: _plain(value) for key, value in summary.items()}
     gain = [None if a is None or b is None else b - a for a, b in zip(on, off, strict=True)]
     report = {
@@ -71,7 +76,9 @@ def write_report(
     return report
 
 
-def print_report(report: dict[str, Any], run_dir: str | Path, console: Console | None = None) -> None:
+def print_report(
+    report: dict[str, Any], run_dir: str | Path, console: Console | None = None
+) -> None:
     """The report as a table in the terminal; plain text when there is none."""
     console = console or Console()
     if report["heldout"]["positions"]:
@@ -87,11 +94,13 @@ def print_report(report: dict[str, Any], run_dir: str | Path, console: Console |
     console.print(path, highlight=False, markup=False, soft_wrap=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 
 
 def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the losses by position; without TTT layers there is one loss, not two equal ones."""
+    """Headings and rows of the losses by position; without TTT layers there is one loss, not two
+    equal ones.
+    """
     columns = {"TTT off": ("ttt_off", ".4f"), "TTT on": ("ttt_on", ".4f"), "gain": ("gain", "+.4f")}
     if not report["config"]["model"]["ttt"]["layers"]:
         columns = {"loss": ("ttt_off", ".4f")}
@@ -104,17 +113,26 @@ def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _sentence(report: dict[str, Any]) -> str:
-    text = f"{report['steps']} steps, training loss {_show(report['loss_first'])} -> {_show(report['loss_last'])}"
+    text = (
+        f"{report['steps']} steps, training loss {_show(report['loss_first'])} -> "
+        f"{_show(report['loss_last'])}"
+    )
     if report["tokens_per_second"] is not None:
         text += f", {report['tokens_per_second']:,.0f} tokens/s"
     return text
 
 
-def _markdown(report: dict[str, Any], config: Config, summary: dict[str, Any], pictures: list[str]) -> str:
+def _markdown(
+    report: dict[str, Any], config: Config, summary: dict[str, Any], pictures: list[str]
+) -> str:
     lines = [f"# Run {report['name']}", "", _sentence(report) + ".", ""]
     if report["heldout"]["positions"]:
         headings, rows = _table(report)
-        both = "; fast weights on and off on the same slow weights. Gain: off minus on" if config.model.ttt.layers else ""
+        both = (
+            "; fast weights on and off on the same slow weights. Gain: off minus on"
+            if config.model.ttt.layers
+            else ""
+        )
         lines += [
             "## Held-out loss by position",
             "",
@@ -125,16 +143,26 @@ def _markdown(report: dict[str, Any], config: Config, summary: dict[str, Any], p
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
         ]
-    lines += [line for name in pictures for line in (f"![{name[:-4].replace('_', ' ')}]({name})", "")]
+    lines += [
+        line for name in pictures for line in (f"![{name[:-4].replace('_', ' ')}]({name})", "")
+    ]
     hardware = report["hardware"]
     facts = {
         "date": report["date"],
         "commit": report["commit"] or "not in git",
-        "hardware": f"{hardware['device_count']} x {hardware['device']}, {hardware['cpus']} CPU cores",
+        "hardware": f"{hardware['device_count']} x {hardware['device']}, {hardware['cpus']} CPU "
+        "cores",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         **{key: value for key, value in summary.items() if isinstance(value, str | int | float)},
     }
-    lines += ["## Run", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    lines += [
+        "## Run",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in facts.items()),
+        "",
+    ]
     lines += ["## Configuration", "", "```yaml", dump_yaml(config).rstrip(), "```", ""]
     return "\n".join(lines)
 
@@ -156,13 +184,15 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-# ------------------------------------------------------------------------------------------------------ provenance
+# --------------------------------------------------------------------------------------- provenance
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
-def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any], ttt: bool) -> list[str]:
+def _draw(
+    run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any], ttt: bool
+) -> list[str]:
     """Draw what there is to draw; returns the file names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -186,7 +216,14 @@ def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any
         steps, values = zip(*losses, strict=True)
         smooth = _smooth(values)
         noisy = len(values) >= 20
-        axes.plot(steps, values, color=_FAINT if noisy else _ON, linewidth=1.2, label="logged", marker="" if noisy else "o")
+        axes.plot(
+            steps,
+            values,
+            color=_FAINT if noisy else _ON,
+            linewidth=1.2,
+            label="logged",
+            marker="" if noisy else "o",
+        )
         if noisy:
             axes.plot(steps, smooth, color=_ON, linewidth=2, label="smoothed")
             axes.legend(frameon=False)
@@ -195,12 +232,20 @@ def _draw(run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any
         names.append(save(figure, "loss_curve.png"))
     if heldout["positions"]:
         figure = Figure(figsize=(7, 5.5 if ttt else 4), layout="constrained")
-        upper, *below = np.atleast_1d(figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt]))
+        upper, *below = np.atleast_1d(
+            figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt])
+        )
         centres = [(start + stop) / 2 for start, stop in heldout["positions"]]
         widths = [0.8 * (stop - start) for start, stop in heldout["positions"]]
-        on, off, gain = (np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain"))  # None -> nan
+        # None -> nan
+        on, off, gain = (
+            np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain")
+        )
         upper.plot(centres, off, color=_OFF, linewidth=2, marker="s", label="TTT off")
-        upper.set(ylabel="loss (nats per token)", title="Held-out loss by position" + (", same weights" if ttt else ""))
+        upper.set(
+            ylabel="loss (nats per token)",
+            title="Held-out loss by position" + (", same weights" if ttt else ""),
+        )
         for lower in below:
             upper.plot(centres, on, color=_ON, linewidth=2, marker="o", label="TTT on")
             upper.legend(frameon=False)

@@ -19,7 +19,13 @@ from ttt_jax.config.resume_fields import MEASURED, ROUNDING, on_resume
 from ttt_jax.data import Loader
 from ttt_jax.errors import CheckpointError
 from ttt_jax.process.multihost import on_first_process
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, ENVIRONMENT_FILE, check_same_curve, flatten, read_run_config
+from ttt_jax.run.folder import (
+    CHECKPOINT_FOLDER,
+    ENVIRONMENT_FILE,
+    check_same_curve,
+    flatten,
+    read_run_config,
+)
 
 HISTORY_FILE = "environments.jsonl"
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
@@ -123,7 +129,8 @@ def changed_environment(
     if not changed:
         return []
     return [
-        f"changed since the last start: {', '.join(changed)}; the curve goes on equal to rounding at "
+        f"changed since the last start: {', '.join(changed)}; the curve goes on equal to rounding "
+        "at "
         f"best, not bit for bit (all starts: {Path(run_dir) / HISTORY_FILE})"
     ]
 

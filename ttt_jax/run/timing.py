@@ -1,7 +1,9 @@
-"""What a run measures beside its loss: where the time goes, memory, and what TTT gives on fixed held-out rows.
+"""What a run measures beside its loss: where the time goes, memory, and what TTT gives on fixed
+held-out rows.
 
-The train step is left as it is: times are taken on the host, and the probe runs the program that the closing evaluation
-needs anyway. docs/telemetry.md lists the names and says what measuring costs.
+The train step is left as it is: times are taken on the host, and the probe runs the program that
+the closing evaluation needs anyway. docs/telemetry.md lists the names and says what measuring
+costs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ T = TypeVar("T")
 
 
 class StepTimer:
-    """Seconds of a run that are not the device's: waiting for data, saving, and everything before the first step."""
+    """Seconds of a run that are not the device's: waiting for data, saving, and everything before
+    the first step.
+    """
 
     def __init__(self) -> None:
         self._begin = self._since = time.perf_counter()
@@ -27,7 +31,9 @@ class StepTimer:
         self._previous: Any = None
 
     def fetch(self, produce: Callable[[], T]) -> T:
-        """`produce()`, the next batch. It counts as waited for when the device has finished the step before by then."""
+        """`produce()`, the next batch. It counts as waited for when the device has finished the
+        step before by then.
+        """
         start = time.perf_counter()
         batch = produce()
         if self._previous is None or self._previous.is_ready():
@@ -35,13 +41,17 @@ class StepTimer:
         return batch
 
     def dispatched(self, result: jax.Array) -> None:
-        """A step is under way, and `result` will come of it. The first one has been compiled by now."""
+        """A step is under way, and `result` will come of it. The first one has been compiled by
+        now.
+        """
         self._previous = result
         if self._first is None:
             self._first = time.perf_counter() - self._begin
 
     def scalars(self) -> dict[str, float]:
-        """Of the steps since the last call: `time/input_wait`, a share; once `time/to_first_step`, seconds."""
+        """Of the steps since the last call: `time/input_wait`, a share; once `time/to_first_step`,
+        seconds.
+        """
         now = time.perf_counter()
         found = {"time/input_wait": min(self._waited / max(now - self._since, 1e-9), 1.0)}
         if self._first:
@@ -51,7 +61,9 @@ class StepTimer:
         return found
 
     def save(self, save: Callable[[], None]) -> dict[str, float]:
-        """`time/checkpoint`: the seconds for which `save()` holds training up, without what goes on in the background."""
+        """`time/checkpoint`: the seconds for which `save()` holds training up, without what goes on
+        in the background.
+        """
         start = time.perf_counter()
         save()
         return {"time/checkpoint": time.perf_counter() - start}
@@ -63,6 +75,6 @@ class StepTimer:
 
 def host_memory_bytes() -> int:
     """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

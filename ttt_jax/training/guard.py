@@ -1,8 +1,8 @@
 """Watches a run: skipped steps, fast weights out of their range, and when to give up.
 
-The step itself skips an update that is not finite (training.py). Here the host learns of it, names the batch's documents,
-and says when the run has to go back to a checkpoint or stop. It looks at a step while the next one runs, so that the
-device never waits for the host.
+The step itself skips an update that is not finite (training.py). Here the host learns of it, names
+the batch's documents, and says when the run has to go back to a checkpoint or stop. It looks at a
+step while the next one runs, so that the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _NAMED = 4  # documents in a line on the terminal; events.jsonl has all
 
 @dataclasses.dataclass(frozen=True)
 class Rollback:
-    """After `step` batches the run went back to the weights of step `restored` (0: those it began with).
+    """After `step` batches the run went back to the weights of step `restored` (0: those it began
+    with).
 
-    The data did not go back: the batches in between are the window that is skipped. `data_state` is where it stood, so that
-    a start from `restored` after a kill goes on at `step`, and the curve is the same.
+    The data did not go back: the batches in between are the window that is skipped. `data_state` is
+    where it stood, so that a start from `restored` after a kill goes on at `step`, and the curve is
+    the same.
     """
 
     step: int
@@ -49,12 +51,19 @@ class Guard:
       in_a_row: steps skipped just before the start.
     """
 
-    def __init__(self, config: Config, events: EventLog, describe: Callable[[Any], list[Any]], in_a_row: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        events: EventLog,
+        describe: Callable[[Any], list[Any]],
+        in_a_row: int = 0,
+    ) -> None:
         self._config, self._events, self._describe = config.guard, events, describe
         self._clip_norm, self._lr = config.model.ttt.clip_norm, config.model.ttt.lr
         self.in_a_row = in_a_row
         self._unseen: tuple[int, Any, Any] | None = None
-        self._place: dict[str, str] = {}  # layer -> where its ratio was last: "in", "below" or "above" its range
+        # layer -> where its ratio was last: "in", "below" or "above" its range
+        self._place: dict[str, str] = {}
 
     def watch(self, step: int, metrics: dict[str, jax.Array], pieces: Any) -> None:
         """Note a step that has been dispatched, and look at the one before."""
@@ -76,7 +85,8 @@ class Guard:
         named = ", ".join(f"{file} #{index}" for _, file, index, _, _ in documents[:_NAMED])
         more = f" and {len(documents) - _NAMED} more" if len(documents) > _NAMED else ""
         self._events(
-            f"step {step} skipped: loss {loss:g}, gradient norm {norm:g} ({self.in_a_row} in a row); weights unchanged; "
+            f"step {step} skipped: loss {loss:g}, gradient norm {norm:g} ({self.in_a_row} in a "
+            "row); weights unchanged; "
             f"its documents: {named}{more}",
             kind="step_skipped",
             step=step,
@@ -103,8 +113,9 @@ class Guard:
     def check_fast_weights(self, step: int, scalars: dict[str, float]) -> None:
         """Warn when ||S||/||W|| of a layer leaves its range, once for each time.
 
-        A ratio that has been below the range from the start is no collapse: targets may be initialised with zeros. Nor is
-        one of exactly 0: the last documents of all rows are shorter than a chunk. One that is not a number is above.
+        A ratio that has been below the range from the start is no collapse: targets may be
+        initialised with zeros. Nor is one of exactly 0: the last documents of all rows are shorter
+        than a chunk. One that is not a number is above.
         """
         low, high = self._config.min_state_ratio, self._config.max_state_ratio
         for name, ratio in scalars.items():
@@ -117,17 +128,30 @@ class Guard:
             verdict, fix = (
                 (f"above guard.max_state_ratio = {high:g}: it explodes", self._lower_lr(ratio))
                 if place == "above"
-                else (f"below guard.min_state_ratio = {low:g}: it collapses", "raise model.ttt.lr or train its target")
+                else (
+                    f"below guard.min_state_ratio = {low:g}: it collapses",
+                    "raise model.ttt.lr or train its target",
+                )
             )
             layer = name.split("/")[1]
-            text = f"fast weights of {layer}: ||S||/||W|| = {ratio:.3g} at step {step}, {verdict}; {fix}"
-            self._events(text, kind="fast_weights", step=step, layer=layer, ratio=ratio, low=low, high=high)
+            text = (
+                f"fast weights of {layer}: ||S||/||W|| = {ratio:.3g} at step {step}, "
+                f"{verdict}; {fix}"
+            )
+            self._events(
+                text, kind="fast_weights", step=step, layer=layer, ratio=ratio, low=low, high=high
+            )
 
     def _lower_lr(self, ratio: float) -> str:
         """What to do about S that is too large."""
-        clip = "" if self._clip_norm else " or set model.ttt.clip_norm, which limits each chunk's update"
+        clip = (
+            ""
+            if self._clip_norm
+            else " or set model.ttt.clip_norm, which limits each chunk's update"
+        )
         how = f"now {self._lr:g}; try a tenth"
-        if ratio <= _NEAR:  # S is a sum of updates, each in proportion to lr; far out, S has changed what it is made of
+        # S is a sum of updates, each in proportion to lr; far out, S has changed what it is made of
+        if ratio <= _NEAR:
             how = f"here {self._lr * GOOD_RATIO / ratio:.1g} would give {GOOD_RATIO:g}"
         return f"lower model.ttt.lr ({how}){clip}"
 
@@ -139,39 +163,73 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
         return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-        return [Rollback(int(r["step"]), int(r["restored"]), dict(r["data_state"])) for r in records]
+        return [
+            Rollback(int(r["step"]), int(r["restored"]), dict(r["data_state"])) for r in records
+        ]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise TrainingError(f"{path}: damaged ({type(error).__name__}); restore it from a copy, or start another run") from None
+        raise TrainingError(
+            f"{path}: damaged ({type(error).__name__}); restore it from a copy, or start another "
+            "run"
+        ) from None
 
 
 def write_rollbacks(run_dir: Path, rollbacks: list[Rollback]) -> None:
     """Atomically. Raises OSError."""
-    atomic_write_text(run_dir / ROLLBACKS_FILE, json.dumps([dataclasses.asdict(r) for r in rollbacks]))
+    atomic_write_text(
+        run_dir / ROLLBACKS_FILE, json.dumps([dataclasses.asdict(r) for r in rollbacks])
+    )
 
 
 def write_failure(run_dir: Path, config: Config, reason: str) -> Path:
     """`failure.md`: what happened before the run gave up, from its events."""
     lines = [f"# Run {config.name} stopped", "", reason, ""]
     texts = ("time", "text", "loss", "grad_norm")
-    events = [{**dict.fromkeys(texts, "?"), "step": "?", "kind": "", "documents": [], **e} for e in read_events(run_dir)]
+    events = [
+        {**dict.fromkeys(texts, "?"), "step": "?", "kind": "", "documents": [], **e}
+        for e in read_events(run_dir)
+    ]
     went_back = [event for event in events if event["kind"] == "rolled_back"]
-    lines += ["## Rollbacks", "", *(f"- {event['time']}: {event['text']}" for event in went_back), ""]
+    lines += [
+        "## Rollbacks",
+        "",
+        *(f"- {event['time']}: {event['text']}" for event in went_back),
+        "",
+    ]
     skipped = [event for event in events if event["kind"] == "step_skipped"][-50:]
-    lines += ["## Skipped steps (the last 50 at most)", "", "| step | loss | gradient norm | documents |"]
+    lines += [
+        "## Skipped steps (the last 50 at most)",
+        "",
+        "| step | loss | gradient norm | documents |",
+    ]
     lines += ["|---:|---:|---:|---|"]
     for event in skipped:
-        named = [piece for piece in event["documents"] if isinstance(piece, list) and len(piece) == 5]
-        documents = "; ".join(f"{file} #{index} from token {start}" for _, file, index, start, _ in named)
+        named = [
+            piece for piece in event["documents"] if isinstance(piece, list) and len(piece) == 5
+        ]
+        documents = "; ".join(
+            f"{file} #{index} from token {start}" for _, file, index, start, _ in named
+        )
         lines.append(f"| {event['step']} | {event['loss']} | {event['grad_norm']} | {documents} |")
-    others = [event for event in events if event["kind"] not in ("rolled_back", "step_skipped")][-20:]
-    lines += ["", "## Other warnings", "", *(f"- step {event['step']}: {event['text']}" for event in others), ""]
+    others = [event for event in events if event["kind"] not in ("rolled_back", "step_skipped")][
+        -20:
+    ]
+    lines += [
+        "",
+        "## Other warnings",
+        "",
+        *(f"- step {event['step']}: {event['text']}" for event in others),
+        "",
+    ]
     lines += [
         "## What to try",
         "",
-        f"- The same documents each time: look at them, leave them out. Others each time: lower `optimizer.lr` (now "
-        f"{config.optimizer.lr:g}) or `model.ttt.lr` (now {config.model.ttt.lr:g}) in a run with another `name` and "
+        "- The same documents each time: look at them, leave them out. Others each time: lower "
+        "`optimizer.lr` (now "
+        f"{config.optimizer.lr:g}) or `model.ttt.lr` (now {config.model.ttt.lr:g}) in a run with "
+        "another `name` and "
         f"`init_from: {run_dir}`; its checkpoints hold finite weights.",
-        "- To go on as it is: raise `guard.rollbacks` or `guard.skips` and run the same command again.",
+        "- To go on as it is: raise `guard.rollbacks` or `guard.skips` and run the same command "
+        "again.",
         "",
     ]
     path = run_dir / FAILURE_FILE

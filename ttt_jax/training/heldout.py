@@ -14,18 +14,30 @@ from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import Batch, batch_sharding, replicated
 
 
-def make_position_nll(mesh: Mesh) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is TTT on, 0 off: one program.
+def make_position_nll(
+    mesh: Mesh,
+) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is
+    TTT on, 0 off: one program.
 
-    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of successive updates.
+    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of
+    successive updates.
     """
 
     def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
         h_BTD, _, stats = model.hidden(
-            batch["ids"], segment_ids=batch["segment_ids"], positions=batch["positions"], ttt_scale=ttt_scale, probe=True
+            batch["ids"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            ttt_scale=ttt_scale,
+            probe=True,
         )
         tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
-        nll_BT = token_nll(*tokens) if parallel is None else parallel.over_tokens(token_nll, *tokens, total=False)
+        nll_BT = (
+            token_nll(*tokens)
+            if parallel is None
+            else parallel.over_tokens(token_nll, *tokens, total=False)
+        )
         means = {
             f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
             for layer, stat in stats.items()
@@ -47,30 +59,38 @@ def evaluate_by_position(
     """Negative log-likelihood of held-out rows with TTT on and off, each float32 [R, T].
 
     Args:
-      rows: all rows, the same on every process; the last batch is filled up by repeating rows, so one program serves.
+      rows: all rows, the same on every process; the last batch is filled up by repeating rows, so
+        one program serves.
     """
     R = rows["ids"].shape[0]
     results: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for start in range(0, R, batch_size):
         index = np.arange(start, start + batch_size) % R
-        batch = {name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1]))) for name, x in rows.items()}
+        batch = {
+            name: jax.device_put(x[index], batch_sharding(mesh, (batch_size, x.shape[1])))
+            for name, x in rows.items()
+        }
         for out, scale in zip(results, (1.0, 0.0), strict=True):
             out.append(np.asarray(nll(model, batch, jnp.asarray(scale, jnp.float32))[0]))
     on, off = (np.concatenate(parts)[:R] for parts in results)
     return on, off
 
 
-def bucket_losses(nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int) -> tuple[list[list[int]], list[float | None]]:
+def bucket_losses(
+    nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int
+) -> tuple[list[list[int]], list[float | None]]:
     """Mean loss by position.
 
     Args:
-      nll_BT: negative log-likelihood (nats) of the token predicted at each position, any float dtype.
+      nll_BT: negative log-likelihood (nats) of the token predicted at each position, any float
+        dtype.
       weights_BT: 1 where that prediction counts, 0 where it does not.
       buckets: number of position ranges of (nearly) equal length; at most T are made.
 
     Returns:
       positions: `[a, b]` for each bucket, which holds the positions a <= t < b.
-      losses: the weighted mean in each bucket, accumulated in float64; None where no position counts.
+      losses: the weighted mean in each bucket, accumulated in float64; None where no position
+        counts.
     """
     nll_BT, weights_BT = np.asarray(nll_BT, np.float64), np.asarray(weights_BT, np.float64)
     length = nll_BT.shape[1]
@@ -81,14 +101,19 @@ def bucket_losses(nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int) -> t
         counted = weights > 0  # the loss at a padded position may be anything, even not a number
         total = float(weights.sum())
         positions.append([start, stop])
-        losses.append(float((nll_BT[:, start:stop][counted] * weights[counted]).sum()) / total if total > 0 else None)
+        losses.append(
+            float((nll_BT[:, start:stop][counted] * weights[counted]).sum()) / total
+            if total > 0
+            else None
+        )
     return positions, losses
 
 
 def make_probe(
     position_nll: Callable[..., Any], rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int
 ) -> Callable[[Any], dict[str, float]]:
-    """A function of the model that gives, on the first `batch_size` held-out rows (always the same ones):
+    """A function of the model that gives, on the first `batch_size` held-out rows (always the same
+    ones):
 
       probe/ttt_on, probe/ttt_off     loss in nats per token, fast weights on and off on the same slow weights
       probe/gain                      off minus on
@@ -96,7 +121,8 @@ def make_probe(
       probe/layer_XX/update_cosine    mean cosine between the updates of successive chunks
 
     Args:
-      position_nll: `training.make_position_nll`; with the evaluation's batch size it is compiled once for both.
+      position_nll: `training.make_position_nll`; with the evaluation's batch size it is compiled
+        once for both.
     """
     index = np.arange(batch_size) % len(rows["ids"])
     rows = {name: x[index] for name, x in rows.items()}
@@ -108,7 +134,8 @@ def make_probe(
         measured = {}
         for name, scale in (("ttt_off", 0.0), ("ttt_on", 1.0)):
             nll_BT, stats = position_nll(model, batch, jnp.asarray(scale, jnp.float32))
-            nll_BT = np.where(weights_BT > 0, np.asarray(nll_BT, np.float64), 0)  # padding may hold anything
+            # padding may hold anything
+            nll_BT = np.where(weights_BT > 0, np.asarray(nll_BT, np.float64), 0)
             measured[f"probe/{name}"] = float((nll_BT * weights_BT).sum() / total)
         measured["probe/gain"] = measured["probe/ttt_off"] - measured["probe/ttt_on"]
         return measured | {f"probe/{name}": float(x) for name, x in jax.device_get(stats).items()}

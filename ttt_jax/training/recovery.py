@@ -15,7 +15,13 @@ from ttt_jax.data import Loader
 from ttt_jax.errors import TrainingError
 from ttt_jax.process.multihost import from_first_process
 from ttt_jax.run.logs import EventLog
-from ttt_jax.training.guard import FAILURE_FILE, Rollback, read_rollbacks, write_failure, write_rollbacks
+from ttt_jax.training.guard import (
+    FAILURE_FILE,
+    Rollback,
+    read_rollbacks,
+    write_failure,
+    write_rollbacks,
+)
 from ttt_jax.training.step import TrainState
 
 _IN_A_ROW = "skipped_in_a_row"
@@ -38,7 +44,8 @@ class Recovery:
     events: EventLog
 
     def resume(self) -> tuple[TrainState, int, int]:
-        """The state to start with, its step (finished batches; 0: from the beginning), and steps skipped just before it.
+        """The state to start with, its step (finished batches; 0: from the beginning), and steps
+        skipped just before it.
 
         The loader is put where the step is.
 
@@ -64,17 +71,24 @@ class Recovery:
         return {_IN_A_ROW: in_a_row}
 
     def roll_back(self, state: TrainState, step: int) -> TrainState:
-        """Take the weights of the last good checkpoint and go on with the data where it stands; `state` is deleted.
+        """Take the weights of the last good checkpoint and go on with the data where it stands;
+        `state` is deleted.
 
         When this happens again without a new checkpoint in between, an older one is taken.
 
         Raises:
-          TrainingError: the run has gone back `guard.rollbacks` times already; `failure.md` is written.
+          TrainingError: the run has gone back `guard.rollbacks` times already; `failure.md` is
+            written.
         """
-        good = [saved for saved in self.checkpointer.steps() if not self.checkpointer.extra(saved).get(_IN_A_ROW)]
+        good = [
+            saved
+            for saved in self.checkpointer.steps()
+            if not self.checkpointer.extra(saved).get(_IN_A_ROW)
+        ]
         newest = good[-1] if good else 0
         done = self._read()
-        recent = sum(rollback.step >= newest for rollback in done)  # a checkpoint at that very step holds older weights
+        # a checkpoint at that very step holds older weights
+        recent = sum(rollback.step >= newest for rollback in done)
         skips, limit = self.config.guard.skips, self.config.guard.rollbacks
         if len(done) >= limit:
             self._give_up(step, newest, len(done))
@@ -90,9 +104,15 @@ class Recovery:
             except OSError as failure:
                 error = failure.strerror
         self.events(
-            f"{skips} steps in a row were not finite up to step {step}: back to the weights of step {rollback.restored}; the "
-            f"data of steps {rollback.restored + 1} to {step} is left out (rollback {len(done) + 1} of {limit})"
-            + (f"; not recorded ({error}), so a start before the next checkpoint repeats it" if error else ""),
+            f"{skips} steps in a row were not finite up to step {step}: back to the weights of "
+            f"step {rollback.restored}; the "
+            f"data of steps {rollback.restored + 1} to {step} is left out (rollback "
+            f"{len(done) + 1} of {limit})"
+            + (
+                f"; not recorded ({error}), so a start before the next checkpoint repeats it"
+                if error
+                else ""
+            ),
             kind="rolled_back",
             step=step,
             restored=rollback.restored,
@@ -102,8 +122,10 @@ class Recovery:
     def _give_up(self, step: int, newest: int, rollbacks: int) -> None:
         config = self.config
         reason = (
-            f"loss or gradient not finite in {config.guard.skips} steps in a row up to step {step}, after {rollbacks} "
-            f"rollback(s); the last good checkpoint is that of step {newest}; lower optimizer.lr = {config.optimizer.lr:g} or "
+            f"loss or gradient not finite in {config.guard.skips} steps in a row up to step "
+            f"{step}, after {rollbacks} "
+            f"rollback(s); the last good checkpoint is that of step {newest}; lower optimizer.lr "
+            f"= {config.optimizer.lr:g} or "
             f"model.ttt.lr = {config.model.ttt.lr:g} and use another name"
         )
         self.events(reason, kind="gave_up", step=step)
@@ -119,15 +141,24 @@ class Recovery:
             self.events(remark, kind="resumed", step=step)
 
     def _restore(self, before: int | None) -> Any:
-        return self.checkpointer.restore_newest(model=self.abstract.model, opt_state=self.abstract.opt_state, before=before)
+        return self.checkpointer.restore_newest(
+            model=self.abstract.model, opt_state=self.abstract.opt_state, before=before
+        )
 
     def _placed(self, restored: Any, step: int) -> TrainState:
-        base = self.fresh() if restored is None else TrainState(restored[1].model, restored[1].opt_state, None)
+        base = (
+            self.fresh()
+            if restored is None
+            else TrainState(restored[1].model, restored[1].opt_state, None)
+        )
         return base._replace(step=jax.device_put(np.int32(step), self.abstract.step.sharding))
 
     def _read(self) -> list[Rollback]:
         records = read_rollbacks(self.config.run_dir) if jax.process_index() == 0 else []
-        return [Rollback(**record) for record in from_first_process([dataclasses.asdict(r) for r in records])]
+        return [
+            Rollback(**record)
+            for record in from_first_process([dataclasses.asdict(r) for r in records])
+        ]
 
     def _rollback_after(self, step: int) -> Rollback | None:
         """The last one that the checkpoint of `step` knows nothing of."""

@@ -1,4 +1,6 @@
-"""When a run saves, and what happens when a save fails: training goes on, and is saved as soon as there is space again."""
+"""When a run saves, and what happens when a save fails: training goes on, and is saved as soon as
+there is space again.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from ttt_jax.training.step import TrainState
 
 _PAUSE = 1.0  # seconds between two looks at the disk, at least
 _OVERHEAD = 1 << 20  # bytes for metadata, for each process
-_SHARE = 10  # a failed save is tried again after this many times as long as it took: at most a tenth of the time is lost
+# a failed save is tried again after this many times as long as it took: at most a tenth of the time
+# is lost
+_SHARE = 10
 
 
 class Saver:
-    """Saves through a `Checkpointer` and outlives its failures. All processes call every method in the same order.
+    """Saves through a `Checkpointer` and outlives its failures. All processes call every method in
+    the same order.
 
-    Of several processes all look for room before they save; one whose write fails all the same stops (TrainingError).
+    Of several processes all look for room before they save; one whose write fails all the same
+    stops (TrainingError).
 
     Args:
       every: steps between checkpoints; 0: only those that are asked for.
@@ -41,23 +47,36 @@ class Saver:
         return bool(self._every) and step % self._every == 0
 
     def retry_due(self) -> bool:
-        """Whether a save has failed and another attempt could succeed; the same answer on all processes."""
+        """Whether a save has failed and another attempt could succeed; the same answer on all
+        processes.
+        """
         if self._in_flight is not None and not self._checkpointer.saving():
             self._wait()
         ready = self._failed and self._in_flight is None and time.monotonic() >= self._try_again
         return any_process(ready) and not any_process(not self._has_space())
 
-    def save(self, step: int, state: TrainState, data_state: dict[str, Any], extra: dict[str, Any]) -> None:
-        """Save, asynchronously if so configured. A failure, now or later, is a warning and a reason for `retry_due`."""
+    def save(
+        self, step: int, state: TrainState, data_state: dict[str, Any], extra: dict[str, Any]
+    ) -> None:
+        """Save, asynchronously if so configured. A failure, now or later, is a warning and a reason
+        for `retry_due`.
+        """
         self._wait()
         trees = {"model": state.model, "opt_state": state.opt_state}
         self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         failed = any_process(self._failed)
         if (failed or jax.process_count() > 1) and any_process(not self._has_space()):
-            # One process alone finds out by trying. Of several, one that fails inside a save leaves the others waiting.
+            # One process alone finds out by trying. Of several, one that fails inside a save leaves
+            # the others waiting.
             if not failed:
                 self._began = time.monotonic()
-                self._fail(step, CheckpointError(f"checkpoint folder {self._checkpointer.directory}: no space for step {step}"))
+                self._fail(
+                    step,
+                    CheckpointError(
+                        f"checkpoint folder {self._checkpointer.directory}: no space for step "
+                        f"{step}"
+                    ),
+                )
             return
         self._began = time.monotonic()
         try:
@@ -97,7 +116,8 @@ class Saver:
             if any_process(time.monotonic() > deadline or give_up()):
                 newest = self._checkpointer.latest_step()
                 raise TrainingError(
-                    f"checkpoint folder {self._checkpointer.directory}: step {step} could not be written, and what was learnt "
+                    f"checkpoint folder {self._checkpointer.directory}: step {step} could not be "
+                    "written, and what was learnt "
                     f"after step {newest or 0} is lost; free space and run the same command again"
                 )
             time.sleep(min(_PAUSE, patience))
@@ -125,24 +145,34 @@ class Saver:
         self._failed, self._try_again = True, time.monotonic() + max(_PAUSE, _SHARE * took)
         newest = self._checkpointer.latest_step()
         self._warn(
-            f"{error}; training goes on unsaved since step {newest or 0} and saves as soon as it can",
+            f"{error}; training goes on unsaved since step {newest or 0} and saves as soon as it "
+            "can",
             kind="save_failed",
             unsaved_step=step,
             newest=newest,
         )
 
     def _stop_of_several(self, step: int) -> None:
-        """After a failure inside a save, processes may wait for one another in Orbax for good: better to start again."""
+        """After a failure inside a save, processes may wait for one another in Orbax for good:
+        better to start again.
+        """
         if jax.process_count() > 1:
             raise TrainingError(
-                f"checkpoint folder {self._checkpointer.directory}: writing step {step} failed half-way on process "
-                f"{jax.process_index()}, and the processes of this job cannot agree on saves any more; free space and run the "
+                f"checkpoint folder {self._checkpointer.directory}: writing step {step} failed "
+                "half-way on process "
+                f"{jax.process_index()}, and the processes of this job cannot agree on saves any "
+                "more; free space and run the "
                 "same command again"
             )
 
     def _has_space(self) -> bool:
-        """Room for another checkpoint, as far as the file system tells (it does not know of quotas)."""
+        """Room for another checkpoint, as far as the file system tells (it does not know of
+        quotas).
+        """
         try:
-            return shutil.disk_usage(self._checkpointer.directory).free > self._bytes + _OVERHEAD * jax.process_count()
+            return (
+                shutil.disk_usage(self._checkpointer.directory).free
+                > self._bytes + _OVERHEAD * jax.process_count()
+            )
         except OSError:
             return False

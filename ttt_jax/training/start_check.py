@@ -1,7 +1,9 @@
-"""The start of a run from a checkpoint: what differs is said, and both models' losses are compared before anything starts.
+"""The start of a run from a checkpoint: what differs is said, and both models' losses are compared
+before anything starts.
 
-A wrong base of RoPE or a wrong window trains without an error. So the source is read once more, by `load_pretrained` with
-its own config, and reads the first held-out rows beside the model that will be trained.
+A wrong base of RoPE or a wrong window trains without an error. So the source is read once more, by
+`load_pretrained` with its own config, and reads the first held-out rows beside the model that will
+be trained.
 
 Letters: R rows, T tokens, C chunk.
 """
@@ -27,15 +29,20 @@ from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.training.heldout import make_position_nll
 
 MAX_ROWS, MIN_TOKENS = 4, 1024  # of the comparison
-# Relative difference of the two losses: groups of layers may be compiled otherwise, and weights be rounded before or after.
+# Relative difference of the two losses: groups of layers may be compiled otherwise, and weights be
+# rounded before or after.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
-def checked_start(config: Config, abstract: Transformer, rows: Batch, mesh: Mesh) -> Transformer | None:
-    """Read `initial_model`, and print what differs from its source and the loss of both on the first held-out rows.
+def checked_start(
+    config: Config, abstract: Transformer, rows: Batch, mesh: Mesh
+) -> Transformer | None:
+    """Read `initial_model`, and print what differs from its source and the loss of both on the
+    first held-out rows.
 
-    The losses are not compared with several processes, nor where the source does not fit on one device or its config is
-    not known; that is printed, too. The source is freed before the model is read.
+    The losses are not compared with several processes, nor where the source does not fit on one
+    device or its config is not known; that is printed, too. The source is freed before the model is
+    read.
 
     Args:
       abstract: the model's structure, placed on `mesh`.
@@ -47,7 +54,11 @@ def checked_start(config: Config, abstract: Transformer, rows: Batch, mesh: Mesh
     """
     if config.init_from is None:
         return None
-    say = lambda text: print(f"init_from {config.init_from}: {text}", flush=True) if jax.process_index() == 0 else None
+    say = lambda text: (
+        print(f"init_from {config.init_from}: {text}", flush=True)
+        if jax.process_index() == 0
+        else None
+    )
     source = Path(config.init_from)
     found = source_config(source) if source.is_dir() else None
     changes = [] if found is None else compare_models(config.model, found, config.init_from)
@@ -62,17 +73,24 @@ def checked_start(config: Config, abstract: Transformer, rows: Batch, mesh: Mesh
         return model
     ours = _loss(model, batch, mesh)
     R, T = batch["ids"].shape
-    say(f"loss of the first held-out rows ({R} x {T} tokens): {theirs:.4f} as it is, {ours:.4f} at the start of this run")
+    say(
+        f"loss of the first held-out rows ({R} x {T} tokens): {theirs:.4f} as it is, {ours:.4f} "
+        "at the start of this run"
+    )
     if not changes and not abs(ours - theirs) <= TOLERANCE[config.compute_dtype] * abs(theirs):
         raise VerificationError(
-            f"config field init_from = {config.init_from!r}: the first held-out rows have loss {ours:.6g} at the start of "
-            f"this run and {theirs:.6g} in the checkpoint, though nothing was changed; please report this"
+            f"config field init_from = {config.init_from!r}: the first held-out rows have loss "
+            f"{ours:.6g} at the start of "
+            f"this run and {theirs:.6g} in the checkpoint, though nothing was changed; please "
+            "report this"
         )
     return model
 
 
 def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
-    """A few rows, cut where two chunks have been read; a context axis needs whole chunks on each shard."""
+    """A few rows, cut where two chunks have been read; a context axis needs whole chunks on each
+    shard.
+    """
     C = config.model.ttt.chunk_size if config.model.ttt.layers else 1
     shards = mesh.shape["context"]
     unit = shards * C if shards > 1 else 1
@@ -80,7 +98,9 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
     return {name: x[:MAX_ROWS, :T] for name, x in rows.items()}
 
 
-def _source_loss(config: Config, found: ModelConfig | None, batch: Batch) -> tuple[float | None, str]:
+def _source_loss(
+    config: Config, found: ModelConfig | None, batch: Batch
+) -> tuple[float | None, str]:
     """The loss of the source as it is, or None and why not."""
     assert config.init_from is not None
     if jax.process_count() > 1:
@@ -88,11 +108,16 @@ def _source_loss(config: Config, found: ModelConfig | None, batch: Batch) -> tup
     if found is None:
         return None, "its folder holds no config of a model, and nothing about it could be compared"
     device = jax.local_devices()[0]
-    nbytes = sum(x.size for x in jax.tree.leaves(abstract_transformer(found))) * jnp.dtype(config.compute_dtype).itemsize
+    nbytes = (
+        sum(x.size for x in jax.tree.leaves(abstract_transformer(found)))
+        * jnp.dtype(config.compute_dtype).itemsize
+    )
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is not None and nbytes > limit / 2:
         return None, f"its {nbytes / 2**30:.1f} GiB are more than half of one device"
-    model = load_pretrained(config.init_from, dtype=config.compute_dtype, runtime=Runtime(dtype=config.compute_dtype))
+    model = load_pretrained(
+        config.init_from, dtype=config.compute_dtype, runtime=Runtime(dtype=config.compute_dtype)
+    )
     return _loss(model, batch, make_mesh(MeshConfig(), [device])), ""
 
 
@@ -102,6 +127,8 @@ _position_nll = functools.lru_cache(2)(make_position_nll)  # both models may be 
 def _loss(model: Transformer, batch: Batch, mesh: Mesh) -> float:
     """Mean over the real tokens, TTT on."""
     placed = {name: jax.device_put(x, batch_sharding(mesh, x.shape)) for name, x in batch.items()}
-    nll_RT = np.asarray(_position_nll(mesh)(model, placed, jnp.asarray(1.0, jnp.float32))[0], np.float64)
+    nll_RT = np.asarray(
+        _position_nll(mesh)(model, placed, jnp.asarray(1.0, jnp.float32))[0], np.float64
+    )
     weights_RT = np.asarray(batch["weights"], np.float64)
     return float((nll_RT * weights_RT).sum() / weights_RT.sum())

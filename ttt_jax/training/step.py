@@ -1,6 +1,8 @@
-"""The training step, its initial state, and the held-out loss by position. No data loading, no files.
+"""The training step, its initial state, and the held-out loss by position. No data loading, no
+files.
 
-B rows, T tokens. A batch is a dict of [B, T] arrays: ids, targets, segment_ids, positions (int32), weights (float32).
+B rows, T tokens. A batch is a dict of [B, T] arrays: ids, targets, segment_ids, positions (int32),
+weights (float32).
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from ttt_jax.training.optimizer import (
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes. `step` counts batches (int32), skipped ones too; the optimizer counts its updates."""
+    """Everything that training changes. `step` counts batches (int32), skipped ones too; the
+    optimizer counts its updates.
+    """
 
     model: Any  # Transformer; its abstract twin in `abstract_state`
     opt_state: Any
@@ -47,26 +51,40 @@ def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
     """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer.
 
-    Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known only here).
+    Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known
+    only here).
     """
     parallel = make_parallel(mesh)
     validate_context(config, 1 if parallel is None else parallel.shards)
     runtime = runtime_of(config, mesh)
-    model = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed)))
+    model = jax.eval_shape(
+        lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed))
+    )
     tx = make_optimizer(config.optimizer, config.steps, model)
     opt_state = jax.eval_shape(tx.init, model)
     placed = model_shardings(model, mesh)
-    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    with_sharding = lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+    )
     opt_placed = state_shardings(opt_state, placed, replicated(mesh))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    state = TrainState(jax.tree.map(with_sharding, model, placed), jax.tree.map(with_sharding, opt_state, opt_placed), step)
+    state = TrainState(
+        jax.tree.map(with_sharding, model, placed),
+        jax.tree.map(with_sharding, opt_state, opt_placed),
+        step,
+    )
     return state, tx
 
 
 def init_state(
-    config: Config, abstract: TrainState, tx: optax.GradientTransformation, model: Transformer | None = None
+    config: Config,
+    abstract: TrainState,
+    tx: optax.GradientTransformation,
+    model: Transformer | None = None,
 ) -> TrainState:
-    """Materialise the state sharded: nothing is ever whole on one device. `model` overrides the random parameters."""
+    """Materialise the state sharded: nothing is ever whole on one device. `model` overrides the
+    random parameters.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if model is None:
         runtime = abstract.model.runtime
@@ -81,19 +99,25 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
-    A step whose loss or gradient norm is not finite is skipped: parameters and optimizer state, its counts included, stay.
+    A step whose loss or gradient norm is not finite is skipped: parameters and optimizer state, its
+    counts included, stay.
 
-    Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, skipped (1 or 0: this step),
-    skipped_steps (all of them so far), and for each TTT layer the mean over rows of ||S||/||W|| after the row and of the
-    norm of the last update, both 0 in a step that `optimizer.ttt_drop` trains with TTT off.
+    Metrics are float32 scalars: loss (mean over real tokens), grad_norm, learning_rate, skipped (1
+    or 0: this step), skipped_steps (all of them so far), and for each TTT layer the mean over rows
+    of ||S||/||W|| after the row and of the norm of the last update, both 0 in a step that
+    `optimizer.ttt_drop` trains with TTT off.
     """
     schedule, optimizer = learning_rate(config.optimizer, config.steps), config.optimizer
 
     def loss_fn(model: Transformer, batch: Batch, total, scale):
         h_BTD, _, stats = model.hidden(
-            batch["ids"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions"), ttt_scale=scale
+            batch["ids"],
+            segment_ids=batch.get("segment_ids"),
+            positions=batch.get("positions"),
+            ttt_scale=scale,
         )
-        weights_BT = batch["weights"] / total  # normalised here, so that micro-batches simply add up
+        # normalised here, so that micro-batches simply add up
+        weights_BT = batch["weights"] / total
         tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
         parallel = model.runtime.parallel
         if parallel is None:
@@ -107,7 +131,9 @@ def make_train_step(
             (loss, stats), grads = differentiate(model, batch, total, scale)
             return loss, stats, grads
         # Interleaved rows, so that every micro-batch is spread over all devices.
-        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, optimizer.accumulate, x.shape[1]), 1, 0), batch)
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, optimizer.accumulate, x.shape[1]), 1, 0), batch
+        )
 
         def add(carry, piece):
             (loss, stats), grads = differentiate(model, piece, total, scale)
@@ -120,14 +146,19 @@ def make_train_step(
     def without_ttt(model: Transformer, batch: Batch):
         loss, _, grads = gradients(model, batch, 0.0)
         _, stats, _ = jax.eval_shape(functools.partial(gradients, scale=1.0), model, batch)
-        return loss, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats), grads  # nothing was written
+        # nothing was written
+        return loss, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stats), grads
 
     def train_step(state: TrainState, batch: Batch):
         updates_before = updates_done(state.opt_state)
-        scale = 1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, updates_before)
+        scale = (
+            1.0 if not optimizer.ttt_lr_warmup_steps else ttt_lr_scale(optimizer, updates_before)
+        )
         if optimizer.ttt_drop:
             loss, stats, grads = jax.lax.cond(
-                jax.random.bernoulli(jax.random.fold_in(jax.random.key(config.seed), state.step), optimizer.ttt_drop),
+                jax.random.bernoulli(
+                    jax.random.fold_in(jax.random.key(config.seed), state.step), optimizer.ttt_drop
+                ),
                 without_ttt,
                 functools.partial(gradients, scale=scale),
                 state.model,
@@ -159,5 +190,3 @@ def make_train_step(
         return TrainState(model, opt_state, step), metrics
 
     return jax.jit(train_step, donate_argnums=0)
-
-

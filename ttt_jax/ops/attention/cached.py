@@ -2,8 +2,9 @@
 
 B batch, T new tokens, L slots, N query heads, K KV heads, G = N / K, H head dim, W window.
 
-Full attention: slot p holds position p. Sliding window: a ring of W slots, position p in slot p % W, so memory does not grow
-with the stream. Heads come before slots: then a decode step reads each head's keys as one matrix, whatever the batch.
+Full attention: slot p holds position p. Sliding window: a ring of W slots, position p in slot p %
+W, so memory does not grow with the stream. Heads come before slots: then a decode step reads each
+head's keys as one matrix, whatever the batch.
 """
 
 from __future__ import annotations
@@ -49,26 +50,40 @@ def write(cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> 
         used_BT &= t_1T >= length_B1 - L
         slot_BT = slot_BT % L
     slot_BT = jnp.where(used_BT, slot_BT, L)  # out of bounds: dropped
-    put = jax.vmap(lambda x_KLH, slot_T, y_TKH: x_KLH.at[:, slot_T].set(jnp.swapaxes(y_TKH, 0, 1), mode="drop"))
+    put = jax.vmap(
+        lambda x_KLH, slot_T, y_TKH: x_KLH.at[:, slot_T].set(jnp.swapaxes(y_TKH, 0, 1), mode="drop")
+    )
     return KVCache(put(cache.k_BKLH, slot_BT, k_BTKH), put(cache.v_BKLH, slot_BT, v_BTKH))
 
 
 def decode(q_B1NH, cache: KVCache, position_B, *, ring: bool) -> jax.Array:
-    """Attention of one token per row, which the cache holds already, at `position_B`. Returns o_B1NH."""
+    """Attention of one token per row, which the cache holds already, at `position_B`. Returns
+    o_B1NH.
+    """
     (B, _, N, H), (K, L) = q_B1NH.shape, cache.k_BKLH.shape[1:3]
     acc = accumulator(q_B1NH.dtype)
-    dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(q_B1NH.dtype))
-    # A ring holds the window and nothing else; before it is full, the slots after the position are empty.
-    seen_BL = (jnp.arange(L, dtype=jnp.int32)[None] <= position_B[:, None]) | (ring & (position_B[:, None] >= L))
+    dot = functools.partial(
+        jnp.einsum, preferred_element_type=acc, precision=precision_for(q_B1NH.dtype)
+    )
+    # A ring holds the window and nothing else; before it is full, the slots after the position are
+    # empty.
+    seen_BL = (jnp.arange(L, dtype=jnp.int32)[None] <= position_B[:, None]) | (
+        ring & (position_B[:, None] >= L)
+    )
     q_BKGH = q_B1NH.reshape(B, K, N // K, H)
     logits_BKGL = dot("bkgh,bklh->bkgl", q_BKGH, cache.k_BKLH) / math.sqrt(H)
-    logits_BKGL = jnp.where(jnp.broadcast_to(seen_BL[:, None, None], logits_BKGL.shape), logits_BKGL, MASKED)
+    logits_BKGL = jnp.where(
+        jnp.broadcast_to(seen_BL[:, None, None], logits_BKGL.shape), logits_BKGL, MASKED
+    )
     p_BKGL = jax.nn.softmax(logits_BKGL, axis=-1).astype(q_B1NH.dtype)
     return dot("bkgl,bklh->bkgh", p_BKGL, cache.v_BKLH).astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
-def extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B, *, implementation: str | None = None) -> jax.Array:
-    """Full causal attention of T new tokens on the tokens before them and on themselves: a piece of a long prefill.
+def extend(
+    q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B, *, implementation: str | None = None
+) -> jax.Array:
+    """Full causal attention of T new tokens on the tokens before them and on themselves: a piece of
+    a long prefill.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: of the new tokens.
@@ -82,12 +97,17 @@ def extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B, *, implementation: s
         return _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache, start_B)
     keys, values = (jnp.swapaxes(x, 1, 2) for x in cache)
     q_position_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
-    k_position_BL = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32)[None], keys.shape[:2])
+    k_position_BL = jnp.broadcast_to(
+        jnp.arange(keys.shape[1], dtype=jnp.int32)[None], keys.shape[:2]
+    )
     return blocked(q_BTNH, keys, values, q_position_BT, k_position_BL)
 
 
-def extend_window(q_BTNH, k_BTKH, v_BTKH, ring: KVCache, start_B, *, implementation: str | None = None) -> jax.Array:
-    """Sliding-window attention of T new tokens on the W tokens before them and on themselves; cost linear in T.
+def extend_window(
+    q_BTNH, k_BTKH, v_BTKH, ring: KVCache, start_B, *, implementation: str | None = None
+) -> jax.Array:
+    """Sliding-window attention of T new tokens on the W tokens before them and on themselves; cost
+    linear in T.
 
     Args:
       ring: as it was before the new tokens were written.
@@ -100,11 +120,13 @@ def extend_window(q_BTNH, k_BTKH, v_BTKH, ring: KVCache, start_B, *, implementat
     slot_BW = (start_B[:, None] + jnp.arange(W, dtype=jnp.int32)[None]) % W
     in_order = jax.vmap(lambda x_KWH, slot_W: jnp.swapaxes(x_KWH, 0, 1)[slot_W])
     keys, values = (
-        jnp.concatenate([in_order(old, slot_BW), new], axis=1) for old, new in zip(ring, (k_BTKH, v_BTKH), strict=True)
+        jnp.concatenate([in_order(old, slot_BW), new], axis=1)
+        for old, new in zip(ring, (k_BTKH, v_BTKH), strict=True)
     )
     empty_B = jnp.maximum(W - start_B, 0)
     if uses_cudnn(q_BTNH, implementation):
-        # Queries for the old tokens too, whose outputs are dropped: cuDNN aligns queries and keys at their starts.
+        # Queries for the old tokens too, whose outputs are dropped: cuDNN aligns queries and keys
+        # at their starts.
         queries = jnp.pad(q_BTNH, ((0, 0), (W, 0), (0, 0), (0, 0)))
         offsets_B2 = jnp.stack([empty_B, jnp.full((B,), -1, jnp.int32)], axis=1)
         sizes_B1 = (W + T - empty_B)[:, None]
@@ -116,8 +138,9 @@ def extend_window(q_BTNH, k_BTKH, v_BTKH, ring: KVCache, start_B, *, implementat
 def _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B):
     """Attention on the older tokens and on the new ones, merged by their log-sum-exps.
 
-    Two calls, because cuDNN's causal mask aligns the first query with the first key. `return_residual` of jax's public
-    function rounds the log-sum-exp to 16 bits, so the one below it is called.
+    Two calls, because cuDNN's causal mask aligns the first query with the first key.
+    `return_residual` of jax's public function rounds the log-sum-exp to 16 bits, so the one below
+    it is called.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -133,8 +156,13 @@ def _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B):
         mask_type=cudnn.MaskType.PADDING,
         qkv_layout="BNTH",
     )
-    old_share_BNT = jax.nn.sigmoid(old_lse_BNT.astype(jnp.float32) - own_lse_BNT.astype(jnp.float32))
+    old_share_BNT = jax.nn.sigmoid(
+        old_lse_BNT.astype(jnp.float32) - own_lse_BNT.astype(jnp.float32)
+    )
     old_share_BNT = jnp.where((start_B > 0)[:, None, None], old_share_BNT, 0)
     old_share_BTN1 = jnp.swapaxes(old_share_BNT, 1, 2)[..., None]
-    own_acc, old_acc = own_BTNH.astype(jnp.float32), jnp.swapaxes(old_BNTH, 1, 2).astype(jnp.float32)
+    own_acc, old_acc = (
+        own_BTNH.astype(jnp.float32),
+        jnp.swapaxes(old_BNTH, 1, 2).astype(jnp.float32),
+    )
     return (own_acc + old_share_BTN1 * (old_acc - own_acc)).astype(q_BTNH.dtype)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from ttt_jax.ops import platform
 
-_WORKSPACE_BYTES = 4 * 2**30  # what the backward of one packed cuDNN call may take beside its arrays
+# what the backward of one packed cuDNN call may take beside its arrays
+_WORKSPACE_BYTES = 4 * 2**30
 
 
 def why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
@@ -23,20 +24,24 @@ def why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
     if segment_ids_BT is None:
         return None
     if segment_multiple < 64:
-        return f"packed documents must start at multiples of 64 tokens or more, got {segment_multiple}"
+        return (
+            f"packed documents must start at multiples of 64 tokens or more, got {segment_multiple}"
+        )
     T, H = segment_ids_BT.shape[1], q_BTNH.shape[-1]
     M = -(-T // segment_multiple)
     if M > 1 and (bytes_ := _workspace_bytes(M, T, H)) > _WORKSPACE_BYTES:
         least = -(-T // max(1, _WORKSPACE_BYTES // _workspace_bytes(1, T, H)))
         return (
-            f"packed documents must start at multiples of {least} tokens or more in rows of {T}, got {segment_multiple}: "
+            f"packed documents must start at multiples of {least} tokens or more in rows of {T}, "
+            f"got {segment_multiple}: "
             f"one head's backward would take {bytes_ / 2**30:.1f} GiB"
         )
     return None
 
 
 def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> Any:
-    if segment_ids_BT is None or segment_ids_BT.shape[1] <= segment_multiple:  # room for one document only
+    # room for one document only
+    if segment_ids_BT is None or segment_ids_BT.shape[1] <= segment_multiple:
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BTKH,
@@ -53,19 +58,28 @@ def cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any
     """Causal attention inside each document, in as many calls as `_WORKSPACE_BYTES` asks for.
 
     Args:
-      offsets_BM: [B, M + 1] int32, starts of up to M documents, -1 behind them. sizes_BM: [B, M] int32, -1 behind them.
+      offsets_BM: [B, M + 1] int32, starts of up to M documents, -1 behind them. sizes_BM: [B, M]
+        int32, -1 behind them.
 
     Returns: o_BTNH in q's dtype.
     """
     (B, T, N, H), K, M = q_BTNH.shape, k_BTKH.shape[2], sizes_BM.shape[1]
-    # One document a row comes from a stream (kv_cache.py), which has no backward and so no workspace.
+    # One document a row comes from a stream (kv_cache.py), which has no backward and so no
+    # workspace.
     rows, heads = _split_call(B, M, T, N, K, H) if M > 1 else (B, N)
     if (rows, heads) == (B, N):
         return _cudnn_call(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window)
     o_rows = []
     for r in _parts(B, rows):  # not lax.map, which took a sixth more time and memory
         o_heads = [
-            _cudnn_call(q_BTNH[r, :, n], k_BTKH[r, :, k], v_BTKH[r, :, k], offsets_BM[r], sizes_BM[r], window)
+            _cudnn_call(
+                q_BTNH[r, :, n],
+                k_BTKH[r, :, k],
+                v_BTKH[r, :, k],
+                offsets_BM[r],
+                sizes_BM[r],
+                window,
+            )
             for n, k in _head_parts(N, K, heads)
         ]
         o_rows.append(jnp.concatenate(o_heads, axis=2))
@@ -73,18 +87,21 @@ def cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any
 
 
 def _workspace_bytes(M: int, T: int, H: int) -> int:
-    """What cuDNN's backward takes for one query head of one row: a float32 gradient of the whole row for each document.
+    """What cuDNN's backward takes for one query head of one row: a float32 gradient of the whole
+    row for each document.
 
-    As much again in calls whose KV heads serve several query heads each. Both fit what was measured (docs/performance.md).
+    As much again in calls whose KV heads serve several query heads each. Both fit what was measured
+    (docs/performance.md).
     """
     return 4 * M * T * H
 
 
 def _split_call(B: int, M: int, T: int, N: int, K: int, H: int) -> tuple[int, int]:
-    """Rows and query heads of the largest call, such that its workspace stays within `_WORKSPACE_BYTES`.
+    """Rows and query heads of the largest call, such that its workspace stays within
+    `_WORKSPACE_BYTES`.
 
-    Several rows with all heads; or of one row the query heads of several KV heads; or some of one KV head. At least one head
-    of one row, however large: `why_not_cudnn` refuses those beforehand.
+    Several rows with all heads; or of one row the query heads of several KV heads; or some of one
+    KV head. At least one head of one row, however large: `why_not_cudnn` refuses those beforehand.
     """
     G = N // K
     fit = max(1, _WORKSPACE_BYTES // (_workspace_bytes(M, T, H) * (1 if G == 1 else 2)))
@@ -94,7 +111,9 @@ def _split_call(B: int, M: int, T: int, N: int, K: int, H: int) -> tuple[int, in
 
 
 def _even(total: int, at_most: int) -> int:
-    """Size of the largest part, when there are as few parts of at most `at_most` as can be, and equal up to one."""
+    """Size of the largest part, when there are as few parts of at most `at_most` as can be, and
+    equal up to one.
+    """
     return -(-total // -(-total // at_most))
 
 
@@ -109,15 +128,22 @@ def _head_parts(N: int, K: int, heads: int) -> list[tuple[slice, slice]]:
     G = N // K
     if heads >= G:
         return [(slice(k.start * G, k.stop * G), k) for k in _parts(K, heads // G)]
-    return [(slice(k * G + g.start, k * G + g.stop), slice(k, k + 1)) for k in range(K) for g in _parts(G, heads)]
+    return [
+        (slice(k * G + g.start, k * G + g.stop), slice(k, k + 1))
+        for k in range(K)
+        for g in _parts(G, heads)
+    ]
 
 
 def _cudnn_call(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
     """One call. The public function takes no offsets, the one below it does."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    if sizes_BM.shape[1] == 1:  # jax ignores the offset of an only document; a second one, which is not there, makes it look
-        offsets_BM, sizes_BM = (jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offsets_BM, sizes_BM))
+    # jax ignores the offset of an only document; a second one, which is not there, makes it look
+    if sizes_BM.shape[1] == 1:
+        offsets_BM, sizes_BM = (
+            jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offsets_BM, sizes_BM)
+        )
     return cudnn.dot_product_attention(
         q_BTNH,
         k_BTKH,
@@ -133,9 +159,11 @@ def _cudnn_call(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
 
 
 def _document_offsets(segment_ids_BT, multiple):
-    """Start [B, M+1] and size [B, M] of each document, -1 where there are fewer; padding joins the document before it.
+    """Start [B, M+1] and size [B, M] of each document, -1 where there are fewer; padding joins the
+    document before it.
 
-    The last column of the starts is always -1: cuDNN's wrapper takes it for the end of the whole batch.
+    The last column of the starts is always -1: cuDNN's wrapper takes it for the end of the whole
+    batch.
     """
     B, T = segment_ids_BT.shape
     M = -(-T // multiple)

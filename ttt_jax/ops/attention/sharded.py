@@ -1,15 +1,19 @@
-"""Causal attention of a sequence that is split over a mesh axis. The functions run inside `jax.shard_map`, once per shard.
+"""Causal attention of a sequence that is split over a mesh axis. The functions run inside
+`jax.shard_map`, once per shard.
 
-B batch, T tokens of this shard, P shards, A = T / 2 tokens of a half, S keys, N query heads, K KV heads, G = N / K, H head dim.
+B batch, T tokens of this shard, P shards, A = T / 2 tokens of a half, S keys, N query heads, K KV
+heads, G = N / K, H head dim.
 
 Tokens lie in order: shard p holds the halves 2p and 2p + 1 of the sequence's 2P halves.
 
-Full attention. Keys and values are gathered (few heads under GQA) and the queries are exchanged, so that device p computes the
-halves p and 2P - 1 - p. Whatever p, these two see p + 1 and 2P - p halves of keys: two diagonal blocks and 2P - 1 whole ones,
-the same work on every device and nothing computed in vain. The blocks are merged by their log-sum-exp. Outputs go back the
-way the queries came, so the rest of the model never sees the exchange. Backward: written out, block by block.
+Full attention. Keys and values are gathered (few heads under GQA) and the queries are exchanged, so
+that device p computes the halves p and 2P - 1 - p. Whatever p, these two see p + 1 and 2P - p
+halves of keys: two diagonal blocks and 2P - 1 whole ones, the same work on every device and nothing
+computed in vain. The blocks are merged by their log-sum-exp. Outputs go back the way the queries
+came, so the rest of the model never sees the exchange. Backward: written out, block by block.
 
-Sliding windows. The shard takes the tokens before it that its first queries see from its neighbour, and nothing is gathered.
+Sliding windows. The shard takes the tokens before it that its first queries see from its neighbour,
+and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ def attention_shard(
     segment_multiple: int = 1,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`ttt_jax.ops.attention.api.self_attention` on one shard of the sequence: same arguments and result, for this shard's tokens.
+    """`ttt_jax.ops.attention.api.self_attention` on one shard of the sequence: same arguments and
+    result, for this shard's tokens.
 
     Args:
       axis, shards: name and size of the mesh axis that splits T.
@@ -54,11 +59,18 @@ def attention_shard(
     Raises: UserError if the named implementation does not support the call.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise UserError(f"attention implementation {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(
+            f"attention implementation {implementation!r}: unknown; use one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
     T = q_BTNH.shape[1]
     segment_multiple = math.gcd(segment_multiple, T)  # counted from where a shard starts
     axis_ = _Axis(axis, shards)
-    options = {"window": window, "segment_multiple": segment_multiple, "implementation": implementation}
+    options = {
+        "window": window,
+        "segment_multiple": segment_multiple,
+        "implementation": implementation,
+    }
     if window is not None:
         halo = min(-(-(window - 1) // segment_multiple) * segment_multiple, T) if window > 1 else 0
         if halo >= window - 1:
@@ -97,14 +109,18 @@ def _why_not_blocks(q_BTNH, window, segment_ids_BT) -> dict[str, str | None]:
     }
 
 
-# --------------------------------------------------------------------------------------------------- sliding windows
+# ---------------------------------------------------------------------------------- sliding windows
 
 
-def _neighbour(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis, halo: int, options) -> jax.Array:
-    """Ordinary attention within the shard; the first queries again, behind the neighbour's last `halo` tokens.
+def _neighbour(
+    q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis, halo: int, options
+) -> jax.Array:
+    """Ordinary attention within the shard; the first queries again, behind the neighbour's last
+    `halo` tokens.
 
-    The shard's own attention is right for every query that sees no neighbour, and on the first shard for all of them. This
-    needs no mask for a missing neighbour, so every implementation of `self_attention` serves.
+    The shard's own attention is right for every query that sees no neighbour, and on the first
+    shard for all of them. This needs no mask for a missing neighbour, so every implementation of
+    `self_attention` serves.
     """
     own_BTNH = self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
     if not halo:
@@ -115,7 +131,8 @@ def _neighbour(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis, halo: int, o
         before = jax.lax.ppermute(x_BTX[:, -halo:], axis.name, forward)
         return jnp.concatenate([before, x_BTX[:, :halo]], axis=1)
 
-    # Outputs of the neighbour's queries are dropped; they are there because queries and keys share one sequence.
+    # Outputs of the neighbour's queries are dropped; they are there because queries and keys share
+    # one sequence.
     q, k, v = map(behind_neighbour, (q_BTNH, k_BTKH, v_BTKH))
     ids = None if segment_ids_BT is None else behind_neighbour(segment_ids_BT)
     first_BANH = self_attention(q, k, v, segment_ids_BT=ids, **options)[:, halo:]
@@ -124,18 +141,27 @@ def _neighbour(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis, halo: int, o
 
 
 def _gathered(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis, window) -> jax.Array:
-    """All keys, masked by position: for windows longer than a shard, and shards that cannot be halved."""
+    """All keys, masked by position: for windows longer than a shard, and shards that cannot be
+    halved.
+    """
     gather = lambda x: jax.lax.all_gather(x, axis.name, axis=1, tiled=True)
     T = q_BTNH.shape[1]
     q_position_1T = (jax.lax.axis_index(axis.name) * T + jnp.arange(T, dtype=jnp.int32))[None]
     k_position_1S = jnp.arange(T * axis.size, dtype=jnp.int32)[None]
     k_ids = None if segment_ids_BT is None else gather(segment_ids_BT)
     return blocked(
-        q_BTNH, gather(k_BTKH), gather(v_BTKH), q_position_1T, k_position_1S, segment_ids_BT, k_ids, window
+        q_BTNH,
+        gather(k_BTKH),
+        gather(v_BTKH),
+        q_position_1T,
+        k_position_1S,
+        segment_ids_BT,
+        k_ids,
+        window,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- full attention
+# ----------------------------------------------------------------------------------- full attention
 
 
 def _holder(half: int, shards: int) -> int:
@@ -146,8 +172,8 @@ def _holder(half: int, shards: int) -> int:
 def _exchange(x_BTX, axis: _Axis, back: bool = False):
     """From the halves 2p, 2p + 1 to the halves (p, 2P - 1 - p), stacked [2, B, A, ...]; or `back`.
 
-    Of the two halves that a device computes one has an even number and one an odd one, so the even and the odd halves
-    travel by one permutation each.
+    Of the two halves that a device computes one has an even number and one an odd one, so the even
+    and the odd halves travel by one permutation each.
     """
     perms = [[(p, _holder(2 * p + odd, axis.size)) for p in range(axis.size)] for odd in (0, 1)]
     low_is_odd = jax.lax.axis_index(axis.name) % 2 == 1
@@ -155,11 +181,13 @@ def _exchange(x_BTX, axis: _Axis, back: bool = False):
     if back:
         even, odd = swap(x_BTX[0], x_BTX[1])
         pieces = (
-            jax.lax.ppermute(x, axis.name, [(to, p) for p, to in perm]) for x, perm in zip((even, odd), perms, strict=True)
+            jax.lax.ppermute(x, axis.name, [(to, p) for p, to in perm])
+            for x, perm in zip((even, odd), perms, strict=True)
         )
         return jnp.concatenate(list(pieces), axis=1)
     even, odd = (
-        jax.lax.ppermute(x, axis.name, perm) for x, perm in zip(jnp.split(x_BTX, 2, axis=1), perms, strict=True)
+        jax.lax.ppermute(x, axis.name, perm)
+        for x, perm in zip(jnp.split(x_BTX, 2, axis=1), perms, strict=True)
     )
     return jnp.stack(swap(even, odd))
 
@@ -172,7 +200,9 @@ class _Block(NamedTuple):
 
 
 def _whole_blocks(axis: _Axis) -> _Block:
-    """The 2P - 1 blocks below the diagonal: the low half sees the key halves 0 .. p - 1, the high one 0 .. 2P - 2 - p."""
+    """The 2P - 1 blocks below the diagonal: the low half sees the key halves 0 .. p - 1, the high
+    one 0 .. 2P - 2 - p.
+    """
     p = jax.lax.axis_index(axis.name)
     j = jnp.arange(2 * axis.size - 1, dtype=jnp.int32)
     return _Block((j >= p).astype(jnp.int32), jnp.where(j < p, j, j - p))
@@ -184,7 +214,9 @@ def _take_half(x_BSX, half, A: int):
 
 def _add_half(x_BSX, half, piece_BAX):
     A = piece_BAX.shape[1]
-    return jax.lax.dynamic_update_slice_in_dim(x_BSX, _take_half(x_BSX, half, A) + piece_BAX, half * A, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(
+        x_BSX, _take_half(x_BSX, half, A) + piece_BAX, half * A, axis=1
+    )
 
 
 class _Gathered(NamedTuple):
@@ -200,7 +232,11 @@ class _Gathered(NamedTuple):
 def _gather(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis) -> _Gathered:
     gather = lambda x: jax.lax.all_gather(x, axis.name, axis=1, tiled=True)
     with jax.named_scope("gather_keys"):
-        ids = (None, None) if segment_ids_BT is None else (_exchange(segment_ids_BT, axis), gather(segment_ids_BT))
+        ids = (
+            (None, None)
+            if segment_ids_BT is None
+            else (_exchange(segment_ids_BT, axis), gather(segment_ids_BT))
+        )
         return _Gathered(_exchange(q_BTNH, axis), ids[0], gather(k_BTKH), gather(v_BTKH), ids[1])
 
 
@@ -228,7 +264,9 @@ def _forward(static: _Static, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         o_old, lse_old = o[where.query], lse[where.query]
         total = jnp.logaddexp(lse_old, lse_new)
         share = lambda one: jnp.moveaxis(jnp.exp(one - total), 1, 2)[..., None]  # [B, A, N, 1]
-        o_sum = o_old * jnp.broadcast_to(share(lse_old), o_old.shape) + o_new * jnp.broadcast_to(share(lse_new), o_new.shape)
+        o_sum = o_old * jnp.broadcast_to(share(lse_old), o_old.shape) + o_new * jnp.broadcast_to(
+            share(lse_new), o_new.shape
+        )
         return (o.at[where.query].set(o_sum), lse.at[where.query].set(total)), None
 
     (o, lse), _ = jax.lax.scan(merge, (o, lse), _whole_blocks(axis))
@@ -250,7 +288,9 @@ def _backward(static: _Static, residuals, do_BTNH):
         dq, dk, dv = carry
         take = lambda y: _take_half(y, key, A)
         ids = (None, None) if x.q_ids is None else (x.q_ids[query], take(x.k_ids))
-        pieces = backward(x.q[query], take(x.k), take(x.v), *ids, causal, o[query], lse[query], do[query])
+        pieces = backward(
+            x.q[query], take(x.k), take(x.v), *ids, causal, o[query], lse[query], do[query]
+        )
         dq_BANH, dk_BAKH, dv_BAKH = (piece.astype(acc) for piece in pieces)
         return dq.at[query].add(dq_BANH), _add_half(dk, key, dk_BAKH), _add_half(dv, key, dv_BAKH)
 
@@ -259,7 +299,9 @@ def _backward(static: _Static, residuals, do_BTNH):
         carry = add(carry, i, half, True)
     step = lambda carry, where: (add(carry, where.query, where.key, False), None)
     (dq, dk, dv), _ = jax.lax.scan(step, carry, _whole_blocks(axis))
-    scatter = lambda y, like: jax.lax.psum_scatter(y, axis.name, scatter_dimension=1, tiled=True).astype(like.dtype)
+    scatter = lambda y, like: jax.lax.psum_scatter(
+        y, axis.name, scatter_dimension=1, tiled=True
+    ).astype(like.dtype)
     dq_BTNH = _exchange(dq.astype(q_BTNH.dtype), axis, back=True)
     return dq_BTNH, scatter(dk, k_BTKH), scatter(dv, v_BTKH), None
 
@@ -267,16 +309,20 @@ def _backward(static: _Static, residuals, do_BTNH):
 _balanced.defvjp(_forward, _backward)
 
 
-# -------------------------------------------------------------------------------------------------------- one block
-# forward(q [B,A,N,H], k, v [B,S,K,H], ids or None, causal) -> o [B,A,N,H], log-sum-exp [B,N,A], both float32 (or float64)
-# backward(..., o, lse, do) -> dq, dk, dv, where o and lse are those of the whole row of blocks
+# ---------------------------------------------------------------------------------------- one block
+# forward(q [B,A,N,H], k, v [B,S,K,H], ids or None, causal) -> o [B,A,N,H], log-sum-exp [B,N,A],
+# both float32 (or float64) backward(..., o, lse, do) -> dq, dk, dv, where o and lse are those of
+# the whole row of blocks
 
 
 def _logits(q_BAKGH, k_BSKH, q_ids_BA, k_ids_BS, q_start, causal: bool, dot):
     """Masked logits [B, K, G, A, S] of the queries q_start .. of a block."""
-    # Tied to the queries, or differentiating a rematerialised layer would keep the masks of all blocks for the backward pass:
-    # no gradient flows through their inputs, so they count as known (30 GiB for Qwen3-8B, 128k tokens on 8 shards).
-    q_BAKGH, q_ids_BA, k_ids_BS, q_start = jax.lax.optimization_barrier((q_BAKGH, q_ids_BA, k_ids_BS, jnp.asarray(q_start)))
+    # Tied to the queries, or differentiating a rematerialised layer would keep the masks of all
+    # blocks for the backward pass: no gradient flows through their inputs, so they count as known
+    # (30 GiB for Qwen3-8B, 128k tokens on 8 shards).
+    q_BAKGH, q_ids_BA, k_ids_BS, q_start = jax.lax.optimization_barrier(
+        (q_BAKGH, q_ids_BA, k_ids_BS, jnp.asarray(q_start))
+    )
     logits = dot("bakgh,bskh->bkgas", q_BAKGH, k_BSKH) / math.sqrt(q_BAKGH.shape[-1])
     (B, A), S = q_BAKGH.shape[:2], k_BSKH.shape[1]
     seen_BAS = jnp.ones((B, A, S), bool)
@@ -307,7 +353,9 @@ def _split(x_BAX, rows: int):
 def _xla_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
     (B, A, N, H), K = q_BANH.shape, k_BSKH.shape[2]
     acc, Q = accumulator(q_BANH.dtype), _rows(q_BANH, k_BSKH)
-    dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(q_BANH.dtype))
+    dot = functools.partial(
+        jnp.einsum, preferred_element_type=acc, precision=precision_for(q_BANH.dtype)
+    )
 
     def some(xs):
         i, q_BQNH, ids_BQ = xs
@@ -318,11 +366,15 @@ def _xla_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
         return o_BQNH, jnp.moveaxis(lse_BKGQ.reshape(B, N, Q), 1, 2)
 
     n = -(-A // Q)
-    o, lse = jax.lax.map(some, (jnp.arange(n, dtype=jnp.int32), _split(q_BANH, Q), _split(q_ids_BA, Q)))
+    o, lse = jax.lax.map(
+        some, (jnp.arange(n, dtype=jnp.int32), _split(q_BANH, Q), _split(q_ids_BA, Q))
+    )
     return join_tokens(o, A), jnp.moveaxis(join_tokens(lse, A), 2, 1)
 
 
-def _xla_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH):
+def _xla_backward(
+    q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH
+):
     (_, A, N, H), K = q_BANH.shape, k_BSKH.shape[2]
     acc, dtype, Q = accumulator(q_BANH.dtype), q_BANH.dtype, _rows(q_BANH, k_BSKH)
     dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(dtype))
@@ -330,7 +382,9 @@ def _xla_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BA
 
     def some(carry, xs):
         i, q_BQNH, ids_BQ, lse_BQN, inner_BQN, do_BQNH = xs
-        by_head = lambda x_BQN: jnp.moveaxis(x_BQN.reshape(*x_BQN.shape[:2], K, N // K), 1, 3)[..., None]
+        by_head = lambda x_BQN: jnp.moveaxis(x_BQN.reshape(*x_BQN.shape[:2], K, N // K), 1, 3)[
+            ..., None
+        ]
         q_BQKGH, do_BQKGH = _heads(q_BQNH, K), _heads(do_BQNH, K)
         logits = _logits(q_BQKGH, k_BSKH, ids_BQ, k_ids_BS, i * Q, causal, dot)
         p = jnp.exp(logits - by_head(lse_BQN))
@@ -344,7 +398,9 @@ def _xla_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BA
     n = -(-A // Q)
     rows = (q_BANH, q_ids_BA, jnp.moveaxis(lse_BNA, 1, 2), inner_BAN, do_BANH)
     zero = (jnp.zeros(k_BSKH.shape, acc), jnp.zeros(v_BSKH.shape, acc))
-    dkv, dq = jax.lax.scan(some, zero, (jnp.arange(n, dtype=jnp.int32), *(_split(x, Q) for x in rows)))
+    dkv, dq = jax.lax.scan(
+        some, zero, (jnp.arange(n, dtype=jnp.int32), *(_split(x, Q) for x in rows))
+    )
     return join_tokens(dq, A), *dkv
 
 
@@ -353,13 +409,19 @@ def _cudnn_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
 
     mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
     scale = 1 / math.sqrt(q_BANH.shape[-1])
-    out: Any = cudnn.dot_product_attention(q_BANH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True)
+    out: Any = cudnn.dot_product_attention(
+        q_BANH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True
+    )
     o_BANH, lse_BNA = out
     return o_BANH.astype(lse_BNA.dtype), lse_BNA
 
 
-def _cudnn_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH):
-    """cuDNN's own backward, given the statistics of the whole row: the public function would take the block's."""
+def _cudnn_backward(
+    q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH
+):
+    """cuDNN's own backward, given the statistics of the whole row: the public function would take
+    the block's.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     none = jnp.zeros(0, q_BANH.dtype)
@@ -372,7 +434,8 @@ def _cudnn_backward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_
         "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }
-    if "score_mod" in inspect.signature(cudnn._dot_product_attention_bwd_rule).parameters:  # newer jax
+    # newer jax
+    if "score_mod" in inspect.signature(cudnn._dot_product_attention_bwd_rule).parameters:
         params["score_mod"] = None
     bind = cudnn._dot_product_attention_bwd_p_wrapper.bind
     return bind(q_BANH, k_BSKH, v_BSKH, *(none,) * 7, lse_BNA, o_BANH, do_BANH, **params)

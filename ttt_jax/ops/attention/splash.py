@@ -1,12 +1,15 @@
-"""Attention on TPU: jax's splash attention, which skips the blocks that nobody sees, for full and sliding-window attention.
+"""Attention on TPU: jax's splash attention, which skips the blocks that nobody sees, for full and
+sliding-window attention.
 
 B batch, T tokens, A tokens of a block of work, N query heads, K KV heads, H head dim.
 
-The kernel takes one sequence [N, T, H] (vmapped over B), no scale, and whole blocks of a multiple of 128 tokens. So queries are
-scaled here, in float32, and sequences padded at their end, where causality hides the padding from every real query.
+The kernel takes one sequence [N, T, H] (vmapped over B), no scale, and whole blocks of a multiple
+of 128 tokens. So queries are scaled here, in float32, and sequences padded at their end, where
+causality hides the padding from every real query.
 
-`splash_attention` is the whole of it, with gradients. `forward_block` and `backward_block` are what context_attention.py
-merges: some queries against some keys, and the gradient of that given the statistics of the whole row.
+`splash_attention` is the whole of it, with gradients. `forward_block` and `backward_block` are what
+context_attention.py merges: some queries against some keys, and the gradient of that given the
+statistics of the whole row.
 """
 
 from __future__ import annotations
@@ -27,16 +30,20 @@ from ttt_jax.ops import platform
 
 LANES = 128
 BLOCK = 512  # tokens on a side of a block of logits
-LONG_BLOCK, LONG = 1024, 65536  # the same for sequences above LONG: the table of blocks lies in a small scalar memory
+# the same for sequences above LONG: the table of blocks lies in a small scalar memory
+LONG_BLOCK, LONG = 1024, 65536
 LONGEST = 262144
-RESIDUALS = "attention"  # the name under which `remat_save` keeps the kernel's output and log-sum-exp
+# the name under which `remat_save` keeps the kernel's output and log-sum-exp
+RESIDUALS = "attention"
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
 
 @contextlib.contextmanager
 def interpreted():
-    """Kernels traced inside run in Pallas' interpreter, on any platform, in float32 too. For tests: slow."""
+    """Kernels traced inside run in Pallas' interpreter, on any platform, in float32 too. For tests:
+    slow.
+    """
     token = _interpreted.set(True)
     try:
         yield
@@ -53,9 +60,15 @@ def why_not(q_BTNH) -> str | None:
     if q_BTNH.dtype != jnp.bfloat16:
         return f"needs bfloat16, got {q_BTNH.dtype}"
     if q_BTNH.shape[1] > LONGEST:
-        return f"takes at most {LONGEST} tokens on a device, got {q_BTNH.shape[1]}; split the sequence (mesh.context)"
+        return (
+            f"takes at most {LONGEST} tokens on a device, got {q_BTNH.shape[1]}; split the "
+            "sequence (mesh.context)"
+        )
     if not platform.may_be_one_device():
-        return "a kernel is not partitioned over a mesh; it runs inside a shard_map over every mesh axis"
+        return (
+            "a kernel is not partitioned over a mesh; it runs inside a shard_map over every "
+            "mesh axis"
+        )
     return None
 
 
@@ -64,7 +77,9 @@ def why_not_blocks(A: int) -> str | None:
     return f"half a shard must be a multiple of {LANES} tokens, got {A}" if A % LANES else None
 
 
-def splash_attention(q_BTNH, k_BTKH, v_BTKH, *, window: int | None = None, segment_ids_BT=None) -> jax.Array:
+def splash_attention(
+    q_BTNH, k_BTKH, v_BTKH, *, window: int | None = None, segment_ids_BT=None
+) -> jax.Array:
     """Causal attention of a sequence on itself, as `ttt_jax.ops.attention.api.self_attention`.
 
     Args:
@@ -75,17 +90,26 @@ def splash_attention(q_BTNH, k_BTKH, v_BTKH, *, window: int | None = None, segme
     """
     T, N = q_BTNH.shape[1:3]
     block, padded = block_size(T, window)
-    kernel = _kernel(_Causal(padded, None if window is None or window >= T else window), N, block, False, _interpreted.get())
+    kernel = _kernel(
+        _Causal(padded, None if window is None or window >= T else window),
+        N,
+        block,
+        False,
+        _interpreted.get(),
+    )
     pad = lambda x_BTX: jnp.pad(x_BTX, ((0, 0), (0, padded - T), *((0, 0),) * (x_BTX.ndim - 2)))
     q_BNTH, k_BKTH, v_BKTH = (_by_head(pad(x)) for x in (_scaled(q_BTNH), k_BTKH, v_BTKH))
     ids_BT = None if segment_ids_BT is None else pad(segment_ids_BT)
     return _by_head(_rows(kernel, q_BNTH, k_BKTH, v_BKTH, ids_BT, ids_BT))[:, :T]
 
 
-def forward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool) -> tuple[jax.Array, jax.Array]:
+def forward_block(
+    q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool
+) -> tuple[jax.Array, jax.Array]:
     """A queries on A keys, the same tokens (`causal`) or all of them earlier ones. No gradient.
 
-    Returns: o_BANH and the log-sum-exp [B, N, A], float32. A query that sees no key has a log-sum-exp near float32's lowest.
+    Returns: o_BANH and the log-sum-exp [B, N, A], float32. A query that sees no key has a
+    log-sum-exp near float32's lowest.
     """
     kernel = _block_kernel(q_BANH, causal)
     q_BNAH, k_BKAH, v_BKAH = map(_by_head, (_scaled(q_BANH), k_BAKH, v_BAKH))
@@ -93,7 +117,9 @@ def forward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool) -> t
     return _by_head(o_BNAH).astype(jnp.float32), lse_BNA
 
 
-def backward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_BANH, lse_BNA, do_BANH):
+def backward_block(
+    q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_BANH, lse_BNA, do_BANH
+):
     """dq, dk, dv of one block, where o and the log-sum-exp are those of the whole row of blocks.
 
     jax's public function would take the block's own, so the backward rule below it is called.
@@ -112,7 +138,14 @@ def backward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_B
 
 
 _BACKWARD_OPTIONS = (
-    *("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function"),
+    *(
+        "save_residuals",
+        "mask_value",
+        "is_mqa",
+        "block_sizes",
+        "residual_checkpoint_name",
+        "mask_function",
+    ),
     *("attn_logits_soft_cap", "interpret"),
 )
 
@@ -135,7 +168,9 @@ def _rows(kernel, q_BNTH, k_BKTH, v_BKTH, q_ids_BT, k_ids_BT):
 
 
 def block_size(T: int, window: int | None = None) -> tuple[int, int]:
-    """Side of a block, and T rounded up to whole blocks. A window has no use for blocks much longer than itself."""
+    """Side of a block, and T rounded up to whole blocks. A window has no use for blocks much longer
+    than itself.
+    """
     longest = LONG_BLOCK if T > LONG else BLOCK
     if window is not None:
         longest = min(longest, _round_up(window, LANES))
@@ -157,8 +192,9 @@ def _round_up(n: int, multiple: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _kernel(mask: mask_lib.Mask, N: int, block: int, statistics: bool, interpret: bool) -> Any:
-    """The kernel of one shape, which returns the log-sum-exp too if `statistics`. What it holds are NumPy arrays, which any
-    trace may use as constants."""
+    """The kernel of one shape, which returns the log-sum-exp too if `statistics`. What it holds are
+    NumPy arrays, which any trace may use as constants.
+    """
     compute = next(size for size in range(min(block, BLOCK), 0, -LANES) if block % size == 0)
     sizes = kernel_lib.BlockSizes(
         block_q=block,
@@ -186,9 +222,10 @@ def _kernel(mask: mask_lib.Mask, N: int, block: int, statistics: bool, interpret
 class _Causal(mask_lib.Mask):
     """The mask of a window, or of all tokens before.
 
-    jax's own `CausalMask` and `LocalMask` compute every one of the T^2 entries on the host to find the blocks that are seen
-    (two minutes for 128k tokens). Of a block only `any` and `all` are asked, so a block here consists of those two;
-    entries are computed inside the kernel, by `mask_function`.
+    jax's own `CausalMask` and `LocalMask` compute every one of the T^2 entries on the host to find
+    the blocks that are seen (two minutes for 128k tokens). Of a block only `any` and `all` are
+    asked, so a block here consists of those two; entries are computed inside the kernel, by
+    `mask_function`.
     """
 
     def __init__(self, T: int, window: int | None) -> None:
@@ -201,7 +238,8 @@ class _Causal(mask_lib.Mask):
 
     def __getitem__(self, idx) -> np.ndarray:
         q, k = idx
-        least, most = q.start - (k.stop - 1), q.stop - 1 - k.start  # tokens that a key may lie before a query
+        # tokens that a key may lie before a query
+        least, most = q.start - (k.stop - 1), q.stop - 1 - k.start
         seen = most >= 0 and least < self.window
         return np.array([[seen, seen and least >= 0 and most < self.window]])
 

@@ -1,6 +1,7 @@
 """The public op: one interface, interchangeable implementations.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update of the fast weight (D F).
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update of the
+fast weight (D F).
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ class _Call(NamedTuple):
 
 
 class _Implementation(NamedTuple):
-    """`run` takes what `in_place_ttt_xla` takes; `why_not` says why it cannot, or None. Both import their kernels lazily."""
+    """`run` takes what `in_place_ttt_xla` takes; `why_not` says why it cannot, or None. Both import
+    their kernels lazily.
+    """
 
     why_not: Callable[[_Call], str | None]
     run: Callable[..., Any]
     kernel: bool = True  # a custom call, which the compiler cannot partition over a mesh
-    pays: Callable[[_Call], bool] = lambda call: True  # where None may take it: measured, or estimated, to be fastest
-    block: Callable[[_Call], int] = lambda call: 1  # chunks of a block (ops/blocks.py), where that was measured to be faster
+    # where None may take it: measured, or estimated, to be fastest
+    pays: Callable[[_Call], bool] = lambda call: True
+    # chunks of a block (ops/blocks.py), where that was measured to be faster
+    block: Callable[[_Call], int] = lambda call: 1
 
 
 def _why_not_pallas_tpu(call: _Call) -> str | None:
@@ -80,16 +85,19 @@ def _run_triton(*args, **kwargs):
 
 
 def _pallas_gpu_pays(call: _Call) -> bool:
-    """Measured faster than XLA on an H100 at every shape that was tried: C = 1024 from D, F = 1024, 3072 to 5120, 17408, and
-    to C = 4096 at 2560, 9728; C = 256 at 2560, 9728 and 512 from 2048, 6144 on, in blocks or not (docs/performance.md). Not
-    measured beside collectives, which take multiprocessors away from a kernel that has divided its work among all of them.
+    """Measured faster than XLA on an H100 at every shape that was tried: C = 1024 from D, F = 1024,
+    3072 to 5120, 17408, and to C = 4096 at 2560, 9728; C = 256 at 2560, 9728 and 512 from 2048,
+    6144 on, in blocks or not (docs/performance.md). Not measured beside collectives, which take
+    multiprocessors away from a kernel that has divided its work among all of them.
     """
     smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
     return call.C <= call.T and smallest <= call.D * call.F and not platform.one_of_several()
 
 
 def _pallas_gpu_block(call: _Call) -> int:
-    """Blocks of 1024 tokens were the fastest where they were tried. Documents cannot be computed in blocks."""
+    """Blocks of 1024 tokens were the fastest where they were tried. Documents cannot be computed in
+    blocks.
+    """
     if call.documents or call.D * call.F < 2048 * 6144:
         return 1
     return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
@@ -98,8 +106,11 @@ def _pallas_gpu_block(call: _Call) -> int:
 # The fastest first. "reference" is not among them: it takes documents and clipping as they come.
 _FAST = {
     "pallas_tpu": _Implementation(_why_not_pallas_tpu, _run_pallas_tpu),
-    "pallas_gpu": _Implementation(_why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays, block=_pallas_gpu_block),
-    "triton": _Implementation(_why_not_triton, _run_triton, pays=lambda call: False),  # pallas_gpu was faster where it runs
+    "pallas_gpu": _Implementation(
+        _why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays, block=_pallas_gpu_block
+    ),
+    # pallas_gpu was faster where it runs
+    "triton": _Implementation(_why_not_triton, _run_triton, pays=lambda call: False),
     "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
 }
 IMPLEMENTATIONS = ("reference", *reversed(_FAST))
@@ -117,36 +128,48 @@ def in_place_ttt(
     clip_norm: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D F"]]:
-    """Apply a fast weight and update it chunk by chunk (In-Place TTT, https://arxiv.org/abs/2604.06169, section 3).
+    """Apply a fast weight and update it chunk by chunk (In-Place TTT,
+    https://arxiv.org/abs/2604.06169, section 3).
 
     For chunk i of `chunk_size` tokens:  o_i = z_i (W + S_i)^T,  then  S_{i+1} = S_i + lr * v_i^T z_i.  A trailing
-    partial chunk is applied with the current S and updates nothing. Each sequence of the batch has its own S. Nothing of
-    chunk i reaches the outputs of chunk i, so v may look ahead inside its chunk and the op stays causal.
+    partial chunk is applied with the current S and updates nothing. Each sequence of the batch has
+    its own S. Nothing of chunk i reaches the outputs of chunk i, so v may look ahead inside its
+    chunk and the op stays causal.
 
     Args:
-      z_BTF: MLP activations; float32, bfloat16 or float64. Its dtype is the compute and output dtype.
+      z_BTF: MLP activations; float32, bfloat16 or float64. Its dtype is the compute and output
+        dtype.
       v_BTD: targets; cast to z's dtype.
       w_DF: slow weight (the pretrained down-projection); cast to z's dtype.
       lr: inner learning rate, a number or a scalar array (differentiable).
       chunk_size: C, at least 1.
-      state: S_0, float32 (float64 with float64 inputs); None is zero. It belongs to the first document of each row.
-      segment_ids: document of each token, 0 for padding. S returns to zero where a new document starts; documents must
-        start on chunk boundaries. A chunk that holds padding updates nothing.
-      clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4, evaluation).
-      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F in multiples of 256),
-        "triton" (NVIDIA, jax-triton), or None for the fastest that supports the platform and shapes. A named one that
-        cannot run raises; it never falls back. Kernels (all but the first two) are not partitioned over a mesh by the
-        compiler: with several devices, None takes them only inside a `shard_map` over every mesh axis, and on GPUs not at all.
+      state: S_0, float32 (float64 with float64 inputs); None is zero. It belongs to the first
+        document of each row.
+      segment_ids: document of each token, 0 for padding. S returns to zero where a new document
+        starts; documents must start on chunk boundaries. A chunk that holds padding updates
+        nothing.
+      clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4,
+        evaluation).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F
+        in multiples of 256), "triton" (NVIDIA, jax-triton), or None for the fastest that supports
+        the platform and shapes. A named one that cannot run raises; it never falls back. Kernels
+        (all but the first two) are not partitioned over a mesh by the compiler: with several
+        devices, None takes them only inside a `shard_map` over every mesh axis, and on GPUs not at
+        all.
 
     Returns:
-      o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to continue the stream with.
+      o_BTD in z's dtype, and the state after the last whole chunk (float32, or float64), to
+      continue the stream with.
 
     Raises:
-      UserError: shapes do not fit together, a chunk size below 1, or an implementation that is unknown or cannot run here.
+      UserError: shapes do not fit together, a chunk size below 1, or an implementation that is
+        unknown or cannot run here.
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None)
+    call = _Call(
+        platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None
+    )
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
@@ -168,24 +191,43 @@ def in_place_ttt(
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
     if keep_BM is None:
-        return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state)
-    return fast.run(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM)
+        return in_blocks(
+            fast.run,
+            fast.block(call),
+            z_BTF,
+            v_BTD,
+            w_DF,
+            lr=lr,
+            chunk_size=chunk_size,
+            state_BDF=state,
+        )
+    return fast.run(
+        z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM
+    )
 
 
 def _choose(implementation: str | None, call: _Call) -> str:
     """The implementation to run; raises where a named one cannot."""
     if implementation is None:
         kernels = platform.on_one_device()
-        return next(name for name, i in _FAST.items() if (kernels or not i.kernel) and i.pays(call) and i.why_not(call) is None)
+        return next(
+            name
+            for name, i in _FAST.items()
+            if (kernels or not i.kernel) and i.pays(call) and i.why_not(call) is None
+        )
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
-            f"in_place_ttt: implementation {implementation!r} is not available; use one of {', '.join(IMPLEMENTATIONS)}"
+            f"in_place_ttt: implementation {implementation!r} is not available; use one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "reference":
         return implementation
     reason = _FAST[implementation].why_not(call)
     if reason is None and _FAST[implementation].kernel and not platform.may_be_one_device():
-        reason = "a kernel is not partitioned over a mesh; call it inside a shard_map over every mesh axis"
+        reason = (
+            "a kernel is not partitioned over a mesh; call it inside a shard_map over every "
+            "mesh axis"
+        )
     if reason is not None:
         raise UserError(f"in_place_ttt: implementation {implementation!r} cannot run: {reason}")
     return implementation
@@ -193,15 +235,23 @@ def _choose(implementation: str | None, call: _Call) -> str:
 
 def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
     if z_BTF.ndim != 3 or v_BTD.ndim != 3 or w_DF.ndim != 2:
-        raise UserError(f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, {v_BTD.shape}, {w_DF.shape}")
+        raise UserError(
+            f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, "
+            f"{v_BTD.shape}, {w_DF.shape}"
+        )
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     if v_BTD.shape != (B, T, D) or w_DF.shape != (D, F):
         raise UserError(
-            f"in_place_ttt: shapes do not fit: z [B,T,F] = {z_BTF.shape}, v [B,T,D] = {v_BTD.shape}, w [D,F] = {w_DF.shape}"
+            f"in_place_ttt: shapes do not fit: z [B,T,F] = {z_BTF.shape}, v [B,T,D] = "
+            f"{v_BTD.shape}, w [D,F] = {w_DF.shape}"
         )
     if chunk_size < 1:
         raise UserError(f"in_place_ttt: chunk_size = {chunk_size}: must be at least 1")
     if state is not None and state.shape != (B, D, F):
-        raise UserError(f"in_place_ttt: state has shape {state.shape}, expected [B,D,F] = {(B, D, F)}")
+        raise UserError(
+            f"in_place_ttt: state has shape {state.shape}, expected [B,D,F] = {(B, D, F)}"
+        )
     if segment_ids is not None and segment_ids.shape != (B, T):
-        raise UserError(f"in_place_ttt: segment_ids has shape {segment_ids.shape}, expected [B,T] = {(B, T)}")
+        raise UserError(
+            f"in_place_ttt: segment_ids has shape {segment_ids.shape}, expected [B,T] = {(B, T)}"
+        )

@@ -10,18 +10,23 @@ from ttt_jax.ops.numerics import accumulator, precision_for
 
 
 def update_norm(z_BCF, v_BCD, lr) -> Float[Array, " B"]:
-    """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation dtype)."""
+    """Frobenius norm of the update lr v^T z that one chunk writes, per sequence (accumulation
+    dtype).
+    """
     return jnp.sqrt(_update_square(z_BCF, v_BCD, lr))
 
 
 def _update_square(z_BCF, v_BCD, lr):
     acc, precision = accumulator(z_BCF.dtype), precision_for(z_BCF.dtype)
-    delta_BDF = lr * jnp.einsum("bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision)
+    delta_BDF = lr * jnp.einsum(
+        "bcd,bcf->bdf", v_BCD, z_BCF, preferred_element_type=acc, precision=precision
+    )
     return jnp.sum(delta_BDF**2, axis=(1, 2))
 
 
 def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Array, ""]:
-    """Mean cosine between the updates of successive chunks of the first sequence; 0 where no two write one after the other.
+    """Mean cosine between the updates of successive chunks of the first sequence; 0 where no two
+    write one after the other.
 
     For telemetry: no gradient is meant to be taken.
 
@@ -37,7 +42,9 @@ def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Arr
 
     def step(before_DF, i):
         z_CF, v_CD = (jax.lax.dynamic_slice_in_dim(x[0], i * C, C) for x in (z_BTF, v_BTD))
-        delta_DF = jnp.einsum("cd,cf->df", v_CD, z_CF, preferred_element_type=acc, precision=precision)
+        delta_DF = jnp.einsum(
+            "cd,cf->df", v_CD, z_CF, preferred_element_type=acc, precision=precision
+        )
         products = jnp.stack([jnp.sum(delta_DF * before_DF), jnp.sum(delta_DF**2)])
         return delta_DF, products if sum_F is None else sum_F(products)
 
@@ -49,7 +56,9 @@ def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Arr
 
 
 def fold_segments(v_BTD, segment_ids_BT, C, acc):
-    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S (resets)."""
+    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S
+    (resets).
+    """
     if segment_ids_BT is None:
         return v_BTD, None
     B, T = segment_ids_BT.shape
@@ -63,7 +72,8 @@ def fold_segments(v_BTD, segment_ids_BT, C, acc):
 
 
 def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
-    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's update in memory.
+    """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's
+    update in memory.
 
     `sum_F` adds up the squares of the devices that split F (ops/context_parallel.py).
     """
@@ -86,13 +96,17 @@ def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
 
 
 def last_update_square(z_BTF, v_BTD, lr, chunk_size: int, *, axis: str | None, shards: int):
-    """Squared Frobenius norm of the update that the sequence's last chunk writes, for this device's first row and its share
-    of F; zero on every shard but the last. No gradient is meant to be taken."""
+    """Squared Frobenius norm of the update that the sequence's last chunk writes, for this device's
+    first row and its share of F; zero on every shard but the last. No gradient is meant to be
+    taken.
+    """
     acc = accumulator(z_BTF.dtype)
 
     def square():
         v_CD, z_CF = v_BTD[0, -chunk_size:], z_BTF[0, -chunk_size:]
-        dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(z_BTF.dtype))
+        dot = functools.partial(
+            jnp.einsum, preferred_element_type=acc, precision=precision_for(z_BTF.dtype)
+        )
         return jnp.sum(jnp.square(lr * dot("cd,cf->df", v_CD, z_CF)))
 
     if axis is None:

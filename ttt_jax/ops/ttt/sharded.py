@@ -1,24 +1,28 @@
-"""In-Place TTT over a sequence that is split over a mesh axis: the three stages of the paper, exact.
+"""In-Place TTT over a sequence that is split over a mesh axis: the three stages of the paper,
+exact.
 
-B batch, T tokens of this shard, D model width, F MLP width, C chunk size, M chunks of this shard, P shards, X = ceil(D / P)
-rows of a slice, S accumulated update of the fast weight (D F), G its gradient (D F).
-arXiv 2604.06169, section 3. The functions here run inside `jax.shard_map`, once per shard.
+B batch, T tokens of this shard, D model width, F MLP width, C chunk size, M chunks of this shard, P
+shards, X = ceil(D / P) rows of a slice, S accumulated update of the fast weight (D F), G its
+gradient (D F). arXiv 2604.06169, section 3. The functions here run inside `jax.shard_map`, once per
+shard.
 
     1  delta_p = sum over the shard's chunks of lr v_i^T z_i        one matmul over the shard's tokens
     2  S_p     = what the earlier shards wrote                      exclusive prefix over the axis
     3  o       = the op on the shard's tokens, starting from S_p    any implementation
 
-Documents that start inside a shard return S to zero, so a shard is an affine map S -> keep_p S + delta_p, and the prefix runs
-over pairs (keep_p, delta_p), one per row of the batch.
+Documents that start inside a shard return S to zero, so a shard is an affine map S -> keep_p S +
+delta_p, and the prefix runs over pairs (keep_p, delta_p), one per row of the batch.
 
-The prefix moves 2 |S| (P - 1) / P values per device: an all_to_all hands every device the P deltas of its slice of S, the
-device runs the prefix on its slice, a second all_to_all hands the results back. The initial and the final state lie in those
-slices, so they cost nothing to move. The backward is the same prefix from the other end, on gamma_p = sum of do_i^T z_i.
+The prefix moves 2 |S| (P - 1) / P values per device: an all_to_all hands every device the P deltas
+of its slice of S, the device runs the prefix on its slice, a second all_to_all hands the results
+back. The initial and the final state lie in those slices, so they cost nothing to move. The
+backward is the same prefix from the other end, on gamma_p = sum of do_i^T z_i.
 
-The deltas are summed twice, once here and once inside the op: 2 T D F FLOPs more, for 6 T D F of the op. The alternative, the
-op from S = 0 and the prefix added by a matmul of its own, costs the same 2 T D F, rounds o twice, and leaves the exchange
-nothing to hide behind; here the op's slow matmul does not wait for S. Saving each chunk's delta instead would cost M |S| bytes.
-Kept for the backward: z, v, W and S_p, what the op itself keeps. No per-chunk state.
+The deltas are summed twice, once here and once inside the op: 2 T D F FLOPs more, for 6 T D F of
+the op. The alternative, the op from S = 0 and the prefix added by a matmul of its own, costs the
+same 2 T D F, rounds o twice, and leaves the exchange nothing to hide behind; here the op's slow
+matmul does not wait for S. Saving each chunk's delta instead would cost M |S| bytes. Kept for the
+backward: z, v, W and S_p, what the op itself keeps. No per-chunk state.
 """
 
 from __future__ import annotations
@@ -54,17 +58,21 @@ def in_place_ttt_shard(
     """The op on one shard of a sequence; see `ttt_jax.ops.ttt.api` for what is not listed.
 
     Args:
-      axis, shards: name and size of the mesh axis that splits T, None and 1 for a whole T (a partial chunk at the end is
-        fine then). Shards lie in the order of the sequence.
-      state_BXF: this device's slice of S_0: rows p X .. (p + 1) X of S_0 padded to P X rows. None is zero.
+      axis, shards: name and size of the mesh axis that splits T, None and 1 for a whole T (a
+        partial chunk at the end is fine then). Shards lie in the order of the sequence.
+      state_BXF: this device's slice of S_0: rows p X .. (p + 1) X of S_0 padded to P X rows. None
+        is zero.
       sum_F: sums over the devices that split F; None when F is whole. Only clipping needs it.
 
-    Returns: o_BTD (a partial sum where F is split) and this device's slice of the final state, [B, X, F].
-    Raises: UserError when the shard does not hold whole chunks.
+    Returns: o_BTD (a partial sum where F is split) and this device's slice of the final state, [B,
+    X, F]. Raises: UserError when the shard does not hold whole chunks.
     """
     T, C = z_BTF.shape[1], chunk_size
     if axis is not None and (T == 0 or T % C):
-        raise UserError(f"in_place_ttt: a shard of {T} tokens does not hold whole chunks of {C}; change one of them")
+        raise UserError(
+            f"in_place_ttt: a shard of {T} tokens does not hold whole chunks of {C}; change one "
+            "of them"
+        )
     acc = accumulator(z_BTF.dtype)
     lr = jnp.asarray(lr, acc)
     v_BTD, keep_BM = fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids_BT, C, acc)
@@ -76,7 +84,9 @@ def in_place_ttt_shard(
         options = {"segment_ids": segment_ids_BT, "implementation": implementation}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
     static = _Static(C, axis, shards, implementation, state_BXF is None)
-    out: Any = _sharded(static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT)
+    out: Any = _sharded(
+        static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT
+    )
     return out
 
 
@@ -94,7 +104,9 @@ class _Static(NamedTuple):
 
 
 def _continues(segment_ids_BT, C: int, axis: str, shards: int):
-    """Whether each row's first chunk goes on with the document that the last chunk before this shard starts with, bool [B]."""
+    """Whether each row's first chunk goes on with the document that the last chunk before this
+    shard starts with, bool [B].
+    """
     forward = [(p, p + 1) for p in range(shards - 1)]
     before_B = jax.lax.ppermute(segment_ids_BT[:, -C], axis, forward)
     # The initial state belongs to the first document, whatever its number.
@@ -106,23 +118,36 @@ def _sum_of_products(x_BTD, z_BTF, factor_BM, C, acc):
     if factor_BM is not None:
         factor_BT1 = jnp.repeat(factor_BM, C, axis=1)[:, :, None]
         x_BTD = (jnp.broadcast_to(factor_BT1, x_BTD.shape) * x_BTD.astype(acc)).astype(x_BTD.dtype)
-    return jnp.einsum("btd,btf->bdf", x_BTD, z_BTF, preferred_element_type=acc, precision=precision_for(z_BTF.dtype))
+    return jnp.einsum(
+        "btd,btf->bdf",
+        x_BTD,
+        z_BTF,
+        preferred_element_type=acc,
+        precision=precision_for(z_BTF.dtype),
+    )
 
 
-def exclusive_prefix(delta_BDF, keep_B, start_BXF, *, axis: str, shards: int, reverse: bool = False):
-    """S_p for S_{p+1} = keep_p S_p + delta_p along a mesh axis; with `reverse`, from the last shard to the first.
+def exclusive_prefix(
+    delta_BDF, keep_B, start_BXF, *, axis: str, shards: int, reverse: bool = False
+):
+    """S_p for S_{p+1} = keep_p S_p + delta_p along a mesh axis; with `reverse`, from the last shard
+    to the first.
 
     Args:
       delta_BDF, keep_B: this shard's map; keep None is one.
-      start_BXF: slice of what the first shard (the last one with `reverse`) starts from; None is zero.
+      start_BXF: slice of what the first shard (the last one with `reverse`) starts from; None is
+        zero.
 
-    Returns: what this shard starts from, [B, D, F], and the slice of what leaves the far end, [B, X, F].
+    Returns: what this shard starts from, [B, D, F], and the slice of what leaves the far end, [B,
+    X, F].
     """
     B, D, F = delta_BDF.shape
     X = slice_rows(D, shards)
     with jax.named_scope("ttt_prefix"):
         slices = jnp.pad(delta_BDF, ((0, 0), (0, shards * X - D), (0, 0))).reshape(B, shards, X, F)
-        delta_PBXF = jax.lax.all_to_all(jnp.moveaxis(slices, 1, 0), axis, split_axis=0, concat_axis=0)
+        delta_PBXF = jax.lax.all_to_all(
+            jnp.moveaxis(slices, 1, 0), axis, split_axis=0, concat_axis=0
+        )
         keep_PB = None if keep_B is None else jax.lax.all_gather(keep_B, axis)
         if start_BXF is None:
             start_BXF = jnp.zeros_like(delta_PBXF[0])
@@ -153,7 +178,8 @@ def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segmen
     scaled_BTD = (lr * v_BTD.astype(acc)).astype(dtype)
     delta_BDF = _sum_of_products(scaled_BTD, z_BTF, later_BM, C, acc)
     S_BDF, end_BXF = exclusive_prefix(delta_BDF, kept_B, state_BXF, axis=axis, shards=shards)
-    if keep_BM is not None:  # the op below takes a state for its first document, so the shard's first reset is applied here
+    # the op below takes a state for its first document, so the shard's first reset is applied here
+    if keep_BM is not None:
         S_BDF = keep_BM[:, :1, None] * S_BDF
 
     def op(z_BTF, v_BTD, w_DF, lr, S_BDF):
@@ -180,12 +206,13 @@ def _backward(static: _Static, residuals, cotangents):
     so_far_BM = None if keep_BM is None else jnp.cumprod(keep_BM, axis=1)
     kept_B = None if so_far_BM is None else so_far_BM[:, -1]
     gamma_BDF = _sum_of_products(do_BTD, z_BTF, so_far_BM, C, acc)
-    G_BDF, dstate_BXF = exclusive_prefix(gamma_BDF, kept_B, dend_BXF, axis=axis, shards=shards, reverse=True)
-    dz_BTF, dv_BTD, dw_DF, dlr, _ = pull((do_BTD, G_BDF))  # S_p's gradient is what the prefix has carried already
+    G_BDF, dstate_BXF = exclusive_prefix(
+        gamma_BDF, kept_B, dend_BXF, axis=axis, shards=shards, reverse=True
+    )
+    # S_p's gradient is what the prefix has carried already
+    dz_BTF, dv_BTD, dw_DF, dlr, _ = pull((do_BTD, G_BDF))
     dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
     return dz_BTF, dv_BTD, dw_DF, dlr, None if from_zero else dstate_BXF, dkeep_BM, None
 
 
 _sharded.defvjp(_forward, _backward)
-
-

@@ -1,15 +1,16 @@
-"""What a chunk writes for its targets: transforms of v inside a chunk, before the ordinary update S += lr v^T z.
+"""What a chunk writes for its targets: transforms of v inside a chunk, before the ordinary update S
++= lr v^T z.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, N = B M, Z a chunk's keys (C F), V its targets (C D),
-G = Z Z^T (C C).
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, N = B M, Z a chunk's keys (C
+F), V its targets (C D), G = Z Z^T (C C).
 
     sum        V^T Z                                       the paper's rule; similar keys add up
     ridge      V^T Z (Z^T Z + lambda m I)^-1               least squares: what makes z U^T closest to v on the chunk
              = (A^-1 V)^T Z with A = G + lambda m I        m = mean ||z||^2, so lambda and lr have no unit
     spectral   the nearest matrix with singular values 1   Newton-Schulz on V^T Z, as Muon takes its steps
 
-All are C x C algebra on v: the op, its kernels, its backward, streams and shards know nothing of them, and the writes of
-chunks still add up. A chunk's write depends on that chunk alone.
+All are C x C algebra on v: the op, its kernels, its backward, streams and shards know nothing of
+them, and the writes of chunks still add up. A chunk's write depends on that chunk alone.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ import jax.numpy as jnp
 
 from ttt_jax.ops.numerics import accumulator, dot
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic of Muon: singular values from 0.003 to 1 go to 0.7 .. 1.2
+# the quintic of Muon: singular values from 0.003 to 1 go to 0.7 .. 1.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 LEAF = 32  # size from which on a matrix is inverted element by element
 
 
-def transformed(write: str, z_BTF, v_BTD, chunk_size: int, *, ridge: float = 1.0, unit: jax.typing.ArrayLike = 1.0):
+def transformed(
+    write: str,
+    z_BTF,
+    v_BTD,
+    chunk_size: int,
+    *,
+    ridge: float = 1.0,
+    unit: jax.typing.ArrayLike = 1.0,
+):
     """Make targets v' such that v'^T z is what `write` writes for (z, v); in v's dtype.
 
     Args:
@@ -35,11 +45,15 @@ def transformed(write: str, z_BTF, v_BTD, chunk_size: int, *, ridge: float = 1.0
     B, T, D = v_BTD.shape
     if write == "sum":
         return v_BTD
-    z_NCF, v_NCD = (x.reshape(B * (T // chunk_size), chunk_size, x.shape[2]) for x in (z_BTF, v_BTD))
+    z_NCF, v_NCD = (
+        x.reshape(B * (T // chunk_size), chunk_size, x.shape[2]) for x in (z_BTF, v_BTD)
+    )
     acc = accumulator(v_BTD.dtype)
     with jax.named_scope(f"ttt_write_{write}"):
         gram_NCC = dot("ncf,nkf->nck", z_NCF, z_NCF, acc)
-        out_NCD = _ridge(gram_NCC, v_NCD, ridge) if write == "ridge" else _spectral(gram_NCC, v_NCD, unit)
+        out_NCD = (
+            _ridge(gram_NCC, v_NCD, ridge) if write == "ridge" else _spectral(gram_NCC, v_NCD, unit)
+        )
     return out_NCD.astype(v_BTD.dtype).reshape(B, T, D)
 
 
@@ -57,21 +71,23 @@ def _smallest(dtype):
     return float(jnp.finfo(dtype).tiny) ** 0.25
 
 
-# ------------------------------------------------------------------------------------------------------------ ridge
+# -------------------------------------------------------------------------------------------- ridge
 
 
 @jax.custom_vjp
 def solve(a_NCC, v_NCD):
     """Compute A^-1 v for symmetric positive definite A. One inverse serves the backward, too.
 
-    All of it is float32 at least. Where a chunk's keys are alike, A^-1 is the identity less a matrix of nearly the same
-    size, and in bf16 nothing true would be left of the difference.
+    All of it is float32 at least. Where a chunk's keys are alike, A^-1 is the identity less a
+    matrix of nearly the same size, and in bf16 nothing true would be left of the difference.
     """
     return _solve_forward(a_NCC, v_NCD)[0]
 
 
 def _refined(a_NCC, inverse_NCC, v_NCD):
-    """A^-1 v with the error of the product with an explicit inverse, cond^2 eps, taken out once more."""
+    """A^-1 v with the error of the product with an explicit inverse, cond^2 eps, taken out once
+    more.
+    """
     x_NCD = dot("nck,nkd->ncd", inverse_NCC, v_NCD, a_NCC.dtype)
     rest_NCD = v_NCD - dot("nck,nkd->ncd", a_NCC, x_NCD, a_NCC.dtype)
     return x_NCD + dot("nck,nkd->ncd", inverse_NCC, rest_NCD, a_NCC.dtype)
@@ -93,16 +109,22 @@ solve.defvjp(_solve_forward, _solve_backward)
 
 
 def inverse(a_NCC):
-    """Inverse of symmetric positive definite matrices by halves: matmuls, which every device and mesh does well.
+    """Inverse of symmetric positive definite matrices by halves: matmuls, which every device and
+    mesh does well.
 
-    With A = [[P, Q^T], [Q, R]] and the Schur complement X = R - Q P^-1 Q^T, the lower right corner of A^-1 is X^-1.
+    With A = [[P, Q^T], [Q, R]] and the Schur complement X = R - Q P^-1 Q^T, the lower right corner
+    of A^-1 is X^-1.
     """
     C = a_NCC.shape[1]
     if C <= LEAF:
         return _swept(a_NCC)
     half, acc = C // 2, a_NCC.dtype
     product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH, below_NLH, last_NLL = a_NCC[:, :half, :half], a_NCC[:, half:, :half], a_NCC[:, half:, half:]
+    first_NHH, below_NLH, last_NLL = (
+        a_NCC[:, :half, :half],
+        a_NCC[:, half:, :half],
+        a_NCC[:, half:, half:],
+    )
     first_NHH = inverse(first_NHH)
     q_NLH = product("nlh,nhk->nlk", below_NLH, first_NHH)
     last_NLL = inverse(last_NLL - product("nlh,nmh->nlm", q_NLH, below_NLH))
@@ -128,7 +150,7 @@ def _swept(a_NCC):
     return jax.lax.fori_loop(0, C, sweep, a_NCC)
 
 
-# --------------------------------------------------------------------------------------------------------- spectral
+# ----------------------------------------------------------------------------------------- spectral
 
 
 def _spectral(gram_NCC, v_NCD, unit):
@@ -141,13 +163,18 @@ def _spectral(gram_NCC, v_NCD, unit):
     square_N11 = jnp.sum(gram_NCC * targets_NCC, axis=(1, 2), keepdims=True)  # ||V^T Z||_F^2
     some_N11 = square_N11 > _smallest(acc)
     first_N11 = jnp.where(some_N11, jax.lax.rsqrt(jnp.where(some_N11, square_N11, 1)), 0)
-    product = lambda x, y: dot("nck,nkl->ncl", x, y, acc)  # token space squares the condition number: no bf16
+    # token space squares the condition number: no bf16
+    product = lambda x, y: dot("nck,nkl->ncl", x, y, acc)
     m_NCC = first_N11 * jnp.eye(C, dtype=acc)[None]
     for _ in range(ROUNDS):
         x_NCC = product(product(product(m_NCC, gram_NCC), jnp.swapaxes(m_NCC, 1, 2)), targets_NCC)
         xm_NCC = product(x_NCC, m_NCC)
         m_NCC = a * m_NCC + b * xm_NCC + c * product(x_NCC, xm_NCC)
-    return jnp.asarray(unit, acc) * product(jnp.swapaxes(m_NCC, 1, 2), v_NCD.astype(acc)) / (key_N11 * target_N11)
+    return (
+        jnp.asarray(unit, acc)
+        * product(jnp.swapaxes(m_NCC, 1, 2), v_NCD.astype(acc))
+        / (key_N11 * target_N11)
+    )
 
 
 def _unit_trace(gram_NCC):

@@ -1,16 +1,18 @@
-"""In-Place TTT in plain JAX: `jax.lax.scan` over chunks with the state as carry and a closed-form backward.
+"""In-Place TTT in plain JAX: `jax.lax.scan` over chunks with the state as carry and a closed-form
+backward.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of the fast weight
-(D F), G its gradient (D F).
+B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of
+the fast weight (D F), G its gradient (D F).
 
     forward    o_i = z_i W^T + z_i S_i^T           S_{i+1} = keep_{i+1} (S_i + lr v_i^T z_i)
     backward   dz_i = do_i (W + S_i) + lr v_i G_i  dv_i = lr z_i G_i^T      G_{i-1} = keep_i (G_i + do_i^T z_i)
                dW = sum_i do_i^T z_i, which G has accumulated already: it is collected where G is reset and at the end
 
-W and S are applied by two matmuls, not as one bf16 matrix W + S: rounding the sum to bf16 would swallow an update that is
-small beside W (docs/numerics.md). Only z, v, W and the initial state are kept for the backward, which runs the states
-forward again; its temporary memory does not depend on the number of chunks (arXiv 2604.06169, section 3; docs/design.md).
-What is known to be zero is not computed with: no initial state is nothing to apply to the first chunk, and where no gradient
+W and S are applied by two matmuls, not as one bf16 matrix W + S: rounding the sum to bf16 would
+swallow an update that is small beside W (docs/numerics.md). Only z, v, W and the initial state are
+kept for the backward, which runs the states forward again; its temporary memory does not depend on
+the number of chunks (arXiv 2604.06169, section 3; docs/design.md). What is known to be zero is not
+computed with: no initial state is nothing to apply to the first chunk, and where no gradient
 reaches the final state, G is nothing to the last one.
 """
 
@@ -30,8 +32,9 @@ def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
 
     Args:
       state_BDF: None is zero.
-      keep_BM: float, what the state is multiplied by at the start of each chunk (a trailing partial one included): 0 at a
-        document's first chunk, else 1. None means all ones. Rows of v that must not be written are zero already.
+      keep_BM: float, what the state is multiplied by at the start of each chunk (a trailing partial
+        one included): 0 at a document's first chunk, else 1. None means all ones. Rows of v that
+        must not be written are zero already.
     """
     return _in_place_ttt(chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
@@ -59,7 +62,9 @@ def scaled(v_BCD, lr):
 
 
 def _write(S_BDF, v_BCD, z_BCF, lr):
-    """S + lr v^T z. The factor goes into v, so that the matmul can accumulate straight into S. No S is zero."""
+    """S + lr v^T z. The factor goes into v, so that the matmul can accumulate straight into S. No S
+    is zero.
+    """
     with jax.named_scope("ttt_update"):
         return _add(S_BDF, dot("bcd,bcf->bdf", scaled(v_BCD, lr), z_BCF, lr.dtype))
 
@@ -69,9 +74,15 @@ def _add(x, y):
 
 
 def _scan(step, carry, start, stop, reverse=False):
-    """`carry` after `step(carry, i)` for i in start .. stop - 1; nothing is traced for none: there may be no chunk to slice."""
+    """`carry` after `step(carry, i)` for i in start .. stop - 1; nothing is traced for none: there
+    may be no chunk to slice.
+    """
     body = lambda carry, i: (step(carry, i), None)
-    return jax.lax.scan(body, carry, jnp.arange(start, stop), reverse=reverse)[0] if start < stop else carry
+    return (
+        jax.lax.scan(body, carry, jnp.arange(start, stop), reverse=reverse)[0]
+        if start < stop
+        else carry
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -101,7 +112,9 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     def step(carry, i):
         o_BTD, S_BDF = carry
         S_BDF = _enter(S_BDF, keep_BM, i)
-        return apply(o_BTD, S_BDF, i, C), _write(S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr)
+        return apply(o_BTD, S_BDF, i, C), _write(
+            S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
+        )
 
     o_BTD, S_BDF, start = jnp.zeros((B, T, D), dtype), state_BDF, 0
     if S_BDF is None:
@@ -142,7 +155,9 @@ def _backward(C, residuals, cotangents):
     def replay(carry, i):
         dz_BTF, S_BDF = carry
         S_BDF = enter(S_BDF, i)
-        return read_grad(dz_BTF, S_BDF, i, C), _write(S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr)
+        return read_grad(dz_BTF, S_BDF, i, C), _write(
+            S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
+        )
 
     # Nothing reads the state after the last token, so the update before it need not be replayed.
     last, size = (M, tail) if tail else (M - 1, C)
@@ -153,7 +168,9 @@ def _backward(C, residuals, cotangents):
     dz_BTF = read_grad(dz_BTF, enter(S_BDF, last), last, size)
 
     def leave(dw_DF, G_BDF, i):
-        """Where a document starts G returns to zero; what it held is the share of dW of the tokens from there on."""
+        """Where a document starts G returns to zero; what it held is the share of dW of the tokens
+        from there on.
+        """
         if keep_BM is None:
             return dw_DF, G_BDF
         keep_B11 = _factor(keep_BM, i)
@@ -176,8 +193,11 @@ def _backward(C, residuals, cotangents):
         with jax.named_scope("ttt_grad_update"):
             G_cast_BDF = G_BDF.astype(dtype)
             dv_BCD = dot("bcf,bdf->bcd", z_BCF, G_cast_BDF, acc)
-            # In 16 bit cuBLAS adds to the chunk's dz before it rounds; a sum in float32 would be passes over memory.
-            dz_BCF = _chunk(dz_BTF, i, C) + dot("bcd,bdf->bcf", scaled(v_BCD, lr), G_cast_BDF, dtype)
+            # In 16 bit cuBLAS adds to the chunk's dz before it rounds; a sum in float32 would be
+            # passes over memory.
+            dz_BCF = _chunk(dz_BTF, i, C) + dot(
+                "bcd,bdf->bcf", scaled(v_BCD, lr), G_cast_BDF, dtype
+            )
         dw_DF, G_BDF = collect(dw_DF, G_BDF, i)
         dlr = dlr + jnp.sum(v_BCD.astype(acc) * dv_BCD)
         return _put(dz_BTF, i, C, dz_BCF), _put(dv_BTD, i, C, lr * dv_BCD), dlr, dw_DF, G_BDF
