@@ -323,13 +323,25 @@ def measure(base: config_lib.Config, shape, T: int, ttt: str, args, rate: float)
     if not args.train:  # the logits of the last token only
         flops -= 2 * config.model.d_model * config.model.vocab_size
     return {
-        "preset": args.preset, "work": "train" if args.train else "prefill", "mesh": names, "devices": devices, "ttt": ttt,
-        "rows": rows, "seq": T, "chunk": config.model.ttt.chunk_size, "seconds": seconds, "peak_gib": gib,
-        "tokens_per_second": rows * T / seconds, "flops_per_token": flops, "matmul_tflops": rate / 1e12,
+        "preset": args.preset,
+        "work": "train" if args.train else "prefill",
+        "mesh": names,
+        "devices": devices,
+        "ttt": ttt,
+        "rows": rows,
+        "seq": T,
+        "chunk": config.model.ttt.chunk_size,
+        "seconds": seconds,
+        "peak_gib": gib,
+        "tokens_per_second": rows * T / seconds,
+        "flops_per_token": flops,
+        "matmul_tflops": rate / 1e12,
         "mfu": rows * T * flops / seconds / (rate * devices),
-        "prefix_seconds": one, "prefix_share": one * layers * (3 if args.train else 1) / seconds,
-        "remat_save": config.remat_save, "model": dataclasses.asdict(config.model.ttt),
-    }  # fmt: skip
+        "prefix_seconds": one,
+        "prefix_share": one * layers * (3 if args.train else 1) / seconds,
+        "remat_save": config.remat_save,
+        "model": dataclasses.asdict(config.model.ttt),
+    }
 
 
 def report(row: dict, first: int) -> None:

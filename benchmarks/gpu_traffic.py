@@ -130,7 +130,9 @@ def prefill(config: config_lib.Config, found: list, tokens: int, ttt: bool):
 
 
 class Instruction:
-    """One line of a computation: its result's type, what it is, the names it reads, and the line."""
+    """One line of a computation: its result's type, what it is, the names it reads, and the
+    line.
+    """
 
     PATTERN = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 

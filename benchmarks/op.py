@@ -387,9 +387,11 @@ def heading(case: dict, matmul: float) -> None:
     forward, both = (
         n * case["B"] * case["T"] * case["D"] * case["F"] / matmul * 1e3 for n in (4, 14)
     )
-    print(f"\n{case['shape']} D={case['D']} F={case['F']} C={case['C']} B={case['B']} T={case['T']}"
-          f"{' documents' if case['documents'] else ''}: bound {forward:.2f} + "
-          f"{both - forward:.2f} ms")  # fmt: skip
+    print(
+        f"\n{case['shape']} D={case['D']} F={case['F']} C={case['C']} B={case['B']} T={case['T']}"
+        f"{' documents' if case['documents'] else ''}: bound {forward:.2f} + "
+        f"{both - forward:.2f} ms"
+    )
     print("  ".join(f"{name:>14}" for name in COLUMNS), flush=True)
 
 

@@ -30,10 +30,14 @@ MODELS = {
     "4B": ["configs/qwen3_4b_longct_128k.yaml"],
     "8B": [EIGHT],
     "14B": [
-        EIGHT, "--model.d_model=5120", "--model.d_ff=17408", "--model.num_layers=40", "--model.num_heads=40",
+        EIGHT,
+        "--model.d_model=5120",
+        "--model.d_ff=17408",
+        "--model.num_layers=40",
+        "--model.num_heads=40",
         "--model.ttt.layers=[0,6,12,18,24,30,36]",
     ],
-}  # fmt: skip
+}
 TOPOLOGIES = ["v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v6e:16x16"]
 CHUNK = 4096
 
@@ -55,9 +59,14 @@ def measure(model: str, tokens: int, topology: str, context: int, timeout: float
     fsdp = devices_of(topology) // context
     config, *words = MODELS[model]
     words += [
-        f"--data.seq_len={tokens}", f"--model.max_positions={tokens}", f"--data.batch_size={fsdp}", "--optimizer.accumulate=1",
-        f"--model.ttt.chunk_size={CHUNK}", "--mesh.fsdp=-1", f"--mesh.context={context}",
-    ]  # fmt: skip
+        f"--data.seq_len={tokens}",
+        f"--model.max_positions={tokens}",
+        f"--data.batch_size={fsdp}",
+        "--optimizer.accumulate=1",
+        f"--model.ttt.chunk_size={CHUNK}",
+        "--mesh.fsdp=-1",
+        f"--mesh.context={context}",
+    ]
     about = {
         "model": model,
         "tokens": tokens,

@@ -67,7 +67,9 @@ def run(
 
 
 def train(words: list[str], log: Path) -> int:
-    """Run `train.py` in this process, which has imported jax and read the data for the run before."""
+    """Run `train.py` in this process, which has imported jax and read the data for the run
+    before.
+    """
     from train import main
 
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

@@ -1,4 +1,6 @@
-"""Shared fixtures: eight fake CPU devices, strict dtype promotion, and the official code's arrays."""
+"""Shared fixtures: eight fake CPU devices, strict dtype promotion, and the official code's
+arrays.
+"""
 
 import os
 import signal

@@ -97,14 +97,26 @@ def findings(source):
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from pickle import loads", "import dill.source", "eval('1')", "exec(x)", "__import__('os')",
-        "os.system('ls')", "subprocess.run('ls', shell=True)", "np.load(p)", "np.load(p, "
-                                                                             "allow_pickle=True)",
-        "f(trust_remote_code=True)", "f(trust_remote_code=x)", "yaml.load(x)", "yaml.load(x, "
-                                                                               "Loader=yaml.Loader)",
-        "yaml.unsafe_load(x)", "torch.load(p)", "os.execvp('a', b)", "np.lib.format.read_array(f)",
+        "import pickle",
+        "from pickle import loads",
+        "import dill.source",
+        "eval('1')",
+        "exec(x)",
+        "__import__('os')",
+        "os.system('ls')",
+        "subprocess.run('ls', shell=True)",
+        "np.load(p)",
+        "np.load(p, allow_pickle=True)",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=x)",
+        "yaml.load(x)",
+        "yaml.load(x, Loader=yaml.Loader)",
+        "yaml.unsafe_load(x)",
+        "torch.load(p)",
+        "os.execvp('a', b)",
+        "np.lib.format.read_array(f)",
     ],
-)  # fmt: skip
+)
 def test_the_search_finds(source):
     assert findings(source)
 

@@ -13,8 +13,15 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"orbax-checkpoint": "orbax", "pyyaml": "yaml", "lm-eval": "lm_eval", "ml-dtypes": "ml_dtypes",
-           "tensorboardx": "tensorboardX", "jax-triton": "jax_triton", "absl-py": "absl"}  # fmt: skip
+MODULES = {
+    "orbax-checkpoint": "orbax",
+    "pyyaml": "yaml",
+    "lm-eval": "lm_eval",
+    "ml-dtypes": "ml_dtypes",
+    "tensorboardx": "tensorboardX",
+    "jax-triton": "jax_triton",
+    "absl-py": "absl",
+}
 # asked for by name in a config; of jax-triton; of grain
 OPTIONAL = {"wandb", "triton", "array_record"}
 

@@ -62,14 +62,22 @@ def test_errors_that_quote():
 @pytest.mark.parametrize(
     "words",
     [
-        ["eval", "--model", "nowhere", "--out", HOSTILE[:-3].replace("/", "_").replace("\0", ""), "--perplexity", "x"],
+        [
+            "eval",
+            "--model",
+            "nowhere",
+            "--out",
+            HOSTILE[:-3].replace("/", "_").replace("\0", ""),
+            "--perplexity",
+            "x",
+        ],
         ["score", "--model", "a\x1b[2Jb", "--text", "\x1b]0;x\x07", "--out", "o"],
         ["report", "a\x9b31m\u202eb"],
         ["\x1b[2J"],
         ["eval", "--\x1b[2J"],
         ["plan", "--config", "\x1b[2J.yaml", "--topology", "h100:1"],
     ],
-)  # fmt: skip
+)
 def test_messages_of_commands(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
@@ -102,9 +110,20 @@ def test_a_comparison_with_markup_in_its_names(tmp_path, capsys):
         (tmp_path / name).mkdir()
         results = results_of(name=HOSTILE[:-1])
         results["tasks"] = {
-            "modes": ["on"], "limit": 1, "fewshot": None, "chat": False, "version": "1",
-            "entries": [{"task": "[/b]\x1b[2J", "metric": "acc", "samples": 1, "on": {"value": 0.5, "stderr": None}}],
-        }  # fmt: skip
+            "modes": ["on"],
+            "limit": 1,
+            "fewshot": None,
+            "chat": False,
+            "version": "1",
+            "entries": [
+                {
+                    "task": "[/b]\x1b[2J",
+                    "metric": "acc",
+                    "samples": 1,
+                    "on": {"value": 0.5, "stderr": None},
+                }
+            ],
+        }
         (tmp_path / name / "results.json").write_text(json.dumps(results))
     assert (
         main(

@@ -17,7 +17,9 @@ from ttt_jax.data.sources import find_files
     ],
 )
 def test_of_a_folder_the_files_of_the_format(tmp_path, format, names):
-    """Others are left out, not read as what they are not; `text` takes whatever is no binary file."""
+    """Others are left out, not read as what they are not; `text` takes whatever is no binary
+    file.
+    """
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "c"}\n'))

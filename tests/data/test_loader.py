@@ -1,4 +1,6 @@
-"""The training stream: deterministic, resumable at any batch, the same for any number of processes."""
+"""The training stream: deterministic, resumable at any batch, the same for any number of
+processes.
+"""
 
 import itertools
 import json

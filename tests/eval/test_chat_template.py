@@ -64,9 +64,13 @@ def test_one_process_renders_many():
 
 
 def test_a_template_that_failed_once_renders_again():
-    template = ChatTemplate("{{ 1 // (messages | length - 1) }}{% for i in range(90000) if "
-                            "messages | length > 2 %}"
-                            "{% for j in range(90000) %}{% endfor %}{% endfor %}", {}, 1.0)  # fmt: skip
+    template = ChatTemplate(
+        "{{ 1 // (messages | length - 1) }}{% for i in range(90000) if "
+        "messages | length > 2 %}"
+        "{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        {},
+        1.0,
+    )
     for messages, words in (
         (HISTORY[:1], "ZeroDivisionError"),
         (HISTORY * 2, "took more than 1 s"),
@@ -79,29 +83,37 @@ def test_a_template_that_failed_once_renders_again():
 
 HOSTILE = {
     "memory": ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
-    "memory by doubling": ("{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set "
-                           "ns.x = ns.x ~ ns.x %}"
-                           "{% endfor %}{{ ns.x }}", "MemoryError"),
+    "memory by doubling": (
+        "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set "
+        "ns.x = ns.x ~ ns.x %}"
+        "{% endfor %}{{ ns.x }}",
+        "MemoryError",
+    ),
     "memory by format": ("{{ '%1000000000d' % 1 }}", "MemoryError"),
     "memory by filter": ("{{ 'x' | center(10 ** 10) }}", "MemoryError"),
     "too long": ("{{ 'x' * 70000000 }}", "gives 70000000 characters"),
     "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError: Range too big"),
     "recursion": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
-    "nested": ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "chat template: cannot be "
-                                                                    "rendered ("),
+    "nested": (
+        "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
+        "chat template: cannot be rendered (",
+    ),
     "type": ("{{ 1 + 'a' }}", "TypeError"),
     "zero": ("{{ 1 / 0 }}", "ZeroDivisionError"),
     "undefined": ("{{ nobody.field.field }}", "UndefinedError"),
     "syntax": ("{% for %}", "TemplateSyntaxError"),
     "attribute": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "globals": ("{{ raise_exception.__globals__.x }}", "SecurityError"),
-    "method of a string": ("{{ '{0.__class__.__init__.__globals__}'.format(messages) }}", "SecurityError"),
+    "method of a string": (
+        "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+        "SecurityError",
+    ),
     "changes its input": ("{{ messages.append(1) }}", "SecurityError"),
     "include": ("{% include '/etc/passwd' %}", "no loader"),
     "integer": ("{{ 10 ** 5000 }}", "ValueError"),
     "escapes": ("{{ raise_exception('\x1b[31m\\n' * 1000) }}", r"\x1b[31m"),
     "long message": ("{{ raise_exception('abc' * 10 ** 6) }}", "abcabc"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -32,7 +32,9 @@ def ids():
 
 
 def test_fast_weights(model, ids):
-    """Norm, rank and share of the output, from the states that the model returns and numpy's SVD."""
+    """Norm, rank and share of the output, from the states that the model returns and numpy's
+    SVD.
+    """
     (found,) = fast_weights(model, ids, points=3)
     assert found["layer"] == 1
     w_DF = np.asarray(model.groups[1].blocks[0].mlp.down[...], np.float64)[0, 0]

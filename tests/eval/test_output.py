@@ -41,10 +41,17 @@ def results_of(on=(2.0, 3.0), name="a"):
         "positions": [entry(on, off, start=0, stop=16)],
     }
     return {
-        "model": name, "dtype": "float32", "options": {"model": name}, "date": "d", "commit": None, "seconds": 1.5,
-        "hardware": {"device_count": 1, "device": "cpu", "cpus": 2}, "versions": {"jax": "1"}, "perplexity": perplexity,
+        "model": name,
+        "dtype": "float32",
+        "options": {"model": name},
+        "date": "d",
+        "commit": None,
+        "seconds": 1.5,
+        "hardware": {"device_count": 1, "device": "cpu", "cpus": 2},
+        "versions": {"jax": "1"},
+        "perplexity": perplexity,
         "config": to_dict(config()),
-    }  # fmt: skip
+    }
 
 
 def test_parse_lengths():

@@ -172,7 +172,9 @@ def test_exchanged_leaves_the_state_alone(rows):
 
 
 def test_evaluate(corpus, rows):
-    """Means and per-document losses of every length and position, and the gains paired by document."""
+    """Means and per-document losses of every length and position, and the gains paired by
+    document.
+    """
     seen = []
     modes = ("off", "on", "shuffled")
     options = {

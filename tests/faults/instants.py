@@ -209,10 +209,14 @@ def lost_terminal(folder: Path, trials: int = 1) -> str:
     master, slave = pty.openpty()
     words = [*job.words, f"--runs_dir={job.runs}", "--name=lost_pty"]
     process = subprocess.Popen(
-        [sys.executable, DRIVER, *words], cwd=ROOT, env=environment(job) | {"FAULTS": '{"sleep": '
-                                                                                      '0.3}', "TERM": "xterm"},
-        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, DRIVER, *words],
+        cwd=ROOT,
+        env=environment(job) | {"FAULTS": '{"sleep": 0.3}', "TERM": "xterm"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
     os.close(slave)
     assert job.wait(process, lambda: job.logged("lost_pty") >= 3)
     # the terminal is closed; without a session of its own the kernel sends no SIGHUP, so:
@@ -234,10 +238,13 @@ def lost_terminal(folder: Path, trials: int = 1) -> str:
 def environment(job: Job) -> dict[str, str]:
     """As `Job.start` gives it."""
     names = {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(job.folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(job.folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
+    }
     return {
         key: value
         for key, value in os.environ.items()

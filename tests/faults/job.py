@@ -22,12 +22,26 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
 DRIVER = "tests/faults/driver.py"
 WORDS = [
-    "--model.d_model=16", "--model.num_layers=2", "--model.num_heads=2", "--model.num_kv_heads=1", "--model.head_dim=8",
-    "--model.d_ff=24", "--model.sliding_window=8", "--model.ttt.layers=0", "--model.ttt.chunk_size=8",
-    "--data.seq_len=32", "--data.batch_size=2", "--optimizer.warmup_steps=2", "--optimizer.schedule=constant",
-    "--eval.rows=2", "--eval.buckets=2", "--log.tensorboard=false", "--log.every=1", "--log.documents=true",
+    "--model.d_model=16",
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.num_kv_heads=1",
+    "--model.head_dim=8",
+    "--model.d_ff=24",
+    "--model.sliding_window=8",
+    "--model.ttt.layers=0",
+    "--model.ttt.chunk_size=8",
+    "--data.seq_len=32",
+    "--data.batch_size=2",
+    "--optimizer.warmup_steps=2",
+    "--optimizer.schedule=constant",
+    "--eval.rows=2",
+    "--eval.buckets=2",
+    "--log.tensorboard=false",
+    "--log.every=1",
+    "--log.documents=true",
     "--checkpoint.every=3",
-]  # fmt: skip
+]
 
 
 class Job:

@@ -28,9 +28,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("kill_9", "sigterm", "disk_full", "corrupt", "truncated_data", "not_finite", "one_of_two", "sigterm_of_two",
-             "disk_full_of_two", "shared_cache", "two_jobs", "interrupted_twice", "lost_terminal",
-             "signals_anywhere")  # fmt: skip
+    names = (
+        "kill_9",
+        "sigterm",
+        "disk_full",
+        "corrupt",
+        "truncated_data",
+        "not_finite",
+        "one_of_two",
+        "sigterm_of_two",
+        "disk_full_of_two",
+        "shared_cache",
+        "two_jobs",
+        "interrupted_twice",
+        "lost_terminal",
+        "signals_anywhere",
+    )
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=10)

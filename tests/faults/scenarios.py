@@ -29,9 +29,21 @@ from faults.job import DRIVER, Job, end, fill, kill, small_disk
 from faults.several import disk_full_of_two, one_of_two, shared_cache, sigterm_of_two
 
 __all__ = [
-    "corrupt", "disk_full", "disk_full_of_two", "interrupted_twice", "kill_9", "lost_terminal", "not_finite", "one_of_two",
-    "shared_cache", "signals_anywhere", "sigterm", "sigterm_of_two", "truncated_data", "two_jobs",
-]  # fmt: skip
+    "corrupt",
+    "disk_full",
+    "disk_full_of_two",
+    "interrupted_twice",
+    "kill_9",
+    "lost_terminal",
+    "not_finite",
+    "one_of_two",
+    "shared_cache",
+    "signals_anywhere",
+    "sigterm",
+    "sigterm_of_two",
+    "truncated_data",
+    "two_jobs",
+]
 
 
 def kill_9(folder: Path, trials: int, seed: int = 0) -> str:

@@ -29,13 +29,38 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kill_9", "sigterm", "corrupt", "truncated_data", "not_finite", "one_of_two",
-                                  "sigterm_of_two", "shared_cache", "two_jobs", "interrupted_twice", "lost_terminal",
-                                  "signals_anywhere"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kill_9",
+        "sigterm",
+        "corrupt",
+        "truncated_data",
+        "not_finite",
+        "one_of_two",
+        "sigterm_of_two",
+        "shared_cache",
+        "two_jobs",
+        "interrupted_twice",
+        "lost_terminal",
+        "signals_anywhere",
+    ],
+)
 def test_fault(name, tmp_path):
-    trials = {"kill_9": 6, "sigterm": 3, "corrupt": 1, "truncated_data": 1, "not_finite": 1, "one_of_two": 1,
-              "sigterm_of_two": 2, "shared_cache": 1, "two_jobs": 2, "interrupted_twice": 2, "lost_terminal": 1,
-              "signals_anywhere": 12}[name]  # fmt: skip
+    trials = {
+        "kill_9": 6,
+        "sigterm": 3,
+        "corrupt": 1,
+        "truncated_data": 1,
+        "not_finite": 1,
+        "one_of_two": 1,
+        "sigterm_of_two": 2,
+        "shared_cache": 1,
+        "two_jobs": 2,
+        "interrupted_twice": 2,
+        "lost_terminal": 1,
+        "signals_anywhere": 12,
+    }[name]
     getattr(scenarios, name)(tmp_path, trials)
 
 

@@ -103,12 +103,24 @@ def huge(path):
     os.truncate(path, 3 << 30)  # sparse
 
 
-SPOILT = {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "link": link, "huge": huge,
-          "link to nothing": lambda path: path.symlink_to("nothing"), "folder": os.mkdir}  # fmt: skip
+SPOILT = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link": link,
+    "huge": huge,
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "folder": os.mkdir,
+}
 FILES = [
-    "hf/config.json", "hf/generation_config.json", "hf/tokenizer_config.json", "hf/tokenizer.json",
-    "orbax/ttt_jax.json", "orbax/generation_config.json", "orbax/tokenizer_config.json", "orbax/tokenizer.json",
-]  # fmt: skip
+    "hf/config.json",
+    "hf/generation_config.json",
+    "hf/tokenizer_config.json",
+    "hf/tokenizer.json",
+    "orbax/ttt_jax.json",
+    "orbax/generation_config.json",
+    "orbax/tokenizer_config.json",
+    "orbax/tokenizer.json",
+]
 
 
 @pytest.mark.parametrize("how", SPOILT)
@@ -142,9 +154,19 @@ def test_what_is_only_copied(models, how):
 
 
 EOS = {
-    "beyond": 300, "negative": -1, "in a list": [1, 300], "boolean": True, "text": "a" * 10**6, "long list": list(range(65)),
-    "very long list": [1] * 20_000, "nested": [[1]], "float": 1.0, "table": {"a": 1}, "huge": 10**400, "escape": "\x1b[31m",
-}  # fmt: skip
+    "beyond": 300,
+    "negative": -1,
+    "in a list": [1, 300],
+    "boolean": True,
+    "text": "a" * 10**6,
+    "long list": list(range(65)),
+    "very long list": [1] * 20_000,
+    "nested": [[1]],
+    "float": 1.0,
+    "table": {"a": 1},
+    "huge": 10**400,
+    "escape": "\x1b[31m",
+}
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])

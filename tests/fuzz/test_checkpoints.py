@@ -148,9 +148,23 @@ def run_truncations(work, examples):
     example()
 
 
-FIELDS = [*SMALL, "rope_scaling", "rope_parameters", "rope_theta", "rms_norm_eps", "layer_types", "sliding_window",
-          "use_sliding_window", "max_window_layers", "attention_bias", "max_position_embeddings", "hidden_act",
-          "initializer_range", "quantization_config", "torch_dtype"]  # fmt: skip
+FIELDS = [
+    *SMALL,
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "rms_norm_eps",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_bias",
+    "max_position_embeddings",
+    "hidden_act",
+    "initializer_range",
+    "quantization_config",
+    "torch_dtype",
+]
 
 
 def run_configs(work, stored, examples):
@@ -317,23 +331,35 @@ HOSTILE = {
     "nested": (file_of(b"[" * 100_000), "is not JSON"),
     "absurd integer": (file_of(b'{"a":' + b"9" * 10_000 + b"}"), "is not JSON"),
     "a list": (file_of([]), "its header is not an object"),
-    "listed twice": (file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],'
-                             b'"data_offsets":[0,4]}}', b"1234"), "a is listed twice"),
+    "listed twice": (
+        file_of(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],'
+            b'"data_offsets":[0,4]}}',
+            b"1234",
+        ),
+        "a is listed twice",
+    ),
     "out of range": (file_of({"a": tensor([1000], 0, 4000)}, b"1234"), "its tensors end at byte"),
-    "overlap": (file_of({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"), "tensor b "
-                                                                                    "begins at "
-                                                                                    "byte"),
+    "overlap": (
+        file_of({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"),
+        "tensor b begins at byte",
+    ),
     "hole": (file_of({"a": tensor([1], 4, 8)}, b"12345678"), "tensor a begins at byte"),
     "rest": (file_of({"a": tensor([1], 0, 4)}, b"12345678"), "its tensors end at byte"),
     "negative": (file_of({"a": tensor([-1], 0, 4)}, b"1234"), "no valid shape and data_offsets"),
     "fraction": (file_of({"a": tensor([1.5], 0, 6)}, b"123456"), "no valid shape and data_offsets"),
     "boolean": (file_of({"a": tensor([True], 0, 4)}, b"1234"), "no valid shape and data_offsets"),
-    "huge shape": (file_of({"a": tensor([2**40, 2**40], 0, 4)}, b"1234"), "has 4 bytes, which is "
-                                                                          "not its shape in F32"),
+    "huge shape": (
+        file_of({"a": tensor([2**40, 2**40], 0, 4)}, b"1234"),
+        "has 4 bytes, which is not its shape in F32",
+    ),
     "dtype": (file_of({"a": tensor([1], 0, 4, "pickle")}, b"1234"), "unknown dtype 'pickle'"),
-    "line break": (file_of({"a\nerror: b": tensor([1], 0, 8)}, b"12345678"), r"'a\\nerror: b' has "
-                                                                             r"8 bytes"),
-}  # fmt: skip
+    "line break": (
+        file_of({"a\nerror: b": tensor([1], 0, 8)}, b"12345678"),
+        r"'a\\nerror: b' has "
+        r"8 bytes",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)

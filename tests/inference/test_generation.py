@@ -133,7 +133,9 @@ def test_scores_of_ragged_rows():
     ("changes", "cuts"), [({}, (5, 22)), ({}, (8, 3)), (WINDOW, (1, 1))], ids=str
 )
 def test_a_restored_session_goes_on_as_if_never_stopped(changes, cuts, tmp_path):
-    """Read, save, restore into the other layout, read, write, save, restore, write: equals one run."""
+    """Read, save, restore into the other layout, read, write, save, restore, write: equals one
+    run.
+    """
     model, other = model_of(**changes), model_of_unrolled(**changes)
     rows = prompts([37, 30])
     whole = Session(model, 2)
@@ -375,7 +377,9 @@ def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
 
 
 def test_a_ring_does_not_grow():
-    """With sliding windows the state of a stream is as large after a thousand tokens as after ten."""
+    """With sliding windows the state of a stream is as large after a thousand tokens as after
+    ten.
+    """
     model, sizes = model_of(**WINDOW), []
     session = Session(model, piece=64)
     for n in (10, 1000):

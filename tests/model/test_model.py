@@ -132,7 +132,9 @@ def test_chunks_of_one_token(x64):
 
 
 def test_growing_caches(x64):
-    """Without a capacity, `model(ids, state)` as a user calls it: full caches grow, rings do not."""
+    """Without a capacity, `model(ids, state)` as a user calls it: full caches grow, rings do
+    not.
+    """
     model, ids = make(config(**EMBED | WINDOW)), tokens(2, 15)
     whole, final = run(model, ids)
     step = jit(lambda model, ids, state: model(ids, state))

@@ -82,7 +82,9 @@ def test_windowed_blocks(monkeypatch, T, window, together):
 
 
 def test_tokens_of_segment_0_do_not_see_what_lies_before_the_row(x64):
-    """A row that begins with segment 0 (padding, or a document of that number): both paths agree."""
+    """A row that begins with segment 0 (padding, or a document of that number): both paths
+    agree.
+    """
     q, k, v, _ = map(jnp.asarray, make_inputs())
     ids = jnp.asarray([[0] * 20 + [1] * 17, [0] * 3 + [2] * 30 + [0] * 4], jnp.int32)
     # A window of 5 of 37 tokens is computed in blocks of the window.
@@ -128,7 +130,9 @@ def test_bfloat16(window):
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_softmax_is_computed_in_float32_under_bfloat16(window):
-    """Logits of about 10, which as bf16 numbers would be off by 0.03, and so their probabilities."""
+    """Logits of about 10, which as bf16 numbers would be off by 0.03, and so their
+    probabilities.
+    """
     q, k, v, _ = make_inputs(T=33)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (10 * q, k, v)]
     with (

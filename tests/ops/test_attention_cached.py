@@ -33,7 +33,9 @@ def call(window, single, q, k, v, cache, start, lengths):
 @pytest.mark.parametrize("window", [None, 1, 6, 64], ids=str)
 @pytest.mark.parametrize("rows", [None, 2])
 def test_pieces_equal_the_whole(monkeypatch, rows, window, x64):
-    """Nothing of the cache but the tokens that were read is seen: it starts full of large numbers."""
+    """Nothing of the cache but the tokens that were read is seen: it starts full of large
+    numbers.
+    """
     assert tuple(np.sum(CALLS, axis=0)) == (T, T)
     if rows is not None:
         monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 50 * rows)

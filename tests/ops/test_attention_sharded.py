@@ -251,7 +251,9 @@ def test_errors():
 
 
 def test_masks_are_not_kept_for_the_backward_pass():
-    """What a rematerialised layer keeps may hold one block's mask, not those of all 2P - 1 blocks."""
+    """What a rematerialised layer keeps may hold one block's mask, not those of all 2P - 1
+    blocks.
+    """
     p, (q, k, v, _), ids = parallel(context=4), inputs(dtype="float32"), segments()
     layer = jax.checkpoint(
         lambda h: p.attention(h, k, v, segment_ids_BT=ids), policy=_remat_policy(("attention",))

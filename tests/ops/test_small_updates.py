@@ -131,7 +131,9 @@ def test_a_token_reads_the_state_in_float32(ratio):
 
 
 def test_an_initial_state_is_not_rounded():
-    """A stream is read on from a float32 state under bf16: what is not written stays bit for bit."""
+    """A stream is read on from a float32 state under bf16: what is not written stays bit for
+    bit.
+    """
     (z, v, w, _, state), _ = make_inputs(T=2 * C, D=D, F=F)
     z, v, w = (jnp.asarray(x, jnp.bfloat16) for x in (z, 0 * v, w))
     state = jnp.asarray(state, jnp.float32)

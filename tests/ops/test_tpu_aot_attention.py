@@ -75,10 +75,19 @@ def test_attention_compiles(topology, B, T, N, K, H, window, packed):
 
 
 TINY = [
-    "--model.d_model=256", "--model.num_layers=2", "--model.num_heads=4", "--model.num_kv_heads=2", "--model.head_dim=128",
-    "--model.d_ff=512", "--model.ttt.layers=[0]", "--model.ttt.chunk_size=128", "--data.seq_len=1024", "--data.batch_size=4",
-    "--compute_dtype=bfloat16", "--remat_save=[attention]",
-]  # fmt: skip
+    "--model.d_model=256",
+    "--model.num_layers=2",
+    "--model.num_heads=4",
+    "--model.num_kv_heads=2",
+    "--model.head_dim=128",
+    "--model.d_ff=512",
+    "--model.ttt.layers=[0]",
+    "--model.ttt.chunk_size=128",
+    "--data.seq_len=1024",
+    "--data.batch_size=4",
+    "--compute_dtype=bfloat16",
+    "--remat_save=[attention]",
+]
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,15 @@ def value_and_gradients(op, x, do, dS, **options):
 
 
 MESHES = [
-    {"context": 2}, {"context": 4}, {"context": 8}, {"context": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2},
-    {"data": 2, "context": 4}, {"tensor": 4}, {"fsdp": 2},
-]  # fmt: skip
+    {"context": 2},
+    {"context": 4},
+    {"context": 8},
+    {"context": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"data": 2, "context": 4},
+    {"tensor": 4},
+    {"fsdp": 2},
+]
 name_of = lambda sizes: "x".join(f"{k}{v}" for k, v in sizes.items())
 
 

@@ -15,10 +15,19 @@ from ttt_jax.parallel.mesh import make_mesh, model_shardings, put_batch, spec
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 MODEL = {
-    "vocab_size": 64, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48,
-    "sliding_window": 16, "full_attention_layers": [1], "qk_norm": True, "init_std": 0.2,
+    "vocab_size": 64,
+    "d_model": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 48,
+    "sliding_window": 16,
+    "full_attention_layers": [1],
+    "qk_norm": True,
+    "init_std": 0.2,
     "ttt": {"layers": [0], "chunk_size": 8, "lr": 0.05},
-}  # fmt: skip
+}
 
 
 def steps(mesh_sizes, accumulate=1, number=3):

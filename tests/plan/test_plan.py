@@ -105,11 +105,14 @@ def test_bytes_of_types():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("v7:2x2", "unknown"), ("v5p", "unknown"), ("v5p:4x0x4", "unknown"), ("v5p:4x4", "grid of "
-                                                                                         "3 sizes"),
-        ("v6e:2x2x2", "grid of 2 sizes"), ("h100:2x4", "number of GPUs"),
+        ("v7:2x2", "unknown"),
+        ("v5p", "unknown"),
+        ("v5p:4x0x4", "unknown"),
+        ("v5p:4x4", "grid of 3 sizes"),
+        ("v6e:2x2x2", "grid of 2 sizes"),
+        ("h100:2x4", "number of GPUs"),
     ],
-)  # fmt: skip
+)
 def test_bad_topologies(text, words, capsys):
     with pytest.raises(UserError, match=words):
         parse_topology(text)
@@ -147,10 +150,22 @@ def test_a_missing_libtpu_is_one_line(monkeypatch, capsys):
 
 
 SMALL = [
-    "--model.vocab_size=100", "--model.d_model=64", "--model.num_layers=3", "--model.num_heads=4", "--model.num_kv_heads=2",
-    "--model.head_dim=16", "--model.d_ff=128", "--model.ttt.layers=[1]", "--model.ttt.chunk_size=32", "--model.ttt.proj=false",
-    "--data.seq_len=256", "--data.batch_size=8", "--compute_dtype=bfloat16", "--mesh.context=2", "--mesh.tensor=2",
-]  # fmt: skip
+    "--model.vocab_size=100",
+    "--model.d_model=64",
+    "--model.num_layers=3",
+    "--model.num_heads=4",
+    "--model.num_kv_heads=2",
+    "--model.head_dim=16",
+    "--model.d_ff=128",
+    "--model.ttt.layers=[1]",
+    "--model.ttt.chunk_size=32",
+    "--model.ttt.proj=false",
+    "--data.seq_len=256",
+    "--data.batch_size=8",
+    "--compute_dtype=bfloat16",
+    "--mesh.context=2",
+    "--mesh.tensor=2",
+]
 
 
 def small(*words):
@@ -158,7 +173,9 @@ def small(*words):
 
 
 def test_the_estimate_by_hand():
-    """fsdp 2, context 2, tensor 2: 4 rows of 128 tokens on a device, half the heads and half of F."""
+    """fsdp 2, context 2, tensor 2: 4 rows of 128 tokens on a device, half the heads and half of
+    F.
+    """
     plan = estimate(
         small("--remat_save=[attention]", "--optimizer.accumulate=1"), parse_topology("h100:8")
     )
@@ -342,10 +359,21 @@ def plan_json(config, topology, *words, timeout):
 
 
 TINY = [
-    "--model.d_model=256", "--model.num_layers=2", "--model.num_heads=4", "--model.num_kv_heads=2", "--model.head_dim=128",
-    "--model.d_ff=512", "--model.ttt.layers=[0]", "--model.ttt.chunk_size=128", "--model.sliding_window=null",
-    "--data.seq_len=1024", "--data.batch_size=4", "--compute_dtype=bfloat16", "--mesh.context=2", "--mesh.tensor=2",
-]  # fmt: skip
+    "--model.d_model=256",
+    "--model.num_layers=2",
+    "--model.num_heads=4",
+    "--model.num_kv_heads=2",
+    "--model.head_dim=128",
+    "--model.d_ff=512",
+    "--model.ttt.layers=[0]",
+    "--model.ttt.chunk_size=128",
+    "--model.sliding_window=null",
+    "--data.seq_len=1024",
+    "--data.batch_size=4",
+    "--compute_dtype=bfloat16",
+    "--mesh.context=2",
+    "--mesh.tensor=2",
+]
 
 
 @pytest.mark.parametrize(

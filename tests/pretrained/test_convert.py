@@ -153,7 +153,9 @@ def test_onto_a_mesh(golden_model, tmp_path):
 
 
 def test_a_run_of_train_py(tmp_path):
-    """Masters are float32; a chunk on disk holds one layer, so that it can be read layer by layer."""
+    """Masters are float32; a chunk on disk holds one layer, so that it can be read layer by
+    layer.
+    """
     ttt = TTTConfig(layers=(3,), chunk_size=16, lr=0.25)
     model = ModelConfig(
         d_model=256, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=16, d_ff=384, ttt=ttt
@@ -550,20 +552,35 @@ UP = "model.layers.1.mlp.up_proj.weight"
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 BROKEN = {
-    "tensors": (drop_and_add, r"missing model\.norm\.weight; unknown "
-                              r"model\.layers\.0\.self_attn\.q_proj\.bias; wrong shape "
-                r"model\.layers\.2\.mlp\.down_proj\.weight \(48, 32\) \(expected \(32, 48\)\)$"),
-    "nan": (put(UP, (40, 3), np.nan), r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN "
-                                      r"or infinity"),
+    "tensors": (
+        drop_and_add,
+        r"missing model\.norm\.weight; unknown "
+        r"model\.layers\.0\.self_attn\.q_proj\.bias; wrong shape "
+        r"model\.layers\.2\.mlp\.down_proj\.weight \(48, 32\) \(expected \(32, 48\)\)$",
+    ),
+    "nan": (
+        put(UP, (40, 3), np.nan),
+        r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN "
+        r"or infinity",
+    ),
     "infinity": (put(NORM, 5, np.inf), r"tensor model\.norm\.weight holds NaN or infinity"),
-    "float64": (lambda s: s.update({NORM: s[NORM].astype(np.float64)}), r"choose --dtype .*: "
-                                                                        r"model\.norm\.weight$"),
-    "integers": (lambda s: s.update({NORM: s[NORM].astype(np.int8)}), r"not of floats "
-                                                                      r"\(quantised\?\) "
-                                                                      r"model\.norm"),
-    "head": (lambda s: s.update({HEAD: s[EMBED] + 1}), r"lm_head\.weight is not "
-                                                       r"model\.embed_tokens\.weight"),
-}  # fmt: skip
+    "float64": (
+        lambda s: s.update({NORM: s[NORM].astype(np.float64)}),
+        r"choose --dtype .*: "
+        r"model\.norm\.weight$",
+    ),
+    "integers": (
+        lambda s: s.update({NORM: s[NORM].astype(np.int8)}),
+        r"not of floats "
+        r"\(quantised\?\) "
+        r"model\.norm",
+    ),
+    "head": (
+        lambda s: s.update({HEAD: s[EMBED] + 1}),
+        r"lm_head\.weight is not "
+        r"model\.embed_tokens\.weight",
+    ),
+}
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])

@@ -373,7 +373,9 @@ def test_default_rope_frequencies():
 
 
 def test_llama3_rope_frequencies():
-    """LLaMA-3.1: wavelengths below 2048 are kept, above 8192 stretched eightfold, blended between."""
+    """LLaMA-3.1: wavelengths below 2048 are kept, above 8192 stretched eightfold, blended
+    between.
+    """
     rope = RopeConfig("llama3", 5e5, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
     got = np.asarray(rope_frequencies(rope, 128)[0])
     plain = 5e5 ** (-np.arange(0, 128, 2) / 128)

@@ -1,4 +1,6 @@
-"""Compiled programs are kept in the run folder; nothing unsealed is run; the numbers stay the same."""
+"""Compiled programs are kept in the run folder; nothing unsealed is run; the numbers stay the
+same.
+"""
 
 import json
 import os
@@ -27,9 +29,12 @@ def config(tmp_path, monkeypatch):
 
 
 SETTINGS = (
-    "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes",
-    "jax_persistent_cache_enable_xla_caches", "jax_raise_persistent_cache_errors",
-)  # fmt: skip
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+    "jax_persistent_cache_enable_xla_caches",
+    "jax_raise_persistent_cache_errors",
+)
 
 
 def compute():

@@ -1,4 +1,6 @@
-"""The JSON lines are exact and continue seamlessly; sinks that are missing; counts of operations."""
+"""The JSON lines are exact and continue seamlessly; sinks that are missing; counts of
+operations.
+"""
 
 import json
 import math
@@ -183,12 +185,22 @@ def test_wandb(tmp_path, monkeypatch):
 
 
 def test_flops_by_counting_products():
-    """Each matrix once, by its shape, against the closed form; attention by summing over queries."""
+    """Each matrix once, by its shape, against the closed form; attention by summing over
+    queries.
+    """
     ttt = TTTConfig(layers=(1,), chunk_size=16)
     model = ModelConfig(
-        vocab_size=100, d_model=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=40,
-        sliding_window=10, full_attention_layers=(2,), ttt=ttt,
-    )  # fmt: skip
+        vocab_size=100,
+        d_model=24,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        d_ff=40,
+        sliding_window=10,
+        full_attention_layers=(2,),
+        ttt=ttt,
+    )
     T, D, F, heads, kv = 64, 24, 40, 32, 16
     matrices = 3 * (D * heads + 2 * D * kv + heads * D + 3 * D * F) + D * 100
     matrices += F * D + 5 * D + D * D  # the TTT layer's update, convolution and W_target
@@ -214,11 +226,20 @@ def test_flops_of_a_large_model_are_about_6n():
 def test_peak_flops_and_memory():
     peak = lambda kind: peak_flops(SimpleNamespace(device_kind=kind))
     known = {
-        "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-        "NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989.4e12,
-        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12, "NVIDIA L4": 121e12,
+        "TPU v4": 275e12,
+        "TPU v5 lite": 197e12,
+        "TPU v5p": 459e12,
+        "TPU v5": 459e12,
+        "TPU v6 lite": 918e12,
+        "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H200": 989.4e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA GB200": 2500e12,
+        "NVIDIA L4": 121e12,
         "NVIDIA L40S": 362e12,
-    }  # fmt: skip
+    }
     assert {kind: peak(kind) for kind in known} == known
     assert peak("cpu") is None
     assert device_memory_bytes() is None  # the CPU keeps no count

@@ -179,8 +179,16 @@ def run(tmp_path):
 def test_page_is_self_contained_and_shows_everything(run):
     page = write_page(run).read_text()
     assert page.count("data:image/svg+xml;base64,") == 4
-    for text in ("123,456", "60 of 100", "state_ratio", "step 7: &lt;img src=x&gt;", "&lt;script&gt;alert(1)&lt;/script&gt;",
-                 "quarantine.jsonl: 1 lines could not be read", "hardware.device", "chunk_size"):  # fmt: skip
+    for text in (
+        "123,456",
+        "60 of 100",
+        "state_ratio",
+        "step 7: &lt;img src=x&gt;",
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "quarantine.jsonl: 1 lines could not be read",
+        "hardware.device",
+        "chunk_size",
+    ):
         assert text in page, text
     assert "<script" not in page
     assert "<img src=x" not in page
@@ -203,8 +211,17 @@ def test_page_of_a_run_that_has_just_begun(run, tmp_path):
 def test_page_in_a_browser(run, tmp_path):
     """Headless Chromium, without a network, draws the curves: the screenshot has their colours."""
     page, picture = write_page(run), tmp_path / "page.png"
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1300,2200",
-               "--host-resolver-rules=MAP * ~NOTFOUND", f"--screenshot={picture}", page.as_uri()]  # fmt: skip
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1300,2200",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--screenshot={picture}",
+        page.as_uri(),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     from matplotlib.image import imread
 

@@ -4,10 +4,22 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 SMALL = {
-    "model_type": "qwen3", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": 6, "tie_word_embeddings": True,
-    "ttt_mode": True, "ttt_layers": [1], "ttt_chunk": 4, "ttt_lr": 0.5, "ttt_proj": True, "ttt_target": "hidden_states",
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 6,
+    "tie_word_embeddings": True,
+    "ttt_mode": True,
+    "ttt_layers": [1],
+    "ttt_chunk": 4,
+    "ttt_lr": 0.5,
+    "ttt_proj": True,
+    "ttt_target": "hidden_states",
+}
 
 
 def fuzz(examples):

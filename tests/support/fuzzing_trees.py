@@ -1,4 +1,6 @@
-"""Damaged files for fuzzing: trees of JSON values, bytes, and what may happen when they are read."""
+"""Damaged files for fuzzing: trees of JSON values, bytes, and what may happen when they are
+read.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ KINDS = ("all-to-all", "all-gather", "all-reduce", "collective-permute", "reduce
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
-    """(kind, bytes of the result on one device) of every collective in a compiled program's text."""
+    """(kind, bytes of the result on one device) of every collective in a compiled program's
+    text.
+    """
     found = []
     for result, kind, rest in re.findall(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\((.*)", hlo):
         if re.search(r"replica_groups=(\{\{0\}|\[\d+,1\])", rest):

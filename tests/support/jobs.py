@@ -9,11 +9,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
-    "--model.d_model=16", "--model.num_layers=2", "--model.num_heads=2", "--model.num_kv_heads=1", "--model.head_dim=8",
-    "--model.d_ff=24", "--model.sliding_window=8", "--model.ttt.layers=0", "--model.ttt.chunk_size=8",
-    "--data.seq_len=32", "--data.batch_size=2", "--optimizer.warmup_steps=2", "--eval.rows=3", "--eval.buckets=2",
-    "--log.tensorboard=false", "--log.every=1", "--steps=16", "--checkpoint.every=4",
-]  # fmt: skip
+    "--model.d_model=16",
+    "--model.num_layers=2",
+    "--model.num_heads=2",
+    "--model.num_kv_heads=1",
+    "--model.head_dim=8",
+    "--model.d_ff=24",
+    "--model.sliding_window=8",
+    "--model.ttt.layers=0",
+    "--model.ttt.chunk_size=8",
+    "--data.seq_len=32",
+    "--data.batch_size=2",
+    "--optimizer.warmup_steps=2",
+    "--eval.rows=3",
+    "--eval.buckets=2",
+    "--log.tensorboard=false",
+    "--log.every=1",
+    "--steps=16",
+    "--checkpoint.every=4",
+]
 
 
 def start(words):

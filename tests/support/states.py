@@ -5,11 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 
 SMALL = {
-    "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 24,
-              "ttt": {"layers": [0], "chunk_size": 8}},
-    "data": {"seq_len": 16, "batch_size": 8}, "optimizer": {"warmup_steps": 0},
+    "model": {
+        "d_model": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "d_ff": 24,
+        "ttt": {"layers": [0], "chunk_size": 8},
+    },
+    "data": {"seq_len": 16, "batch_size": 8},
+    "optimizer": {"warmup_steps": 0},
     "guard": {"skips": 2, "rollbacks": 2},
-}  # fmt: skip
+}
 
 
 def batch(weight=1.0):

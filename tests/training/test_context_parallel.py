@@ -22,18 +22,32 @@ from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 V, T, B, C = 64, 64, 8, 8
 MODEL = {
-    "vocab_size": V, "d_model": 36, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48,
-    "sliding_window": 7, "full_attention_layers": [1], "qk_norm": True, "init_std": 0.2, "max_positions": 64,
+    "vocab_size": V,
+    "d_model": 36,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "d_ff": 48,
+    "sliding_window": 7,
+    "full_attention_layers": [1],
+    "qk_norm": True,
+    "init_std": 0.2,
+    "max_positions": 64,
     "rope": {"kind": "yarn", "factor": 4.0, "original_max_positions": 16},
     "ttt": {"layers": [0, 1], "chunk_size": C, "lr": 0.05},
-}  # fmt: skip
+}
 # the fast tests; tests/parallel/test_sharding.py has the other axes alone
 MIXED = ("context", "fsdp, context, tensor")
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 MESHES = {
-    "data": {"data": 8}, "fsdp": {"fsdp": 8}, "context": {"context": 8}, "tensor": {"tensor": 2},
-    "fsdp, context, tensor": {"fsdp": 2, "context": 2, "tensor": 2}, "data, context": {"data": 2, "context": 4},
-}  # fmt: skip
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "context": {"context": 8},
+    "tensor": {"tensor": 2},
+    "fsdp, context, tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+    "data, context": {"data": 2, "context": 4},
+}
 
 
 def make_config(sizes, **optimizer):
@@ -90,9 +104,12 @@ def make_batch(seed=0, rows=B):
     segments[1] = 1  # one document in the whole row
     positions = np.arange(T)[None] - np.take(starts, np.maximum(segments - 1, 0))
     return {
-        "ids": ids[:, :-1], "targets": ids[:, 1:], "weights": (segments > 0).astype(np.float32),
-        "segment_ids": segments, "positions": positions.astype(np.int32),
-    }  # fmt: skip
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": (segments > 0).astype(np.float32),
+        "segment_ids": segments,
+        "positions": positions.astype(np.int32),
+    }
 
 
 @jit

@@ -49,18 +49,35 @@ RULES = {
     "TTT for a plain model": ({"ttt.layers": [0, 2], "ttt.lr": 0.1}, {}, []),
     "more TTT layers": ({"ttt.layers": [0, 2]}, {"ttt.layers": [2]}, []),
     "another kernel": ({"ttt.layers": [2], "ttt.implementation": "xla"}, {"ttt.layers": [2]}, []),
-    "fewer TTT layers": ({"ttt.layers": [0]}, {"ttt.layers": [0, 2]}, ["ttt.layers is [0] here, "
-                                                                       "[0, 2] in"]),
-    "inner rate": ({"ttt.layers": [0], "ttt.lr": 0.1}, {"ttt.layers": [0]}, ["ttt.lr is 0.1 here, "
-                                                                             "3.0 in the "
-                                                                             "checkpoint"]),
+    "fewer TTT layers": (
+        {"ttt.layers": [0]},
+        {"ttt.layers": [0, 2]},
+        ["ttt.layers is [0] here, [0, 2] in"],
+    ),
+    "inner rate": (
+        {"ttt.layers": [0], "ttt.lr": 0.1},
+        {"ttt.layers": [0]},
+        ["ttt.lr is 0.1 here, 3.0 in the checkpoint"],
+    ),
     "longer": ({"max_positions": 1024}, {}, ["max_positions is 1024 here, 512 in the checkpoint"]),
     "shorter": ({"max_positions": 256}, {}, None),
-    "yarn": (YARN, {}, ["rope.kind is yarn here, default in", "rope.factor is 4.0", "rope.original_max_positions is 512",
-                        "rope.beta_fast is 32.0", "rope.beta_slow is 1.0", "rope.attention_factor "
-                                                                           "is null"]),
-    "yarn further": (YARN | {"rope.factor": 8.0}, YARN, ["rope.factor is 8.0 here, 4.0 in the "
-                                                         "checkpoint"]),
+    "yarn": (
+        YARN,
+        {},
+        [
+            "rope.kind is yarn here, default in",
+            "rope.factor is 4.0",
+            "rope.original_max_positions is 512",
+            "rope.beta_fast is 32.0",
+            "rope.beta_slow is 1.0",
+            "rope.attention_factor is null",
+        ],
+    ),
+    "yarn further": (
+        YARN | {"rope.factor": 8.0},
+        YARN,
+        ["rope.factor is 8.0 here, 4.0 in the checkpoint"],
+    ),
     "yarn back": (YARN | {"rope.factor": 2.0}, YARN, None),
     "yarn removed": ({}, YARN, None),
     "yarn for llama3": (YARN, LLAMA3, None),
@@ -70,23 +87,42 @@ RULES = {
     "llama3, without effect": (LLAMA3 | {"rope.beta_fast": 2.0}, LLAMA3, []),
     "rope base": ({"rope.base": 1e6}, {}, None),
     "a window": ({"sliding_window": 64}, {}, ["sliding_window is 64 here, null in the checkpoint"]),
-    "a window, some layers full": ({"sliding_window": 64, "full_attention_layers": [1]}, {},
-                                   ["sliding_window is 64", "full_attention_layers is [1] here, "
-                                                            "[] in"]),
-    "narrower": ({"sliding_window": 32}, {"sliding_window": 64}, ["sliding_window is 32 here, 64 "
-                                                                  "in"]),
+    "a window, some layers full": (
+        {"sliding_window": 64, "full_attention_layers": [1]},
+        {},
+        ["sliding_window is 64", "full_attention_layers is [1] here, [] in"],
+    ),
+    "narrower": (
+        {"sliding_window": 32},
+        {"sliding_window": 64},
+        ["sliding_window is 32 here, 64 in"],
+    ),
     "wider": ({"sliding_window": 128}, {"sliding_window": 64}, None),
     "no window": ({}, {"sliding_window": 64}, None),
-    "fewer full layers": ({"sliding_window": 64}, {"sliding_window": 64, "full_attention_layers": [1]},
-                          ["full_attention_layers is [] here, [1] in"]),
-    "more full layers": ({"sliding_window": 64, "full_attention_layers": [1]}, {"sliding_window": 64}, None),
-    "vocab_size": ({"vocab_size": 300}, {}, None), "norm_eps": ({"norm_eps": 1e-5}, {}, None),
-    "d_ff": ({"d_ff": 512}, {}, None), "num_layers": ({"num_layers": 3}, {}, None), "d_model": ({"d_model": 128}, {}, None),
-    "heads": ({"num_heads": 8}, {}, None), "kv": ({"num_kv_heads": 2}, {}, None), "head_dim": ({"head_dim": 32}, {}, None),
-    "qk_norm": ({"qk_norm": True}, {}, None), "qkv_bias": ({"qkv_bias": True}, {}, None),
+    "fewer full layers": (
+        {"sliding_window": 64},
+        {"sliding_window": 64, "full_attention_layers": [1]},
+        ["full_attention_layers is [] here, [1] in"],
+    ),
+    "more full layers": (
+        {"sliding_window": 64, "full_attention_layers": [1]},
+        {"sliding_window": 64},
+        None,
+    ),
+    "vocab_size": ({"vocab_size": 300}, {}, None),
+    "norm_eps": ({"norm_eps": 1e-5}, {}, None),
+    "d_ff": ({"d_ff": 512}, {}, None),
+    "num_layers": ({"num_layers": 3}, {}, None),
+    "d_model": ({"d_model": 128}, {}, None),
+    "heads": ({"num_heads": 8}, {}, None),
+    "kv": ({"num_kv_heads": 2}, {}, None),
+    "head_dim": ({"head_dim": 32}, {}, None),
+    "qk_norm": ({"qk_norm": True}, {}, None),
+    "qkv_bias": ({"qkv_bias": True}, {}, None),
     "o_bias": ({"o_bias": True}, {}, None),
-    "mlp_bias": ({"mlp_bias": True}, {}, None), "tied": ({"tie_embeddings": False}, {}, None),
-}  # fmt: skip
+    "mlp_bias": ({"mlp_bias": True}, {}, None),
+    "tied": ({"tie_embeddings": False}, {}, None),
+}
 
 
 @pytest.mark.parametrize("case", RULES)
@@ -149,24 +185,71 @@ def test_every_field_has_a_rule():
             assert compare_models(start, other, "source"), field.name
 
 
-QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
-         "max_position_embeddings": 40960, "rope_theta": 1000000, "rope_scaling": None, "sliding_window": None,
-         "use_sliding_window": False, "max_window_layers": 36, "tie_word_embeddings": True}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": 36,
+    "tie_word_embeddings": True,
+}
 PUBLISHED = {  # the fields of config.json that matter here
-    "qwen3_0p6b": QWEN3 | {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072},
-    "qwen3_1p7b": QWEN3 | {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144},
+    "qwen3_0p6b": QWEN3
+    | {
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 3072,
+    },
+    "qwen3_1p7b": QWEN3
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+    },
     "qwen3_4b_longct_32k": QWEN3
-    | {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
+    | {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+    },
     "qwen3_8b_longct": QWEN3
-    | {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12288,
-       "tie_word_embeddings": False},
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "intermediate_size": 12288,
+        "tie_word_embeddings": False,
+    },
     "llama3p1_8b_longct": {
-        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
-        "rope_theta": 500000.0, "tie_word_embeddings": False,
-        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 8192, "rope_type": "llama3"}},
-}  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+}
 PUBLISHED["qwen3_4b_longct_128k"] = PUBLISHED["qwen3_4b_longct_32k"]
 
 
@@ -222,8 +305,13 @@ def start(source, raw=RAW, compute_dtype="float32", **changes):
     )
     config = replace(config, {"data.seq_len": 48, "data.batch_size": 2})
     ids = np.random.default_rng(0).integers(0, 31, (2, 49)).astype(np.int32)
-    rows = {"ids": ids[:, :-1], "targets": ids[:, 1:], "segment_ids": np.ones((2, 48), np.int32),
-            "positions": np.tile(np.arange(48, dtype=np.int32), (2, 1)), "weights": np.ones((2, 48), np.float32)}  # fmt: skip
+    rows = {
+        "ids": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segment_ids": np.ones((2, 48), np.int32),
+        "positions": np.tile(np.arange(48, dtype=np.int32), (2, 1)),
+        "weights": np.ones((2, 48), np.float32),
+    }
     mesh = make_mesh(MeshConfig())
     return checked_start(config, abstract_state(config, mesh)[0].model, rows, mesh)
 

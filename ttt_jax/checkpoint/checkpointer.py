@@ -275,7 +275,9 @@ class Checkpointer:
         return None
 
     def _newest_intact(self, damaged: list[tuple[int, str]], before: int | None) -> int | None:
-        """Adds those that it passes over to `damaged`. The first process looks, for the others too."""
+        """Adds those that it passes over to `damaged`. The first process looks, for the others
+        too.
+        """
         if jax.process_index() != 0:
             return None
         known = {step for step, _ in damaged}

@@ -204,7 +204,9 @@ def is_finished(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed or failed saves, and killed removals, have left. Nothing may be in flight."""
+    """Remove what killed or failed saves, and killed removals, have left. Nothing may be in
+    flight.
+    """
     for entry in list(folder.iterdir()):
         number, _, rest = entry.name.partition(".")
         if number.isdecimal() and f".{rest}".startswith(_LEFTOVERS):

@@ -98,8 +98,17 @@ def cli() -> None:
     help="Compare the logits of both sides in float32; exit 1 when they differ.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
-def convert(source: Path, output: Path, to: str, dtype: str | None, shard_gb: float, seed: int, verify: bool, overwrite: bool,
-            **ttt: object) -> int:  # fmt: skip
+def convert(
+    source: Path,
+    output: Path,
+    to: str,
+    dtype: str | None,
+    shard_gb: float,
+    seed: int,
+    verify: bool,
+    overwrite: bool,
+    **ttt: object,
+) -> int:
     """Convert a model between Hugging Face folders and Orbax.
 
     SRC is a Hugging Face folder, a converted folder, or a run folder of train.py. Tensors are

@@ -44,7 +44,9 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
 
 
 def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
-    """Build a config dataclass from nested dictionaries; a wrong field is a one-line `ConfigError`."""
+    """Build a config dataclass from nested dictionaries; a wrong field is a one-line
+    `ConfigError`.
+    """
     _refuse_switches(cls, tree, "")
     try:
         return _adapter(cls).validate_python(tree)
@@ -143,7 +145,9 @@ def dump_yaml(config: Any) -> str:
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of a config with dotted fields replaced, e.g. `replace(cfg, {"model.ttt.lr": 1.0})`."""
+    """A copy of a config with dotted fields replaced, e.g. `replace(cfg, {"model.ttt.lr":
+    1.0})`.
+    """
     tree = to_dict(config)
     for key, value in changes.items():
         _assign(tree, key, value)

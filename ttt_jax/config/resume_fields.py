@@ -47,5 +47,7 @@ FIELDS: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name 
 
 
 def on_resume(field: str) -> str:
-    """What happens when a dotted field has changed; a field that nobody has thought of is refused."""
+    """What happens when a dotted field has changed; a field that nobody has thought of is
+    refused.
+    """
     return FIELDS.get(field, REFUSED)

@@ -56,9 +56,15 @@ def fast_weights(
             part = ids[position : min(end, stop)].astype(np.int32)[None]
             logits_BV = jnp.zeros((1, model.config.vocab_size), jnp.float32)
             state, *_ = read_piece(
-                frozen, state, logits_BV, part, np.full(1, part.shape[1], np.int32),
-                capacity=capacity, at_chunk_start=position % C == 0, ttt=True,
-            )  # fmt: skip
+                frozen,
+                state,
+                logits_BV,
+                part,
+                np.full(1, part.shape[1], np.int32),
+                capacity=capacity,
+                at_chunk_start=position % C == 0,
+                ttt=True,
+            )
             position += part.shape[1]
         assert state is not None
         return state
@@ -130,7 +136,9 @@ def _measure_layer(x):
 
 
 def repeated_ngrams(ids: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
-    """bool [T - 1]: whether the n tokens that end with token t + 1 stand somewhere before in `ids`."""
+    """bool [T - 1]: whether the n tokens that end with token t + 1 stand somewhere before in
+    `ids`.
+    """
     seen, repeated = set(), np.zeros(max(len(ids) - 1, 0), bool)
     row = np.asarray(ids).tolist()
     for end in range(n, len(row) + 1):

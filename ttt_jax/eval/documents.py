@@ -1,4 +1,6 @@
-"""Documents to evaluate on: any source that train.py reads, as token ids of the model's tokenizer."""
+"""Documents to evaluate on: any source that train.py reads, as token ids of the model's
+tokenizer.
+"""
 
 from __future__ import annotations
 

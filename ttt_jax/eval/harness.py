@@ -123,7 +123,9 @@ class TTTJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after the begin token if the tokenizer's settings want one (never twice)."""
+        """Ids of a text, after the begin token if the tokenizer's settings want one (never
+        twice).
+        """
         ids = list(self.tokenizer.encode(string))
         if self.add_bos and add_special_tokens is not False and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None

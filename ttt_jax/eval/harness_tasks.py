@@ -173,7 +173,9 @@ def _leaves(items: list[Any]) -> list[Any]:
 
 
 def _check_answers(task: Any, length: int) -> None:
-    """RULER's ruler_cwe makes samples without words to find where one with ten of them is too long."""
+    """RULER's ruler_cwe makes samples without words to find where one with ten of them is too
+    long.
+    """
     if callable(task.config.custom_dataset) and any(
         not doc.get("outputs", True) for doc in task.test_docs()
     ):

@@ -42,9 +42,12 @@ def mean_with_interval(
         return {"mean": mean, "low": None, "high": None}
     rng = np.random.default_rng(seed)
     rows = max(1, _BLOCK // N)
-    means_R = np.concatenate([
-        value_N[rng.integers(0, N, (min(rows, RESAMPLES - done), N))].mean(axis=1) for done in range(0, RESAMPLES, rows)
-    ])  # fmt: skip
+    means_R = np.concatenate(
+        [
+            value_N[rng.integers(0, N, (min(rows, RESAMPLES - done), N))].mean(axis=1)
+            for done in range(0, RESAMPLES, rows)
+        ]
+    )
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(means_R, [tail, 100 - tail])
     return {"mean": mean, "low": float(low), "high": float(high)}

@@ -32,7 +32,9 @@ def write_frame(file: IO[bytes], tree: dict[str, Any]) -> None:
 
 
 def read_frame(file: IO[bytes], limit: int = 1 << 32) -> dict[str, Any] | None:
-    """Read an object; None at the end of the file. Raises ValueError for one larger than `limit`."""
+    """Read an object; None at the end of the file. Raises ValueError for one larger than
+    `limit`.
+    """
     head = file.read(8)
     size = int.from_bytes(head, "little")
     if len(head) < 8 or size > limit:

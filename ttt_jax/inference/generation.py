@@ -120,7 +120,9 @@ class Session:
         self.unread = [np.concatenate(pair) for pair in zip(self.unread, new, strict=True)]
 
     def branch(self, copies: int | None = None) -> Session:
-        """A copy that goes its own way; a session of one stream can become `copies` equal streams."""
+        """A copy that goes its own way; a session of one stream can become `copies` equal
+        streams.
+        """
         if copies is not None and self.batch_size != 1:
             raise UserError(
                 f"session: only one stream can be copied {copies} times, this one has "
@@ -231,9 +233,16 @@ class Session:
         return completions
 
     def _write(
-        self, logits_BV, writers: list[Writer], seed_B, sampling: Sampling, eos: tuple[int, ...],
-        signals: HeldBack, on_text: Callable[[int, str], None] | None, start: float,
-    ) -> BaseException | None:  # fmt: skip
+        self,
+        logits_BV,
+        writers: list[Writer],
+        seed_B,
+        sampling: Sampling,
+        eos: tuple[int, ...],
+        signals: HeldBack,
+        on_text: Callable[[int, str], None] | None,
+        start: float,
+    ) -> BaseException | None:
         """Let the writers write, starting from logits; returns what `on_text` raised. The streams
         are whole afterwards.
         """

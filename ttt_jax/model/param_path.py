@@ -1,4 +1,6 @@
-"""How a parameter is named: in checkpoints, in parameter groups, and in the Hugging Face name map."""
+"""How a parameter is named: in checkpoints, in parameter groups, and in the Hugging Face name
+map.
+"""
 
 from __future__ import annotations
 

@@ -114,7 +114,9 @@ class Group(nnx.Module):
         return self.first + repeat * sum(counts) + sum(counts[:run]) + number
 
     def layer_indices(self, run: int) -> list[int]:
-        """Indices of the layers stacked in `blocks[run]`, in the order of the flattened stack axes."""
+        """Indices of the layers stacked in `blocks[run]`, in the order of the flattened stack
+        axes.
+        """
         count = self.pattern[run].count
         return [self.layer_index(r, run, n) for r in range(self.repeats) for n in range(count)]
 

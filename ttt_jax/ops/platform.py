@@ -26,7 +26,9 @@ def on_one_device() -> bool:
 
 
 def one_of_several() -> bool:
-    """Whether this is one device's part of a program for several, whose collectives run beside it."""
+    """Whether this is one device's part of a program for several, whose collectives run beside
+    it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 

@@ -96,9 +96,14 @@ def activations(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     ttt_layers = len(model.ttt.layers)
     # elements a token, by the names of remat_save; TTT targets only where there are targets
     width = {
-        "attention": heads + 4 * N / a, "qkv": heads + 2 * kv, "attention_out": D, "mlp_gate": F, "mlp_up": F,
-        "mlp_hidden": F, "ttt_target": D * ttt_layers / model.num_layers,
-    }  # fmt: skip
+        "attention": heads + 4 * N / a,
+        "qkv": heads + 2 * kv,
+        "attention_out": D,
+        "mlp_gate": F,
+        "mlp_up": F,
+        "mlp_hidden": F,
+        "ttt_target": D * ttt_layers / model.num_layers,
+    }
     names = tuple(width) if config.remat_save is None else config.remat_save
     kept = D + sum(width[name] for name in names) + (4 * D if config.remat_save is None else 0)
     layer = D * (2 * heads + 2 * kv + 3 * F)

@@ -12,8 +12,15 @@ FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
 
 # Beyond these a config is damaged or hostile; the shapes are compared with the files' headers
 # before anything is allocated.
-_LIMITS = {"num_hidden_layers": 4096, "hidden_size": 2**24, "intermediate_size": 2**24, "vocab_size": 2**28, "head_dim": 2**16,
-           "num_attention_heads": 2**16, "num_key_value_heads": 2**16}  # fmt: skip
+_LIMITS = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**24,
+    "vocab_size": 2**28,
+    "head_dim": 2**16,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+}
 
 
 _TTT_FIELDS = {
@@ -54,7 +61,9 @@ def read_raw_config(folder: str | Path) -> dict[str, Any]:
 
 
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its value."""
+    """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its
+    value.
+    """
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(

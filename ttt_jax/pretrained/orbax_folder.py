@@ -50,9 +50,16 @@ _DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
 
 # An array's header, without what differs between arrays.
 _ZARRAY = {
-    "zarr_format": 2, "order": "C", "compressor": None, "filters": None, "fill_value": None, "dimension_separator": ".",
-    "shape": [], "chunks": [], "dtype": "",
-}  # fmt: skip
+    "zarr_format": 2,
+    "order": "C",
+    "compressor": None,
+    "filters": None,
+    "fill_value": None,
+    "dimension_separator": ".",
+    "shape": [],
+    "chunks": [],
+    "dtype": "",
+}
 _ZARR_DTYPES = {
     "<f4": _DTYPES["float32"],
     "<f2": _DTYPES["float16"],

@@ -27,8 +27,18 @@ INDEX_FILE = "model.safetensors.index.json"
 _NOTE = "ttt_jax_checksums"  # in the metadata of a file: the name of what holds its checksum
 MAX_HEADER_BYTES = 25_000_000  # 70B models have 0.1 MB
 _ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "U32": 4,
+    "I32": 4,
+    "U64": 8,
+    "I64": 8,
+}
 FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),

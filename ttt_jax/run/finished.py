@@ -54,7 +54,9 @@ def show_if_finished(config: Config) -> bool:
 
 
 def _read_report(config: Config) -> dict[str, Any] | None:
-    """None when there is none. A damaged one is no report: the closing evaluation makes it again."""
+    """None when there is none. A damaged one is no report: the closing evaluation makes it
+    again.
+    """
     path = config.run_dir / REPORT_FILE
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -91,7 +91,9 @@ def _prepare(config: Config) -> bool:
 
 
 def read_run_config(run_dir: str | Path) -> Config:
-    """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not readable."""
+    """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not
+    readable.
+    """
     path = Path(run_dir) / CONFIG_FILE
     try:
         if not os.path.lexists(path):
@@ -112,7 +114,9 @@ def read_run_config(run_dir: str | Path) -> Config:
 
 
 def check_same_curve(run_dir: Path, config: Config) -> None:
-    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with `config`."""
+    """Raise CheckpointError, one line, unless the run in `run_dir` may be continued with
+    `config`.
+    """
     try:
         before = read_run_config(run_dir)
     except CheckpointError as error:

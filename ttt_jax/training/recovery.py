@@ -1,4 +1,6 @@
-"""Which weights and which data a run goes on with: at its start, and when the guard sends it back."""
+"""Which weights and which data a run goes on with: at its start, and when the guard sends it
+back.
+"""
 
 from __future__ import annotations
 

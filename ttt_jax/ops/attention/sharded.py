@@ -193,7 +193,9 @@ def _exchange(x_BTX, axis: _Axis, back: bool = False):
 
 
 class _Block(NamedTuple):
-    """One block of the work: which of the device's two query halves meets which half of the keys."""
+    """One block of the work: which of the device's two query halves meets which half of the
+    keys.
+    """
 
     query: jax.Array  # 0: half p, 1: half 2P - 1 - p
     key: jax.Array

@@ -102,7 +102,9 @@ def _inside(n, C, o_BTD, z_BTF, v_BTD, lr):
 
 @jax.named_scope("ttt_inside_blocks")
 def _inside_backward(n, C, dz_BTF, dv_BTD, dlr, do_BTD, z_BTF, v_BTD, lr):
-    """dz, dv and dlr with the shares of `_inside` added to them. Scores are made again, not kept."""
+    """dz, dv and dlr with the shares of `_inside` added to them. Scores are made again, not
+    kept.
+    """
     dtype = z_BTF.dtype
 
     def add(dlr, dz_NLF, dv_NLD, do_NLD, z_NLF, v_NLD):

@@ -114,7 +114,9 @@ def _continues(segment_ids_BT, C: int, axis: str, shards: int):
 
 
 def _sum_of_products(x_BTD, z_BTF, factor_BM, C, acc):
-    """sum over chunks of factor_i x_i^T z_i in one matmul, [B, D, F]; the factor is folded into x."""
+    """sum over chunks of factor_i x_i^T z_i in one matmul, [B, D, F]; the factor is folded into
+    x.
+    """
     if factor_BM is not None:
         factor_BT1 = jnp.repeat(factor_BM, C, axis=1)[:, :, None]
         x_BTD = (jnp.broadcast_to(factor_BT1, x_BTD.shape) * x_BTD.astype(acc)).astype(x_BTD.dtype)

@@ -154,7 +154,9 @@ def _swept(a_NCC):
 
 
 def _spectral(gram_NCC, v_NCD, unit):
-    """unit M^T v with M from Newton-Schulz on U = V^T M Z, where U U^T U = V^T (M G M^T V V^T M) Z."""
+    """unit M^T v with M from Newton-Schulz on U = V^T M Z, where U U^T U = V^T (M G M^T V V^T
+    M) Z.
+    """
     a, b, c = NEWTON_SCHULZ
     C, acc = gram_NCC.shape[1], gram_NCC.dtype
     # Everything from here on is of size one: Z and V are divided by their Frobenius norms.
