@@ -19,7 +19,16 @@ GENERATED = ("runs", "checkpoints")  # folders that commands make
 @functools.cache
 def documents() -> tuple[str, ...]:
     """Return every Markdown file that git knows, new ones included."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     listed = subprocess.run([*command, "*.md"], capture_output=True, text=True, check=False)
     if listed.returncode:  # a release without its history
         names = [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.md")]

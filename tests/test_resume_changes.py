@@ -170,8 +170,7 @@ NOW: dict[str, typing.Any] = {
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Writes the environment of a start that differs from NOW in some places; returns its warnings.
-    """
+    """Writes the environment of a start that differs from NOW in some places; returns its warnings."""
 
     def run(**groups):
         now = json.loads(json.dumps(NOW))
