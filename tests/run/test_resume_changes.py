@@ -101,7 +101,7 @@ def test_a_changed_field_is_refused_said_or_free(tmp_path, field):
 
 
 def test_the_table_in_the_documentation_says_the_same():
-    text = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "resume.md").read_text(encoding="utf-8")
     section = text.partition("## Settings that change between two starts")[2].partition("\n## ")[0]
     table = {}
     for line in section.splitlines():
