@@ -42,11 +42,11 @@ class Scalars(NamedTuple):
 class Launches(Protocol):
     """The three kernels, each for n chunks from `scalars.i` on. Arrays in the place of results are updated in place."""
 
-    def written(self, v_BTD, lr) -> Any:
+    def make_u(self, v_BTD, lr) -> Any:
         """u as the launches take it: lr v, or v itself where they multiply the products by lr."""
         ...
 
-    def span(self, B: int, C: int, D: int, F: int) -> int:
+    def chunks_per_launch(self, B: int, C: int, D: int, F: int) -> int:
         """The most chunks that one launch takes."""
         ...
 
@@ -149,9 +149,9 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
     (z_whole_BTF, z_tail_BCF), (v_whole_BTD, _) = (_split(x, M * C) for x in (z_BTF, v_BTD))
-    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_whole_BTD, lr)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_whole_BTD, lr)
     S_BDF, live_BM = _enter(state_BDF, factors_BM)
-    span = launches.span(B, C, *w_DF.shape)
+    span = launches.chunks_per_launch(B, C, *w_DF.shape)
 
     def step(base_BTD, first, carry, i, n):
         with jax.named_scope("ttt_forward"):
@@ -182,10 +182,10 @@ def _backward(launches, C, residuals, cotangents):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     (z_BTF, z_tail_BCF), (do_BTD, do_tail_BCD), (v_BTD, _) = (_split(x, M * C) for x in (z_BTF, do_BTD, v_BTD))
-    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_BTD, lr)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_BTD, lr)
     all_live_BM = jnp.ones((B, M), jnp.int32)
 
-    span = launches.span(B, C, *w_DF.shape)
+    span = launches.chunks_per_launch(B, C, *w_DF.shape)
 
     def replay(carry, i, n):
         with jax.named_scope("ttt_replay"):

@@ -56,11 +56,11 @@ def in_place_ttt_triton(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_B
 class TritonLaunches:
     tile: Tile
 
-    def written(self, v_BTD, lr):
+    def make_u(self, v_BTD, lr):
         """Sums start from the state, so what they sum has to have its size."""
         return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
 
-    def span(self, B, C, D, F):
+    def chunks_per_launch(self, B, C, D, F):
         """Programs of one grid cannot wait for each other."""
         return 1
 
