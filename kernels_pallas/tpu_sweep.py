@@ -31,7 +31,7 @@ def run_sweep(
     v_BMCP=None,
     base_BMCP=None,
 ):
-    """Run one sweep.
+    """Run one sweep of `tpu.py`.
 
     Args:
       x_init: X before the first step, float32 [B, P, Q], or [B, Q, P] for a transposed sweep.
@@ -54,26 +54,13 @@ def run_sweep(
     bP, bQ = tiles
     specs = _Specs(sweep, B, M, Q // bQ, C, bP, bQ)
 
-    scalars = jnp.concatenate([lr.reshape(1), keep_BM.reshape(-1)])
-    inputs = {"scalars": (scalars, pl.BlockSpec(memory_space=pltpu.SMEM))}
-    inputs |= {"x_init": (x_init, specs.initial()), "p": (p, specs.resident())}
-    inputs["q"] = (q, specs.streamed())
-    if a is not q:
-        inputs["a"] = (a, specs.streamed())
-    if w_PQ is not None:
-        inputs["w"] = (w_PQ, specs.weight())
-    if v_BMCP is not None:
-        inputs["v"] = (v_BMCP, specs.resident())
-    if base_BMCP is not None:
-        inputs["base"] = (base_BMCP, specs.resident())
+    inputs = _inputs(specs, lr, keep_BM, x_init, a, p, q, w_PQ, v_BMCP, base_BMCP)
     outputs, scratch = _outputs(sweep, specs, p, Q), _scratch(sweep, specs, dtype)
     names = (*inputs, *outputs, *scratch)
 
     def body(*refs):
         _step(sweep, B, **dict(zip(names, refs, strict=True)))
 
-    flops = 2 * PRODUCTS[sweep.weight] * B * M * C * P * Q
-    bytes_accessed = B * M * traffic(sweep, P, Q, C, dtype.itemsize, bP)
     # dW is summed over the sequences, one after the other.
     sequences = "arbitrary" if sweep.gradients else "parallel"
     return pl.pallas_call(
@@ -90,7 +77,9 @@ def run_sweep(
             vmem_limit_bytes=core.vmem_bytes,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=flops, bytes_accessed=bytes_accessed, transcendentals=0
+            flops=2 * PRODUCTS[sweep.weight] * B * M * C * P * Q,
+            bytes_accessed=B * M * traffic(sweep, P, Q, C, dtype.itemsize, bP),
+            transcendentals=0,
         ),
         interpret=core.interpret,
         name=sweep.name,
@@ -160,6 +149,23 @@ class _Specs(NamedTuple):
         """Rows of dlr, one per chunk."""
         shape = (None, None, 1, self.bP)
         return pl.BlockSpec(shape, lambda j, b, t, k: (b, self._chunk(t), 0, j))
+
+
+def _inputs(specs, lr, keep_BM, x_init, a, p, q, w_PQ, v_BMCP, base_BMCP):
+    """Arrays that the sweep reads and their blocks, by name."""
+    scalars = jnp.concatenate([lr.reshape(1), keep_BM.reshape(-1)])
+    inputs = {"scalars": (scalars, pl.BlockSpec(memory_space=pltpu.SMEM))}
+    inputs |= {"x_init": (x_init, specs.initial()), "p": (p, specs.resident())}
+    inputs["q"] = (q, specs.streamed())
+    if a is not q:
+        inputs["a"] = (a, specs.streamed())
+    if w_PQ is not None:
+        inputs["w"] = (w_PQ, specs.weight())
+    if v_BMCP is not None:
+        inputs["v"] = (v_BMCP, specs.resident())
+    if base_BMCP is not None:
+        inputs["base"] = (base_BMCP, specs.resident())
+    return inputs
 
 
 def _outputs(sweep, specs, p, Q):
