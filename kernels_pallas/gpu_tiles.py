@@ -15,8 +15,8 @@ has three warpgroups: one producer and two consumers.
     shared memory    | stage 0 | stage 1 | stage 2 | stage 3 |   k-step j uses stage j mod 4,
                      +---------+---------+---------+---------+   also across tiles
                         |                                ^
-                        |  wait full[s]                  |  arrive empty[s] (cluster-wide: the
-                        v                                |  consumers of both blocks release it)
+                        |  wait full[s]                  |  arrive empty[s], in both blocks of
+                        v                                |  the cluster
     CONSUMERS        consume: wgmma, 64 k a step, into 64 x 256 float32 sums in registers
     warpgroups 0, 1     |    one wgmma stays in flight; the stage before it is released
                         v
@@ -26,7 +26,7 @@ has three warpgroups: one producer and two consumers.
                      staging buffers in shared memory -> TMA -> device memory
 
     full[s]      2 arrivals, in this block: left and right operand of stage s are there
-    empty[s]     2 arrivals, one from each consumer warpgroup, over the cluster ("block"): free
+    empty[s]     2 arrivals from each block, one per consumer: both blocks have read stage s
     finished     counts in device memory, per chunk, sequence and kind of tile, over all clusters
 
 Multicast halves the traffic of L2, which cannot deliver 128 x 128 tiles to every multiprocessor at
