@@ -1,1 +1,1 @@
-"""Kernels of the op for accelerators. Imports nothing from `ttt_jax`."""
+"""Kernels of the op for accelerators. They import nothing from `ttt_jax`."""

@@ -1,19 +1,22 @@
-"""In-Place TTT as a scan over chunks whose products are GPU kernels: what `triton.py` and `gpu.py` have in common.
+"""In-Place TTT as a scan over chunks whose products are GPU kernels: what `triton.py` and `gpu.py`
+have in common.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of the fast weight (D F), G
-its gradient (D F), R what is read of S or G: a bf16 copy.
+The op is that of section 3 of arXiv 2604.06169. B batch, T tokens, D model width, F MLP width, C
+chunk size, M whole chunks, S accumulated update of the fast weight (D F), G its gradient (D F), R
+what is read of S or G: a copy in the dtype of z, bfloat16 mostly.
 
-A chunk's products read only what the chunk before it left, so their output tiles share one grid and fill the machine together;
-alone, z S^T has 80 tiles for an H100's 132 multiprocessors. A launch computes one chunk, or several where it can make their
-tiles wait for each other.
+A chunk's products read only what the chunk before it left, so their output tiles share one grid and
+fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors. A launch
+computes one chunk, or several where it can make their tiles wait for each other.
 
-    forward    o_i = base_i + z_i R^T              S += u_i^T z_i      R = bf16(S)        base = z W^T; u is lr v
-    replay     dz_i = do_i R                       S += u_i^T z_i      R = bf16(W + S)    forward in time again
-    reverse    dv_i = lr z_i R^T, dz_i += u_i R    G += do_i^T z_i     R = bf16(G)
+    forward    o_i = base_i + z_i R^T    S += u_i^T z_i    R = bf16(S)      base = z W^T; u is lr v
+    replay     dz_i = do_i R             S += u_i^T z_i    R = bf16(W + S)  forward in time again
+    reverse    dv_i = lr z_i R^T         G += do_i^T z_i   R = bf16(G)
+               dz_i += u_i R
 
-An update writes S and R in one pass over the float32 state, which nothing else touches. R has two slots: chunk i reads one and
-writes the other. Where a document starts, `keep` is 0 and the update before it leaves zeros; `live` is 0 for chunks that read
-zeros, whose apply is skipped.
+An update writes S and R in one pass over the float32 state, which nothing else touches. R has two
+slots: chunk i reads one and writes the other. Where a document starts, `keep` is 0 and the update
+before it leaves zeros. `live` is 0 for chunks that read zeros, whose apply is skipped.
 """
 
 from __future__ import annotations
@@ -40,45 +43,77 @@ class Scalars(NamedTuple):
 
 
 class Launches(Protocol):
-    """The three kernels, each for n chunks from `scalars.i` on. Arrays in the place of results are updated in place."""
+    """The three kernels, each for n chunks from `scalars.i` on.
 
-    def written(self, v_BTD, lr) -> Any:
-        """u as the launches take it: lr v, or v itself where they multiply the products by lr."""
+    Arrays in the place of results are updated in place. `base_BTD`, S, G and dW are float32, the
+    others are of the op's dtype.
+    """
+
+    def make_u(self, v_BTD, lr) -> Any:
+        """Return u as the launches take it: lr v, or v where they multiply the products by lr."""
         ...
 
-    def span(self, B: int, C: int, D: int, F: int) -> int:
-        """The most chunks that one launch takes."""
+    def chunks_per_launch(self, B: int, C: int, D: int, F: int) -> int:
+        """Say how many chunks one launch takes at most."""
         ...
 
-    def forward(self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF) -> tuple[Any, Any, Any]:
-        """o, S, R. `base_BTD`, float32, holds these tokens or more, the first chunk from `scalars.row` on."""
+    def forward(
+        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF
+    ) -> tuple[Any, Any, Any]:
+        """Return o, S, R.
+
+        `base_BTD` holds these tokens or more, the first chunk from `scalars.row` on.
+        """
         ...
 
     def replay(
         self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
-        """dz, S, R."""
+        """Return dz, S, R."""
         ...
 
     def reverse(
-        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
+        self,
+        C: int,
+        n: int,
+        scalars: Scalars,
+        z_BTF,
+        u_BTD,
+        v_BTD,
+        do_BTD,
+        dz_BTF,
+        dv_BTD,
+        dw_BDF,
+        G_BDF,
+        R_2BDF,
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """dz, dv, dW, G, R, and partial sums of <v, z R^T> in an array of any shape; from chunk `scalars.i` backwards.
+        """Return dz, dv, dW, G, R, and partial sums of <v, z R^T>, an array of any shape.
 
-        dW [B, D, F] float32 collects G wherever `keep` is 0; it is None where the caller has no documents.
+        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects G wherever `keep` is 0; it
+        is None where the caller has no documents.
         """
         ...
 
 
-def in_place_ttt(launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
-    """Same contract as `ttt_jax.ops.ttt.xla.in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
+def in_place_ttt(
+    launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None
+):
+    """Scan over the chunks with these launches. Same contract as `in_place_ttt_xla`.
+
+    Args:
+      z_BTF, v_BTD, w_DF: of one dtype.
+      lr, state_BDF, keep_BM: float32; keep is 0 where a document starts, None: no documents.
+
+    Returns:
+      o_BTD in that dtype, and the state after the last whole chunk, float32.
+    """
     arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
     results: Any = _in_place_ttt(launches, chunk_size, *arrays)
     return results
 
 
 def slow_apply(z_BTF, w_DF):
-    """z W^T of many chunks in one matmul, float32."""
+    """Compute z W^T of many chunks in one matmul, float32."""
     with jax.named_scope("ttt_apply_slow"):
         return _dot("btf,df->btd", z_BTF, w_DF)
 
@@ -88,27 +123,34 @@ def _dot(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _scan(step, carry, chunks: range, span: int, reverse=False):
-    """`carry` after `step(carry, i, n)` for launches of at most `span` chunks, n each, i the first that it takes.
+def _scan(step, carry, chunks: range, most: int, reverse=False):
+    """`carry` after `step(carry, i, n)` for launches of at most `most` chunks.
 
-    With no chunk nothing is traced.
+    A launch has n chunks, and i is the first that it takes. With no chunk nothing is traced.
     """
     if not chunks:
         return carry
-    n = -(-len(chunks) // -(-len(chunks) // span))
+    n = -(-len(chunks) // -(-len(chunks) // most))
     full, rest = divmod(len(chunks), n)
-    at = lambda done: chunks.stop - 1 - done if reverse else chunks.start + done
+
+    def first(done):
+        return chunks.stop - 1 - done if reverse else chunks.start + done
+
+    def launch(carry, k):
+        return step(carry, first(k * n), n), None
+
     if full == 1:
-        carry = step(carry, at(0), n)
+        carry = step(carry, first(0), n)
     else:
-        carry, _ = jax.lax.scan(lambda carry, k: (step(carry, at(k * n), n), None), carry, jnp.arange(full))
-    return step(carry, at(full * n), rest) if rest else carry
+        carry, _ = jax.lax.scan(launch, carry, jnp.arange(full))
+    return step(carry, first(full * n), rest) if rest else carry
 
 
 def _stretches(B: int, M: int, C: int) -> list[range]:
-    """Chunks whose z W^T exists at one time, so that a long sequence needs no array of its length in float32.
+    """Chunks whose z W^T exists at one time: a long sequence needs no float32 array of its length.
 
-    Only for one sequence: there the tokens of a stretch are a contiguous piece of z, which XLA hands to cuBLAS without a copy.
+    Only for one sequence: there the tokens of a stretch are a contiguous part of z, which XLA hands
+    to cuBLAS without a copy.
     """
     size = max(BASE_TOKENS // C, -(-M // 8), 1) if B == 1 else max(M, 1)
     return [range(first, min(first + size, M)) for first in range(0, M, size)]
@@ -148,22 +190,25 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
-    (z_whole_BTF, z_tail_BCF), (v_whole_BTD, _) = (_split(x, M * C) for x in (z_BTF, v_BTD))
-    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_whole_BTD, lr)
+    z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
+    v_whole_BTD, _ = _split(v_BTD, M * C)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_whole_BTD, lr)
     S_BDF, live_BM = _enter(state_BDF, factors_BM)
-    span = launches.span(B, C, *w_DF.shape)
+    most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
     def step(base_BTD, first, carry, i, n):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, (i - first) * C, lr, factors_BM[:, 1:], live_BM)
-            return varying_like(z_BTF, launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry))
+            results = launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
+            return varying_like(z_BTF, results)
 
-    carry = varying_like(z_BTF, (jnp.zeros_like(v_whole_BTD), S_BDF, _slots(S_BDF.astype(dtype))))
+    carry = jnp.zeros_like(v_whole_BTD), S_BDF, _slots(S_BDF.astype(dtype))
+    carry = varying_like(z_BTF, carry)
     for chunks in _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
             w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
         base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
-        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks, span)
+        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks, most)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
         o_BCD = slow_apply(z_tail_BCF, w_DF) + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
@@ -172,54 +217,55 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
 
 
 def _split(x_BTX, size) -> tuple[Any, Any]:
-    """Whole chunks, which launches read as an array of their own, and the rest. No copy where there is no rest."""
+    """Whole chunks, which launches read as an array of their own, and the rest.
+
+    No copy where there is no rest.
+    """
     return (x_BTX, None) if x_BTX.shape[1] == size else (x_BTX[:, :size], x_BTX[:, size:])
+
+
+class _Whole(NamedTuple):
+    """What the launches of the backward read, of whole chunks."""
+
+    z_BTF: Any
+    u_BTD: Any
+    v_BTD: Any
+    do_BTD: Any
+    w_DF: Any
+    lr: Any
+    factors_BM: Any  # [B, M + 1]
+    live_BM: Any
 
 
 def _backward(launches, C, residuals, cotangents):
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BTD, G_BDF = cotangents
-    (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
+    B, T, _ = z_BTF.shape
     M, tail = divmod(T, C)
-    (z_BTF, z_tail_BCF), (do_BTD, do_tail_BCD), (v_BTD, _) = (_split(x, M * C) for x in (z_BTF, do_BTD, v_BTD))
-    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.written(v_BTD, lr)
-    all_live_BM = jnp.ones((B, M), jnp.int32)
+    z_BTF, z_tail_BCF = _split(z_BTF, M * C)
+    do_BTD, do_tail_BCD = _split(do_BTD, M * C)
+    v_BTD, _ = _split(v_BTD, M * C)
+    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_BTD, lr)
+    live_BM = jnp.ones((B, M), jnp.int32)
+    whole = _Whole(z_BTF, u_BTD, v_BTD, do_BTD, w_DF, lr, factors_BM, live_BM)
+    most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
-    span = launches.span(B, C, *w_DF.shape)
-
-    def replay(carry, i, n):
-        with jax.named_scope("ttt_replay"):
-            scalars = _scalars(i, 0, lr, factors_BM[:, 1:], all_live_BM)
-            return varying_like(z_BTF, launches.replay(C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, *carry))
-
-    S_BDF, _ = _enter(state_BDF, factors_BM)
-    weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)  # gradients tolerate the rounding of W + S
-    dz_BTF, _, R_2BDF = _scan(replay, varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF))), range(M), span)
+    dz_BTF, R_2BDF = _replay(launches, C, most, whole, state_BDF)
 
     dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     if tail:
-        dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(dtype)
+        dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
         G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
-        # Where a document starts G returns to zero; what it held is the share of dW of the tokens from there on.
+        # Where a document starts G returns to zero. What it held is the share of dW of the tokens
+        # from there on.
         keep_B11 = factors_BM[:, M, None, None]
         dw_DF = dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0)
         G_BDF = keep_B11 * G_BDF
 
-    def reverse(carry, i, n):
-        dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr = carry
-        with jax.named_scope("ttt_reverse"):
-            scalars = _scalars(i, 0, lr, factors_BM[:, :-1], all_live_BM)
-            *carry, partial_dlr = varying_like(
-                z_BTF,
-                launches.reverse(C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF),
-            )
-            return (*carry, dlr + partial_dlr.sum())
-
     collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
-    # Chunk i reads slot i % 2.
-    carry = (dz_BTF, jnp.zeros_like(v_BTD), collected_BDF, G_BDF, _slots(G_BDF.astype(dtype)), jnp.zeros((), jnp.float32))
-    carry = _scan(reverse, varying_like(z_BTF, carry), range(M), span, reverse=True)
-    dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
+    dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr = _reverse(
+        launches, C, most, whole, dz_BTF, collected_BDF, G_BDF
+    )
     dw_DF = dw_DF + G_BDF.sum(axis=0)
     if collected_BDF is not None:
         dw_DF = dw_DF + collected_BDF.sum(axis=0)
@@ -228,6 +274,44 @@ def _backward(launches, C, residuals, cotangents):
         dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
     dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
     return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
+
+
+def _replay(launches, C, most, whole, state_BDF):
+    """Go forward in time again. Returns dz = do (W + S), and both slots of R."""
+    z_BTF, w_DF = whole.z_BTF, whole.w_DF
+
+    def step(carry, i, n):
+        with jax.named_scope("ttt_replay"):
+            scalars = _scalars(i, 0, whole.lr, whole.factors_BM[:, 1:], whole.live_BM)
+            results = launches.replay(C, n, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
+            return varying_like(z_BTF, results)
+
+    S_BDF, _ = _enter(state_BDF, whole.factors_BM)
+    # Gradients tolerate the rounding of W + S.
+    weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(z_BTF.dtype)
+    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF)))
+    dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C), most)
+    return dz_BTF, R_2BDF
+
+
+def _reverse(launches, C, most, whole, dz_BTF, collected_BDF, G_BDF):
+    """Go backwards in time. Returns dz, dv, what dW collected (or None), G, and dlr."""
+    z_BTF, u_BTD, v_BTD, do_BTD = whole[:4]
+
+    def step(carry, i, n):
+        *carry, dlr = carry
+        with jax.named_scope("ttt_reverse"):
+            scalars = _scalars(i, 0, whole.lr, whole.factors_BM[:, :-1], whole.live_BM)
+            results = launches.reverse(C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, *carry)
+            *carry, partial_dlr = varying_like(z_BTF, results)
+            return (*carry, dlr + partial_dlr.sum())
+
+    dv_BTD, dlr = jnp.zeros_like(v_BTD), jnp.zeros((), jnp.float32)
+    R_2BDF = _slots(G_BDF.astype(z_BTF.dtype))  # chunk i reads slot i % 2
+    carry = varying_like(z_BTF, (dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr))
+    carry = _scan(step, carry, range(z_BTF.shape[1] // C), most, reverse=True)
+    dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
+    return dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr
 
 
 _in_place_ttt.defvjp(_forward, _backward)

@@ -1,8 +1,14 @@
 """In-Place TTT on Hopper GPUs in Pallas (Mosaic GPU): the three launches of `chunk_scan.py`.
 
-Letters as there. Blocks stay on the multiprocessors and go through tiles of several products and chunks (`gpu_tiles.py`): apply
-tiles, which sum over all of F, run beside updates, which move the state, so that arithmetic and traffic overlap. Which tiles a
-pair of blocks computes, in which order, is a table made when the kernel is traced.
+Letters as there. Thread blocks stay on the multiprocessors and go through output tiles of several
+products and chunks. Applies, which sum over all of F, run next to updates, which move the state, so
+that arithmetic and traffic overlap.
+
+    gpu.py             what can run, and how a launch is laid out on the machine
+    gpu_products.py    what a launch computes: its products and their epilogues
+    gpu_schedule.py    which cluster computes which tile, in which order: a table, made when traced
+    gpu_tiles.py       how a block computes tiles: the pipeline, with a picture
+    gpu_launch.py      a launch as a primitive of jax
 """
 
 from __future__ import annotations
@@ -15,24 +21,48 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from kernels_pallas import chunk_scan
-from kernels_pallas.gpu_tiles import BLOCK_K, BLOCKS, MULTIPLIERS, PIECE, ROWS, TILE, Product, read, run_block, schedule
+from kernels_pallas.gpu_launch import Launch, launch_p
+from kernels_pallas.gpu_products import (
+    Chunk,
+    Sizes,
+    Staging,
+    forward_products,
+    replay_products,
+    reverse_products,
+)
+from kernels_pallas.gpu_schedule import BLOCK_K, TILE, schedule
+from kernels_pallas.gpu_tiles import (
+    BLOCK_ROWS,
+    BLOCKS,
+    CONSUMER_ROWS,
+    CONSUMERS,
+    EPILOGUE_COLUMNS,
+    run_block,
+)
 
 MOST_TILES, MOST_CHUNKS = 16384, 64  # of a launch
 
-_interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.ContextVar("interpreted", default=None)
+_interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.ContextVar(
+    "interpreted", default=None
+)
 
 
 @contextlib.contextmanager
 def interpreted(params, multiprocessors: int = 4):
-    """Kernels traced inside run in Pallas' interpreter (`plgpu.InterpretGPUParams`), on any platform. For tests: very slow."""
-    token = _interpreted.set(MosaicLaunches(multiprocessors=multiprocessors, interpret=params))
+    """Run kernels that are traced inside in Pallas' interpreter, on any platform.
+
+    For tests: very slow.
+
+    Args:
+      params: `plgpu.InterpretGPUParams`.
+      multiprocessors: of the simulated machine.
+    """
+    launches = MosaicLaunches(multiprocessors=multiprocessors, interpret=params)
+    token = _interpreted.set(launches)
     try:
         yield
     finally:
@@ -40,11 +70,12 @@ def interpreted(params, multiprocessors: int = 4):
 
 
 def why_not(platform: str, dtype, C: int, D: int, F: int) -> str | None:
-    """Why these inputs cannot run here, or None."""
+    """Say why these inputs cannot run here, or None."""
     if _interpreted.get() is None:
         if platform not in ("gpu", "cuda"):
             return f"it needs an NVIDIA GPU, and the platform is {platform}"
-        capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))  # without a device: compiling ahead of time
+        # Compiling ahead of time, there is no device to ask.
+        capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
         if not capability.startswith("9."):
             return f"it needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -56,31 +87,53 @@ def why_not(platform: str, dtype, C: int, D: int, F: int) -> str | None:
 
 
 def in_place_ttt_gpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
-    """Same contract as `in_place_ttt_xla`; z, v and W are bfloat16, lr, the state and keep are float32."""
+    """Apply and update the fast weight: section 3 of arXiv 2604.06169, o_i = z_i (W + S_i)^T.
+
+    Same contract as `in_place_ttt_xla`. C, D and F are multiples of 256; `why_not` says what else
+    is needed.
+
+    Args:
+      z_BTF, v_BTD, w_DF: bfloat16.
+      lr: float32 scalar.
+      chunk_size: C.
+      state_BDF: float32, S_0.
+      keep_BM: float32, 0 where a document starts; None: no documents.
+
+    Returns:
+      o_BTD bfloat16, and the state after the last whole chunk, float32.
+    """
     launches = _interpreted.get() or MosaicLaunches()
     return chunk_scan.in_place_ttt(
-        launches, z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state_BDF, keep_BM=keep_BM
+        launches,
+        z_BTF,
+        v_BTD,
+        w_DF,
+        lr=lr,
+        chunk_size=chunk_size,
+        state_BDF=state_BDF,
+        keep_BM=keep_BM,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicLaunches:
-    """The three launches, and how they are laid out in 227 KiB of shared memory (docs/performance.md)."""
+    """The three launches, and how they use the 227 KiB of shared memory (docs/performance.md)."""
 
     stages: int = 4  # of the ring
-    staged: int = 1  # pieces of a multiplier on their way from shared to device memory
+    buffers: int = 1  # of a consumer's results on their way from shared to device memory
     multiprocessors: int | None = None  # None: as many as the device has
     interpret: Any = None
 
-    def written(self, v_BTD, lr):
-        """Sums are multiplied by lr: no array of lr v is made, and none is rounded."""
+    def make_u(self, v_BTD, lr):
+        """Return v: sums are multiplied by lr, so no array of lr v is made, and none is rounded."""
         return v_BTD
 
-    def span(self, B, C, D, F):
-        """As many as keep the table of tiles small.
+    def chunks_per_launch(self, B, C, D, F):
+        """Take as many chunks as keep the table of tiles small.
 
-        Tiles of several chunks wait for each other, so all blocks must run at the same time: one chunk where other kernels,
-        NCCL's, may hold multiprocessors. And in the interpreter, which has no semaphores.
+        Tiles of several chunks wait for each other, so all blocks must run at the same time. One
+        chunk, therefore, where other kernels, NCCL's, may hold multiprocessors. And in the
+        interpreter, which has no semaphores.
         """
         if self.interpret or jax.sharding.get_abstract_mesh().size > 1:
             return 1
@@ -88,130 +141,55 @@ class MosaicLaunches:
         return max(1, min(MOST_CHUNKS, MOST_TILES * TILE**2 // (B * tiles)))
 
     def forward(self, C, n, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
-        F, D = z_BTF.shape[2], u_BTD.shape[2]
-
-        def products(at, z, u, base, o, S, R):
-            def finish(b, m0, n0):
-                return lambda k, n, sums, base, _: at.write(k, (o.at[b, _rows(at.token + m0), n], base + sums))
-
-            source, fast = lambda b: (z.at[b], at.token), lambda b: (R.at[at.slot, b], 0)
-            beside = lambda b: (base.at[b], None)
-            return [
-                Product("nt", C, D, F, source, fast, finish, beside, at.row, lambda b: at.live(b)),
-                _update(at, C, D, F, u, z, S, R, at.lr),
-            ]
-
-        return self._call("ttt_forward", C, n, scalars, products, (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF))
+        """See `chunk_scan.Launches`."""
+        sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
+        operands, in_place = (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF)
+        return self._call("ttt_forward", forward_products, sizes, n, scalars, operands, in_place)
 
     def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
-        F, D = z_BTF.shape[2], u_BTD.shape[2]
+        """See `chunk_scan.Launches`."""
+        sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
+        operands, in_place = (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF)
+        return self._call("ttt_replay", replay_products, sizes, n, scalars, operands, in_place)
 
-        def products(at, z, u, do, w, dz, S, R):
-            def finish(b, m0, n0):
-                return lambda k, n, sums, _, __: at.write(k, (dz.at[b, _rows(at.token + m0), n], sums))
-
-            weight = lambda b: (R.at[at.slot, b], 0)
-            return [
-                Product("nn", C, F, D, lambda b: (do.at[b], at.token), weight, finish, lambda b: (None, None)),
-                _update(at, C, D, F, u, z, S, R, at.lr, w),
-            ]
-
-        return self._call("ttt_replay", C, n, scalars, products, (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF))
-
-    def reverse(self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
+    def reverse(
+        self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
+    ):
+        """See `chunk_scan.Launches`. The partial sums of dlr are [B, D / 256, n C]."""
         (B, _, F), D = z_BTF.shape, v_BTD.shape[2]
-        collects = dw_BDF is not None
-
-        def products(at, z, v, do, dz, dv, G, R, dlr, dw=None):
-            def finish_v(b, m0, n0):
-                by_row = []
-
-                def piece(k, n, sums, _, v):
-                    by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
-                    at.write(k, (dv.at[b, _rows(at.token + m0), n], at.lr * sums))
-                    if k == TILE // PIECE - 1:
-                        dlr[b, n0 // TILE, _rows(at.step * C + m0)] = sum(by_row)
-
-                return piece
-
-            def finish_z(b, m0, n0):
-                return lambda k, n, sums, _, dz_before: at.write(
-                    k, (dz.at[b, _rows(at.token + m0), n], dz_before.astype(jnp.float32) + at.lr * sums)
-                )
-
-            fast = lambda b: (R.at[at.slot, b], 0)
-            of = lambda array: lambda b: (array.at[b], at.token)
-            return [
-                Product("nt", C, D, F, of(z), fast, finish_v, lambda b: (None, v.at[b]), at.token),
-                Product("nn", C, F, D, of(v), fast, finish_z, lambda b: (None, dz.at[b]), at.token),
-                _update(at, C, D, F, do, z, G, R, collected=dw),
-            ]
-
         partial_dlr = jnp.zeros((B, D // TILE, n * C), jnp.float32)
-        in_place = (dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *((dw_BDF,) if collects else ()))
-        results = self._call("ttt_reverse", C, -n, scalars, products, (z_BTF, v_BTD, do_BTD), in_place)
-        dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *dw = results
-        return dz_BTF, dv_BTD, dw[0] if collects else None, G_BDF, R_2BDF, partial_dlr
+        operands = z_BTF, v_BTD, do_BTD
+        in_place = dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr
+        if dw_BDF is not None:
+            in_place = (*in_place, dw_BDF)
+        results = self._call(
+            "ttt_reverse", reverse_products, Sizes(C, D, F), -n, scalars, operands, in_place
+        )
+        dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *collected = results
+        dw_BDF = collected[0] if collected else None
+        return dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF, partial_dlr
 
-    def _call(self, name, C, n, scalars, products, operands, in_place):
-        """|n| chunks, backwards where n is negative. Results are the arrays of `in_place`, updated."""
+    def _call(self, name, products, sizes, n, scalars, operands, in_place):
+        """Launch |n| chunks, backwards where n is negative.
+
+        Args:
+          name: of the kernel.
+          products: one of the functions of `gpu_products.py`.
+
+        Returns: the arrays of `in_place`, updated.
+        """
         B, M = scalars.keep_BM.shape
-        sms = self.multiprocessors or _multiprocessors()
+        multiprocessors = self.multiprocessors or _multiprocessors()
+        clusters = multiprocessors // BLOCKS
         # The shapes of the products do not depend on what they read.
-        sizes = products(_Place(C), *[None] * (len(operands) + len(in_place)))
-        shapes = tuple((p.rows, p.columns, p.length, p.updates) for p in sizes)
-        table = jnp.asarray(schedule(shapes, B, sms // BLOCKS, abs(n)))
-
-        def body(table, i, row, lr, keep, live, *arrays):
-            *arrays, left_k, right_k, full, empty, low, high = arrays
-            finished = pl.get_global(plgpu.SemaphoreType.REGULAR((abs(n), B, 2))) if abs(n) > 1 else None
-
-            def products_of(step):
-                chunk = i[0] + (step if n > 0 else -step)
-                at = _Place(C, M, step, chunk, row[0] + step * C, lr[0], keep, live, (low, high), self.staged)
-                return products(at, *arrays)
-
-            run_block(products_of, table, finished, self.stages, left_k, right_k, full, empty)
-
-        swizzled = functools.partial(
-            plgpu.SMEM, dtype=jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+        no_arrays = [None] * (len(operands) + len(in_place))
+        shapes = tuple(
+            (p.rows, p.columns, p.length, p.updates)
+            for p in products(sizes, Chunk(sizes.C), *no_arrays)
         )
-        staging = lambda dtype, bytes: plgpu.SMEM(
-            (MULTIPLIERS, self.staged, ROWS, PIECE),
-            dtype,
-            transforms=(plgpu.TilingTransform((8, min(PIECE, 128 // bytes))), plgpu.SwizzleTransform(min(128, PIECE * bytes))),
-        )
-        views = lambda size: (swizzled((self.stages, size, BLOCK_K)), swizzled((self.stages, BLOCK_K, size)))
-        float32 = plgpu.SMEM(
-            (self.stages, TILE // BLOCKS, BLOCK_K),
-            jnp.float32,
-            transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-        )
-        # The interpreter watches a union as a whole, and takes the use of one slot for that of another.
-        one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
-        scratch = (
-            one_ring(*views(TILE // BLOCKS)),
-            one_ring(*views(TILE), float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
-            plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=MULTIPLIERS, num_barriers=self.stages),
-            staging(jnp.bfloat16, 2),
-            staging(jnp.float32, 4),
-        )
-        mesh = plgpu.Mesh(
-            grid=(sms // BLOCKS,),
-            grid_names=("pair",),
-            cluster=(BLOCKS,),
-            cluster_names=("block",),
-            num_threads=MULTIPLIERS + 1,
-            thread_name="wg",
-        )
-        kernel = pl.kernel(
-            lambda *arrays: pl.run_scoped(functools.partial(body, *arrays), *scratch, collective_axes="wg"),
-            mesh=mesh,
-            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-            interpret=self.interpret or False,
-            name=name,
-        )
+        table = jnp.asarray(schedule(shapes, B, clusters, abs(n)))
+        body = functools.partial(_body, products, sizes, n, B, M, self.stages, self.buffers)
+        kernel = self._kernel(name, body, clusters)
         flat_scalars = tuple(x.reshape(-1) for x in scalars)
 
         def launch(*arrays):
@@ -222,107 +200,82 @@ class MosaicLaunches:
         arrays = (*in_place, table, *flat_scalars, *operands)
         if self.interpret:
             return launch(*arrays)
-        program = _Program(launch, self, name, C, n, tuple((x.shape, x.dtype) for x in arrays))
-        return tuple(_launch.bind(*arrays, launch=program, results=len(in_place)))
+        types = tuple((x.shape, x.dtype) for x in arrays)
+        program = Launch(launch, self, name, sizes.C, n, types)
+        return tuple(launch_p.bind(*arrays, launch=program, results=len(in_place)))
+
+    def _kernel(self, name, body, clusters):
+        """The kernel that runs `body` in every warpgroup of every block."""
+        mesh = plgpu.Mesh(
+            grid=(clusters,),
+            grid_names=("pair",),
+            cluster=(BLOCKS,),
+            cluster_names=("block",),
+            num_threads=CONSUMERS + 1,
+            thread_name="wg",
+        )
+        scratch = self._scratch()
+
+        def scoped(*arrays):
+            run = functools.partial(body, *arrays)
+            return pl.run_scoped(run, *scratch, collective_axes="wg")
+
+        return pl.kernel(
+            scoped,
+            mesh=mesh,
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            interpret=self.interpret or False,
+            name=name,
+        )
+
+    def _scratch(self):
+        """Shared memory and barriers of a block: the ring, as `gpu_tiles.run_block` takes it, and
+        the staging buffers in bfloat16 and float32."""
+
+        def operands(rows):
+            shapes = (self.stages, rows, BLOCK_K), (self.stages, BLOCK_K, rows)
+            return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
+
+        float32 = _shared_memory((self.stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
+        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
+        # The interpreter watches a union as a whole, and takes the use of one stage for that of
+        # another.
+        one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
+        return (
+            one_ring(*operands(BLOCK_ROWS)),
+            one_ring(*operands(TILE), float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
+            plgpu.ClusterBarrier(
+                collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=self.stages
+            ),
+            _shared_memory(staging, jnp.bfloat16),
+            _shared_memory(staging, jnp.float32),
+        )
 
 
-class _Program:
-    """A launch. Equal ones, of two layers say, are lowered once in a module; lowering one takes a second."""
+def _body(products, sizes, n, B, M, stages, buffers, table, i, row, lr, keep, live, *arrays):
+    """What a warpgroup runs. `arrays`: operands, results, and `_scratch`."""
+    *arrays, left, right, full, empty, bfloat16, float32 = arrays
+    finished = None
+    if abs(n) > 1:
+        finished = pl.get_global(plgpu.SemaphoreType.REGULAR((abs(n), B, 2)))
+    staging = Staging(buffers, bfloat16, float32)
 
-    def __init__(self, run, *key):
-        self.run, self.key = run, key
+    def products_of(step):
+        i_now = i[0] + (step if n > 0 else -step)
+        row_now = row[0] + step * sizes.C
+        chunk = Chunk(sizes.C, M, step, i_now, row_now, lr[0], keep, live, staging)
+        return products(sizes, chunk, *arrays)
 
-    def __call__(self, *arrays):
-        return self.run(*arrays)
-
-    def __eq__(self, other):
-        return isinstance(other, _Program) and self.key == other.key
-
-    def __hash__(self):
-        return hash(self.key)
-
-
-# jax's rematerialisation takes programs apart and cannot hand on a ref; it leaves primitives whole.
-_launch = Primitive("ttt_launch")
-_launch.multiple_results = True
-_launch.def_impl(lambda *arrays, launch, results: jax.jit(launch)(*arrays))
-_launch.def_abstract_eval(lambda *avals, launch, results: avals[:results])
+    run_block(products_of, table, finished, stages, left, right, full, empty)
 
 
-def _lower(ctx, *arrays, launch, results):
-    """As the program of one device, which it is, also inside a `shard_map`: jax lets no ref vary over mesh axes."""
-    plain = lambda avals: [ShapedArray(x.shape, x.dtype) for x in avals]
-    ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return mlir.lower_fun(lambda *arrays: launch(*arrays), multiple_results=True)(ctx, *arrays)
-
-
-mlir.register_lowering(_launch, _lower, platform="cuda")
-
-
-def _one_after_the_other(arrays, axes, **params):
-    """`jax.vmap`: a launch for each. The batch that a kernel computes at once is B."""
-    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
-    spread = lambda x, axis: jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-    arrays = [spread(x, axis) for x, axis in zip(arrays, axes, strict=True)]
-    results = jax.lax.map(lambda one: tuple(_launch.bind(*one, **params)), tuple(arrays))
-    return list(results), [0] * len(results)
-
-
-batching.primitive_batchers[_launch] = _one_after_the_other
-
-
-class _Place:
-    """Which chunk this is, what belongs to it, and the way out of shared memory."""
-
-    def __init__(
-        self, C, M=0, step: Any = 0, i: Any = 0, row: Any = 0, lr=None, keep: Any = None, live: Any = None, staging=(), staged=0
-    ):
-        self.step, self.token, self.row, self.slot, self.slot_written = step, i * C, row, i % 2, (i + 1) % 2
-        self.lr = lr
-        self.keep = lambda b: keep[b * M + i]
-        self.live = lambda b: live[b * M + i]
-        self.staging, self.staged = staging, staged
-
-    def write(self, k, *parts):
-        """Piece k of a tile, (destination, values) each, through shared memory: registers would write eight bytes at a time."""
-        wg, slot = jax.lax.axis_index("wg"), k % self.staged
-        plgpu.wait_smem_to_gmem(self.staged - 1, wait_read_only=True)
-        for ref, values in parts:
-            self.staging[ref.dtype == jnp.float32][wg, slot] = values.astype(ref.dtype)
-        plgpu.commit_smem()
-        for ref, _ in parts:
-            plgpu.copy_smem_to_gmem(self.staging[ref.dtype == jnp.float32].at[wg, slot], ref, commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
-
-
-def _rows(start):
-    """Of a multiplier."""
-    return pl.ds(pl.multiple_of(start, ROWS), ROWS)
-
-
-def _update(at, C, D, F, left, right, state, R, scale: Any = 1.0, w=None, collected: Any = None) -> Product:
-    """keep (state + scale left^T right), and its copy R, with W added where there is one."""
-
-    def finish(b, m0, n0):
-        kept = at.keep(b)
-
-        def piece(k, n, sums, before, w_piece):
-            part = b, _rows(m0), n
-            total = before + scale * sums
-            value = kept * total
-            copy = value if w is None else value + w_piece.astype(jnp.float32)
-            at.write(k, (state.at[part], value), (R.at[at.slot_written, *part], copy))
-            if collected is not None:  # where a document starts at this chunk, G is the whole of its share of dW
-
-                @pl.when(kept != 1)
-                def _():
-                    collected[part] = read(collected, part) + (1 - kept) * total
-
-        return piece
-
-    token = lambda array: lambda b: (array.at[b], at.token)
-    return Product("tn", D, F, C, token(left), token(right), finish, lambda b: (state.at[b], w))
+def _shared_memory(shape, dtype):
+    """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    columns = min(shape[-1], 128 // itemsize)
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
+    return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
 
 
 def _multiprocessors() -> int:

@@ -1,44 +1,71 @@
-"""What a block of the Mosaic GPU kernels does: tiles of matrix products, through one ring in shared memory.
+"""The pipeline of the Mosaic GPU kernels: a block computes output tiles, one after the other.
 
-A tile is 256 x 256, of a pair of blocks (a cluster), 128 rows each. A block has three warpgroups: one feeds, two multiply, 64
-rows each. The feeder copies 64 steps of a sum at a time into the ring (TMA): its own rows of the left operand, and half of the
-right one, which both blocks get (multicast), because L2 cannot deliver 128 x 128 tiles to every multiprocessor at the speed of
-the tensor cores. It runs ahead of the multipliers (wgmma) by as many steps as the ring holds, across tiles. What a finished sum
-is added to, a tile of the state above all, comes through the same ring behind the operands, 64 columns at a time; read from
-device memory at the end instead, it would cost as much as the sum.
+A tile is 256 x 256 and belongs to a cluster of two blocks; each block has 128 of its rows. A block
+has three warpgroups: one producer and two consumers.
 
-A launch computes one chunk after the other. Its tiles wait for those they depend on, not for all of the chunk before: every
-block counts what it has finished in device memory, and a feeder waits for the counts that the table names.
+                     device memory: operands, and what an epilogue reads
+                        |
+                        |  TMA. Left operand: the block's own 128 rows. Right operand: each block
+                        |  copies half of the 256 columns, and both receive it (multicast).
+                        v
+    PRODUCER         produce: per k-step   wait empty[s] -> copy -> full[s] completes
+    warpgroup 2         |                                        L2 prefetch for the epilogue
+                        v
+    RING of          +---------+---------+---------+---------+
+    shared memory    | stage 0 | stage 1 | stage 2 | stage 3 |   k-step j uses stage j mod 4,
+                     +---------+---------+---------+---------+   also across tiles
+                        |                                ^
+                        |  wait full[s]                  |  arrive empty[s], in both blocks of
+                        v                                |  the cluster
+    CONSUMERS        consume: wgmma, 64 k a step, into 64 x 256 float32 sums in registers
+    warpgroups 0, 1     |    one wgmma stays in flight; the stage before it is released
+                        v
+                     epilogue: 32 columns at a time; inputs arrive as four more k-steps, 64 columns
+                        |      each, through the same ring behind the operands
+                        v
+                     staging buffers in shared memory -> TMA -> device memory
 
-    nt    both operands with the summed dimension last
-    nn    the left one only
-    tn    neither
+    full[s]      2 arrivals, in this block: left and right operand of stage s are there
+    empty[s]     2 arrivals from each block, one per consumer: both blocks have read stage s
+    finished     counts in device memory, per chunk, sequence and kind of tile, over all clusters
+
+Multicast halves the traffic of L2, which cannot deliver 128 x 128 tiles to every multiprocessor at
+the speed of the tensor cores. The producer runs ahead by as many k-steps as the ring has stages.
+Epilogue inputs, the float32 state above all, come through the ring because reading them from device
+memory at the end would take as long as the sum.
+
+A launch computes several chunks. A tile waits for those it depends on, not for all of the chunk
+before: consumers count the runs of tiles that they have finished, and a producer waits for the
+counts that the table of tiles names (`gpu_schedule.py`).
+
+Kinds of products, by where the summed dimension is:
+
+    nt    last in both operands
+    nn    last in the left one only
+    tn    first in both
 """
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import functools
-import heapq
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-TILE = 256  # rows and columns of a cluster's tile
+from kernels_pallas.gpu_schedule import BLOCK_K, TILE, Tile
+
 BLOCKS = 2  # of a cluster: they share the columns
-MULTIPLIERS = 2  # warpgroups of a block
-ROWS = TILE // BLOCKS // MULTIPLIERS  # of a multiplier
-BLOCK_K = 64
-# In steps of BLOCK_K, measured on an H100 (docs/performance.md); they only balance the table.
-UPDATE_STEPS, APPLY_STEPS = 10, 2  # what ends a tile: of the state, and of a result
-APPLIES, UPDATES = 0, 1  # what blocks count
-PIECE = 32  # columns of a tile that an epilogue holds at once beside the sums
+CONSUMERS = 2  # warpgroups of a block
+BLOCK_ROWS = TILE // BLOCKS
+CONSUMER_ROWS = BLOCK_ROWS // CONSUMERS
+EPILOGUE_COLUMNS = 32  # that an epilogue holds at once in registers, besides the sums
+APPLIES, UPDATES = 0, 1  # kinds of tiles in `finished`
 
 
 class Product(NamedTuple):
@@ -48,32 +75,304 @@ class Product(NamedTuple):
     rows: int
     columns: int
     length: int  # of the sum
-    left: Callable[[Any], tuple[Any, Any]]  # b -> the operand of a sequence, and the first row of the chunk in it
+    # b -> the operand of a sequence [tokens or rows, columns], and the first row of the chunk in it
+    left: Callable[[Any], tuple[Any, Any]]
     right: Callable[[Any], tuple[Any, Any]]
-    # (b, first row, first column of a multiplier's part) -> what to do with each piece of the sums: a function of its number,
-    # its columns, the sums, and the same piece of the float32 and of the bfloat16 array beside it.
-    finish: Callable[..., Callable[..., None]]
-    beside: Callable[[Any], tuple[Any, Any]]  # b -> these arrays, [rows, columns] from `row` on, or None
+    # (b, first row, first column of a consumer's part) -> what to do with the sums of 32 columns:
+    # a function of their number, their columns, the sums, and the same part of both inputs.
+    epilogue: Callable[..., Callable[..., None]]
+    # b -> the float32 and the bfloat16 array, [rows, columns] from `row` on, or None
+    epilogue_inputs: Callable[[Any], tuple[Any, Any]]
     row: Any = 0
     live: Callable[[Any], Any] | None = None  # b -> 0 where the sum is zero
 
     @property
     def updates(self) -> bool:
-        """The state; applies read its copy."""
+        """Whether it writes the state; applies read the state's copy."""
         return self.kind == "tn"
 
+    @property
+    def epilogue_steps(self) -> int:
+        """K-steps of the ring that bring the inputs of the epilogue."""
+        used = any(x is not None for x in self.epilogue_inputs(0))
+        return TILE // BLOCK_K if used else 0
 
-class Tile(NamedTuple):
-    """Which tile a cluster computes, and what must be finished before: a row of the table."""
 
-    product: Any
+class Place(NamedTuple):
+    """Where a block's part of a tile is: in the output, and in the ring."""
+
     b: Any
-    row: Any  # the first
-    column: Any
-    step: Any  # the chunk, counted from the launch's first
-    applies_before: Any  # runs of applies of the step before, over all clusters, to wait for; 0: known to be finished
-    updates_before: Any  # of updates
-    last: Any  # 1 for the last tile of a run, which is counted
+    m0: Any  # first row of the block
+    n0: Any  # first column
+    first: Any  # k-step, counted over all tiles of the block
+    k_steps: Any  # of the sum
+
+
+class Ring(NamedTuple):
+    """Stages of shared memory between producer and consumers, and their barriers."""
+
+    stages: int
+    left: Any  # [stages, 128, 64] and, the same memory, [stages, 64, 128]
+    right: Any  # [stages, 256, 64], [stages, 64, 256], and [stages, 128, 64] of float32
+    full: Any
+    empty: Any
+
+    def stage(self, k_step):
+        """The stage that a k-step uses."""
+        return jax.lax.rem(k_step, jnp.int32(self.stages))
+
+    def wait_empty(self, k_step):
+        """Wait until the consumers of both blocks have released the stage, and return it."""
+
+        @pl.when(k_step >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[self.stage(k_step)])
+
+        return self.stage(k_step)
+
+    def release(self, k_step):
+        """Say that this consumer has read the stage."""
+        plgpu.barrier_arrive(self.empty.at[self.stage(k_step)])
+
+    def drain(self, k_steps):
+        """Wait for the last releases, too: a barrier left half used at the end is an error."""
+
+        def wait(k_step, _):
+            plgpu.barrier_wait(self.empty.at[self.stage(k_step)])
+
+        jax.lax.fori_loop(jnp.maximum(k_steps - self.stages, 0), k_steps, wait, None)
+
+    def epilogue_stages(self, product, b):
+        """Pairs of an epilogue input, or None, and the part of the ring that it comes through."""
+        return zip(product.epilogue_inputs(b), (self.right[2], self.left[0]), strict=True)
+
+
+def run_block(products_of, table, finished, stages, left, right, full, empty):
+    """Compute all of a block's tiles. A thread is a warpgroup: consumers first, then the producer.
+
+    Args:
+      products_of: chunk of the launch -> its products, which a tile names by number.
+      table: `gpu_schedule.schedule`'s, in device memory.
+      finished: [chunks, B, 2] counts of finished runs of applies and of updates, zero at first;
+        None where there is one chunk.
+      stages: of the ring.
+      left: stages for left operands, [stages, 128, 64] and, the same memory, [stages, 64, 128].
+      right: for right operands, [stages, 256, 64], [stages, 64, 256], and float32
+        [stages, 128, 64].
+      full: barriers of the stages, filled in this block.
+      empty: barriers of the stages, released in both blocks.
+    """
+    wg = jax.lax.axis_index("wg")
+    block, pair = jax.lax.axis_index("block"), jax.lax.axis_index("pair")
+    ring = Ring(stages, left, right, full, empty)
+    tiles = _Tiles(products_of, table, finished, block, pair, table[pair, 0, 0])
+    one_chunk = finished is None
+
+    @pl.when(wg < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        tiles.visit(functools.partial(consume, ring, wg), after=None if one_chunk else tiles.signal)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        k_steps = tiles.visit(
+            functools.partial(produce, ring), before=None if one_chunk else tiles.wait
+        )
+        ring.drain(k_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """A block's tiles, in the order of the table; producer and consumers each go through them."""
+
+    products_of: Callable
+    table: Any
+    finished: Any
+    block: Any
+    pair: Any
+    count: Any
+
+    def visit(self, compute, before=None, after=None):
+        """Call `compute(product, place)` for every tile. Returns the k-steps of all of them."""
+        one = functools.partial(self._visit_one, compute, before, after)
+        return jax.lax.fori_loop(1, self.count + 1, one, jnp.int32(0))
+
+    def _visit_one(self, compute, before, after, j, k_step):
+        tile = Tile(*(self.table[self.pair, j, k] for k in range(len(Tile._fields))))
+        products = self.products_of(tile.chunk)
+        m0 = pl.multiple_of(tile.row + self.block * BLOCK_ROWS, BLOCK_ROWS)
+        n0 = pl.multiple_of(tile.column, TILE)
+        k_steps, epilogue_steps = _k_steps(products, tile)
+        if before is not None:
+            before(tile)
+        place = Place(tile.b, m0, n0, k_step, k_steps)
+        for k, product in enumerate(products):
+            pl.when(tile.product == k)(functools.partial(compute, product, place))
+        if after is not None:
+            after(tile, products)
+        return k_step + k_steps + epilogue_steps
+
+    def wait(self, tile):
+        """Wait for the tiles of the chunk before that this one depends on."""
+        self._wait_for(tile, APPLIES, tile.applies_before)
+        self._wait_for(tile, UPDATES, tile.updates_before)
+
+    def _wait_for(self, tile, kind, runs):
+        count = self.finished.at[tile.chunk - 1, tile.b, kind]
+
+        @pl.when(runs > 0)
+        def _():
+            arrivals = runs * (BLOCKS * CONSUMERS)
+            plgpu.semaphore_wait(count, arrivals, decrement=False, memory_scope="gpu")
+
+    def signal(self, tile, products):
+        """Count the run of tiles that this one ends."""
+        kinds = [jnp.int32(UPDATES if product.updates else APPLIES) for product in products]
+        kind = kinds[0]
+        for k in range(1, len(products)):
+            kind = jnp.where(tile.product == k, kinds[k], kind)
+
+        @pl.when(tile.last != 0)
+        def _():
+            plgpu.wait_smem_to_gmem(0)  # written, not only read from shared memory
+            count = self.finished.at[tile.chunk, tile.b, kind]
+            plgpu.semaphore_signal(count, memory_scope="gpu")
+
+
+def _k_steps(products, tile):
+    """K-steps of the tile's sum, and of its epilogue's inputs."""
+    k_steps = epilogue_steps = jnp.int32(0)
+    for k, product in enumerate(products):
+        length = jnp.int32(product.length // BLOCK_K)
+        if product.live is not None:
+            length = jnp.where(product.live(tile.b) != 0, length, 0)
+        k_steps = jnp.where(tile.product == k, length, k_steps)
+        steps = jnp.int32(product.epilogue_steps)
+        epilogue_steps = jnp.where(tile.product == k, steps, epilogue_steps)
+    return k_steps, epilogue_steps
+
+
+def produce(ring, product, place):
+    """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's inputs."""
+    operands = product.left(place.b), product.right(place.b)
+    copy = functools.partial(_produce_k_step, ring, product, place, *operands)
+    jax.lax.fori_loop(0, place.k_steps, copy, None)
+    for k in range(product.epilogue_steps):
+        stage = ring.wait_empty(place.first + place.k_steps + k)
+        rows = pl.ds(pl.multiple_of(product.row + place.m0, BLOCK_ROWS), BLOCK_ROWS)
+        columns = pl.ds(pl.multiple_of(place.n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
+        for array, buffer in ring.epilogue_stages(product, place.b):
+            if array is None:
+                plgpu.barrier_arrive(ring.full.at[stage])
+            else:
+                source = array.at[rows, columns]
+                plgpu.copy_gmem_to_smem(source, buffer.at[stage], ring.full.at[stage])
+
+
+def _produce_k_step(ring, product, place, left_operand, right_operand, s, _):
+    """Copy k-step s of both operands."""
+    (left, left_row), (right, right_row) = left_operand, right_operand
+    block_rows, tile_columns = pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
+    k = pl.multiple_of(s * BLOCK_K, BLOCK_K)
+    stage, ks = ring.wait_empty(place.first + s), pl.ds(k, BLOCK_K)
+    _prefetch(product, place, s)
+
+    if product.kind == "tn":
+        source = left.at[pl.ds(pl.multiple_of(left_row + k, BLOCK_K), BLOCK_K), block_rows]
+    else:
+        rows = pl.ds(pl.multiple_of(left_row + place.m0, BLOCK_ROWS), BLOCK_ROWS)
+        source = left.at[rows, ks]
+    buffer = ring.left[product.kind == "tn"].at[stage]
+    plgpu.copy_gmem_to_smem(source, buffer, ring.full.at[stage])
+
+    if product.kind == "nt":
+        source = right.at[pl.ds(pl.multiple_of(right_row + place.n0, TILE), TILE), ks]
+    else:
+        source = right.at[pl.ds(pl.multiple_of(right_row + k, BLOCK_K), BLOCK_K), tile_columns]
+    buffer = ring.right[product.kind != "nt"].at[stage]
+    plgpu.copy_gmem_to_smem(source, buffer, ring.full.at[stage], collective_axes="block")
+
+
+def _prefetch(product, place, s):
+    """Prefetch a share of the epilogue's inputs into L2; all at once would delay the operands."""
+    shares = min(16, product.length // BLOCK_K)
+    share = BLOCK_ROWS // shares
+
+    @pl.when(s < shares)
+    def _():
+        for array in product.epilogue_inputs(place.b):
+            if array is not None:
+                rows = pl.ds(pl.multiple_of(product.row + place.m0 + s * share, share), share)
+                plgpu.async_prefetch(array.at[rows, pl.ds(place.n0, TILE)])
+
+
+def consume(ring, wg, product, place):
+    """Sum this consumer's 64 rows of a tile, and hand them to the product's epilogue."""
+    own_rows = pl.ds(pl.multiple_of(wg * CONSUMER_ROWS, CONSUMER_ROWS), CONSUMER_ROWS)
+    accumulator = plgpu.ACC(  # pyright: ignore[reportPrivateImportUsage]
+        (CONSUMER_ROWS, TILE), jnp.float32
+    )
+    accumulate = functools.partial(_accumulate, ring, product, place, own_rows)
+    sums: Any = pl.run_scoped(accumulate, accumulator)
+    m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
+    write = product.epilogue(place.b, m0, place.n0)
+    inputs: list[Any] = [None, None]
+    for k in range(TILE // EPILOGUE_COLUMNS):
+        step, column = divmod(k * EPILOGUE_COLUMNS, BLOCK_K)
+        if column == 0 and product.epilogue_steps:
+            inputs = _read_epilogue_inputs(ring, product, place, own_rows, step)
+        first = pl.multiple_of(place.n0 + k * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
+        part = sums[:, k * EPILOGUE_COLUMNS : (k + 1) * EPILOGUE_COLUMNS]
+        parts = (None if x is None else x[:, column : column + EPILOGUE_COLUMNS] for x in inputs)
+        write(k, pl.ds(first, EPILOGUE_COLUMNS), part, *parts)
+
+
+def _accumulate(ring, product, place, own_rows, sums):
+    """The whole sum, [64, 256] float32."""
+    step = functools.partial(_consume_k_step, ring, product, place, own_rows, sums)
+    jax.lax.fori_loop(0, place.k_steps, step, None)
+    plgpu.wgmma_wait(0)
+
+    @pl.when(place.k_steps > 0)
+    def _():
+        ring.release(place.first + place.k_steps - 1)
+
+    return sums[...]
+
+
+def _consume_k_step(ring, product, place, own_rows, sums, s, _):
+    """Multiply the operands of one stage; release the stage before it."""
+    stage = ring.stage(place.first + s)
+    plgpu.barrier_wait(ring.full.at[stage])
+    if product.kind == "tn":
+        left = _transposed(ring.left[True].at[stage, :, own_rows])
+    else:
+        left = ring.left[False].at[stage, own_rows]
+    if product.kind == "nt":
+        right = _transposed(ring.right[False].at[stage])
+    else:
+        right = ring.right[True].at[stage]
+    plgpu.wgmma(sums, left, right)
+    plgpu.wgmma_wait(1)  # the one before this
+
+    @pl.when(s > 0)
+    def _():
+        ring.release(place.first + s - 1)
+
+
+def _read_epilogue_inputs(ring, product, place, own_rows, step):
+    """64 columns of both inputs [64, 64], or None, out of the ring."""
+    stage = ring.stage(place.first + place.k_steps + step)
+    plgpu.barrier_wait(ring.full.at[stage])
+    inputs = [
+        None if array is None else read(buffer, (stage, own_rows, slice(None)))
+        for array, buffer in ring.epilogue_stages(product, place.b)
+    ]
+    plgpu.commit_smem()  # or TMA might overwrite what an ordinary read has not read yet
+    plgpu.barrier_arrive(ring.empty.at[stage])
+    return inputs
 
 
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
@@ -81,262 +380,13 @@ _LOAD_TAKES_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.e
 
 
 def read(ref, part):
-    """Part of a tile, in the layout of its sums."""
+    """Read part of an array, in the layout of a tile's sums."""
     part = ref.at[part]
     index = ((),) if _LOAD_TAKES_INDEX else ()
     return plgpu.load(part, *index, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def run_block(products_of, table, finished, stages, lefts, rights, full, empty):
-    """All of a block's tiles. Threads are warpgroups: multipliers, then the feeder.
-
-    Args:
-      products_of: a step of the table, which is a chunk, -> what a tile's number stands for there.
-      table: `schedule`'s, in device memory.
-      finished: [steps, B, 2] counts of finished runs of applies and of updates, zero at first; None where there is one step.
-      lefts: the ring for left operands, [stages, 128, 64] and, the same memory, [stages, 64, 128].
-      rights: for right operands, [stages, 256, 64], [stages, 64, 256] and [stages, 128, 64] of float32.
-      full, empty: barriers of each slot: filled in this block, and read in both blocks.
-    """
-    wg, block, pair = jax.lax.axis_index("wg"), jax.lax.axis_index("block"), jax.lax.axis_index("pair")
-    count = table[pair, 0, 0]
-    slot_of = lambda step: jax.lax.rem(step, jnp.int32(stages))
-
-    def tiles(visit, before=None, after=None):
-        """`visit(product, b, m0, n0, first step of the ring, steps)` for the block's tiles in order. All steps taken."""
-
-        def one(j, step):
-            tile = Tile(*(table[pair, j, k] for k in range(len(Tile._fields))))
-            number, b, products = tile.product, tile.b, products_of(tile.step)
-            m0, n0 = pl.multiple_of(tile.row + block * (TILE // BLOCKS), TILE // BLOCKS), pl.multiple_of(tile.column, TILE)
-            steps = extra = jnp.int32(0)
-            for k, product in enumerate(products):
-                length = jnp.int32(product.length // BLOCK_K)
-                if product.live is not None:
-                    length = jnp.where(product.live(b) != 0, length, 0)
-                steps = jnp.where(number == k, length, steps)
-                extra = jnp.where(number == k, jnp.int32(_extra(product)), extra)
-            if before is not None:
-                before(tile)
-            for k, product in enumerate(products):
-                pl.when(number == k)(functools.partial(visit, product, b, m0, n0, step, steps))
-            if after is not None:
-                after(tile, products)
-            return step + steps + extra
-
-        return jax.lax.fori_loop(1, count + 1, one, jnp.int32(0))
-
-    def wait(tile):
-        def until(kind, runs):
-            count = finished.at[tile.step - 1, tile.b, kind]
-            pl.when(runs > 0)(
-                lambda: plgpu.semaphore_wait(count, runs * (BLOCKS * MULTIPLIERS), decrement=False, memory_scope="gpu")
-            )
-
-        until(APPLIES, tile.applies_before)
-        until(UPDATES, tile.updates_before)
-
-    def signal(tile, products):
-        of = {True: UPDATES, False: APPLIES}
-        kind = jnp.int32(of[products[0].updates])
-        for k, product in enumerate(products[1:], 1):
-            kind = jnp.where(tile.product == k, jnp.int32(of[product.updates]), kind)
-
-        @pl.when(tile.last != 0)
-        def _():
-            plgpu.wait_smem_to_gmem(0)  # written, not only read from shared memory
-            plgpu.semaphore_signal(finished.at[tile.step, tile.b, kind], memory_scope="gpu")
-
-    def feed(product, b, m0, n0, first, steps):
-        (left, left_row), (right, right_row) = product.left(b), product.right(b)
-        own, all_n = pl.ds(m0, TILE // BLOCKS), pl.ds(n0, TILE)
-        spread = min(16, product.length // BLOCK_K)
-        some = TILE // BLOCKS // spread
-
-        def prefetch(s):
-            """A share of what the sums are added to into L2; all at once it would hold up the operands."""
-
-            @pl.when(s < spread)
-            def _():
-                for array in product.beside(b):
-                    if array is not None:
-                        rows = pl.ds(pl.multiple_of(product.row + m0 + s * some, some), some)
-                        plgpu.async_prefetch(array.at[rows, all_n])
-
-        def free_slot(step):
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(empty.at[slot_of(step)])
-
-            return slot_of(step)
-
-        def copy(s, _):
-            k = pl.multiple_of(s * BLOCK_K, BLOCK_K)
-            slot, ks = free_slot(first + s), pl.ds(k, BLOCK_K)
-            prefetch(s)
-            if product.kind == "tn":
-                source = left.at[pl.ds(pl.multiple_of(left_row + k, BLOCK_K), BLOCK_K), own]
-            else:
-                source = left.at[pl.ds(pl.multiple_of(left_row + m0, TILE // BLOCKS), TILE // BLOCKS), ks]
-            plgpu.copy_gmem_to_smem(source, lefts[product.kind == "tn"].at[slot], full.at[slot])
-            if product.kind == "nt":
-                source = right.at[pl.ds(pl.multiple_of(right_row + n0, TILE), TILE), ks]
-            else:
-                source = right.at[pl.ds(pl.multiple_of(right_row + k, BLOCK_K), BLOCK_K), all_n]
-            plgpu.copy_gmem_to_smem(source, rights[product.kind != "nt"].at[slot], full.at[slot], collective_axes="block")
-
-        jax.lax.fori_loop(0, steps, copy, None)
-        for k in range(_extra(product)):
-            slot = free_slot(first + steps + k)
-            rows = pl.ds(pl.multiple_of(product.row + m0, TILE // BLOCKS), TILE // BLOCKS)
-            part = rows, pl.ds(pl.multiple_of(n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
-            for array, ring in zip(product.beside(b), (rights[2], lefts[0]), strict=True):
-                if array is None:
-                    plgpu.barrier_arrive(full.at[slot])
-                else:
-                    plgpu.copy_gmem_to_smem(array.at[part], ring.at[slot], full.at[slot])
-
-    def multiply(product, b, m0, n0, first, steps):
-        rows = pl.ds(pl.multiple_of(wg * ROWS, ROWS), ROWS)
-
-        def scope(sums):
-            def one(s, _):
-                slot = slot_of(first + s)
-                plgpu.barrier_wait(full.at[slot])
-                tn = product.kind == "tn"
-                left = _transposed(lefts[True].at[slot, :, rows]) if tn else lefts[False].at[slot, rows]
-                right = _transposed(rights[False].at[slot]) if product.kind == "nt" else rights[True].at[slot]
-                plgpu.wgmma(sums, left, right)
-                plgpu.wgmma_wait(1)  # the one before this
-
-                @pl.when(s > 0)
-                def _():
-                    plgpu.barrier_arrive(empty.at[slot_of(first + s - 1)])
-
-            jax.lax.fori_loop(0, steps, one, None)
-            plgpu.wgmma_wait(0)
-
-            @pl.when(steps > 0)
-            def _():
-                plgpu.barrier_arrive(empty.at[slot_of(first + steps - 1)])
-
-            return sums[...]
-
-        sums: Any = pl.run_scoped(scope, plgpu.ACC((ROWS, TILE), jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
-        piece = product.finish(b, pl.multiple_of(m0 + wg * ROWS, ROWS), n0)
-        beside: list[Any] = [None, None]
-        for k in range(TILE // PIECE):
-            step, column = divmod(k * PIECE, BLOCK_K)
-            if column == 0 and _extra(product):
-                slot = slot_of(first + steps + step)
-                plgpu.barrier_wait(full.at[slot])
-                for j, (array, ring) in enumerate(zip(product.beside(b), (rights[2], lefts[0]), strict=True)):
-                    beside[j] = None if array is None else read(ring, (slot, rows, slice(None)))
-                plgpu.commit_smem()  # or TMA might overwrite what an ordinary read has not read yet
-                plgpu.barrier_arrive(empty.at[slot])
-            columns = pl.ds(pl.multiple_of(n0 + k * PIECE, PIECE), PIECE)
-            sums_piece = sums[:, k * PIECE : (k + 1) * PIECE]
-            piece(k, columns, sums_piece, *(None if x is None else x[:, column : column + PIECE] for x in beside))
-
-    @pl.when(wg < MULTIPLIERS)
-    def _():
-        plgpu.set_max_registers(232, action="increase")
-        tiles(multiply, after=None if finished is None else signal)
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(wg == MULTIPLIERS)
-    def _():
-        plgpu.set_max_registers(40, action="decrease")
-        total = tiles(feed, before=None if finished is None else wait)
-        # A block that ends with a barrier half used is an error, so the last releases are waited for as well.
-        drain = lambda step, _: plgpu.barrier_wait(empty.at[slot_of(step)])
-        jax.lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
-
-
-def _extra(product) -> int:
-    """Steps of the ring that bring what the sums are added to."""
-    return TILE // BLOCK_K if any(x is not None for x in product.beside(0)) else 0
-
-
 def _transposed(ref):
-    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
-
-
-@functools.cache
-def schedule(shapes, B: int, clusters: int, steps: int = 1) -> np.ndarray:
-    """Tiles of each cluster, in order: [clusters, 1 + most, 8] int32, rows of `Tile`; the first row holds their count.
-
-    The applies of a step read the copy of the state that the updates of the step before wrote; its updates overwrite the copy
-    that the applies of the step before read. Whenever a cluster is free in a simulated run, it takes the first tile of what
-    is ready: the oldest step's, there updates, for which the next step waits; in the last step the longest sums. The order in
-    which tiles start there is one in which nothing waits for what comes later, so that no real run can block, however long its
-    tiles take.
-
-    Args:
-      shapes: rows, columns, length of the sum, and whether it updates the state, for each product.
-    """
-    cost = [length // BLOCK_K + (UPDATE_STEPS if updates else APPLY_STEPS) for *_, length, updates in shapes]
-    grids = [[(m, n) for n in range(0, columns, TILE) for m in range(0, rows, TILE)] for rows, columns, *_ in shapes]
-    unfinished = {
-        (step, b, updates): sum(len(grid) for grid, shape in zip(grids, shapes, strict=True) if shape[3] == updates)
-        for step in range(steps)
-        for b in range(B)
-        for updates in (False, True)
-    }
-    ready: list = []  # (step, 0 for what goes first, -cost, product, b, tiles not yet taken, the next one last)
-
-    def release(step, b, updates):
-        if step < steps:
-            for k, shape in enumerate(shapes):
-                if shape[3] == updates:
-                    first = updates if step + 1 < steps else not updates
-                    heapq.heappush(ready, (step, not first, -cost[k], k, b, grids[k][::-1]))
-
-    def finish(step, b, updates):
-        unfinished[step, b, updates] -= 1
-        if unfinished[step, b, updates] == 0:
-            if updates:
-                release(step + 1, b, False)
-            if unfinished[step, b, not updates] == 0:
-                release(step + 1, b, True)
-
-    for b in range(B):
-        release(0, b, False)
-        release(0, b, True)
-    queues: list[list] = [[] for _ in range(clusters)]
-    free, running = list(range(clusters)), []  # (time, cluster, group of tiles)
-    now = 0
-    while ready or running:
-        while ready and free:
-            step, *_, k, b, left = ready[0]
-            cluster = heapq.heappop(free)
-            queues[cluster].append((k, b, *left.pop(), step))
-            heapq.heappush(running, (now + cost[k], cluster, (step, b, shapes[k][3])))
-            if not left:
-                heapq.heappop(ready)
-        now = running[0][0]
-        while running and running[0][0] == now:
-            _, cluster, group = heapq.heappop(running)
-            heapq.heappush(free, cluster)
-            finish(*group)
-    return _table(queues, [shape[3] for shape in shapes])
-
-
-def _table(queues, updates) -> np.ndarray:
-    """The schedule with what each cluster has to wait for, and where it has to tell."""
-    group = lambda tile: (tile[4], tile[1], updates[tile[0]])
-    runs = [[group(tile) for tile in queue] for queue in queues]
-    last = [[j + 1 == len(run) or run[j + 1] != this for j, this in enumerate(run)] for run in runs]
-    count = collections.Counter(
-        g for run, ends in zip(runs, last, strict=True) for g, end in zip(run, ends, strict=True) if end
-    )
-    table = np.zeros((len(queues), 1 + max(map(len, queues)), len(Tile._fields)), np.int32)
-    for c, queue in enumerate(queues):
-        table[c, 0, 0], known = len(queue), set()
-        for j, tile in enumerate(queue):
-            step, b, is_update = group(tile)
-            needed = [(step - 1, b, kind) for kind in ((False, True) if is_update else (True,)) if step > 0]
-            wait = {g[2]: count[g] for g in needed if g not in known}
-            known.update(needed)
-            table[c, 1 + j] = (*tile, wait.get(False, 0), wait.get(True, 0), last[c][j])  # a Tile
-    return table
+    if hasattr(ref, "transpose"):
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))

@@ -1,7 +1,14 @@
-"""In-Place TTT on NVIDIA GPUs in Triton, called through jax-triton: the three launches of `chunk_scan.py`.
+"""In-Place TTT on NVIDIA GPUs in Triton, through jax-triton: the launches of `chunk_scan.py`.
 
-Letters as there. A program computes one output tile; tiles with the longest sums come first, and the hardware hands the rest to
-whichever multiprocessor is free. Sizes need not fill tiles: what is beyond is masked.
+Why it exists: it is the implementation named "triton", for users of jax-triton, and it runs what
+`gpu.py` cannot: GPUs that are not Hopper, float32, sizes that are no multiple of 256. It runs only
+where it is named; `implementation=None` never takes it. It was not measured to be the fastest
+anywhere: on an H100 at 4B shapes it lies between `gpu.py` and XLA (docs/performance.md), and what
+`gpu.py` cannot run was not measured.
+
+Letters as there. A program computes one output tile. Tiles with the longest sums come first, and
+the hardware hands the rest to whichever multiprocessor is free. Sizes need not fill tiles: what is
+beyond is masked.
 
 Imported only where it is used: jax-triton needs a jax with GPU support, and the extra `gpu`.
 """
@@ -20,7 +27,7 @@ from kernels_pallas import chunk_scan
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Of an output: BM x BN, summed in steps of BK."""
+    """An output tile of BM x BN, summed in k-steps of BK, and how a program computes it."""
 
     BM: int
     BN: int
@@ -33,7 +40,7 @@ BF16, FLOAT32 = Tile(128, 256, 64, 8, 3), Tile(64, 64, 32, 4, 2)
 
 
 def why_not(platform: str, dtype) -> str | None:
-    """Why these inputs cannot run here, or None."""
+    """Say why these inputs cannot run here, or None."""
     if platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, and the platform is {platform}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -44,40 +51,79 @@ def why_not(platform: str, dtype) -> str | None:
     return None
 
 
-def in_place_ttt_triton(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, tile: Tile | None = None):
-    """Same contract as `in_place_ttt_xla`; z, v and W share one dtype, lr, the state and keep are float32."""
+def in_place_ttt_triton(
+    z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, tile: Tile | None = None
+):
+    """Apply and update the fast weight: section 3 of arXiv 2604.06169, o_i = z_i (W + S_i)^T.
+
+    Same contract as `in_place_ttt_xla`.
+
+    Args:
+      z_BTF, v_BTD, w_DF: of one dtype, float32 or bfloat16.
+      lr: float32 scalar.
+      chunk_size: C.
+      state_BDF: float32, S_0.
+      keep_BM: float32, 0 where a document starts; None: no documents.
+      tile: None: the one of the dtype.
+
+    Returns:
+      o_BTD in the dtype of z, and the state after the last whole chunk, float32.
+    """
     tile = tile or (BF16 if z_BTF.dtype == jnp.bfloat16 else FLOAT32)
     return chunk_scan.in_place_ttt(
-        TritonLaunches(tile), z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state_BDF, keep_BM=keep_BM
+        TritonLaunches(tile),
+        z_BTF,
+        v_BTD,
+        w_DF,
+        lr=lr,
+        chunk_size=chunk_size,
+        state_BDF=state_BDF,
+        keep_BM=keep_BM,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonLaunches:
+    """The three launches; `chunk_scan.Launches` says what each computes."""
+
     tile: Tile
 
-    def written(self, v_BTD, lr):
-        """Sums start from the state, so what they sum has to have its size."""
+    def make_u(self, v_BTD, lr):
+        """Return lr v: sums start from the state, so what they sum has to have its scale."""
         return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
 
-    def span(self, B, C, D, F):
-        """Programs of one grid cannot wait for each other."""
+    def chunks_per_launch(self, B, C, D, F):
+        """Take one chunk: programs of one grid cannot wait for each other."""
         return 1
 
     def forward(self, C, n, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+        """Return o, S, R."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(D, F)
         operands = (*scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF)
-        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "T_BASE": base_BTD.shape[1]}
+        sizes = {
+            "T": T,
+            "C": C,
+            "D": D,
+            "F": F,
+            "M": scalars.keep_BM.shape[1],
+            "T_BASE": base_BTD.shape[1],
+        }
         return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
 
     def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
+        """Return dz, S, R."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, F), self._count(D, F)
         operands = (*scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF)
-        return self._call(_kernels().replay, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1])
+        return self._call(
+            _kernels().replay, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1]
+        )
 
-    def reverse(self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF):
+    def reverse(
+        self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
+    ):
+        """Return dz, dv, dW, G, R and dlr of each tile."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(C, F), self._count(D, F)
         collect = dw_BDF is not None
@@ -85,17 +131,22 @@ class TritonLaunches:
         operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw, G_BDF, R_2BDF)
         partial_dlr = jax.ShapeDtypeStruct((B * tiles[0],), jnp.float32)
         sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "COLLECT": collect}
-        dz, dv, dw, G, R, dlr = self._call(_kernels().reverse, operands, 5, B, tiles, extra=(partial_dlr,), **sizes)
+        dz, dv, dw, G, R, dlr = self._call(
+            _kernels().reverse, operands, 5, B, tiles, extra=(partial_dlr,), **sizes
+        )
         return dz, dv, dw if collect else None, G, R, dlr
 
     def _count(self, rows: int, columns: int) -> int:
         return -(-rows // self.tile.BM) * -(-columns // self.tile.BN)
 
     def _call(self, kernel, operands, in_place: int, B, tiles, extra=(), **sizes):
-        """The last `in_place` operands are updated in place; `extra` are results of their own, after them."""
+        """Run a kernel of `triton_kernels.py` over all sequences.
+
+        The last `in_place` operands are updated in place; `extra` are results of their own.
+        """
         import jax_triton  # pyright: ignore[reportMissingImports]
 
-        start = len(operands) - in_place
+        dtype, start = operands[len(chunk_scan.Scalars._fields)].dtype, len(operands) - in_place
         out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[start:]] + list(extra)
         t = self.tile
         results = jax_triton.triton_call(
@@ -111,7 +162,7 @@ class TritonLaunches:
             BM=t.BM,
             BN=t.BN,
             BK=t.BK,
-            PRECISION="ieee" if operands[len(chunk_scan.Scalars._fields)].dtype == jnp.float32 else "tf32",
+            PRECISION="ieee" if dtype == jnp.float32 else "tf32",
         )
         return tuple(results)
 

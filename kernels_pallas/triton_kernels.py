@@ -1,7 +1,8 @@
 """Device code of `triton.py`. Needs triton to be installed; nothing else imports it.
 
-u is lr v. Every kernel starts with the five arrays of `chunk_scan.Scalars`; arrays updated in place come twice, as operand and
-as result, and are one buffer. Offsets of whole arrays are 64-bit, offsets inside a chunk 32-bit.
+u is lr v. Every kernel starts with the five arrays of `chunk_scan.Scalars`. Arrays updated in place
+come twice, as operand and as result, and are one buffer. Offsets of whole arrays are 64-bit,
+offsets inside a chunk 32-bit.
 """
 
 import triton
@@ -10,7 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def _tile_of(index, rows: tl.constexpr, columns: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """First row and column of a tile: column by column in bands of eight rows; neighbours share operands in L2."""
+    """First row and column of a tile: column by column in bands of eight rows of tiles.
+
+    Neighbours share operands in L2.
+    """
     band: tl.constexpr = 8
     M: tl.constexpr = (rows + BM - 1) // BM
     N: tl.constexpr = (columns + BN - 1) // BN
@@ -27,7 +31,10 @@ def _product(
     a_m: tl.constexpr, a_k: tl.constexpr, b_k: tl.constexpr, b_n: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + sum over k of a[m, k] b[k, n]; rows and columns beyond the last read the first ones and are not stored."""
+    """acc + sum over k of a[m, k] b[k, n].
+
+    Rows and columns beyond the last read the first ones and are not stored.
+    """
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
     if rows % BM != 0:
@@ -69,10 +76,14 @@ def _update(
     C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, WEIGHT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keep (S + left^T right), and of its copy R, with W added where it has one. Returns the tile before keep."""
+    """A tile of keep (S + left^T right), and of its copy R, with W added where it has one.
+
+    Returns the tile before keep, and where it is.
+    """
     m0, n0 = _tile_of(index, D, F, BM, BN)
     at, inside = _inside(m0, n0, D, F, BM, BN)
-    S = tl.load(S_in + at, mask=inside, other=0.0)  # the sum starts with it: added later, it would need as many registers again
+    # The sum starts with S: added later, it would need as many registers again.
+    S = tl.load(S_in + at, mask=inside, other=0.0)
     S = _product(S, left, right, m0, n0, D, F, C, 1, D, F, 1, BM, BN, BK, PRECISION)
     kept = keep * S
     tl.store(S_out + at, kept, mask=inside)
@@ -85,10 +96,11 @@ def _update(
 @triton.jit
 def forward(
     i, row, lr, keep, live, z, u, base, o_in, S_in, R_in, o, S, R,
-    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
-    T_BASE: tl.constexpr,
+    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    M: tl.constexpr, T_BASE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A tile of o = base + z R^T, or of S += u^T z."""
     reads: tl.constexpr = ((C + BM - 1) // BM) * ((D + BN - 1) // BN)
     writes: tl.constexpr = ((D + BM - 1) // BM) * ((F + BN - 1) // BN)
     pid = tl.program_id(0)
@@ -103,7 +115,9 @@ def forward(
         acc = tl.load(base + at, mask=inside, other=0.0)
         if tl.load(live + b * M + chunk) != 0:
             fast = R_in + (slot * B + b) * D * F
-            acc = _product(acc, z + first * F, fast, m0, n0, C, D, F, F, 1, 1, F, BM, BN, BK, PRECISION)
+            acc = _product(
+                acc, z + first * F, fast, m0, n0, C, D, F, F, 1, 1, F, BM, BN, BK, PRECISION
+            )
         tl.store(o + first * D + at, acc.to(o.dtype.element_ty), mask=inside)
     else:
         pid -= B * reads
@@ -113,17 +127,19 @@ def forward(
         state = b * D * F
         other = ((1 - slot) * B + b) * D * F
         _update(
-            pid % writes, u + first * D, z + first * F, kept, S_in + state, S + state, R + other, S_in,
-            C, D, F, False, BM, BN, BK, PRECISION,
+            pid % writes, u + first * D, z + first * F, kept, S_in + state, S + state, R + other,
+            S_in, C, D, F, False, BM, BN, BK, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def replay(
     i, row, lr, keep, live, z, u, do, w, dz_in, S_in, R_in, dz, S, R,
-    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
+    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    M: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A tile of dz = do R, or of S += u^T z, with R a copy of W + S."""
     reads: tl.constexpr = ((C + BM - 1) // BM) * ((F + BN - 1) // BN)
     writes: tl.constexpr = ((D + BM - 1) // BM) * ((F + BN - 1) // BN)
     pid = tl.program_id(0)
@@ -135,7 +151,9 @@ def replay(
         m0, n0 = _tile_of(pid % reads, C, F, BM, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         weight = R_in + (slot * B + b) * D * F
-        acc = _product(acc, do + first * D, weight, m0, n0, C, F, D, D, 1, F, 1, BM, BN, BK, PRECISION)
+        acc = _product(
+            acc, do + first * D, weight, m0, n0, C, F, D, D, 1, F, 1, BM, BN, BK, PRECISION
+        )
         at, inside = _inside(m0, n0, C, F, BM, BN)
         tl.store(dz + first * F + at, acc.to(dz.dtype.element_ty), mask=inside)
     else:
@@ -154,10 +172,11 @@ def replay(
 @triton.jit
 def reverse(
     i, row, lr, keep, live, z, u, v, do, dz_in, dv_in, dw_in, G_in, R_in, dz, dv, dw, G, R, dlr,
-    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, M: tl.constexpr,
-    COLLECT: tl.constexpr,
+    B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    M: tl.constexpr, COLLECT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A tile of dv = lr z R^T (and its share of dlr), of dz += u R, or of G += do^T z."""
     to_v: tl.constexpr = ((C + BM - 1) // BM) * ((D + BN - 1) // BN)
     to_z: tl.constexpr = ((C + BM - 1) // BM) * ((F + BN - 1) // BN)
     writes: tl.constexpr = ((D + BM - 1) // BM) * ((F + BN - 1) // BN)
@@ -194,8 +213,8 @@ def reverse(
         state = b * D * F
         other = ((1 - slot) * B + b) * D * F
         whole, at, inside = _update(
-            pid % writes, do + first * D, z + first * F, kept, G_in + state, G + state, R + other, G_in,
-            C, D, F, False, BM, BN, BK, PRECISION,
+            pid % writes, do + first * D, z + first * F, kept, G_in + state, G + state, R + other,
+            G_in, C, D, F, False, BM, BN, BK, PRECISION,
         )  # fmt: skip
         if COLLECT:  # noqa: SIM102 (known when compiled, the other one is not)
             if kept != 1.0:  # a document starts at this chunk: G is the whole of its share of dW

@@ -1,4 +1,7 @@
-"""Types of what differs between devices inside a `shard_map`, for kernels and custom gradients, which do not carry them."""
+"""Types of what differs between devices inside a `shard_map`.
+
+Kernels and custom gradients do not carry them by themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import jax
 
 
 def varying_alike(*arrays):
-    """All arrays marked as varying over the mesh axes that one of them varies over; None stays None.
+    """Mark all arrays as varying over the mesh axes that one of them varies over; None stays None.
 
-    A kernel's results do, and so do the gradients that its backward returns; the transpose of `pcast` sums those of what all
-    devices share.
+    A kernel's results do, and so do the gradients that its backward returns. The transpose of
+    `pcast` sums those of what all devices share.
     """
     union = frozenset().union(*(_axes(x) for x in arrays if x is not None))
     return [None if x is None else _mark(x, union) for x in arrays]
 
 
 def varying_like(x, results):
-    """`results`, marked as varying over the mesh axes that x varies over: a custom call does not say so itself."""
+    """Mark `results` as varying over the mesh axes that x varies over.
+
+    A custom call does not say so itself.
+    """
     return jax.tree.map(lambda result: _mark(result, _axes(x)), results)
 
 

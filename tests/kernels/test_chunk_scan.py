@@ -22,10 +22,10 @@ class PlainLaunches:
     scaled: bool
     most: int = 1
 
-    def written(self, v_BTD, lr):
+    def make_u(self, v_BTD, lr):
         return lr * v_BTD if self.scaled else v_BTD
 
-    def span(self, B, C, D, F):
+    def chunks_per_launch(self, B, C, D, F):
         return self.most
 
     def forward(self, C, n, scalars, *arrays):

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 
-from kernels_pallas import gpu, gpu_tiles, triton
+from kernels_pallas import gpu, gpu_schedule, triton
+from kernels_pallas.gpu_launch import launch_p
 from ttt_jax.errors import UserError
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
@@ -30,18 +31,18 @@ TWO_APPLIES = ((1024, 2560, 9728, False), (1024, 9728, 2560, False), (2560, 9728
 SMALL = ((256, 256, 512, False), (256, 512, 256, True))
 
 
-def queues(table) -> list[list[gpu_tiles.Tile]]:
+def queues(table) -> list[list[gpu_schedule.Tile]]:
     """Of each cluster."""
     for row in table:
         assert not row[1 + row[0, 0] :].any()
-    return [[gpu_tiles.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table]
+    return [[gpu_schedule.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table]
 
 
 @pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
 @pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 1), (3, 66, 2), (1, 66, 8), (1, 400, 3)])
 def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, steps):
-    taken = queues(gpu_tiles.schedule(shapes, B, clusters, steps))
-    seen = [(t.step, t.product, t.b, t.row, t.column) for queue in taken for t in queue]
+    taken = queues(gpu_schedule.schedule(shapes, B, clusters, steps))
+    seen = [(t.chunk, t.product, t.b, t.row, t.column) for queue in taken for t in queue]
     every = {
         (step, k, b, m, n)
         for step in range(steps)
@@ -52,8 +53,8 @@ def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, s
     }
     assert sorted(seen) == sorted(every)
     if clusters == 66 and shapes is not SMALL:
-        more = {False: gpu_tiles.APPLY_STEPS, True: gpu_tiles.UPDATE_STEPS}
-        cost = [length // gpu_tiles.BLOCK_K + more[updates] for *_, length, updates in shapes]
+        more = {False: gpu_schedule.APPLY_STEPS, True: gpu_schedule.UPDATE_STEPS}
+        cost = [length // gpu_schedule.BLOCK_K + more[updates] for *_, length, updates in shapes]
         costs = [sum(cost[t.product] for t in queue) for queue in taken]
         assert max(costs) <= 1.1 * np.mean(costs)
 
@@ -63,9 +64,9 @@ def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, s
 @pytest.mark.parametrize("seed", range(3))
 def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, B, clusters, steps, seed):
     """Runs the table, tiles of any duration: counts rise where it says so, and tiles start when they reach what it names."""
-    taken = queues(gpu_tiles.schedule(shapes, B, clusters, steps))
+    taken = queues(gpu_schedule.schedule(shapes, B, clusters, steps))
     rng, now = np.random.default_rng(seed), 0.0
-    group = lambda t: (t.step, t.b, shapes[t.product][3])
+    group = lambda t: (t.chunk, t.b, shapes[t.product][3])
     started, ended, counts = {}, {}, {}
     at, running = [0] * clusters, {}
     speed = rng.uniform(0.2, 5, clusters)  # of a cluster
@@ -74,7 +75,7 @@ def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, 
             if c not in running and at[c] < len(taken[c]):
                 t = taken[c][at[c]]
                 needed = ((False, t.applies_before), (True, t.updates_before))
-                if all(counts.get((t.step - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs):
+                if all(counts.get((t.chunk - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs):
                     running[c] = now + speed[c] * rng.exponential()
                     started.setdefault(group(t), []).append(now)
         assert running, "every cluster waits"
@@ -134,14 +135,14 @@ def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
 
 def test_a_launch_takes_several_chunks_on_one_device_only():
     """Their blocks wait for each other, and beside NCCL's kernels not all of them might run."""
-    launches, spans = gpu.MosaicLaunches(), []
-    assert launches.span(1, 1024, 2560, 9728) == 21  # 21 x 764 tiles, counted as in the backward
-    assert launches.span(1, 256, 256, 512) == gpu.MOST_CHUNKS
-    assert launches.span(64, 4096, 5120, 17408) == 1
+    launches, taken = gpu.MosaicLaunches(), []
+    assert launches.chunks_per_launch(1, 1024, 2560, 9728) == 21  # 21 x 764 tiles, counted as in the backward
+    assert launches.chunks_per_launch(1, 256, 256, 512) == gpu.MOST_CHUNKS
+    assert launches.chunks_per_launch(64, 4096, 5120, 17408) == 1
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    inside = lambda x: (spans.append(launches.span(1, 256, 256, 512)), x)[1]
+    inside = lambda x: (taken.append(launches.chunks_per_launch(1, 256, 256, 512)), x)[1]
     jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.zeros(4))
-    assert spans == [1]
+    assert taken == [1]
 
 
 def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
@@ -167,7 +168,7 @@ def test_a_vmapped_launch_runs_for_each():
     function = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
     assert function.trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
     program = lambda x, y: (x + 2 * y, y)
-    launch = lambda x, y: gpu._launch.bind(x, y, launch=program, results=2)
+    launch = lambda x, y: launch_p.bind(x, y, launch=program, results=2)
     x_34, y_43 = jnp.arange(12.0).reshape(3, 4), jnp.arange(12.0).reshape(4, 3) ** 2
     with jax.disable_jit():  # the primitive itself is lowered for CUDA only
         both = jax.vmap(launch, in_axes=(0, 1))(x_34, y_43)

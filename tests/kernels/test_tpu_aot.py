@@ -31,7 +31,7 @@ found = topologies.get_topology_desc(platform="tpu", topology_name=topology).dev
 mesh = Mesh(np.array(found), ("batch",), axis_types=(AxisType.Auto,))
 rows, whole = P("batch"), P()
 if vmem:  # what the kernels are told they may use; it is not what the core has
-    tpu._target = lambda: tpu.Target(vmem_bytes=vmem)
+    tpu._core = lambda: tpu.Core(vmem_bytes=vmem)
 
 def op(z, v, w, lr, state, segment_ids):
     # No implementation is named: the mesh says that this is for TPU, and shard_map that nothing is left to partition.
