@@ -1,4 +1,6 @@
-"""What only a CUDA device can show. Run on one: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu -m gpu"""
+"""What only a CUDA device can show. Run on one: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu
+-m gpu
+"""
 
 import functools
 
@@ -30,11 +32,16 @@ def attention_results(q, k, v, do, **options):
 def test_cudnn_attention_matches_the_float32_path(window, packed, T):
     B, N, K, H, C = 2, 8, 2, 64, 64
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, do = (jax.random.normal(key, (B, T, n, H)).astype(jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=True))
+    q, k, v, do = (
+        jax.random.normal(key, (B, T, n, H)).astype(jnp.bfloat16)
+        for key, n in zip(keys, (N, K, K, N), strict=True)
+    )
     options = {"window": window}
     real_BT = np.ones((B, T), bool)
     if packed:
-        segments = np.stack([np.arange(T) // (3 * C) + 1, np.arange(T) // C // 2 + 1]).astype(np.int32)
+        segments = np.stack([np.arange(T) // (3 * C) + 1, np.arange(T) // C // 2 + 1]).astype(
+            np.int32
+        )
         segments[0, 3 * C - 10 : 3 * C] = 0  # a document that fills its last chunk in part
         segments[1, -C - 5 :] = 0
         real_BT = segments > 0
@@ -53,11 +60,16 @@ def test_cudnn_attention_matches_the_float32_path(window, packed, T):
 @pytest.mark.parametrize("T", [64, 200, 500])
 @pytest.mark.parametrize("start", [(1,), (100, 0), (255, 256), (700, 17)], ids=str)
 def test_a_piece_after_a_window_in_cudnn_matches_the_float32_path(start, T):
-    """Pieces that come before the window is full, exactly full, and long after; rows of one batch at different positions."""
+    """Pieces that come before the window is full, exactly full, and long after; rows of one batch
+    at different positions.
+    """
     W, N, K, H, B = 256, 8, 2, 64, len(start)
     keys = jax.random.split(jax.random.key(2), 5)
     sizes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, K, W, H), (B, K, W, H))
-    new_and_old = [jax.random.normal(key, size).astype(jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
+    new_and_old = [
+        jax.random.normal(key, size).astype(jnp.bfloat16)
+        for key, size in zip(keys, sizes, strict=True)
+    ]
 
     def run(arrays, implementation):
         q, k, v, *old = arrays
@@ -65,7 +77,12 @@ def test_a_piece_after_a_window_in_cudnn_matches_the_float32_path(start, T):
         return jax.jit(extend)(q, k, v, kv_cache.KVCache(*old), jnp.asarray(start, jnp.int32))
 
     oracle = run([x.astype(jnp.float32) for x in new_and_old], "xla")
-    assert_close("o", np.asarray(run(new_and_old, "cudnn"), np.float32), np.asarray(oracle), TOLERANCE["bfloat16"])
+    assert_close(
+        "o",
+        np.asarray(run(new_and_old, "cudnn"), np.float32),
+        np.asarray(oracle),
+        TOLERANCE["bfloat16"],
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
@@ -73,16 +90,22 @@ def test_a_piece_after_a_window_in_cudnn_matches_the_float32_path(start, T):
 def test_op_on_the_device(dtype, T, C):
     B, D, F = 2, 256, 512
     keys = jax.random.split(jax.random.key(1), 5)
-    make = lambda key, shape, scale: (scale * jax.random.normal(key, shape)).astype(dtype).astype(jnp.float32)
+    make = lambda key, shape, scale: (
+        (scale * jax.random.normal(key, shape)).astype(dtype).astype(jnp.float32)
+    )
     z, v = make(keys[0], (B, T, F), 1.0), make(keys[1], (B, T, D), 1 / T)
     w, do = make(keys[2], (D, F), F**-0.5), make(keys[3], (B, T, D), 1.0)
     state = 0.1 * F**-0.5 * jax.random.normal(keys[4], (B, D, F))
 
     def results(dtype, implementation):
-        run = lambda z, v, w, s: in_place_ttt(z, v, w, lr=0.7, chunk_size=C, state=s, implementation=implementation)
+        run = lambda z, v, w, s: in_place_ttt(
+            z, v, w, lr=0.7, chunk_size=C, state=s, implementation=implementation
+        )
         out, vjp = jax.vjp(jax.jit(run), *(x.astype(dtype) for x in (z, v, w)), state)
         return [*out, *vjp((do.astype(dtype), jnp.zeros_like(out[1])))]
 
     got, oracle = results(dtype, "xla"), results(jnp.float32, "reference")
     for name, x, y in zip(("o", "S", "dz", "dv", "dw", "dS"), got, oracle, strict=True):
-        assert_close(name, np.asarray(x, np.float32), np.asarray(y), TOLERANCE[jnp.dtype(dtype).name])
+        assert_close(
+            name, np.asarray(x, np.float32), np.asarray(y), TOLERANCE[jnp.dtype(dtype).name]
+        )

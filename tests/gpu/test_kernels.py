@@ -1,4 +1,6 @@
-"""The op's GPU kernels on a GPU, against float64. Run: JAX_PLATFORMS=cuda,cpu python -m pytest tests/gpu -m gpu"""
+"""The op's GPU kernels on a GPU, against float64. Run: JAX_PLATFORMS=cuda,cpu python -m pytest
+tests/gpu -m gpu
+"""
 
 import jax
 import numpy as np
@@ -32,19 +34,25 @@ def test_kernels_match_the_float64_reference(implementation, dtype, D, F, C, doc
 
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])
 def test_kernels_under_rematerialisation_and_a_scan_over_layers(implementation):
-    """As a model calls them: the gradient through a scan of rematerialised layers equals that of XLA."""
+    """As a model calls them: the gradient through a scan of rematerialised layers equals that of
+    XLA.
+    """
     (z, v, w, lr, _), (do, _) = make_inputs(B=1, T=3 * 256, D=256, F=512)
     z, v, w, do = (jax.numpy.asarray(x, BF16) for x in (z, v, w, do))
 
     def loss(z, v, w, implementation):
         @jax.checkpoint
         def layer(v, _):
-            return in_place_ttt(z, v, w, lr=lr, chunk_size=256, implementation=implementation)[0], None
+            return in_place_ttt(z, v, w, lr=lr, chunk_size=256, implementation=implementation)[
+                0
+            ], None
 
         return (jax.lax.scan(layer, v, length=3)[0] * do).astype(F32).sum()
 
     gradient = jax.jit(jax.grad(loss, (0, 1, 2)), static_argnums=3)
-    for got, expected in zip(gradient(z, v, w, implementation), gradient(z, v, w, "xla"), strict=True):
+    for got, expected in zip(
+        gradient(z, v, w, implementation), gradient(z, v, w, "xla"), strict=True
+    ):
         got, expected = (np.asarray(x, np.float64) for x in (got, expected))
         assert np.linalg.norm(got - expected) <= 1e-2 * np.linalg.norm(expected)  # two bf16 results
 
@@ -54,7 +62,9 @@ def test_kernels_under_rematerialisation_and_a_scan_over_layers(implementation):
 def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B, D, F, documents):
     """Bit for bit, again and again: its tiles read what other multiprocessors have just written."""
     C, M = 256, 24
-    ids = None if documents == "none" else np.broadcast_to(DOCUMENTS[documents](M * C, C), (B, M * C))
+    ids = (
+        None if documents == "none" else np.broadcast_to(DOCUMENTS[documents](M * C, C), (B, M * C))
+    )
     (z, v, w, lr, state), (do, dS) = make_inputs(B=B, T=M * C, D=D, F=F)
     z, v, w, do = (jax.numpy.asarray(x, BF16) for x in (z, v, w, do))
     state, dS = (jax.numpy.asarray(x, F32) for x in (state, dS))
@@ -73,5 +83,7 @@ def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B,
     expected = jax.tree.leaves(compiled[1](z, v, w, state))
     for most in (5, 64):
         for _ in range(10):
-            for got, x in zip(jax.tree.leaves(compiled[most](z, v, w, state)), expected, strict=True):
+            for got, x in zip(
+                jax.tree.leaves(compiled[most](z, v, w, state)), expected, strict=True
+            ):
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(x))

@@ -1,4 +1,6 @@
-"""The scan that both GPU kernels share, with launches in plain jnp: what lies between launches, anywhere and in float32."""
+"""The scan that both GPU kernels share, with launches in plain jnp: what lies between launches,
+anywhere and in float32.
+"""
 
 import dataclasses
 import functools
@@ -17,7 +19,9 @@ dot = functools.partial(jnp.einsum, precision="highest")
 
 @dataclasses.dataclass(frozen=True)
 class PlainLaunches:
-    """`scaled`: lr comes into u, as for Triton; otherwise into the products, as for Mosaic. `most` chunks a launch."""
+    """`scaled`: lr comes into u, as for Triton; otherwise into the products, as for Mosaic. `most`
+    chunks a launch.
+    """
 
     scaled: bool
     most: int = 1
@@ -82,7 +86,9 @@ class PlainLaunches:
         return i, scalars.row[0], scalars.live_BM[:, i, None, None] != 0, z[:, at], u[:, at]
 
     def _update(self, scalars, scale, left, right, S, R, w=0.0):
-        S = scalars.keep_BM[:, scalars.i[0], None, None] * (S + scale * dot("bcd,bcf->bdf", left, right))
+        S = scalars.keep_BM[:, scalars.i[0], None, None] * (
+            S + scale * dot("bcd,bcf->bdf", left, right)
+        )
         return S, R.at[(scalars.i[0] + 1) % 2].set(S + w)
 
 
@@ -97,7 +103,9 @@ def plain(monkeypatch, scaled, most):
     return name
 
 
-@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 1), (False, 2), (False, 3), (False, 64)])
+@pytest.mark.parametrize(
+    ("scaled", "most"), [(True, 1), (False, 1), (False, 2), (False, 3), (False, 64)]
+)
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("T", [5 * 8 + 3, 4 * 8, 5])
 def test_the_scan_matches_the_float64_reference(plain, documents, T):
@@ -126,7 +134,8 @@ def test_stretches_of_a_sequence():
     assert chunk_scan._stretches(1, 32, 1024) == [range(32)]
     assert chunk_scan._stretches(1, 128, 1024) == [range(k, k + 32) for k in range(0, 128, 32)]
     assert chunk_scan._stretches(4, 128, 1024) == [range(128)]
-    assert len(chunk_scan._stretches(1, 1024, 1024)) == 8  # of a million tokens, each 5 % of what z takes
+    # of a million tokens, each 5 % of what z takes
+    assert len(chunk_scan._stretches(1, 1024, 1024)) == 8
     assert chunk_scan._stretches(1, 3, 2**20) == [range(1), range(1, 2), range(2, 3)]
     assert chunk_scan._stretches(2, 0, 8) == []
 

@@ -1,4 +1,5 @@
-"""Whole programs compile for an H100 that is not there, kernels included: needs the libraries of jax[cuda13], no GPU.
+"""Whole programs compile for an H100 that is not there, kernels included: needs the libraries of
+jax[cuda13], no GPU.
 
 What `benchmarks/gpu_traffic.py` says about them is checked against what it must say.
 """
@@ -14,16 +15,25 @@ import pytest
 
 pytestmark = [
     pytest.mark.gpu_aot,
-    pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="jax[cuda13] is not installed: pip install -e '.[gpu]'"),
+    pytest.mark.skipif(
+        find_spec("jax_cuda13_plugin") is None,
+        reason="jax[cuda13] is not installed: pip install -e '.[gpu]'",
+    ),
 ]
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_traffic.py"
 
 
 def python(*words: str) -> str:
     """What it prints, in a process of its own: this one was started for CPUs (conftest.py)."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("XLA_FLAGS", "JAX_PLATFORMS")
+    }
     command = [sys.executable, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -34,13 +44,20 @@ def compiled(*words: str) -> dict[str, dict[str, float]]:
     number = r"([\d.]+)"
     line = rf"TTT (\w+): temporaries {number} GiB, arguments {number} GiB; passes {number} GB"
     names = "temporaries", "arguments", "passes"
-    return {ttt: dict(zip(names, map(float, rest), strict=True)) for ttt, *rest in re.findall(line, printed)}
+    return {
+        ttt: dict(zip(names, map(float, rest), strict=True))
+        for ttt, *rest in re.findall(line, printed)
+    }
 
 
 def test_a_training_step():
-    """Qwen3-1.7B, 4 x 8192: the H100 itself had a peak of 36.2 GiB without TTT and 42.6 with it, before layers were scanned in
-    place. The state of two moments and a parameter in float32 is 19.2 GiB."""
-    found = compiled("--preset", "qwen3_1p7b", "--seq", "8192", "--batch", "4", "--model.ttt.implementation=xla")
+    """Qwen3-1.7B, 4 x 8192: the H100 itself had a peak of 36.2 GiB without TTT and 42.6 with it,
+    before layers were scanned in place. The state of two moments and a parameter in float32 is 19.2
+    GiB.
+    """
+    found = compiled(
+        "--preset", "qwen3_1p7b", "--seq", "8192", "--batch", "4", "--model.ttt.implementation=xla"
+    )
     off, on = found["off"], found["on"]
     assert off["arguments"] == pytest.approx(19.23, abs=0.02)
     assert off["temporaries"] < 17
@@ -59,18 +76,40 @@ def test_a_training_step_with_kernels():
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_gpu"])
 def test_a_prefill(implementation):
-    words = "--preset", "qwen3_4b_longct_128k", "--prefill", "8192", f"--model.ttt.implementation={implementation}"
+    words = (
+        "--preset",
+        "qwen3_4b_longct_128k",
+        "--prefill",
+        "8192",
+        f"--model.ttt.implementation={implementation}",
+    )
     found = compiled(*words)
     assert found["off"]["arguments"] == pytest.approx(7.49, abs=0.02)  # parameters in bfloat16
-    assert found["on"]["passes"] < (1.6 if implementation == "xla" else 1.2) * found["off"]["passes"]
+    assert (
+        found["on"]["passes"] < (1.6 if implementation == "xla" else 1.2) * found["off"]["passes"]
+    )
 
 
 @pytest.mark.parametrize("implementation", [None, "pallas_gpu"])
 def test_eight_gpus(implementation):
-    """Qwen3-4B, 8 rows of 32k tokens, FSDP: what `ttt-jax plan` estimates is 36.1 GB a GPU. Kernels, by name, run in a
-    `shard_map`."""
-    words = "--preset", "qwen3_4b_longct_32k", "--seq", "32768", "--batch", "8", "--devices", "8", "--only", "on"
-    found = compiled(*words, *([f"--model.ttt.implementation={implementation}"] if implementation else []))["on"]
+    """Qwen3-4B, 8 rows of 32k tokens, FSDP: what `ttt-jax plan` estimates is 36.1 GB a GPU.
+    Kernels, by name, run in a `shard_map`.
+    """
+    words = (
+        "--preset",
+        "qwen3_4b_longct_32k",
+        "--seq",
+        "32768",
+        "--batch",
+        "8",
+        "--devices",
+        "8",
+        "--only",
+        "on",
+    )
+    found = compiled(
+        *words, *([f"--model.ttt.implementation={implementation}"] if implementation else [])
+    )["on"]
     total = (found["temporaries"] + found["arguments"]) * 2**30 / 1e9
     assert total == pytest.approx(36.1, rel=0.1)
     assert (found["passes"] < 850) == (implementation is not None)
@@ -91,10 +130,16 @@ for function in op.functions("pallas_gpu", case):
 """
 
 
-@pytest.mark.parametrize(("C", "T", "most"), [(1024, 32768, 0.5), (1024, 131072, 0.5), (512, 65536, 0.6)])
+@pytest.mark.parametrize(
+    ("C", "T", "most"), [(1024, 32768, 0.5), (1024, 131072, 0.5), (512, 65536, 0.6)]
+)
 def test_what_the_op_needs_beside_its_results(C, T, most):
-    """4B shapes: at most 0.5 GiB, forward and with the backward, at any length; a little more in blocks of chunks."""
+    """4B shapes: at most 0.5 GiB, forward and with the backward, at any length; a little more in
+    blocks of chunks.
+    """
     printed = python("-c", OP.format(root=str(SCRIPT.parent.parent), C=C, T=T))
-    found = [float(line.split()[1]) for line in printed.splitlines() if line.startswith("temporaries")]
+    found = [
+        float(line.split()[1]) for line in printed.splitlines() if line.startswith("temporaries")
+    ]
     assert len(found) == 2
     assert 0.1 < max(found) < most

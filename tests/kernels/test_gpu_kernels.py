@@ -1,4 +1,5 @@
-"""The GPU kernels without a GPU: table of tiles, lowering for CUDA, refusals, and (slow) the Mosaic kernels in the interpreter.
+"""The GPU kernels without a GPU: table of tiles, lowering for CUDA, refusals, and (slow) the Mosaic
+kernels in the interpreter.
 
 On a device they are checked by tests/gpu.
 """
@@ -35,11 +36,15 @@ def queues(table) -> list[list[gpu_schedule.Tile]]:
     """Of each cluster."""
     for row in table:
         assert not row[1 + row[0, 0] :].any()
-    return [[gpu_schedule.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table]
+    return [
+        [gpu_schedule.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table
+    ]
 
 
 @pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
-@pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 1), (3, 66, 2), (1, 66, 8), (1, 400, 3)])
+@pytest.mark.parametrize(
+    ("B", "clusters", "steps"), [(1, 66, 1), (3, 66, 2), (1, 66, 8), (1, 400, 3)]
+)
 def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, steps):
     taken = queues(gpu_schedule.schedule(shapes, B, clusters, steps))
     seen = [(t.chunk, t.product, t.b, t.row, t.column) for queue in taken for t in queue]
@@ -60,10 +65,16 @@ def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, s
 
 
 @pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
-@pytest.mark.parametrize(("B", "clusters", "steps"), [(1, 66, 6), (2, 66, 4), (1, 400, 3), (3, 4, 5), (1, 1, 3)])
+@pytest.mark.parametrize(
+    ("B", "clusters", "steps"), [(1, 66, 6), (2, 66, 4), (1, 400, 3), (3, 4, 5), (1, 1, 3)]
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, B, clusters, steps, seed):
-    """Runs the table, tiles of any duration: counts rise where it says so, and tiles start when they reach what it names."""
+def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(
+    shapes, B, clusters, steps, seed
+):
+    """Runs the table, tiles of any duration: counts rise where it says so, and tiles start when
+    they reach what it names.
+    """
     taken = queues(gpu_schedule.schedule(shapes, B, clusters, steps))
     rng, now = np.random.default_rng(seed), 0.0
     group = lambda t: (t.chunk, t.b, shapes[t.product][3])
@@ -75,7 +86,9 @@ def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, 
             if c not in running and at[c] < len(taken[c]):
                 t = taken[c][at[c]]
                 needed = ((False, t.applies_before), (True, t.updates_before))
-                if all(counts.get((t.chunk - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs):
+                if all(
+                    counts.get((t.chunk - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs
+                ):
                     running[c] = now + speed[c] * rng.exponential()
                     started.setdefault(group(t), []).append(now)
         assert running, "every cluster waits"
@@ -86,7 +99,8 @@ def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(shapes, 
         if t.last:
             counts[group(t)] = counts.get(group(t), 0) + 1
     for (step, b, updates), times in started.items():
-        for before in [True, False] if updates else [True]:  # what writes its operand; what reads the copy that it overwrites
+        # what writes its operand; what reads the copy that it overwrites
+        for before in [True, False] if updates else [True]:
             assert step == 0 or min(times) >= max(ended[step - 1, b, before])
 
 
@@ -109,64 +123,127 @@ def lowered(implementation, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
     text = lowered("pallas_gpu", backward)
-    assert text.count("custom_call @mosaic_gpu") == (2 if backward else 1)  # a gradient alone needs no forward launch
+    # a gradient alone needs no forward launch
+    assert text.count("custom_call @mosaic_gpu") == (2 if backward else 1)
     # The state and the output are updated in place.
     assert "output_operand_alias" in text
 
 
 @pytest.mark.parametrize(("check_vma", "n"), [(False, 1), (True, 1), (True, 2)])
 def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
-    """jax lets no ref vary over mesh axes; the launch is lowered as what it is, the program of one device."""
+    """jax lets no ref vary over mesh axes; the launch is lowered as what it is, the program of one
+    device.
+    """
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(z, v, w):
         def run(z, v, w):
             state_BDF = jnp.zeros((1, 256, 512), jnp.float32)
-            return in_blocks(gpu.in_place_ttt_gpu, n, z, v, w, lr=jnp.float32(1), chunk_size=256, state_BDF=state_BDF)[0]
+            return in_blocks(
+                gpu.in_place_ttt_gpu,
+                n,
+                z,
+                v,
+                w,
+                lr=jnp.float32(1),
+                chunk_size=256,
+                state_BDF=state_BDF,
+            )[0]
 
-        specs = {"in_specs": (P("data"), P("data"), P()), "out_specs": P("data"), "check_vma": check_vma}
+        specs = {
+            "in_specs": (P("data"), P("data"), P()),
+            "out_specs": P("data"),
+            "check_vma": check_vma,
+        }
         return jax.shard_map(run, mesh=mesh, **specs)(z, v, w).astype(jnp.float32).sum()
 
-    place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
-    arguments = place((2, 600, 512), P("data")), place((2, 600, 256), P("data")), place((256, 512), P())
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == (2 if n == 1 else 3)  # XLA removes what is not read
+    place = lambda shape, spec: jax.ShapeDtypeStruct(
+        shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)
+    )
+    arguments = (
+        place((2, 600, 512), P("data")),
+        place((2, 600, 256), P("data")),
+        place((256, 512), P()),
+    )
+    text = (
+        jax.jit(jax.grad(loss, (0, 1, 2)))
+        .trace(*arguments)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    # XLA removes what is not read
+    assert text.count("custom_call @mosaic_gpu") == (2 if n == 1 else 3)
 
 
 def test_a_launch_takes_several_chunks_on_one_device_only():
     """Their blocks wait for each other, and beside NCCL's kernels not all of them might run."""
     launches, taken = gpu.MosaicLaunches(), []
-    assert launches.chunks_per_launch(1, 1024, 2560, 9728) == 21  # 21 x 764 tiles, counted as in the backward
+    # 21 x 764 tiles, counted as in the backward
+    assert launches.chunks_per_launch(1, 1024, 2560, 9728) == 21
     assert launches.chunks_per_launch(1, 256, 256, 512) == gpu.MOST_CHUNKS
     assert launches.chunks_per_launch(64, 4096, 5120, 17408) == 1
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     inside = lambda x: (taken.append(launches.chunks_per_launch(1, 256, 256, 512)), x)[1]
-    jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.zeros(4))
+    jax.eval_shape(
+        jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.zeros(4)
+    )
     assert taken == [1]
 
 
 def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
-    """As training calls it. jax cannot take a kernel apart that holds refs; it must find a primitive."""
-    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 512, 512), (1, 512, 256), (256, 512)))
+    """As training calls it. jax cannot take a kernel apart that holds refs; it must find a
+    primitive.
+    """
+    z, v, w = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((1, 512, 512), (1, 512, 256), (256, 512))
+    )
 
     def loss(z, v, w):
         def layer(v, _):
-            run = functools.partial(gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512)))
+            run = functools.partial(
+                gpu.in_place_ttt_gpu,
+                lr=jnp.float32(1),
+                chunk_size=256,
+                state_BDF=jnp.zeros((1, 256, 512)),
+            )
             return run(z, v, w)[0], None
 
         policy = jax.checkpoint_policies.save_only_these_names("none")
-        return jax.lax.scan(jax.checkpoint(layer, policy=policy), v, length=3)[0].astype(jnp.float32).sum()
+        return (
+            jax.lax.scan(jax.checkpoint(layer, policy=policy), v, length=3)[0]
+            .astype(jnp.float32)
+            .sum()
+        )
 
-    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text()
+    text = (
+        jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        .trace(z, v, w)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
     assert text.count("custom_call @mosaic_gpu") >= 3
 
 
 def test_a_vmapped_launch_runs_for_each():
-    """Kernels under `jax.vmap`: a loop over launches. What it computes is tested with a launch that runs anywhere."""
-    z, v, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((3, 1, 512, 512), (3, 1, 512, 256), (256, 512)))
-    run = functools.partial(gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512)))
+    """Kernels under `jax.vmap`: a loop over launches. What it computes is tested with a launch that
+    runs anywhere.
+    """
+    z, v, w = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in ((3, 1, 512, 512), (3, 1, 512, 256), (256, 512))
+    )
+    run = functools.partial(
+        gpu.in_place_ttt_gpu, lr=jnp.float32(1), chunk_size=256, state_BDF=jnp.zeros((1, 256, 512))
+    )
     function = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
-    assert function.trace(z, v, w).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
+    assert (
+        function.trace(z, v, w)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+        .count("custom_call @mosaic_gpu")
+        == 1
+    )
     program = lambda x, y: (x + 2 * y, y)
     launch = lambda x, y: launch_p.bind(x, y, launch=program, results=2)
     x_34, y_43 = jnp.arange(12.0).reshape(3, 4), jnp.arange(12.0).reshape(4, 3) ** 2
@@ -200,7 +277,15 @@ def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, clip_norm, d
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
     arguments, cotangents = make_inputs(T=T, **SIZES)
     with gpu.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
-        check(arguments, cotangents, BF16, "pallas_gpu", chunk_size=256, segment_ids=ids, clip_norm=clip_norm)
+        check(
+            arguments,
+            cotangents,
+            BF16,
+            "pallas_gpu",
+            chunk_size=256,
+            segment_ids=ids,
+            clip_norm=clip_norm,
+        )
     assert "RACE DETECTED" not in capfd.readouterr().out  # jax 0.11 prints them, 0.12 raises
 
 
@@ -239,7 +324,9 @@ def test_mosaic_says_what_it_cannot_do(call, reason):
         ((1, 600, 2560, 9728, 512), False, ("pallas_gpu", 1)),  # less than a block
     ],
 )
-def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape, documents, expected):
+def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(
+    monkeypatch, shape, documents, expected
+):
     """The table of docs/performance.md."""
     module = importlib.import_module("ttt_jax.ops.ttt.api")
     monkeypatch.setattr(module.target, "platform", lambda: "gpu")
@@ -254,7 +341,14 @@ def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape,
 def test_a_named_kernel_does_not_fall_back(implementation):
     (z, v, w, lr, _), _ = make_inputs(B=1, T=8, D=4, F=8)
     with pytest.raises(UserError, match=f"{implementation}.*GPU"):
-        in_place_ttt(jnp.asarray(z), jnp.asarray(v), jnp.asarray(w), lr=lr, chunk_size=4, implementation=implementation)
+        in_place_ttt(
+            jnp.asarray(z),
+            jnp.asarray(v),
+            jnp.asarray(w),
+            lr=lr,
+            chunk_size=4,
+            implementation=implementation,
+        )
 
 
 def test_triton_is_optional(monkeypatch):

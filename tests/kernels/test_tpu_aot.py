@@ -1,6 +1,8 @@
-"""The TPU kernel compiles for real TPUs at real sizes: libtpu compiles ahead of time, no TPU is needed (and nothing runs).
+"""The TPU kernel compiles for real TPUs at real sizes: libtpu compiles ahead of time, no TPU is
+needed (and nothing runs).
 
-A kernel that needs more VMEM than it asked for is refused by Mosaic, so this test also checks the choice of tiles.
+A kernel that needs more VMEM than it asked for is refused by Mosaic, so this test also checks the
+choice of tiles.
 """
 
 import json
@@ -11,7 +13,9 @@ from support.aot import compile_in_a_process
 
 pytestmark = [
     pytest.mark.tpu_aot,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"),
+    pytest.mark.skipif(
+        find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+    ),
 ]
 
 SWEEPS = ["ttt_forward", "ttt_replay", "ttt_reverse_dv", "ttt_reverse_dz"]
@@ -61,8 +65,22 @@ print("REPORT", json.dumps(report))
 """
 
 
-def compile_op(topology, D, F, *, dtype="bfloat16", B=1, T=8192, C=1024, devices=1, vmem=None, names="forward,both"):
-    return compile_in_a_process(SCRIPT, json.dumps([topology, dtype, B, T, D, F, C, devices, vmem]), names)
+def compile_op(
+    topology,
+    D,
+    F,
+    *,
+    dtype="bfloat16",
+    B=1,
+    T=8192,
+    C=1024,
+    devices=1,
+    vmem=None,
+    names="forward,both",
+):
+    return compile_in_a_process(
+        SCRIPT, json.dumps([topology, dtype, B, T, D, F, C, devices, vmem]), names
+    )
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
@@ -92,12 +110,17 @@ def test_other_sizes_compile(D, F, options):
 
 
 def test_memory_does_not_grow_with_the_number_of_chunks():
-    short, long = (compile_op("v6e:2x2", 1024, 3072, T=T, names="both")["both"]["temp"] for T in (8192, 65536))
-    per_token = 2 * (1024 + 3072)  # v without the tail, say: nothing that holds one state per chunk (12 MiB each)
+    short, long = (
+        compile_op("v6e:2x2", 1024, 3072, T=T, names="both")["both"]["temp"] for T in (8192, 65536)
+    )
+    # v without the tail, say: nothing that holds one state per chunk (12 MiB each)
+    per_token = 2 * (1024 + 3072)
     assert long - short <= (65536 - 8192) * per_token, (short, long)
 
 
 def test_too_little_vmem_is_an_error():
-    """Told of more VMEM than a core has, the kernels take tiles that do not fit: the tests above can fail."""
+    """Told of more VMEM than a core has, the kernels take tiles that do not fit: the tests above
+    can fail.
+    """
     with pytest.raises(AssertionError, match="Exceeded vmem capacity"):
         compile_op("v5p:2x2x1", 2560, 9728, vmem=120 * 2**20, names="both")
