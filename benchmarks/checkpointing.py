@@ -1,7 +1,9 @@
 """What saving costs a training run: step time with a checkpoint every N steps against none.
 
-    python benchmarks/checkpointing.py                                     # the default preset, runs on a CPU
-    python benchmarks/checkpointing.py --preset qwen3_1p7b --seq 8192 --batch 4 --every 100 500 --dir /fast/disk
+    # the default preset, runs on a CPU
+    python benchmarks/checkpointing.py
+    python benchmarks/checkpointing.py --preset qwen3_1p7b --seq 8192 --batch 4 \\
+        --every 100 500 --dir /fast/disk
 
 An asynchronous save costs its blocking part (the copy of the state to the host) and what the
 writing thread takes from the step meanwhile (on a CPU: cores). Both are a fixed sum per save, so

@@ -1,12 +1,13 @@
 """Scaling over the sequence: prefill and training on 1 .. n GPUs, with the share of the TTT
 collectives.
 
-    python benchmarks/context_parallel.py --devices 1,2,4                                   # prefill, strong and weak scaling
-    python benchmarks/context_parallel.py --train --mesh 1x4x1 --mesh 2x2x1 --strong 131072 # fsdp x context x tensor
-    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu python
-    benchmarks/context_parallel.py \\
-        --preset default --strong 1024 --weak 256 --devices 1,2 --chunk 64 --check-seq 256 --repeats
-        2 [--train]
+    # prefill, strong and weak scaling
+    python benchmarks/context_parallel.py --devices 1,2,4
+    python benchmarks/context_parallel.py --train --mesh 1x4x1 --mesh 2x2x1 \\
+        --strong 131072 # fsdp x context x tensor
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu \\
+        python benchmarks/context_parallel.py --preset default --strong 1024 --weak 256 \\
+        --devices 1,2 --chunk 64 --check-seq 256 --repeats 2 [--train]
 
 Random tokens, one document per row, bf16. Parameters are bf16 for prefill and float32 master
 weights with AdamW under --train; they are sharded over fsdp and context. Strong scaling: one row of

@@ -1,9 +1,11 @@
 """Speed and memory of prefill and decode on this machine's accelerator, beside the bounds measured
 in the same run.
 
-    python benchmarks/generate.py --preset qwen3_4b_longct_128k --chunk 1024 --prefill 8192,32768,65536,131072 \
+    python benchmarks/generate.py --preset qwen3_4b_longct_128k --chunk 1024 \\
+        --prefill 8192,32768,65536,131072 \
         --decode-context 9216 --batches 1,16
-    python benchmarks/generate.py --preset default --prefill 1024 --decode-context 512 --batches 1,4      # also runs on a CPU
+    # also runs on a CPU
+    python benchmarks/generate.py --preset default --prefill 1024 --decode-context 512 --batches 1,4
 
 Random bf16 weights (float32 on CPUs), random tokens, TTT on and off in one run. Prefill reads
 pieces as `Session` does; decode is `decode_step` on a state filled with random numbers, at a fixed

@@ -1,9 +1,12 @@
 """What XLA makes of a training step or a prefill on H100s, without one: memory, compile time, and
 traffic outside of matmuls.
 
-    python benchmarks/gpu_traffic.py --preset qwen3_1p7b --chunk 1024 --seq 8192 --batch 4 [--only on] [--rows 20]
-    python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_128k --chunk 1024 --prefill 8192 --model.ttt.implementation=xla
-    python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_32k --chunk 1024 --seq 32768 --batch 8 --devices 8
+    python benchmarks/gpu_traffic.py --preset qwen3_1p7b --chunk 1024 --seq 8192 \\
+        --batch 4 [--only on] [--rows 20]
+    python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_128k --chunk 1024 --prefill 8192 \\
+        --model.ttt.implementation=xla
+    python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_32k --chunk 1024 --seq 32768 \\
+        --batch 8 --devices 8
 
 Compiles ahead of time for a description of the GPU, on any machine that has the libraries (`pip
 install 'jax[cuda13]'`). "Passes" are all kernels but matmuls and attention: elementwise work,
@@ -44,8 +47,10 @@ from ttt_jax.training.step import abstract_state, make_train_step
 ROOT = Path(__file__).resolve().parents[1]
 H100 = """
 gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  core_count: 132  fpus_per_core: 128
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
   registers_per_core_limit: 65536  registers_per_block_limit: 65536  clock_rate_ghz: 1.98
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
   memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84929347584
@@ -255,9 +260,8 @@ def report(name: str, traced, rows: int) -> None:
         + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in by_loop.most_common() if v > 1e8)
     )
     for size, times, path, kind, operation in passes[:rows]:
-        print(
-            f"  {size / 1e9:7.2f} GB x {times:<4} {path:10} {re.sub(r'{[^}]*}', '', kind)[:60]:60} {operation[-70:]}"
-        )
+        kind = re.sub(r"{[^}]*}", "", kind)[:60]
+        print(f"  {size / 1e9:7.2f} GB x {times:<4} {path:10} {kind:60} {operation[-70:]}")
 
 
 def main() -> None:

@@ -1,10 +1,14 @@
 """The op alone: `in_place_ttt` forward and backward, every implementation that runs here, beside
 its bound.
 
-    python benchmarks/op.py                                                   # 4B shapes, C = 1024, 32k tokens
-    python benchmarks/op.py --shapes 0.6b,4b --chunks 512,1024 --tokens 8192,131072 --batch 1,8 --json runs/op.jsonl
-    python benchmarks/op.py --cases 4b:1024:1:32768,1.7b:1024:4:8192          # shape:C:B:T instead of all combinations
-    python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl          # draws what was measured; needs no GPU
+    # 4B shapes, C = 1024, 32k tokens
+    python benchmarks/op.py
+    python benchmarks/op.py --shapes 0.6b,4b --chunks 512,1024 --tokens 8192,131072 \\
+        --batch 1,8 --json runs/op.jsonl
+    # shape:C:B:T instead of all combinations
+    python benchmarks/op.py --cases 4b:1024:1:32768,1.7b:1024:4:8192
+    # draws what was measured; needs no GPU
+    python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl
 
 All programs of all cases are compiled first, side by side: that takes most of the time, and would
 disturb a timing. The program that is timed is checked first, on the inputs that it is timed with:

@@ -1,7 +1,8 @@
 """The TPU table of docs/scaling.md: the memory of Qwen3 train steps by model, row length and
 topology. No TPU is needed.
 
-    python benchmarks/plan_table.py --out rows.jsonl [--models 4B,8B,14B] [--rows 32768,131072,1048576] [--topologies v5p:4x4x4]
+    python benchmarks/plan_table.py \\
+        --out rows.jsonl [--models 4B,8B,14B] [--rows 32768,131072,1048576] [--topologies v5p:4x4x4]
 
 Each row is one `ttt-jax plan`, stopped as soon as libtpu's compiler has written its memory report
 (arguments included): memory is assigned before machine code is generated, in a small part of the

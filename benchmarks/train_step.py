@@ -2,7 +2,8 @@
 measured in the same run.
 
     python benchmarks/train_step.py --preset qwen3_1p7b --seq 8192 --batch 4 --chunk 1024
-    python benchmarks/train_step.py --preset qwen3_1p7b --seq 65536 --batch 1 --chunk 1024 --remat-save attention
+    python benchmarks/train_step.py --preset qwen3_1p7b --seq 65536 --batch 1 --chunk 1024 \\
+        --remat-save attention
     python benchmarks/train_step.py --preset default                     # also runs on a CPU
 
 Random tokens, one document per row, float32 master weights, AdamW; TTT on and off in one run (the

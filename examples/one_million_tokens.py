@@ -1,7 +1,8 @@
 """A million tokens through a sliding-window model: constant memory, and perplexity by position with
 TTT on and off.
 
-    python train.py                                            # the default run: a small model of Python source
+    # the default run: a small model of Python source
+    python train.py
     python examples/one_million_tokens.py runs/default
 
 Reads the standard library's own source as one document, byte by byte, in pieces. Layers with a

@@ -125,7 +125,8 @@ case = op.Case(1, {T}, 2560, 9728, {C}, False)
 arrays = jax.eval_shape(lambda: op.inputs.__wrapped__(*case[:4]))
 arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in arrays]
 for function in op.functions("pallas_gpu", case):
-    compiled = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).compile(gpu_traffic.OPTIONS)
+    traced = jax.jit(function).trace(*arrays)
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile(gpu_traffic.OPTIONS)
     print("temporaries", compiled.memory_analysis().temp_size_in_bytes / 2**30)
 """
 

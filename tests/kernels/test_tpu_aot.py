@@ -38,7 +38,8 @@ if vmem:  # what the kernels are told they may use; it is not what the core has
     tpu._core = lambda: tpu.Core(vmem_bytes=vmem)
 
 def op(z, v, w, lr, state, segment_ids):
-    # No implementation is named: the mesh says that this is for TPU, and shard_map that nothing is left to partition.
+    # No implementation is named: the mesh says that this is for TPU, and shard_map that nothing
+    # is left to partition.
     return in_place_ttt(z, v, w, lr=lr, chunk_size=C, state=state, segment_ids=segment_ids)
 
 def struct(shape, dtype, spec):
@@ -58,9 +59,11 @@ report = {}
 for name, function, inputs in (("forward", op, args), ("both", both, (args, cotangents))):
     if name in names:
         compiled = jax.jit(function).lower(*inputs).compile()
-        kernels = sorted(set(re.findall(r"ttt_(?:forward|replay|reverse_dv|reverse_dz)", compiled.as_text())))
+        names = r"ttt_(?:forward|replay|reverse_dv|reverse_dz)"
+        kernels = sorted(set(re.findall(names, compiled.as_text())))
         calls = compiled.as_text().count('custom_call_target="tpu_custom_call"')
-        report[name] = {"kernels": kernels, "calls": calls, "temp": compiled.memory_analysis().temp_size_in_bytes}
+        temp = compiled.memory_analysis().temp_size_in_bytes
+        report[name] = {"kernels": kernels, "calls": calls, "temp": temp}
 print("REPORT", json.dumps(report))
 """
 
