@@ -192,7 +192,7 @@ def _gib(compiled) -> float:
     return (size - memory.alias_size_in_bytes) / 2**30
 
 
-def main() -> None:
+def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -232,7 +232,11 @@ def main() -> None:
         "--repeats", type=int, default=5, help="timed runs (the median is reported)"
     )
     parser.add_argument("--json", help="append results to this file, one JSON object a line")
-    args, overrides = parser.parse_known_args()  # dotted config fields, e.g. --model.ttt.lr=1
+    return parser.parse_known_args()  # the rest: config fields, e.g. --model.ttt.lr=1
+
+
+def main() -> None:
+    args, overrides = arguments()
 
     meshes = [tuple(int(n) for n in text.split("x")) for text in args.mesh or ()]
     meshes = meshes or [(1, int(n), 1) for n in args.devices.split(",")]

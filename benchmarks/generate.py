@@ -203,7 +203,7 @@ def peak_gib() -> float:
     return ((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or 0) / 2**30
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -228,13 +228,16 @@ def main() -> None:
         help="print the device time of each kernel of a decode step",
     )
     parser.add_argument("--json", help="append results to this file, one JSON object a line")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     cfg = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml").model
     if args.chunk:
         cfg = config_lib.replace(cfg, {"ttt.chunk_size": args.chunk})
-    device, rows = jax.devices()[0].device_kind, []
+    device = jax.devices()[0].device_kind
     flops, bandwidth = matmul_rate(dtype), copy_rate()
     print(
         f"{device}, jax {jax.__version__}, {dtype} matmul {flops / 1e12:.0f} TFLOP/s, copy "
@@ -252,6 +255,25 @@ def main() -> None:
         f"{time.perf_counter() - start:.0f} s"
     )
 
+    rows = [
+        *time_prefill(model, cfg, args, flops),
+        *time_decoding(model, cfg, args, weights, bandwidth),
+    ]
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as file:
+            for row in rows:
+                extra = {
+                    "preset": args.preset,
+                    "device": device,
+                    "jax": jax.__version__,
+                    "chunk": cfg.ttt.chunk_size,
+                }
+                file.write(json.dumps(row | extra | {"matmul": flops, "copy": bandwidth}) + "\n")
+
+
+def time_prefill(model: Transformer, cfg: config_lib.ModelConfig, args, flops: float) -> list[dict]:
+    """Time every length with TTT off and with each implementation, print and return the rows."""
+    rows: list[dict] = []
     lengths = [int(x) for x in args.prefill.split(",") if x]
     for tokens in lengths:
         capacity = max(lengths)  # one capacity, so that one program serves all lengths
@@ -275,7 +297,14 @@ def main() -> None:
                 f"{time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
+    return rows
 
+
+def time_decoding(
+    model: Transformer, cfg: config_lib.ModelConfig, args, weights: int, bandwidth: float
+) -> list[dict]:
+    """Time a step of every batch with TTT off and on, print and return the rows."""
+    rows: list[dict] = []
     for batch in [int(x) for x in args.batches.split(",") if x]:
         for name, ttt in (("off", False), ("on", True)):
             start = time.perf_counter()
@@ -311,16 +340,7 @@ def main() -> None:
             )
             if args.profile:
                 profile(model, batch, args.decode_context, ttt)
-    if args.json:
-        with open(args.json, "a", encoding="utf-8") as file:
-            for row in rows:
-                extra = {
-                    "preset": args.preset,
-                    "device": device,
-                    "jax": jax.__version__,
-                    "chunk": cfg.ttt.chunk_size,
-                }
-                file.write(json.dumps(row | extra | {"matmul": flops, "copy": bandwidth}) + "\n")
+    return rows
 
 
 def profile(model: Transformer, batch: int, context: int, ttt: bool) -> None:
