@@ -7,7 +7,7 @@ import pytest
 from support.fast_jit import jit
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.ops.ttt.writes import NEWTON_SCHULZ, ROUNDS, inverse, solve, transformed
+from ttt_jax.ops.ttt.writes import NEWTON_SCHULZ, ROUNDS, inverse_root, solve, transformed
 
 B, M, C, D, F = 2, 3, 40, 12, 20  # more tokens than keys have dimensions, and not a power of two
 
@@ -122,14 +122,60 @@ def test_solve_has_the_gradient_of_the_inverse(x64):
 
 
 @pytest.mark.parametrize("C", [1, 31, 32, 33, 100, 256])
-def test_inverse_by_halves(C, x64):
+def test_inverse_root_by_halves(C, x64):
     rng = np.random.default_rng(0)
     root = rng.standard_normal((2, C, C))
-    # one direction that all share
-    a = jnp.asarray(root @ np.swapaxes(root, 1, 2) / C + np.eye(C) + 1.0)
-    np.testing.assert_allclose(
-        jit(inverse)(a) @ a, np.broadcast_to(np.eye(C), a.shape), rtol=0, atol=1e-11
-    )
+    a = root @ np.swapaxes(root, 1, 2) / C + np.eye(C) + 1.0  # one direction that all share
+    got = np.asarray(jit(inverse_root)(jnp.asarray(a)))
+    np.testing.assert_array_equal(got, np.tril(got))
+    np.testing.assert_allclose(got, np.linalg.inv(np.linalg.cholesky(a)), rtol=0, atol=1e-12)
+
+
+def text_keys(kind, C, F, rng):
+    """Keys as a chunk of text has them: `tokens` repeat as often as words do, `few` lie in six
+    dimensions, `same` are one.
+    """
+    if kind == "tokens":
+        return (rng.standard_normal((301, F)) + 1)[np.minimum(rng.zipf(1.3, C), 300)]
+    if kind == "few":
+        return (
+            rng.standard_normal((C, 6))
+            @ rng.standard_normal((6, F))
+            * np.exp(rng.standard_normal((C, 1)))
+        )
+    return np.broadcast_to(rng.standard_normal(F), (C, F))
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.1])
+@pytest.mark.parametrize("kind", ["tokens", "few", "same"])
+def test_ridge_on_keys_of_text(kind, lam):
+    """In float32, with chunks as long as in training: an inverse by halves that takes symmetry for
+    granted fails here.
+    """
+    rng = np.random.default_rng(0)
+    C, F, D = 512, 256, 24
+    z = jnp.asarray(text_keys(kind, C, F, rng)[None], "bfloat16")
+    v = jnp.asarray(rng.standard_normal((1, C, D)), "bfloat16")
+
+    def all_three(z, v):
+        out, vjp = jax.vjp(lambda z, v: transformed("ridge", z, v, C, ridge=lam), z, v)
+        return out, *vjp(v)
+
+    out, dz, dv = jit(all_three)(z.astype("float32"), v.astype("float32"))
+
+    z, v = (np.asarray(x[0], np.float64) for x in (z, v))
+    gram = z @ z.T
+    mean = np.trace(gram) / C
+    a = gram + lam * mean * np.eye(C)
+    exact = np.linalg.solve(a, v)
+    # the gradient of sum(v * A^-1 v) by A, and by v A^-1 v itself
+    by_a = -np.linalg.solve(a, v) @ exact.T
+    by_z = (by_a + by_a.T) @ z + 2 * lam / C * np.trace(by_a) * z
+    for name, got, want in (("targets", out[0], exact), ("dv", dv[0], exact), ("dz", dz[0], by_z)):
+        error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+        assert error < 1e-3, f"{name}: {error:.1e}"
+    written = np.asarray(out[0], np.float64).T @ z
+    assert np.linalg.norm(written - exact.T @ z) < 1e-2 * np.linalg.norm(exact.T @ z)
 
 
 @pytest.mark.parametrize("write", ["ridge", "spectral"])

@@ -1,13 +1,12 @@
-"""What a chunk writes for its targets: transforms of v inside a chunk, before the ordinary update S
-+= lr v^T z.
+"""Transform the targets of a chunk before the ordinary update S += lr v^T z.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, N = B M, Z a chunk's keys (C
-F), V its targets (C D), G = Z Z^T (C C).
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, N = B M.
+Z is a chunk's keys (C F), V its targets (C D), G = Z Z^T (C C).
 
-    sum        V^T Z                                       the paper's rule; similar keys add up
-    ridge      V^T Z (Z^T Z + lambda m I)^-1               least squares: what makes z U^T closest to v on the chunk
-             = (A^-1 V)^T Z with A = G + lambda m I        m = mean ||z||^2, so lambda and lr have no unit
-    spectral   the nearest matrix with singular values 1   Newton-Schulz on V^T Z, as Muon takes its steps
+    sum        V^T Z                                      the paper's rule; similar keys add up
+    ridge      V^T Z (Z^T Z + lambda m I)^-1              least squares: z U^T closest to v
+             = (A^-1 V)^T Z with A = G + lambda m I       m = mean ||z||^2: no units in lambda, lr
+    spectral   the nearest matrix with singular values 1  Newton-Schulz on V^T Z, as in Muon
 
 All are C x C algebra on v: the op, its kernels, its backward, streams and shards know nothing of
 them, and the writes of chunks still add up. A chunk's write depends on that chunk alone.
@@ -76,7 +75,7 @@ def _smallest(dtype):
 
 @jax.custom_vjp
 def solve(a_NCC, v_NCD):
-    """Compute A^-1 v for symmetric positive definite A. One inverse serves the backward, too.
+    """Compute A^-1 v for symmetric positive definite A. One factorisation serves the backward, too.
 
     All of it is float32 at least. Where a chunk's keys are alike, A^-1 is the identity less a
     matrix of nearly the same size, and in bf16 nothing true would be left of the difference.
@@ -84,70 +83,67 @@ def solve(a_NCC, v_NCD):
     return _solve_forward(a_NCC, v_NCD)[0]
 
 
-def _refined(a_NCC, inverse_NCC, v_NCD):
-    """A^-1 v with the error of the product with an explicit inverse, cond^2 eps, taken out once
-    more.
-    """
-    x_NCD = dot("nck,nkd->ncd", inverse_NCC, v_NCD, a_NCC.dtype)
-    rest_NCD = v_NCD - dot("nck,nkd->ncd", a_NCC, x_NCD, a_NCC.dtype)
-    return x_NCD + dot("nck,nkd->ncd", inverse_NCC, rest_NCD, a_NCC.dtype)
+def _applied(root_NCC, v_NCD):
+    """M^T (M v)"""
+    x_NCD = dot("nck,nkd->ncd", root_NCC, v_NCD, root_NCC.dtype)
+    return dot("nkc,nkd->ncd", root_NCC, x_NCD, root_NCC.dtype)
 
 
 def _solve_forward(a_NCC, v_NCD):
-    inverse_NCC = inverse(a_NCC)
-    x_NCD = _refined(a_NCC, inverse_NCC, v_NCD)
-    return x_NCD, (a_NCC, inverse_NCC, x_NCD)
+    root_NCC = inverse_root(a_NCC)
+    x_NCD = _applied(root_NCC, v_NCD)
+    return x_NCD, (root_NCC, x_NCD)
 
 
 def _solve_backward(residuals, dx_NCD):
-    a_NCC, inverse_NCC, x_NCD = residuals
-    dv_NCD = _refined(a_NCC, inverse_NCC, dx_NCD)
+    root_NCC, x_NCD = residuals
+    dv_NCD = _applied(root_NCC, dx_NCD)
     return -dot("ncd,nkd->nck", dv_NCD, x_NCD, dx_NCD.dtype), dv_NCD
 
 
 solve.defvjp(_solve_forward, _solve_backward)
 
 
-def inverse(a_NCC):
-    """Inverse of symmetric positive definite matrices by halves: matmuls, which every device and
-    mesh does well.
+def inverse_root(a_NCC):
+    """Lower triangular M with A^-1 = M^T M for symmetric positive definite A: the inverse of the
+    Cholesky factor, by halves.
 
-    With A = [[P, Q^T], [Q, R]] and the Schur complement X = R - Q P^-1 Q^T, the lower right corner
-    of A^-1 is X^-1.
+    Matmuls, which every device and mesh does well. With A = [[P, Q^T], [Q, R]], P^-1 = H^T H and L
+    = Q H^T, the Schur complement is R - L L^T, symmetric whatever rounding does. An inverse by
+    halves of inverses is not: what was skew in its error grew from half to half, and with 512 keys,
+    many of them the same token's, A^-1 v came out 200 times too large.
     """
     C = a_NCC.shape[1]
     if C <= LEAF:
         return _swept(a_NCC)
     half, acc = C // 2, a_NCC.dtype
     product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH, below_NLH, last_NLL = (
-        a_NCC[:, :half, :half],
-        a_NCC[:, half:, :half],
-        a_NCC[:, half:, half:],
-    )
-    first_NHH = inverse(first_NHH)
-    q_NLH = product("nlh,nhk->nlk", below_NLH, first_NHH)
-    last_NLL = inverse(last_NLL - product("nlh,nmh->nlm", q_NLH, below_NLH))
-    below_NLH = -product("nlm,nmh->nlh", last_NLL, q_NLH)
-    first_NHH = first_NHH - product("nlh,nlk->nhk", q_NLH, below_NLH)
-    above_NHC = jnp.concatenate([first_NHH, jnp.swapaxes(below_NLH, 1, 2)], axis=2)
+    first_NHH = inverse_root(a_NCC[:, :half, :half])
+    below_NLH = product("nlh,nkh->nlk", a_NCC[:, half:, :half], first_NHH)
+    last_NLL = inverse_root(a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH))
+    below_NLH = -product("nlm,nmh->nlh", last_NLL, product("nlk,nkh->nlh", below_NLH, first_NHH))
+    above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
     return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
 
 
 def _swept(a_NCC):
-    """Inverse by Gauss-Jordan elimination in place; positive definite matrices need no pivots."""
+    """The same by elimination: what takes A to L^T takes the identity to L^-1. Positive definite
+    matrices need no pivots.
+    """
     C = a_NCC.shape[1]
+    place_C = jnp.arange(C)
 
-    def sweep(k, a_NCC):
-        here_C = jnp.arange(C) == k
-        row_NC = jax.lax.dynamic_index_in_dim(a_NCC, k, 1, keepdims=False)
-        column_NC = jax.lax.dynamic_index_in_dim(a_NCC, k, 2, keepdims=False)
-        pivot_N1 = jax.lax.dynamic_index_in_dim(row_NC, k, 1)
-        row_NC = jnp.where(here_C[None], 1, row_NC) / pivot_N1
-        rest_NCC = jnp.where(here_C[None, None], 0, a_NCC) - column_NC[:, :, None] * row_NC[:, None]
-        return jnp.where(here_C[None, :, None], row_NC[:, None], rest_NCC)
+    def sweep(k, both_NCX):
+        row_NX = jax.lax.dynamic_index_in_dim(both_NCX, k, 1, keepdims=False)
+        column_NC = jax.lax.dynamic_index_in_dim(both_NCX, k, 2, keepdims=False)
+        scale_N1 = jax.lax.rsqrt(jax.lax.dynamic_index_in_dim(row_NX, k, 1))
+        row_NX = row_NX * scale_N1
+        below_NC = jnp.where(place_C[None] > k, column_NC * scale_N1, 0)
+        both_NCX = both_NCX - below_NC[:, :, None] * row_NX[:, None]
+        return jnp.where((place_C == k)[None, :, None], row_NX[:, None], both_NCX)
 
-    return jax.lax.fori_loop(0, C, sweep, a_NCC)
+    eye_NCC = jnp.broadcast_to(jnp.eye(C, dtype=a_NCC.dtype), a_NCC.shape)
+    return jax.lax.fori_loop(0, C, sweep, jnp.concatenate([a_NCC, eye_NCC], axis=2))[:, :, C:]
 
 
 # ----------------------------------------------------------------------------------------- spectral
