@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from ttt_jax.errors import NotFiniteError, TrainingError, UserError, VerificationError
+from ttt_jax.files.text import one_line
 from ttt_jax.process.interrupts import SIGNALS
 from ttt_jax.terminal import printable
 
@@ -111,7 +112,7 @@ def _described(error: BaseException, signals: _Signals | None) -> tuple[int, str
         return 2, where + " ".join(error.format_message().split())
     if isinstance(error, UserError):
         return 1 if isinstance(error, _FAILURES) else 2, str(error)
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300, end="")
     reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if (
         isinstance(error, MemoryError)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 
 from ttt_jax.errors import DataError
+from ttt_jax.files.text import one_line
 
 _lock = threading.Lock()  # there is one standard error
 
@@ -30,7 +31,7 @@ def panics_as_errors(what: str, fix: str) -> Iterator[None]:
             if type(error).__name__ != "PanicException":
                 raise
             shown.clear()
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, end="")
             raise DataError(f"{what} ({reason}); {fix}") from None
 
 

@@ -24,6 +24,7 @@ from ttt_jax.data.parquet_pages import largest_page
 from ttt_jax.data.quarantine import BadRecord, bad_record
 from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy, parse_npy
+from ttt_jax.files.text import reason_of
 
 try:
     import zstandard
@@ -147,7 +148,7 @@ def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iter
         raise file.error(str(error)) from None
     except _DAMAGE as error:
         raise file.error(
-            f"cannot be read beyond its first {count} records ({_one_line(error)}); replace the "
+            f"cannot be read beyond its first {count} records ({reason_of(error)}); replace the "
             "file"
         ) from None
 
@@ -209,7 +210,7 @@ def _folder_format(path: Path, format: str, label: str) -> str | None:
             # a NUL is the usual sign of a binary file
             return None if b"\0" in stream.read(4096) else "text"
     except _DAMAGE as error:
-        raise file.error(f"cannot be read ({_one_line(error)}); remove or replace it") from None
+        raise file.error(f"cannot be read ({reason_of(error)}); remove or replace it") from None
 
 
 def _stdlib(label: str) -> list[SourceFile]:
@@ -301,7 +302,7 @@ def _json_text(
         record = json.loads(words.pop())
     except (ValueError, RecursionError) as error:
         hint = "" if ended else ", and has no end: the file may be cut short"
-        problem = f"is not JSON ({_one_line(error)}){hint}"
+        problem = f"is not JSON ({reason_of(error)}){hint}"
         return bad_record("line", number, "not JSON", problem, head)
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -357,7 +358,7 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
     except (DataError, BudgetError):
         raise
     except (pa.ArrowException, ValueError) as error:  # ValueError: names that are not UTF-8
-        raise file.error(f"not a readable Parquet file ({_one_line(error)}); replace it") from None
+        raise file.error(f"not a readable Parquet file ({reason_of(error)}); replace it") from None
 
 
 def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[bytes | None]:
@@ -426,7 +427,7 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
     # damage anywhere: blocks have checksums of their own
     except (RuntimeError, ValueError, IndexError) as error:
         raise file.error(
-            f"not a readable ArrayRecord file ({_one_line(error)}); replace it"
+            f"not a readable ArrayRecord file ({reason_of(error)}); replace it"
         ) from None
 
 
@@ -439,7 +440,3 @@ def _token_record(number: int, record: bytes) -> np.ndarray | BadRecord:
     if problem := _token_problem(array, max_dims=1):
         return bad_record("record", number, "wrong type", f"has {problem}", record)
     return array
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

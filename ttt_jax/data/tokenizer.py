@@ -21,6 +21,7 @@ from ttt_jax.files.reading import (
     find_companion,
     read_bounded,
 )
+from ttt_jax.files.text import reason_of
 
 # Tried in this order when no file beside tokenizer.json names the end token.
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
@@ -89,7 +90,7 @@ class JsonTokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise _error(
-                str(path), f"not a readable tokenizer.json ({_one_line(error)}); export it again"
+                str(path), f"not a readable tokenizer.json ({reason_of(error)}); export it again"
             ) from None
         # Files often carry padding or truncation settings, which would silently change documents.
         tokenizer.no_padding()
@@ -178,10 +179,6 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def _error(spec: str, problem: str) -> DataError:
     return DataError(f"config field data.tokenizer = {spec!r}: {problem}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _well_formed(text: str) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 
 from ttt_jax.errors import DataError, NotFiniteError, UserError
 from ttt_jax.eval.unfinished import Unfinished
+from ttt_jax.files.text import reason_of
 from ttt_jax.model.transformer import Transformer
 
 _SCARCE = "pip install 'ttt-jax[eval]'"
@@ -231,7 +232,7 @@ def _load(manager: Any, name: str) -> list[Any]:
         raise UserError(f"--tasks {name}: {error}") from None
     except ImportError as error:
         raise UserError(
-            f"--tasks {name}: needs a package that is missing ({_one_line(error)}); {_SCARCE}"
+            f"--tasks {name}: needs a package that is missing ({reason_of(error, 300)}); {_SCARCE}"
         ) from None
     # whatever a download raises: OSError, requests, httpx, datasets, nltk
     except Exception as error:
@@ -239,7 +240,7 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 
 def _no_data(name: str, error: Exception) -> UserError:
-    reason = _one_line(error)
+    reason = reason_of(error, 300)
     if isinstance(error, LookupError) and "punkt" in reason:
         fix = "put nltk's tokenizers/punkt_tab folder into ~/nltk_data/tokenizers/"
         return DataError(f"--tasks {name}: nltk's punkt_tab cannot be downloaded; {fix}")
@@ -263,10 +264,6 @@ def _no_data(name: str, error: Exception) -> UserError:
     return DataError(
         f"--tasks {name}: could not be loaded ({reason}); see the task's README in lm_eval"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

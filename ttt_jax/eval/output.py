@@ -21,7 +21,7 @@ from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import Table, interval, number, tables, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
-from ttt_jax.files.text import atomic_write_text
+from ttt_jax.files.text import atomic_write_text, one_line
 from ttt_jax.terminal import printable
 
 RESULTS = "results.json"
@@ -123,7 +123,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, end="")
         raise CheckpointError(
             f"--compare {folder}: {RESULTS} is not readable ({reason}); evaluate again"
         ) from None
@@ -183,7 +183,7 @@ def _damage_is_told() -> Iterator[None]:
     except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error, end='')}"
         raise CheckpointError(
             f"--compare: one of the two {RESULTS} is damaged ({reason}); evaluate again"
         ) from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.files.text import one_line
 
 UNFINISHED = "unfinished.jsonl"
 _FORMAT = "ttt_jax evaluation 1"
@@ -113,7 +114,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     except CheckpointError:
         raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, end="")
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {reason}); {fix}"
         ) from None

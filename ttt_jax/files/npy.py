@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ttt_jax.files.text import reason_of
+
 
 def map_npy(path: str | Path) -> np.ndarray:
     """The array of a file, mapped. Raises ValueError, one line, when it is not the `.npy` file of a
@@ -18,7 +20,7 @@ def map_npy(path: str | Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     # numpy parses the header as Python literals: damaged ones surface in many ways
     except Exception as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(reason_of(error)) from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise ValueError("an .npz archive; save one array with numpy.save")
@@ -41,8 +43,4 @@ def parse_npy(data: bytes) -> np.ndarray:
             raise ValueError(f"its header claims the shape {list(shape)}, it has {len(data)} bytes")
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:
-        raise ValueError(_one_line(error)) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(reason_of(error)) from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.files.text import one_line, shorten
 
 MAX_JSON_BYTES = 25_000_000  # config.json, the index, tokenizer_config.json
 MAX_TOKENIZER_BYTES = 512 << 20  # tokenizer.json; the largest in use have 35 MB
@@ -27,7 +28,7 @@ _BLOCK_BYTES = 1 << 20
 
 def show(name: str) -> str:
     """A name from a file, fit for a one-line message."""
-    name = name if len(name) <= 200 else name[:197] + "..."
+    name = shorten(name, 200)
     return name if name.isprintable() else repr(name)
 
 
@@ -39,7 +40,7 @@ def excerpt(value: Any) -> str:
         return f"a {'list' if isinstance(value, list) else 'table'} of {len(value)} items"
     text = repr(value[: 2 * MAX_EXCERPT] if isinstance(value, str) else value)
     text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= MAX_EXCERPT else text[: MAX_EXCERPT - 3] + "..."
+    return shorten(text, MAX_EXCERPT)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -134,7 +135,7 @@ def read_json_object(
     except (ValueError, RecursionError) as problem:
         if isinstance(problem, UserError):
             raise
-        reason = " ".join(str(problem).split())[:200]
+        reason = one_line(problem, end="")
         raise error(f"{path}: not valid JSON: {reason}; restore it or delete it") from None
     if not isinstance(raw, dict):
         raise error(f"{path}: expected an object of fields, got {type(raw).__name__}")

@@ -1,3 +1,5 @@
+"""Texts for one-line messages, and text files that are written whole or line by line."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,9 +11,19 @@ from pathlib import Path
 from typing import Any
 
 
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+def one_line(text: object, limit: int = 200, end: str = "...") -> str:
+    """Return `str(text)` with every run of white space as one space, shortened to `limit`."""
+    return shorten(" ".join(str(text).split()), limit, end)
+
+
+def shorten(text: str, limit: int, end: str = "...") -> str:
+    """Return the text, or as much of it as `limit` characters hold together with `end`."""
+    return text if len(text) <= limit else text[: limit - len(end)] + end
+
+
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """Say what went wrong: the error's message on one line, cut, or its type when it has none."""
+    return one_line(error, limit, end="") or type(error).__name__
 
 
 def cache_folder() -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import find_companion, read_json_object
+from ttt_jax.files.text import one_line, shorten
 
 FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
 
@@ -67,7 +68,7 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(
-            f"{where}: model_type = {_short(family)} is not supported; supported: "
+            f"{where}: model_type = {_quoted(family)} is not supported; supported: "
             f"{', '.join(FAMILIES)}"
         )
 
@@ -78,23 +79,23 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
         value = default if value is None else value
         if type(value) is not int or not 0 < value <= _LIMITS.get(name, 2**31 - 1):
             fix = f"expected a whole number from 1 to {_LIMITS.get(name, 2**31 - 1)}"
-            raise ConfigError(f"{where}: {name} = {_short(value, quote=False)}: {fix}")
+            raise ConfigError(f"{where}: {name} = {one_line(str(value)[:100], 60)}: {fix}")
         return value
 
     def flag(name: str) -> bool:
         value = raw.get(name)
         if value is not None and type(value) is not bool:
-            raise ConfigError(f"{where}: {name} = {_short(value)}: expected true or false")
+            raise ConfigError(f"{where}: {name} = {_quoted(value)}: expected true or false")
         return bool(value)
 
     act = raw.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ConfigError(
-            f"{where}: hidden_act = {_short(act)} is not supported; only silu (SwiGLU) is"
+            f"{where}: hidden_act = {_quoted(act)} is not supported; only silu (SwiGLU) is"
         )
     for name, plain in (("partial_rotary_factor", 1.0), ("quantization_config", None)):
         if raw.get(name) not in (None, plain):
-            raise ConfigError(f"{where}: {name} = {_short(raw[name])} is not supported")
+            raise ConfigError(f"{where}: {name} = {_quoted(raw[name])} is not supported")
     layers, heads = size("num_hidden_layers"), size("num_attention_heads")
     window, full_layers = _windows(raw, family, layers, flag("use_sliding_window"), where)
     bias = flag("attention_bias")
@@ -127,9 +128,8 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     return model
 
 
-def _short(value: Any, quote: bool = True) -> str:
-    text = repr(value) if quote else " ".join(str(value)[:100].split())
-    return text if len(text) <= 60 else text[:57] + "..."
+def _quoted(value: Any) -> str:
+    return shorten(repr(value), 60)
 
 
 def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
@@ -151,18 +151,18 @@ def _windows(
     if types:
         if not isinstance(types, list) or len(types) != layers:
             raise ConfigError(
-                f"{where}: layer_types = {_short(types)}: expected a list, one kind for each of "
+                f"{where}: layer_types = {_quoted(types)}: expected a list, one kind for each of "
                 f"{layers} layers"
             )
         unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
         if unknown:
-            raise ConfigError(f"{where}: layer_types: kind {_short(unknown[0])} is not supported")
+            raise ConfigError(f"{where}: layer_types: kind {_quoted(unknown[0])} is not supported")
         full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     else:  # older Qwen configs: the first `max_window_layers` layers see everything
         first = raw.get("max_window_layers", layers)
         if type(first) is not int or first < 0:
             raise ConfigError(
-                f"{where}: max_window_layers = {_short(first)}: expected a whole number"
+                f"{where}: max_window_layers = {_quoted(first)}: expected a whole number"
             )
         full = [] if family == "mistral" else list(range(min(first, layers)))
     return (None, []) if len(full) == layers else (window, full)
@@ -173,14 +173,14 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise ConfigError(
-            f"{where}: rope_parameters = {_short(scaling)}: expected one set of fields for all "
+            f"{where}: rope_parameters = {_quoted(scaling)}: expected one set of fields for all "
             "layers"
         )
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     base = scaling.get("rope_theta", raw.get("rope_theta", 10000.0))
     if kind not in ("default", "llama3", "yarn"):
         raise ConfigError(
-            f"{where}: rope type {_short(kind)} is not supported; supported: default, llama3, yarn"
+            f"{where}: rope type {_quoted(kind)} is not supported; supported: default, llama3, yarn"
         )
     rope: dict[str, Any] = {"kind": kind, "base": base}
     if kind == "default":

@@ -34,7 +34,7 @@ from ttt_jax.checkpoint.trees import check_chunks
 from ttt_jax.config import ModelConfig, from_dict, to_dict, validate_model
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import find_companion, inside, list_names, read_json_object, show
-from ttt_jax.files.text import atomic_write_text
+from ttt_jax.files.text import atomic_write_text, reason_of
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.hf_weights import tensor_names
@@ -273,10 +273,6 @@ def _context(cache_bytes: int = 0) -> ts.Context:
     return ts.Context(limits | {"cache_pool": {"total_bytes_limit": cache_bytes}})
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 # ------------------------------------------------------------------------------------------ writing
 
 
@@ -303,7 +299,7 @@ class OrbaxWriter:
             self._arrays = self._lay_out(folder, leaves, stored, block_bytes)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"output {folder}: could not be written ({_one_line(error)})"
+                f"output {folder}: could not be written ({reason_of(error)})"
             ) from None
 
     @staticmethod
@@ -354,7 +350,7 @@ class OrbaxWriter:
         # tensorstore's is a ValueError, for instance when the disk is full
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"output: tensor {name} could not be written ({_one_line(error)}); free space"
+                f"output: tensor {name} could not be written ({reason_of(error)}); free space"
             ) from None
 
 
@@ -511,7 +507,7 @@ class OrbaxTensors:
 
     def _damaged(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint {self.checkpoint}: incomplete or damaged ({_one_line(error)})"
+            f"checkpoint {self.checkpoint}: incomplete or damaged ({reason_of(error)})"
         )
 
 

@@ -23,7 +23,7 @@ from ttt_jax.config.resume_fields import REFUSED, on_resume
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import read_bounded
-from ttt_jax.files.text import atomic_write_text
+from ttt_jax.files.text import atomic_write_text, shorten
 from ttt_jax.process.lock import RUN_LOCK
 from ttt_jax.process.multihost import on_first_process
 
@@ -162,5 +162,4 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shorten(json.dumps(value), 80)

@@ -20,7 +20,7 @@ from ttt_jax.config import Config, dump_yaml
 from ttt_jax.data.quarantine import QUARANTINE_FILE
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES
-from ttt_jax.files.text import atomic_write_text
+from ttt_jax.files.text import atomic_write_text, shorten
 from ttt_jax.html_page import COLOURS, escape, figure_of, html_page, image, tidy
 from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, read_run_config
 
@@ -391,5 +391,4 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: Any, length: int = _EXCERPT) -> str:
-    text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return shorten(str(value), length)

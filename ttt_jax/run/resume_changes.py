@@ -18,6 +18,7 @@ from ttt_jax.config import Config, to_dict
 from ttt_jax.config.resume_fields import MEASURED, ROUNDING, on_resume
 from ttt_jax.data import Loader
 from ttt_jax.errors import CheckpointError
+from ttt_jax.files.text import one_line
 from ttt_jax.process.multihost import on_first_process
 from ttt_jax.run.folder import (
     CHECKPOINT_FOLDER,
@@ -169,5 +170,4 @@ def append_environment(
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    text = " ".join(text.split()) or "''"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return one_line(text, 80) or "''"
