@@ -13,20 +13,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.eval.tables import Table, interval, number, tables, tokens
+from ttt_jax.eval.tables import interval, tables, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
 from ttt_jax.files.text import atomic_write_text, one_line
-from ttt_jax.terminal import printable
+from ttt_jax.tables import Table, number, print_tables
 
 RESULTS = "results.json"
 _MAX_BYTES = 256 << 20  # of results.json
-_WIDTH = 150  # columns when the output is a file
 _OURS = {
     RESULTS,
     "report.html",
@@ -133,28 +130,6 @@ def read_results(folder: Path) -> dict[str, Any]:
             "ttt-jax eval"
         )
     return results
-
-
-def print_tables(made: list[Table], console: Console | None = None) -> None:
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=_WIDTH)
-    # Names of tasks, models and documents are other people's: no markup, and nothing that a
-    # terminal obeys.
-    plain = lambda text: Text(printable(text))
-    for table in made:
-        rich = RichTable(
-            title=plain(table.title),
-            caption=plain(table.note),
-            title_justify="left",
-            caption_justify="left",
-        )
-        rich.title_style = "bold"
-        for n, heading in enumerate(table.headings):
-            rich.add_column(plain(heading), justify="left" if n == 0 else "right", no_wrap=n == 0)
-        for row in table.rows:
-            rich.add_row(*map(plain, row))
-        console.print(rich)
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:

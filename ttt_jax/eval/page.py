@@ -7,10 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.eval.tables import Table, tables, tokens
-from ttt_jax.html_page import COLOURS, escape, figure_of, html_page, image, tidy
-
-_MARKERS = {"on": "o", "off": "s", "shuffled": "^"}
+from ttt_jax.eval.tables import tables, tokens
+from ttt_jax.html_page import (
+    COLOURS,
+    MARKERS,
+    code,
+    data_table,
+    details,
+    escape,
+    facts_table,
+    figure_of,
+    html_page,
+    image,
+    note,
+    tidy,
+)
+from ttt_jax.tables import Table
 
 
 def report_page(results: dict[str, Any]) -> str:
@@ -21,11 +33,8 @@ def report_page(results: dict[str, Any]) -> str:
         *_pictures(results),
     ]
     body += [_table(table) for table in tables(results)]
-    config = json.dumps(results["config"], indent=2)
-    body.append(
-        "<details><summary>Model configuration</summary><pre "
-        f"class='json'>{escape(config)}</pre></details>"
-    )
+    config = code(json.dumps(results["config"], indent=2))
+    body.append(details("Model configuration", config))
     return html_page(f"Evaluation of {results['model']}", body)
 
 
@@ -98,20 +107,12 @@ def _facts(results: dict[str, Any]) -> str:
             if value not in (None, False)
         ),
     }
-    cell = "<td style='text-align:left;white-space:normal'>"
-    rows = "".join(
-        f"<tr><td>{key}</td>{cell}{escape(value)}</td></tr>" for key, value in facts.items()
-    )
-    return f"<table><tbody>{rows}</tbody></table>"
+    return facts_table(facts.items())
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
-    note = f"<p class='note'>{escape(table.note)}</p>"
-    return f"<h2>{escape(table.title)}</h2>{note}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    title = f"<h2>{escape(table.title)}</h2>"
+    return title + note(table.note) + data_table(table.headings, table.rows)
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -149,7 +150,7 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
     x_position = [(entry["start"] + entry["stop"]) / 2 for entry in positions]
     for column, (x, entries) in enumerate(((x_length, lengths), (x_position, positions))):
         for mode in part["modes"]:
-            style = {"color": COLOURS[mode], "marker": _MARKERS[mode], "label": f"TTT {mode}"}
+            style = {"color": COLOURS[mode], "marker": MARKERS[mode], "label": f"TTT {mode}"}
             axes[0, column].plot(x, _values(entries, mode, "mean"), linewidth=2, **style)
         if paired:
             below = axes[1, column]
@@ -196,7 +197,7 @@ def _distance_picture(part: dict[str, Any]) -> str | None:
             entries,
             "accuracy",
             color=COLOURS[mode],
-            marker=_MARKERS[mode],
+            marker=MARKERS[mode],
             label=f"TTT {mode}",
         )
     axes.set_xscale("log", base=2)

@@ -5,16 +5,11 @@ two results.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-
-class Table(NamedTuple):
-    title: str
-    note: str
-    headings: list[str]
-    rows: list[list[str]]
+from ttt_jax.tables import Table, number
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -29,10 +24,6 @@ def tables(results: dict[str, Any]) -> list[Table]:
     if "diagnostics" in results:
         made += _diagnostics(results["diagnostics"])
     return made
-
-
-def number(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(round(value, 6) + 0.0, form)  # + 0.0: no "-0.0000"
 
 
 def interval(entry: dict[str, Any] | None, form: str = ".4f") -> str:

@@ -21,7 +21,20 @@ from ttt_jax.data.quarantine import QUARANTINE_FILE
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES
 from ttt_jax.files.text import atomic_write_text, shorten
-from ttt_jax.html_page import COLOURS, escape, figure_of, html_page, image, tidy
+from ttt_jax.html_page import (
+    COLOURS,
+    MARKERS,
+    code,
+    data_table,
+    details,
+    escape,
+    facts_table,
+    figure_of,
+    html_page,
+    image,
+    note,
+    tidy,
+)
 from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, read_run_config
 
 PAGE_FILE = "report.html"
@@ -86,18 +99,15 @@ def run_page(run: RunFiles) -> str:
     body = [f"<h1>{escape(title)}</h1>", _facts(run, curves), _warnings(run)]
     body += [image(*picture) for picture in _pictures(curves)]
     if not curves:
-        body.append("<p class='note'>No metrics yet.</p>")
+        body.append(note("No metrics yet."))
     body += [_latest(curves), _quarantine(run)]
     if environment := (
         run.environment
         or {key: run.report.get(key) for key in ("date", "commit", "hardware", "versions")}
     ):
         body.append("<h2>Environment</h2>" + _table(_flat(environment)))
-    config = escape(dump_yaml(run.config))
-    body.append(
-        "<h2>Configuration</h2><details open><summary>config.yaml</summary><pre "
-        f"class='json'>{config}</pre></details>"
-    )
+    config = details("config.yaml", code(dump_yaml(run.config)), opened=True)
+    body.append("<h2>Configuration</h2>" + config)
     return html_page(title, [part for part in body if part])
 
 
@@ -201,10 +211,10 @@ def _loss_picture(curves: _Curves) -> tuple[Any, str]:
     training, probe, gain = figure.subplots(1, 3)
     _draw(training, curves["loss"], color="#555555", label="training")
     for axes, source in ((training, "heldout"), (probe, "probe")):
-        for mode, marker in (("off", "s"), ("on", "o")):
+        for mode in ("off", "on"):
             if (name := f"{source}/ttt_{mode}") in curves:
                 label = f"held-out, TTT {mode}" if source == "heldout" else f"TTT {mode}"
-                _draw(axes, curves[name], color=COLOURS[mode], label=label, marker=marker)
+                _draw(axes, curves[name], color=COLOURS[mode], label=label, marker=MARKERS[mode])
         axes.legend(frameon=False)
     if "probe/gain" in curves:
         _draw(gain, curves["probe/gain"], color=COLOURS["on"], marker="o")
@@ -316,13 +326,13 @@ def _warnings(run: RunFiles) -> str:
     if run.quarantine:
         lines.append("malformed records were left out of the data; see below")
     if not lines:
-        return "<h2>Warnings</h2><p class='note'>None.</p>"
+        return "<h2>Warnings</h2>" + note("None.")
     return "<h2>Warnings</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
 def _quarantine(run: RunFiles) -> str:
     if not run.quarantine:
-        return "<h2>Quarantined records</h2><p class='note'>None.</p>"
+        return "<h2>Quarantined records</h2>" + note("None.")
     kinds = collections.Counter(
         _short(entry.get("kind", "not listed"), 40) for entry in run.quarantine
     )
@@ -331,31 +341,16 @@ def _quarantine(run: RunFiles) -> str:
     counts = dict(kinds.most_common()) | ({"not listed": extra} if extra else {})
     rows = []
     for entry in run.quarantine[:_SHOWN]:
-        place = next(
-            (
-                f"{unit} {_short(entry[unit], 20)}"
-                for unit in ("line", "row", "record", "file")
-                if unit in entry
-            ),
-            "",
+        unit = next((unit for unit in ("line", "row", "record", "file") if unit in entry), None)
+        place = "" if unit is None else f"{unit} {_short(entry[unit], 20)}"
+        field, path, reason, excerpt = (
+            _short(entry.get(key, "")) for key in ("field", "path", "reason", "excerpt")
         )
-        rows.append([_short(entry.get(key, "")) for key in ("field", "path")] + [place])
-        rows[-1] += [_short(entry.get(key, "")) for key in ("reason", "excerpt")]
-    head = "".join(
-        f"<th style='text-align:left'>{heading}</th>"
-        for heading in ("field", "file", "place", "reason", "excerpt")
-    )
-    cell = "<td style='text-align:left;white-space:normal;overflow-wrap:anywhere'>"
-    cells = "".join(
-        "<tr>" + "".join(f"{cell}{escape(text)}</td>" for text in row) + "</tr>" for row in rows
-    )
-    note = (
-        f"<p class='note'>The first {len(rows)}; quarantine.jsonl has them all.</p>"
-        if len(run.quarantine) > _SHOWN
-        else ""
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
-    return f"<h2>Quarantined records</h2>{_table(counts)}{note}{table}"
+        rows.append([field, path, place, reason, excerpt])
+    table = data_table(["field", "file", "place", "reason", "excerpt"], rows, of_text=True)
+    if len(run.quarantine) > _SHOWN:
+        table = note(f"The first {len(rows)}; quarantine.jsonl has them all.") + table
+    return f"<h2>Quarantined records</h2>{_table(counts)}{table}"
 
 
 def _latest(curves: _Curves) -> str:
@@ -365,17 +360,11 @@ def _latest(curves: _Curves) -> str:
         name: f"{values[-1]:.6g}  (step {int(steps[-1])})"
         for name, (steps, values) in curves.items()
     }
-    return (
-        "<h2>All scalars</h2><details><summary>The last value of "
-        f"each</summary>{_table(rows)}</details>"
-    )
+    return "<h2>All scalars</h2>" + details("The last value of each", _table(rows))
 
 
 def _table(facts: dict[str, Any]) -> str:
-    cell = "<td style='text-align:left;white-space:normal'>"
-    shown = ((escape(_short(key)), escape(_short(value))) for key, value in facts.items())
-    rows = "".join(f"<tr><td>{key}</td>{cell}{value}</td></tr>" for key, value in shown)
-    return f"<table><tbody>{rows}</tbody></table>"
+    return facts_table((_short(name), _short(value)) for name, value in facts.items())
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:

@@ -12,20 +12,23 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from ttt_jax.config import Config, dump_yaml, to_dict
 from ttt_jax.files.text import atomic_write_text
+from ttt_jax.html_page import COLOURS, MARKERS, figure_of, tidy
 from ttt_jax.run.provenance import provenance
+from ttt_jax.tables import Table, number, print_tables
 from ttt_jax.terminal import printable
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 REPORT_FILE = "report.json"
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey.
-_ON, _OFF, _FAINT = "#0072B2", "#D55E00", "#9DC3DE"
+_FAINT = "#9DC3DE"  # of COLOURS["on"]
 
 
 def write_report(
@@ -82,13 +85,7 @@ def print_report(
     """The report as a table in the terminal; plain text when there is none."""
     console = console or Console()
     if report["heldout"]["positions"]:
-        table = Table(title="Held-out loss by position", title_justify="left", title_style="bold")
-        headings, rows = _table(report)
-        for heading in headings:
-            table.add_column(heading, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_tables([_table(report)], console, first="right")
     console.print(_sentence(report), highlight=False, markup=False)
     path = printable(f"report: {Path(run_dir) / 'report.md'}")
     console.print(path, highlight=False, markup=False, soft_wrap=True)
@@ -97,9 +94,9 @@ def print_report(
 # --------------------------------------------------------------------------------------------- text
 
 
-def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the losses by position; without TTT layers there is one loss, not two
-    equal ones.
+def _table(report: dict[str, Any]) -> Table:
+    """Make the table of the losses by position; without TTT layers there is one loss, not two equal
+    ones.
     """
     columns = {"TTT off": ("ttt_off", ".4f"), "TTT on": ("ttt_on", ".4f"), "gain": ("gain", "+.4f")}
     if not report["config"]["model"]["ttt"]["layers"]:
@@ -108,15 +105,14 @@ def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     cells = [[f"{start} to {stop - 1}" for start, stop in heldout["positions"]] + ["mean"]]
     for key, form in columns.values():
         values = [*heldout[key], _mean([value for value in heldout[key] if value is not None])]
-        cells.append([_show(value, form) for value in values])
-    return ["positions", *columns], [list(row) for row in zip(*cells, strict=True)]
+        cells.append([number(value, form, digits=4) for value in values])
+    rows = [list(row) for row in zip(*cells, strict=True)]
+    return Table("Held-out loss by position", "", ["positions", *columns], rows)
 
 
 def _sentence(report: dict[str, Any]) -> str:
-    text = (
-        f"{report['steps']} steps, training loss {_show(report['loss_first'])} -> "
-        f"{_show(report['loss_last'])}"
-    )
+    first, last = (number(report[key], digits=4) for key in ("loss_first", "loss_last"))
+    text = f"{report['steps']} steps, training loss {first} -> {last}"
     if report["tokens_per_second"] is not None:
         text += f", {report['tokens_per_second']:,.0f} tokens/s"
     return text
@@ -127,20 +123,20 @@ def _markdown(
 ) -> str:
     lines = [f"# Run {report['name']}", "", _sentence(report) + ".", ""]
     if report["heldout"]["positions"]:
-        headings, rows = _table(report)
+        table = _table(report)
         both = (
             "; fast weights on and off on the same slow weights. Gain: off minus on"
             if config.model.ttt.layers
             else ""
         )
         lines += [
-            "## Held-out loss by position",
+            f"## {table.title}",
             "",
             f"Nats per token on held-out rows{both}.",
             "",
-            "| " + " | ".join(headings) + " |",
-            "|" + "---:|" * len(headings),
-            *("| " + " | ".join(row) + " |" for row in rows),
+            "| " + " | ".join(table.headings) + " |",
+            "|" + "---:|" * len(table.headings),
+            *("| " + " | ".join(row) + " |" for row in table.rows),
             "",
         ]
     lines += [
@@ -167,10 +163,6 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _show(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(round(value, 4) + 0.0, form)  # + 0.0: no "-0.0000"
-
-
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -184,9 +176,6 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-# --------------------------------------------------------------------------------------- provenance
-
-
 # ----------------------------------------------------------------------------------------- pictures
 
 
@@ -194,69 +183,72 @@ def _draw(
     run_dir: Path, losses: list[tuple[int, float]], heldout: dict[str, Any], ttt: bool
 ) -> list[str]:
     """Draw what there is to draw; returns the file names."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    def save(figure: Figure, name: str) -> str:
-        FigureCanvasAgg(figure)  # no pyplot: its global state and windows are not wanted here
-        temporary = run_dir / f".{name}.tmp"
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, run_dir / name)
-        return name
-
-    def tidy(axes: Any) -> None:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        axes.set_axisbelow(True)
-
     names = []
     if losses:
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        steps, values = zip(*losses, strict=True)
-        smooth = _smooth(values)
-        noisy = len(values) >= 20
-        axes.plot(
-            steps,
-            values,
-            color=_FAINT if noisy else _ON,
-            linewidth=1.2,
-            label="logged",
-            marker="" if noisy else "o",
-        )
-        if noisy:
-            axes.plot(steps, smooth, color=_ON, linewidth=2, label="smoothed")
-            axes.legend(frameon=False)
-        axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
-        tidy(axes)
-        names.append(save(figure, "loss_curve.png"))
+        names.append(_save(_loss_curve(losses), run_dir, "loss_curve.png"))
     if heldout["positions"]:
-        figure = Figure(figsize=(7, 5.5 if ttt else 4), layout="constrained")
-        upper, *below = np.atleast_1d(
-            figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt])
-        )
-        centres = [(start + stop) / 2 for start, stop in heldout["positions"]]
-        widths = [0.8 * (stop - start) for start, stop in heldout["positions"]]
-        # None -> nan
-        on, off, gain = (
-            np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain")
-        )
-        upper.plot(centres, off, color=_OFF, linewidth=2, marker="s", label="TTT off")
-        upper.set(
-            ylabel="loss (nats per token)",
-            title="Held-out loss by position" + (", same weights" if ttt else ""),
-        )
-        for lower in below:
-            upper.plot(centres, on, color=_ON, linewidth=2, marker="o", label="TTT on")
-            upper.legend(frameon=False)
-            lower.bar(centres, gain, width=widths, color=_ON)
-            lower.axhline(0, color="black", linewidth=0.8)
-            lower.set(ylabel="gain (off - on)")
-        [upper, *below][-1].set(xlabel="position in the row (tokens)")
-        for axes in (upper, *below):
-            tidy(axes)
-        names.append(save(figure, "loss_by_position.png"))
+        names.append(_save(_loss_by_position(heldout, ttt), run_dir, "loss_by_position.png"))
     return names
+
+
+def _save(figure: Figure, run_dir: Path, name: str) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    temporary = run_dir / f".{name}.tmp"
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, run_dir / name)
+    return name
+
+
+def _loss_curve(losses: list[tuple[int, float]]) -> Figure:
+    figure = figure_of(7, 4)
+    axes = figure.subplots()
+    steps, values = zip(*losses, strict=True)
+    noisy = len(values) >= 20
+    axes.plot(
+        steps,
+        values,
+        color=_FAINT if noisy else COLOURS["on"],
+        linewidth=1.2,
+        label="logged",
+        marker="" if noisy else "o",
+    )
+    if noisy:
+        axes.plot(steps, _smooth(values), color=COLOURS["on"], linewidth=2, label="smoothed")
+        axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
+    tidy(axes)
+    return figure
+
+
+def _loss_by_position(heldout: dict[str, Any], ttt: bool) -> Figure:
+    """Draw the losses with TTT on and off, and below them the gain; one curve without TTT."""
+    figure = figure_of(7, 5.5 if ttt else 4)
+    upper, *below = np.atleast_1d(
+        figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt])
+    )
+    centres = [(start + stop) / 2 for start, stop in heldout["positions"]]
+    widths = [0.8 * (stop - start) for start, stop in heldout["positions"]]
+    # None -> nan
+    on, off, gain = (np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain"))
+    style: dict[str, dict[str, Any]] = {
+        mode: {"color": COLOURS[mode], "marker": MARKERS[mode], "linewidth": 2}
+        for mode in ("on", "off")
+    }
+    upper.plot(centres, off, label="TTT off", **style["off"])
+    title = "Held-out loss by position" + (", same weights" if ttt else "")
+    upper.set(ylabel="loss (nats per token)", title=title)
+    for lower in below:
+        upper.plot(centres, on, label="TTT on", **style["on"])
+        upper.legend(frameon=False)
+        lower.bar(centres, gain, width=widths, color=COLOURS["on"])
+        lower.axhline(0, color="black", linewidth=0.8)
+        lower.set(ylabel="gain (off - on)")
+    [upper, *below][-1].set(xlabel="position in the row (tokens)")
+    for axes in (upper, *below):
+        tidy(axes)
+    return figure
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
