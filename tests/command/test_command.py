@@ -198,7 +198,7 @@ def command(tmp_path, monkeypatch, capsys):
     read.
     """
     model, (ids,) = model_of(vocab_size=257), prompts([100])
-    monkeypatch.setattr("ttt_jax.command.cli.load_model", lambda *arguments, **options: model)
+    monkeypatch.setattr("ttt_jax.pretrained.load.load_model", lambda *arguments, **options: model)
     np.save(tmp_path / "ids.npy", ids)
     session = tmp_path / "s.safetensors"
 

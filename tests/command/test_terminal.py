@@ -219,7 +219,7 @@ def test_generate_shows_what_a_model_writes(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("ttt_jax.inference.generation.Session", Writes)
     monkeypatch.setattr(
-        "ttt_jax.command.cli.load_model",
+        "ttt_jax.pretrained.load.load_model",
         lambda *a, **o: type("M", (), {"tokenizer": ByteTokenizer()}),
     )
     words = ["generate", "--model", str(tmp_path / "m"), "--prompt", "x"]

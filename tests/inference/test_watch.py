@@ -298,9 +298,9 @@ def test_is_finite():
 def lost_model(monkeypatch):
     """What the commands load: parameters on disk that are not finite are refused."""
     monkeypatch.setattr(
-        "ttt_jax.command.cli.load_model", lambda *arguments, **options: with_nan_at(V - 1)
+        "ttt_jax.pretrained.load.load_model", lambda *arguments, **options: with_nan_at(V - 1)
     )
-    monkeypatch.setattr("ttt_jax.eval.run._load", lambda options: (with_nan_at(V - 1), "float32"))
+    monkeypatch.setattr("ttt_jax.eval.run._load", lambda options: with_nan_at(V - 1))
     return "model"
 
 

@@ -11,22 +11,6 @@ from ttt_jax.errors import UserError
 from ttt_jax.terminal import for_stream, printable
 
 
-def load_model(folder: Path, dtype: str | None, for_decoding: bool = False):
-    """A model as the commands compute it."""
-    import jax
-
-    from ttt_jax.model.stack import Runtime
-    from ttt_jax.pretrained.load import load_pretrained
-
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = dtype or ("float32" if on_cpu else "bfloat16")
-    # Decoding on an accelerator wants layers with arrays of their own; on a CPU the scan's shorter
-    # compile time wins.
-    return load_pretrained(
-        folder, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=on_cpu or not for_decoding)
-    )
-
-
 def encode(model, text: str, option: str) -> list[int]:
     """Token ids of a text. Raises UserError without a tokenizer, and for an empty text."""
     if model.tokenizer is None:

@@ -41,10 +41,6 @@ class BadRecord(NamedTuple):
     problem: str
     excerpt: str
 
-    @property
-    def place(self) -> str:
-        return "the file" if self.unit == "file" else f"{self.unit} {self.number}"
-
 
 def bad_record(unit: str, number: int, kind: str, problem: str, content: bytes = b"") -> BadRecord:
     """A `BadRecord` of `content`, of which an excerpt is kept."""

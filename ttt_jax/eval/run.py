@@ -6,13 +6,16 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.terminal import printable
+
+if TYPE_CHECKING:
+    from ttt_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,8 @@ def evaluate(
     from ttt_jax.inference.watch import one_warning, warn_of_zero_targets
 
     begin = time.perf_counter()
-    model, dtype = _load(options)
+    model = _load(options)
+    dtype = model.runtime.dtype
     about |= {"compute_dtype": dtype, "parameters": fingerprint(model) if out is not None else None}
     kept = Unfinished(out, about, overwrite)
     if len(kept):
@@ -155,23 +159,15 @@ def evaluate(
     return results, text_html
 
 
-def _load(options: Options):
-    """(model, dtype)."""
-    import jax
+def _load(options: Options) -> Transformer:
+    from ttt_jax.pretrained.load import load_model
 
-    from ttt_jax.model.stack import Runtime
-    from ttt_jax.pretrained.load import load_pretrained
-
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    decodes = bool(harness_tasks(options)) and jax.default_backend() != "cpu"
-    model = load_pretrained(
-        options.model, dtype=dtype, runtime=Runtime(dtype=dtype, scan_layers=not decodes)
-    )
+    model = load_model(options.model, options.dtype, decodes=bool(harness_tasks(options)))
     if not model.config.ttt.layers and options.ttt != "off":
         raise UserError(
             "--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off"
         )
-    return model, dtype
+    return model
 
 
 def _code() -> dict[str, Any]:

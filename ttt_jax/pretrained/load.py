@@ -79,6 +79,22 @@ def load_pretrained(
     return model
 
 
+def load_model(
+    folder: str | Path, dtype: str | None = None, *, decodes: bool = False
+) -> Transformer:
+    """Load a model as the commands compute it.
+
+    Args:
+      dtype: of the parameters and the computation; None: float32 on CPUs, bfloat16 elsewhere.
+      decodes: it will write token by token. On an accelerator that wants layers with arrays of
+        their own; on a CPU the scan's shorter compile time wins.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = dtype or ("float32" if on_cpu else "bfloat16")
+    runtime = Runtime(dtype=dtype, scan_layers=on_cpu or not decodes)
+    return load_pretrained(folder, dtype=dtype, runtime=runtime)
+
+
 def unstacked(model: Transformer) -> Transformer:
     """The same parameters with arrays of their own for each layer (`Runtime.scan_layers` off)."""
     runtime = dataclasses.replace(model.runtime, scan_layers=False)

@@ -1,0 +1,98 @@
+"""`ttt-jax convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ttt_jax.command.options import Command, examples
+from ttt_jax.process.output_lock import one_writer
+from ttt_jax.terminal import printable
+
+
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "ttt-jax convert Qwen3-4B Qwen3-4B-orbax --to orbax --verify",
+        "ttt-jax convert Qwen3-4B Qwen3-4B-ttt --to hf --ttt.layers 0,6,12,18,24,30 "
+        "--ttt.chunk_size 1024",
+        "ttt-jax convert runs/qwen3 out --to hf --dtype bfloat16 --shard-gb 4",
+    ),
+)
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("output", type=click.Path(path_type=Path), metavar="DST")
+@click.option("--to", type=click.Choice(["orbax", "hf"]), required=True, help="Format of DST.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="Of every tensor.  [default: as in SRC]",
+)
+@click.option(
+    "--shard-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Of --to hf.",
+)
+@click.option(
+    "--ttt.layers", "layers", metavar="0,6,12", help="Give a plain model TTT on these layers."
+)
+@click.option("--ttt.chunk_size", "chunk_size", type=int, help="Tokens between two updates.")
+@click.option("--ttt.lr", "lr", type=float, help="Inner learning rate.")
+@click.option(
+    "--ttt.target",
+    "target",
+    type=click.Choice(["hidden_states", "input_embed"]),
+    help="Source of the target.",
+)
+@click.option(
+    "--ttt.proj", "proj", type=bool, metavar="true|false", help="Multiply the target by W_target."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the TTT parameters' initialisation."
+)
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare the logits of both sides in float32; exit 1 when they differ.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
+def convert(
+    source: Path,
+    output: Path,
+    to: str,
+    dtype: str | None,
+    shard_gb: float,
+    seed: int,
+    verify: bool,
+    overwrite: bool,
+    **ttt: object,
+) -> int:
+    """Convert a model between Hugging Face folders and Orbax.
+
+    SRC is a Hugging Face folder, a converted folder, or a run folder of train.py. Tensors are
+    streamed: the peak of host memory is a part of the largest shard (--verify loads the model). DST
+    appears complete or not at all.
+    """
+    from ttt_jax.pretrained.convert import VERIFY_LIMIT
+    from ttt_jax.pretrained.convert import convert as run
+
+    click.get_current_context().with_resource(one_writer(output, "output"))
+    given = {name: value for name, value in ttt.items() if value is not None}
+    options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite}
+    report = run(
+        source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options
+    )
+    size = f"{report.tensors} tensors, {report.nbytes / 1e6:,.1f} MB"
+    names = printable(f"{source} -> {output}")
+    print(
+        f"{names}: {size} in {report.seconds:.1f} s"
+        + f", {report.fresh} of them new" * (report.fresh > 0)
+    )
+    if report.relative_rms is not None:
+        print(
+            f"verify: relative RMS of the logits {report.relative_rms:.1e} (limit for an "
+            f"unchanged dtype: {VERIFY_LIMIT:g})"
+        )
+    return 0

@@ -1,0 +1,160 @@
+"""`ttt-jax eval`."""
+
+from __future__ import annotations
+
+import click
+
+from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, examples
+from ttt_jax.process.output_lock import one_writer
+from ttt_jax.terminal import printable
+
+
+@click.command(
+    cls=Command,
+    name="eval",
+    epilog=examples(
+        "ttt-jax eval --model runs/books --perplexity heldout.jsonl.xz "
+        "--lengths 2k,4k,8k,16k --out results/books",
+        "ttt-jax eval --model runs/books --perplexity book.txt --lengths 4k "
+        "--diagnostics --html --out results/book",
+        "ttt-jax eval --model checkpoints/qwen3 --tasks synthetic --lengths 1k,4k "
+        "--form text --out results/recall",
+        "ttt-jax eval --model checkpoints/qwen3 --tasks niah_single_1,hellaswag "
+        "--lengths 4k --limit 100 --out results/tasks",
+        "ttt-jax eval --compare results/before results/after --out results/comparison",
+    ),
+)
+@click.option(
+    "--model",
+    "folder",
+    type=EXISTING,
+    help="Hugging Face folder, converted checkpoint or run folder.",
+)
+@click.option(
+    "--perplexity",
+    metavar="DATA",
+    help='Loss by context length and position: a file, a folder or "stdlib".',
+)
+@click.option(
+    "--tasks",
+    default="",
+    metavar="A,B",
+    help='"synthetic", and tasks of lm-evaluation-harness (extra "eval").',
+)
+@click.option(
+    "--lengths",
+    default="2k,4k",
+    show_default=True,
+    help="Context lengths in tokens; k = 1024, m = 1024 k.",
+)
+@click.option("--ttt", type=click.Choice(["on", "off", "both"]), default="both", show_default=True)
+@click.option(
+    "--shuffled/--no-shuffled",
+    default=None,
+    help="Control: S of another document.  [default: if possible]",
+)
+@click.option(
+    "--block",
+    type=click.IntRange(1),
+    help="Final tokens that are scored.  [default: half the shortest length]",
+)
+@click.option(
+    "--documents",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Of DATA, at most; the first ones.",
+)
+@click.option(
+    "--diagnostics",
+    is_flag=True,
+    help="Norm, rank and share of the fast weights; gain on repeated n-grams.",
+)
+@click.option(
+    "--html", is_flag=True, help="text.html: the first document coloured by the gain of each token."
+)
+@click.option(
+    "--html-tokens",
+    type=click.IntRange(2),
+    default=8192,
+    show_default=True,
+    help="Of --diagnostics and --html.",
+)
+@click.option(
+    "--form",
+    type=click.Choice(["ids", "text"]),
+    default="ids",
+    show_default=True,
+    help="Of the synthetic words.",
+)
+@click.option(
+    "--examples",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Per synthetic task and length.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Samples per harness task.  [default: all]")
+@click.option(
+    "--fewshot", type=click.IntRange(0), help="Of harness tasks.  [default: the task's own]"
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put harness prompts into the chat template of tokenizer_config.json.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Documents or samples read at once.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the bootstrap and the synthetic tasks.",
+)
+@click.option(
+    "--compare",
+    nargs=2,
+    type=EXISTING,
+    metavar="A B",
+    help="Two result folders, or two models to evaluate.",
+)
+@click.option("--out", type=EXISTING, help="Folder for results.json and report.html.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it is a result folder.")
+@DTYPE
+@PIECE
+def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, **options) -> None:
+    """What TTT gives on the same weights: perplexity by context and position, recall, harness
+    tasks.
+    """
+    from ttt_jax.eval import output, run
+
+    if (folder is None) == (not compare):
+        raise click.UsageError("give --model DIR or --compare A B, one of them")
+    if not compare and out is None:
+        raise click.UsageError("--out DIR is missing: where the results go")
+    if out is not None:
+        click.get_current_context().with_resource(one_writer(out, "--out"))
+        output.check_out(out, overwrite)
+    chosen = run.Options(
+        model=folder or compare[0],
+        perplexity=perplexity,
+        tasks=tuple(task for task in tasks.replace(" ", "").split(",") if task),
+        lengths=run.parse_lengths(lengths),
+        text_page=html,
+        **options,
+    )
+    if compare:
+        first, second = compare
+        output.print_tables(run.compare(first, second, chosen, out, overwrite))
+    elif out is not None:
+        results, text_html = run.evaluate(chosen, out, overwrite)
+        output.write_folder(out, output.files_of(results, text_html), overwrite)
+        output.print_results(results)
+    if out is not None:
+        print(printable(f"results: {out}"))

@@ -1,0 +1,196 @@
+"""`ttt-jax generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ttt_jax.command.io import encode, print_completions, read_ids, read_text, saved_early
+from ttt_jax.command.options import DTYPE, EXISTING, IDS, MODEL, NO_TTT, PIECE, Command, examples
+from ttt_jax.errors import NotFiniteError, UserError
+from ttt_jax.process.interrupts import HeldBack
+from ttt_jax.process.output_lock import one_writer
+from ttt_jax.terminal import for_stream
+
+if TYPE_CHECKING:
+    from ttt_jax.inference.generation import Session
+    from ttt_jax.inference.sampling import Sampling
+    from ttt_jax.inference.writing import Completion
+    from ttt_jax.model.transformer import Transformer
+
+
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "ttt-jax generate --model checkpoints/qwen3 --prompt 'Once upon a time' "
+        "--max-new-tokens 64",
+        "ttt-jax generate --model checkpoints/qwen3 --prompt-file book.txt "
+        "--session book.safetensors --max-new-tokens 1",
+        "ttt-jax generate --model checkpoints/qwen3 --prompt 'Who was the captain?' "
+        "--session book.safetensors --keep-session",
+        "ttt-jax generate --model checkpoints/qwen3 --ids prompts.npy "
+        "--temperature 0.8 --top-p 0.95 --json",
+    ),
+)
+@MODEL
+@click.option("--prompt", multiple=True, help="Text; several make a batch.")
+@click.option(
+    "--prompt-file", multiple=True, type=EXISTING, help="UTF-8 text file; several make a batch."
+)
+@IDS
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens.")
+@click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability.")
+@click.option("--min-p", type=float, help="Keep tokens at least this much as likely as the best.")
+@click.option("--stop", multiple=True, help="Text that ends a completion.")
+@click.option("--ignore-eos", is_flag=True, help="Write on after an end token.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Row i of a batch draws with seed + i."
+)
+@click.option(
+    "--session",
+    type=EXISTING,
+    help="Continue the stream in this file (if it exists) and save it there again.",
+)
+@click.option(
+    "--keep-session",
+    is_flag=True,
+    help="Do not save the session: ask, and leave the file as it is.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object per sequence: token_ids, text, timings.",
+)
+@NO_TTT
+@DTYPE
+@PIECE
+def generate(
+    folder,
+    prompt,
+    prompt_file,
+    ids,
+    session,
+    keep_session,
+    as_json,
+    no_ttt,
+    dtype,
+    piece,
+    **options,
+) -> None:
+    """Continue prompts, adapting while reading and writing."""
+    from ttt_jax.inference.sampling import Sampling
+
+    sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+    _check_prompts(prompt, prompt_file, ids, session, keep_session)
+    saved_to = None if keep_session else session
+    if saved_to is not None:
+        click.get_current_context().with_resource(one_writer(saved_to, "--session"))
+    texts = [read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
+    rows = read_ids(ids, "--ids") if ids else None
+
+    from ttt_jax.pretrained.load import load_model
+
+    model = load_model(folder, dtype, decodes=True)
+    rows = rows or [
+        encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts
+    ]
+    stream = _open_stream(model, rows, session, not no_ttt, piece, branches=keep_session)
+    if rows:
+        stream.extend(rows)
+    shown = not as_json and stream.batch_size == 1 and model.tokenizer is not None
+    completions, failure = _continue(stream, sampling, options, shown, saved_to)
+    if saved_to is not None and failure is None:
+        with HeldBack():  # a Ctrl-C would lose what was read
+            stream.save(saved_to)
+    print_completions(completions, dataclasses.asdict(stream.timings), as_json, shown)
+    if failure is not None:
+        kept = "" if saved_to is None else f"; {saved_to} is not written"
+        raise NotFiniteError(f"{failure}{kept}")
+
+
+def _check_prompts(prompt, prompt_file, ids, session: Path | None, keep_session: bool) -> None:
+    if bool(prompt) + bool(prompt_file) + bool(ids) > 1:
+        raise click.UsageError(
+            "give prompts by --prompt, by --prompt-file or by --ids, one of them"
+        )
+    if keep_session and session is None:
+        raise click.UsageError("--keep-session needs --session FILE")
+    if not (prompt or prompt_file or ids) and not (session and session.exists()):
+        raise click.UsageError(
+            "no prompt: give --prompt TEXT, --prompt-file FILE or --ids FILE.npy"
+        )
+
+
+def _open_stream(
+    model: Transformer,
+    rows: list[Any],
+    session: Path | None,
+    ttt: bool,
+    piece: int | None,
+    branches: bool,
+) -> Session:
+    """Go on with a saved session, or begin a new one. Raises UserError when it was read otherwise.
+
+    Args:
+      branches: a session of one row may answer several rows, since it is not saved again.
+    """
+    from ttt_jax.inference.generation import Session
+
+    if session is None or not session.exists():
+        return Session(model, len(rows), ttt=ttt, piece=piece)
+    stream = Session.load(session, model, piece=piece)
+    if stream.ttt != ttt:
+        wrong, fix = ("on", "pass --no-ttt") if ttt else ("off", "drop --no-ttt")
+        raise UserError(
+            f"--session {session}: was not read with TTT {wrong}; {fix}, or use another file"
+        )
+    if len(rows) > 1 and stream.batch_size == 1 and branches:
+        return stream.branch(len(rows))
+    return stream
+
+
+def _continue(
+    stream: Session, sampling: Sampling, options: dict[str, Any], shown: bool, saved_to: Path | None
+) -> tuple[list[Completion], NotFiniteError | None]:
+    """Read what waits and write on.
+
+    Args:
+      shown: print the text as it is written.
+      saved_to: save the session there when the command is interrupted.
+
+    Returns: (completions, what ended them early).
+    """
+    from ttt_jax.progress import progress
+
+    write = lambda _, text: print(for_stream(text, sys.stdout), end="", flush=True)
+    waiting = max((len(ids) for ids in stream.unread), default=0)
+    try:
+        with progress("reading", waiting, "tokens") as stream.on_read:
+            completions = stream.generate(
+                options["max_new_tokens"],
+                sampling,
+                stop=options["stop"],
+                eos_ids=() if options["ignore_eos"] else None,
+                seed=options["seed"],
+                on_text=write if shown else None,
+            )
+    except NotFiniteError as error:
+        return error.partial or [], error
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if saved_to is None:
+            raise
+        with HeldBack():
+            stream.save(saved_to)
+        told = saved_early(stream, saved_to)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(told) from None
+        print(f"output closed; {told}", file=sys.stderr)
+        raise
+    return completions, None

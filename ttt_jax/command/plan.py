@@ -1,0 +1,51 @@
+"""`ttt-jax plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from ttt_jax.command.options import EXISTING, Command, examples
+from ttt_jax.terminal import printable
+
+
+@click.command(
+    cls=Command,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog=examples(
+        "ttt-jax plan --config configs/qwen3_8b_longct.yaml --topology v5p:4x4x4",
+        "ttt-jax plan --config configs/qwen3_4b_longct_32k.yaml --topology v6e:16x16 "
+        "--mesh.context 4 --json",
+        "ttt-jax plan --config configs/qwen3_4b_longct_128k.yaml --topology v5e:4x4 "
+        "--prefill 131072",
+        "ttt-jax plan --config configs/qwen3_0p6b.yaml --topology h100:8 --optimizer.accumulate 4",
+    ),
+)
+@click.option("--config", "path", required=True, type=EXISTING, help="A preset, as for train.py.")
+@click.option(
+    "--topology", required=True, help="TPU grid (v4 v5e v5p v6e), or a number of GPUs (h100 h200)."
+)
+@click.option(
+    "--prefill",
+    type=click.IntRange(2),
+    metavar="TOKENS",
+    help="Plan reading so many tokens, not a train step.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--FIELD VALUE ...]")
+def plan(path, topology, prefill, as_json, overrides) -> int:
+    """Does a config fit a topology? Memory, FLOPs and traffic of one step, without a device.
+
+    TPU programs are compiled ahead of time (minutes for a large model); GPUs get an estimate.
+    Dotted overrides as for train.py. Exit code: 0 it fits, 1 it does not.
+    """
+    from ttt_jax.config import load_config
+    from ttt_jax.plan.make import describe, make_plan, parse_topology, prepare_environment
+
+    config, target = load_config(path, overrides), parse_topology(topology)
+    prepare_environment()  # before jax is imported
+    result = make_plan(config, target, prefill)
+    print(json.dumps(dataclasses.asdict(result)) if as_json else printable(describe(result), "\n"))
+    return 0 if result.fits else 1
