@@ -20,17 +20,18 @@ from safetensors.numpy import save_file
 from support.fuzzing import FLIPS, JSON, SMALL, flip, fuzz
 from support.hf_folders import make_folder, read_folder, write_shards
 
-import ttt_jax.pretrained.convert
 import ttt_jax.pretrained.hf_weights
 import ttt_jax.pretrained.load
+import ttt_jax.pretrained.source
 from ttt_jax.errors import CheckpointError, ConfigError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES, inside
 from ttt_jax.model.transformer import abstract_transformer
-from ttt_jax.pretrained.convert import convert, open_source
+from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import config_from_hf
 from ttt_jax.pretrained.hf_weights import check_tensors, load_hf
 from ttt_jax.pretrained.load import load_pretrained
 from ttt_jax.pretrained.safetensors_io import MAX_HEADER_BYTES, TensorFiles
+from ttt_jax.pretrained.source import open_source
 
 MEMORY = 20_000_000  # bytes that Python and numpy may hold at once
 
@@ -60,9 +61,9 @@ def traced_once(monkeypatch):
     """
     cached = functools.cache(abstract_transformer)
     for module in (
-        ttt_jax.pretrained.convert,
         ttt_jax.pretrained.hf_weights,
         ttt_jax.pretrained.load,
+        ttt_jax.pretrained.source,
     ):
         monkeypatch.setattr(module, "abstract_transformer", cached)
 

@@ -27,10 +27,12 @@ from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import make_mesh, model_shardings
 from ttt_jax.pretrained import convert as convert_module
-from ttt_jax.pretrained.convert import convert, open_source
+from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.load import initial_model
-from ttt_jax.pretrained.orbax_folder import OrbaxWriter, read_description
+from ttt_jax.pretrained.orbax_folder import OrbaxWriter
+from ttt_jax.pretrained.orbax_layout import read_description
+from ttt_jax.pretrained.source import open_source
 from ttt_jax.run.folder import prepare_run_dir
 
 ROOT = Path(__file__).parents[2]

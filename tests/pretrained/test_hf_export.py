@@ -149,7 +149,7 @@ def test_a_failure_leaves_no_folder(golden_model, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ttt_jax.pretrained.export.write_tensors", full)
+    monkeypatch.setattr("ttt_jax.pretrained.hf_weights.write_tensors", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_pretrained(load_hf(folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

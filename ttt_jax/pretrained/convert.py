@@ -1,17 +1,13 @@
 """`ttt-jax convert`: a model from one format to another, block by block.
 
-Sources are Hugging Face folders, run folders of train.py and converted folders (model_folder.py),
-all seen as a mapping from Hugging Face tensor names to rows. No more than a block of one tensor is
-held at a time, so the peak of host memory is a fraction of a shard. The output appears complete or
-not at all.
+No more than a block of one tensor is held at a time, so the peak of host memory is a fraction of a
+shard. The output appears complete or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,47 +16,44 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params
+from ttt_jax.checkpoint.checkpointer import load_model_params
 from ttt_jax.checkpoint.checksums import write_checksums
-from ttt_jax.config import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
-from ttt_jax.data.tokenizer import load_tokenizer
+from ttt_jax.config import ModelConfig, replace
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
-from ttt_jax.files.reading import find_companion, list_names
-from ttt_jax.files.text import sync, sync_tree
+from ttt_jax.files.reading import list_names
 from ttt_jax.model.transformer import Transformer, abstract_transformer
-from ttt_jax.pretrained.export import copy_companions, write_config
-from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, read_raw_config
+from ttt_jax.pretrained.export import copy_companions
+from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import (
     abstract_model,
     check_tensors,
     fill,
-    fresh_ttt_rows,
     tensor_names,
+    tensor_shapes,
 )
-from ttt_jax.pretrained.orbax_folder import (
-    Description,
-    OrbaxTensors,
-    OrbaxWriter,
-    check_layout,
-    is_model_folder,
-    read_description,
-    tensor_spec,
-    write_description,
-)
+from ttt_jax.pretrained.new_folder import new_folder
+from ttt_jax.pretrained.orbax_folder import OrbaxTensors, OrbaxWriter
+from ttt_jax.pretrained.orbax_layout import Description, is_model_folder, write_description
 from ttt_jax.pretrained.safetensors_io import (
-    TensorFiles,
-    TensorSource,
+    DTYPES,
     TensorSpec,
     all_finite,
     row_blocks,
     tensor_file_names,
     write_tensors,
 )
+from ttt_jax.pretrained.source import (
+    EMBED,
+    HEAD,
+    EquippedTensors,
+    Source,
+    check_tied_head,
+    equip,
+    open_source,
+)
 from ttt_jax.progress import progress
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _VERIFY_CHUNK = 64
 
 
@@ -72,22 +65,6 @@ class Conversion(NamedTuple):
     fresh: int  # TTT tensors that were initialised
     seconds: float
     relative_rms: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model on disk, opened: its config and headers are read and checked, its tensors are not
-    read yet.
-    """
-
-    kind: str  # "Hugging Face folder", "converted folder", "run folder"
-    folder: Path
-    model: ModelConfig
-    hf_config: dict[str, Any] | None
-    tensors: TensorSource
-    abstract: Transformer
-    block: int  # bytes to hold at once
-    tokenizer: str | None  # "bytes", or where the tokenizer is
 
 
 def convert(
@@ -128,219 +105,129 @@ def convert(
         raise ConfigError(f"--to {to}: expected hf or orbax")
     if max_shard_bytes < 1:
         raise ConfigError(f"shard size = {max_shard_bytes} bytes: must be positive")
-    opened = open_source(source)
-    model = equip(opened.model, ttt, str(source))
-    abstract = abstract_model(model, opened.tensors, str(source))
-    names = [name for theirs in tensor_names(abstract).values() for name in theirs]
-    fresh = {name for name in names if ".mlp.ttt_" in name} if model != opened.model else set()
-    if any(name in opened.tensors for name in fresh):
+    work = _prepare(source, to, dtype, ttt, seed)
+    total = sum(spec.nbytes for spec in work.specs)
+    title = f"converting {work.source.folder.name}"
+    try:
+        with new_folder(output, overwrite) as folder, progress(title, total, "bytes") as show:
+            if to == "hf":
+                _write_hf(work, folder, max_shard_bytes, _Counter(show))
+            else:
+                _write_orbax(work, folder, _Counter(show))
+            if work.source.tokenizer != "bytes":
+                # without checksums, like config.json: people change them by hand
+                copy_companions(work.source.tokenizer, folder)
+            rms = _verify(work, folder, output) if verify else None
+    except OSError as error:
+        raise CheckpointError(
+            f"output {output.absolute()}: could not be written ({error.strerror or str(error)}); "
+            "free space or choose another"
+        ) from None
+    return Conversion(len(work.specs), total, work.fresh, time.monotonic() - begin, rms)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A conversion whose source has been checked.
+
+    Fields:
+      where: the source, as the user names it.
+      model: the config of the output; its TTT layers may be new.
+      abstract: its structure.
+      tensors: what is read, fresh tensors among them.
+      specs: what is written.
+      fresh: how many tensors are fresh.
+      tied_head: the source holds its tied head as a tensor of its own.
+      raw: the output's config.json; None: it has none.
+    """
+
+    where: str
+    source: Source
+    model: ModelConfig
+    abstract: Transformer
+    tensors: EquippedTensors
+    specs: list[TensorSpec]
+    fresh: int
+    tied_head: bool
+    raw: dict[str, Any] | None
+
+
+def _prepare(
+    path: str | Path, to: str, dtype: str | None, ttt: dict[str, Any] | None, seed: int
+) -> _Work:
+    """Open the source and check everything that can be checked without reading its tensors, but for
+    a tied head.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    where, source = str(path), open_source(path)
+    model = equip(source.model, ttt, where)
+    abstract = abstract_model(model, source.tensors, where)
+    names = tensor_shapes(abstract).keys()
+    fresh = {name for name in names if ".mlp.ttt_" in name} if model != source.model else set()
+    if any(name in source.tensors for name in fresh):
         fresh = set()  # the tensors are there, only config.json does not say so
     # new targets need not follow the official code
     if fresh and "normalize_source" not in (ttt or {}):
         model = replace(model, {"ttt.normalize_source": True})
-    check_tensors(abstract, opened.tensors, str(source), optional=fresh)
-    tensors = _Equipped(opened.tensors, fresh, model, jax.random.key(seed))
-    tied_head = abstract.head is None and _HEAD in opened.tensors
+    check_tensors(abstract, source.tensors, where, optional=fresh)
+    tensors = EquippedTensors(source.tensors, fresh, model, jax.random.key(seed))
+    tied_head = abstract.head is None and HEAD in source.tensors
     if tied_head:
-        _check_tied_head(opened)
-    wanted = set(names) | ({_HEAD} if tied_head else set())
-    specs = [tensor_spec(tensors, name, dtype) for name in tensors if name in wanted]
-    _check_dtypes(specs, str(source))
-    block = opened.block
-    total = sum(spec.nbytes for spec in specs)
-    raw = (
-        _hf_config(opened, model, dtype or _common_dtype(specs))
-        if to == "hf" or opened.hf_config is not None
-        else None
-    )
-    rms = None
-    with (
-        _new_folder(output) as folder,
-        progress(f"converting {opened.folder.name}", total, "bytes") as show,
-    ):
-        read = _Counter(show)
-        rows = lambda spec: _blocks(tensors, spec, block, read, str(source))
-        if to == "hf":
-            assert raw is not None
-            write_config(folder, raw)
-            write_tensors(
-                folder, specs, lambda spec: (array for _, array in rows(spec)), max_shard_bytes
-            )
-        else:
-            stored = [spec for spec in specs if not (tied_head and spec.name == _HEAD)]
-            dtypes = _stack_dtypes(abstract, stored)
-            own = {
-                spec.name: spec.dtype.name
-                for spec in specs
-                if spec.dtype != dtypes.get(spec.name, dtypes[_EMBED])
-            }
-            writer = OrbaxWriter(folder, abstract, dtypes, block)
-            for spec in stored:
-                for start, array in rows(spec):
-                    writer.write(spec.name, start, array.astype(dtypes[spec.name], copy=False))
-            tokenizer = "bytes" if opened.tokenizer == "bytes" else None
-            write_description(folder, Description(model, raw, own, tied_head, tokenizer))
-        write_checksums(folder, tensor_file_names(folder) if to == "hf" else None)
-        if opened.tokenizer != "bytes":
-            # without checksums, like config.json: people change them by hand
-            copy_companions(opened.tokenizer, folder)
-        if verify:
-            rms = compare_logits(opened, open_source(folder))
-            changed = any(spec.dtype != tensors.dtype(spec.name) for spec in specs)
-            if not changed and not rms <= VERIFY_LIMIT:
-                raise VerificationError(
-                    f"output {output}: its logits differ from the source's by {rms:.1e} relative "
-                    f"RMS (limit {VERIFY_LIMIT:g}); "
-                    "not written; please report this"
-                )
-    return Conversion(len(specs), total, len(fresh), time.monotonic() - begin, rms)
+        check_tied_head(source)
+    wanted = names | ({HEAD} if tied_head else set())
+    specs = [_spec(tensors, name, dtype) for name in tensors if name in wanted]
+    _check_dtypes(specs, where)
+    raw = None
+    if to == "hf" or source.hf_config is not None:
+        raw = _hf_config(source, model, dtype or _common_dtype(specs))
+    return _Work(where, source, model, abstract, tensors, specs, len(fresh), tied_head, raw)
 
 
-# ------------------------------------------------------------------------------------------ sources
+def _spec(tensors: EquippedTensors, name: str, dtype: str | None) -> TensorSpec:
+    """Name, shape and dtype of a tensor once it is cast to `dtype` (None: as it is)."""
+    cast = tensors.dtype(name) if dtype is None else DTYPES[dtype]
+    return TensorSpec(name, tensors.shape(name), cast)  # pyright: ignore[reportArgumentType]
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a Hugging Face, converted or run folder. Raises CheckpointError or ConfigError, one
-    line.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"model {path}: no such folder; give a Hugging Face folder, a converted folder or a "
-            "run folder"
+def _write_hf(work: _Work, folder: Path, max_shard_bytes: int, read: _Counter) -> None:
+    def rows(spec: TensorSpec) -> Iterator[np.ndarray]:
+        return (array for _, array in _blocks(work, spec, read))
+
+    assert work.raw is not None
+    write_config(folder, work.raw)
+    write_tensors(folder, work.specs, rows, max_shard_bytes)
+    write_checksums(folder, tensor_file_names(folder))
+
+
+def _write_orbax(work: _Work, folder: Path, read: _Counter) -> None:
+    specs = [spec for spec in work.specs if not (work.tied_head and spec.name == HEAD)]
+    dtypes = _stack_dtypes(work.abstract, specs)
+    own = {
+        spec.name: spec.dtype.name
+        for spec in work.specs
+        if spec.dtype != dtypes.get(spec.name, dtypes[EMBED])
+    }
+    writer = OrbaxWriter(folder, work.abstract, dtypes, work.source.block)
+    for spec in specs:
+        for start, array in _blocks(work, spec, read):
+            writer.write(spec.name, start, array.astype(dtypes[spec.name], copy=False))
+    tokenizer = "bytes" if work.source.tokenizer == "bytes" else None
+    about = Description(work.model, work.raw, own, work.tied_head, tokenizer)
+    write_description(folder, about)
+    write_checksums(folder)
+
+
+def _verify(work: _Work, folder: Path, output: Path) -> float:
+    """Compare the logits of source and output. Raises VerificationError."""
+    rms = compare_logits(work.source, open_source(folder))
+    changed = any(spec.dtype != work.tensors.dtype(spec.name) for spec in work.specs)
+    if not changed and not rms <= VERIFY_LIMIT:
+        raise VerificationError(
+            f"output {output}: its logits differ from the source's by {rms:.1e} relative "
+            f"RMS (limit {VERIFY_LIMIT:g}); not written; please report this"
         )
-    if is_model_folder(folder):
-        about = read_description(folder)
-        abstract = abstract_transformer(about.model)
-        check_layout(folder, abstract)
-        stored = OrbaxTensors(find_checkpoint(folder), abstract, about.dtypes, about.tied_head)
-        tokenizer = about.tokenizer or str(folder)
-        block = _block(stored.block_bytes)
-        return Source(
-            "converted folder",
-            folder,
-            about.model,
-            about.hf_config,
-            stored,
-            abstract,
-            block,
-            tokenizer,
-        )
-    if find_companion(folder, "config.json") is not None:
-        raw = read_raw_config(folder)
-        model = config_from_hf(raw, str(folder / "config.json"))
-        files = TensorFiles(folder)
-        abstract, block = (
-            abstract_model(model, files, str(folder)),
-            _block(files.largest_file // 16),
-        )
-        return Source(
-            "Hugging Face folder", folder, model, raw, files, abstract, block, str(folder)
-        )
-    run = folder
-    if not (run / CONFIG_FILE).is_file() and folder.absolute().parent.name == CHECKPOINT_FOLDER:
-        run = folder.absolute().parent.parent
-    if not (run / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"model {path}: holds no config.json, ttt_jax.json or {CONFIG_FILE}; give a model or "
-            "run folder"
-        )
-    config = read_run_config(run)
-    validate_model(config.model)
-    abstract = abstract_transformer(config.model)
-    stored = OrbaxTensors(find_checkpoint(folder), abstract)
-    load_tokenizer(config.data.tokenizer)  # said now rather than after the conversion
-    block = _block(stored.block_bytes)
-    return Source(
-        "run folder", folder, config.model, None, stored, abstract, block, config.data.tokenizer
-    )
-
-
-def _block(nbytes: int) -> int:
-    return max(1 << 18, min(64 << 20, nbytes))
-
-
-def equip(model: ModelConfig, ttt: dict[str, Any] | None, where: str) -> ModelConfig:
-    """The config with TTT layers added. Raises ConfigError when it has others already, or none are
-    named.
-    """
-    if not ttt:
-        return model
-    fields = to_dict(from_dict(TTTConfig, ttt))
-    if model.ttt.layers:
-        has = to_dict(model.ttt)
-        for name in ttt:
-            if fields[name] != has[name]:
-                raise ConfigError(
-                    f"--ttt.{name} {fields[name]}: {where} has TTT parameters already, with "
-                    f"ttt.{name} = {has[name]}; "
-                    "leave the option out, or start from the plain checkpoint"
-                )
-        return model
-    if not fields["layers"]:
-        raise ConfigError(
-            f"--ttt.{next(iter(ttt))}: {where} has no TTT layers; name them with --ttt.layers "
-            "0,6,12"
-        )
-    equipped = replace(model, {f"ttt.{name}": fields[name] for name in ttt})
-    validate_model(equipped)
-    return equipped
-
-
-class _Equipped:
-    """A source with fresh TTT tensors beside its own, in the dtype of their layer's
-    down-projection.
-    """
-
-    def __init__(self, source: TensorSource, fresh: set[str], model: ModelConfig, key: jax.Array):
-        self._source, self._fresh, self._model, self._key = source, fresh, model, key
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._source
-        yield from sorted(self._fresh)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._fresh or name in self._source
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._fresh:
-            return self._source.shape(name)
-        rows = fresh_ttt_rows(name, self._model.d_model, 0.0, self._key, 0, 1)
-        return (self._model.d_model, *rows.shape[1:])
-
-    def dtype(self, name: str) -> np.dtype | None:
-        if name in self._fresh:
-            name = name.rpartition(".ttt_")[0] + ".down_proj.weight"
-        return self._source.dtype(name)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        if name not in self._fresh:
-            return self._source.read(name, start, stop)
-        dtype = self.dtype(name)
-        assert dtype is not None
-        rows = fresh_ttt_rows(
-            name, self._model.d_model, self._model.init_std, self._key, start, stop
-        )
-        return rows.astype(dtype)
-
-
-def _check_tied_head(source: Source) -> None:
-    """A tied head that is written out must be the embedding: the model has one array for both."""
-    tensors = source.tensors
-    same = tensors.shape(_HEAD) == tensors.shape(_EMBED) and tensors.dtype(_HEAD) is not None
-    if same:
-        for start, stop in row_blocks(tensors.shape(_EMBED), 4, source.block // 2):
-            if not np.array_equal(
-                tensors.read(_EMBED, start, stop), tensors.read(_HEAD, start, stop)
-            ):
-                same = False
-                break
-    if not same:
-        raise CheckpointError(
-            f"checkpoint {source.folder}: tie_word_embeddings is true, but {_HEAD} is not "
-            f"{_EMBED}; "
-            "correct config.json or remove the tensor"
-        )
+    return rms
 
 
 def _check_dtypes(specs: list[TensorSpec], where: str) -> None:
@@ -383,19 +270,20 @@ class _Counter:
         self.show(self.done)
 
 
-def _blocks(
-    tensors: TensorSource, spec: TensorSpec, block: int, read: _Counter, where: str
-) -> Iterator[tuple[int, np.ndarray]]:
-    own = tensors.dtype(spec.name)
+def _blocks(work: _Work, spec: TensorSpec, read: _Counter) -> Iterator[tuple[int, np.ndarray]]:
+    """Read a tensor in the dtype to write: (first row, rows). Raises CheckpointError."""
+    own = work.tensors.dtype(spec.name)
     assert own is not None
-    for start, stop in row_blocks(spec.shape, max(own.itemsize, spec.dtype.itemsize), block):
-        rows = tensors.read(spec.name, start, stop)
+    itemsize = max(own.itemsize, spec.dtype.itemsize)
+    for start, stop in row_blocks(spec.shape, itemsize, work.source.block):
+        rows = work.tensors.read(spec.name, start, stop)
         if rows.dtype != spec.dtype:
             with np.errstate(over="ignore"):
                 rows = rows.astype(spec.dtype)
             if not all_finite(rows):
                 raise CheckpointError(
-                    f"checkpoint {where}: tensor {spec.name} does not fit into {spec.dtype.name}"
+                    f"checkpoint {work.where}: tensor {spec.name} does not fit into "
+                    f"{spec.dtype.name}"
                 )
         yield start, rows
         read.add(rows.nbytes)
@@ -420,6 +308,29 @@ def _hf_config(source: Source, model: ModelConfig, dtype: str) -> dict[str, Any]
             "original again"
         )
     return raw if "torch_dtype" in raw or "dtype" in raw else raw | {"dtype": dtype}
+
+
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"output {output}: exists already; choose another folder, or add --overwrite to "
+            "replace it"
+        )
+    if output.is_symlink() or not output.is_dir():
+        raise CheckpointError(
+            f"output {output}: not a folder; --overwrite replaces model folders only"
+        )
+    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+        raise CheckpointError(
+            f"output {output}: replacing it would delete the source {source}; choose another folder"
+        )
+    hugging_face = (output / "config.json").is_file() and any(output.glob("*.safetensors"))
+    if not (hugging_face or is_model_folder(output) or not any(output.iterdir())):
+        raise CheckpointError(
+            f"output {output}: not a model folder; --overwrite replaces model folders only"
+        )
 
 
 # ------------------------------------------------------------------------------------------- verify
@@ -457,62 +368,3 @@ def compare_logits(a: Source, b: Source) -> float:
 @jax.jit  # one function: compiled once when both sides are the same model
 def _logits_BTV(model: Transformer, ids_BT: jax.Array) -> jax.Array:
     return model.logits(model.hidden(ids_BT)[0])
-
-
-# ------------------------------------------------------------------------------------------- output
-
-
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise CheckpointError(
-            f"output {output}: exists already; choose another folder, or add --overwrite to "
-            "replace it"
-        )
-    if output.is_symlink() or not output.is_dir():
-        raise CheckpointError(
-            f"output {output}: not a folder; --overwrite replaces model folders only"
-        )
-    if source.exists() and source.resolve().is_relative_to(output.resolve()):
-        raise CheckpointError(
-            f"output {output}: replacing it would delete the source {source}; choose another folder"
-        )
-    hugging_face = (output / "config.json").is_file() and any(output.glob("*.safetensors"))
-    if not (hugging_face or is_model_folder(output) or not any(output.iterdir())):
-        raise CheckpointError(
-            f"output {output}: not a model folder; --overwrite replaces model folders only"
-        )
-
-
-@contextlib.contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the output's place when all went well, and is removed
-    otherwise.
-    """
-    output = output.absolute()
-    parts = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    try:
-        parts.mkdir(parents=True)
-        yield parts
-        sync_tree(parts)
-        if os.path.lexists(output):  # checked before: --overwrite
-            output.rename(old)
-            try:
-                parts.rename(output)
-            except BaseException:
-                old.rename(output)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            parts.rename(output)
-        sync(output.parent)
-    except BaseException as error:
-        shutil.rmtree(parts, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise CheckpointError(
-                f"output {output}: could not be written ({reason}); free space or choose another"
-            ) from None
-        raise

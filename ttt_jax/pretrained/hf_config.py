@@ -1,5 +1,9 @@
+"""`config.json` of Hugging Face folders, both ways, with the official `ttt_*` fields."""
+
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +12,12 @@ from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import find_companion, read_json_object
 from ttt_jax.files.text import one_line, shorten
 
-FAMILIES = ("llama", "qwen3", "qwen2", "mistral")
-
-
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 # Beyond these a config is damaged or hostile; the shapes are compared with the files' headers
 # before anything is allocated.
 _LIMITS = {
@@ -22,8 +29,6 @@ _LIMITS = {
     "num_attention_heads": 2**16,
     "num_key_value_heads": 2**16,
 }
-
-
 _TTT_FIELDS = {
     "ttt_layers": "layers",
     "ttt_chunk": "chunk_size",
@@ -31,14 +36,15 @@ _TTT_FIELDS = {
     "ttt_target": "target",
     "ttt_proj": "proj",
 }
-
-
 # Fields that the official code does not know: absent means what it does.
-OWN_TTT_FIELDS = {
+_OWN_TTT_FIELDS = {
     "ttt_normalize_source": "normalize_source",
     "ttt_write": "write",
     "ttt_ridge": "ridge",
 }
+
+
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -65,37 +71,8 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its
     value.
     """
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(
-            f"{where}: model_type = {_quoted(family)} is not supported; supported: "
-            f"{', '.join(FAMILIES)}"
-        )
-
-    def size(name: str, default: int | None = None) -> int:
-        value = raw.get(name)
-        if value is None and default is None:
-            raise ConfigError(f"{where}: field {name} is missing")
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value <= _LIMITS.get(name, 2**31 - 1):
-            fix = f"expected a whole number from 1 to {_LIMITS.get(name, 2**31 - 1)}"
-            raise ConfigError(f"{where}: {name} = {one_line(str(value)[:100], 60)}: {fix}")
-        return value
-
-    def flag(name: str) -> bool:
-        value = raw.get(name)
-        if value is not None and type(value) is not bool:
-            raise ConfigError(f"{where}: {name} = {_quoted(value)}: expected true or false")
-        return bool(value)
-
-    act = raw.get("hidden_act", "silu")
-    if act not in ("silu", "swish"):
-        raise ConfigError(
-            f"{where}: hidden_act = {_quoted(act)} is not supported; only silu (SwiGLU) is"
-        )
-    for name, plain in (("partial_rotary_factor", 1.0), ("quantization_config", None)):
-        if raw.get(name) not in (None, plain):
-            raise ConfigError(f"{where}: {name} = {_quoted(raw[name])} is not supported")
+    family = _check_supported(raw, where)
+    size, flag = functools.partial(_size, raw, where), functools.partial(_flag, raw, where)
     layers, heads = size("num_hidden_layers"), size("num_attention_heads")
     window, full_layers = _windows(raw, family, layers, flag("use_sliding_window"), where)
     bias = flag("attention_bias")
@@ -128,6 +105,43 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     return model
 
 
+def _check_supported(raw: dict[str, Any], where: str) -> str:
+    """Return the model type. Raises ConfigError for what no part of a model can express."""
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise ConfigError(
+            f"{where}: model_type = {_quoted(family)} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    act = raw.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ConfigError(
+            f"{where}: hidden_act = {_quoted(act)} is not supported; only silu (SwiGLU) is"
+        )
+    for name, plain in (("partial_rotary_factor", 1.0), ("quantization_config", None)):
+        if raw.get(name) not in (None, plain):
+            raise ConfigError(f"{where}: {name} = {_quoted(raw[name])} is not supported")
+    return family
+
+
+def _size(raw: dict[str, Any], where: str, name: str, default: int | None = None) -> int:
+    value, limit = raw.get(name), _LIMITS.get(name, 2**31 - 1)
+    if value is None and default is None:
+        raise ConfigError(f"{where}: field {name} is missing")
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value <= limit:
+        shown = one_line(str(value)[:100], 60)
+        raise ConfigError(f"{where}: {name} = {shown}: expected a whole number from 1 to {limit}")
+    return value
+
+
+def _flag(raw: dict[str, Any], where: str, name: str) -> bool:
+    value = raw.get(name)
+    if value is not None and type(value) is not bool:
+        raise ConfigError(f"{where}: {name} = {_quoted(value)}: expected true or false")
+    return bool(value)
+
+
 def _quoted(value: Any) -> str:
     return shorten(repr(value), 60)
 
@@ -135,7 +149,7 @@ def _quoted(value: Any) -> str:
 def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
     return {
         ours: raw[theirs]
-        for theirs, ours in (_TTT_FIELDS | OWN_TTT_FIELDS).items()
+        for theirs, ours in (_TTT_FIELDS | _OWN_TTT_FIELDS).items()
         if raw.get(theirs) is not None
     }
 
@@ -206,12 +220,13 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     return rope
 
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write_config(folder: Path, raw: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(
+        json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
@@ -268,7 +283,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
         # are.
         own = {
             theirs: (getattr(ttt, ours), getattr(TTTConfig(), ours))
-            for theirs, ours in OWN_TTT_FIELDS.items()
+            for theirs, ours in _OWN_TTT_FIELDS.items()
         }
         raw |= {name: value for name, (value, default) in own.items() if value != default}
     return raw

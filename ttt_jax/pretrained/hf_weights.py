@@ -1,17 +1,20 @@
-"""Hugging Face folders: config.json (with the official `ttt_*` fields) and safetensors into our
-model.
+"""Tensors of Hugging Face folders into our model, and back.
 
 The name map is one table, `tensor_names`; a checkpoint must hold exactly the tensors that it lists.
-Tensors are read one at a time through safetensors, never unpickled.
+Tensors are read and written one at a time through safetensors, never unpickled.
+
+Letters: R repeats of a scanned pattern, N layers of a run in it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.config import ModelConfig
@@ -22,10 +25,12 @@ from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.model.ttt_mlp import KERNEL
 from ttt_jax.pretrained.hf_config import read_config
-from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource
-
-# ------------------------------------------------------------------------------------------- config
-
+from ttt_jax.pretrained.safetensors_io import (
+    TensorFiles,
+    TensorSource,
+    TensorSpec,
+    write_tensors,
+)
 
 # -------------------------------------------------------------------------------------------- names
 
@@ -72,6 +77,30 @@ def tensor_names(model: Transformer) -> dict[str, list[str]]:
             layers = model.groups[int(stacked[1])].layer_indices(int(stacked[2]))
             names[ours] = [f"model.layers.{layer}.{_BLOCK_NAMES[stacked[3]]}" for layer in layers]
     return names
+
+
+def parameters(model: Transformer) -> dict[str, Any]:
+    """Parameter path -> array (or structure) of a model."""
+    return {param_path(path): x for path, x in jax.tree_util.tree_flatten_with_path(model)[0]}
+
+
+def tensor_places(model: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> (parameter path, index in its stack [R, N, ...]; () where there is none)."""
+    leaves, places = parameters(model), {}
+    for ours, theirs in tensor_names(model).items():
+        stack = leaves[ours].shape[:2] if ours.startswith("groups.") else ()
+        for i, name in enumerate(theirs):
+            places[name] = (ours, tuple(map(int, np.unravel_index(i, stack))) if stack else ())
+    return places
+
+
+def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the model needs, under the checkpoint's names."""
+    leaves = parameters(model)
+    return {
+        name: tuple(leaves[ours].shape[len(index) :])
+        for name, (ours, index) in tensor_places(model).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -158,18 +187,6 @@ def fresh_ttt_rows(
     return rows
 
 
-def tensor_shapes(abstract: Transformer) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that the model needs, under the checkpoint's names."""
-    shapes = {}
-    leaves = {
-        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
-    }
-    for ours, theirs in tensor_names(abstract).items():
-        shape = leaves[ours].shape[2:] if ours.startswith("groups.") else leaves[ours].shape
-        shapes |= dict.fromkeys(theirs, tuple(shape))
-    return shapes
-
-
 def check_tensors(
     abstract: Transformer, source: TensorSource, where: str, optional: Set[str] = frozenset()
 ) -> None:
@@ -215,3 +232,19 @@ def fill(abstract: Transformer, read: Callable[[str], np.ndarray]) -> Transforme
         return jax.device_put(np.stack(arrays).reshape(struct.shape), struct.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def write_model(model: Transformer, folder: Path, dtype: str, max_shard_bytes: int) -> None:
+    """Write the safetensors of a model, one layer of a stack at a time."""
+    leaves, places = parameters(model), tensor_places(model)
+    target = np.dtype(jnp.dtype(dtype))
+    specs = [TensorSpec(name, shape, target) for name, shape in tensor_shapes(model).items()]
+
+    def rows(spec: TensorSpec) -> Iterator[np.ndarray]:
+        ours, index = places[spec.name]
+        yield np.asarray(leaves[ours][index].astype(dtype))
+
+    write_tensors(folder, specs, rows, max_shard_bytes)

@@ -21,12 +21,8 @@ from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, tensor_names
 from ttt_jax.pretrained.model_changes import compare_models
-from ttt_jax.pretrained.orbax_folder import (
-    OrbaxTensors,
-    check_layout,
-    is_model_folder,
-    read_description,
-)
+from ttt_jax.pretrained.orbax_folder import OrbaxTensors
+from ttt_jax.pretrained.orbax_layout import check_layout, is_model_folder, read_description
 from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
 
 MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token

@@ -5,9 +5,9 @@
 | `init_std`, `ttt.implementation` | free: neither changes what the weights compute |
 | `ttt.*` | free where the checkpoint has no TTT layers; printed where it has |
 | `max_positions` | raised: printed; lowered: refused |
-| `rope.kind` | from `default` to a scaled kind: printed, with its factors; from a scaled kind to another: refused |
+| `rope.kind` | from `default` to a scaled kind: printed, with its factors; else refused |
 | `rope.factor` of the same kind | raised: printed; lowered: refused |
-| `sliding_window`, `full_attention_layers` | every layer sees as much as before or less: printed; one sees more: refused |
+| `sliding_window`, `full_attention_layers` | a layer sees more: refused; less: printed |
 | all others, `rope.base` among them | refused |
 
 Printed means a line each before anything starts: continual training changes these on purpose, for

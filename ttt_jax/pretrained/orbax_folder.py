@@ -1,21 +1,13 @@
-"""A converted model: parameters in Orbax's format, beside what else makes it a model.
+"""The parameters of a converted model in Orbax's format, read and written piece by piece.
 
-    FOLDER/ttt_jax.json            model config, tokenizer, and what restores the Hugging Face folder exactly
-    FOLDER/model/                  every parameter under its dotted path, as in a checkpoint of train.py
-    FOLDER/checksums.json          SHA-256 of the two above
-    FOLDER/tokenizer.json, generation_config.json, ...
-
-There is no `config.json`, so that no other tool takes the folder for a Hugging Face model. Arrays
-are stacked over layers, as the model holds them, and such a stack can be larger than the host's
-memory; so `OrbaxWriter` fills them chunk by chunk through tensorstore, in files that Orbax itself
-has laid out, and `OrbaxTensors` reads single rows of single layers.
-
-Letters: R repeats of a scanned pattern, N layers of a run in it.
+Arrays are stacked over layers, as the model holds them, and such a stack can be larger than the
+host's memory; so `OrbaxWriter` fills them chunk by chunk through tensorstore, in files that Orbax
+itself has laid out, and `OrbaxTensors` reads single rows of single layers. What else is in the
+folder is said in orbax_layout.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -23,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,236 +22,17 @@ import tensorstore as ts
 from etils import epath
 
 from ttt_jax.checkpoint.trees import check_chunks
-from ttt_jax.config import ModelConfig, from_dict, to_dict, validate_model
-from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.files.reading import find_companion, inside, list_names, read_json_object, show
-from ttt_jax.files.text import atomic_write_text, reason_of
-from ttt_jax.model.param_path import param_path
+from ttt_jax.errors import CheckpointError
+from ttt_jax.files.reading import list_names
+from ttt_jax.files.text import reason_of
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.hf_weights import tensor_names
-from ttt_jax.pretrained.safetensors_io import FLOATS, TensorSpec, all_finite
+from ttt_jax.pretrained.hf_weights import parameters, tensor_places
+from ttt_jax.pretrained.orbax_layout import MODEL, misfits
+from ttt_jax.pretrained.safetensors_io import DTYPES, all_finite
 
-DESCRIPTION = "ttt_jax.json"
-MODEL = "model"
-_FORMAT = "ttt_jax model 1"
 # chunks cut the last axis, too: devices that hold slices of it need not each read everything
 _CHUNK_COLUMNS = 8
 _CHUNK_BYTES = 8 << 20
-_DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
-
-# An array's header, without what differs between arrays.
-_ZARRAY = {
-    "zarr_format": 2,
-    "order": "C",
-    "compressor": None,
-    "filters": None,
-    "fill_value": None,
-    "dimension_separator": ".",
-    "shape": [],
-    "chunks": [],
-    "dtype": "",
-}
-_ZARR_DTYPES = {
-    "<f4": _DTYPES["float32"],
-    "<f2": _DTYPES["float16"],
-    "bfloat16": _DTYPES["bfloat16"],
-}
-
-
-# -------------------------------------------------------------------------------------- description
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What `ttt_jax.json` says.
-
-    Fields:
-      model: the architecture.
-      hf_config: the fields of the source's config.json, written back by a conversion to Hugging
-        Face; None: there was none.
-      dtypes: tensors that are stored wider than they were, with their own dtype (a stack of layers
-        has one).
-      tied_head: the source wrote its tied output head out as `lm_head.weight`.
-      tokenizer: "bytes" for the built-in one; None: that of the folder, if it has one.
-    """
-
-    model: ModelConfig
-    hf_config: dict[str, Any] | None = None
-    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
-    tied_head: bool = False
-    tokenizer: str | None = None
-
-
-def is_model_folder(folder: str | Path) -> bool:
-    """Whether `ttt_jax.json` is there. Raises CheckpointError when it is a link that leaves the
-    folder, or no file.
-    """
-    return find_companion(Path(folder), DESCRIPTION) is not None
-
-
-def write_description(folder: Path, description: Description) -> None:
-    fields = {
-        "format": _FORMAT,
-        "model": to_dict(description.model),
-        "hf_config": description.hf_config,
-    }
-    fields |= {
-        "dtypes": description.dtypes,
-        "tied_head": description.tied_head,
-        "tokenizer": description.tokenizer,
-    }
-    fields["checksums"] = True  # so that a checksums.json which is gone is noticed
-    atomic_write_text(folder / DESCRIPTION, json.dumps(fields, indent=2) + "\n")
-
-
-def read_description(folder: str | Path) -> Description:
-    """Raises CheckpointError when `ttt_jax.json` is missing, damaged or of another version."""
-    path = find_companion(Path(folder), DESCRIPTION)
-    if path is None:
-        raise CheckpointError(
-            f"model {folder}: no {DESCRIPTION}; give a folder that ttt-jax convert --to orbax wrote"
-        )
-    raw = read_json_object(path, CheckpointError)
-    if raw.get("format") != _FORMAT:
-        found = show(str(raw.get("format")))
-        raise CheckpointError(
-            f"{path}: format is {found!r}, this version reads {_FORMAT!r}; convert again"
-        )
-    model, hf_config, dtypes = raw.get("model"), raw.get("hf_config"), raw.get("dtypes", {})
-    tied_head, tokenizer = raw.get("tied_head", False), raw.get("tokenizer")
-    if (
-        not isinstance(model, dict)
-        or not isinstance(hf_config, dict | None)
-        or not isinstance(tied_head, bool)
-    ):
-        raise CheckpointError(f"{path}: damaged (model, hf_config or tied_head); convert again")
-    if not isinstance(dtypes, dict) or not all(
-        dtype in _DTYPES for dtype in map(str, dtypes.values())
-    ):
-        raise CheckpointError(f"{path}: damaged (dtypes); convert again")
-    if tokenizer not in (None, "bytes"):
-        raise CheckpointError(f"{path}: damaged (tokenizer); convert again")
-    try:
-        config = from_dict(ModelConfig, model)
-        validate_model(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
-    return Description(config, hf_config, dtypes, tied_head, tokenizer)
-
-
-def check_layout(folder: Path, abstract: Transformer) -> None:
-    """Every file of `folder/model` is there, of its exact size, and says what this module writes.
-
-    Called before Orbax or tensorstore sees the folder: they trust array headers, and damaged ones
-    have crashed the process.
-
-    Args:
-      abstract: the structure of the model that the folder's description names.
-
-    Raises: CheckpointError naming the file, or listing the parameters that are missing, unknown or
-    of the wrong shape.
-    """
-    model = folder / MODEL
-    leaves = {
-        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
-    }
-    try:
-        metadata = read_json_object(inside(model, "_METADATA"), CheckpointError)
-        tree = metadata.get("tree_metadata")
-        expected = {str((name,)): [{"key": name, "key_type": 2}] for name in leaves}
-        known = metadata.get("use_ocdbt") is False and metadata.get("use_zarr3") is False
-        known = (
-            known
-            and isinstance(tree, dict)
-            and all(_is_array(value, expected.get(key)) for key, value in tree.items())
-        )
-        if not known or not isinstance(tree, dict):
-            raise CheckpointError(
-                f"{model / '_METADATA'}: not as ttt-jax convert writes it; convert again"
-            )
-        problems = [f"missing {name}" for name in leaves if str((name,)) not in tree]
-        problems += [f"unknown {show(key)}" for key in tree if key not in expected]
-        headers = {
-            name: _read_array_header(model / name) for name in leaves if str((name,)) in tree
-        }
-        for name, header in headers.items():
-            if header["shape"] != list(leaves[name].shape):
-                problems.append(
-                    f"wrong shape {name} {tuple(header['shape'])} (expected "
-                    f"{tuple(leaves[name].shape)})"
-                )
-        if problems:
-            raise CheckpointError(
-                f"model {folder}: its parameters do not fit its description: "
-                f"{list_names(sorted(problems))}"
-            )
-        for name, header in headers.items():
-            nbytes = math.prod(header["chunks"]) * _ZARR_DTYPES[header["dtype"]].itemsize
-            counts = [
-                math.ceil(size / part)
-                for size, part in zip(header["shape"], header["chunks"], strict=True)
-            ]
-            for index in np.ndindex(*counts):
-                path = model / name / ".".join(map(str, index))
-                if path.is_symlink():
-                    inside(model, path.relative_to(model).as_posix())
-                if not path.is_file() or path.stat().st_size != nbytes:
-                    raise CheckpointError(
-                        f"{path}: missing, or not of {nbytes} bytes; convert again"
-                    )
-    except OSError as error:
-        raise CheckpointError(f"model {folder}: could not be read ({error.strerror})") from None
-
-
-def _is_array(value: Any, key: list[dict[str, Any]] | None) -> bool:
-    about = value.get("value_metadata") if isinstance(value, dict) else None
-    if not isinstance(about, dict) or about.get("skip_deserialize", False) is not False:
-        return False
-    return key is None or value.get("key_metadata") == key
-
-
-def _read_array_header(folder: Path) -> dict[str, Any]:
-    path = inside(folder, ".zarray")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; convert again")
-    header = read_json_object(path, CheckpointError)
-    right = (
-        header | {"shape": [], "chunks": [], "dtype": ""} == _ZARRAY
-        and str(header.get("dtype")) in _ZARR_DTYPES
-    )
-    shape, chunks = _sizes(header.get("shape")), _sizes(header.get("chunks"))
-    if (
-        not right
-        or not shape
-        or len(chunks) != len(shape)
-        or any(a > b for a, b in zip(chunks, shape, strict=True))
-    ):
-        raise CheckpointError(f"{path}: not as ttt-jax convert writes it; convert again")
-    return header
-
-
-def _sizes(value: Any) -> list[int]:
-    """A list of positive sizes, or the empty list for anything else."""
-    right = isinstance(value, list) and all(
-        type(size) is int and 0 < size < 1 << 48 for size in value
-    )
-    return value if right else []
-
-
-# ------------------------------------------------------------------------------------------- places
-
-
-def _places(abstract: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> (parameter path, index in its stack)."""
-    places = {}
-    leaves = {
-        param_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
-    }
-    for ours, theirs in tensor_names(abstract).items():
-        N = leaves[ours].shape[1] if ours.startswith("groups.") else 0
-        for i, name in enumerate(theirs):
-            places[name] = (ours, (i // N, i % N) if N else ())
-    return places
 
 
 def _context(cache_bytes: int = 0) -> ts.Context:
@@ -289,11 +61,8 @@ class OrbaxWriter:
           dtypes: tensor name -> dtype to store; one for all tensors of a stack.
           block_bytes: about what one `write` will bring.
         """
-        self._places = _places(abstract)
-        leaves = {
-            param_path(path): leaf
-            for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
-        }
+        self._places = tensor_places(abstract)
+        leaves = parameters(abstract)
         stored = {self._places[name][0]: dtype for name, dtype in dtypes.items()}
         try:
             self._arrays = self._lay_out(folder, leaves, stored, block_bytes)
@@ -415,21 +184,17 @@ class OrbaxTensors:
             check_chunks(self._stored)
         except Exception as error:  # damaged JSON surfaces in many ways
             raise self._damaged(error) from None
-        self._places = _places(abstract)
-        leaves = {
-            param_path(path): leaf
-            for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+        self._places = tensor_places(abstract)
+        wanted = parameters(abstract)
+        found = {
+            name: tuple(array.shape) if name in wanted else ()
+            for name, array in self._stored.items()
         }
-        problems = [f"missing {name}" for name in leaves if name not in self._stored]
-        problems += [f"unknown {show(name)}" for name in self._stored if name not in leaves]
-        for name in leaves.keys() & self._stored.keys():
-            found, wanted = tuple(self._stored[name].shape), tuple(leaves[name].shape)
-            if found != wanted:
-                problems.append(f"wrong shape {name} {found} (expected {wanted})")
+        problems = misfits(found, wanted)
         if problems:
-            listed = list_names(sorted(problems))
             raise CheckpointError(
-                f"checkpoint {checkpoint}: its parameters do not fit its config: {listed}"
+                f"checkpoint {checkpoint}: its parameters do not fit its config: "
+                f"{list_names(problems)}"
             )
         self._head = (
             {"lm_head.weight": "model.embed_tokens.weight"}
@@ -449,9 +214,9 @@ class OrbaxTensors:
 
     def dtype(self, name: str) -> np.dtype | None:
         if name in self._dtypes:
-            return _DTYPES[self._dtypes[name]]
+            return DTYPES[self._dtypes[name]]
         stored = np.dtype(self._stored[self._places[self._head.get(name, name)][0]].dtype)
-        return stored if stored in _DTYPES.values() else None
+        return stored if stored in DTYPES.values() else None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         ours, index = self._places[self._head.get(name, name)]
@@ -509,10 +274,3 @@ class OrbaxTensors:
         return CheckpointError(
             f"checkpoint {self.checkpoint}: incomplete or damaged ({reason_of(error)})"
         )
-
-
-def tensor_spec(source: Any, name: str, dtype: str | None) -> TensorSpec:
-    """Name, shape and dtype of a tensor of a source once it is cast to `dtype` (None: as it is)."""
-    return TensorSpec(
-        name, source.shape(name), np.dtype(_DTYPES[dtype]) if dtype else source.dtype(name)
-    )

@@ -22,6 +22,7 @@ import numpy as np
 from ttt_jax.checkpoint.checksums import CHECKSUMS, compare_files
 from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import inside, list_names, read_json_object, show
+from ttt_jax.files.text import one_line
 
 INDEX_FILE = "model.safetensors.index.json"
 _NOTE = "ttt_jax_checksums"  # in the metadata of a file: the name of what holds its checksum
@@ -47,6 +48,7 @@ FLOATS = {
 }
 _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in FLOATS.items()}
 _CODES = {dtype: name for name, dtype in FLOATS.items()}
+DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}  # by numpy's names
 
 
 class TensorSource(Protocol):
@@ -247,9 +249,7 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], bool]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _broken(
-            path, f"its header is not JSON: {' '.join(str(error).split())[:120]}"
-        ) from None
+        raise _broken(path, f"its header is not JSON: {one_line(error, 120, end='')}") from None
     if not isinstance(header, dict):
         raise _broken(path, "its header is not an object")
     about = header.pop("__metadata__", None)
