@@ -32,7 +32,8 @@ import zstandard
 from ttt_jax.config import Config, replace
 from ttt_jax.data import digests, load_tokenizer
 from ttt_jax.data.corpus import load_corpus
-from ttt_jax.data.sources import SourceFile, read_documents
+from ttt_jax.data.source_files import SourceFile
+from ttt_jax.data.sources import read_documents
 
 
 def records(megabytes: int) -> list[str]:

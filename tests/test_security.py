@@ -10,7 +10,7 @@ import pytest
 
 from ttt_jax.config import load_config
 from ttt_jax.data import load_tokenizer
-from ttt_jax.data.sources import find_files
+from ttt_jax.data.source_files import find_files
 from ttt_jax.errors import UserError
 from ttt_jax.files.npy import map_npy, parse_npy
 

@@ -19,7 +19,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ttt_jax.data import compressed, parquet_pages
 from ttt_jax.data.compressed import open_compressed
 from ttt_jax.data.quarantine import BadRecord
-from ttt_jax.data.sources import SourceFile, read_documents
+from ttt_jax.data.source_files import SourceFile
+from ttt_jax.data.sources import read_documents
 from ttt_jax.errors import DataError
 
 MIB = 1 << 20

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from ttt_jax.data.sources import find_files
+from ttt_jax.data.source_files import find_files
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,6 +23,10 @@ MAX_RATIO = 200
 FREE_BYTES = 64 << 20
 SUFFIXES = (".gz", ".xz", ".zst")
 _BUFFER = 1 << 20
+# What reading a damaged file raises.
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError) + (
+    (zstandard.ZstdError,) if zstandard else ()
+)
 
 
 class BudgetError(OSError):
@@ -33,17 +38,14 @@ def check_budget(out: int, size: int) -> None:
     if out > FREE_BYTES and out > MAX_RATIO * size:
         raise BudgetError(
             f"expands to more than {MAX_RATIO} times its size ({out} bytes from {size}); if that "
-            "is "
-            "meant, give it unpacked"
+            "is meant, give it unpacked"
         )
 
 
 def open_compressed(path: Path) -> IO[bytes]:
-    """The bytes of a .gz, .xz or .zst file, of any number of members or frames.
+    """Open a .gz, .xz or .zst file, of any number of members or frames, as the bytes in it.
 
-    Reading raises BudgetError, and what the decompressors raise: OSError, EOFError, zlib.error,
-      lzma.LZMAError,
-    zstandard.ZstdError.
+    Reading raises BudgetError, and what is in `DAMAGE`.
 
     Raises:
       ModuleNotFoundError: a .zst file, and the package zstandard is not installed.
@@ -127,9 +129,8 @@ class _FrameWalker:
         self._file = file
         self._head = b""  # of the header that is being read
         self._skip = 0  # bytes to the next header
-        self._next = (
-            self._magic
-        )  # reads the next header from `_head`: its length, or 0 when more bytes are needed
+        # reads the next header from `_head`: its length, or 0 when more bytes are needed
+        self._next = self._magic
         self._checksum = False
 
     @property

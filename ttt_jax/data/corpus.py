@@ -21,9 +21,11 @@ import numpy as np
 from ttt_jax.config import Config
 from ttt_jax.data.cache import TokenArray, TokenWriter, load_cached
 from ttt_jax.data.digests import digest_rows, digest_tokens
+from ttt_jax.data.document_keys import document_keys, find_documents
 from ttt_jax.data.progress import TokenProgress
 from ttt_jax.data.quarantine import BadRecord, Rejected, Rejects
-from ttt_jax.data.sources import Record, SourceFile, find_files, open_npy, read_documents
+from ttt_jax.data.source_files import SourceFile, find_files
+from ttt_jax.data.sources import Record, open_npy, read_documents
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
@@ -223,7 +225,7 @@ def _tokenise(config: Config, tokenizer: Tokenizer, files: list[SourceFile]) -> 
                     lengths.append(len(ids) + len(end))
                     digests.append(digest_tokens(ids, dtype, None if end else tokenizer.eos_id))
                 progress.add(sum(map(len, documents)))
-            keys.append(_keys(file, np.asarray(index, np.int64)))
+            keys.append(document_keys(file, np.asarray(index, np.int64)))
         columns = {
             "length_N": np.asarray(lengths, np.int64),
             "key_N": np.concatenate(keys),
@@ -306,7 +308,7 @@ def _map_npy(file: SourceFile, vocab_size: int, eos_id: int | None) -> _Part:
     return _Part(
         tokens,
         np.full(rows, width, np.int64),
-        _keys(file, np.arange(rows, dtype=np.int64)),
+        document_keys(file, np.arange(rows, dtype=np.int64)),
         digest_N,
     )
 
@@ -334,66 +336,12 @@ def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-_STEP, _MIX1, _MIX2 = (
-    np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-
-
-def _seed(file: SourceFile) -> np.uint64:
-    name = file.name.encode("utf-8", "surrogateescape")
-    return np.uint64(int.from_bytes(hashlib.sha256(name).digest()[:8], "little"))
-
-
-def _keys(file: SourceFile, index_N: np.ndarray) -> np.ndarray:
-    """uint64: hashes of (file name, index of the record in it), uniform over 64 bits."""
-    # The finaliser of splitmix64: every bit of the result depends on every bit of the index; uint64
-    # wraps around.
-    x = _seed(file) + (index_N.astype(np.uint64) + np.uint64(1)) * _STEP
-    x = (x ^ (x >> np.uint64(30))) * _MIX1
-    x = (x ^ (x >> np.uint64(27))) * _MIX2
-    return x ^ (x >> np.uint64(31))
-
-
 def locate(
     config: Config, key_K: np.ndarray, *, field: str = "data.train"
 ) -> list[tuple[str, int]]:
-    """(file name, index of the record in it) of documents of `data.train` or `data.heldout`, by
-    their keys.
-
-    The inverse of `_keys`, so that nothing is stored. A file that is gone since gives ("unknown
-    file (key ...)", -1).
-    """
-    files = find_files(
-        getattr(config.data, field.rpartition(".")[2]), field=field, format=config.data.format
-    )
-    mixed_K = _unshift(key_K, 31) * _inverse(_MIX2)
-    mixed_K = _unshift(mixed_K, 27) * _inverse(_MIX1)
-    mixed_K = _unshift(mixed_K, 30)
-    seed_F = np.array([_seed(file) for file in files], np.uint64)
-    found = []
-    for key, mixed in zip(key_K, mixed_K, strict=True):
-        # a random 64-bit number for the other files
-        index_F = (mixed - seed_F) * _inverse(_STEP) - np.uint64(1)
-        best = int(np.argmin(index_F))
-        index = int(index_F[best])
-        found.append(
-            (files[best].name, index)
-            if index < 1 << 40
-            else (f"unknown file (key {int(key):016x})", -1)
-        )
-    return found
-
-
-def _unshift(x: np.ndarray, bits: int) -> np.ndarray:
-    """The y with y ^ (y >> bits) == x."""
-    y = x
-    for _ in range(64 // bits):
-        y = x ^ (y >> np.uint64(bits))
-    return y
-
-
-def _inverse(factor: np.uint64) -> np.uint64:
-    return np.uint64(pow(int(factor), -1, 1 << 64))
+    """Find documents of `data.train` or `data.heldout` by their keys, as `find_documents` does."""
+    entries = getattr(config.data, field.rpartition(".")[2])
+    return find_documents(find_files(entries, field=field, format=config.data.format), key_K)
 
 
 def _key(files: list[SourceFile], settings: list[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files to documents: which files a config names, and how each format is read.
+"""Files to documents: how each format is read.
 
 A document is `bytes` (UTF-8 text) or a 1-D integer array (already tokenised). Every reader goes
 through its file once, in order, and gives a `BadRecord` in the place of a record that is no
@@ -7,117 +7,24 @@ document; `corpus.py` gives the random access.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import lzma
-import os
-import sysconfig
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from ttt_jax.data.compressed import SUFFIXES, BudgetError, check_budget, open_compressed
+from ttt_jax.data.compressed import DAMAGE, BudgetError, check_budget
 from ttt_jax.data.parquet_pages import largest_page
 from ttt_jax.data.quarantine import BadRecord, bad_record
+from ttt_jax.data.source_files import SourceFile, open_file
 from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy, parse_npy
 from ttt_jax.files.text import reason_of
 
-try:
-    import zstandard
-except ImportError:  # needed for .zst files only
-    zstandard = None
-
-STDLIB = "stdlib"
-_FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".arrayrecord": "arrayrecord",
-    ".array_record": "arrayrecord",
-    ".npy": "npy",
-}
-# Of the standard library: tests, bundled third-party code, and generated or tabular modules.
-_STDLIB_SKIP = {
-    "test",
-    "tests",
-    "idlelib",
-    "site-packages",
-    "dist-packages",
-    "pydoc_data",
-    "encodings",
-    "_bundled",
-}
 _NPY_MAGIC = b"\x93NUMPY"
 _AT_ONCE = 64 << 20  # bytes of records that are unpacked at once
 _HEAD = 1000  # bytes of a line of which an excerpt is made
 Record = bytes | np.ndarray | BadRecord
-# What the decompressors raise on a damaged file.
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError) + (
-    (zstandard.ZstdError,) if zstandard else ()
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """One file of a corpus.
-
-    `name` identifies it independently of where the corpus lies (the held-out split hangs on it),
-    `label` is how errors name the config field and value that it came from.
-    """
-
-    path: Path
-    name: str
-    format: str
-    label: str
-
-    def error(self, problem: str) -> DataError:
-        return DataError(f"{self.label}: {self.path.name}: {problem}")
-
-
-def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[SourceFile]:
-    """The files that a config field names, in a fixed order.
-
-    In a folder, hidden files, `__pycache__` and files whose format does not apply are left out.
-
-    Args:
-      entries: files, folders, or "stdlib".
-      field: the config field's name, for errors.
-      format: `DataConfig.format`.
-
-    Raises:
-      DataError: a path is missing, or a folder holds nothing to read.
-    """
-    if not entries:
-        raise DataError(f"config field {field} = []: no data; name files or folders, or {STDLIB!r}")
-    files: list[SourceFile] = []
-    for entry in entries:
-        label = f"config field {field} = {entry!r}"
-        path = Path(entry).expanduser()
-        if entry == STDLIB:
-            files += _stdlib(label)
-        elif os.path.isdir(path):  # False, not an error, for names that no file system takes
-            found = [
-                SourceFile(child, child.relative_to(path).as_posix(), kind, label)
-                for child in _walk(path)
-                if (kind := _folder_format(child, format, label)) is not None
-            ]
-            if not found:
-                raise DataError(
-                    f"{label}: the folder holds no file of data.format {format!r}; check both"
-                )
-            files += found
-        elif os.path.isfile(path):
-            kind = _format_of(path) or "text" if format == "auto" else format
-            files.append(SourceFile(path, path.name, kind, label))
-        else:
-            raise DataError(
-                f"{label}: no such file or folder; give an existing path, or {STDLIB!r}"
-            )
-    return files
 
 
 def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iterator[Record]:
@@ -146,7 +53,7 @@ def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iter
         raise file.error("has vanished; restore the file") from None
     except BudgetError as error:
         raise file.error(str(error)) from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise file.error(
             f"cannot be read beyond its first {count} records ({reason_of(error)}); replace the "
             "file"
@@ -177,67 +84,7 @@ def _token_problem(array: np.ndarray, max_dims: int) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------ finding
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and name != "__pycache__"
-        )
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(folder, name)
-
-
-def _format_of(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in SUFFIXES:
-        suffixes.pop()
-    return _FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def _folder_format(path: Path, format: str, label: str) -> str | None:
-    """The format to read a folder's file in, None to leave it out."""
-    known = _format_of(path)
-    if format not in ("auto", "text"):
-        return format if known == format else None
-    if known is not None and format == "auto":
-        return known
-    file = SourceFile(path, path.name, "text", label)
-    try:
-        with _open(file) as stream:
-            # a NUL is the usual sign of a binary file
-            return None if b"\0" in stream.read(4096) else "text"
-    except _DAMAGE as error:
-        raise file.error(f"cannot be read ({reason_of(error)}); remove or replace it") from None
-
-
-def _stdlib(label: str) -> list[SourceFile]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for path in _walk(root):
-        name = path.relative_to(root)
-        generated = name.name.startswith("_sysconfigdata")  # holds this machine's paths
-        if path.suffix == ".py" and not generated and not _STDLIB_SKIP.intersection(name.parts):
-            files.append(SourceFile(path, f"{STDLIB}/{name.as_posix()}", "text", label))
-    if not files:
-        raise DataError(
-            f"{label}: this Python keeps no source files in {root}; name files or folders instead"
-        )
-    return files
-
-
 # ------------------------------------------------------------------------------------------ reading
-
-
-def _open(file: SourceFile) -> IO[bytes]:
-    if file.path.suffix.lower() not in SUFFIXES:
-        return open(file.path, "rb")
-    try:
-        return open_compressed(file.path)
-    except ModuleNotFoundError as error:
-        raise file.error(str(error)) from None
 
 
 def _text(
@@ -259,7 +106,7 @@ def _text(
 
 
 def _read_text(file: SourceFile, max_bytes: int) -> Iterator[Record]:
-    with _open(file) as stream:
+    with open_file(file) as stream:
         pieces, size = [], 0
         while size <= max_bytes and (piece := stream.read(min(1 << 20, max_bytes + 1 - size))):
             pieces.append(piece)
@@ -268,7 +115,7 @@ def _read_text(file: SourceFile, max_bytes: int) -> Iterator[Record]:
 
 
 def _read_jsonl(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[Record]:
-    with _open(file) as stream:
+    with open_file(file) as stream:
         number = 0
         while line := stream.readline(max_bytes + 1):
             number += 1

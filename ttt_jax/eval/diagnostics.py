@@ -47,46 +47,41 @@ def fast_weights(
     whole = len(ids) // C
     marks = sorted({int(m) for m in np.unique(np.geomspace(1, whole - 1, points).round())})
     frozen, state, position = Frozen(model), None, 0
-    capacity = len(ids) if needs_capacity(model) else None
-    layers: dict[int, list[dict[str, Any]]] = {}
-
-    def read(state: State | None, stop: int) -> State:
-        nonlocal position
-        for end in range(position + C, stop + C, C):
-            part = ids[position : min(end, stop)].astype(np.int32)[None]
-            logits_BV = jnp.zeros((1, model.config.vocab_size), jnp.float32)
-            state, *_ = read_piece(
-                frozen,
-                state,
-                logits_BV,
-                part,
-                np.full(1, part.shape[1], np.int32),
-                capacity=capacity,
-                at_chunk_start=position % C == 0,
-                ttt=True,
-            )
-            position += part.shape[1]
-        assert state is not None
-        return state
-
+    layers: dict[int, list[dict[str, Any]]] = {layer: [] for layer in _layer_indices(model)}
     for mark in marks:
-        state = read(state, mark * C)
+        state = _read(frozen, model, ids, state, position, mark * C)
         # the pending tokens' activations z are in the state, S is still that of `mark`
-        state = read(state, mark * C + C - 1)
+        state = _read(frozen, model, ids, state, mark * C, mark * C + C - 1)
         state, measured = measure(frozen, state)
-        for layer, values in zip(
-            _layer_indices(model), np.stack([np.asarray(x) for x in measured], axis=1), strict=True
-        ):
-            ratio, rank, share = (float(x) for x in values)
-            entry = {
-                "chunk": mark,
-                "state_ratio": ratio,
-                "effective_rank": rank,
-                "output_share": share,
-            }
-            layers.setdefault(layer, []).append(entry)
-        state = read(state, mark * C + C)
+        values = np.stack([np.asarray(x) for x in measured], axis=1).tolist()
+        for layer, (ratio, rank, share) in zip(_layer_indices(model), values, strict=True):
+            entry = {"state_ratio": ratio, "effective_rank": rank, "output_share": share}
+            layers[layer].append({"chunk": mark} | entry)
+        position = mark * C + C
+        state = _read(frozen, model, ids, state, position - 1, position)
     return [{"layer": layer, "chunks": layers[layer]} for layer in sorted(layers)]
+
+
+def _read(
+    frozen: Frozen, model: Transformer, ids: np.ndarray, state: State | None, start: int, stop: int
+) -> State:
+    """Read on from token `start` to `stop`, a chunk's length at a time."""
+    C = model.config.ttt.chunk_size
+    capacity = len(ids) if needs_capacity(model) else None
+    for first in range(start, stop, C):
+        ids_1P = ids[first : min(first + C, stop)].astype(np.int32)[None]
+        state, *_ = read_piece(
+            frozen,
+            state,
+            jnp.zeros((1, model.config.vocab_size), jnp.float32),
+            ids_1P,
+            np.full(1, ids_1P.shape[1], np.int32),
+            capacity=capacity,
+            at_chunk_start=first % C == 0,
+            ttt=True,
+        )
+    assert state is not None
+    return state
 
 
 def _layer_indices(model: Transformer) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ttt_jax.config import Config
 from ttt_jax.data.corpus import Corpus, load_corpus
-from ttt_jax.data.sources import find_files
+from ttt_jax.data.source_files import find_files
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import DataError
 from ttt_jax.model.transformer import Transformer

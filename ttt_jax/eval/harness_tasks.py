@@ -83,7 +83,6 @@ def evaluate_tasks(
     kept = Unfinished(None, {}) if kept is None else kept
     from ttt_jax.eval.harness import TTTJaxLM
 
-    TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
     values: dict[tuple[str, str], dict[str, Any]] = {}
     options = {"limit": limit, "fewshot": fewshot, "chat": chat, "seed": seed}
     build = cast(Any, make or TTTJaxLM)
@@ -95,51 +94,56 @@ def evaluate_tasks(
     generated = list(names)
     # One length at a time: the harness applies `limit` to the samples of all lengths together.
     for length in sorted(lengths):
-        manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": str(path)})
-        random.seed(seed)  # RULER draws its samples from the global generators
-        np.random.seed(seed)
-        with _ruler_tokenizer(path, model.tokenizer, length):
-            loaded = {name: _load(manager, name) for name in generated}
+        manager, loaded = _load_all(generated, path, model.tokenizer, length, seed)
         items = [item for group in loaded.values() for item in group]
-        for task in _leaves(items):
-            _check_answers(task, length)
-            _report_length(task, length)
         for mode, lm in models.items():
-            key = ("tasks", *names, length, mode)
-            found = kept.piece(
-                key,
-                lambda lm=lm, items=items, manager=manager: list(
-                    _run(lm, items, manager, **options)
-                ),
-            )
-            for task, metric, samples, value, error in found:
+            run = functools.partial(_run, lm, items, manager, **options)
+            for task, metric, samples, value, error in kept.piece(
+                ("tasks", *names, length, mode), run
+            ):
                 entry = values.setdefault(
                     (task, metric), {"task": task, "metric": metric, "samples": samples}
                 )
                 entry[mode] = {"value": value, "stderr": error}
         generated = [
-            name
-            for name, group in loaded.items()
-            if any(callable(t.config.custom_dataset) for t in _leaves(group))
+            name for name, group in loaded.items() if any(map(_makes_samples, _leaves(group)))
         ]
         if not generated:
             break
     entries = [entry for entry in values.values() if all(mode in entry for mode in modes)]
     version = importlib.metadata.version("lm_eval")
-    return {
-        "modes": list(modes),
-        "version": version,
-        "limit": limit,
-        "fewshot": fewshot,
-        "chat": chat,
-        "entries": entries,
-    }
+    shown = {"limit": limit, "fewshot": fewshot, "chat": chat}
+    return {"modes": list(modes), "version": version} | shown | {"entries": entries}
+
+
+def _load_all(
+    names: list[str], path: Path, tokenizer: Any, length: int, seed: int
+) -> tuple[Any, dict[str, list[Any]]]:
+    """Load tasks for samples of one length: the harness's manager, and name -> tasks.
+
+    Raises: UserError.
+    """
+    TaskManager = importlib.import_module("lm_eval.tasks").TaskManager
+    manager = TaskManager(metadata={"max_seq_lengths": [length], "tokenizer": str(path)})
+    random.seed(seed)  # RULER draws its samples from the global generators
+    np.random.seed(seed)
+    with _ruler_tokenizer(path, tokenizer, length):
+        loaded = {name: _load(manager, name) for name in names}
+    for task in _leaves([item for group in loaded.values() for item in group]):
+        _check_answers(task, length)
+        _report_length(task, length)
+    return manager, loaded
+
+
+def _makes_samples(task: Any) -> bool:
+    """Tell the tasks that make samples of a wanted length from those that have a data set."""
+    return callable(task.config.custom_dataset)
 
 
 def _run(
     lm: Any, items: list[Any], manager: Any, *, limit, fewshot, chat, seed
-) -> Iterator[tuple[Any, ...]]:
-    """(task, metric, samples, value, standard error or None) of every metric."""
+) -> list[tuple[Any, ...]]:
+    """Run tasks: (task, metric, samples, value, standard error or None) of every metric."""
     found: Any = importlib.import_module("lm_eval").simple_evaluate(
         model=lm,
         tasks=items,
@@ -154,6 +158,7 @@ def _run(
         torch_random_seed=None,  # torch may not be there
         fewshot_random_seed=seed,
     )
+    rows = []
     for task, metric, value, error in _values(found):
         if not math.isfinite(value):
             raise NotFiniteError(
@@ -161,7 +166,9 @@ def _run(
             )
         # of one sample there is none
         error = error if error is not None and math.isfinite(error) else None
-        yield task, metric, found["n-samples"].get(task, {}).get("effective", 0), value, error
+        samples = found["n-samples"].get(task, {}).get("effective", 0)
+        rows.append((task, metric, samples, value, error))
+    return rows
 
 
 def _leaves(items: list[Any]) -> list[Any]:
@@ -177,9 +184,7 @@ def _check_answers(task: Any, length: int) -> None:
     """RULER's ruler_cwe makes samples without words to find where one with ten of them is too
     long.
     """
-    if callable(task.config.custom_dataset) and any(
-        not doc.get("outputs", True) for doc in task.test_docs()
-    ):
+    if _makes_samples(task) and any(not doc.get("outputs", True) for doc in task.test_docs()):
         problem = f"its shortest sample is longer than {length} tokens of this model's tokenizer"
         raise UserError(
             f"--tasks {task.task_name}: {problem}; raise --lengths or leave the task out"
@@ -191,11 +196,7 @@ def _report_length(task: Any, length: int) -> None:
     same way.
     """
     aggregations = task.aggregation()
-    if (
-        callable(task.config.custom_dataset)
-        and "4096" in aggregations
-        and str(length) not in aggregations
-    ):
+    if _makes_samples(task) and "4096" in aggregations and str(length) not in aggregations:
         aggregations[str(length)] = aggregations["4096"]
         task.higher_is_better()[str(length)] = True
 

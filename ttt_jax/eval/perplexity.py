@@ -17,10 +17,12 @@ gain is not due to this document's content.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +51,7 @@ _IN_FLIGHT = 4  # pieces that the host dispatches before it fetches the first on
 
 
 def check_lengths(lengths: Sequence[int], block: int | None) -> tuple[list[int], int]:
-    """Sorted lengths and the block K (default: half the shortest length).
+    """Return the sorted lengths and the block K (default: half the shortest length).
 
     Raises: UserError when a length is not longer than the block.
     """
@@ -214,7 +216,7 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
     kept: Unfinished | None = None,
 ) -> dict[str, Any]:
-    """Loss of a fixed final block for each context length, and loss by position.
+    """Measure the loss of a fixed final block for each context length, and by position.
 
     Args:
       documents: indices of documents with at least max(lengths) + 1 tokens.
@@ -235,59 +237,82 @@ def evaluate(
     """
     lengths, block = check_lengths(lengths, block)
     check_modes(model, modes, len(documents))
-    reader, total, fresh = Reader(model, piece), 0, 0
     kept = Unfinished(None, {}) if kept is None else kept
-
-    def advance(tokens: int) -> None:
-        nonlocal total, fresh
-        total, fresh = total + tokens * len(part), fresh + tokens * len(part)
-        if on_progress is not None:
-            on_progress(total)
-
-    reader.on_tokens = advance
-    longest = lengths[-1]
-    starts = position_edges(longest, block)
+    reader, count = Reader(model, piece), _Count(on_progress)
+    reader.on_tokens = count.read
+    starts = position_edges(lengths[-1], block)
     by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
     by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in modes}
-    clock = None  # (seconds, tokens) when the first batch, which compiles, was done
     parts = batches(len(documents), batch_size, 2 if "shuffled" in modes else 1)
     for part in parts:
-        rows = [np.asarray(corpus.tokens(documents[i], 0, longest + 1)) for i in part]
+        names = [int(documents[i]) for i in part]
+        rows = [np.asarray(corpus.tokens(document, 0, lengths[-1] + 1)) for document in names]
         rows = np.stack(check_ids(rows, model.config.vocab_size, "documents"))
         ids_BL1 = filled_up(rows, len(parts[0]))
-        names = [int(documents[i]) for i in part]
-        content = hashlib.sha256(rows.tobytes()).hexdigest()
-        before = total
-        found = kept.piece(
-            ("perplexity", *names, content),
-            lambda ids=ids_BL1, names=names: _losses_of(
-                reader, ids, names, lengths, block, modes, starts
-            ),
+        key = ("perplexity", *names, hashlib.sha256(rows.tobytes()).hexdigest())
+        compute = functools.partial(
+            _losses_of, reader, ids_BL1, names, lengths, block, modes, starts
         )
-        if total == before:  # kept by an earlier start
-            total += tokens_to_read(lengths, block, modes) * len(part)
-            if on_progress is not None:
-                on_progress(total)
-        else:
-            clock = clock or (time.perf_counter(), fresh)
+        with count.batch(len(part), tokens_to_read(lengths, block, modes)):
+            found = kept.piece(key, compute)
         for mode in modes:
             by_length[mode][:, part] = found["lengths"][mode]
             by_position[mode][:, part] = found["positions"][mode]
-    rate = None
-    if clock is not None and fresh > clock[1]:
-        rate = (fresh - clock[1]) / (time.perf_counter() - clock[0])
     return {
         "block": block,
         "documents": [f"{int(corpus.key_N[i]):016x}" for i in documents],
-        "tokens_read": total,
-        "tokens_per_second": rate,
+        "tokens_read": count.total,
+        "tokens_per_second": count.rate(),
         "modes": list(modes),
         "lengths": [{"length": L} | _entry(by_length, n, seed) for n, L in enumerate(lengths)],
         "positions": [
-            {"start": starts[n], "stop": starts[n + 1]} | _entry(by_position, n, seed)
-            for n in range(len(starts) - 1)
+            {"start": start, "stop": stop} | _entry(by_position, n, seed)
+            for n, (start, stop) in enumerate(itertools.pairwise(starts))
         ],
     }
+
+
+class _Count:
+    """Counts the tokens of all documents and modes, and how fast they are read.
+
+    Attributes:
+      total: tokens read, by an earlier start or by this one.
+    """
+
+    def __init__(self, on_progress: Callable[[int], None] | None) -> None:
+        self.total, self._fresh, self._rows = 0, 0, 0
+        self._on_progress = on_progress or (lambda tokens: None)
+        # (seconds, tokens) when the first batch, which compiles, was done
+        self._first: tuple[float, int] | None = None
+        self._last = 0.0
+
+    def read(self, tokens: int) -> None:
+        """Add tokens of every document of the batch, read by this start."""
+        self._fresh += tokens * self._rows
+        self._add(tokens)
+
+    @contextlib.contextmanager
+    def batch(self, documents: int, tokens: int) -> Iterator[None]:
+        """Count a batch, of which so many tokens per document are read, or were by an earlier
+        start.
+        """
+        self._rows, before = documents, self.total
+        yield
+        if self.total == before:
+            self._add(tokens)
+        else:
+            self._first = self._first or (time.perf_counter(), self._fresh)
+        self._last = time.perf_counter()
+
+    def rate(self) -> float | None:
+        """Return tokens per second after the first batch; None when there was no other."""
+        if self._first is None or self._fresh <= self._first[1]:
+            return None
+        return (self._fresh - self._first[1]) / (self._last - self._first[0])
+
+    def _add(self, tokens: int) -> None:
+        self.total += tokens * self._rows
+        self._on_progress(self.total)
 
 
 def _losses_of(

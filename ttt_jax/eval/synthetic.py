@@ -10,14 +10,17 @@ Tasks (docs/evaluation.md shows one of each):
   single_needle   one key-value pair in filler, then the key
   multi_needle    eight pairs in filler, then one of the keys
   multi_query     eight pairs in filler, then four of the keys, each with its value
-  variables       chains of assignments, each hop naming the variable before it; asked: the value at a chain's end
-  induction       a random pattern, then decoys that share every other step's context but one word, then the pattern again
+  variables       chains of assignments, each hop naming the variable before it; asked: the value
+                  at a chain's end
+  induction       a random pattern, then decoys that share every other step's context but one word,
+                  then the pattern again
   distance        single_needle with the pair at given distances before the question
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -286,7 +289,7 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
     kept: Unfinished | None = None,
 ) -> dict[str, Any]:
-    """The whole suite.
+    """Judge the whole suite.
 
     Args:
       lengths: tokens of the sequences.
@@ -302,31 +305,18 @@ def evaluate(
     asked for without a tokenizer.
     """
     alphabet = make_alphabet(model, form, seed)
-    cases = []
-    for task in tasks:
-        for length in lengths if task != "distance" else lengths[-1:]:
-            for distance in distances(length) if task == "distance" else [None]:
-                options = {"length": length, "count": examples, "seed": seed, "distance": distance}
-                cases.append((task, length, distance, make_examples(task, alphabet, **options)))
+    cases = _cases(alphabet, tasks, lengths, examples, seed)
     judges = judges or {
         mode: Judge(model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in ttt
     }
     kept = Unfinished(None, {}) if kept is None else kept
     entries, done = [], 0
-
-    def grade(mode: str, made: list[Example]) -> dict[str, list[float]]:
-        judged = judges[mode]([example.ids for example in made])
-        right, nll = zip(
-            *(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True
-        )
-        return {"right": list(right), "nll": list(nll)}
-
     for task, length, distance, made in cases:
         entry: dict[str, Any] = {"task": task, "length": length, "distance": distance}
         accuracy: dict[str, np.ndarray] = {}
         for mode in ttt:
             key = ("synthetic", task, length, distance, mode)
-            found = kept.piece(key, lambda mode=mode, made=made: grade(mode, made))
+            found = kept.piece(key, functools.partial(_grades, judges[mode], made))
             accuracy[mode] = np.array(found["right"])
             measured = {"accuracy": accuracy[mode], "nll": np.array(found["nll"])}
             entry[mode] = {
@@ -345,6 +335,31 @@ def evaluate(
         "seed": seed,
         "entries": entries,
     }
+
+
+def _cases(
+    alphabet: Alphabet, tasks: Sequence[str], lengths: Sequence[int], examples: int, seed: int
+) -> list[tuple[str, int, int | None, list[Example]]]:
+    """Make the examples: (task, length, distance or None, examples) of every case."""
+    cases = []
+    for task in tasks:
+        for length in lengths if task != "distance" else lengths[-1:]:
+            for distance in distances(length) if task == "distance" else [None]:
+                made = make_examples(
+                    task, alphabet, length=length, count=examples, seed=seed, distance=distance
+                )
+                cases.append((task, length, distance, made))
+    return cases
+
+
+def _grades(
+    judge: Callable[[list[list[int]]], list[Judgement]], made: list[Example]
+) -> dict[str, list[float]]:
+    judged = judge([example.ids for example in made])
+    right, nll = zip(
+        *(_grade(example, j) for example, j in zip(made, judged, strict=True)), strict=True
+    )
+    return {"right": list(right), "nll": list(nll)}
 
 
 def make_alphabet(model: Transformer, form: str, seed: int) -> Alphabet:
