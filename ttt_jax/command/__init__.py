@@ -1,1 +1,1 @@
-"""command."""
+"""The command line `ttt-jax`: cli.py lists the commands, running.py runs one."""

@@ -12,7 +12,7 @@ from ttt_jax.terminal import for_stream, printable
 
 
 def encode(model, text: str, option: str) -> list[int]:
-    """Token ids of a text. Raises UserError without a tokenizer, and for an empty text."""
+    """Tokenise a text. Raises UserError without a tokenizer, and for an empty text."""
     if model.tokenizer is None:
         raise UserError(
             f"{option}: text needs a tokenizer and the model's folder has no tokenizer.json; "
@@ -25,7 +25,7 @@ def encode(model, text: str, option: str) -> list[int]:
 
 
 def read_text(path: Path, option: str) -> str:
-    """The text of a file. Raises UserError when it is not readable or not UTF-8."""
+    """Read the text of a file. Raises UserError when it is not readable or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -37,7 +37,7 @@ def read_text(path: Path, option: str) -> str:
 
 
 def read_ids(path: Path, option: str):
-    """Rows of token ids. Never unpickles."""
+    """Read rows of token ids. Never unpickles."""
     import numpy as np
 
     from ttt_jax.files.npy import map_npy
@@ -60,7 +60,7 @@ def read_ids(path: Path, option: str):
 
 
 def saved_early(stream, session: Path) -> str:
-    """What a session that was saved before its command ended holds, one line."""
+    """Say in one line what a session holds that was saved before its command ended."""
     read, waiting = int(stream.position_B.max()), max(len(ids) for ids in stream.unread)
     held = f"{read:,} tokens read" + (f", {waiting:,} still to be read" if waiting > 1 else "")
     return printable(

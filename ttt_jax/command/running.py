@@ -90,7 +90,7 @@ def _tell(error: BaseException, signals: _Signals | None) -> int:
 
 
 def _described(error: BaseException, signals: _Signals | None) -> tuple[int, str]:
-    """(exit code, line) of an error."""
+    """Return (exit code, line) of an error."""
     number = 0 if signals is None else signals.seen
     # Compiled modules turn a KeyboardInterrupt into errors of their own, such as an import that
     # failed.
@@ -140,7 +140,7 @@ def _closed() -> int:
 
 
 def _importing(frame: Any) -> bool:
-    """Whether the frame is one of an import, at any depth."""
+    """Tell whether the frame is one of an import, at any depth."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True

@@ -41,7 +41,7 @@ class TokenArray:
         self._bytes = 0  # of the file when it was mapped
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length`; a view where they are mapped.
+        """Return tokens `start` to `start + length`; a view where they are mapped.
 
         Raises: DataError naming the file when it has vanished or become shorter since it was
         opened.
@@ -109,8 +109,8 @@ class TokenWriter:
             self._spill()
 
     def finish(self, length_N: np.ndarray, **columns: Any) -> TokenArray:
-        """All tokens; the documents' lengths and the other arrays are kept beside them when they
-        went to a file.
+        """Return all tokens; the documents' lengths and the other arrays are kept beside them when
+        they went to a file.
 
         Raises: DataError, one line, when the cache folder takes no more.
         """
@@ -209,8 +209,8 @@ def _not_written(error: OSError) -> DataError:
 
 
 def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.ndarray]] | None:
-    """What `TokenWriter` kept under `key`: tokens and the other arrays; None when nothing complete
-    and unchanged is there.
+    """Return what `TokenWriter` kept under `key`: tokens and the other arrays; None when nothing
+    complete and unchanged is there.
     """
     tokens, index = _paths(key)
     try:

@@ -69,28 +69,28 @@ class Corpus:
         return len(self.length_N)
 
     def tokens(self, document: int, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length` of a document, in the array's own integer dtype,
-        `[length]`.
+        """Return tokens `start` to `start + length` of a document, in the array's own integer
+        dtype, `[length]`.
         """
         first = int(self.start_N[document]) + start
         return self.arrays[self.array_N[document]].read(first, length)
 
     def select(self, keep_N: np.ndarray) -> Corpus:
-        """The documents where the boolean `keep_N` is true."""
+        """Keep the documents where the boolean `keep_N` is true."""
         names = ("array_N", "start_N", "length_N", "key_N", "digest_N")
         return dataclasses.replace(self, **{name: getattr(self, name)[keep_N] for name in names})
 
     def fingerprint(self) -> str:
-        """A hash of which documents these are, and of their lengths."""
+        """Hash which documents these are, and their lengths."""
         return hashlib.sha256(self.key_N.tobytes() + self.length_N.tobytes()).hexdigest()[:16]
 
     def content(self) -> str:
-        """A hash of the documents' tokens, as far as `digests.py` reads them."""
+        """Hash the documents' tokens, as far as `digests.py` reads them."""
         return hashlib.sha256(self.digest_N.tobytes()).hexdigest()[:16]
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.train") -> Corpus:
-    """All documents of `data.train` or `data.heldout` that have at least `data.min_document`
+    """Load all documents of `data.train` or `data.heldout` that have at least `data.min_document`
     tokens.
 
     Tokenised documents end with the end token if `data.eos`; pre-tokenised ones are taken as they
@@ -189,7 +189,7 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
 
 
 def _text_settings(config: Config, tokenizer: Tokenizer) -> list[Any]:
-    """What the tokens of a text depend on, and how they are kept."""
+    """Return what the tokens of a text depend on, and how they are kept."""
     data = config.data
     vocabulary = (tokenizer.fingerprint, tokenizer.eos_id, config.model.vocab_size)
     return [_CACHE_VERSION, data.text_field, data.eos, data.max_record_bytes, *vocabulary]
@@ -245,7 +245,7 @@ def _encode(file: SourceFile, tokenizer: Tokenizer, texts: list[bytes]) -> list[
 
 
 def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
-    """What an earlier run has tokenised; None when there is nothing, or it is damaged."""
+    """Return what an earlier run has tokenised; None when there is nothing, or it is damaged."""
     if (cached := load_cached(key, dtype)) is None:
         return None
     tokens, arrays = cached
@@ -260,8 +260,8 @@ def _cached_part(key: str, dtype: np.dtype) -> _Part | None:
 def _good(
     file: SourceFile, records: Iterator[Record], rejects: Rejects, index: list[int]
 ) -> Iterator[bytes | np.ndarray]:
-    """The documents among a file's records. Bad records are counted in `rejects`; `index` gets each
-    document's place.
+    """Yield the documents among a file's records. Bad records are counted in `rejects`; `index`
+    gets each document's place.
     """
     for number, record in enumerate(records):
         if isinstance(record, BadRecord):
@@ -292,7 +292,7 @@ def _batches(documents: Iterator[bytes | np.ndarray]) -> Iterator[list[bytes] | 
 
 
 def _dtype(vocab_size: int) -> np.dtype:
-    """How token ids are stored and hashed."""
+    """Say how token ids are stored and hashed."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -345,7 +345,7 @@ def locate(
 
 
 def _key(files: list[SourceFile], settings: list[Any]) -> str:
-    """A hash that changes when a file or a setting does."""
+    """Make a hash that changes when a file or a setting does."""
     digest = hashlib.sha256(repr(settings).encode())
     for file in files:
         stat = file.path.stat()

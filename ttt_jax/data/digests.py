@@ -17,8 +17,8 @@ _AT_ONCE = 1 << 24  # tokens that are converted at once
 
 
 def hashed_ranges(tokens: int) -> list[tuple[int, int]]:
-    """The ranges `(start, stop)` of an array of so many tokens that are hashed, in order, without
-    overlap.
+    """Return the ranges `(start, stop)` of an array of so many tokens that are hashed, in order,
+    without overlap.
     """
     ranges = [(0, min(tokens, WHOLE))]
     rest = tokens - WHOLE
@@ -33,7 +33,7 @@ def hashed_ranges(tokens: int) -> list[tuple[int, int]]:
 
 
 def digest_tokens(ids: np.ndarray, dtype: np.dtype, eos_id: int | None = None) -> int:
-    """64 bits of the SHA-256 of one document, never 0.
+    """Return 64 bits of the SHA-256 of one document, never 0.
 
     Args:
       ids: integers `[length]`.
@@ -52,8 +52,8 @@ def digest_tokens(ids: np.ndarray, dtype: np.dtype, eos_id: int | None = None) -
 def digest_rows(
     flat_N: np.ndarray, rows: int, width: int, dtype: np.dtype, eos_id: int | None = None
 ) -> np.ndarray:
-    """uint64 `[rows]`: `digest_tokens` of each row of `width` tokens; of the parts that are hashed
-    where that is not all.
+    """Return uint64 `[rows]`: `digest_tokens` of each row of `width` tokens; of the parts that are
+    hashed where that is not all.
 
     A row of which nothing is hashed has 0.
     """
@@ -75,8 +75,8 @@ def digest_rows(
 
 
 def digest_array(flat_N: np.ndarray) -> int:
-    """The hash of an array as a whole, of the ranges that are hashed; it tells whether a cached
-    array is the one written.
+    """Hash an array as a whole, of the ranges that are hashed; it tells whether a cached array is
+    the one written.
     """
     return int(digest_rows(flat_N, 1, len(flat_N), flat_N.dtype)[0]) if len(flat_N) else 0
 

@@ -53,7 +53,7 @@ def find_documents(files: list[SourceFile], key_K: np.ndarray) -> list[tuple[str
 
 
 def _unshift(x: np.ndarray, bits: int) -> np.ndarray:
-    """The y with y ^ (y >> bits) == x."""
+    """Return the y with y ^ (y >> bits) == x."""
     y = x
     for _ in range(64 // bits):
         y = x ^ (y >> np.uint64(bits))

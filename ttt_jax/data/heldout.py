@@ -40,7 +40,7 @@ class Split(NamedTuple):
 
 
 def split(config: Config, tokenizer: Tokenizer) -> Split:
-    """The documents of `config`.
+    """Split the documents of `config`.
 
     Raises:
       DataError: one line, for anything wrong with the files, and when held-out documents are
@@ -90,7 +90,7 @@ def _refuse(config: Config, train: Corpus, heldout: Corpus, copy_N: np.ndarray) 
 
 
 def _count(heldout: Corpus, copy_N: np.ndarray) -> str:
-    """For instance "3 of 200 held-out documents (140 of 90000 tokens)"."""
+    """Say, for instance, "3 of 200 held-out documents (140 of 90000 tokens)"."""
     tokens, copied = int(heldout.length_N.sum()), int(heldout.length_N[copy_N].sum())
     return f"{int(copy_N.sum())} of {len(copy_N)} held-out documents ({copied} of {tokens} tokens)"
 
@@ -105,8 +105,8 @@ def _parts(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
 
 @functools.lru_cache(maxsize=2)
 def _copies(train: Corpus, heldout: Corpus) -> np.ndarray:
-    """bool: which held-out documents are training documents. Those whose tokens were not read
-    (digests.py) are none.
+    """Return bool: which held-out documents are training documents. Those whose tokens were not
+    read (digests.py) are none.
     """
     return np.isin(heldout.digest_N, train.digest_N) & (heldout.digest_N != 0)
 

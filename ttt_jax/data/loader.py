@@ -141,7 +141,7 @@ class Loader(Iterator[Batch]):
         return self._pieces
 
     def documents(self, pieces: dict[int, list[int]]) -> list[Piece]:
-        """The documents behind `pieces`, in the order of rows and of places in a row."""
+        """Return the documents behind `pieces`, in the order of rows and of places in a row."""
         table = self._table
         flat = [(row, piece) for row, numbers in sorted(pieces.items()) for piece in numbers]
         document_P = table.document_P[[piece for _, piece in flat]] if flat else []
@@ -152,7 +152,7 @@ class Loader(Iterator[Batch]):
         ]
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch; JSON-serialisable."""
+        """Return where the stream stands after the last batch; JSON-serialisable."""
         return {
             "version": _STATE_VERSION,
             "identity": dict(self._identity),
@@ -249,7 +249,7 @@ def make_loader(
     process_count: int = 1,
     rows: Sequence[int] | None = None,
 ) -> Loader:
-    """The training stream, for one process.
+    """Make the training stream, for one process.
 
     Args:
       rows: indices of the rows of the global batch that it reads; several processes may read the
@@ -296,8 +296,8 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
 
 
 def rejected_records(config: Config, tokenizer: Tokenizer) -> dict[str, Rejected]:
-    """Config field -> the malformed records of its files, for the loader's and the held-out rows'
-    data.
+    """Return config field -> the malformed records of its files, for the loader's and the held-out
+    rows' data.
     """
     fields = ["data.train", *(["data.heldout"] if config.data.heldout else [])]
     return {field: load_corpus(config, tokenizer, field=field).rejected for field in fields}
@@ -312,7 +312,7 @@ def heldout_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:
-    """Held-out rows, one piece of a document each, with the fields of `Loader`'s batches.
+    """Make held-out rows, one piece of a document each, with the fields of `Loader`'s batches.
 
     First pieces of documents of at least T tokens come first, then the other documents, then second
     pieces, and so on.
@@ -348,7 +348,7 @@ def _table(config: Config, tokenizer: Tokenizer, corpus: Corpus, *, pack: bool) 
 
 
 def _mark_flags_parsed() -> None:
-    """grain's workers read absl flags, which a program that does not use absl never parses."""
+    """Parse absl's flags, which grain's workers read and a program without absl never parses."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -57,7 +57,7 @@ class PieceTable:
         return len(self.length_P)
 
     def __getitem__(self, piece: int) -> np.ndarray:
-        """Token ids of a piece, int32 `[length]`."""
+        """Return the token ids of a piece, int32 `[length]`."""
         document, length = int(self.document_P[piece]), int(self.length_P[piece])
         ids = self.corpus.tokens(document, int(self.start_P[piece]), length)
         # Very large mapped files are not checked completely at the start; a gather on a device
@@ -146,7 +146,7 @@ class SlotPlan:
         self._free: list[int] = []
 
     def next_row(self) -> list[int]:
-        """The places, in the global order, of the pieces of the next row."""
+        """Return the places, in the global order, of the pieces of the next row."""
         while True:
             # the first was opened first
             if self._bins and self._next - self._bins[0][0] > PATIENCE * self._slots:
@@ -179,11 +179,13 @@ class SlotPlan:
         return self._bins.pop(i)
 
     def get_state(self) -> dict[str, Any]:
-        """The next place to read, and the places in the open rows; JSON-serialisable."""
+        """Return the next place to read, and the places in the open rows; JSON-serialisable."""
         return {"next": self._next, "bins": [list(places) for places in self._bins]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError, KeyError or TypeError when the state cannot be one of `get_state`."""
+        """Take a state. Raises ValueError, KeyError or TypeError when the state cannot be one of
+        `get_state`.
+        """
         following = int(state["next"])
         bins = [[int(place) for place in places] for places in state["bins"]]
         if (

@@ -26,7 +26,7 @@ class Page(NamedTuple):
 
 
 def largest_page(file: IO[bytes], start: int, length: int) -> int:
-    """The largest page of a column chunk, in bytes, unpacked.
+    """Find the largest page of a column chunk, in bytes, unpacked.
 
     Args:
       file: open for reading.
@@ -68,7 +68,7 @@ def _read_page(file: IO[bytes], place: int) -> Page:
 
 
 def _read_struct(data: bytes, place: int, depth: int = 0) -> tuple[dict[int, int], int]:
-    """(field number -> value of the integer fields, end). Raises IndexError behind the end of
+    """Read (field number -> value of the integer fields, end). Raises IndexError behind the end of
     `data`, ValueError.
     """
     fields: dict[int, int] = {}

@@ -43,7 +43,7 @@ class BadRecord(NamedTuple):
 
 
 def bad_record(unit: str, number: int, kind: str, problem: str, content: bytes = b"") -> BadRecord:
-    """A `BadRecord` of `content`, of which an excerpt is kept."""
+    """Make a `BadRecord` of `content`, of which an excerpt is kept."""
     excerpt = content[: 4 * _EXCERPT].decode("utf-8", errors="replace")[:_EXCERPT]
     return BadRecord(unit, number, kind, problem, excerpt)
 
@@ -71,19 +71,21 @@ class Rejected:
 
     @classmethod
     def from_json(cls, text: str) -> Rejected:
-        """Raises ValueError, KeyError or TypeError when the text is not one of `to_json`."""
+        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError when the text is not
+        one of `to_json`.
+        """
         tree = json.loads(text)
         return cls(int(tree["records"]), dict(tree["kinds"]), tuple(tree["listed"]))
 
     def check(self, label: str, limit: float) -> None:
-        """Raises DataError, one line, when the share of bad records exceeds `limit`
+        """Raise DataError, one line, when the share of bad records exceeds `limit`
         (`data.max_bad_records`).
         """
         if self.bad and self.bad / self.records > limit:
             raise DataError(self._complaint(label, limit))
 
     def summary(self) -> str:
-        """For instance "3 of 1200 records left out as malformed (2 not JSON, 1 empty)"."""
+        """Say, for instance, "3 of 1200 records left out as malformed (2 not JSON, 1 empty)"."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
         return f"{self.bad} of {self.records} records left out as malformed ({kinds})"
 
@@ -116,7 +118,9 @@ class Rejects:
         self._records += count
 
     def bad(self, path: Path, label: str, record: BadRecord) -> None:
-        """Raises DataError, one line, when all of the first records are bad."""
+        """Count a malformed record. Raises DataError, one line, when all of the first records are
+        bad.
+        """
         self._records += 1
         self._kinds[record.kind] += 1
         if len(self._listed) < _LISTED:

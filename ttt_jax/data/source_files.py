@@ -53,7 +53,7 @@ class SourceFile:
 
 
 def find_files(entries: tuple[str, ...], *, field: str, format: str) -> list[SourceFile]:
-    """The files that a config field names, in a fixed order.
+    """Find the files that a config field names, in a fixed order.
 
     In a folder, hidden files, `__pycache__` and files whose format does not apply are left out.
 
@@ -122,7 +122,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _folder_format(path: Path, format: str, label: str) -> str | None:
-    """The format to read a folder's file in, None to leave it out."""
+    """Return the format to read a folder's file in, None to leave it out."""
     known = _format_of(path)
     if format not in ("auto", "text"):
         return format if known == format else None

@@ -28,7 +28,7 @@ Record = bytes | np.ndarray | BadRecord
 
 
 def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iterator[Record]:
-    """Every record of `file`, in order; for `npy` use `open_npy`.
+    """Yield every record of `file`, in order; for `npy` use `open_npy`.
 
     Args:
       max_bytes: a record with more bytes is a bad one.
@@ -61,7 +61,7 @@ def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iter
 
 
 def open_npy(file: SourceFile) -> np.ndarray:
-    """A memory-mapped integer array, `[tokens]` or `[documents, tokens]`.
+    """Map an integer array, `[tokens]` or `[documents, tokens]`.
 
     Raises:
       DataError: not an `.npy` file, not integers, or more than two dimensions.
@@ -90,7 +90,7 @@ def _token_problem(array: np.ndarray, max_dims: int) -> str | None:
 def _text(
     unit: str, number: int, text: bytes, max_bytes: int, *, is_utf8: bool = False
 ) -> bytes | BadRecord:
-    """A text, if it is one."""
+    """Return a text, if it is one."""
     if len(text) > max_bytes:
         problem = f"has {len(text)} bytes or more, data.max_record_bytes = {max_bytes}"
         return bad_record(unit, number, "too large", problem, text)
@@ -139,7 +139,7 @@ def _read_jsonl(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[R
 def _json_text(
     number: int, words: list[str], text_field: str, max_bytes: int, head: bytes, ended: bool
 ) -> bytes | BadRecord:
-    """The text of a JSON line.
+    """Return the text of a JSON line.
 
     Args:
       words: the line, which is taken out, so that its memory can be given back.
@@ -159,7 +159,7 @@ def _json_text(
 
 
 def _missing(record: object, text_field: str) -> tuple[str, str]:
-    """(kind, problem) of a JSON line without a text."""
+    """Return (kind, problem) of a JSON line without a text."""
     if not isinstance(record, dict):
         return (
             "wrong type",
@@ -209,8 +209,8 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
 
 
 def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[bytes | None]:
-    """The values of a column, row group by row group, as many at once as `_AT_ONCE` bytes surely
-    hold.
+    """Yield the values of a column, row group by row group, as many at once as `_AT_ONCE` bytes
+    surely hold.
 
     Raises: BudgetError, and what pyarrow raises.
     """
@@ -228,8 +228,8 @@ def _parquet_column(file: SourceFile, table: Any, text_field: str) -> Iterator[b
 
 
 def _largest_value(raw: IO[bytes], table: Any, group: int, text_field: str) -> int:
-    """No value of the column is longer, in bytes; `_AT_ONCE` when its pages cannot be told: then
-    one row at a time.
+    """Bound the bytes of a value of the column; `_AT_ONCE` when its pages cannot be told: then one
+    row at a time.
     """
     columns = table.metadata.row_group(group)
     for number in range(columns.num_columns):
@@ -245,8 +245,8 @@ def _largest_value(raw: IO[bytes], table: Any, group: int, text_field: str) -> i
 
 
 def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
-    """A record is UTF-8 text, or token ids as `numpy.save` writes them (recognised by its magic
-    bytes).
+    """Read records, each UTF-8 text, or token ids as `numpy.save` writes them (recognised by its
+    magic bytes).
     """
     from grain.sources import ArrayRecordDataSource
 

@@ -35,15 +35,15 @@ class Tokenizer(Protocol):
     fingerprint: str  # short hash of everything that changes the ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no special tokens are added."""
+        """Return the ids of `text`; no special tokens are added."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """Return the text of `ids`, special tokens left out."""
         ...
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """UTF-8 documents to 1-D integer arrays, as `encode` would, faster."""
+        """Turn UTF-8 documents into 1-D integer arrays, as `encode` would, faster."""
         ...
 
 
@@ -55,17 +55,19 @@ class ByteTokenizer:
     fingerprint: str = "bytes-1"
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`; a lone surrogate, which UTF-8 cannot hold, becomes a question
-        mark.
+        """Return the UTF-8 bytes of `text`; a lone surrogate, which UTF-8 cannot hold, becomes a
+        question mark.
         """
         return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: what is not a byte is skipped, what is not UTF-8 becomes U+FFFD."""
+        """Return the text of `ids`: what is not a byte is skipped, what is not UTF-8 becomes
+        U+FFFD.
+        """
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Views of the documents, uint8 `[length]` each; bytes that are not UTF-8 are kept as they
+        """View the documents as uint8 `[length]` each; bytes that are not UTF-8 are kept as they
         are.
         """
         return [np.frombuffer(document, np.uint8) for document in documents]
@@ -103,25 +105,25 @@ class JsonTokenizer:
         self.fingerprint: str = hashlib.sha256(raw + str(self.eos_id).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; no special tokens are added. Raises DataError when the tokenizer
-        panics on it.
+        """Return the ids of `text`; no special tokens are added. Raises DataError when the
+        tokenizer panics on it.
         """
         with self._panics():
             return self._tokenizer.encode(_well_formed(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """Return the text of `ids`, special tokens left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """UTF-8 documents to uint32 `[length]` arrays, on all cores."""
+        """Turn UTF-8 documents into uint32 `[length]` arrays, on all cores."""
         texts = [document.decode("utf-8", errors="replace") for document in documents]
         with self._panics():
             encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(item.ids, np.uint32) for item in encoded]
 
     def _panics(self) -> contextlib.AbstractContextManager[None]:
-        """For instance of a regular expression that gives up on a text."""
+        """Turn panics into errors, for instance of a regular expression that gives up on a text."""
         return panics_as_errors(
             f"tokenizer {self._path}: fails on a text", "use another tokenizer.json"
         )

@@ -61,8 +61,8 @@ class Judge:
     def __call__(
         self, rows: Sequence[Sequence[int]], on_row: Callable[[int], None] | None = None
     ) -> list[Judgement]:
-        """One judgement per row, in the order given. `on_row` is called with the number of rows
-        done.
+        """Return one judgement per row, in the order given. `on_row` is called with the number of
+        rows done.
 
         Raises: UserError for rows that are not token ids of the model; NotFiniteError.
         """

@@ -71,8 +71,8 @@ def find_template(folder: Path | None, settings: dict[str, Any], name: str = "de
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The variables that templates expect for begin and end tokens: `bos_token`, `eos_token`,
-    ...
+    """Return the variables that templates expect for begin and end tokens: `bos_token`,
+    `eos_token`, ...
     """
     fields = {name: value for name, value in settings.items() if name.endswith("_token")}
     fields = {

@@ -25,7 +25,7 @@ _POINTS = 12  # chunks looked at
 def fast_weights(
     model: Transformer, ids: np.ndarray, *, points: int = _POINTS
 ) -> list[dict[str, Any]]:
-    """Per TTT layer, at some chunks of a text read from a fresh state.
+    """Measure the fast weights of each TTT layer at some chunks of a text read from a fresh state.
 
     "After chunk m" means S as chunk m + 1 is read with it. `state_ratio` is ||S||_F / ||W||_F.
     `effective_rank` is exp(entropy) of the squared singular values of S, scaled to sum 1: 1 for a
@@ -85,7 +85,7 @@ def _read(
 
 
 def _layer_indices(model: Transformer) -> list[int]:
-    """Layer numbers in the order in which `measure` returns them."""
+    """List the layer numbers in the order in which `measure` returns them."""
     runs = [
         (group, i) for group in model.groups for i, run in enumerate(group.pattern) if run.kind.ttt
     ]
@@ -94,8 +94,8 @@ def _layer_indices(model: Transformer) -> list[int]:
 
 @program(())
 def measure(model, state: State):
-    """(state, (||S|| / ||W||, effective rank of S, share of the output from S)), each float32 [L],
-    of the only row.
+    """Return (state, (||S|| / ||W||, effective rank of S, share of the output from S)), each
+    float32 [L], of the only row.
     """
     C = model.config.ttt.chunk_size
     found = []
@@ -131,7 +131,7 @@ def _measure_layer(x):
 
 
 def repeated_ngrams(ids: Sequence[int] | np.ndarray, n: int) -> np.ndarray:
-    """bool [T - 1]: whether the n tokens that end with token t + 1 stand somewhere before in
+    """Return bool [T - 1]: whether the n tokens that end with token t + 1 stand somewhere before in
     `ids`.
     """
     seen, repeated = set(), np.zeros(max(len(ids) - 1, 0), bool)
@@ -165,8 +165,8 @@ def ngram_gain(ids: np.ndarray, on_T: np.ndarray, off_T: np.ndarray, n: int = 4)
 def diagnose(
     model: Transformer, ids: np.ndarray, *, n: int = 4, piece: int | None = None
 ) -> tuple[dict[str, Any], list]:
-    """The "diagnostics" part of results.json for one text, and the pieces that `page.text_page`
-    colours.
+    """Make the "diagnostics" part of results.json for one text, and the pieces that
+    `page.text_page` colours.
     """
     on_T, off_T = (
         score(model, [ids], ttt=ttt, piece=piece).logprobs_BT[0] for ttt in (True, False)
@@ -180,8 +180,8 @@ def diagnose(
 
 
 def text_pieces(model: Transformer, ids: np.ndarray, on_T: np.ndarray, off_T: np.ndarray):
-    """(text, log p on, log p off) per token; those of tokens that are parts of one character are
-    joined and summed.
+    """Return (text, log p on, log p off) per token; those of tokens that are parts of one character
+    are joined and summed.
     """
     pieces, held, sums = [], [], np.zeros(2)
     for t, token in enumerate(ids.tolist()):

@@ -20,7 +20,7 @@ _FIELD = "data.train"  # the loader's name for what is read
 
 
 def open_documents(model: Transformer, data: str | Path, option: str = "--perplexity") -> Corpus:
-    """All documents of a file, a folder or "stdlib", tokenised; text gets no end token.
+    """Open all documents of a file, a folder or "stdlib", tokenised; text gets no end token.
 
     Raises: DataError naming `option` when the source is missing, unreadable, empty, or text without
     a tokenizer.
@@ -53,7 +53,7 @@ def open_documents(model: Transformer, data: str | Path, option: str = "--perple
 
 
 def choose(corpus: Corpus, tokens: int, limit: int | None, option: str = "--lengths") -> list[int]:
-    """The first `limit` documents that have at least `tokens` tokens.
+    """Choose the first `limit` documents that have at least `tokens` tokens.
 
     Raises: DataError when there is none, naming the longest.
     """

@@ -1,10 +1,11 @@
-"""The adapter to lm-evaluation-harness: `lm_eval --model ttt_jax`. Import this module lazily: it
+r"""The adapter to lm-evaluation-harness: `lm_eval --model ttt_jax`. Import this module lazily: it
 needs the extra "eval".
 
 lm_eval 0.4 finds models in its own table only (no entry points; `--include_path` is for tasks), so
 its command line needs one import before it starts. This module does that when run:
 
-    python -m ttt_jax.eval.harness run --model ttt_jax --model_args pretrained=DIR --tasks niah_single_1 ...
+    python -m ttt_jax.eval.harness run --model ttt_jax --model_args pretrained=DIR \
+        --tasks niah_single_1 ...
 
 and `ttt-jax eval --tasks` goes through harness_tasks.py. From Python: `import
 ttt_jax.eval.harness`, then `lm_eval.simple_evaluate("ttt_jax", model_args={"path": ...}, ...)`.
@@ -117,14 +118,14 @@ class TTTJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """Return what stands before a text without context."""
         return self.bos_id if self.bos_id is not None else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after the begin token if the tokenizer's settings want one (never
-        twice).
+        """Return the ids of a text, after the begin token if the tokenizer's settings want one
+        (never twice).
         """
         ids = list(self.tokenizer.encode(string))
         if self.add_bos and add_special_tokens is not False and ids[:1] != [self.bos_id]:
@@ -135,7 +136,7 @@ class TTTJaxLM(TemplateLM):
     # ------------------------------------------------------------------------------------ the model
 
     def judge(self, rows: Sequence[Sequence[int]]) -> list[Judgement]:
-        """Log-probabilities of the tokens of each row. A dummy overrides this."""
+        """Compute the log-probabilities of the tokens of each row. A dummy overrides this."""
         with progress("scoring", len(rows), "requests") as advance_to:
             judge = Judge(
                 self.model,
@@ -189,8 +190,8 @@ class TTTJaxLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, read as one stream: every token sees (and adapts to)
-        all before it.
+        """Compute the log-probability of each whole text, read as one stream: every token sees (and
+        adapts to) all before it.
         """
         texts = [request.args[0] for request in requests]
         # An empty text is the prefix alone, which has nothing to score: its log-probability is 0.
@@ -263,7 +264,7 @@ class TTTJaxLM(TemplateLM):
         return str(self.path or self.tokenizer.fingerprint).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source; of several, the one of this name, else "default".
+        """Return the template's source; of several, the one of this name, else "default".
 
         Raises: UserError when the folder has none (of this name).
         """
@@ -298,7 +299,7 @@ def _load(path: Path, dtype: str | None) -> Transformer:
 
 
 def main() -> int:
-    """lm_eval's command line, with the model "ttt_jax" known."""
+    """Run lm_eval's command line, with the model "ttt_jax" known."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     try:

@@ -28,7 +28,7 @@ _SCARCE = "pip install 'ttt-jax[eval]'"
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raises UserError when lm_eval is missing or a task unknown, before a model is loaded."""
+    """Raise UserError when lm_eval is missing or a task unknown, before a model is loaded."""
     try:
         known = _known_tasks()
     except ImportError as error:
@@ -172,7 +172,7 @@ def _run(
 
 
 def _leaves(items: list[Any]) -> list[Any]:
-    """The tasks of tasks and groups."""
+    """Return the tasks of tasks and groups."""
     return [
         task
         for item in items
@@ -181,8 +181,8 @@ def _leaves(items: list[Any]) -> list[Any]:
 
 
 def _check_answers(task: Any, length: int) -> None:
-    """RULER's ruler_cwe makes samples without words to find where one with ten of them is too
-    long.
+    """Refuse what RULER's ruler_cwe makes: samples without words to find where one with ten of them
+    is too long.
     """
     if _makes_samples(task) and any(not doc.get("outputs", True) for doc in task.test_docs()):
         problem = f"its shortest sample is longer than {length} tokens of this model's tokenizer"
@@ -192,7 +192,7 @@ def _check_answers(task: Any, length: int) -> None:
 
 
 def _report_length(task: Any, length: int) -> None:
-    """RULER's tasks name one metric for each of a few lengths; any other length is reported in the
+    """Let RULER's tasks report any length, which name one metric for each of a few lengths, in the
     same way.
     """
     aggregations = task.aggregation()
@@ -225,7 +225,7 @@ def _values(found: dict[str, Any]) -> Iterator[tuple[str, str, float, float | No
 
 
 def _load(manager: Any, name: str) -> list[Any]:
-    """A task, or the tasks of a group."""
+    """Return a task, or the tasks of a group."""
     try:
         loaded = manager.load([name])
         return list(loaded["groups"].values()) or list(loaded["tasks"].values())
@@ -269,7 +269,7 @@ def _no_data(name: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _ruler_tokenizer(path: Path, tokenizer: Any, length: int) -> Iterator[None]:
-    """RULER loads its tokenizer through transformers by the name `path`; give it the model's,
+    """Give RULER the model's tokenizer, which it loads through transformers by the name `path`,
     whatever file that came from.
     """
     try:
@@ -318,8 +318,8 @@ class _TaskTokenizer:
         return SimpleNamespace(input_ids=ids)
 
     def _check_variables(self, text: str, tokens: int) -> None:
-        """ruler_vt: first the worked example, of 5 lines and more and at most 500 tokens, then
-        samples of 10 lines and more.
+        """Check ruler_vt: first the worked example, of 5 lines and more and at most 500 tokens,
+        then samples of 10 lines and more.
         """
         lines, answer = text.count("There and back again."), 30
         if text.endswith("\n\n"):

@@ -37,7 +37,7 @@ _OURS = {
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError when `out` exists and may not be replaced: never anything but a result
+    """Raise UserError when `out` exists and may not be replaced: never anything but a result
     folder.
 
     One that holds nothing, or only what an interrupted evaluation has kept, may be filled without
@@ -97,7 +97,7 @@ def write_folder(out: Path, files: dict[str, str], overwrite: bool) -> None:
 
 
 def files_of(results: dict[str, Any], text_html: str | None = None) -> dict[str, str]:
-    """The files of a result folder."""
+    """Return the files of a result folder."""
     files = {
         RESULTS: json.dumps(results, indent=1, allow_nan=False) + "\n",
         "report.html": report_page(results),
@@ -106,7 +106,7 @@ def files_of(results: dict[str, Any], text_html: str | None = None) -> dict[str,
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Raises CheckpointError when the folder holds no readable results."""
+    """Raise CheckpointError when the folder holds no readable results."""
     try:
         if (folder / RESULTS).stat().st_size > _MAX_BYTES:
             raise CheckpointError(
@@ -140,7 +140,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 
 
 def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
-    """What B gives over A, where both have the same entries; losses on the same documents are
+    """Say what B gives over A, where both have the same entries; losses on the same documents are
     paired.
 
     Raises: UserError when the two have nothing in common, CheckpointError when one of them is not
@@ -152,7 +152,7 @@ def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], li
 
 @contextlib.contextmanager
 def _damage_is_told() -> Iterator[None]:
-    """A comparison hangs on nothing but two files, so what goes wrong in it is wrong in them."""
+    """Blame the files: a comparison hangs on nothing but two of them."""
     try:
         yield
     except UserError:
@@ -254,7 +254,7 @@ def _compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, A
 def _common(
     a: dict[str, Any], b: dict[str, Any], part: str, names: tuple[str, ...]
 ) -> Iterator[tuple[dict, dict, str]]:
-    """(entry of A, entry of B, mode) of what both have."""
+    """Yield (entry of A, entry of B, mode) of what both have."""
     others = {tuple(entry[name] for name in names): entry for entry in b[part]}
     for entry in a[part]:
         other = others.get(tuple(entry[name] for name in names))

@@ -26,7 +26,7 @@ from ttt_jax.tables import Table
 
 
 def report_page(results: dict[str, Any]) -> str:
-    """All tables and plots of one evaluation."""
+    """Show all tables and plots of one evaluation."""
     body = [
         f"<h1>Evaluation of {escape(results['model'])}</h1>",
         _facts(results),
@@ -46,7 +46,7 @@ def comparison_page(a: dict[str, Any], b: dict[str, Any], made: list[Table]) -> 
 
 
 def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) -> str:
-    """A text coloured by what TTT gives.
+    """Show a text, coloured by what TTT gives.
 
     Args:
       pieces: (text, log-probability with TTT on, and off), in order; None for the first token,
@@ -85,7 +85,7 @@ def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) 
 
 
 def gain_colour(x: float) -> str:
-    """White at 0, blue towards 1, orange towards -1 (clipped)."""
+    """Mix a colour: white at 0, blue towards 1, orange towards -1 (clipped)."""
     strength = min(abs(x), 1.0) ** 0.7
     end = (86, 160, 214) if x > 0 else (240, 150, 70)
     return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)

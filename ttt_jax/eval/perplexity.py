@@ -83,19 +83,21 @@ class Reader:
     def block_losses(
         self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """Losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`: L
-        inputs and the last target.
+        """Compute losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`:
+        L inputs and the last target.
         """
         return self._losses(ids_BL1, ids_BL1.shape[1] - 1 - block, modes)
 
     def position_losses(self, ids_BL1: np.ndarray, modes: Sequence[str]) -> dict[str, np.ndarray]:
-        """Losses float32 [B, L] of all predictions of each row, per mode."""
+        """Compute losses float32 [B, L] of all predictions of each row, per mode."""
         return self._losses(ids_BL1, 0, modes)
 
     def _losses(
         self, ids_BL1: np.ndarray, begin: int, modes: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """Losses of the predictions from position `begin` on; what comes before is only read."""
+        """Compute the losses of the predictions from position `begin` on; what comes before is only
+        read.
+        """
         L = ids_BL1.shape[1] - 1
         losses: dict[str, list[Any]] = {mode: [] for mode in MODES}
         # With the control, every mode is read in the same pieces, or modes that ought to be equal
@@ -145,7 +147,7 @@ class Reader:
         return state
 
     def _score(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool):
-        """Returns (state, list of losses [B, piece], the newest of them still on the device)."""
+        """Return (state, list of losses [B, piece], the newest of them still on the device)."""
         B, losses = len(ids_BL1), []
         for first, last in self._cuts(start, stop):
             lengths_B = np.full(B, last - first, np.int32)
@@ -169,8 +171,8 @@ def _join(logprobs: list[Any]) -> np.ndarray:
 
 
 def exchanged(state: State | None) -> State:
-    """A copy of the state in which every document has the fast weights of the next document of the
-    batch.
+    """Make a copy of the state in which every document has the fast weights of the next document of
+    the batch.
     """
     assert state is not None
 
@@ -185,15 +187,15 @@ def exchanged(state: State | None) -> State:
 
 
 def batches(count: int, size: int, at_least: int) -> list[np.ndarray]:
-    """Indices 0 to count - 1 in batches of about equal size, each of `at_least` or more; none is
-    larger than the first.
+    """Put the indices 0 to count - 1 in batches of about equal size, each of `at_least` or more;
+    none is larger than the first.
     """
     parts = min(-(-count // size), max(1, count // at_least))
     return [part for part in np.array_split(np.arange(count), parts) if len(part)]
 
 
 def filled_up(rows_BX: np.ndarray, size: int) -> np.ndarray:
-    """The rows, repeated in order up to `size` of them, so that all batches run the same compiled
+    """Repeat the rows in order up to `size` of them, so that all batches run the same compiled
     programs.
 
     The last row's neighbour (its control's fast weights) stays the first row, as if none had been
@@ -324,8 +326,8 @@ def _losses_of(
     modes: Sequence[str],
     starts: list[int],
 ) -> dict[str, dict[str, list]]:
-    """Mean losses of the documents of a batch, the first `len(names)` rows: per mode, by length and
-    by position.
+    """Compute the mean losses of the documents of a batch, the first `len(names)` rows: per mode,
+    by length and by position.
 
     Raises: NotFiniteError.
     """
@@ -356,7 +358,7 @@ def _losses_of(
 
 
 def check_modes(model: Transformer, modes: Sequence[str], documents: int) -> None:
-    """Raises UserError for modes that mean nothing here."""
+    """Raise UserError for modes that mean nothing here."""
     if "shuffled" in modes and documents < 2:
         raise UserError(
             "--shuffled: needs two documents that are long enough, there is one; give more or "
@@ -369,8 +371,8 @@ def check_modes(model: Transformer, modes: Sequence[str], documents: int) -> Non
 
 
 def position_edges(length: int, block: int) -> list[int]:
-    """At most 16 position ranges that are made of whole stretches of `block` tokens, counted from
-    the end.
+    """Choose at most 16 position ranges that are made of whole stretches of `block` tokens, counted
+    from the end.
     """
     edges = sorted({0, *range(length, 0, -block)})
     step = -(-(len(edges) - 1) // _BUCKETS)
@@ -389,8 +391,8 @@ def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
 
 
 def tokens_to_read(lengths: Sequence[int], block: int | None, modes: Sequence[str]) -> int:
-    """Tokens per document that `evaluate` reads, over all modes; those of the control count as
-    often as they are read.
+    """Count the tokens per document that `evaluate` reads, over all modes; those of the control
+    count as often as they are read.
     """
     lengths, block = check_lengths(lengths, block)
     passes = ("off" in modes) + ("on" in modes or "shuffled" in modes)

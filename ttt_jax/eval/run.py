@@ -55,7 +55,7 @@ class Options:
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """`2k,4k,1m` -> (2048, 4096, 1048576). Raises UserError."""
+    """Parse `2k,4k,1m` -> (2048, 4096, 1048576). Raises UserError."""
     lengths = []
     for word in text.replace(" ", "").lower().split(","):
         factor = {"k": 1 << 10, "m": 1 << 20}.get(word[-1:], 1)
@@ -73,7 +73,7 @@ def modes_of(ttt: str) -> tuple[str, ...]:
 
 
 def check(options: Options) -> None:
-    """What can be checked without a model. Raises UserError."""
+    """Check what can be checked without a model. Raises UserError."""
     from ttt_jax.eval.perplexity import check_lengths
 
     if not options.perplexity and not options.tasks:
@@ -101,7 +101,7 @@ def harness_tasks(options: Options) -> list[str]:
 def evaluate(
     options: Options, out: Path | None = None, overwrite: bool = False
 ) -> tuple[dict[str, Any], str | None]:
-    """Returns (results, the page of the coloured text or None).
+    """Evaluate; return (results, the page of the coloured text or None).
 
     Args:
       out: keep what is finished in this folder, and go on behind what an interrupted start of the
@@ -171,7 +171,7 @@ def _load(options: Options) -> Transformer:
 
 
 def _code() -> dict[str, Any]:
-    """What else decides the figures: the commit and the version of jax."""
+    """Return what else decides the figures: the commit and the version of jax."""
     import importlib.metadata
 
     from ttt_jax.run.provenance import commit

@@ -18,7 +18,7 @@ _BLOCK = 1 << 22  # draws held at a time
 def mean_with_interval(
     value_N: np.ndarray, *, seed: int = 0, level: float = 0.95
 ) -> dict[str, Any]:
-    """Mean over documents and its percentile-bootstrap interval.
+    """Compute the mean over documents and its percentile-bootstrap interval.
 
     Tokens of a document are not independent, so documents are drawn, not tokens; each counts the
     same. For a difference of two settings pass the differences per document: what the documents

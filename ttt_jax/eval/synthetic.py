@@ -62,11 +62,11 @@ class Alphabet(Protocol):
     symbols: list[str]  # words that may be keys, values and patterns
 
     def encode(self, word: str) -> list[int]:
-        """The ids of one word."""
+        """Return the ids of one word."""
         ...
 
     def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
-        """Exactly `tokens` ids that answer nothing."""
+        """Write exactly `tokens` ids that answer nothing."""
         ...
 
 
@@ -153,7 +153,8 @@ class _Draft:
         questions: list[tuple[list[int], list[int]]],
         distance: int | None = None,
     ) -> Example:
-        """`length` tokens: statements spread in filler at random, then (question, answer) pairs.
+        """Write `length` tokens: statements spread in filler at random, then (question, answer)
+        pairs.
 
         With `distance`, that many tokens lie between the end of the last statement and the first
         question.
@@ -214,8 +215,8 @@ def _variables(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Exa
 
 
 def _induction(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Example:
-    """What follows a word depends on the word before it too: decoys hold each word of the pattern
-    after other words.
+    """Write a pattern in which what follows a word depends on the word before it too: decoys hold
+    each word of the pattern after other words.
     """
     draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
     pattern, others = words[:PATTERN], words[PATTERN:]
@@ -251,8 +252,8 @@ def make_examples(
     seed: int = 0,
     distance: int | None = None,
 ) -> list[Example]:
-    """`count` examples of exactly `length` tokens. The same arguments give the same examples, on
-    every machine.
+    """Make `count` examples of exactly `length` tokens. The same arguments give the same examples,
+    on every machine.
 
     Raises: UserError when the task does not fit the length.
     """
@@ -268,8 +269,8 @@ def make_examples(
 
 
 def distances(length: int) -> list[int]:
-    """Distances of the sweep: powers of two from 16 to what fits, with room for the pair and the
-    question.
+    """Choose the distances of the sweep: powers of two from 16 to what fits, with room for the pair
+    and the question.
     """
     return [1 << n for n in range(4, length.bit_length()) if (1 << n) <= length - 64]
 
@@ -363,7 +364,9 @@ def _grades(
 
 
 def make_alphabet(model: Transformer, form: str, seed: int) -> Alphabet:
-    """Raises UserError for text without a tokenizer, or a vocabulary that is too small."""
+    """Make the alphabet. Raises UserError for text without a tokenizer, or a vocabulary that is too
+    small.
+    """
     if form == "text":
         if model.tokenizer is None:
             raise UserError(
@@ -379,7 +382,7 @@ def make_alphabet(model: Transformer, form: str, seed: int) -> Alphabet:
 
 
 def count_sequences(lengths: Sequence[int], tasks: Sequence[str], examples: int, modes: int) -> int:
-    """How many sequences `evaluate` judges."""
+    """Count the sequences that `evaluate` judges."""
     cases = sum(
         len(distances(lengths[-1])) if task == "distance" else len(lengths) for task in tasks
     )
@@ -387,7 +390,9 @@ def count_sequences(lengths: Sequence[int], tasks: Sequence[str], examples: int,
 
 
 def _grade(example: Example, judgement: Judgement) -> tuple[float, float]:
-    """(share of the answers whose every token is greedy, mean loss of their tokens)."""
+    """Grade an answer: (share of the answers whose every token is greedy, mean loss of their
+    tokens).
+    """
     # token t is judged at t - 1
     spans = [slice(start - 1, stop - 1) for start, stop in example.answers]
     right = np.mean([bool(judgement.greedy_T[span].all()) for span in spans])

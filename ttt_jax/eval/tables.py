@@ -13,7 +13,7 @@ from ttt_jax.tables import Table, number
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Every part of the results that is there."""
+    """Make tables of every part of the results that is there."""
     made: list[Table] = []
     if "perplexity" in results:
         made += _perplexity(results["perplexity"])
@@ -27,7 +27,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def interval(entry: dict[str, Any] | None, form: str = ".4f") -> str:
-    """`mean [low, high]`."""
+    """Write `mean [low, high]`."""
     if entry is None:
         return "-"
     if entry["low"] is None:

@@ -67,7 +67,7 @@ class Unfinished:
         return len(self._known)
 
     def piece(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
-        """What is kept under the key; else what `compute` returns, which is then kept.
+        """Return what is kept under the key; else what `compute` returns, which is then kept.
 
         Raises: UserError when it cannot be written, before more time is lost.
         """
@@ -97,7 +97,7 @@ class Unfinished:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """(first line, key -> value, bytes of the whole lines)."""
+    """Return (first line, key -> value, bytes of the whole lines)."""
     fix = "delete it, or pass --overwrite"
     try:
         if path.stat().st_size > _MAX_BYTES:

@@ -13,7 +13,7 @@ from ttt_jax.files.text import reason_of
 
 
 def map_npy(path: str | Path) -> np.ndarray:
-    """The array of a file, mapped. Raises ValueError, one line, when it is not the `.npy` file of a
+    """Map the array of a file. Raises ValueError, one line, when it is not the `.npy` file of a
     plain array.
     """
     try:
@@ -28,7 +28,7 @@ def map_npy(path: str | Path) -> np.ndarray:
 
 
 def parse_npy(data: bytes) -> np.ndarray:
-    """The array in `data`. Raises ValueError, one line."""
+    """Read the array in `data`. Raises ValueError, one line."""
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)

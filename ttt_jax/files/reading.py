@@ -27,14 +27,14 @@ _BLOCK_BYTES = 1 << 20
 
 
 def show(name: str) -> str:
-    """A name from a file, fit for a one-line message."""
+    """Make a name from a file fit for a one-line message."""
     name = shorten(name, 200)
     return name if name.isprintable() else repr(name)
 
 
 def excerpt(value: Any) -> str:
-    """The beginning of a foreign value, on one line, for a message: `MAX_EXCERPT` characters at
-    most.
+    """Return the beginning of a foreign value, on one line, for a message: `MAX_EXCERPT` characters
+    at most.
     """
     if isinstance(value, list | dict) and len(value) > 20:
         return f"a {'list' if isinstance(value, list) else 'table'} of {len(value)} items"

@@ -27,7 +27,9 @@ def reason_of(error: BaseException, limit: int = 200) -> str:
 
 
 def cache_folder() -> Path:
-    """Where large tokenised corpora are kept: `TTT_JAX_CACHE`, else `~/.cache/ttt_jax`."""
+    """Return the folder where large tokenised corpora are kept: `TTT_JAX_CACHE`, else
+    `~/.cache/ttt_jax`.
+    """
     return Path(os.environ.get("TTT_JAX_CACHE") or Path.home() / ".cache" / "ttt_jax")
 
 
@@ -62,7 +64,7 @@ def sync(path: str | Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` everything in a folder, links left out, and the folder. Raises OSError."""
+    """Call `sync` for everything in a folder, links left out, and the folder. Raises OSError."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not os.path.islink(path := os.path.join(root, name)):
@@ -116,7 +118,7 @@ class LineFile:
         return True
 
     def lost_now(self) -> bool:
-        """Whether the file was removed, and begun anew, since this was asked last."""
+        """Tell whether the file was removed, and begun anew, since this was asked last."""
         lost, self._lost = self._lost, False
         return lost
 

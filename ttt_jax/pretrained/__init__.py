@@ -1,1 +1,10 @@
-"""pretrained."""
+"""Models on disk: Hugging Face folders and converted folders, loaded, written and converted.
+
+load.py          any folder into a model; a run's start from one
+hf_config.py     config.json, both ways
+hf_weights.py    tensor names, both ways
+safetensors_io.py, orbax_folder.py    tensors, piece by piece; orbax_layout.py checks a folder
+export.py        a model in memory into a Hugging Face folder
+source.py, convert.py    one folder into another, block by block
+model_changes.py what a run may change about the model that it starts from
+"""

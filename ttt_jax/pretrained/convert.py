@@ -185,7 +185,7 @@ def _prepare(
 
 
 def _spec(tensors: EquippedTensors, name: str, dtype: str | None) -> TensorSpec:
-    """Name, shape and dtype of a tensor once it is cast to `dtype` (None: as it is)."""
+    """Return name, shape and dtype of a tensor once it is cast to `dtype` (None: as it is)."""
     cast = tensors.dtype(name) if dtype is None else DTYPES[dtype]
     return TensorSpec(name, tensors.shape(name), cast)  # pyright: ignore[reportArgumentType]
 
@@ -240,7 +240,7 @@ def _check_dtypes(specs: list[TensorSpec], where: str) -> None:
 
 
 def _common_dtype(specs: list[TensorSpec]) -> str:
-    """The dtype of most of the bytes, for config.json."""
+    """Return the dtype of most of the bytes, for config.json."""
     sizes: dict[str, int] = {}
     for spec in specs:
         sizes[spec.dtype.name] = sizes.get(spec.dtype.name, 0) + spec.nbytes
@@ -248,8 +248,8 @@ def _common_dtype(specs: list[TensorSpec]) -> str:
 
 
 def _stack_dtypes(abstract: Transformer, specs: list[TensorSpec]) -> dict[str, np.dtype]:
-    """Tensor -> dtype to store. A stack of layers has one: float32, which holds the others exactly,
-    where they differ.
+    """Choose tensor -> dtype to store. A stack of layers has one: float32, which holds the others
+    exactly, where they differ.
     """
     own = {spec.name: spec.dtype for spec in specs}
     stored = {}
@@ -290,7 +290,7 @@ def _blocks(work: _Work, spec: TensorSpec, read: _Counter) -> Iterator[tuple[int
 
 
 def _hf_config(source: Source, model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json: the source's own fields where it has them, ours otherwise."""
+    """Make config.json: the source's own fields where it has them, ours otherwise."""
     ours = config_to_hf(model)
     if source.hf_config is None:
         return ours | {"dtype": dtype}

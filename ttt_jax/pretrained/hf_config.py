@@ -56,8 +56,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_raw_config(folder: str | Path) -> dict[str, Any]:
-    """The fields of `config.json` as they are. Raises CheckpointError (no such file) or ConfigError
-    (no JSON object).
+    """Read the fields of `config.json` as they are. Raises CheckpointError (no such file) or
+    ConfigError (no JSON object).
     """
     path = find_companion(Path(folder), "config.json")
     if path is None:
@@ -68,8 +68,8 @@ def read_raw_config(folder: str | Path) -> dict[str, Any]:
 
 
 def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """The fields of a `config.json`. Raises: ConfigError naming `where`, the field and its
-    value.
+    """Translate the fields of a `config.json`. Raises: ConfigError naming `where`, the field and
+    its value.
     """
     family = _check_supported(raw, where)
     size, flag = functools.partial(_size, raw, where), functools.partial(_flag, raw, where)
@@ -183,7 +183,7 @@ def _windows(
 
 
 def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    """Read `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise ConfigError(
@@ -230,8 +230,8 @@ def write_config(folder: Path, raw: dict[str, Any]) -> None:
 
 
 def config_to_hf(model: ModelConfig) -> dict[str, Any]:
-    """The fields of `config.json`, as transformers 4 writes them. `config_from_hf` of the result is
-    `model` again.
+    """Make the fields of `config.json`, as transformers 4 writes them. `config_from_hf` of the
+    result is `model` again.
 
     Raises: ConfigError when no supported architecture has this combination of features.
     """
@@ -290,7 +290,7 @@ def config_to_hf(model: ModelConfig) -> dict[str, Any]:
 
 
 def _family(model: ModelConfig) -> str:
-    """The architecture whose features are exactly the model's."""
+    """Find the architecture whose features are exactly the model's."""
     window = model.sliding_window is not None
     if model.qk_norm and model.qkv_bias == model.o_bias and not model.mlp_bias:
         return "qwen3"

@@ -64,8 +64,8 @@ _TOP_NAMES = {
 
 
 def tensor_names(model: Transformer) -> dict[str, list[str]]:
-    """For each parameter path of the model, the checkpoint's tensors: one, or one per layer of a
-    stack.
+    """Name, for each parameter path of the model, the checkpoint's tensors: one, or one per layer
+    of a stack.
     """
     names = {}
     for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]:
@@ -80,12 +80,14 @@ def tensor_names(model: Transformer) -> dict[str, list[str]]:
 
 
 def parameters(model: Transformer) -> dict[str, Any]:
-    """Parameter path -> array (or structure) of a model."""
+    """Return parameter path -> array (or structure) of a model."""
     return {param_path(path): x for path, x in jax.tree_util.tree_flatten_with_path(model)[0]}
 
 
 def tensor_places(model: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> (parameter path, index in its stack [R, N, ...]; () where there is none)."""
+    """Return tensor name -> (parameter path, index in its stack [R, N, ...]; () where there is
+    none).
+    """
     leaves, places = parameters(model), {}
     for ours, theirs in tensor_names(model).items():
         stack = leaves[ours].shape[:2] if ours.startswith("groups.") else ()
@@ -95,7 +97,7 @@ def tensor_places(model: Transformer) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that the model needs, under the checkpoint's names."""
+    """Return the shape of every tensor that the model needs, under the checkpoint's names."""
     leaves = parameters(model)
     return {
         name: tuple(leaves[ours].shape[len(index) :])
@@ -131,7 +133,7 @@ def load_hf(
 def abstract_model(
     cfg: ModelConfig, source: TensorSource, where: str, runtime: Runtime | None = None
 ) -> Transformer:
-    """The model's structure without arrays. Raises CheckpointError when the source has too few
+    """Make the model's structure without arrays. Raises CheckpointError when the source has too few
     tensors for its layers.
     """
     count = sum(1 for _ in source)
@@ -144,7 +146,7 @@ def abstract_model(
 
 
 def load_hf_into(abstract: Transformer, folder: str | Path, *, key: jax.Array) -> Transformer:
-    """`load_into` from a Hugging Face folder."""
+    """Call `load_into` with a Hugging Face folder."""
     return load_into(abstract, TensorFiles(folder), str(folder), key=key)
 
 
@@ -171,8 +173,8 @@ def load_into(
 def fresh_ttt_rows(
     name: str, D: int, std: float, key: jax.Array, start: int = 0, stop: int | None = None
 ) -> np.ndarray:
-    """Rows of a TTT tensor as continual training initialises it, float32; they depend on the key
-    and the name alone.
+    """Make rows of a TTT tensor as continual training initialises it, float32; they depend on the
+    key and the name alone.
 
     The convolution is zero and W_target diagonal with entries N(0, std^2), so the model starts
     exactly at its pretrained function (docs/design.md).
@@ -190,8 +192,8 @@ def fresh_ttt_rows(
 def check_tensors(
     abstract: Transformer, source: TensorSource, where: str, optional: Set[str] = frozenset()
 ) -> None:
-    """Every tensor of the model is there with its shape (but for the optional ones), and nothing
-    else is.
+    """Check that every tensor of the model is there with its shape (but for the optional ones), and
+    nothing else is.
 
     Raises: CheckpointError listing what is missing, unknown, of the wrong shape or not made of
     floats.

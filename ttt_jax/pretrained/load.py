@@ -92,7 +92,7 @@ def load_model(
 
 
 def unstacked(model: Transformer) -> Transformer:
-    """The same parameters with arrays of their own for each layer (`Runtime.scan_layers` off)."""
+    """Give the same parameters arrays of their own for each layer (`Runtime.scan_layers` off)."""
     runtime = dataclasses.replace(model.runtime, scan_layers=False)
     target = abstract_transformer(model.config, runtime)
     arrays, names = {}, tensor_names(model)
@@ -105,8 +105,8 @@ def unstacked(model: Transformer) -> Transformer:
 
 
 def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
-    """The end tokens of `generation_config.json`, else of `config.json`; none when neither names
-    one.
+    """Read the end tokens of `generation_config.json`, else of `config.json`; none when neither
+    names one.
 
     Raises: CheckpointError when the file is not a JSON object of bounded size, or the field is not
     a token id below
@@ -132,7 +132,7 @@ def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
 
 
 def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
-    """The parameters that `config.init_from` names, placed like `abstract`; None for a random
+    """Load the parameters that `config.init_from` names, placed like `abstract`; None for a random
     start.
 
     A source without TTT parameters gets those of continual training, which leave its function
@@ -168,8 +168,8 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
 
 
 def source_config(source: Path) -> ModelConfig | None:
-    """The model's config in a Hugging Face, converted or run folder (or one of its steps); None: it
-    holds parameters alone.
+    """Read the model's config in a Hugging Face, converted or run folder (or one of its steps);
+    None: it holds parameters alone.
 
     Raises: CheckpointError or ConfigError, one line, when the file that says it cannot be read.
     """
@@ -186,7 +186,7 @@ def source_config(source: Path) -> ModelConfig | None:
 
 
 def run_folder(path: Path) -> Path | None:
-    """The run folder that `path` is or belongs to, as its `checkpoints` or one of their steps."""
+    """Find the run folder that `path` is, or is the `checkpoints` of, or one of their steps."""
     path = path.absolute()
     above = [path, *([path.parent] if path.name == CHECKPOINT_FOLDER else [])]
     above += [path.parent.parent] if path.parent.name == CHECKPOINT_FOLDER else []

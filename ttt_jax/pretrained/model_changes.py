@@ -100,7 +100,7 @@ def _compare_rope(wanted: RopeConfig, found: RopeConfig, where: str) -> list[str
 
 
 def _reach(model: ModelConfig, layer: int) -> float:
-    """Tokens that a query of the layer sees."""
+    """Count the tokens that a query of the layer sees."""
     full = model.sliding_window is None or layer in model.full_attention_layers
     return float("inf") if full or model.sliding_window is None else model.sliding_window
 

@@ -234,7 +234,7 @@ class OrbaxTensors:
 
     @property
     def block_bytes(self) -> int:
-        """A good size of what is read at once: the chunks that hold one row, at most."""
+        """Return a good size of what is read at once: the chunks that hold one row, at most."""
         return max((self._band_bytes(ours) for ours in self._stored), default=0)
 
     def _band_bytes(self, ours: str) -> int:

@@ -77,8 +77,8 @@ class Description:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether `ttt_jax.json` is there. Raises CheckpointError when it is a link that leaves the
-    folder, or no file.
+    """Tell whether `ttt_jax.json` is there. Raises CheckpointError when it is a link that leaves
+    the folder, or no file.
     """
     return find_companion(Path(folder), DESCRIPTION) is not None
 
@@ -99,7 +99,9 @@ def write_description(folder: Path, description: Description) -> None:
 
 
 def read_description(folder: str | Path) -> Description:
-    """Raises CheckpointError when `ttt_jax.json` is missing, damaged or of another version."""
+    """Read `ttt_jax.json`. Raises CheckpointError when `ttt_jax.json` is missing, damaged or of
+    another version.
+    """
     path = find_companion(Path(folder), DESCRIPTION)
     if path is None:
         raise CheckpointError(
@@ -243,7 +245,7 @@ def _read_array_header(folder: Path) -> dict[str, Any]:
 
 
 def _sizes(value: Any) -> list[int]:
-    """A list of positive sizes, or the empty list for anything else."""
+    """Return a list of positive sizes, or the empty list for anything else."""
     right = isinstance(value, list) and all(
         type(size) is int and 0 < size < 1 << 48 for size in value
     )

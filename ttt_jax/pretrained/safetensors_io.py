@@ -27,19 +27,13 @@ from ttt_jax.files.text import one_line
 INDEX_FILE = "model.safetensors.index.json"
 _NOTE = "ttt_jax_checksums"  # in the metadata of a file: the name of what holds its checksum
 MAX_HEADER_BYTES = 25_000_000  # 70B models have 0.1 MB
-_ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "U16": 2,
-    "I16": 2,
-    "U32": 4,
-    "I32": 4,
-    "U64": 8,
-    "I64": 8,
+_SIZES = {
+    1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"),
+    2: ("U16", "I16"),
+    4: ("U32", "I32"),
+    8: ("U64", "I64"),
 }
+_ITEM_BYTES = {name: size for size, names in _SIZES.items() for name in names}
 FLOATS = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -63,18 +57,20 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> np.dtype | None:
-        """None when the tensor is not made of floats."""
+        """Return the dtype; None when the tensor is not made of floats."""
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of the first axis. Raises CheckpointError when they cannot be read or
-        are not finite.
+        """Read rows `start:stop` of the first axis. Raises CheckpointError when they cannot be read
+        or are not finite.
         """
         ...
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) along the first axis, of at most `max_bytes` each (but of one row at least)."""
+    """Yield (start, stop) along the first axis, of at most `max_bytes` each (but of one row at
+    least).
+    """
     row = max(1, math.prod(shape[1:]) * itemsize)
     step = max(1, max_bytes // row)
     for start in range(0, shape[0], step):
@@ -175,7 +171,7 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 def tensor_file_names(folder: Path) -> list[str]:
-    """The names of what `write_tensors` wrote: safetensors and their index."""
+    """Return the names of what `write_tensors` wrote: safetensors and their index."""
     return sorted(
         path.name
         for path in folder.iterdir()
@@ -205,7 +201,7 @@ def _compare(folder: Path, promised: bool) -> None:
 
 
 def _shards(folder: Path) -> dict[str, set[str]]:
-    """File name -> the tensors that the index says it holds."""
+    """Read file name -> the tensors that the index says it holds."""
     index = folder / INDEX_FILE
     if not index.is_file():
         return {"model.safetensors": set()}
@@ -232,7 +228,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, _Entry], bool]:
-    """The tensors of a file, and whether it says that checksums were written beside it."""
+    """Read the tensors of a file, and whether it says that checksums were written beside it."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

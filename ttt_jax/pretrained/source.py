@@ -112,7 +112,7 @@ def _block(nbytes: int) -> int:
 
 
 def equip(model: ModelConfig, ttt: dict[str, Any] | None, where: str) -> ModelConfig:
-    """The config with TTT layers added. Raises ConfigError when it has others already, or none are
+    """Add TTT layers to the config. Raises ConfigError when it has others already, or none are
     named.
     """
     if not ttt:
@@ -176,7 +176,9 @@ class EquippedTensors:
 
 
 def check_tied_head(source: Source) -> None:
-    """A tied head that is written out must be the embedding: the model has one array for both."""
+    """Check that a tied head that is written out is the embedding: the model has one array for
+    both.
+    """
     tensors = source.tensors
     same = tensors.shape(HEAD) == tensors.shape(EMBED) and tensors.dtype(HEAD) is not None
     if same:

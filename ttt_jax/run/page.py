@@ -78,7 +78,7 @@ def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 
 def read_run(run_dir: str | Path) -> RunFiles:
-    """Everything that the page shows. Raises CheckpointError, one line."""
+    """Read everything that the page shows. Raises CheckpointError, one line."""
     folder = Path(run_dir)
     config = read_run_config(folder)
     damaged: dict[str, int] = {}
@@ -93,7 +93,7 @@ def read_run(run_dir: str | Path) -> RunFiles:
 
 
 def run_page(run: RunFiles) -> str:
-    """The page's HTML."""
+    """Make the page's HTML."""
     curves = _curves(run.metrics)
     title = f"Run {run.config.name}"
     body = [f"<h1>{escape(title)}</h1>", _facts(run, curves), _warnings(run)]
@@ -155,7 +155,7 @@ def _json_object(data: bytes) -> dict[str, Any] | None:
 
 
 def _curves(metrics: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Name -> (steps, values) of every scalar; what is not a finite number is left out."""
+    """Collect name -> (steps, values) of every scalar; what is not a finite number is left out."""
     points: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
     for row in metrics:
         step = row["step"]
@@ -179,7 +179,7 @@ _Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _pictures(curves: _Curves) -> list[tuple[Any, str]]:
-    """(figure, description) of what has been measured."""
+    """Draw (figure, description) of what has been measured."""
     made = [_loss_picture(curves)] if "loss" in curves else []
     for title, panels in (
         ("Fast weights by step", _layer_panels(curves)),
@@ -231,7 +231,7 @@ def _loss_picture(curves: _Curves) -> tuple[Any, str]:
 
 
 def _layer_panels(curves: _Curves) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """(title, [(label, curve)]): one panel for each quantity, one line for each layer."""
+    """Collect (title, [(label, curve)]): one panel for each quantity, one line for each layer."""
     panels = []
     for prefix, quantity, title in (
         ("ttt", "state_ratio", "||S|| / ||W|| after a row"),
@@ -279,7 +279,7 @@ def _row_of_panels(panels: list[tuple[str, list[tuple[str, Any]]]]) -> Any:
 def _draw(
     axes: Any, curve: tuple[np.ndarray, np.ndarray], *, marker: str = "", **style: Any
 ) -> None:
-    """A line through at most `_POINTS` means of neighbouring points."""
+    """Draw a line through at most `_POINTS` means of neighbouring points."""
     steps, values = curve
     if len(steps) > _POINTS:
         parts = np.array_split(np.arange(len(steps)), _POINTS)
@@ -368,7 +368,7 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """One level of nesting as dotted names."""
+    """Write one level of nesting as dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (

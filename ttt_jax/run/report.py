@@ -82,7 +82,7 @@ def write_report(
 def print_report(
     report: dict[str, Any], run_dir: str | Path, console: Console | None = None
 ) -> None:
-    """The report as a table in the terminal; plain text when there is none."""
+    """Print the report as a table in the terminal; plain text when there is none."""
     console = console or Console()
     if report["heldout"]["positions"]:
         print_tables([_table(report)], console, first="right")
@@ -172,7 +172,7 @@ def _number(value: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """numpy and jax scalars and arrays as Python's."""
+    """Turn numpy and jax scalars and arrays into Python's."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -252,7 +252,7 @@ def _loss_by_position(heldout: dict[str, Any], ttt: bool) -> Figure:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of a tenth of the curve, narrower at its ends; no lag."""
+    """Take the mean over a centred window of a tenth of the curve, narrower at its ends; no lag."""
     last = len(values) - 1
     reach = len(values) // 20
     windows = ((i, min(reach, i, last - i)) for i in range(len(values)))
