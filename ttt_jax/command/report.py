@@ -12,10 +12,7 @@ from ttt_jax.terminal import printable
 
 @click.command(
     cls=Command,
-    epilog=examples(
-        "ttt-jax report runs/books",
-        "ttt-jax report runs/books --out books.html",
-    ),
+    epilog=examples("ttt-jax report runs/books", "ttt-jax report runs/books --out books.html"),
 )
 @click.argument("run", type=EXISTING, metavar="RUN")
 @click.option(

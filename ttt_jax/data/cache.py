@@ -203,8 +203,7 @@ def _index_of(partial: Path) -> Path:
 def _not_written(error: OSError) -> DataError:
     return DataError(
         f"cache folder {cache_folder()}: cannot write tokenised text there ({error.strerror}); "
-        "free "
-        "some space, or name another folder in the environment variable TTT_JAX_CACHE"
+        "free some space, or name another folder in the environment variable TTT_JAX_CACHE"
     )
 
 

@@ -36,8 +36,7 @@ def open_documents(model: Transformer, data: str | Path, option: str = "--perple
             if text := [file for file in files if file.format not in ("npy", "arrayrecord")]:
                 raise DataError(
                     f"{option} {data}: {text[0].path.name} is text and the model's folder has no "
-                    "tokenizer.json; add it, "
-                    "or give token ids in .npy"
+                    "tokenizer.json; add it, or give token ids in .npy"
                 )
         corpus = load_corpus(config, model.tokenizer or ByteTokenizer())
     except DataError as error:

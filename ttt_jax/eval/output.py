@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import interval, tables, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
+from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.text import atomic_write_text, one_line
 from ttt_jax.tables import Table, number, print_tables
 
@@ -73,23 +73,12 @@ def write_folder(out: Path, files: dict[str, str], overwrite: bool) -> None:
     Raises: UserError when `out` may not be replaced or cannot be written.
     """
     check_out(out, overwrite)
-    part = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, text in files.items():
-            (part / name).parent.mkdir(exist_ok=True)
-            atomic_write_text(part / name, text)
-        old = out.with_name(f".{out.name}.old")
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        part.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:  # Ctrl-C, too: nothing half-written stays behind
-        shutil.rmtree(part, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
+        with new_folder(out, replace=True) as part:
+            for name, text in files.items():
+                (part / name).parent.mkdir(exist_ok=True)
+                atomic_write_text(part / name, text)
+    except OSError as error:
         raise UserError(
             f"--out {out}: could not be written ({error.strerror}); free space or choose another "
             "folder"

@@ -75,9 +75,8 @@ def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) 
     body = [
         f"<h1>{escape(title)}</h1>",
         "<p class='note'>Each token is coloured by log p with TTT minus log p without, on the "
-        "same weights: blue where "
-        f"adaptation helps, orange where it hurts. {mean}{helped} Hover over a token for the "
-        "figures.</p>",
+        f"same weights: blue where adaptation helps, orange where it hurts. {mean}{helped} Hover "
+        "over a token for the figures.</p>",
         f"<p class='legend'>{legend} nats</p>",
         f"<pre class='text'>{''.join(spans)}</pre>",
     ]

@@ -301,8 +301,7 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
         if options is None or not (options.perplexity or options.tasks):
             raise UserError(
                 f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an "
-                "evaluation, or a model and "
-                "--perplexity DATA or --tasks TASKS"
+                "evaluation, or a model and --perplexity DATA or --tasks TASKS"
             )
         results, text_html = evaluate(
             dataclasses.replace(options, model=folder), out and out / name, overwrite

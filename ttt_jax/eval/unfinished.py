@@ -54,8 +54,7 @@ class Unfinished:
             difference = f"{name}: {header.get(name)!r:.80} there, {self._about[name]!r:.80} here"
             raise UserError(
                 f"--out {folder}: holds an unfinished evaluation of another command "
-                f"({difference}); "
-                "give the same command, another folder, or --overwrite to drop it"
+                f"({difference}); give the same command, another folder, or --overwrite to drop it"
             )
         if wrong:
             self._known = {}

@@ -20,6 +20,7 @@ from ttt_jax.checkpoint.checkpointer import load_model_params
 from ttt_jax.checkpoint.checksums import write_checksums
 from ttt_jax.config import ModelConfig, replace
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
+from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.reading import list_names
 from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.pretrained.export import copy_companions
@@ -31,7 +32,6 @@ from ttt_jax.pretrained.hf_weights import (
     tensor_names,
     tensor_shapes,
 )
-from ttt_jax.pretrained.new_folder import new_folder
 from ttt_jax.pretrained.orbax_folder import OrbaxTensors, OrbaxWriter
 from ttt_jax.pretrained.orbax_layout import Description, is_model_folder, write_description
 from ttt_jax.pretrained.safetensors_io import (

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ttt_jax.checkpoint.checksums import write_checksums
 from ttt_jax.errors import CheckpointError
+from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.reading import MAX_TOKENIZER_BYTES, check_regular, inside
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import write_model
-from ttt_jax.pretrained.new_folder import new_folder
 from ttt_jax.pretrained.safetensors_io import tensor_file_names
 
 COMPANIONS = (

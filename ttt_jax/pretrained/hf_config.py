@@ -308,11 +308,9 @@ def _family(model: ModelConfig) -> str:
         return "mistral"
     raise ConfigError(
         "config field model: no Hugging Face architecture has this combination of qk_norm, biases "
-        "and sliding windows "
-        f"(qk_norm {model.qk_norm}, qkv_bias {model.qkv_bias}, o_bias {model.o_bias}, mlp_bias "
-        f"{model.mlp_bias}, "
-        f"sliding_window {model.sliding_window}, full_attention_layers "
-        f"{list(model.full_attention_layers)})"
+        f"and sliding windows (qk_norm {model.qk_norm}, qkv_bias {model.qkv_bias}, o_bias "
+        f"{model.o_bias}, mlp_bias {model.mlp_bias}, sliding_window {model.sliding_window}, "
+        f"full_attention_layers {list(model.full_attention_layers)})"
     )
 
 

@@ -25,12 +25,7 @@ from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.model.ttt_mlp import KERNEL
 from ttt_jax.pretrained.hf_config import read_config
-from ttt_jax.pretrained.safetensors_io import (
-    TensorFiles,
-    TensorSource,
-    TensorSpec,
-    write_tensors,
-)
+from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource, TensorSpec, write_tensors
 
 # -------------------------------------------------------------------------------------------- names
 

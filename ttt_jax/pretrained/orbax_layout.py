@@ -45,11 +45,7 @@ _ZARRAY = {
     "chunks": [],
     "dtype": "",
 }
-_ZARR_DTYPES = {
-    "<f4": DTYPES["float32"],
-    "<f2": DTYPES["float16"],
-    "bfloat16": DTYPES["bfloat16"],
-}
+_ZARR_DTYPES = {"<f4": DTYPES["float32"], "<f2": DTYPES["float16"], "bfloat16": DTYPES["bfloat16"]}
 
 
 # -------------------------------------------------------------------------------------- description

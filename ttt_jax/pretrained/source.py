@@ -190,7 +190,6 @@ def check_tied_head(source: Source) -> None:
                 break
     if not same:
         raise CheckpointError(
-            f"checkpoint {source.folder}: tie_word_embeddings is true, but {HEAD} is not "
-            f"{EMBED}; "
+            f"checkpoint {source.folder}: tie_word_embeddings is true, but {HEAD} is not {EMBED}; "
             "correct config.json or remove the tensor"
         )

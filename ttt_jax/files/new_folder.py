@@ -1,4 +1,4 @@
-"""A model folder that appears complete or not at all."""
+"""A folder that appears complete or not at all."""
 
 from __future__ import annotations
 
