@@ -133,6 +133,8 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
     tasks.
     """
     from ttt_jax.eval import output, run
+    from ttt_jax.eval.tables import tables
+    from ttt_jax.tables import print_tables
 
     if (folder is None) == (not compare):
         raise click.UsageError("give --model DIR or --compare A B, one of them")
@@ -151,10 +153,10 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
     )
     if compare:
         first, second = compare
-        output.print_tables(run.compare(first, second, chosen, out, overwrite))
+        print_tables(run.compare(first, second, chosen, out, overwrite))
     elif out is not None:
         results, text_html = run.evaluate(chosen, out, overwrite)
         output.write_folder(out, output.files_of(results, text_html), overwrite)
-        output.print_results(results)
+        print_tables(tables(results))
     if out is not None:
         print(printable(f"results: {out}"))

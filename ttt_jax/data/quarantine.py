@@ -114,8 +114,8 @@ class Rejects:
         self._kinds: collections.Counter[str] = collections.Counter()
         self._listed: list[dict[str, Any]] = []
 
-    def good(self, count: int = 1) -> None:
-        self._records += count
+    def good(self) -> None:
+        self._records += 1
 
     def bad(self, path: Path, label: str, record: BadRecord) -> None:
         """Count a malformed record. Raises DataError, one line, when all of the first records are

@@ -19,11 +19,11 @@ from ttt_jax.model.transformer import Transformer
 _FIELD = "data.train"  # the loader's name for what is read
 
 
-def open_documents(model: Transformer, data: str | Path, option: str = "--perplexity") -> Corpus:
+def open_documents(model: Transformer, data: str | Path) -> Corpus:
     """Open all documents of a file, a folder or "stdlib", tokenised; text gets no end token.
 
-    Raises: DataError naming `option` when the source is missing, unreadable, empty, or text without
-    a tokenizer.
+    Raises: DataError naming --perplexity when the source is missing, unreadable, empty, or text
+    without a tokenizer.
     """
     data_config = dataclasses.replace(
         Config().data, train=(str(data),), eos=False, max_bad_records=0.0
@@ -35,23 +35,23 @@ def open_documents(model: Transformer, data: str | Path, option: str = "--perple
             # ArrayRecord may hold ids; if it holds text, that is found below.
             if text := [file for file in files if file.format not in ("npy", "arrayrecord")]:
                 raise DataError(
-                    f"{option} {data}: {text[0].path.name} is text and the model's folder has no "
-                    "tokenizer.json; add it, or give token ids in .npy"
+                    f"--perplexity {data}: {text[0].path.name} is text and the model's folder has "
+                    "no tokenizer.json; add it, or give token ids in .npy"
                 )
         corpus = load_corpus(config, model.tokenizer or ByteTokenizer())
     except DataError as error:
         raise DataError(
-            str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"{option} {data}")
+            str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"--perplexity {data}")
         ) from None
     if corpus.has_text and model.tokenizer is None:
         raise DataError(
-            f"{option} {data}: holds text and the model's folder has no tokenizer.json; add it, "
+            f"--perplexity {data}: holds text and the model's folder has no tokenizer.json; add it, "
             "or give token ids"
         )
     return corpus
 
 
-def choose(corpus: Corpus, tokens: int, limit: int | None, option: str = "--lengths") -> list[int]:
+def choose(corpus: Corpus, tokens: int, limit: int | None) -> list[int]:
     """Choose the first `limit` documents that have at least `tokens` tokens.
 
     Raises: DataError when there is none, naming the longest.
@@ -59,7 +59,7 @@ def choose(corpus: Corpus, tokens: int, limit: int | None, option: str = "--leng
     found = [int(i) for i in np.flatnonzero(corpus.length_N >= tokens)]
     if not found:
         raise DataError(
-            f"{option}: no document has {tokens} tokens (the longest of {len(corpus)} has "
+            f"--lengths: no document has {tokens} tokens (the longest of {len(corpus)} has "
             f"{int(corpus.length_N.max())}); "
             f"give lengths below {int(corpus.length_N.max())} or longer documents"
         )

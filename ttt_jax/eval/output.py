@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.eval.tables import interval, tables, tokens
+from ttt_jax.eval.tables import interval, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.text import atomic_write_text, one_line
-from ttt_jax.tables import Table, number, print_tables
+from ttt_jax.tables import Table, number
 
 RESULTS = "results.json"
 _MAX_BYTES = 256 << 20  # of results.json
@@ -119,10 +118,6 @@ def read_results(folder: Path) -> dict[str, Any]:
             "ttt-jax eval"
         )
     return results
-
-
-def print_results(results: dict[str, Any], console: Console | None = None) -> None:
-    print_tables(tables(results), console)
 
 
 # --------------------------------------------------------------------------------------- comparison

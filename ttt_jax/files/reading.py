@@ -150,6 +150,7 @@ def companion_fields(folder: Path, name: str) -> dict[str, Any]:
     return {} if path is None else read_json_object(path, CheckpointError)
 
 
-def list_names(names: Sequence[str], limit: int = 100) -> str:
-    shown = ", ".join(show(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+def list_names(names: Sequence[str]) -> str:
+    """Join names from a file for a one-line message, the first hundred of them."""
+    shown = ", ".join(show(name) for name in names[:100])
+    return shown if len(names) <= 100 else f"{shown} and {len(names) - 100} more"

@@ -34,7 +34,6 @@ class Source:
     read yet.
     """
 
-    kind: str  # "Hugging Face folder", "converted folder", "run folder"
     folder: Path
     model: ModelConfig
     hf_config: dict[str, Any] | None
@@ -67,7 +66,6 @@ def _open_converted(folder: Path) -> Source:
     check_layout(folder, abstract)
     stored = OrbaxTensors(find_checkpoint(folder), abstract, about.dtypes, about.tied_head)
     return Source(
-        "converted folder",
         folder,
         about.model,
         about.hf_config,
@@ -84,7 +82,7 @@ def _open_hugging_face(folder: Path) -> Source:
     files = TensorFiles(folder)
     abstract = abstract_model(model, files, str(folder))
     block = _block(files.largest_file // 16)
-    return Source("Hugging Face folder", folder, model, raw, files, abstract, block, str(folder))
+    return Source(folder, model, raw, files, abstract, block, str(folder))
 
 
 def _open_run(path: str | Path) -> Source:
@@ -102,9 +100,7 @@ def _open_run(path: str | Path) -> Source:
     stored = OrbaxTensors(find_checkpoint(folder), abstract)
     load_tokenizer(config.data.tokenizer)  # said now rather than after the conversion
     block = _block(stored.block_bytes)
-    return Source(
-        "run folder", folder, config.model, None, stored, abstract, block, config.data.tokenizer
-    )
+    return Source(folder, config.model, None, stored, abstract, block, config.data.tokenizer)
 
 
 def _block(nbytes: int) -> int:
