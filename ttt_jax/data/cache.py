@@ -19,7 +19,7 @@ from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy
 from ttt_jax.files.text import cache_folder
 
-# bytes of tokens kept in memory; grain copies them into every worker process
+# Bytes of tokens kept in memory; grain copies them into every worker process.
 MEMORY_LIMIT = 64 << 20
 _PARTIAL = "partial-"  # how the names of unfinished files begin
 _STALE = 86_400.0  # seconds after which an unfinished file that cannot be locked is nobody's
@@ -51,7 +51,7 @@ class TokenArray:
             # Touching a page behind the end of a file kills the process, so its length is asked for
             # before each read.
             size = self._bytes
-            # a file that was removed stays whole where it is mapped
+            # A file that was removed stays whole where it is mapped.
             with contextlib.suppress(FileNotFoundError):
                 size = self._path.stat().st_size
             if size < self._bytes or start + length > len(array):
@@ -213,7 +213,7 @@ def load_cached(key: str, dtype: np.dtype) -> tuple[TokenArray, dict[str, np.nda
     """
     tokens, index = _paths(key)
     try:
-        # numpy closes no damaged file
+        # numpy does not close a damaged file.
         with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             arrays = dict(saved)
         if tokens.stat().st_size != int(arrays["length_N"].sum()) * dtype.itemsize:

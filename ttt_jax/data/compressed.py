@@ -129,7 +129,7 @@ class _FrameWalker:
         self._file = file
         self._head = b""  # of the header that is being read
         self._skip = 0  # bytes to the next header
-        # reads the next header from `_head`: its length, or 0 when more bytes are needed
+        # Reads the next header from `_head`: its length, or 0 when more bytes are needed.
         self._next = self._magic
         self._checksum = False
 

@@ -31,9 +31,9 @@ from ttt_jax.errors import DataError
 
 _CACHE_VERSION = 3  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
-# tokens of one .npy file that are checked up front; the rest is checked when it is read
+# Tokens of one .npy file that are checked up front; the rest is checked when it is read.
 _CHECK_TOKENS = 1 << 30
-# train and held-out share one corpus
+# Training and held-out documents share one corpus.
 _recent: collections.OrderedDict[str, Corpus] = collections.OrderedDict()
 
 

@@ -40,7 +40,7 @@ def find_documents(files: list[SourceFile], key_K: np.ndarray) -> list[tuple[str
     seed_F = np.array([_seed(file) for file in files], np.uint64)
     found = []
     for key, mixed in zip(key_K, mixed_K, strict=True):
-        # a random 64-bit number for the other files
+        # For the other files this is a random 64-bit number.
         index_F = (mixed - seed_F) * _inverse(_STEP) - np.uint64(1)
         best = int(np.argmin(index_F))
         index = int(index_F[best])

@@ -22,7 +22,7 @@ from ttt_jax.errors import DataError
 
 OPEN_BINS = 16  # partly filled rows per slot among which a piece may choose
 PATIENCE = 1024  # pieces of the slot after which an open row leaves as it is
-# an endless grain.MapDataset of piece numbers (whose own annotation lets every item be None)
+# An endless grain.MapDataset of piece numbers; its own annotation lets every item be None.
 Order = Any
 
 
@@ -148,7 +148,7 @@ class SlotPlan:
     def next_row(self) -> list[int]:
         """Return the places, in the global order, of the pieces of the next row."""
         while True:
-            # the first was opened first
+            # The first was opened first.
             if self._bins and self._next - self._bins[0][0] > PATIENCE * self._slots:
                 return self._emit(0)
             place = self._next

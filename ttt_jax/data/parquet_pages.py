@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from ttt_jax.data.compressed import check_budget
 
-# bytes in which a header is looked for; a longer one is read again with 16 times as many
+# Bytes in which a header is looked for; a longer one is read again with 16 times as many.
 _WINDOW = 1 << 16
 _LONGEST = 1 << 24
 _DEEPEST = 8  # structs and lists within one another

@@ -19,7 +19,7 @@ from ttt_jax.files.text import atomic_write_text
 
 QUARANTINE_FILE = "quarantine.jsonl"
 _LISTED = 100_000  # records that are listed; all are counted
-# when so many at the beginning are all bad, a setting is wrong, and reading on would waste hours
+# When so many at the beginning are all bad, a setting is wrong; reading on would waste hours.
 _HOPELESS = 100
 _EXCERPT = 200  # characters
 

@@ -131,7 +131,7 @@ def _folder_format(path: Path, format: str, label: str) -> str | None:
     file = SourceFile(path, path.name, "text", label)
     try:
         with open_file(file) as stream:
-            # a NUL is the usual sign of a binary file
+            # A NUL is the usual sign of a binary file.
             return None if b"\0" in stream.read(4096) else "text"
     except DAMAGE as error:
         raise file.error(f"cannot be read ({reason_of(error)}); remove or replace it") from None

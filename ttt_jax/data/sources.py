@@ -271,7 +271,7 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
                 start += len(records)
     except BudgetError:
         raise
-    # damage anywhere: blocks have checksums of their own
+    # Damage anywhere is seen: blocks have checksums of their own.
     except (RuntimeError, ValueError, IndexError) as error:
         raise file.error(
             f"not a readable ArrayRecord file ({reason_of(error)}); replace it"

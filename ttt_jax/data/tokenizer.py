@@ -87,7 +87,7 @@ class JsonTokenizer:
         raw = read_bounded(path, MAX_TOKENIZER_BYTES, CheckpointError)
         try:
             tokenizer = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-        # a malformed file raises bare Exception; a panic of its Rust code is no Exception
+        # A malformed file raises bare Exception; a panic of its Rust code is no Exception.
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -99,7 +99,7 @@ class JsonTokenizer:
         tokenizer.no_truncation()
         self._tokenizer, self._path = tokenizer, path
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
-        # ids may have holes, so the number of entries is not enough
+        # Ids may have holes, so the number of entries is not enough.
         self.vocab_size: int = max(ids, default=-1) + 1
         self.eos_id: int | None = self._find_eos(path.parent)
         self.fingerprint: str = hashlib.sha256(raw + str(self.eos_id).encode()).hexdigest()[:16]

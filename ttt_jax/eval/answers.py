@@ -67,7 +67,7 @@ class Judge:
         Raises: UserError for rows that are not token ids of the model; NotFiniteError.
         """
         ids = check_ids(rows, self.model.config.vocab_size)
-        # equal lengths together: little padding, few shapes
+        # Equal lengths come together: little padding, few shapes.
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         result: list[Judgement | None] = [None] * len(ids)
         for start in range(0, len(order), self.batch_size):

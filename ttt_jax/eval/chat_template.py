@@ -169,7 +169,7 @@ class ChatTemplate:
             answer = None
         finally:
             clock.cancel()
-            # also when this process is interrupted: an answer that comes later answers nothing
+            # Also when this process is interrupted: an answer that comes later answers nothing.
             if answer is None:
                 self.close()
         if answer is None:

@@ -50,7 +50,7 @@ def fast_weights(
     layers: dict[int, list[dict[str, Any]]] = {layer: [] for layer in _layer_indices(model)}
     for mark in marks:
         state = _read(frozen, model, ids, state, position, mark * C)
-        # the pending tokens' activations z are in the state, S is still that of `mark`
+        # The pending tokens' activations z are in the state, S is still that of `mark`.
         state = _read(frozen, model, ids, state, mark * C, mark * C + C - 1)
         state, measured = measure(frozen, state)
         values = np.stack([np.asarray(x) for x in measured], axis=1).tolist()

@@ -45,8 +45,8 @@ def open_documents(model: Transformer, data: str | Path) -> Corpus:
         ) from None
     if corpus.has_text and model.tokenizer is None:
         raise DataError(
-            f"--perplexity {data}: holds text and the model's folder has no tokenizer.json; add it, "
-            "or give token ids"
+            f"--perplexity {data}: holds text and the model's folder has no tokenizer.json; add "
+            "it, or give token ids"
         )
     return corpus
 

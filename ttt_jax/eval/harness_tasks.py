@@ -90,7 +90,7 @@ def evaluate_tasks(
         mode: build(path, model=model, ttt=mode == "on", batch_size=batch_size, piece=piece)
         for mode in modes
     }
-    # those that make samples of a wanted length; all, until they are loaded
+    # The tasks that make samples of a wanted length; all of them, until they are loaded.
     generated = list(names)
     # One length at a time: the harness applies `limit` to the samples of all lengths together.
     for length in sorted(lengths):
@@ -164,7 +164,7 @@ def _run(
             raise NotFiniteError(
                 f"--tasks {task}: {metric} = {value}; leave the task out, or give more samples"
             )
-        # of one sample there is none
+        # One sample has no standard error.
         error = error if error is not None and math.isfinite(error) else None
         samples = found["n-samples"].get(task, {}).get("effective", 0)
         rows.append((task, metric, samples, value, error))
@@ -235,7 +235,7 @@ def _load(manager: Any, name: str) -> list[Any]:
         raise UserError(
             f"--tasks {name}: needs a package that is missing ({reason_of(error, 300)}); {_SCARCE}"
         ) from None
-    # whatever a download raises: OSError, requests, httpx, datasets, nltk
+    # A download may raise errors of OSError, requests, httpx, datasets or nltk.
     except Exception as error:
         raise _no_data(name, error) from None
 

@@ -77,7 +77,7 @@ class Reader:
         self.size = piece_size(model, piece)
         self.chunk = model.config.ttt.chunk_size
         self.watch = Watch(model)
-        # called with every token (per row) that was read
+        # Called with the number of tokens (per row) that were read.
         self.on_tokens: Callable[[int], None] = lambda tokens: None
 
     def block_losses(
@@ -159,7 +159,7 @@ class Reader:
             )
             self.watch.note(ratio_LB)
             losses.append(logprobs_BP)
-            # the host follows a few pieces behind, so that the device never waits for it
+            # The host follows a few pieces behind, so that the device never waits for it.
             if len(losses) > _IN_FLIGHT:
                 losses[-_IN_FLIGHT - 1] = np.asarray(losses[-_IN_FLIGHT - 1])
             self.on_tokens(last - first)

@@ -97,7 +97,7 @@ class IdAlphabet:
     def encode(self, word: str) -> list[int]:
         if word in self._ids:
             return [self._ids[word]]
-        # words of the templates: ids of their own, in the order of their appearance
+        # Words of the templates get ids of their own, in the order of their appearance.
         if word not in self._used:
             self._used[word] = int(self._marks[len(self._used)])
         return [self._used[word]]
@@ -393,7 +393,7 @@ def _grade(example: Example, judgement: Judgement) -> tuple[float, float]:
     """Grade an answer: (share of the answers whose every token is greedy, mean loss of their
     tokens).
     """
-    # token t is judged at t - 1
+    # Token t is judged at t - 1.
     spans = [slice(start - 1, stop - 1) for start, stop in example.answers]
     right = np.mean([bool(judgement.greedy_T[span].all()) for span in spans])
     nll = -np.concatenate([judgement.logprobs_T[span] for span in spans]).mean(dtype=np.float64)

@@ -18,7 +18,7 @@ def map_npy(path: str | Path) -> np.ndarray:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    # numpy parses the header as Python literals: damaged ones surface in many ways
+    # numpy parses the header as Python literals: damaged ones surface in many ways.
     except Exception as error:
         raise ValueError(reason_of(error)) from None
     if not isinstance(array, np.ndarray):

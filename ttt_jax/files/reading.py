@@ -131,7 +131,7 @@ def read_json_object(
     """Read a JSON object from a file of bounded size. Raises `error`, one line."""
     try:
         raw = json.loads(read_bounded(path, limit, error).decode("utf-8"))
-    # bad UTF-8, bad JSON, absurd integers, absurd nesting
+    # Bad UTF-8, bad JSON, absurd integers, absurd nesting.
     except (ValueError, RecursionError) as problem:
         if isinstance(problem, UserError):
             raise

@@ -109,7 +109,7 @@ class LineFile:
                 if os.write(self._file, line) != len(line):
                     raise OSError("only a part was written")
             except OSError:
-                # of a file that cannot be written at all any more
+                # The file may be one that cannot be written at all any more.
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, self._size)  # no half lines
                 return False

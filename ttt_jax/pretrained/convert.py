@@ -115,7 +115,7 @@ def convert(
             else:
                 _write_orbax(work, folder, _Counter(show))
             if work.source.tokenizer != "bytes":
-                # without checksums, like config.json: people change them by hand
+                # Without checksums, like config.json: people change them by hand.
                 copy_companions(work.source.tokenizer, folder)
             rms = _verify(work, folder, output) if verify else None
     except OSError as error:
@@ -167,7 +167,7 @@ def _prepare(
     fresh = {name for name in names if ".mlp.ttt_" in name} if model != source.model else set()
     if any(name in source.tensors for name in fresh):
         fresh = set()  # the tensors are there, only config.json does not say so
-    # new targets need not follow the official code
+    # New targets need not follow the official code.
     if fresh and "normalize_source" not in (ttt or {}):
         model = replace(model, {"ttt.normalize_source": True})
     check_tensors(abstract, source.tensors, where, optional=fresh)
@@ -294,14 +294,14 @@ def _hf_config(source: Source, model: ModelConfig, dtype: str) -> dict[str, Any]
     ours = config_to_hf(model)
     if source.hf_config is None:
         return ours | {"dtype": dtype}
-    # code is not carried along
+    # Code is not carried along.
     raw = {name: value for name, value in source.hf_config.items() if name != "auto_map"}
     if model != source.model:
         raw |= {name: value for name, value in ours.items() if name.startswith("ttt_")}
     for name in ("torch_dtype", "dtype"):  # transformers 4, 5
         if name in raw:
             raw[name] = dtype
-    # a clip norm, say, that a converted folder's config was given by hand
+    # A converted folder's config may have been given a clip norm, say, by hand.
     if config_from_hf(raw) != model:
         raise ConfigError(
             f"model {source.folder}: its hf_config does not describe its model; convert the "

@@ -86,7 +86,7 @@ def copy_companions(source: str | Path | None, folder: Path) -> None:
     if not source.is_dir():
         _copy(source, folder / "tokenizer.json")
         return
-    # glob would pass over links that lead nowhere
+    # glob would pass over links that lead nowhere.
     for name in sorted(entry.name for entry in source.iterdir()):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS):
             path = inside(source, name)

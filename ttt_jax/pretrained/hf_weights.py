@@ -194,9 +194,9 @@ def check_tensors(
     floats.
     """
     shapes = tensor_shapes(abstract)
-    # a tied head is sometimes written out
+    # A tied head is sometimes written out.
     ignored = {"lm_head.weight"} if abstract.head is None else set()
-    # a constant that old exports carry
+    # Old exports carry this constant.
     ignored |= {name for name in source if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(set(shapes) - set(source) - optional)
     extra = sorted(set(source) - set(shapes) - ignored)

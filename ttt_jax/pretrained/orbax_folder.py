@@ -30,7 +30,7 @@ from ttt_jax.pretrained.hf_weights import parameters, tensor_places
 from ttt_jax.pretrained.orbax_layout import MODEL, misfits
 from ttt_jax.pretrained.safetensors_io import DTYPES, all_finite
 
-# chunks cut the last axis, too: devices that hold slices of it need not each read everything
+# Chunks cut the last axis, too: devices that hold slices of it need not each read everything.
 _CHUNK_COLUMNS = 8
 _CHUNK_BYTES = 8 << 20
 
@@ -116,7 +116,7 @@ class OrbaxWriter:
         try:
             target = self._arrays[ours][(*index, slice(start, start + rows.shape[0]))]
             target.write(rows, can_reference_source_data_indefinitely=True).result()
-        # tensorstore's is a ValueError, for instance when the disk is full
+        # tensorstore raises ValueError, for instance when the disk is full.
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"output: tensor {name} could not be written ({reason_of(error)}); free space"
@@ -262,7 +262,7 @@ class OrbaxTensors:
                 "kvstore": _kvstore(self.checkpoint / MODEL, ours),
             }
             if self._driver == "zarr":
-                # a chunk that is gone is an error, not zeros
+                # A chunk that is gone is an error, not zeros.
                 spec["fill_missing_data_reads"] = False
             self._open = (
                 ours,

@@ -160,7 +160,7 @@ def all_finite(array: np.ndarray) -> bool:
     flat, block = array.reshape(-1), 1 << 18  # in blocks: the temporaries stay small
     for start in range(0, flat.size, block):
         part = flat[start : start + block]
-        # all exponent bits set; several times faster than isfinite
+        # All exponent bits are set; several times faster than isfinite.
         if part.dtype == FLOATS["BF16"]:
             bad = bool(((part.view(np.uint16) & 0x7F80) == 0x7F80).any())
         else:
@@ -352,7 +352,7 @@ def write_tensors(
     count, weight_map = len(shards), {}
     for i, shard in enumerate(shards, start=1):
         name = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-        # wide first: aligned
+        # Wide ones first, so that all are aligned.
         _write_file(folder / name, sorted(shard, key=lambda spec: -spec.dtype.itemsize), blocks)
         weight_map |= {spec.name: name for spec in shard}
     if count > 1:
