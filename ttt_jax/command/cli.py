@@ -21,7 +21,11 @@ from ttt_jax.command.score import score
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "show_default": True,
+    },
     commands=[convert, score, generate, evaluate, plan, report],
 )
 @click.version_option(__version__, prog_name="ttt-jax")

@@ -29,11 +29,7 @@ from ttt_jax.terminal import printable
     help="Of every tensor.  [default: as in SRC]",
 )
 @click.option(
-    "--shard-gb",
-    type=click.FloatRange(min=0, min_open=True),
-    default=5.0,
-    show_default=True,
-    help="Of --to hf.",
+    "--shard-gb", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Of --to hf."
 )
 @click.option(
     "--ttt.layers", "layers", metavar="0,6,12", help="Give a plain model TTT on these layers."
@@ -49,9 +45,7 @@ from ttt_jax.terminal import printable
 @click.option(
     "--ttt.proj", "proj", type=bool, metavar="true|false", help="Multiply the target by W_target."
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the TTT parameters' initialisation."
-)
+@click.option("--seed", type=int, default=0, help="Of the TTT parameters' initialisation.")
 @click.option(
     "--verify",
     is_flag=True,

@@ -38,16 +38,12 @@ from ttt_jax.terminal import printable
 @click.option(
     "--tasks",
     default="",
+    show_default=False,
     metavar="A,B",
     help='"synthetic", and tasks of lm-evaluation-harness (extra "eval").',
 )
-@click.option(
-    "--lengths",
-    default="2k,4k",
-    show_default=True,
-    help="Context lengths in tokens; k = 1024, m = 1024 k.",
-)
-@click.option("--ttt", type=click.Choice(["on", "off", "both"]), default="both", show_default=True)
+@click.option("--lengths", default="2k,4k", help="Context lengths in tokens; k = 1024, m = 1024 k.")
+@click.option("--ttt", type=click.Choice(["on", "off", "both"]), default="both")
 @click.option(
     "--shuffled/--no-shuffled",
     default=None,
@@ -59,11 +55,7 @@ from ttt_jax.terminal import printable
     help="Final tokens that are scored.  [default: half the shortest length]",
 )
 @click.option(
-    "--documents",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Of DATA, at most; the first ones.",
+    "--documents", type=click.IntRange(1), default=64, help="Of DATA, at most; the first ones."
 )
 @click.option(
     "--diagnostics",
@@ -74,25 +66,13 @@ from ttt_jax.terminal import printable
     "--html", is_flag=True, help="text.html: the first document coloured by the gain of each token."
 )
 @click.option(
-    "--html-tokens",
-    type=click.IntRange(2),
-    default=8192,
-    show_default=True,
-    help="Of --diagnostics and --html.",
+    "--html-tokens", type=click.IntRange(2), default=8192, help="Of --diagnostics and --html."
 )
 @click.option(
-    "--form",
-    type=click.Choice(["ids", "text"]),
-    default="ids",
-    show_default=True,
-    help="Of the synthetic words.",
+    "--form", type=click.Choice(["ids", "text"]), default="ids", help="Of the synthetic words."
 )
 @click.option(
-    "--examples",
-    type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    help="Per synthetic task and length.",
+    "--examples", type=click.IntRange(1), default=32, help="Per synthetic task and length."
 )
 @click.option("--limit", type=click.IntRange(1), help="Samples per harness task.  [default: all]")
 @click.option(
@@ -104,18 +84,10 @@ from ttt_jax.terminal import printable
     help="Put harness prompts into the chat template of tokenizer_config.json.",
 )
 @click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=8,
-    show_default=True,
-    help="Documents or samples read at once.",
+    "--batch-size", type=click.IntRange(1), default=8, help="Documents or samples read at once."
 )
 @click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Of the bootstrap and the synthetic tasks.",
+    "--seed", type=click.IntRange(0), default=0, help="Of the bootstrap and the synthetic tasks."
 )
 @click.option(
     "--compare",

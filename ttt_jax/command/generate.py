@@ -42,16 +42,14 @@ if TYPE_CHECKING:
     "--prompt-file", multiple=True, type=EXISTING, help="UTF-8 text file; several make a batch."
 )
 @IDS
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128)
+@click.option("--temperature", type=float, default=0.0, help="0 is greedy.")
 @click.option("--top-k", type=int, help="Keep the k most likely tokens.")
 @click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability.")
 @click.option("--min-p", type=float, help="Keep tokens at least this much as likely as the best.")
 @click.option("--stop", multiple=True, help="Text that ends a completion.")
 @click.option("--ignore-eos", is_flag=True, help="Write on after an end token.")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Row i of a batch draws with seed + i."
-)
+@click.option("--seed", type=int, default=0, help="Row i of a batch draws with seed + i.")
 @click.option(
     "--session",
     type=EXISTING,

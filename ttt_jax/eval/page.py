@@ -132,9 +132,13 @@ def _values(entries: list[dict[str, Any]], key: str, field: str) -> np.ndarray:
     return np.array([entry[key][field] for entry in entries], np.float64)  # None -> nan
 
 
-def _line(axes: Any, x: Any, entries: list[dict[str, Any]], key: str, **style: Any) -> None:
+def _style(mode: str, label: str) -> dict[str, Any]:
+    return {"color": COLOURS[mode], "marker": MARKERS[mode], "label": label, "linewidth": 2}
+
+
+def _line(axes: Any, x: Any, entries: list[dict[str, Any]], key: str, style: dict) -> None:
     mean, low, high = (_values(entries, key, field) for field in ("mean", "low", "high"))
-    axes.plot(x, mean, linewidth=2, **style)
+    axes.plot(x, mean, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
@@ -149,21 +153,13 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
     x_position = [(entry["start"] + entry["stop"]) / 2 for entry in positions]
     for column, (x, entries) in enumerate(((x_length, lengths), (x_position, positions))):
         for mode in part["modes"]:
-            style = {"color": COLOURS[mode], "marker": MARKERS[mode], "label": f"TTT {mode}"}
-            axes[0, column].plot(x, _values(entries, mode, "mean"), linewidth=2, **style)
+            values = _values(entries, mode, "mean")
+            axes[0, column].plot(x, values, **_style(mode, f"TTT {mode}"))
         if paired:
             below = axes[1, column]
-            _line(below, x, entries, "gain", color=COLOURS["on"], marker="o", label="off - on")
+            _line(below, x, entries, "gain", _style("on", "off - on"))
             if "gain_shuffled" in entries[0]:
-                _line(
-                    below,
-                    x,
-                    entries,
-                    "gain_shuffled",
-                    color=COLOURS["shuffled"],
-                    marker="^",
-                    label="off - shuffled",
-                )
+                _line(below, x, entries, "gain_shuffled", _style("shuffled", "off - shuffled"))
             below.axhline(0, color="black", linewidth=0.8)
             below.set_ylabel("gain (nats), 95 %")
         for row in axes[:, column]:
@@ -190,15 +186,7 @@ def _distance_picture(part: dict[str, Any]) -> str | None:
     x = [entry["distance"] for entry in sweep]
     for mode in part["modes"]:
         entries = [entry[mode] for entry in sweep]
-        _line(
-            axes,
-            x,
-            entries,
-            "accuracy",
-            color=COLOURS[mode],
-            marker=MARKERS[mode],
-            label=f"TTT {mode}",
-        )
+        _line(axes, x, entries, "accuracy", _style(mode, f"TTT {mode}"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [tokens(n) for n in x])
     axes.minorticks_off()
