@@ -179,13 +179,10 @@ def comparison_files(
 
 
 def _row(
-    what: str, mode: str, a: float | None, b: float | None, difference: dict[str, Any]
+    what: str, mode: str, a: float, b: float, difference: dict[str, Any] | None = None
 ) -> dict[str, Any]:
+    difference = difference or {"mean": b - a, "low": None, "high": None}
     return {"what": what, "mode": mode, "a": a, "b": b, "difference": difference}
-
-
-def _plain_difference(a: float, b: float) -> dict[str, Any]:
-    return {"mean": b - a, "low": None, "high": None}
 
 
 def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -195,18 +192,9 @@ def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, 
     paired = pa["documents"] == pb["documents"]  # the same documents, and so the same order
     for entry, other, mode in _common(pa, pb, "lengths", ("length",)):
         ours, theirs = (np.array(e["per_document"][mode]) for e in (entry, other))
-        difference = (
-            mean_with_interval(theirs - ours)
-            if paired
-            else _plain_difference(ours.mean(), theirs.mean())
-        )
-        yield _row(
-            f"loss at {tokens(entry['length'])}",
-            mode,
-            entry[mode]["mean"],
-            other[mode]["mean"],
-            difference,
-        )
+        difference = mean_with_interval(theirs - ours) if paired else None
+        what = f"loss at {tokens(entry['length'])}"
+        yield _row(what, mode, entry[mode]["mean"], other[mode]["mean"], difference)
 
 
 def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -214,10 +202,9 @@ def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[st
     if not pa or not pb or any(pa[key] != pb[key] for key in ("examples", "form", "seed")):
         return
     for entry, other, mode in _common(pa, pb, "entries", ("task", "length", "distance")):
-        ours, theirs = (e[mode]["accuracy"]["mean"] for e in (entry, other))
         where = "" if entry["distance"] is None else f" at distance {entry['distance']}"
         what = f"{entry['task']} at {tokens(entry['length'])}{where}"
-        yield _row(what, mode, ours, theirs, _plain_difference(ours, theirs))
+        yield _row(what, mode, *(e[mode]["accuracy"]["mean"] for e in (entry, other)))
 
 
 def _compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -225,14 +212,8 @@ def _compare_tasks(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, A
     if not pa or not pb or any(pa[key] != pb[key] for key in ("limit", "fewshot", "chat")):
         return
     for entry, other, mode in _common(pa, pb, "entries", ("task", "metric")):
-        ours, theirs = (e[mode]["value"] for e in (entry, other))
-        yield _row(
-            f"{entry['task']} {entry['metric']}",
-            mode,
-            ours,
-            theirs,
-            _plain_difference(ours, theirs),
-        )
+        what = f"{entry['task']} {entry['metric']}"
+        yield _row(what, mode, *(e[mode]["value"] for e in (entry, other)))
 
 
 def _common(

@@ -198,12 +198,14 @@ def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -
             limit=options.limit,
             fewshot=options.fewshot,
             chat=options.chat,
-            batch_size=options.batch_size,
-            piece=options.piece,
-            seed=options.seed,
             kept=kept,
+            **_shared(options),
         )
     return text_html
+
+
+def _shared(options: Options) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("batch_size", "piece", "seed")}
 
 
 def _plain_options(options: Options) -> dict[str, Any]:
@@ -243,11 +245,9 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
             lengths=options.lengths,
             block=options.block,
             modes=modes,
-            batch_size=options.batch_size,
-            piece=options.piece,
-            seed=options.seed,
             on_progress=advance_to,
             kept=kept,
+            **_shared(options),
         )
         results["perplexity"]["seconds"] = time.perf_counter() - begin
     if not (options.diagnostics or options.text_page):
@@ -275,11 +275,9 @@ def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinishe
             ttt=modes,
             examples=options.examples,
             form=options.form,
-            batch_size=options.batch_size,
-            piece=options.piece,
-            seed=options.seed,
             on_progress=advance_to,
             kept=kept,
+            **_shared(options),
         )
 
 
