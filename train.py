@@ -92,6 +92,7 @@ def train(config: Config, stop: StopSignal) -> None:
 def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) -> None:
     import jax
     import numpy as np
+    from ttt_jax.training.resume_check import check_resume
 
     from ttt_jax.checkpoint.checkpointer import Checkpointer
     from ttt_jax.data import (
@@ -112,7 +113,6 @@ def _train(config: Config, stop: StopSignal, lock: RunLock, timer: StepTimer) ->
     from ttt_jax.run.metrics import MetricsLogger, read_curve
     from ttt_jax.run.provenance import write_environment
     from ttt_jax.run.report import print_report, write_report
-    from ttt_jax.run.resume_changes import check_resume
     from ttt_jax.run.timing import host_memory_bytes
     from ttt_jax.training.guard import Guard
     from ttt_jax.training.heldout import (

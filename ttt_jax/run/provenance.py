@@ -12,13 +12,13 @@ from typing import Any
 import jax
 
 from ttt_jax.files.text import atomic_write_text
-from ttt_jax.run.folder import ENVIRONMENT_FILE
-from ttt_jax.run.resume_changes import (
+from ttt_jax.run.environment import (
     append_environment,
     changed_environment,
     numeric_settings,
     read_environment,
 )
+from ttt_jax.run.folder import ENVIRONMENT_FILE
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

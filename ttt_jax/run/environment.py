@@ -1,8 +1,7 @@
-"""What has changed since a run's last start: refused before anything is written, or said once.
+"""Describes the machine of each start of a run, and says what has changed since the last one.
 
-`resume_fields.py` says which config fields may change. The environment counts, too: versions,
-devices, and the switches of jax and XLA that change rounding. `environment.json` describes the
-newest start, `environments.jsonl` each of them, a line each.
+Versions, devices, and the switches of jax and XLA that change rounding count. `environment.json`
+describes the newest start, `environments.jsonl` each of them, a line each.
 """
 
 from __future__ import annotations
@@ -12,20 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ttt_jax.checkpoint.checksums import finished_steps
-from ttt_jax.checkpoint.trees import DamagedError, read_json
-from ttt_jax.config import Config, to_dict
-from ttt_jax.config.resume_fields import MEASURED, ROUNDING, on_resume
-from ttt_jax.data import Loader
-from ttt_jax.errors import CheckpointError
-from ttt_jax.process.multihost import on_first_process
-from ttt_jax.run.folder import (
-    CHECKPOINT_FOLDER,
-    ENVIRONMENT_FILE,
-    check_same_curve,
-    flatten,
-    read_run_config,
-)
+from ttt_jax.run.folder import ENVIRONMENT_FILE, flatten
 
 HISTORY_FILE = "environments.jsonl"
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
@@ -36,58 +22,6 @@ _SWITCHES = (
     "jax_threefry_partitionable",
 )
 _MAX_BYTES = 1 << 20  # of an environment file that is read back
-
-
-def check_resume(config: Config, loader: Loader) -> list[str]:
-    """Compare `config` and the data with what `config.run_dir` was started with. Writes nothing.
-
-    Call it before `prepare_run_dir`, on all processes. What that refuses is left to it.
-
-    Returns: lines for the user about settings that have changed and are accepted.
-
-    Raises:
-      DataError: one line: the newest checkpoint was made with other data.
-    """
-    return on_first_process(lambda: _check_resume(config, loader))
-
-
-def _check_resume(config: Config, loader: Loader) -> list[str]:
-    try:
-        before = read_run_config(config.run_dir)
-        check_same_curve(config.run_dir, config)
-    except CheckpointError:  # no run yet, or one that `prepare_run_dir` refuses
-        return []
-    try:
-        steps = finished_steps(config.run_dir / CHECKPOINT_FOLDER)
-        if steps:
-            newest = config.run_dir / CHECKPOINT_FOLDER / str(max(steps))
-            loader.check_state(read_json(newest, "data_state"))
-    except (DamagedError, OSError):  # the restore takes another one, and says so
-        pass
-    return changed_fields(before, config)
-
-
-def changed_fields(before: Config, now: Config) -> list[str]:
-    """Lines for the user about changed fields that are accepted: one for rounding, one for what is
-    measured.
-    """
-    old, new = flatten(to_dict(before)), flatten(to_dict(now))
-    lines = []
-    for kind, consequence in (
-        (ROUNDING, "the curve goes on equal to rounding, not bit for bit"),
-        (MEASURED, "held-out losses before and after are not of the same tokens"),
-    ):
-        changed = [
-            f"{name} {_short(old.get(name))} -> {_short(value)}"
-            for name, value in new.items()
-            if on_resume(name) == kind and old.get(name) != value
-        ]
-        if changed:
-            lines.append(f"changed since the last start: {', '.join(changed)}; {consequence}")
-    return lines
-
-
-# -------------------------------------------------------------------------------------- environment
 
 
 def numeric_settings() -> dict[str, Any]:
@@ -125,7 +59,7 @@ def changed_environment(
         if short == "cpus" and new.get("hardware.platform") != "cpu":
             continue
         if old.get(name) != new.get(name):
-            changed.append(f"{short or name} {_short(old.get(name))} -> {_short(new.get(name))}")
+            changed.append(f"{short or name} {brief(old.get(name))} -> {brief(new.get(name))}")
     if not changed:
         return []
     return [
@@ -167,7 +101,8 @@ def append_environment(
         file.write(text)
 
 
-def _short(value: Any) -> str:
+def brief(value: Any) -> str:
+    """Shorten a value of a field for a line of text."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split()) or "''"
     return text if len(text) <= 80 else text[:77] + "..."
