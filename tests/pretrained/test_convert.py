@@ -19,7 +19,8 @@ from support.hf_folders import BF16, FAMILIES, assert_same_tensors, make_folder,
 
 import train
 from ttt_jax import load_pretrained
-from ttt_jax.checkpoint.checkpointer import Checkpointer, load_model_params
+from ttt_jax.checkpoint.checkpointer import Checkpointer
+from ttt_jax.checkpoint.parameters import load_model_params
 from ttt_jax.command.cli import main
 from ttt_jax.config import CheckpointConfig, Config, MeshConfig, ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError, UserError, VerificationError

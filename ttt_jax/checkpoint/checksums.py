@@ -1,10 +1,10 @@
 """The folders of a run's checkpoints: which steps are complete, checksums of their files, and what
 is removed when.
 
-    checkpoints/STEP/                      complete: Orbax gives the folder this name last
-    checkpoints/STEP/checksums.json        SHA-256 and size of every file, written before the folder gets its name
-    checkpoints/STEP.orbax-checkpoint-tmp* a save in flight, or what a kill has left of one
-    checkpoints/STEP.damaged*              set aside by a restore that found a damaged file; nothing here reads it again
+    STEP/                       complete: Orbax gives the folder this name last
+    STEP/checksums.json         SHA-256 and size of every file, written before the folder's name
+    STEP.orbax-checkpoint-tmp*  a save in flight, or what a kill has left of one
+    STEP.damaged*               set aside by a restore that found damage; nothing reads it again
 
 This module imports no jax; a checkpoint can be verified by `find_damage` on any machine.
 """
@@ -24,6 +24,7 @@ from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import excerpt, read_json_object, show
 from ttt_jax.files.text import atomic_write_text
 
+CHECKPOINT_FOLDER = "checkpoints"  # of a run folder; holds the steps
 CHECKSUMS = "checksums.json"
 # field of `extra` that a checkpoint says about itself: its step, and that checksums were written
 FORMAT = "format"
@@ -213,13 +214,9 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, protect: int | None = None) -> None:
-    """Remove all but the newest `keep` steps (and `protect`). A kill in between leaves no half of a
-    step behind.
-    """
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` steps. A kill in between leaves no half of a step behind."""
     for step in finished_steps(folder)[:-keep]:
-        if step == protect:
-            continue
         doomed = folder / f"{step}.deleting"
         shutil.rmtree(doomed, ignore_errors=True)
         (folder / str(step)).rename(doomed)

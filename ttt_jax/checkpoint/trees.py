@@ -4,6 +4,7 @@ wanted, and read.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from ttt_jax.model.param_path import param_path
 
 _CHUNK_BYTES = 32 << 20
 MAX_STATE_BYTES = 256 << 20  # of data_state and extra
+
+
+class _ReportedElsewhere(logging.Filter):
+    """Orbax logs stack traces of every failure, of which this room makes one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+
+logging.getLogger("absl").addFilter(_ReportedElsewhere())
 
 
 class DamagedError(CheckpointError):

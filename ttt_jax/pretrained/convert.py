@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params
-from ttt_jax.checkpoint.checksums import write_checksums
+from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER, write_checksums
+from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
@@ -57,7 +57,7 @@ from ttt_jax.pretrained.safetensors_io import (
     write_tensors,
 )
 from ttt_jax.progress import progress
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
+from ttt_jax.run.folder import CONFIG_FILE, read_run_config
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

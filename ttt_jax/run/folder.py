@@ -1,9 +1,10 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in
 it.
 
-    runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
-              environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)
-              compile_cache/ report.html (`ttt-jax report`)
+    runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  events.jsonl  tensorboard/
+              report.json  report.md  *.png  report.html (`ttt-jax report`)
+              environment.json  environments.jsonl  compile_cache/
+              quarantine.jsonl (if records were malformed)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and
 nothing is written. This module imports no jax, unless several processes have to agree.
@@ -28,7 +29,6 @@ from ttt_jax.process.lock import RUN_LOCK
 from ttt_jax.process.multihost import on_first_process
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 

@@ -74,8 +74,8 @@ class Heldout:
 def make_position_nll(mesh: Mesh) -> PositionNll:
     """Make a jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated.
 
-    Scale 1 is TTT on, 0 off: one program. `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of
-    successive updates.
+    Scale 1 is TTT on, 0 off: one program. `stats` holds for each TTT layer the mean over rows of
+    ||S||/||W||, and the mean cosine of successive updates.
     """
 
     def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
@@ -110,7 +110,7 @@ def evaluate_by_position(
     mesh: Mesh,
     batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the negative log-likelihood of held-out rows with TTT on and off, each float32 [R, T].
+    """Compute each token's loss on held-out rows with TTT on and off, each float32 [R, T].
 
     Args:
       rows: all rows, the same on every process; the last batch is filled up by repeating rows, so

@@ -7,7 +7,7 @@ machine and its switches.
 
 from __future__ import annotations
 
-from ttt_jax.checkpoint.checksums import finished_steps
+from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER, finished_steps
 from ttt_jax.checkpoint.trees import DamagedError, read_json
 from ttt_jax.config import Config, to_dict
 from ttt_jax.config.resume_fields import MEASURED, ROUNDING, on_resume
@@ -15,7 +15,7 @@ from ttt_jax.data import Loader
 from ttt_jax.errors import CheckpointError
 from ttt_jax.process.multihost import on_first_process
 from ttt_jax.run.environment import brief
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, check_same_curve, flatten, read_run_config
+from ttt_jax.run.folder import check_same_curve, flatten, read_run_config
 
 
 def check_resume(config: Config, loader: Loader) -> list[str]:
