@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ttt_jax.config import Config
-from ttt_jax.data import Tokenizer, heldout_remarks, heldout_rows
+from ttt_jax.data import Tokenizer, heldout_rows
 from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import Batch, batch_sharding, replicated
@@ -29,13 +29,11 @@ class Heldout:
 
     Attributes:
       rows: arrays [R, T], the same on every process; see `heldout_rows`.
-      remarks: lines for the user about the held-out documents.
     """
 
     def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
         """Read the rows. Raises DataError; no process waits for another here."""
         self.rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
-        self.remarks = heldout_remarks(config, tokenizer)
         self._mesh, self._buckets = mesh, config.eval.buckets
         self._batch_size = min(config.data.batch_size, len(self.rows["ids"]))
         self._position_nll = make_position_nll(mesh)

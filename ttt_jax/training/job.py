@@ -15,7 +15,13 @@ import numpy as np
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
 from ttt_jax.config import Config
-from ttt_jax.data import Loader, Tokenizer, rejected_records, write_quarantine
+from ttt_jax.data import (
+    Loader,
+    Tokenizer,
+    heldout_remarks,
+    rejected_records,
+    write_quarantine,
+)
 from ttt_jax.flops import device_memory_bytes
 from ttt_jax.parallel.mesh import Batch
 from ttt_jax.process.lock import RunLock
@@ -92,7 +98,7 @@ def open_job(
         parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
         warnings += write_environment(config.run_dir, parameters=parameters)
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
-        warnings += heldout.remarks
+        warnings += heldout_remarks(config, tokenizer)
     with contextlib.ExitStack() as stack:
         job = Job(config, stop, lock, timer, loader, heldout, cache, warnings, stack)
         job.open_checkpoints(abstract, fresh)
