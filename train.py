@@ -25,8 +25,8 @@ DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
 
 
 def main(argv: list[str], signals: StopSignal | None = None) -> int:
-    """Exit code: 0 done (or stopped by a signal with everything saved), 1 failed, 2 wrong
-    arguments, data or checkpoint.
+    """Run the command line; the exit code: 0 done (or stopped by a signal with everything saved), 1
+    failed, 2 wrong arguments, data or checkpoint.
     """
     with signals or StopSignal() as stop:
         from ttt_jax.errors import TrainingError, UserError

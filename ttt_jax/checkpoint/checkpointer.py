@@ -177,11 +177,11 @@ class Checkpointer:
             prune(self.directory, self._config.keep)
 
     def saving(self) -> bool:
-        """Whether a save is in flight on this process."""
+        """Say whether a save is in flight on this process."""
         return self._pending is not None and not self._pending.done()
 
     def latest_step(self) -> int | None:
-        """The newest step that is completely on disk; None when there is none."""
+        """Find the newest step that is completely on disk; None when there is none."""
         return max(finished_steps(self.directory), default=None)
 
     def restore(self, step: int, *, model: Any, opt_state: Any) -> Restored:
@@ -212,8 +212,8 @@ class Checkpointer:
     def restore_newest(
         self, *, model: Any, opt_state: Any, before: int | None = None
     ) -> tuple[int, Restored] | None:
-        """The newest step whose files are what was written, and its number; None when there is no
-        checkpoint at all.
+        """Restore the newest step whose files are what was written, and its number; None when there
+        is no checkpoint at all.
 
         A damaged one is named in a warning and set aside as `STEP.damaged`, once an older one is
         found intact. All processes restore the same step: the first one decides.
@@ -253,8 +253,8 @@ class Checkpointer:
         return None
 
     def _newest_intact(self, damaged: list[tuple[int, str]], before: int | None) -> int | None:
-        """Adds those that it passes over to `damaged`. The first process looks, for the others
-        too.
+        """Find it, and add those that are passed over to `damaged`. The first process looks, for
+        the others too.
         """
         if jax.process_index() != 0:
             return None
@@ -281,8 +281,8 @@ class Checkpointer:
                 )
 
     def extra(self, step: int) -> dict[str, Any]:
-        """What a step was saved with as `extra`, as the first process reads it; {} when it cannot
-        be read.
+        """Read what a step was saved with as `extra`, as the first process reads it; {} when it
+        cannot be read.
         """
         try:
             answer = _read_extra(self.directory / str(step)) if jax.process_index() == 0 else {}
@@ -291,7 +291,7 @@ class Checkpointer:
         return from_first_process(answer)
 
     def steps(self) -> list[int]:
-        """The complete steps, ascending, as the first process sees them."""
+        """List the complete steps, ascending, as the first process sees them."""
         return from_first_process(finished_steps(self.directory))
 
     def _read(self, path: Path, model: Any, opt_state: Any) -> Restored:
@@ -334,5 +334,5 @@ class Checkpointer:
 
 
 def _read_extra(path: Path) -> dict[str, Any]:
-    """What `save` was given, without what it added. Raises DamagedError."""
+    """Read what `save` was given, without what it added. Raises DamagedError."""
     return {name: value for name, value in read_json(path, _EXTRA).items() if name != FORMAT}

@@ -40,7 +40,7 @@ _LEFTOVERS = (".orbax-checkpoint-tmp", ".deleting")
 
 
 def format_note(step: int) -> dict[str, Any]:
-    """What a checkpoint says about itself in its `extra`, under `FORMAT`."""
+    """Make what a checkpoint says about itself in its `extra`, under `FORMAT`."""
     return {"step": step, "checksums": True}
 
 
@@ -135,12 +135,12 @@ def compare_files(folder: Path, below: tuple[str, ...] = ("",)) -> str | None:
 
 
 def has_checksums(folder: Path) -> bool:
-    """Whether `find_damage` can compare the files of a checkpoint."""
+    """Say whether `find_damage` can compare the files of a checkpoint."""
     return (folder / CHECKSUMS).exists()
 
 
 def _irregular(folder: Path, below: str) -> str | None:
-    """A pipe or a device among the files, at which a reader would hang."""
+    """Find a pipe or a device among the files, at which a reader would hang."""
     for path in (folder / below, folder / EXTRA_FILE, folder / _DESCRIPTION, folder / CHECKSUMS):
         places = (
             [path]
@@ -154,8 +154,8 @@ def _irregular(folder: Path, below: str) -> str | None:
 
 
 def _own_note(folder: Path) -> dict[str, Any] | str:
-    """What a step or a converted folder says of itself (`step`, `checksums`), or what is wrong with
-    the file that says it.
+    """Read what a step or a converted folder says of itself (`step`, `checksums`), or what is wrong
+    with the file that says it.
     """
     for name in (EXTRA_FILE, _DESCRIPTION):
         if os.path.lexists(folder / name):
@@ -193,14 +193,14 @@ def _in_parallel(function: Any, items: list[Any]) -> Iterator[Any]:
 
 
 def finished_steps(folder: Path) -> list[int]:
-    """The complete steps, ascending."""
+    """List the complete steps, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if is_finished(entry))
 
 
 def is_finished(path: Path) -> bool:
-    """Whether Orbax gave the folder its name, which it does last."""
+    """Say whether Orbax gave the folder its name, which it does last."""
     return path.name.isdecimal() and path.is_dir()
 
 

@@ -67,7 +67,7 @@ def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) ->
 
 
 def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
-    """The folder that holds `model`: the given one, or the newest finished step below it.
+    """Find the folder that holds `model`: the given one, or the newest finished step below it.
 
     Raises:
       CheckpointError: there is none, or the files below `model` do not match their checksums. No

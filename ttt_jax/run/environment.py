@@ -25,8 +25,8 @@ _MAX_BYTES = 1 << 20  # of an environment file that is read back
 
 
 def numeric_settings() -> dict[str, Any]:
-    """Switches outside the config that change rounding: environment variables, and jax's own as
-    they are in effect.
+    """Collect the switches outside the config that change rounding: environment variables, and
+    jax's own as they are in effect.
     """
     import jax
 
@@ -42,8 +42,8 @@ def numeric_settings() -> dict[str, Any]:
 def changed_environment(
     run_dir: str | Path, before: dict[str, Any] | None, now: dict[str, Any]
 ) -> list[str]:
-    """A line for the user when versions, devices or switches are not those of the last start; else
-    none.
+    """Say in a line for the user when versions, devices or switches are not those of the last
+    start; else none.
 
     Args:
       before, now: as `environment.json` has them; before: None at the first start.
@@ -70,7 +70,7 @@ def changed_environment(
 
 
 def read_environment(run_dir: str | Path) -> dict[str, Any] | None:
-    """What `environment.json` says of the last start; None when it says nothing."""
+    """Read what `environment.json` says of the last start; None when it says nothing."""
     path = Path(run_dir) / ENVIRONMENT_FILE
     try:
         if path.stat().st_size > _MAX_BYTES:

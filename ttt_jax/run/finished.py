@@ -86,8 +86,8 @@ def show_if_finished(config: Config) -> bool:
 
 
 def _read_report(config: Config) -> dict[str, Any] | None:
-    """None when there is none. A damaged one is no report: the closing evaluation makes it
-    again.
+    """Read the report; None when there is none. A damaged one is no report: the closing evaluation
+    makes it again.
     """
     path = config.run_dir / REPORT_FILE
     try:
@@ -116,7 +116,7 @@ def _read_report(config: Config) -> dict[str, Any] | None:
 
 
 def _without_effect(config: Config, report: dict[str, Any]) -> list[str]:
-    """Settings that differ from those of the report, as `field = value (was value)`."""
+    """List the settings that differ from those of the report, as `field = value (was value)`."""
     before, now = flatten(report["config"]), flatten(json.loads(json.dumps(to_dict(config))))
     differ = [
         field

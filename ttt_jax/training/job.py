@@ -330,5 +330,5 @@ class Job:
 
 
 def _every(steps: int, step: int) -> bool:
-    """Whether something that is done every so many steps is due; 0: never."""
+    """Say whether something that is done every so many steps is due; 0: never."""
     return bool(steps) and step % steps == 0

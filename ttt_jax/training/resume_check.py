@@ -48,8 +48,8 @@ def _check_resume(config: Config, loader: Loader) -> list[str]:
 
 
 def changed_fields(before: Config, now: Config) -> list[str]:
-    """Lines for the user about changed fields that are accepted: one for rounding, one for what is
-    measured.
+    """Describe changed fields that are accepted, a line each for the user: one for rounding, one
+    for what is measured.
     """
     old, new = flatten(to_dict(before)), flatten(to_dict(now))
     lines = []

@@ -119,8 +119,8 @@ def checked_start(
 
 
 def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
-    """A few rows, cut where two chunks have been read; a context axis needs whole chunks on each
-    shard.
+    """Take a few rows, cut where two chunks have been read; a context axis needs whole chunks on
+    each shard.
     """
     C = config.model.ttt.chunk_size if config.model.ttt.layers else 1
     shards = mesh.shape["context"]
@@ -132,7 +132,7 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
 def _source_loss(
     config: Config, found: ModelConfig | None, batch: Batch
 ) -> tuple[float | None, str]:
-    """The loss of the source as it is, or None and why not."""
+    """Compute the loss of the source as it is, or None and why not."""
     assert config.init_from is not None
     if jax.process_count() > 1:
         return None, "there are several processes"
@@ -156,7 +156,7 @@ _position_nll = functools.lru_cache(2)(make_position_nll)  # both models may be 
 
 
 def _loss(model: Transformer, batch: Batch, mesh: Mesh) -> float:
-    """Mean over the real tokens, TTT on."""
+    """Average over the real tokens, TTT on."""
     placed = {name: jax.device_put(x, batch_sharding(mesh, x.shape)) for name, x in batch.items()}
     nll_RT = np.asarray(
         _position_nll(mesh)(model, placed, jnp.asarray(1.0, jnp.float32))[0], np.float64

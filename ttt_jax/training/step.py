@@ -42,13 +42,14 @@ class TrainState(NamedTuple):
 
 
 def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
-    """How `config` computes; without a mesh, on one device."""
+    """Say how `config` computes; without a mesh, on one device."""
     parallel = None if mesh is None else make_parallel(mesh)
     return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
-    """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer.
+    """Describe shapes, dtypes and shardings of the state, without allocating anything; and the
+    optimizer.
 
     Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known
     only here).

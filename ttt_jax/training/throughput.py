@@ -48,5 +48,5 @@ class Throughput:
 
     @property
     def mean(self) -> float | None:
-        """Tokens per second over all intervals; None before the second one."""
+        """Return tokens per second over all intervals; None before the second one."""
         return self._tokens / self._seconds if self._seconds else None
