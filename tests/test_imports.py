@@ -50,7 +50,7 @@ NARROW = {
     "ttt_jax/process/lost_terminal.py": (),
     "ttt_jax/process/interrupts.py": (),
     "ttt_jax/inference/writing.py": ("ttt_jax/errors.py",),
-    "ttt_jax/eval/unfinished.py": ("ttt_jax/errors.py",),
+    "ttt_jax/eval/unfinished.py": ("ttt_jax/errors.py", "ttt_jax/files/"),
     "ttt_jax/html_page.py": (),
 }
 
@@ -70,7 +70,6 @@ LIGHT = (
     "ttt_jax/process/lost_terminal.py",
     "ttt_jax/process/output_lock.py",
     "ttt_jax/process/signals.py",
-    "ttt_jax/run/finished.py",
     "ttt_jax/inference/writing.py",
     "ttt_jax/eval/unfinished.py",
 )
