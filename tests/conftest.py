@@ -5,19 +5,10 @@ arrays.
 import os
 import signal
 
+from support.compilation import CHEAP, EIGHT_DEVICES
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of tests are tiny: compiling them takes most of the time, so it does without what makes
-# large programs fast. XLA's older emitters of fusions and one module per program compile in half
-# the time. Results do not depend on any of it.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-        "--xla_cpu_parallel_codegen_split_count=1",
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {CHEAP}"
 
 from pathlib import Path
 

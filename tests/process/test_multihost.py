@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.compilation import CHEAP
 from support.jobs import TINY, curve, wait_for_step
 from support.tolerance import assert_close
 
@@ -48,13 +49,12 @@ def free_port():
 
 def start(words, processes=1, devices=2, **environment):
     """`python train.py` as a job of so many processes."""
-    # tiny programs: compiling is all the time
-    port, jobs, flags = free_port(), [], "--xla_backend_optimization_level=0"
+    port, jobs = free_port(), []
     for index in range(processes):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("TTT_JAX_", "SLURM_"))}
         env |= {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}",
         }
         if processes > 1:
             names = (

@@ -1,3 +1,5 @@
+"""Damage to the bytes and JSON of checkpoints and converted folders, drawn by hypothesis."""
+
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings

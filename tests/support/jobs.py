@@ -1,3 +1,5 @@
+"""`python train.py` in a process of its own: starting it, waiting for it, reading what it logged."""
+
 from __future__ import annotations
 
 import json
@@ -6,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from support.compilation import CHEAP
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -32,7 +36,7 @@ TINY = [
 
 def start(words):
     """`python train.py` in a process of its own."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": CHEAP, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "train.py", *words],
         cwd=ROOT,
