@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.compilation import CHEAP
-from support.jobs import TINY, curve, wait_for_step
+from support.jobs import TINY, curve, wait_for_step, write_corpus
 from support.tolerance import assert_close
 
 from ttt_jax.errors import ConfigError
@@ -26,12 +26,7 @@ STEPS = 8
 
 @pytest.fixture
 def words(tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
-        (corpus / f"{i:02d}.txt").write_text(text)
+    corpus = write_corpus(tmp_path / "corpus")
     size = [
         "--data.batch_size=4",
         f"--steps={STEPS}",

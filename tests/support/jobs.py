@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from support.compilation import CHEAP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,16 @@ TINY = [
     "--steps=16",
     "--checkpoint.every=4",
 ]
+
+
+def write_corpus(folder):
+    """Forty short files of few words, which a model of two layers learns in a few steps."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
+        (folder / f"{i:02d}.txt").write_text(text)
+    return folder
 
 
 def start(words):
