@@ -28,7 +28,7 @@ from ttt_jax.data import (
 )
 from ttt_jax.data.quarantine import _HOPELESS
 from ttt_jax.errors import DataError
-from ttt_jax.run import timing as telemetry
+from ttt_jax.run import provenance
 
 TOKENIZER = load_tokenizer("bytes")
 BAD = {
@@ -263,12 +263,12 @@ def test_a_full_disk_keeps_no_run_from_starting(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(quarantine, "atomic_write_text", full)
-    monkeypatch.setattr(telemetry, "atomic_write_text", full)
+    monkeypatch.setattr(provenance, "atomic_write_text", full)
     rejected = quarantine.Rejected(3, {"empty": 1}, ({"path": "a", "line": 2, "kind": "empty"},))
     (text,) = quarantine.write_quarantine(tmp_path, {"data.train": rejected})
     assert text.startswith("data.train: 1 of 3 records")
     assert text.endswith("could not be written (No space left on device)")
-    assert telemetry.write_environment(tmp_path) == [
+    assert provenance.write_environment(tmp_path) == [
         f"{tmp_path / 'environment.json'}: not written (No space left on device)"
     ]
     assert not list(tmp_path.iterdir())

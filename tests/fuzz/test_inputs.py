@@ -86,7 +86,7 @@ def overrides(folder, examples):
 
 
 def data_config(path, **changes):
-    heldout = Path(__file__).parents[1] / "tolerance.py"  # any small text
+    heldout = Path(__file__).parents[1] / "support/tolerance.py"  # any small text
     base = {
         "data.train": [str(path)],
         "data.heldout": [str(heldout)],
