@@ -399,7 +399,9 @@ def test_eval_of_fast_weights_that_overflow(tmp_path, capsys):
 
 
 def test_eval_says_at_the_start_that_ttt_does_nothing(tmp_path, capsys):
-    save_pretrained(changed(one_layer_model(), "conv", jnp.zeros_like), tmp_path / "m", dtype="float32")
+    save_pretrained(
+        changed(one_layer_model(), "conv", jnp.zeros_like), tmp_path / "m", dtype="float32"
+    )
     np.save(tmp_path / "ids.npy", np.stack(prompts([40, 40])))
     words = [
         "eval",

@@ -196,7 +196,8 @@ def status(key):
 
 out, shard = sys.argv[1], int(sys.argv[2])
 def all_ways(source, out):
-    for to, src, dst in (("orbax", source, out + "_o"), ("hf", out + "_o", out + "_h"), ("hf", source, out + "_d")):
+    orbax, hf, direct = out + "_o", out + "_h", out + "_d"
+    for to, src, dst in (("orbax", source, orbax), ("hf", orbax, hf), ("hf", source, direct)):
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts again at what is resident now
         before = status("VmRSS")

@@ -1,4 +1,4 @@
-"""`python train.py` in a process of its own: starting it, waiting for it, reading what it logged."""
+"""`python train.py` in a process of its own: its corpus, its start, and what it has logged."""
 
 from __future__ import annotations
 
