@@ -2,6 +2,7 @@
 arrays.
 """
 
+import gc
 import os
 import signal
 
@@ -21,6 +22,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays until the end: the collector need not look through it."""
+    gc.freeze()
 
 
 @pytest.fixture
