@@ -29,6 +29,16 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker a part of the list in one piece: a module's fixtures and compiled programs
+    are made once. A worker that is done takes over from the other.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture
 def x64():
     """Run one test in float64."""
