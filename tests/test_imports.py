@@ -49,6 +49,12 @@ NARROW = {
     "ttt_jax/process/signals.py": (),
     "ttt_jax/process/lost_terminal.py": (),
     "ttt_jax/process/interrupts.py": (),
+    "ttt_jax/run/folder.py": (
+        "ttt_jax/config/",
+        "ttt_jax/errors.py",
+        "ttt_jax/files/",
+        "ttt_jax/process/",
+    ),
     "ttt_jax/inference/writing.py": ("ttt_jax/errors.py",),
     "ttt_jax/eval/unfinished.py": ("ttt_jax/errors.py", "ttt_jax/files/"),
     "ttt_jax/html_page.py": (),
