@@ -2,16 +2,14 @@
 arrays.
 """
 
+import gc
 import os
 import signal
 
+from support.compilation import CHEAP, EIGHT_DEVICES
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tiny programs: LLVM's optimisations cost more time than they save, and results do not depend on
-# them.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {CHEAP}"
 
 from pathlib import Path
 
@@ -24,6 +22,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays until the end: the collector need not look through it."""
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker a part of the list in one piece: a module's fixtures and compiled programs
+    are made once. A worker that is done takes over from the other.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture

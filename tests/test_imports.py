@@ -1,254 +1,378 @@
-"""The direction of imports (docs/design.md): a module may import only what lies below it."""
+"""The rooms of the house from low to high: a file imports from its own room and from lower ones."""
+
+from __future__ import annotations
 
 import ast
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(
-    (*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py"), *ROOT.glob("train.py"))
+
+# A folder ends with a slash and holds whatever is in it.
+ROOMS = (
+    ("kernels_pallas/",),
+    ("ttt_jax/terminal.py", "ttt_jax/errors.py", "ttt_jax/jax_internals.py"),
+    ("ttt_jax/ops/",),
+    ("ttt_jax/progress.py", "ttt_jax/tables.py", "ttt_jax/html_page.py"),
+    ("ttt_jax/config/",),
+    ("ttt_jax/flops.py",),
+    ("ttt_jax/files/",),
+    ("ttt_jax/process/",),
+    ("ttt_jax/data/",),
+    ("ttt_jax/parallel/",),
+    ("ttt_jax/model/",),
+    ("ttt_jax/run/",),
+    ("ttt_jax/checkpoint/",),
+    ("ttt_jax/pretrained/",),
+    ("ttt_jax/training/",),
+    ("ttt_jax/inference/",),
+    ("ttt_jax/plan/",),
+    ("ttt_jax/eval/",),
+    ("ttt_jax/__init__.py",),  # the public names
+    ("ttt_jax/command/",),
+    ("ttt_jax/__main__.py", "train.py"),
 )
-ABOVE_THE_MODEL = (
-    *("data", "checkpoint", "run_dir", "report", "metrics", "optimizer", "initial", "training"),
-    *("pretrained", "model_changes", "start_check", "convert"),
-    *("generate", "eval", "cli"),
+
+# All that these may import of the project, besides files of the same folder if they are a folder.
+NARROW = {
+    "ttt_jax/terminal.py": (),
+    "ttt_jax/config/": ("ttt_jax/errors.py",),
+    "ttt_jax/files/": ("ttt_jax/errors.py", "ttt_jax/terminal.py"),
+    "ttt_jax/data/": ("ttt_jax/config/", "ttt_jax/errors.py", "ttt_jax/files/"),
+    "ttt_jax/data/compressed.py": (),
+    "ttt_jax/data/digests.py": (),
+    "ttt_jax/data/parquet_pages.py": ("ttt_jax/data/compressed.py",),
+    "ttt_jax/process/": ("ttt_jax/errors.py", "ttt_jax/jax_internals.py"),
+    "ttt_jax/process/signals.py": (),
+    "ttt_jax/process/lost_terminal.py": (),
+    "ttt_jax/process/interrupts.py": (),
+    "ttt_jax/run/folder.py": (
+        "ttt_jax/config/",
+        "ttt_jax/errors.py",
+        "ttt_jax/files/",
+        "ttt_jax/process/",
+    ),
+    "ttt_jax/inference/writing.py": ("ttt_jax/errors.py",),
+    "ttt_jax/eval/unfinished.py": ("ttt_jax/errors.py", "ttt_jax/files/"),
+    "ttt_jax/html_page.py": (),
+}
+
+# None of these waits for jax or arrays when it is imported: signals find their handler first,
+# --help and a refused second job answer at once.
+LIGHT = (
+    "train.py",
+    "ttt_jax/__init__.py",
+    "ttt_jax/__main__.py",
+    "ttt_jax/terminal.py",
+    "ttt_jax/errors.py",
+    "ttt_jax/config/",
+    "ttt_jax/command/cli.py",
+    "ttt_jax/process/failure.py",
+    "ttt_jax/process/interrupts.py",
+    "ttt_jax/process/lock.py",
+    "ttt_jax/process/lost_terminal.py",
+    "ttt_jax/process/output_lock.py",
+    "ttt_jax/process/signals.py",
+    "ttt_jax/inference/writing.py",
+    "ttt_jax/eval/unfinished.py",
 )
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "grain", "tensorstore", "matplotlib"}
+
+Sources = dict[str, str]  # the text of every file by its path from the root
 
 
-def module_name(path):
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+@functools.cache
+def real_sources() -> Sources:
+    found = [*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")]
+    paths = sorted([*found, ROOT / "train.py"])
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
 
 
-def imports(path):
-    """Absolute names of everything a file imports, wherever in the file; `from a import b` counts
-    as a and a.b.
-    """
-    package = (
-        module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
-    )
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@functools.cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def module_of(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+def is_in(path: str, place: str) -> bool:
+    return path.startswith(place) if place.endswith("/") else path == place
+
+
+def runs_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs when a module is imported: none in functions or under TYPE_CHECKING."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from runs_at_import(child)
+
+
+@functools.cache
+def imported(path: str, text: str, walk=ast.walk) -> list[tuple[str, str | None]]:
+    """(module, name taken from it or None) of every import of a file."""
+    here = module_of(path).split(".")
+    package = here if path.endswith("__init__.py") else here[:-1]
+    found = []
+    for node in walk(parsed(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found += [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = (
-                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            )
+            above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            found += [(base, alias.name) for alias in node.names]
     return found
 
 
-def imports_any(path, *modules):
-    return sorted(
-        name
-        for name in imports(path)
-        if any(name == m or name.startswith(m + ".") for m in modules)
-    )
+def file_imports(sources: Sources, path: str, walk=ast.walk) -> set[str]:
+    """Paths of the project's files that a file imports."""
+    found = set()
+    for module, name in imported(path, sources[path], walk):
+        places = [m.replace(".", "/") for m in (f"{module}.{name}", module)]
+        files = [f"{place}{end}" for place in places for end in (".py", "/__init__.py")]
+        found.update([file for file in files if file in sources][:1])
+    return found - {path}
 
 
-def files(*patterns):
-    found = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
-    assert found, patterns
+def reached(start: set[str], step: Callable[[str], set[str]]) -> set[str]:
+    """`start`, and all that one gets to from there step by step."""
+    found, new = set(start), set(start)
+    while new:
+        new = set().union(*map(step, new)) - found
+        found |= new
     return found
 
 
-def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    path = tmp_path / "ttt_jax" / "ops" / "x.py"
-    path.parent.mkdir(parents=True)
-    path.write_text(
-        "import a.b\nfrom c import d\ndef f():\n    from . import e\n    from ..model import g\n"
-    )
-    assert {
-        "a.b",
-        "c.d",
-        "ttt_jax.ops.e",
-        "ttt_jax.model.transformer",
-        "ttt_jax.model.transformer.g",
-    } <= imports(path)
-    assert imports_any(path, "ttt_jax.model.transformer")
-    assert not imports_any(path, "ttt_jax.mod", "b")
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
 
 
-def test_config_is_light():
-    allowed = (
-        "__future__",
-        "dataclasses",
-        "difflib",
-        "functools",
-        "os",
-        "re",
-        "types",
-        "typing",
-        "pathlib",
-        "yaml",
-    )
-    path = ROOT / "ttt_jax/config/fields.py"
-    assert not imports(path) - set(
-        imports_any(path, *allowed, "pydantic", "ttt_jax.errors", "ttt_jax.config.yaml_text")
-    )
-    below = ROOT / "ttt_jax/config/yaml_text.py"
-    assert not imports(below) - set(
-        imports_any(below, "__future__", "re", "collections", "typing", "yaml")
-    )
-    fields = ROOT / "ttt_jax/config/resume_fields.py"
-    assert not imports(fields) - set(imports_any(fields, "__future__"))
-    errors = ROOT / "ttt_jax/errors.py"
-    assert not imports(errors) - set(
-        imports_any(errors, "__future__", "typing", "ttt_jax.terminal")
-    )
-    terminal = ROOT / "ttt_jax/terminal.py"
-    assert not imports(terminal) - set(imports_any(terminal, "__future__", "re", "typing"))
+def room_of(path: str) -> int | None:
+    rooms = [i for i, places in enumerate(ROOMS) for place in places if is_in(path, place)]
+    return rooms[0] if len(rooms) == 1 else None
 
 
-@pytest.mark.parametrize("path", files("ttt_jax/ops/*.py"), ids=module_name)
-def test_ops_know_nothing_of_the_model(path):
-    below = imports_any(path, "ttt_jax.ops", "ttt_jax.errors", "ttt_jax.parallel.mesh")
-    assert not set(imports_any(path, "ttt_jax")) - {"ttt_jax", *below}
+# Every rule returns what breaks it, "path: why".
 
 
-def test_kernels_know_nothing_of_ttt_jax():
-    for path in ROOT.glob("kernels_pallas/**/*.py"):
-        assert not imports_any(path, "ttt_jax", "train"), path
-    for path in SOURCES:
-        if path.parts[-2] not in ("ops", "kernels_pallas"):
-            assert not imports_any(path, "kernels_pallas"), (
-                f"{path}: kernels are reached through ops"
-            )
+def every_file_has_one_room(sources: Sources) -> list[str]:
+    """A file without a room, and a name of a room or of a list above that no file has any more."""
+    named = {place for places in ROOMS for place in places} | {*NARROW, *LIGHT}
+    named |= {place for places in NARROW.values() for place in places}
+    stale = [f"{n}: no such file" for n in sorted(named) if not any(is_in(p, n) for p in sources)]
+    return stale + [f"{path}: not in one room" for path in sources if room_of(path) is None]
 
 
-@pytest.mark.parametrize("name", ["model", "ttt", "layers", "attention", "loss", "blocks"])
-def test_the_model_knows_nothing_of_training(name):
-    path = ROOT / f"ttt_jax/{name}.py"
-    assert not imports_any(path, "train", *(f"ttt_jax.{module}" for module in ABOVE_THE_MODEL))
+def imports_go_down(sources: Sources) -> list[str]:
+    return [
+        f"{path}: imports {other} of a higher room"
+        for path in sources
+        for other in sorted(file_imports(sources, path))
+        if None not in (room_of(path), room_of(other)) and room_of(other) > room_of(path)
+    ]
 
 
-@pytest.mark.parametrize(
-    ("name", "above"),
-    [
-        ("layers", ("model", "ttt", "hf", "loss")),
-        ("attention", ("model", "ttt", "hf", "loss", "layers")),
-        ("ttt", ("model", "hf", "loss")),
-        ("loss", ("model", "ttt", "hf", "layers")),
-        ("model", ("hf", "loss")),
-    ],
-)
-def test_the_model_is_layered(name, above):
-    assert not imports_any(ROOT / f"ttt_jax/{name}.py", *(f"ttt_jax.{module}" for module in above))
+def no_two_files_import_each_other(sources: Sources) -> list[str]:
+    """Also by way of others."""
+    graph = {path: file_imports(sources, path) for path in sources}
+    return [
+        f"{path}: imports itself by way of {other}"
+        for path in sources
+        for other in sorted(graph[path])
+        if path in reached({other}, graph.__getitem__)
+    ]
 
 
-@pytest.mark.parametrize("path", files("ttt_jax/data/*.py"), ids=module_name)
-def test_data_knows_nothing_of_the_model(path):
-    assert not imports_any(
-        path, *(f"ttt_jax.{m}" for m in ("model", "ttt", "layers", "ops", "checkpoint", "training"))
-    )
+def private_names_stay_at_home(sources: Sources) -> list[str]:
+    """`from module import _name`, and `module._name`."""
+    modules, found = {module_of(path) for path in sources}, []
+    for path, text in sources.items():
+        bound = set()
+        for module, name in imported(path, text):
+            if module in modules and name and is_private(name):
+                found.append(f"{path}: {module}.{name} is private")
+        for node in ast.walk(parsed(text)):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                bound |= {a.asname or a.name for a in node.names if base + a.name in modules}
+        for node in ast.walk(parsed(text)):
+            private = isinstance(node, ast.Attribute) and is_private(node.attr)
+            if private and ast.unparse(node.value) in bound:
+                found.append(f"{path}: {ast.unparse(node)} is private")
+    return found
 
 
-def test_digests_know_nothing_of_files_and_configs():
-    assert not imports_any(ROOT / "ttt_jax/data/digests.py", "ttt_jax")
-    assert not imports_any(ROOT / "ttt_jax/data/compressed.py", "ttt_jax")
-    pages = ROOT / "ttt_jax/data/parquet_pages.py"
-    assert not set(imports_any(pages, "ttt_jax")) - set(
-        imports_any(pages, "ttt_jax.data.compressed")
-    )
+def internals_of_jax_are_in_one_file(sources: Sources) -> list[str]:
+    return [
+        f"{path}: imports {module}"
+        for path, text in sources.items()
+        for module, name in imported(path, text)
+        if f"{module}.{name}.".startswith("jax._src.") and path != "ttt_jax/jax_internals.py"
+    ]
 
 
-def test_the_run_folder_knows_nothing_of_what_is_compared_on_resume():
-    for name in ("run_dir", "checkpoint_files", "config", "resume_fields"):
-        assert not imports_any(
-            ROOT / f"ttt_jax/{name}.py", "ttt_jax.run.resume_changes", "ttt_jax.data"
-        ), name
+def kernels_are_reached_through_ops(sources: Sources) -> list[str]:
+    return [
+        f"{path}: imports {other}"
+        for path in sources
+        if not path.startswith(("ttt_jax/ops/", "kernels_pallas/"))
+        for other in sorted(file_imports(sources, path))
+        if other.startswith("kernels_pallas/")
+    ]
 
 
-@pytest.mark.parametrize(
-    ("name", "below"),
-    [
-        ("signals", ()),
-        ("lost_terminal", ()),
-        ("failure", ("errors",)),
-        ("lock", ("errors", "distributed")),
-        ("output_lock", ("errors", "lock")),
-        ("finished", ("config", "report", "run_dir")),
-    ],
-)
-def test_what_watches_over_a_run_is_light(name, below):
-    """Signals find their handler before anything heavy is imported, and a second job is refused
-    without jax.
-    """
-    path = ROOT / f"ttt_jax/{name}.py"
-    ours = set(imports_any(path, "ttt_jax")) - {"ttt_jax"}
-    assert not ours - set(imports_any(path, *(f"ttt_jax.{module}" for module in below)))
-    assert not imports_any(path, "jax", "numpy", "orbax")
+def narrow_files_import_little(sources: Sources) -> list[str]:
+    found = []
+    for place, allowed in NARROW.items():
+        allowed = (*allowed, place) if place.endswith("/") else allowed
+        found += [
+            f"{path}: imports {other}"
+            for path in sources
+            if is_in(path, place)
+            for other in sorted(file_imports(sources, path))
+            if not any(is_in(other, a) for a in allowed)
+        ]
+    return found
 
 
-def test_the_first_import_of_the_training_script_is_its_signals():
-    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
-    found = [n for n in tree.body if isinstance(n, ast.ImportFrom | ast.Import)]
-    first = next(n for n in found if getattr(n, "module", "") != "__future__")
-    assert isinstance(first, ast.ImportFrom)
-    assert first.module == "ttt_jax.process.signals"
-    assert [n for n in found if "ttt_jax" in ast.unparse(n)] == [first], (
-        "the others are imported below the handler"
-    )
+def light_files_do_not_wait(sources: Sources) -> list[str]:
+    """For what they import at once, what that imports at once, and the packages of both."""
+
+    def at_once(path: str) -> set[str]:
+        below = file_imports(sources, path, runs_at_import)
+        folders = {str(folder) for file in (path, *below) for folder in Path(file).parents}
+        return below | {f"{folder}/__init__.py" for folder in folders} & set(sources)
+
+    found = []
+    for path in sources:
+        if any(is_in(path, place) for place in LIGHT):
+            for file in sorted(reached({path}, at_once)):
+                modules = {m for m, _ in imported(file, sources[file], runs_at_import)}
+                heavy = {module.split(".")[0] for module in modules} & HEAVY
+                found += [f"{path}: waits for {name} by way of {file}" for name in sorted(heavy)]
+    return found
 
 
-def test_nothing_imports_the_training_script():
-    for path in SOURCES:
-        assert not imports_any(path, "train"), path
+def the_first_import_of_the_script_is_its_signals(sources: Sources) -> list[str]:
+    """Its other imports of the project stand below the handler, in functions."""
+    nodes = runs_at_import(parsed(sources["train.py"]))
+    found = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = [node for node in found if getattr(node, "module", "") != "__future__"]
+    ours = [node for node in found if "ttt_jax" in ast.unparse(node)]
+    if [getattr(node, "module", "") for node in found[:1]] != ["ttt_jax.process.signals"]:
+        return [f"train.py: line {found[0].lineno} comes before the signals"]
+    return [f"train.py: line {node.lineno} is not in a function" for node in ours[1:]]
 
 
-def mesh_axes():
-    """AXES of sharding.py, read without importing it."""
-    for node in ast.parse((ROOT / "ttt_jax/parallel/mesh.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(
-            getattr(t, "id", "") == "AXES" for t in node.targets
-        ):
-            return set(ast.literal_eval(node.value))
-    raise AssertionError("sharding.py defines no AXES")
+def nothing_imports_the_script(sources: Sources) -> list[str]:
+    return [
+        f"{path}: imports train"
+        for path, text in sources.items()
+        if any(module.split(".")[0] == "train" for module, _ in imported(path, text))
+    ]
 
 
-def named_axes(source, axes):
-    """Lines where a mesh axis is written out inside a PartitionSpec."""
-    lines = []
-    for node in ast.walk(ast.parse(source)):
-        called = isinstance(node, ast.Call) and (
-            getattr(node.func, "id", None) or getattr(node.func, "attr", None)
-        )
-        if called in ("P", "PartitionSpec"):
-            constants = (c.value for c in ast.walk(node) if isinstance(c, ast.Constant))
-            lines += [
-                node.lineno for value in constants if isinstance(value, str) and value in axes
-            ]
-    return lines
-
-
-def test_only_sharding_names_mesh_axes():
-    axes = mesh_axes()
+def only_the_mesh_names_axes(sources: Sources) -> list[str]:
+    """No mesh axis is written out inside a PartitionSpec anywhere else."""
+    axes, home, found = None, "ttt_jax/parallel/mesh.py", []
+    for node in parsed(sources[home]).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "AXES":
+            axes = set(ast.literal_eval(node.value))
     assert axes == {"data", "fsdp", "context", "tensor"}
-    assert named_axes('x = P(None, ("data", "fsdp"))', axes) == [1, 1]
-    assert named_axes('jax.sharding.PartitionSpec("tensor")', axes) == [1]
-    for path in SOURCES:
-        if path != ROOT / "ttt_jax/parallel/mesh.py":
-            assert not named_axes(path.read_text(encoding="utf-8"), axes), path
+    for path in set(sources) - {home}:
+        for node in ast.walk(parsed(sources[path])):
+            if not isinstance(node, ast.Call):
+                continue
+            if ast.unparse(node.func).split(".")[-1] in ("P", "PartitionSpec"):
+                named = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)} & axes
+                found += [f"{path}: names the axis {axis}" for axis in named]
+    return found
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        ("terminal", ()),
-        ("interrupts", ()),
-        ("command", ("errors", "interrupts", "terminal")),  # and no jax: --help does not wait
-        ("writing", ("errors",)),
-        ("watch", ("config", "errors", "model")),
-        ("decoding", ("model", "reading", "sampling", "watch")),
-        ("eval.unfinished", ("errors",)),
-    ],
+RULES = (
+    every_file_has_one_room,
+    imports_go_down,
+    no_two_files_import_each_other,
+    private_names_stay_at_home,
+    internals_of_jax_are_in_one_file,
+    kernels_are_reached_through_ops,
+    narrow_files_import_little,
+    light_files_do_not_wait,
+    the_first_import_of_the_script_is_its_signals,
+    nothing_imports_the_script,
+    only_the_mesh_names_axes,
 )
-def test_what_inference_is_made_of(name, allowed):
-    path = ROOT / f"ttt_jax/{name.replace('.', '/')}.py"
-    found = {module.split(".")[1] for module in imports_any(path, "ttt_jax") if "." in module}
-    assert found <= set(allowed), path
-    if name in ("terminal", "interrupts", "command", "writing", "eval.unfinished"):
-        assert not imports_any(path, "jax", "numpy"), path
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_tree_keeps(rule):
+    complaints = rule(real_sources())
+    assert not complaints
+
+
+BROKEN = [
+    (every_file_has_one_room, "ttt_jax/new.py", ""),
+    (imports_go_down, "ttt_jax/model/layers.py", "import ttt_jax.training.step"),
+    (imports_go_down, "ttt_jax/ops/numerics.py", "def f():\n    from ..config import Config"),
+    (imports_go_down, "kernels_pallas/tpu.py", "from ttt_jax import errors"),
+    (
+        imports_go_down,
+        "ttt_jax/errors.py",
+        "if TYPE_CHECKING:\n    from ttt_jax.data.loader import Loader",
+    ),
+    (imports_go_down, "ttt_jax/data/loader.py", "from .. import load_pretrained"),
+    (
+        no_two_files_import_each_other,
+        "ttt_jax/config/fields.py",
+        "def f():\n    from ttt_jax.config.loading import load_config",
+    ),
+    (private_names_stay_at_home, "ttt_jax/eval/run.py", "from ttt_jax.errors import _hidden"),
+    (
+        private_names_stay_at_home,
+        "ttt_jax/eval/run.py",
+        "from ttt_jax.ops.ttt import xla as op\nop._loop",
+    ),
+    (
+        private_names_stay_at_home,
+        "ttt_jax/eval/run.py",
+        "import ttt_jax.errors\nttt_jax.errors._x",
+    ),
+    (internals_of_jax_are_in_one_file, "ttt_jax/errors.py", "from jax._src import core"),
+    (internals_of_jax_are_in_one_file, "ttt_jax/errors.py", "from jax import _src"),
+    (kernels_are_reached_through_ops, "ttt_jax/model/layers.py", "import kernels_pallas.tpu"),
+    (narrow_files_import_little, "ttt_jax/data/digests.py", "from ttt_jax import errors"),
+    (narrow_files_import_little, "ttt_jax/data/cache.py", "from ttt_jax.ops import in_place_ttt"),
+    (light_files_do_not_wait, "ttt_jax/process/signals.py", "import jax.numpy as jnp"),
+    (light_files_do_not_wait, "ttt_jax/command/cli.py", "from ttt_jax.model import layers"),
+    (light_files_do_not_wait, "ttt_jax/process/lock.py", "class A:\n    from flax import nnx"),
+    (
+        light_files_do_not_wait,
+        "ttt_jax/process/__init__.py",
+        "try:\n    import numpy\nfinally: ...",
+    ),
+    (the_first_import_of_the_script_is_its_signals, "train.py", "import ttt_jax.config"),
+    (nothing_imports_the_script, "ttt_jax/plan/make.py", "def f():\n    from train import train"),
+    (only_the_mesh_names_axes, "ttt_jax/model/layers.py", 'x = P(None, ("data", "none"))'),
+    (only_the_mesh_names_axes, "train.py", 'jax.sharding.PartitionSpec("tensor")'),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "line"), BROKEN)
+def test_a_rule_sees_what_breaks_it(rule, path, line):
+    sources = real_sources()
+    text = f"{sources.get(path, '')}\n{line}\n"
+    complaints = set(rule({**sources, path: text})) - set(rule(sources))
+    assert any(path in complaint for complaint in complaints)
+
+
+def test_the_script_meets_nothing_before_its_signals():
+    """An import above that of the signals, which a line at the end of the file is not."""
+    text = "import numpy\n" + real_sources()["train.py"]
+    assert the_first_import_of_the_script_is_its_signals({**real_sources(), "train.py": text})

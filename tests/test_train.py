@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.jobs import TINY, curve, start, wait_for_step
+from support.jobs import TINY, curve, start, wait_for_step, write_corpus
 
 import train
 from ttt_jax.config import load_config
@@ -20,12 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def words(tmp_path):
     """Overrides of a job of seconds on a corpus of its own."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
-        (corpus / f"{i:02d}.txt").write_text(text)
+    corpus = write_corpus(tmp_path / "corpus")
     return [*TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path / 'runs'}", "--name=tiny"]
 
 

@@ -203,9 +203,9 @@ def deep():
         (lambda: 1 // 0, "ZeroDivisionError in test_train_folder.py, line "),
         (deep, "RecursionError in test_train_folder.py, line "),
         (
-            lambda: open("/nowhere/x"),
+            lambda: open("/nowhere/x"),  # noqa: SIM115
             "the system failed: /nowhere/x: No such file or directory; mend that",
-        ),  # noqa: SIM115
+        ),
     ],
 )
 def test_what_is_no_bug_of_a_setting_is_one_line(fault, line):

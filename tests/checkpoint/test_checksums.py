@@ -16,13 +16,9 @@ from support.fuzzing import SMALL
 from support.hf_folders import make_folder, read_folder
 
 from ttt_jax import load_pretrained
-from ttt_jax.checkpoint.checkpointer import (
-    Checkpointer,
-    find_checkpoint,
-    load_model_params,
-    save_model_params,
-)
+from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import CHECKSUMS, find_damage, write_checksums
+from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params, save_model_params
 from ttt_jax.config import CheckpointConfig, Config
 from ttt_jax.errors import CheckpointError
 from ttt_jax.model.transformer import abstract_transformer

@@ -14,8 +14,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from support.streams import prompts
-from support.watched import model_of
+from support.streams import one_layer_model, prompts
 
 from ttt_jax import Session, generate
 from ttt_jax.command.cli import main
@@ -142,7 +141,7 @@ def test_ctrl_c_while_reading_leaves_a_whole_session(tmp_path):
     """After any piece: what was read is read, the rest waits, and the file goes on to the same
     tokens.
     """
-    model, (ids,) = model_of(), prompts([41])
+    model, (ids,) = one_layer_model(), prompts([41])
     expected = generate(model, [ids], max_new_tokens=5, eos_ids=())[0].token_ids
     for stop_at in (8, 24):
         session = Session(model, piece=8)
@@ -164,7 +163,7 @@ def test_an_end_while_writing_leaves_a_whole_session(raised):
     """A signal, or an error of whoever shows the text: tokens on their way belong to the stream,
     which goes on from there.
     """
-    model = model_of(vocab_size=257)
+    model = one_layer_model(vocab_size=257)
     model.tokenizer = ByteTokenizer()
     whole = generate(model, "Once", max_new_tokens=30, temperature=2.0, eos_ids=(), seed=3)[0]
     from ttt_jax.inference.sampling import Sampling
@@ -197,7 +196,7 @@ def command(tmp_path, monkeypatch, capsys):
     """Runs `generate` on a small model, with its session, and does something at a number of tokens
     read.
     """
-    model, (ids,) = model_of(vocab_size=257), prompts([100])
+    model, (ids,) = one_layer_model(vocab_size=257), prompts([100])
     monkeypatch.setattr("ttt_jax.pretrained.load.load_model", lambda *arguments, **options: model)
     np.save(tmp_path / "ids.npy", ids)
     session = tmp_path / "s.safetensors"

@@ -18,7 +18,10 @@ from ttt_jax.terminal import for_stream, printable
 
 # Clears the screen, renames the window, rings, asks the terminal to answer, C1 CSI, turns the line
 # round, markup, HTML, a lone surrogate of a file name.
-HOSTILE = "a\x1b[2J\x1b]0;owned\x07\x9b31m\u202efdp.exe\u2069[/b][red]<script>alert(1)</script>\r\x00\x7f\udc80"
+HOSTILE = (
+    "a\x1b[2J\x1b]0;owned\x07\x9b31m\u202efdp.exe\u2069[/b][red]"
+    "<script>alert(1)</script>\r\x00\x7f\udc80"
+)
 OBEYED = set(
     map(
         chr,

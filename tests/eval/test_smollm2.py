@@ -1,7 +1,9 @@
 """A real pretrained model: TTT layers that were never trained change nothing, and the harness
 scores it as transformers does.
 
-TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/eval/test_smollm2.py     # see examples/smollm2.md
+TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/eval/test_smollm2.py
+
+examples/smollm2.md tells where the model is from.
 """
 
 import json

@@ -8,8 +8,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from support.streams import prompts
-from support.watched import model_of
+from support.streams import one_layer_model, prompts
 
 from ttt_jax import save_pretrained
 from ttt_jax.command.cli import main
@@ -113,7 +112,7 @@ def test_only_an_unfinished_folder_may_be_filled(tmp_path):
 
 @pytest.fixture
 def words(tmp_path):
-    save_pretrained(model_of(vocab_size=97), tmp_path / "m", dtype="float32")
+    save_pretrained(one_layer_model(vocab_size=97), tmp_path / "m", dtype="float32")
     np.save(tmp_path / "ids.npy", np.stack(prompts([40] * 6, vocab=97)))
     words = [
         "eval",
@@ -191,7 +190,7 @@ def test_other_data_and_other_weights(words, tmp_path, capsys, monkeypatch):
     assert batches[3:] == [[2, 3], [4, 5]]
     batches.clear()
     assert main([*words, "--out", str(tmp_path / "two")]) == 130
-    changed = jax.tree.map(lambda x: x * 1.01, model_of(vocab_size=97))
+    changed = jax.tree.map(lambda x: x * 1.01, one_layer_model(vocab_size=97))
     save_pretrained(changed, tmp_path / "other", dtype="float32")
     (tmp_path / "m").rename(tmp_path / "old")
     (tmp_path / "other").rename(tmp_path / "m")
@@ -203,7 +202,7 @@ def test_other_data_and_other_weights(words, tmp_path, capsys, monkeypatch):
 def test_synthetic_tasks_are_kept_one_by_one(tmp_path):
     from ttt_jax.eval.synthetic import evaluate
 
-    model = model_of(vocab_size=128)
+    model = one_layer_model(vocab_size=128)
     seen = []
 
     class Right:

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     from ttt_jax.training.saver import Saver
 
     faults = json.loads(os.environ["FAULTS"])
-    put, cross_entropy, read = training.put_batch, training.cross_entropy, Loader.__next__
+    cross_entropy, read = training.cross_entropy, Loader.__next__
 
     def slow_read(self):
         time.sleep(faults.get("sleep", 0))

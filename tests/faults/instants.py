@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from faults.job import DRIVER, ROOT, Job, end
+from support.compilation import CHEAP
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NOISE = (
@@ -240,7 +241,7 @@ def environment(job: Job) -> dict[str, str]:
     names = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": CHEAP,
         "JAX_COMPILATION_CACHE_DIR": str(job.folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from support.compilation import CHEAP
 
 from ttt_jax.checkpoint.checksums import find_damage, finished_steps, has_checksums
 from ttt_jax.run.logs import read_events
@@ -92,7 +93,7 @@ class Job:
             env |= {
                 "JAX_PLATFORMS": "cpu",
                 "PYTHONPATH": str(ROOT),
-                "XLA_FLAGS": "--xla_backend_optimization_level=0"
+                "XLA_FLAGS": CHEAP
                 + (" --xla_force_host_platform_device_count=2" if processes > 1 else ""),
                 "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -25,7 +25,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from eval.test_output import results_of
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from support.fuzzing_trees import (
+from support.damage import (
     CHANGES,
     TREES,
     VALUES,
@@ -86,7 +86,7 @@ def overrides(folder, examples):
 
 
 def data_config(path, **changes):
-    heldout = Path(__file__).parents[1] / "tolerance.py"  # any small text
+    heldout = Path(__file__).parents[1] / "support/tolerance.py"  # any small text
     base = {
         "data.train": [str(path)],
         "data.heldout": [str(heldout)],

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from support.fuzzing_trees import (
+from support.damage import (
     CHANGES,
     TREES,
     damage,

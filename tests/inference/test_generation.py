@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from support.models import config, make
 from support.streams import CHANGES, C, model_of, prompts
 from support.tolerance import assert_close
@@ -17,7 +15,7 @@ from support.tolerance import assert_close
 from ttt_jax import Session, generate, load_pretrained, score
 from ttt_jax.config import RopeConfig
 from ttt_jax.data.tokenizer import ByteTokenizer
-from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.errors import UserError
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.model.stack import Runtime
 from ttt_jax.pretrained.load import unstacked
@@ -266,111 +264,6 @@ def test_errors_name_what_is_wrong():
     ]:
         with pytest.raises(UserError, match=match):
             bad()
-
-
-# ------------------------------------------------------------------------------------ session files
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("session") / "s.safetensors"
-    session = Session(model_of(), 2)
-    session.read(prompts([10, 7]))
-    session.save(path)
-    return path
-
-
-def test_a_session_of_another_model_is_refused(saved, tmp_path):
-    other = jax.tree.map(lambda x: x, model_of())
-    other.norm.scale = type(other.norm.scale)(
-        other.norm.scale[...].at[3].add(1e-3), axes=("embed",)
-    )
-    with pytest.raises(CheckpointError, match="written by another model"):
-        Session.load(saved, other)
-    with pytest.raises(CheckpointError, match="no such file"):
-        Session.load(tmp_path / "none", model_of())
-    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="not a session of ttt_jax"):
-        Session.load(tmp_path / "weights.safetensors", model_of())
-
-
-def test_damage_is_found(saved, tmp_path):
-    """Any flipped bit, any truncation: an error, never another answer."""
-    data, path, rng = saved.read_bytes(), tmp_path / "s.safetensors", np.random.default_rng(0)
-    places = sorted(
-        {
-            0,
-            7,
-            8,
-            9,
-            len(data) - 1,
-            *rng.integers(0, len(data), 60).tolist(),
-            *rng.integers(0, 900, 40).tolist(),
-        }
-    )
-    for place in places:
-        bad = bytearray(data)
-        bad[place] ^= 1 << int(rng.integers(8))
-        path.write_bytes(bad)
-        with pytest.raises(CheckpointError):
-            Session.load(path, model_of())
-    for size in (0, 1, 7, 8, 100, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:size])
-        with pytest.raises(CheckpointError):
-            Session.load(path, model_of())
-
-
-def test_tensors_that_do_not_fit_are_refused(saved, tmp_path):
-    """A file with valid checksums and other contents: what does not fit the model is named."""
-    import json
-    import zlib
-
-    with safe_open(saved, "numpy") as file:
-        manifest = json.loads(file.metadata()["manifest"])
-    tensors = load_file(saved)
-
-    def write(change):
-        changed = change(dict(tensors))
-        crc = {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in changed.items()}
-        text = json.dumps(manifest | {"crc32": crc}, sort_keys=True)
-        metadata = {"manifest": text, "manifest_crc32": str(zlib.crc32(text.encode()))}
-        save_file(changed, tmp_path / "s.safetensors", metadata=metadata)
-        return tmp_path / "s.safetensors"
-
-    Session.load(write(lambda t: t), model_of())
-    S = (
-        "layers.0.S"
-        if "layers.0.S" in tensors
-        else sorted(name for name in tensors if name.endswith(".S"))[0]
-    )
-    for change, match in [
-        (lambda t: t | {S: t[S] * np.float32("nan")}, "not finite"),
-        (lambda t: t | {S: t[S][:1]}, "tensor layers"),
-        (lambda t: t | {S: t[S].astype(np.float64)}, "float64"),
-        (lambda t: t | {"position": t["position"] + np.int32(1000)}, "positions lie behind"),
-        (lambda t: t | {"position": -t["position"]}, "negative"),
-        (lambda t: t | {"unread.0": np.array([99], np.int32)}, "outside the vocabulary"),
-        (lambda t: t | {"extra": np.zeros(1, np.float32)}, "extra is unknown"),
-        (lambda t: {name: x for name, x in t.items() if name != S}, "is missing"),
-        (lambda t: {name: x for name, x in t.items() if name != "unread.1"}, "not as many streams"),
-    ]:
-        with pytest.raises(CheckpointError, match=match):
-            Session.load(write(change), model_of())
-
-
-def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
-    path = tmp_path / "s.safetensors"
-    path.write_bytes(saved.read_bytes())
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("ttt_jax.inference.session_file.save_file", full)
-    session = Session.load(path, model_of())
-    with pytest.raises(CheckpointError, match="could not be written"):
-        session.save(path)
-    assert path.read_bytes() == saved.read_bytes()
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------- memory

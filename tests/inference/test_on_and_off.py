@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from support.jobs import TINY
+from support.jobs import TINY, write_corpus
 from support.reports import CONFIG, CURVE, HELDOUT
 
 import train
@@ -24,12 +24,7 @@ def test_a_reports_losses_are_those_of_score(tmp_path):
     """After some steps with a high rate on and off differ; `score` reads the checkpoint with TTT
     on, and off.
     """
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
-        (corpus / f"{i:02d}.txt").write_text(text)
+    corpus = write_corpus(tmp_path / "corpus")
     words = [
         *TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path}", "--name=run", "--steps=6",
         "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", "--eval.every=6",

@@ -43,22 +43,26 @@ PROGRAM = """HloModule jit_step
 }
 
 %piece (p: f32[8,2]) -> f32[8,16] {
-  ROOT %ag.2 = f32[8,16]{1,0:T(8,128)} all-gather(%p), channel_id=5, frontend_attributes={chain_id="7"}
+  ROOT %ag.2 = f32[8,16]{1,0:T(8,128)} all-gather(%p), \
+channel_id=5, frontend_attributes={chain_id="7"}
 }
 
 %body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %f.1 = f32[8,16]{1,0} fusion(%x), kind=kOutput, calls=%piece
   %ag.1 = f32[8,16]{1,0} all-gather(%x), channel_id=5, frontend_attributes={chain_id="7"}
-  %ar.1 = (f32[4]{0}, /*index=1*/bf16[6]{0}) all-reduce(%y, %z), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%sum
+  %ar.1 = (f32[4]{0}, /*index=1*/bf16[6]{0}) all-reduce(%y, %z), \
+channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%sum
   ROOT %t = (s32[], f32[8,16]) tuple(%i, %f.1)
 }
 
 ENTRY %main (x: f32[8,2]) -> f32[8,16] {
-  %k = f32[8,2]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %k = f32[8,2]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="splash"}
   %w = (s32[], f32[8,16]) while(%init), condition=%cond, body=%body, metadata={op_name="while"}
-  %cp = (bf16[4,4]{1,0}, bf16[4,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), source_target_pairs={{0,1}}
+  %cp = (bf16[4,4]{1,0}, bf16[4,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%q), \
+source_target_pairs={{0,1}}
   %done = bf16[4,4]{1,0} collective-permute-done(%cp)
   %alone = f32[1000]{0} all-reduce(%r), replica_groups={{0},{1}}, to_apply=%sum
   ROOT %out = f32[8,16]{1,0} get-tuple-element(%w), index=1

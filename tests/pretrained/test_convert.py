@@ -5,7 +5,6 @@ that leave no trace.
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,53 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.conversions import OFFICIAL, PLAIN, ROOT, same_params
 from support.fast_jit import jit
 from support.hf_folders import BF16, FAMILIES, assert_same_tensors, make_folder, read_folder
 
 import train
 from ttt_jax import load_pretrained
-from ttt_jax.checkpoint.checkpointer import Checkpointer, load_model_params
+from ttt_jax.checkpoint.checkpointer import Checkpointer
+from ttt_jax.checkpoint.parameters import load_model_params
 from ttt_jax.command.cli import main
 from ttt_jax.config import CheckpointConfig, Config, MeshConfig, ModelConfig, TTTConfig
-from ttt_jax.errors import CheckpointError, ConfigError, UserError, VerificationError
+from ttt_jax.errors import ConfigError, VerificationError
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import make_mesh, model_shardings
-from ttt_jax.pretrained import convert as convert_module
 from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.load import initial_model
 from ttt_jax.pretrained.orbax_folder import OrbaxWriter
-from ttt_jax.pretrained.orbax_layout import read_description
 from ttt_jax.pretrained.source import open_source
 from ttt_jax.run.folder import prepare_run_dir
-
-ROOT = Path(__file__).parents[2]
-OFFICIAL = ROOT / "tests/golden/model_qwen3_hidden_states"
-PLAIN = {"model_type": "llama", "tie_word_embeddings": True}
-
-
-def same_params(a, b):
-    paths = lambda tree: [
-        param_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-    assert (a.config, a.runtime, paths(a)) == (b.config, b.runtime, paths(b))
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
-
-
-def logits(model):
-    ids_BT = jax.random.randint(jax.random.key(0), (2, 40), 0, model.config.vocab_size, jnp.int32)
-    return jit(lambda model, ids_BT: model.logits(model.hidden(ids_BT)[0]))(model, ids_BT)
 
 
 def abstract_model(cfg):
     return jax.eval_shape(lambda: Transformer(cfg, key=jax.random.key(0)))
-
-
-@pytest.fixture
-def plain(tmp_path):
-    make_folder(tmp_path / "plain", PLAIN)
-    return tmp_path / "plain"
 
 
 # ----------------------------------------------------------------------------------- there and back
@@ -198,7 +174,8 @@ def status(key):
 
 out, shard = sys.argv[1], int(sys.argv[2])
 def all_ways(source, out):
-    for to, src, dst in (("orbax", source, out + "_o"), ("hf", out + "_o", out + "_h"), ("hf", source, out + "_d")):
+    orbax, hf, direct = out + "_o", out + "_h", out + "_d"
+    for to, src, dst in (("orbax", source, orbax), ("hf", orbax, hf), ("hf", source, direct)):
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts again at what is resident now
         before = status("VmRSS")
@@ -235,116 +212,6 @@ def test_memory_is_bounded_by_a_shard(tmp_path):
     assert max(growth) < 1.3 * largest, (growth, largest)
     assert len(list((tmp_path / "b_h").glob("*.safetensors"))) >= 33
     assert_same_tensors(read_folder(tmp_path / "big"), read_folder(tmp_path / "b_h"))
-
-
-# -------------------------------------------------------------------------------------------- equip
-
-EQUIP = ["--ttt.layers", "0,2", "--ttt.chunk_size", "8", "--ttt.lr", "0.5"]
-
-
-@pytest.mark.parametrize("to", ["orbax", "hf"])
-def test_a_plain_model_gets_ttt_that_changes_nothing_yet(plain, to, tmp_path, capsys):
-    assert main(["convert", str(plain), str(tmp_path / "out"), "--to", to, "--verify", *EQUIP]) == 0
-    out = capsys.readouterr().out
-    assert "4 of them new" in out
-    assert "relative RMS of the logits 0.0e+00" in out
-    model = load_pretrained(tmp_path / "out")
-    assert model.config.ttt == TTTConfig(layers=(0, 2), chunk_size=8, lr=0.5, normalize_source=True)
-    np.testing.assert_array_equal(logits(model), logits(load_pretrained(plain)))
-    convert(tmp_path / "out", tmp_path / "hf", to="hf")
-    before, after = read_folder(plain), read_folder(tmp_path / "hf")
-    new = {name: after.pop(name) for name in sorted(set(after) - set(before))}
-    assert_same_tensors(before, after)
-    assert list(new) == [
-        f"model.layers.{i}.mlp.ttt_{what}.weight" for i in (0, 2) for what in ("conv", "proj")
-    ]
-    for name, x in new.items():
-        if name.endswith("conv.weight"):
-            assert not x.any()
-        else:
-            np.testing.assert_array_equal(x, np.diag(np.diagonal(x)))
-            assert 0.5 < np.std(np.diagonal(x)) / 0.02 < 1.5
-
-
-def test_new_targets_may_keep_the_official_source(plain, tmp_path):
-    convert(plain, tmp_path / "out", to="hf", ttt={"layers": [1], "normalize_source": False})
-    assert not read_config(tmp_path / "out").ttt.normalize_source
-
-
-def test_fresh_parameters_depend_on_the_seed_alone(plain, tmp_path):
-    ttt = {"layers": [1], "chunk_size": 8}
-    for name, seed, to in (("a", 0, "hf"), ("b", 0, "orbax"), ("c", 1, "hf")):
-        convert(plain, tmp_path / name, to=to, ttt=ttt, seed=seed)
-    convert(tmp_path / "b", tmp_path / "b_hf", to="hf")
-    assert_same_tensors(read_folder(tmp_path / "a"), read_folder(tmp_path / "b_hf"))
-    proj = "model.layers.1.mlp.ttt_proj.weight"
-    assert (read_folder(tmp_path / "a")[proj] != read_folder(tmp_path / "c")[proj]).any()
-    convert(plain, tmp_path / "half", to="hf", ttt=ttt | {"proj": False}, dtype="bfloat16")
-    half = read_folder(tmp_path / "half")
-    assert proj not in half
-    assert half["model.layers.1.mlp.ttt_conv.weight"].dtype == BF16
-
-
-@pytest.mark.parametrize(
-    ("ttt", "words"),
-    [
-        (
-            {"layers": [0, 1]},
-            r"--ttt\.layers \[0, 1\]: .* has TTT parameters already, with ttt\.layers = \[0, 2\]",
-        ),
-        (
-            {"layers": [0, 2], "chunk_size": 32},
-            r"--ttt\.chunk_size 32: .* with ttt\.chunk_size = 16",
-        ),
-        ({"lr": 1.0}, r"--ttt\.lr 1\.0: "),
-    ],
-)
-def test_ttt_that_conflicts_is_refused(golden_model, ttt, words, tmp_path):
-    with pytest.raises(ConfigError, match=words):
-        convert(golden_model[0], tmp_path / "out", to="orbax", ttt=ttt)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("ttt", "words"),
-    [
-        ({"lr": 1.0}, r"name them with --ttt\.layers"),
-        ({"layers": [3]}, "layer 3 does not exist in a model of 3 layers"),
-        ({"layers": [0], "chunk_size": 0}, "chunk_size = 0"),
-    ],
-)
-def test_ttt_that_makes_no_sense_is_refused(plain, ttt, words, tmp_path):
-    with pytest.raises(ConfigError, match=words):
-        convert(plain, tmp_path / "out", to="orbax", ttt=ttt)
-    assert [p.name for p in tmp_path.iterdir()] == ["plain"]
-
-
-def test_agreeing_options_and_tensors_without_config_fields(golden_model, tmp_path):
-    """Options that repeat what is there are fine, and name TTT tensors that config.json keeps
-    silent about.
-    """
-    folder, _ = golden_model
-    ttt = read_config(folder).ttt
-    options = {
-        "layers": list(ttt.layers),
-        "chunk_size": 16,
-        "lr": 0.5,
-        "target": ttt.target,
-        "proj": True,
-    }
-    assert convert(folder, tmp_path / "same", to="hf", ttt=options).fresh == 0
-    silent = tmp_path / "silent"
-    shutil.copytree(folder, silent)
-    raw = json.loads((silent / "config.json").read_text())
-    (silent / "config.json").write_text(
-        json.dumps({k: v for k, v in raw.items() if not k.startswith("ttt_")})
-    )
-    assert convert(silent, tmp_path / "named", to="hf", ttt=options).fresh == 0
-    for name in ("same", "named"):
-        assert_same_tensors(read_folder(folder), read_folder(tmp_path / name))
-        assert read_config(tmp_path / name) == read_config(folder)
-    with pytest.raises(CheckpointError, match=r"unknown model\.layers\.2\.mlp\.ttt_conv\.weight"):
-        convert(silent, tmp_path / "out", to="hf", ttt=options | {"layers": [0]})
 
 
 # ------------------------------------------------------------------------------------- as init_from
@@ -474,188 +341,7 @@ def test_verify_catches_a_wrong_tensor(name, tmp_path, monkeypatch, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-# ------------------------------------------------------------------------------------------- output
-
-
-def test_existing_output_needs_overwrite(plain, tmp_path, capsys):
-    folder, out = str(OFFICIAL), str(tmp_path / "out")
-    assert main(["convert", folder, out, "--to", "orbax"]) == 0
-    assert main(["convert", str(tmp_path / "nowhere"), out, "--to", "hf"]) == 2, (
-        "refused before the source is looked at"
-    )
-    assert "exists already; choose another folder, or add --overwrite" in capsys.readouterr().err
-    assert main(["convert", str(plain), out, "--to", "hf", "--overwrite"]) == 0
-    assert_same_tensors(read_folder(plain), read_folder(tmp_path / "out"))
-    assert not (tmp_path / "out" / "ttt_jax.json").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
-
-
-def test_overwrite_replaces_model_folders_only(plain, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to(plain)
-    for name, words in (
-        ("mine", "not a model folder"),
-        ("file", "not a folder"),
-        ("link", "not a folder"),
-    ):
-        with pytest.raises(CheckpointError, match=words):
-            convert(plain, tmp_path / name, to="hf", overwrite=True)
-    for output in (plain, tmp_path / "plain" / ".." / "plain"):
-        with pytest.raises(CheckpointError, match="would delete the source"):
-            convert(plain, output, to="hf", overwrite=True)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "mine", "plain"]
-
-
-@pytest.mark.parametrize("to", ["orbax", "hf"])
-@pytest.mark.parametrize(
-    "problem",
-    [OSError(28, "No space left on device"), KeyboardInterrupt()],
-    ids=["full", "interrupt"],
-)
-def test_a_failure_leaves_the_old_output_and_nothing_else(
-    plain, to, problem, tmp_path, monkeypatch
-):
-    convert(plain, tmp_path / "out", to=to)
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-
-    def fail(*_):
-        raise problem
-
-    monkeypatch.setattr(convert_module, "copy_companions", fail)  # the last thing written
-    expected = CheckpointError if isinstance(problem, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
-        convert(plain, tmp_path / "out", to=to, overwrite=True)
-    with pytest.raises(expected):
-        convert(plain, tmp_path / "new", to=to)
-    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
-
-
 # ------------------------------------------------------------------------------------------- errors
-
-
-def drop_and_add(stored):
-    del stored["model.norm.weight"]
-    stored["model.layers.0.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
-    stored["model.layers.2.mlp.down_proj.weight"] = np.zeros((48, 32), np.float32)
-
-
-def put(name, index, value):
-    def change(stored):
-        stored[name][index] = value
-
-    return change
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-BROKEN = {
-    "tensors": (
-        drop_and_add,
-        r"missing model\.norm\.weight; unknown "
-        r"model\.layers\.0\.self_attn\.q_proj\.bias; wrong shape "
-        r"model\.layers\.2\.mlp\.down_proj\.weight \(48, 32\) \(expected \(32, 48\)\)$",
-    ),
-    "nan": (
-        put(UP, (40, 3), np.nan),
-        r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN "
-        r"or infinity",
-    ),
-    "infinity": (put(NORM, 5, np.inf), r"tensor model\.norm\.weight holds NaN or infinity"),
-    "float64": (
-        lambda s: s.update({NORM: s[NORM].astype(np.float64)}),
-        r"choose --dtype .*: "
-        r"model\.norm\.weight$",
-    ),
-    "integers": (
-        lambda s: s.update({NORM: s[NORM].astype(np.int8)}),
-        r"not of floats "
-        r"\(quantised\?\) "
-        r"model\.norm",
-    ),
-    "head": (
-        lambda s: s.update({HEAD: s[EMBED] + 1}),
-        r"lm_head\.weight is not "
-        r"model\.embed_tokens\.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("to", ["orbax", "hf"])
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_source_is_named_and_leaves_no_trace(case, to, tmp_path):
-    change, words = BROKEN[case]
-    make_folder(tmp_path / "source", PLAIN, change=change)
-    with pytest.raises(CheckpointError, match=words) as error:
-        convert(tmp_path / "source", tmp_path / "out", to=to)
-    assert "\n" not in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_values_that_do_not_fit_are_refused(plain, tmp_path):
-    # rounds to infinity in bfloat16
-    make_folder(tmp_path / "source", PLAIN, change=put(UP, (0, 0), 3.4028235e38))
-    with pytest.raises(
-        CheckpointError,
-        match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight does not fit into bfloat16",
-    ):
-        convert(tmp_path / "source", tmp_path / "out", to="hf", dtype="bfloat16")
-    convert(tmp_path / "source", tmp_path / "out", to="hf")
-    wide = tmp_path / "wide"
-    make_folder(wide, PLAIN, change=lambda s: s.update({UP: s[UP].astype(np.float64)}))
-    convert(wide, tmp_path / "single", to="orbax", dtype="float32")
-    same_params(load_pretrained(tmp_path / "single"), load_pretrained(wide))
-
-
-def test_what_is_no_model_is_refused(plain, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for source, words in (
-        ("nowhere", "no such folder"),
-        ("empty", r"holds no config\.json, ttt_jax\.json or config\.yaml"),
-    ):
-        with pytest.raises(CheckpointError, match=words):
-            convert(tmp_path / source, tmp_path / "out", to="hf")
-    raw = json.loads((plain / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps(raw | {"model_type": "mamba"}))
-    with pytest.raises(
-        ConfigError,
-        match="model_type = 'mamba' is not supported; supported: llama, qwen3, qwen2, mistral",
-    ):
-        convert(plain, tmp_path / "out", to="hf")
-
-
-def test_a_damaged_converted_folder(plain, tmp_path):
-    convert(plain, tmp_path / "orbax", to="orbax")
-    path = tmp_path / "orbax" / "ttt_jax.json"
-    good = json.loads(path.read_text())
-    assert read_description(tmp_path / "orbax").model == read_config(plain)
-    changes = [
-        ({"format": "ttt_jax model 9"}, "this version reads 'ttt_jax model 1'"),
-        ({"model": 3}, "damaged"),
-        ({"dtypes": {"x": "int8"}}, "damaged"),
-        (
-            {"model": good["model"] | {"d_ff": 49}},
-            r"wrong shape groups\.0\.blocks\.0\.mlp\.down \(1, 3, 32, 48\)",
-        ),
-        ({"model": good["model"] | {"tie_embeddings": False}}, "missing head"),
-    ]
-    for change, words in changes:
-        path.write_text(json.dumps(good | change))
-        with pytest.raises(CheckpointError, match=words) as error:
-            convert(tmp_path / "orbax", tmp_path / "out", to="hf")
-        assert "\n" not in str(error.value)
-        with pytest.raises(UserError):
-            load_pretrained(tmp_path / "orbax")
-    path.write_text(json.dumps(good))
-    chunk = tmp_path / "orbax/model/embed/0.0"
-    chunk.write_bytes(chunk.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"embed/0\.0: missing, or not of \d+ bytes"):
-        convert(tmp_path / "orbax", tmp_path / "out", to="hf")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["orbax", "plain"]
 
 
 def test_help(capsys):

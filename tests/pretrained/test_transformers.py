@@ -1,8 +1,10 @@
 """Logits against transformers (torch on the CPU), for random models of every family and, where it
 lies, SmolLM2.
 
-pip install torch transformers      # optional; the tests are skipped without
-TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/pretrained/test_transformers.py     # see examples/smollm2.md
+    pip install torch transformers      # optional; the tests are skipped without
+    TTT_JAX_SMOLLM2=checkpoints/smollm2 pytest -m slow tests/pretrained/test_transformers.py
+
+examples/smollm2.md tells where the model is from.
 """
 
 import os

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.jobs import TINY, curve, wait_for_step
+from support.compilation import CHEAP
+from support.jobs import TINY, curve, wait_for_step, write_corpus
 from support.tolerance import assert_close
 
 from ttt_jax.errors import ConfigError
@@ -25,12 +26,7 @@ STEPS = 8
 
 @pytest.fixture
 def words(tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
-        (corpus / f"{i:02d}.txt").write_text(text)
+    corpus = write_corpus(tmp_path / "corpus")
     size = [
         "--data.batch_size=4",
         f"--steps={STEPS}",
@@ -48,13 +44,12 @@ def free_port():
 
 def start(words, processes=1, devices=2, **environment):
     """`python train.py` as a job of so many processes."""
-    # tiny programs: compiling is all the time
-    port, jobs, flags = free_port(), [], "--xla_backend_optimization_level=0"
+    port, jobs = free_port(), []
     for index in range(processes):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("TTT_JAX_", "SLURM_"))}
         env |= {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}",
         }
         if processes > 1:
             names = (

@@ -14,7 +14,7 @@ def compile_in_a_process(script: str, *words: str) -> dict:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside another process: there is no TPU to share
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",

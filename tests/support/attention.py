@@ -1,3 +1,5 @@
+"""Inputs of attention, and attention written out to compare with."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""A module that is not a language model, to save, damage and restore."""
+
 from __future__ import annotations
 
 import jax

@@ -1,4 +1,9 @@
+"""Damage to the bytes and JSON of checkpoints and converted folders, drawn by hypothesis."""
+
 from __future__ import annotations
+
+import contextlib
+import tracemalloc
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -59,3 +64,26 @@ JSON = st.recursive(
     ),
     max_leaves=5,
 )
+
+
+MEMORY = 20_000_000  # bytes that Python and numpy may hold at once
+
+
+@contextlib.contextmanager
+def changed(path, data):
+    before = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+@contextlib.contextmanager
+def small_memory():
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < MEMORY
+    finally:
+        tracemalloc.stop()

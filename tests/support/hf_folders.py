@@ -26,6 +26,19 @@ BASE = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 80,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

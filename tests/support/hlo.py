@@ -1,4 +1,4 @@
-"""What a compiled program sends."""
+"""Counts what a compiled program sends between devices."""
 
 import re
 

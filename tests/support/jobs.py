@@ -1,3 +1,5 @@
+"""`python train.py` in a process of its own: its corpus, its start, and what it has logged."""
+
 from __future__ import annotations
 
 import json
@@ -6,6 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
+from support.compilation import CHEAP
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -30,9 +35,19 @@ TINY = [
 ]
 
 
+def write_corpus(folder):
+    """Forty short files of few words, which a model of two layers learns in a few steps."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
+        (folder / f"{i:02d}.txt").write_text(text)
+    return folder
+
+
 def start(words):
     """`python train.py` in a process of its own."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": CHEAP, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "train.py", *words],
         cwd=ROOT,

@@ -1,3 +1,5 @@
+"""Tiny models with random parameters of every kind, and what a test does with them."""
+
 from __future__ import annotations
 
 import dataclasses

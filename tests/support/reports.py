@@ -1,3 +1,5 @@
+"""The numbers of a finished run, as its report takes them."""
+
 from __future__ import annotations
 
 from ttt_jax.config import Config, replace

@@ -37,7 +37,7 @@ MODEL = {
     "rope": {"kind": "yarn", "factor": 4.0, "original_max_positions": 16},
     "ttt": {"layers": [0, 1], "chunk_size": C, "lr": 0.05},
 }
-# the fast tests; tests/parallel/test_sharding.py has the other axes alone
+# the fast tests; tests/parallel/test_mesh.py has the other axes alone
 MIXED = ("context", "fsdp, context, tensor")
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 MESHES = {
@@ -230,7 +230,7 @@ def trained():
     return train({}, 20)
 
 
-@pytest.mark.slow  # three steps are in tests/parallel/test_sharding.py
+@pytest.mark.slow  # three steps are in tests/parallel/test_mesh.py
 @pytest.mark.parametrize("name", ["fsdp, context, tensor", "data, context"])
 def test_twenty_steps_end_at_the_same_loss(name, trained):
     losses, model = train(MESHES[name], 20)

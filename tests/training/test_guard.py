@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.states import SMALL, batch, bits
+from support.small_training import SMALL, batch, bits
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config

@@ -1,1 +1,1 @@
-"""checkpoint."""
+"""Writes and reads checkpoints: steps on disk, their checksums and trees."""

@@ -3,7 +3,7 @@
     checkpoints/STEP/model           every parameter under its dotted path (OCDBT)
     checkpoints/STEP/opt_state       every moment and counter under its dotted path
     checkpoints/STEP/data_state      JSON: where the data iterator stands
-    checkpoints/STEP/extra           JSON: anything else, the step's number, and that there are checksums
+    checkpoints/STEP/extra           JSON: the step's number, that there are checksums, notes
     checkpoints/STEP/checksums.json  SHA-256 of every file
 
 A step folder gets its final name only when all of it is on disk, so a kill during a save costs that
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,25 +37,14 @@ from ttt_jax.checkpoint.checksums import (
     set_aside,
     write_checksums,
 )
+from ttt_jax.checkpoint.parameters import FIX_MODEL, MODEL
 from ttt_jax.checkpoint.trees import DamagedError, flat, read_json, restore_tree, save_args
 from ttt_jax.config import CheckpointConfig
 from ttt_jax.errors import CheckpointError
-from ttt_jax.files.text import atomic_write_text, one_line, sync, sync_tree
+from ttt_jax.files.text import one_line, sync, sync_tree
 from ttt_jax.process.multihost import any_process, from_first_process
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, prepare_run_dir, read_run_config
 
-__all__ = [
-    "Checkpointer",
-    "Restored",
-    "atomic_write_text",
-    "load_model_params",
-    "prepare_run_dir",
-    "read_run_config",
-    "save_model_params",
-]
-
-_MODEL, _OPT_STATE, _DATA_STATE, _EXTRA = "model", "opt_state", "data_state", "extra"
-_FIX_MODEL = "use the model section of the config it was trained with, or start another run"
+_OPT_STATE, _DATA_STATE, _EXTRA = "opt_state", "data_state", "extra"
 _FIX_OPT_STATE = "use the optimizer.groups it was trained with, or start another run with init_from"
 # ValueError: tensorstore's, for instance when the disk is full
 _IO_ERRORS = (OSError, ValueError, RuntimeError)
@@ -71,16 +59,6 @@ class Restored(NamedTuple):
     opt_state: Any
     data_state: dict[str, Any]
     extra: dict[str, Any]
-
-
-class _ReportedElsewhere(logging.Filter):
-    """Orbax logs stack traces of every failure, of which `Checkpointer` makes one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in Path(record.pathname).parts
-
-
-logging.getLogger("absl").addFilter(_ReportedElsewhere())
 
 
 class _WithChecksums(ocp.CompositeCheckpointHandler):
@@ -178,7 +156,7 @@ class Checkpointer:
             return
         items = _Items(
             **{
-                _MODEL: save_args(flat(model)),
+                MODEL: save_args(flat(model)),
                 _OPT_STATE: ocp.args.PyTreeSave(flat(opt_state)),
                 _DATA_STATE: ocp.args.JsonSave(data_state),
                 _EXTRA: ocp.args.JsonSave((extra or {}) | {FORMAT: format_note(step)}),
@@ -199,11 +177,11 @@ class Checkpointer:
             prune(self.directory, self._config.keep)
 
     def saving(self) -> bool:
-        """Whether a save is in flight on this process."""
+        """Say whether a save is in flight on this process."""
         return self._pending is not None and not self._pending.done()
 
     def latest_step(self) -> int | None:
-        """The newest step that is completely on disk; None when there is none."""
+        """Find the newest step that is completely on disk; None when there is none."""
         return max(finished_steps(self.directory), default=None)
 
     def restore(self, step: int, *, model: Any, opt_state: Any) -> Restored:
@@ -212,8 +190,8 @@ class Checkpointer:
         Args:
           step: a step of this folder, see `latest_step`.
           model, opt_state: trees of `jax.ShapeDtypeStruct` (or arrays) of the wanted shapes and
-            dtypes; each leaf is
-            placed by its `sharding`, which need not be the one it was saved with. Abstract leaves save memory.
+            dtypes; each leaf is placed by its `sharding`, which need not be the one it was saved
+            with. Abstract leaves save memory.
 
         Raises:
           CheckpointError: the step is missing or damaged, or a parameter's name, shape or dtype
@@ -234,8 +212,8 @@ class Checkpointer:
     def restore_newest(
         self, *, model: Any, opt_state: Any, before: int | None = None
     ) -> tuple[int, Restored] | None:
-        """The newest step whose files are what was written, and its number; None when there is no
-        checkpoint at all.
+        """Restore the newest step whose files are what was written, and its number; None when there
+        is no checkpoint at all.
 
         A damaged one is named in a warning and set aside as `STEP.damaged`, once an older one is
         found intact. All processes restore the same step: the first one decides.
@@ -275,8 +253,8 @@ class Checkpointer:
         return None
 
     def _newest_intact(self, damaged: list[tuple[int, str]], before: int | None) -> int | None:
-        """Adds those that it passes over to `damaged`. The first process looks, for the others
-        too.
+        """Find it, and add those that are passed over to `damaged`. The first process looks, for
+        the others too.
         """
         if jax.process_index() != 0:
             return None
@@ -303,8 +281,8 @@ class Checkpointer:
                 )
 
     def extra(self, step: int) -> dict[str, Any]:
-        """What a step was saved with as `extra`, as the first process reads it; {} when it cannot
-        be read.
+        """Read what a step was saved with as `extra`, as the first process reads it; {} when it
+        cannot be read.
         """
         try:
             answer = _read_extra(self.directory / str(step)) if jax.process_index() == 0 else {}
@@ -313,11 +291,11 @@ class Checkpointer:
         return from_first_process(answer)
 
     def steps(self) -> list[int]:
-        """The complete steps, ascending, as the first process sees them."""
+        """List the complete steps, ascending, as the first process sees them."""
         return from_first_process(finished_steps(self.directory))
 
     def _read(self, path: Path, model: Any, opt_state: Any) -> Restored:
-        model = restore_tree(path / _MODEL, model, "parameter", _FIX_MODEL)
+        model = restore_tree(path / MODEL, model, "parameter", FIX_MODEL)
         opt_state = restore_tree(path / _OPT_STATE, opt_state, "optimizer state", _FIX_OPT_STATE)
         return Restored(model, opt_state, read_json(path, _DATA_STATE), _read_extra(path))
 
@@ -356,87 +334,5 @@ class Checkpointer:
 
 
 def _read_extra(path: Path) -> dict[str, Any]:
-    """What `save` was given, without what it added. Raises DamagedError."""
+    """Read what `save` was given, without what it added. Raises DamagedError."""
     return {name: value for name, value in read_json(path, _EXTRA).items() if name != FORMAT}
-
-
-# --------------------------------------------------------------------------------- parameters alone
-
-
-def save_model_params(path: str | Path, model: Any) -> None:
-    """Write `path/model`, which `load_model_params` reads: a checkpoint of the parameters alone.
-
-    Raises:
-      CheckpointError: `path/model` exists, or cannot be written.
-    """
-    target = Path(path).absolute() / _MODEL
-    if target.exists():
-        raise CheckpointError(f"checkpoint {target}: exists already; choose another folder")
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(target, args=save_args(flat(model)))
-        names = (
-            name.relative_to(target.parent).as_posix()
-            for name in target.rglob("*")
-            if name.is_file()
-        )
-        write_checksums(target.parent, names)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {target}: could not be written ({one_line(error)})"
-        ) from None
-
-
-def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) -> Any:
-    """Restore only the parameters: for `init_from`, evaluation and inference.
-
-    Args:
-      run_dir_or_checkpoint: a run folder or its `checkpoints` (the newest step is taken), or one
-        step's folder.
-      abstract_model: tree of `jax.ShapeDtypeStruct` (or arrays); each leaf gives the dtype and
-        sharding.
-
-    Returns:
-      The same structure with `jax.Array` leaves.
-
-    Raises:
-      CheckpointError: nothing to read there, or a parameter's name or shape differs.
-    """
-    path = find_checkpoint(run_dir_or_checkpoint)
-    return restore_tree(path / _MODEL, abstract_model, "parameter", _FIX_MODEL, cast=True)
-
-
-def find_checkpoint(run_dir_or_checkpoint: str | Path) -> Path:
-    """The folder that holds `model`: the given one, or the newest finished step below it.
-
-    Raises:
-      CheckpointError: there is none, or the files below `model` do not match their checksums. No
-        older step is taken silently here: what is evaluated or converted should be what was asked
-        for.
-    """
-    path = _find(Path(run_dir_or_checkpoint).absolute(), run_dir_or_checkpoint)
-    if wrong := find_damage(path, f"{_MODEL}/"):
-        raise DamagedError(
-            f"checkpoint {path}: damaged ({wrong}); restore the file, or use an older step or the "
-            "original"
-        )
-    if not has_checksums(path):
-        warnings.warn(
-            f"checkpoint {path}: has no checksums (an older version's); read unverified",
-            stacklevel=3,
-        )
-    return path
-
-
-def _find(given: Path, named: str | Path) -> Path:
-    if (given / _MODEL).is_dir() and ocp.utils.is_checkpoint_finalized(given):
-        return given
-    for folder in (given / CHECKPOINT_FOLDER, given):
-        if steps := finished_steps(folder):
-            return folder / str(steps[-1])
-    if not given.exists():
-        raise CheckpointError(f"checkpoint {named}: no such folder; check the path")
-    raise CheckpointError(
-        f"checkpoint {named}: holds no finished checkpoint; give a run folder or one of its "
-        f"{CHECKPOINT_FOLDER}/STEP folders"
-    )

@@ -1,10 +1,10 @@
 """The folders of a run's checkpoints: which steps are complete, checksums of their files, and what
 is removed when.
 
-    checkpoints/STEP/                      complete: Orbax gives the folder this name last
-    checkpoints/STEP/checksums.json        SHA-256 and size of every file, written before the folder gets its name
-    checkpoints/STEP.orbax-checkpoint-tmp* a save in flight, or what a kill has left of one
-    checkpoints/STEP.damaged*              set aside by a restore that found a damaged file; nothing here reads it again
+    STEP/                       complete: Orbax gives the folder this name last
+    STEP/checksums.json         SHA-256 and size of every file, written before the folder's name
+    STEP.orbax-checkpoint-tmp*  a save in flight, or what a kill has left of one
+    STEP.damaged*               set aside by a restore that found damage; nothing reads it again
 
 This module imports no jax; a checkpoint can be verified by `find_damage` on any machine.
 """
@@ -24,6 +24,7 @@ from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import excerpt, read_json_object, show
 from ttt_jax.files.text import atomic_write_text
 
+CHECKPOINT_FOLDER = "checkpoints"  # of a run folder; holds the steps
 CHECKSUMS = "checksums.json"
 # field of `extra` that a checkpoint says about itself: its step, and that checksums were written
 FORMAT = "format"
@@ -39,7 +40,7 @@ _LEFTOVERS = (".orbax-checkpoint-tmp", ".deleting")
 
 
 def format_note(step: int) -> dict[str, Any]:
-    """What a checkpoint says about itself in its `extra`, under `FORMAT`."""
+    """Make what a checkpoint says about itself in its `extra`, under `FORMAT`."""
     return {"step": step, "checksums": True}
 
 
@@ -134,12 +135,12 @@ def compare_files(folder: Path, below: tuple[str, ...] = ("",)) -> str | None:
 
 
 def has_checksums(folder: Path) -> bool:
-    """Whether `find_damage` can compare the files of a checkpoint."""
+    """Say whether `find_damage` can compare the files of a checkpoint."""
     return (folder / CHECKSUMS).exists()
 
 
 def _irregular(folder: Path, below: str) -> str | None:
-    """A pipe or a device among the files, at which a reader would hang."""
+    """Find a pipe or a device among the files, at which a reader would hang."""
     for path in (folder / below, folder / EXTRA_FILE, folder / _DESCRIPTION, folder / CHECKSUMS):
         places = (
             [path]
@@ -153,8 +154,8 @@ def _irregular(folder: Path, below: str) -> str | None:
 
 
 def _own_note(folder: Path) -> dict[str, Any] | str:
-    """What a step or a converted folder says of itself (`step`, `checksums`), or what is wrong with
-    the file that says it.
+    """Read what a step or a converted folder says of itself (`step`, `checksums`), or what is wrong
+    with the file that says it.
     """
     for name in (EXTRA_FILE, _DESCRIPTION):
         if os.path.lexists(folder / name):
@@ -192,14 +193,14 @@ def _in_parallel(function: Any, items: list[Any]) -> Iterator[Any]:
 
 
 def finished_steps(folder: Path) -> list[int]:
-    """The complete steps, ascending."""
+    """List the complete steps, ascending."""
     if not folder.is_dir():
         return []
     return sorted(int(entry.name) for entry in folder.iterdir() if is_finished(entry))
 
 
 def is_finished(path: Path) -> bool:
-    """Whether Orbax gave the folder its name, which it does last."""
+    """Say whether Orbax gave the folder its name, which it does last."""
     return path.name.isdecimal() and path.is_dir()
 
 
@@ -213,13 +214,9 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, protect: int | None = None) -> None:
-    """Remove all but the newest `keep` steps (and `protect`). A kill in between leaves no half of a
-    step behind.
-    """
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` steps. A kill in between leaves no half of a step behind."""
     for step in finished_steps(folder)[:-keep]:
-        if step == protect:
-            continue
         doomed = folder / f"{step}.deleting"
         shutil.rmtree(doomed, ignore_errors=True)
         (folder / str(step)).rename(doomed)

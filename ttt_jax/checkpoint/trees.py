@@ -4,6 +4,7 @@ wanted, and read.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,24 @@ _CHUNK_BYTES = 32 << 20
 MAX_STATE_BYTES = 256 << 20  # of data_state and extra
 
 
+class _ReportedElsewhere(logging.Filter):
+    """Orbax logs stack traces of every failure, of which this room makes one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in Path(record.pathname).parts
+
+
+logging.getLogger("absl").addFilter(_ReportedElsewhere())
+
+
 class DamagedError(CheckpointError):
     """A checkpoint's files are not those that were written."""
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Dotted path -> leaf. Two leaves with one path would be a bug in the model, not the user's."""
+    """Map dotted paths to leaves. Two leaves with one path would be a bug in the model, not the
+    user's.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {param_path(keypath): leaf for keypath, leaf in leaves}
     if len(named) != len(leaves):
@@ -34,9 +47,9 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def save_args(leaves: dict[str, Any]) -> ocp.args.PyTreeSave:
-    """How parameters lie on disk: a chunk holds one layer and `_CHUNK_BYTES` at most, so that
-    `ttt-jax convert` can read layer by layer. By default a chunk is a device's whole shard of a
-    whole stack of layers.
+    """Choose how parameters lie on disk: a chunk holds one layer and `_CHUNK_BYTES` at most, so
+    that `ttt-jax convert` can read layer by layer. By default a chunk is a device's whole shard of
+    a whole stack of layers.
     """
 
     def args(name: str, leaf: Any) -> ocp.SaveArgs:
@@ -80,8 +93,8 @@ def restore_tree(path: Path, tree: Any, noun: str, fix: str, cast: bool = False)
 
 
 def check_chunks(stored: dict[str, Any]) -> None:
-    """No chunk is larger than its array, as a damaged header might claim: reading one would
-    allocate it.
+    """Check that no chunk is larger than its array, as a damaged header might claim: reading one
+    would allocate it.
 
     Raises: ValueError.
     """
@@ -106,7 +119,7 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 def _check_match(
     path: Path, stored: dict[str, Any], wanted: dict[str, Any], noun: str, fix: str, cast: bool
 ) -> None:
-    """The first difference between what is stored and what is wanted, as a `CheckpointError`."""
+    """Raise a CheckpointError for the first difference between stored and wanted leaves."""
     for name, leaf in wanted.items():
         if name not in stored:
             raise CheckpointError(
@@ -133,7 +146,7 @@ def _check_match(
 
 
 def read_json(path: Path, item: str) -> dict[str, Any]:
-    """The JSON object that Orbax's `JsonSave` wrote. Raises DamagedError when it is not one."""
+    """Read the JSON object of Orbax's `JsonSave`. Raises DamagedError when it is not one."""
     try:
         return read_json_object(path / item / "metadata", CheckpointError, MAX_STATE_BYTES)
     except CheckpointError as error:

@@ -108,8 +108,8 @@ class ModelConfig:
 
     @property
     def known_positions(self) -> int:
-        """Positions that the model was made for. With scaled RoPE a checkpoint may state the length
-        before it (Qwen3 does).
+        """Count the positions that the model was made for. With scaled RoPE a checkpoint may state
+        the length before it (Qwen3 does).
         """
         return max(
             self.max_positions, int(self.rope.factor * (self.rope.original_max_positions or 0))
@@ -175,7 +175,7 @@ class OptimizerConfig:
     groups: tuple[ParamGroup, ...] = ()
 
     def warmup(self, steps: int) -> int:
-        """Length of the learning rate's warm-up in a run of `steps` steps."""
+        """Return the length of the learning rate's warm-up in a run of `steps` steps."""
         return round(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
 
 

@@ -1,3 +1,8 @@
+"""Reads configs from YAML, command-line words and dictionaries, and writes them back.
+
+Every mistake is a `ConfigError` of one line that names the field, the value and the fix.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -55,15 +60,13 @@ def from_dict(cls: type[T], tree: dict[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can
-    hold.
-    """
+    """Invert `from_dict`: plain dictionaries, lists and scalars that YAML and JSON can hold."""
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
 def _as_written(cls: type, field: str, word: str) -> bool:
-    """Whether a word is a text field's value. `off` of a field that may be null is not: it could
-    mean either.
+    """Say whether a word is a text field's value. `off` of a field that may be null is not: it
+    could mean either.
     """
     hint = _hint(cls, field)
     switched = (
@@ -102,7 +105,7 @@ def _refuse_switches(kind: Any, value: Any, name: str) -> None:
 
 
 def _hint(cls: type, field: str) -> Any:
-    """The type of a dotted field below `cls`, items of a list under the list's name; None when
+    """Find the type of a dotted field below `cls`, items of a list under the list's name; None when
     there is no such field.
     """
     kind: Any = cls
@@ -118,14 +121,14 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _takes(kind: Any, wanted: type) -> bool:
-    """Whether a field of this type holds a `wanted`, by itself or in a list."""
+    """Say whether a field of this type holds a `wanted`, by itself or in a list."""
     return wanted in _kinds(kind)
 
 
 @functools.cache
 def _kinds(kind: Any) -> frozenset[Any]:
-    """The classes that a type is made of: `tuple[str, ...] | None` is tuple, str and NoneType; a
-    Literal, its values' types.
+    """List the classes that a type is made of: `tuple[str, ...] | None` is tuple, str and NoneType;
+    a Literal, its values' types.
     """
     if typing.get_origin(kind) is Literal:
         return frozenset(type(value) for value in typing.get_args(kind))
@@ -141,13 +144,12 @@ def _adapter(cls: type) -> TypeAdapter:
 
 
 def dump_yaml(config: Any) -> str:
+    """Write a config as YAML, its fields in order."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def replace(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of a config with dotted fields replaced, e.g. `replace(cfg, {"model.ttt.lr":
-    1.0})`.
-    """
+    """Copy a config with dotted fields replaced, e.g. `replace(cfg, {"model.ttt.lr": 1.0})`."""
     tree = to_dict(config)
     for key, value in changes.items():
         _assign(tree, key, value)
@@ -155,8 +157,8 @@ def replace(config: Any, changes: dict[str, Any]) -> Any:
 
 
 def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tuple[str, Any]]:
-    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for what is
-    a text.
+    """Parse `["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for
+    what is a text.
     """
     pairs, rest = [], list(words)
     while rest:
@@ -176,7 +178,7 @@ def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tup
 
 
 def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """`(dotted name, type, default)` for every field below `cls`, for `--help`."""
+    """List `(dotted name, type, default)` for every field below `cls`, for `--help`."""
     rows = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -189,7 +191,7 @@ def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, st
 
 
 def _scalar(key: str, word: str, cls: type) -> Any:
-    """The value of a word of the command line: of a text field the word itself, else YAML."""
+    """Read a word of the command line: of a text field the word itself, else YAML."""
     hint = _hint(cls, key)
     if _takes(hint, str):
         quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
@@ -250,7 +252,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(cls: type, error: ValidationError) -> str:
-    """The first pydantic error as one line; unknown fields get the nearest known name."""
+    """Tell the first pydantic error in one line; unknown fields get the nearest known name."""
     errors = error.errors(include_url=False, include_context=False)
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     # a misspelt name also misses its field

@@ -3,8 +3,8 @@ sees to that.
 
 refused    the curve would be another one
 rounding   accepted, and said once: the same arithmetic in another order
-measured   accepted, and said once: the curve stays, held-out figures before and after cannot be
-compared free       accepted: where, how often and how safely, not what is computed
+measured   accepted, and said once: the curve stays, held-out figures cannot be compared
+free       accepted: where, how often and how safely, not what is computed
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FIELDS: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name 
 
 
 def on_resume(field: str) -> str:
-    """What happens when a dotted field has changed; a field that nobody has thought of is
+    """Say what happens when a dotted field has changed; a field that nobody has thought of is
     refused.
     """
     return FIELDS.get(field, REFUSED)

@@ -1,9 +1,11 @@
+"""Checks the rules that span several fields of a config, before anything is compiled."""
+
 from __future__ import annotations
 
 import dataclasses
 import re
 
-from ttt_jax.config.fields import REMAT_NAMES, Config, ModelConfig
+from ttt_jax.config.fields import REMAT_NAMES, Config, MeshConfig, ModelConfig
 from ttt_jax.errors import ConfigError
 
 
@@ -22,14 +24,7 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"config field name = {config.name!r}: use letters, digits, '.', '_' and '-' only"
         )
-    sizes = dataclasses.asdict(config.mesh)
-    for axis, size in sizes.items():
-        if size == 0 or size < -1:
-            raise ConfigError(
-                f"config field mesh.{axis} = {size}: must be positive, or -1 for what is left"
-            )
-    if sum(size == -1 for size in sizes.values()) > 1:
-        raise ConfigError(f"config field mesh: only one axis may be -1, got {sizes}")
+    _validate_mesh(config.mesh)
     if data.batch_size % config.optimizer.accumulate:
         raise ConfigError(
             f"config field optimizer.accumulate = {config.optimizer.accumulate}: "
@@ -75,8 +70,19 @@ def validate(config: Config) -> None:
             ) from None
 
 
+def _validate_mesh(mesh: MeshConfig) -> None:
+    sizes = dataclasses.asdict(mesh)
+    for axis, size in sizes.items():
+        if size == 0 or size < -1:
+            raise ConfigError(
+                f"config field mesh.{axis} = {size}: must be positive, or -1 for what is left"
+            )
+    if sum(size == -1 for size in sizes.values()) > 1:
+        raise ConfigError(f"config field mesh: only one axis may be -1, got {sizes}")
+
+
 def validate_context(config: Config, shards: int) -> None:
-    """Rows must split into `shards` equal parts of whole chunks. Raises `ConfigError`."""
+    """Check that rows split into `shards` equal parts of whole chunks. Raises `ConfigError`."""
     seq_len, ttt = config.data.seq_len, config.model.ttt
     if shards > 1 and ttt.layers and seq_len % (shards * ttt.chunk_size):
         raise ConfigError(
@@ -92,7 +98,7 @@ def validate_context(config: Config, shards: int) -> None:
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Rules inside `ModelConfig`, shared by training, conversion and inference. Raises
+    """Check the rules inside `ModelConfig`, shared by training, conversion and inference. Raises
     `ConfigError`.
     """
     if model.num_heads % model.num_kv_heads:

@@ -37,7 +37,9 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        """PyYAML's time grows with the square of the depth: 1200 brackets take a second."""
+        """Refuse absurd nesting: PyYAML's time grows with the square of the depth: 1200 brackets
+        take a second.
+        """
         if self.flow_level >= MAX_YAML_NESTING:
             raise yaml.YAMLError(
                 f"more than {MAX_YAML_NESTING} brackets within one another; no field needs that"
@@ -61,7 +63,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, is_text: Callable[[str, str], bool] = lambda field, word: False) -> Any:
-    """Plain data from YAML.
+    """Read plain data from YAML.
 
     Args:
       is_text: whether the word of a dotted field is taken as it is written. A null stays one. Items

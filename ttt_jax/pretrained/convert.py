@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ttt_jax.checkpoint.checkpointer import load_model_params
 from ttt_jax.checkpoint.checksums import write_checksums
+from ttt_jax.checkpoint.parameters import load_model_params
 from ttt_jax.config import ModelConfig, replace
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.files.new_folder import new_folder

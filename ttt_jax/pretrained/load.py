@@ -10,7 +10,8 @@ from pathlib import Path
 
 import jax
 
-from ttt_jax.checkpoint.checkpointer import find_checkpoint, load_model_params
+from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
+from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params
 from ttt_jax.config import Config, ModelConfig, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError
@@ -23,7 +24,7 @@ from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, tens
 from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.pretrained.orbax_folder import OrbaxTensors
 from ttt_jax.pretrained.orbax_layout import check_layout, is_model_folder, read_description
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
+from ttt_jax.run.folder import CONFIG_FILE, read_run_config
 
 MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token
 

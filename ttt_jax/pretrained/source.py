@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttt_jax.checkpoint.checkpointer import find_checkpoint
+from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
+from ttt_jax.checkpoint.parameters import find_checkpoint
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, replace, to_dict, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
@@ -23,7 +24,7 @@ from ttt_jax.pretrained.hf_weights import abstract_model, fresh_ttt_rows
 from ttt_jax.pretrained.orbax_folder import OrbaxTensors
 from ttt_jax.pretrained.orbax_layout import check_layout, is_model_folder, read_description
 from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource, row_blocks
-from ttt_jax.run.folder import CHECKPOINT_FOLDER, CONFIG_FILE, read_run_config
+from ttt_jax.run.folder import CONFIG_FILE, read_run_config
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -1,1 +1,1 @@
-"""process."""
+"""Keeps a process in order: signals, locks, several processes, and how one ends."""

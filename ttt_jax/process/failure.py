@@ -42,7 +42,7 @@ def failures_in_one_line(folder: Path | None) -> Iterator[None]:
 
 
 def describe(error: Exception) -> str | None:
-    """One line; None for a bug or what is one line already."""
+    """Describe an error in one line; None for a bug or what is one line already."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:297] + "..."
     if isinstance(error, MemoryError) or (_is_jax(error) and "RESOURCE_EXHAUSTED" in text):
@@ -68,5 +68,5 @@ def describe(error: Exception) -> str | None:
 
 
 def _is_jax(error: Exception) -> bool:
-    """jax's runtime error, without importing jax."""
+    """Recognise jax's runtime error, without importing jax."""
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")

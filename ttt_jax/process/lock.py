@@ -1,7 +1,7 @@
 """One writer for a run folder or an output: a lock file that names its holder.
 
-    RUN/.lock               of a run folder, so that it is the same file however the folder is mounted
-    PARENT/.NAME.lock       beside an output, which is replaced as a whole (output_lock.py)
+    RUN/.lock           of a run folder: the same file however the folder is mounted
+    PARENT/.NAME.lock   beside an output, which is replaced as a whole (output_lock.py)
 
 The operating system's lock (flock) decides on one machine. The file's content decides where that
 says nothing, on file systems shared by several hosts: the holder touches the file every few
@@ -102,8 +102,8 @@ class Lock:
         self.release()
 
     def lost(self) -> str | None:
-        """Why the lock is no longer held (folder gone, file removed or another's), or None. Errors
-        of the disk say nothing.
+        """Say why the lock is no longer held (folder gone, file removed or another's), or None.
+        Errors of the disk say nothing.
         """
         try:
             found = read_holder(self.path)
@@ -134,8 +134,8 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _try(self) -> bool:
-        """One attempt; False when the file was removed by its holder in between. Raises OSError,
-        UserError.
+        """Make one attempt; False when the file was removed by its holder in between. Raises
+        OSError, UserError.
         """
         # No link is followed: the folder may be somebody else's.
         self._file = os.open(
@@ -189,7 +189,7 @@ class Lock:
             return False
 
     def _patiently(self) -> dict[str, Any] | None:
-        """What a holder that has just come writes."""
+        """Wait for what a holder that has just come writes."""
         assert self._file is not None
         for _ in range(20):
             if found := _parse(self._file):
@@ -209,7 +209,7 @@ class Lock:
             os.close(file)
 
     def _watch(self, holder: dict[str, Any]) -> bool:
-        """Whether a holder of whom nothing can be known from here touches the file."""
+        """Find out whether a holder of whom nothing can be known from here touches the file."""
         self._tell(
             f"{self._what}: locked by {_name(holder)}; looking for {WATCH:g} s whether it is alive"
         )
@@ -222,7 +222,9 @@ class Lock:
         return False
 
     def _state(self) -> object:
-        """Opened each time: a network file system then asks its server."""
+        """Read the file's time and content. It is opened each time: a network file system then asks
+        its server.
+        """
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -243,7 +245,7 @@ class Lock:
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
-    """Who has written a lock file; None when it names nobody. Raises OSError."""
+    """Read who has written a lock file; None when it names nobody. Raises OSError."""
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         return _parse(file)
@@ -273,7 +275,9 @@ def _describe_me() -> dict[str, Any]:
 
 
 def _name(holder: dict[str, Any] | None) -> str:
-    """For a message. The file may be anybody's, so nothing in it reaches the terminal as it is."""
+    """Name a holder in a message. The file may be anybody's, so nothing in it reaches the terminal
+    as it is.
+    """
     if holder is None:
         return "another process"
     clean = lambda key: "".join(c if c.isprintable() else "?" for c in str(holder.get(key, "?")))[
@@ -283,7 +287,7 @@ def _name(holder: dict[str, Any] | None) -> str:
 
 
 def _runs(holder: dict[str, Any], me: dict[str, Any], locked: bool) -> bool | None:
-    """Whether the holder's process runs; None when that cannot be known from here.
+    """Say whether the holder's process runs; None when that cannot be known from here.
 
     Args:
       locked: the system's lock was free, and is ours now.
@@ -302,8 +306,8 @@ def _runs(holder: dict[str, Any], me: dict[str, Any], locked: bool) -> bool | No
 
 
 def _machine() -> str:
-    """This boot of this machine: containers and users share it, another machine of the same name
-    does not.
+    """Identify this boot of this machine: containers and users share it, another machine of the
+    same name does not.
     """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -319,8 +323,8 @@ def _process_space() -> str | None:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; None when there is none (or one that only
-    waits to be reaped).
+    """Return when a process started, in ticks since the boot; None when there is none (or one that
+    only waits to be reaped).
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -361,7 +365,7 @@ class RunLock:
             self._lock.release()
 
     def check(self) -> None:
-        """Raises TrainingError, on all processes, when the folder has vanished or is another job's
+        """Raise TrainingError, on all processes, when the folder has vanished or is another job's
         by now.
         """
         from ttt_jax.process.multihost import any_process, from_first_process
@@ -378,7 +382,7 @@ class RunLock:
 
 
 def refuse_if_held(run_dir: Path) -> None:
-    """Raises UserError when a live process of this machine has the lock. Writes nothing; says
+    """Raise UserError when a live process of this machine has the lock. Writes nothing; says
     nothing of other machines.
     """
     path = run_dir / RUN_LOCK

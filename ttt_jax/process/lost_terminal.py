@@ -84,8 +84,8 @@ def unbreakable_output() -> Iterator[None]:
 
 
 def _open_closed() -> None:
-    """A file that the run opens must not get the number of a closed standard stream: libraries
-    print there.
+    """Open what was closed: a file that the run opens must not get the number of a closed standard
+    stream: libraries print there.
     """
     for number in (0, 1, 2):
         try:
@@ -114,7 +114,7 @@ def quiet_background() -> Iterator[None]:
     line elsewhere.
 
     A save that fails leaves, in Orbax and tensorstore, futures that nobody asks and callbacks into
-    a closed event loop; `saving.Saver` has reported it by then. A full disk kills TensorBoard's
+    a closed event loop; `Saver` has reported it by then. A full disk kills TensorBoard's
     writer, which `MetricsLogger` reports. Another thread that the system fails is one line, once
     for each text.
     """

@@ -1,10 +1,12 @@
-"""Starting a job of several processes, one per host (or per GPU). Called once, before jax looks at
+"""Starts a job of several processes, one per host (or per GPU). Called once, before jax looks at
 its devices.
 
 Where the processes are comes from the environment, first match:
 
-    TTT_JAX_COORDINATOR=HOST:PORT TTT_JAX_NUM_PROCESSES=N TTT_JAX_PROCESS_ID=I     set by hand, on any machines
-    SLURM with several tasks, Open MPI, TPU pods (GCE, GKE)                        found by jax itself
+    set by hand, on any machines:
+        TTT_JAX_COORDINATOR=HOST:PORT TTT_JAX_NUM_PROCESSES=N TTT_JAX_PROCESS_ID=I
+    found by jax itself:
+        SLURM with several tasks, Open MPI, TPU pods (GCE, GKE)
 
 Otherwise the job has one process. `TTT_JAX_TIMEOUT` is the number of seconds to wait for the other
 hosts (default 300).
@@ -76,7 +78,7 @@ def initialize(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on some process: the same answer on all of them. Waits for the
+    """Ask whether the flag is set on some process: the same answer on all of them. Waits for the
     slowest.
     """
     import jax
@@ -90,8 +92,8 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first_process(value: Any) -> Any:
-    """Process 0's value (what JSON can hold), on all processes. Waits for the slowest; one process
-    gets `value` itself.
+    """Send process 0's value (what JSON can hold), on all processes. Waits for the slowest; one
+    process gets `value` itself.
     """
     # Without jax in the process there is no multi-process run; asking jax would initialise its
     # backends.
@@ -109,7 +111,7 @@ def from_first_process(value: Any) -> Any:
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:
-    """Process 0 calls the function; all get its value (what JSON can hold), or all raise its
+    """Call the function on process 0; all get its value (what JSON can hold), or all raise its
     UserError.
 
     Waits for the slowest; one process alone just calls it.
@@ -132,8 +134,8 @@ def on_first_process(function: Callable[[], Any]) -> Any:
 
 
 def from_all_processes(value: Any) -> list[Any]:
-    """Every process' value (what JSON can hold), in their order, on all processes. Waits for the
-    slowest.
+    """Collect every process' value (what JSON can hold), in their order, on all processes. Waits
+    for the slowest.
     """
     import jax
 
@@ -151,8 +153,8 @@ def from_all_processes(value: Any) -> list[Any]:
 
 
 def read_explicit(env: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator, number of processes, this one's index) from the TTT_JAX_ variables; None if
-    none is set.
+    """Read (coordinator, number of processes, this one's index) from the TTT_JAX_ variables; None
+    if none is set.
 
     Raises: ConfigError when only some are set, or one is malformed.
     """
@@ -188,8 +190,8 @@ def _number(env: Mapping[str, str], name: str, least: int) -> int:
 
 
 def _is_cluster(env: Mapping[str, str]) -> bool:
-    """Whether jax will find several processes. On other machines its detection is left alone: it
-    may ask the network.
+    """Say whether jax will find several processes. On other machines its detection is left alone:
+    it may ask the network.
     """
     for count in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         # SLURM sets the first in an allocation's shell, too; a task that srun has started knows its
@@ -205,7 +207,7 @@ def _is_cluster(env: Mapping[str, str]) -> bool:
 
 
 def _is_tpu_vm() -> bool:
-    """A TPU VM of Google Compute Engine, where the metadata server knows the other hosts."""
+    """Recognise a TPU VM of Google Compute Engine, whose metadata server knows the others."""
     try:
         from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
     except ImportError:

@@ -43,7 +43,7 @@ def one_writer(path: Path, what: str) -> Iterator[Lock]:
 
 
 def _leftovers(path: Path, kind: str) -> list[Path]:
-    """`.NAME.tmp`, `.NAME.tmp.npz`, `.NAME.tmp-PID`: as the writers of this package name them."""
+    """List `.NAME.tmp`, `.NAME.tmp.npz`, `.NAME.tmp-PID`, as this package's writers do."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.{kind}(\.npz|-\d+)?")
     with contextlib.suppress(OSError):
         return [path.with_name(name) for name in os.listdir(path.parent) if pattern.fullmatch(name)]
@@ -51,8 +51,8 @@ def _leftovers(path: Path, kind: str) -> list[Path]:
 
 
 def _restore(path: Path) -> None:
-    """An output that was moved out of the way and never replaced comes back; others of before are
-    removed.
+    """Bring back an output that was moved out of the way and never replaced; remove others of
+    before.
     """
     for old in _leftovers(path, "old"):
         if os.path.lexists(path):

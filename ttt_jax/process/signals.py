@@ -61,11 +61,11 @@ class StopSignal:
             signal.signal(number, signal.SIG_IGN if self._last else handler)
 
     def defer(self) -> None:
-        """From here on there is something to save."""
+        """Let signals wait: from here on there is something to save."""
         self._deferred = True
 
     def at_once(self) -> None:
-        """Nothing is left to save. Raises `Stopped` when a signal has come; to be called again
+        """Raise `Stopped` when a signal has come, and nothing is left to save; to be called again
         between pieces of work.
         """
         if self.requested:

@@ -59,7 +59,7 @@ class CompileCache:
         return sorted(path for path in self.folder.glob("*-cache") if path.is_file())
 
     def _seal(self, path: Path) -> str:
-        """The name is part of it: it is what the entry will be run for."""
+        """Compute an entry's seal. The name is part of it: it is what the entry will be run for."""
         digest = hmac.new(self._key, path.name.encode() + b"\0", hashlib.sha256)
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -128,14 +128,16 @@ def open_cache(config: Config) -> tuple[CompileCache | None, list[str]]:
 
 
 def _forget_earlier_cache() -> None:
-    """jax looks for its cache once, at the first compilation; that may have been before."""
+    """Let jax look for its cache again: it does so once, at the first compilation; that may have
+    been before.
+    """
     from jax.experimental.compilation_cache import compilation_cache
 
     compilation_cache.reset_cache()
 
 
 def _read_key(path: Path) -> bytes:
-    """This user's key; made on first use. Raises OSError."""
+    """Read this user's key; made on first use. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -150,8 +152,8 @@ def _read_key(path: Path) -> bytes:
 
 
 def _machine() -> str:
-    """A folder name: programs for accelerators do not depend on the host, those for CPUs on its
-    instruction set.
+    """Name a folder for this machine: programs for accelerators do not depend on the host, those
+    for CPUs on its instruction set.
     """
     if jax.default_backend() != "cpu":
         return jax.default_backend()

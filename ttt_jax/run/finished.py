@@ -1,21 +1,53 @@
-"""A run that is finished: asked for again, it shows the report that is there, and nothing in its
-folder changes.
+"""Who may write a run folder: one job, and none once the run is finished.
+
+A finished run that is asked for again shows its report, and nothing in its folder changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 
 from ttt_jax.config import Config, to_dict
+from ttt_jax.process.failure import failures_in_one_line
+from ttt_jax.process.lock import RunLock
+from ttt_jax.process.multihost import on_first_process
+from ttt_jax.process.signals import StopSignal
 from ttt_jax.run.folder import check_run_dir, flatten
 from ttt_jax.run.report import REPORT_FILE, print_report
 
 _MAX_BYTES = 64 << 20
 _PLACE = ("name", "runs_dir")  # a folder may be moved
+
+
+@contextlib.contextmanager
+def only_writer(config: Config, stop: StopSignal) -> Iterator[RunLock | None]:
+    """Hold the lock of `config.run_dir`; None, and no lock, when the run is finished and its report
+    has been shown.
+
+    All processes together. A signal that ends the process gives the lock back; a failure of the
+    machine is one line, and leaves its traceback in the folder.
+
+    Raises: UserError, one line: another job holds the folder.
+    """
+    import jax
+
+    main = jax.process_index() == 0
+    if on_first_process(lambda: show_if_finished(config)):
+        yield None
+        return
+    with RunLock(config.run_dir, main) as lock:
+        stop.before_leaving.append(lock.release)
+        if on_first_process(lambda: show_if_finished(config)):
+            yield None  # finished by the process that had the lock until now
+            return
+        with failures_in_one_line(config.run_dir if main else None):
+            yield lock
 
 
 def show_if_finished(config: Config) -> bool:
@@ -54,8 +86,8 @@ def show_if_finished(config: Config) -> bool:
 
 
 def _read_report(config: Config) -> dict[str, Any] | None:
-    """None when there is none. A damaged one is no report: the closing evaluation makes it
-    again.
+    """Read the report; None when there is none. A damaged one is no report: the closing evaluation
+    makes it again.
     """
     path = config.run_dir / REPORT_FILE
     try:
@@ -84,7 +116,7 @@ def _read_report(config: Config) -> dict[str, Any] | None:
 
 
 def _without_effect(config: Config, report: dict[str, Any]) -> list[str]:
-    """Settings that differ from those of the report, as `field = value (was value)`."""
+    """List the settings that differ from those of the report, as `field = value (was value)`."""
     before, now = flatten(report["config"]), flatten(json.loads(json.dumps(to_dict(config))))
     differ = [
         field

@@ -1,9 +1,10 @@
 """The run folder: its layout, its `config.yaml`, and the rule for which runs may be continued in
 it.
 
-    runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  tensorboard/  report.json  report.md  *.png
-              environment.json  environments.jsonl  quarantine.jsonl (if records were malformed)
-              compile_cache/ report.html (`ttt-jax report`)
+    runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  events.jsonl  tensorboard/
+              report.json  report.md  *.png  report.html (`ttt-jax report`)
+              environment.json  environments.jsonl  compile_cache/
+              quarantine.jsonl (if records were malformed)
 
 A folder belongs to one training curve. Asking for another one under the same name is refused, and
 nothing is written. This module imports no jax, unless several processes have to agree.
@@ -28,7 +29,6 @@ from ttt_jax.process.lock import RUN_LOCK
 from ttt_jax.process.multihost import on_first_process
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINT_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 
@@ -52,7 +52,7 @@ def prepare_run_dir(config: Config) -> bool:
 
 
 def check_run_dir(config: Config) -> bool:
-    """Whether `config.run_dir` is a run of this config already. Writes nothing.
+    """Say whether `config.run_dir` is a run of this config already. Writes nothing.
 
     Raises:
       CheckpointError: one line; the folder holds another run or other files.
@@ -91,7 +91,7 @@ def _prepare(config: Config) -> bool:
 
 
 def read_run_config(run_dir: str | Path) -> Config:
-    """The `Config` of an existing run. Raises `CheckpointError` when it is missing or not
+    """Read the `Config` of an existing run. Raises `CheckpointError` when it is missing or not
     readable.
     """
     path = Path(run_dir) / CONFIG_FILE
@@ -133,8 +133,8 @@ def check_same_curve(run_dir: Path, config: Config) -> None:
 
 
 def _curve_fields(config: Config) -> dict[str, Any]:
-    """Dotted field -> value, of the fields that shape the training curve. Derived ones in their
-    effective form.
+    """Map dotted fields to values, of the fields that shape the training curve. Derived ones in
+    their effective form.
     """
     fields = {
         key: value for key, value in flatten(to_dict(config)).items() if on_resume(key) == REFUSED
@@ -151,7 +151,7 @@ def _curve_fields(config: Config) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value."""
+    """Map dotted fields to values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -61,8 +61,8 @@ class EventLog:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; a line that is no JSON object, such as one cut short by a
-    kill, is left out.
+    """Read the events of a run, oldest first; a line that is no JSON object, such as one cut short
+    by a kill, is left out.
     """
     path = Path(run_dir) / EVENTS_FILE
     events = []

@@ -1,5 +1,4 @@
-"""What a training run tells: terminal, `metrics.jsonl`, TensorBoard, wandb; and the counts behind
-tokens/s and MFU.
+"""Tells how a training run goes: terminal, `metrics.jsonl`, TensorBoard, wandb.
 
 The JSON lines are the record: floats are written in full, so two runs can be compared bit for bit.
 A run resumed from step k first drops the lines after k, so the file reads like that of a run that
@@ -157,8 +156,8 @@ class MetricsLogger:
             print(f"step {step}/{self._total}  {text}", flush=True)
 
     def _to_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
-        """tensorboardX writes in a thread; when a full disk kills it, its queue fills up and the
-        next call never returns.
+        """Add scalars to TensorBoard. tensorboardX writes in a thread; when a full disk kills it,
+        its queue fills up and the next call never returns.
         """
         assert self._tensorboard is not None
         try:
@@ -193,7 +192,7 @@ class MetricsLogger:
 
 
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` that have a loss, oldest first; none when the file is not
+    """Read the rows of a `metrics.jsonl` that have a loss, oldest first; none when the file is not
     there.
     """
     return (
@@ -204,7 +203,7 @@ def read_curve(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, oldest first."""
+    """Read the rows of a `metrics.jsonl`, oldest first."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
@@ -243,6 +242,3 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
         dir=str(run_dir),
         config=to_dict(config),
     )
-
-
-# ---------------------------------------------------------------------------- memory and arithmetic

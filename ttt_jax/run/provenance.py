@@ -1,3 +1,5 @@
+"""Says where a result comes from, and writes it down at every start of a run."""
+
 from __future__ import annotations
 
 import datetime
@@ -12,19 +14,19 @@ from typing import Any
 import jax
 
 from ttt_jax.files.text import atomic_write_text
-from ttt_jax.run.folder import ENVIRONMENT_FILE
-from ttt_jax.run.resume_changes import (
+from ttt_jax.run.environment import (
     append_environment,
     changed_environment,
     numeric_settings,
     read_environment,
 )
+from ttt_jax.run.folder import ENVIRONMENT_FILE
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """When, by which code and on what a result was computed: date, commit, hardware, versions."""
+    """Say when, by which code and on what a result came about: date, commit, hardware, versions."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
@@ -34,7 +36,6 @@ def provenance() -> dict[str, Any]:
 
 
 def _hardware() -> dict[str, Any]:
-
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -59,8 +60,8 @@ def _versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, marked when files differ; None for
-    an installed copy.
+    """Find the commit of the checkout that this file is tracked in, marked when files differ; None
+    for an installed copy.
     """
 
     def git(*words: str) -> str:
@@ -78,7 +79,8 @@ def commit() -> str | None:
 
 
 def write_environment(run_dir: str | Path, **facts: Any) -> list[str]:
-    """`environment.json`: date, commit, hardware, versions and switches of this start, and `facts`.
+    """Write `environment.json`: date, commit, hardware, versions and switches of this start, and
+    `facts`.
 
     It replaces that of an earlier start; `environments.jsonl` keeps them all.
 

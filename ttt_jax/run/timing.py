@@ -1,5 +1,4 @@
-"""What a run measures beside its loss: where the time goes, memory, and what TTT gives on fixed
-held-out rows.
+"""Measures where a run's time goes, and its memory.
 
 The train step is left as it is: times are taken on the host, and the probe runs the program that
 the closing evaluation needs anyway. docs/telemetry.md lists the names and says what measuring
@@ -31,8 +30,8 @@ class StepTimer:
         self._previous: Any = None
 
     def fetch(self, produce: Callable[[], T]) -> T:
-        """`produce()`, the next batch. It counts as waited for when the device has finished the
-        step before by then.
+        """Return `produce()`, the next batch. It counts as waited for when the device has finished
+        the step before by then.
         """
         start = time.perf_counter()
         batch = produce()
@@ -41,16 +40,16 @@ class StepTimer:
         return batch
 
     def dispatched(self, result: jax.Array) -> None:
-        """A step is under way, and `result` will come of it. The first one has been compiled by
-        now.
+        """Note that a step is under way, and `result` will come of it. The first one has been
+        compiled by now.
         """
         self._previous = result
         if self._first is None:
             self._first = time.perf_counter() - self._begin
 
     def scalars(self) -> dict[str, float]:
-        """Of the steps since the last call: `time/input_wait`, a share; once `time/to_first_step`,
-        seconds.
+        """Measure the steps since the last call: `time/input_wait`, a share; once
+        `time/to_first_step`, seconds.
         """
         now = time.perf_counter()
         found = {"time/input_wait": min(self._waited / max(now - self._since, 1e-9), 1.0)}
@@ -61,8 +60,8 @@ class StepTimer:
         return found
 
     def save(self, save: Callable[[], None]) -> dict[str, float]:
-        """`time/checkpoint`: the seconds for which `save()` holds training up, without what goes on
-        in the background.
+        """Measure `time/checkpoint`: the seconds for which `save()` holds training up, without what
+        goes on in the background.
         """
         start = time.perf_counter()
         save()
@@ -74,7 +73,7 @@ class StepTimer:
 
 
 def host_memory_bytes() -> int:
-    """Peak resident memory of this process."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

@@ -1,6 +1,6 @@
 """Watches a run: skipped steps, fast weights out of their range, and when to give up.
 
-The step itself skips an update that is not finite (training.py). Here the host learns of it, names
+The step itself skips an update that is not finite (step.py). Here the host learns of it, names
 the batch's documents, and says when the run has to go back to a checkpoint or stop. It looks at a
 step while the next one runs, so that the device never waits for the host.
 """
@@ -97,7 +97,9 @@ class Guard:
         )
 
     def _documents(self, pieces: Any) -> list[list[Any]]:
-        """[row, file, index in the file, first token, tokens] of all processes' rows, each once."""
+        """List [row, file, index in the file, first token, tokens] of all processes' rows, each
+        once.
+        """
         mine = [list(dataclasses.astuple(piece)) for piece in self._describe(pieces)]
         unique = {tuple(piece) for share in from_all_processes(mine) for piece in share}
         return [list(piece) for piece in sorted(unique)]
@@ -107,7 +109,7 @@ class Guard:
         return self.in_a_row >= self._config.skips
 
     def rolled_back(self) -> None:
-        """The weights are those of a good checkpoint again."""
+        """Note that the weights are those of a good checkpoint again."""
         self.in_a_row, self._unseen = 0, None
 
     def check_fast_weights(self, step: int, scalars: dict[str, float]) -> None:
@@ -143,7 +145,7 @@ class Guard:
             )
 
     def _lower_lr(self, ratio: float) -> str:
-        """What to do about S that is too large."""
+        """Say what to do about S that is too large."""
         clip = (
             ""
             if self._clip_norm
@@ -157,7 +159,7 @@ class Guard:
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """The rollbacks of a run, by step. Raises TrainingError when the file is damaged."""
+    """Read the rollbacks of a run, by step. Raises TrainingError when the file is damaged."""
     path = run_dir / ROLLBACKS_FILE
     if not path.exists():
         return []
@@ -174,14 +176,14 @@ def read_rollbacks(run_dir: Path) -> list[Rollback]:
 
 
 def write_rollbacks(run_dir: Path, rollbacks: list[Rollback]) -> None:
-    """Atomically. Raises OSError."""
+    """Write `rollbacks.json` atomically. Raises OSError."""
     atomic_write_text(
         run_dir / ROLLBACKS_FILE, json.dumps([dataclasses.asdict(r) for r in rollbacks])
     )
 
 
 def write_failure(run_dir: Path, config: Config, reason: str) -> Path:
-    """`failure.md`: what happened before the run gave up, from its events."""
+    """Write `failure.md`: what happened before the run gave up, from its events."""
     lines = [f"# Run {config.name} stopped", "", reason, ""]
     texts = ("time", "text", "loss", "grad_norm")
     events = [

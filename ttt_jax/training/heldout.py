@@ -1,3 +1,8 @@
+"""Measures the loss on held-out rows by position, with TTT on and off on the same slow weights.
+
+B rows of a batch, R held-out rows, T tokens.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -9,19 +14,66 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ttt_jax.config import Config
+from ttt_jax.data import Tokenizer, heldout_rows
 from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import Batch, batch_sharding, replicated
 
+# (model, batch, ttt_scale) -> (nll_BT, stats)
+PositionNll = Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
-def make_position_nll(
-    mesh: Mesh,
-) -> Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-    """A jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated. Scale 1 is
-    TTT on, 0 off: one program.
 
-    `stats` holds for each TTT layer the mean over rows of ||S||/||W||, and the mean cosine of
-    successive updates.
+class Heldout:
+    """The held-out rows of a run, and what is measured on them: one program serves all of it.
+
+    Attributes:
+      rows: arrays [R, T], the same on every process; see `heldout_rows`.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
+        """Read the rows. Raises DataError; no process waits for another here."""
+        self.rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
+        self._mesh, self._buckets = mesh, config.eval.buckets
+        self._batch_size = min(config.data.batch_size, len(self.rows["ids"]))
+        self._position_nll = make_position_nll(mesh)
+        self._probe: Callable[[Transformer], dict[str, float]] | None = None
+
+    def place(self) -> None:
+        """Put the probe's rows on the devices, on all processes together."""
+        self._probe = make_probe(self._position_nll, self.rows, self._mesh, self._batch_size)
+
+    def probe(self, model: Transformer) -> dict[str, float]:
+        """Measure the first rows, see `make_probe`; after `place`."""
+        assert self._probe is not None
+        return self._probe(model)
+
+    def by_position(
+        self, model: Transformer, before_each: Callable[[], None] | None = None
+    ) -> dict[str, list]:
+        """Measure all rows: `positions` and the mean losses `ttt_on` and `ttt_off`, see
+        `bucket_losses`.
+
+        Args:
+          before_each: is called before each batch, and may raise to end the evaluation.
+        """
+
+        def nll(*batch: Any) -> tuple[jax.Array, Any]:
+            if before_each is not None:
+                before_each()
+            return self._position_nll(*batch)
+
+        on, off = evaluate_by_position(nll, model, self.rows, self._mesh, self._batch_size)
+        positions, losses_on = bucket_losses(on, self.rows["weights"], self._buckets)
+        _, losses_off = bucket_losses(off, self.rows["weights"], self._buckets)
+        return {"positions": positions, "ttt_on": losses_on, "ttt_off": losses_off}
+
+
+def make_position_nll(mesh: Mesh) -> PositionNll:
+    """Make a jitted `(model, batch, ttt_scale) -> (nll_BT, stats)`, float32 and replicated.
+
+    Scale 1 is TTT on, 0 off: one program. `stats` holds for each TTT layer the mean over rows of
+    ||S||/||W||, and the mean cosine of successive updates.
     """
 
     def nll(model: Transformer, batch: Batch, ttt_scale: jax.Array):
@@ -50,13 +102,13 @@ def make_position_nll(
 
 
 def evaluate_by_position(
-    nll: Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, Any]],
+    nll: PositionNll,
     model: Transformer,
     rows: dict[str, np.ndarray],
     mesh: Mesh,
     batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Negative log-likelihood of held-out rows with TTT on and off, each float32 [R, T].
+    """Compute each token's loss on held-out rows with TTT on and off, each float32 [R, T].
 
     Args:
       rows: all rows, the same on every process; the last batch is filled up by repeating rows, so
@@ -79,7 +131,7 @@ def evaluate_by_position(
 def bucket_losses(
     nll_BT: np.ndarray, weights_BT: np.ndarray, buckets: int
 ) -> tuple[list[list[int]], list[float | None]]:
-    """Mean loss by position.
+    """Average a loss by position.
 
     Args:
       nll_BT: negative log-likelihood (nats) of the token predicted at each position, any float
@@ -110,19 +162,19 @@ def bucket_losses(
 
 
 def make_probe(
-    position_nll: Callable[..., Any], rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int
-) -> Callable[[Any], dict[str, float]]:
-    """A function of the model that gives, on the first `batch_size` held-out rows (always the same
-    ones):
+    position_nll: PositionNll, rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int
+) -> Callable[[Transformer], dict[str, float]]:
+    """Make a function of the model that measures the first `batch_size` held-out rows, always the
+    same ones:
 
-      probe/ttt_on, probe/ttt_off     loss in nats per token, fast weights on and off on the same slow weights
+      probe/ttt_on, probe/ttt_off     loss in nats per token, on the same slow weights
       probe/gain                      off minus on
       probe/layer_XX/state_ratio      ||S||/||W|| at the end of a row
       probe/layer_XX/update_cosine    mean cosine between the updates of successive chunks
 
     Args:
-      position_nll: `training.make_position_nll`; with the evaluation's batch size it is compiled
-        once for both.
+      position_nll: of `make_position_nll`; with the evaluation's batch size it is compiled once
+        for both.
     """
     index = np.arange(batch_size) % len(rows["ids"])
     rows = {name: x[index] for name, x in rows.items()}
@@ -130,7 +182,7 @@ def make_probe(
     weights_BT = rows["weights"].astype(np.float64)
     total = max(float(weights_BT.sum()), 1.0)
 
-    def probe(model: Any) -> dict[str, float]:
+    def probe(model: Transformer) -> dict[str, float]:
         measured = {}
         for name, scale in (("ttt_off", 0.0), ("ttt_on", 1.0)):
             nll_BT, stats = position_nll(model, batch, jnp.asarray(scale, jnp.float32))

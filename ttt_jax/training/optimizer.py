@@ -29,8 +29,8 @@ _DEFAULT_GROUP = ParamGroup(pattern="")
 
 
 def _true_ranks(model: Any) -> dict[str, int]:
-    """Path -> number of logical axes. The stack axis of scanned layers does not count: it is not in
-    `axes`.
+    """Map each path to its number of logical axes. The stack axis of scanned layers does not count:
+    it is not in `axes`.
     """
     variables = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda x: isinstance(x, nnx.Variable)
@@ -66,8 +66,8 @@ def _check_groups(groups: tuple[ParamGroup, ...], paths: list[str]) -> None:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate at a step (0-based count of finished updates) as a float32 scalar;
-    traceable.
+    """Make the schedule: the learning rate at a step (0-based count of finished updates) as a
+    float32 scalar; traceable.
 
     Warm-up rises linearly from 0 to `lr`. Then, with r = final_lr_ratio: `constant` stays; `cosine`
     falls to r * lr at `steps`; `wsd` stays and falls linearly to r * lr over the last decay_ratio *
@@ -102,8 +102,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def ttt_lr_scale(config: OptimizerConfig, step: jax.typing.ArrayLike) -> jax.Array:
-    """Factor on the inner learning rate: linear from 0 at step 0 to 1 at `ttt_lr_warmup_steps`.
-    float32 scalar.
+    """Compute the factor on the inner learning rate: linear from 0 at step 0 to 1 at
+    `ttt_lr_warmup_steps`. float32 scalar.
     """
     if config.ttt_lr_warmup_steps == 0:
         return jnp.ones((), jnp.float32)
@@ -114,7 +114,7 @@ def ttt_lr_scale(config: OptimizerConfig, step: jax.typing.ArrayLike) -> jax.Arr
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, model: Any) -> optax.GradientTransformation:
-    """AdamW for `model` (concrete or abstract; only paths, ranks and metadata are read).
+    """Make AdamW for `model` (concrete or abstract; only paths, ranks and metadata are read).
 
     In order: clip by the global norm of the trained gradients, Adam (float32 moments), decoupled
     weight decay, the group's multiplier, the schedule. Weight decay reaches matrices: parameters of
@@ -169,8 +169,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: Any) -> optax.Gra
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Moments and updates in float32 even for bfloat16 parameters; nothing to do, and no copy, for
-    float32 ones.
+    """Keep moments and updates in float32 even for bfloat16 parameters; nothing to do, and no copy,
+    for float32 ones.
     """
 
     def cast(tree: Any) -> Any:
@@ -185,8 +185,8 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def gradient_norm(config: OptimizerConfig, grads: Any) -> jax.Array:
-    """Global norm of the gradients that are trained: what `clip_norm` is compared with. float32
-    scalar.
+    """Compute the global norm of the gradients that are trained: what `clip_norm` is compared with.
+    float32 scalar.
 
     Use this rather than `optax.tree.norm`, which would keep the gradients of frozen parameters
     alive.
@@ -203,14 +203,16 @@ def _norm(leaves: list[jax.Array]) -> jax.Array:
 
 
 def updates_done(state: Any) -> Any:
-    """The number of updates behind an optimizer state (int32 scalar): what its schedule counts."""
+    """Return the number of updates behind an optimizer state (int32 scalar): what its schedule
+    counts.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return next(leaf for keypath, leaf in leaves if param_path(keypath).endswith("schedule.count"))
 
 
 def state_shardings(state: Any, model: Any, scalar: jax.sharding.Sharding) -> Any:
-    """Shardings for an optimizer state: each moment lies where its parameter lies, counters get
-    `scalar`.
+    """Choose shardings for an optimizer state: each moment lies where its parameter lies, counters
+    get `scalar`.
 
     Args:
       state: `jax.eval_shape(tx.init, model)` or a concrete state.

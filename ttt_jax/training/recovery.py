@@ -46,8 +46,8 @@ class Recovery:
     events: EventLog
 
     def resume(self) -> tuple[TrainState, int, int]:
-        """The state to start with, its step (finished batches; 0: from the beginning), and steps
-        skipped just before it.
+        """Return the state to start with, its step (finished batches; 0: from the beginning), and
+        steps skipped just before it.
 
         The loader is put where the step is.
 
@@ -69,7 +69,7 @@ class Recovery:
         return self._placed(restored, step), step, int(state.extra.get(_IN_A_ROW, 0))
 
     def notes(self, in_a_row: int) -> dict[str, Any]:
-        """What a checkpoint has to remember besides the state (its `extra`)."""
+        """Return what a checkpoint has to remember besides the state (its `extra`)."""
         return {_IN_A_ROW: in_a_row}
 
     def roll_back(self, state: TrainState, step: int) -> TrainState:
@@ -163,5 +163,5 @@ class Recovery:
         ]
 
     def _rollback_after(self, step: int) -> Rollback | None:
-        """The last one that the checkpoint of `step` knows nothing of."""
+        """Find the last rollback that the checkpoint of `step` knows nothing of."""
         return max((r for r in self._read() if r.step > step), key=lambda r: r.step, default=None)

@@ -43,11 +43,11 @@ class Saver:
         self._bytes = 0
 
     def due(self, step: int) -> bool:
-        """Whether a regular checkpoint is due after `step`."""
+        """Say whether a regular checkpoint is due after `step`."""
         return bool(self._every) and step % self._every == 0
 
     def retry_due(self) -> bool:
-        """Whether a save has failed and another attempt could succeed; the same answer on all
+        """Say whether a save has failed and another attempt could succeed; the same answer on all
         processes.
         """
         if self._in_flight is not None and not self._checkpointer.saving():
@@ -153,8 +153,8 @@ class Saver:
         )
 
     def _stop_of_several(self, step: int) -> None:
-        """After a failure inside a save, processes may wait for one another in Orbax for good:
-        better to start again.
+        """End a job of several processes: after a failure inside a save they may wait for one
+        another in Orbax for good: better to start again.
         """
         if jax.process_count() > 1:
             raise TrainingError(
@@ -166,8 +166,8 @@ class Saver:
             )
 
     def _has_space(self) -> bool:
-        """Room for another checkpoint, as far as the file system tells (it does not know of
-        quotas).
+        """Say whether there is room for another checkpoint, as far as the file system tells (it
+        does not know of quotas).
         """
         try:
             return (

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from ttt_jax.config import Config, MeshConfig, ModelConfig
@@ -26,12 +28,41 @@ from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.parallel.mesh import Batch, batch_sharding, make_mesh
 from ttt_jax.pretrained.load import initial_model, load_pretrained, source_config
 from ttt_jax.pretrained.model_changes import compare_models
+from ttt_jax.process.multihost import on_first_process
+from ttt_jax.run.folder import check_run_dir
 from ttt_jax.training.heldout import make_position_nll
+from ttt_jax.training.step import TrainState, init_state
 
 MAX_ROWS, MIN_TOKENS = 4, 1024  # of the comparison
 # Relative difference of the two losses: groups of layers may be compiled otherwise, and weights be
 # rounded before or after.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+def checked_beginning(
+    config: Config,
+    abstract: TrainState,
+    tx: optax.GradientTransformation,
+    rows: Batch,
+    mesh: Mesh,
+) -> Callable[[], TrainState]:
+    """Check what a run would begin with, see `checked_start`, and return what makes that state.
+
+    The check is for new runs; the folder of a run that has begun is compared with `config`. The
+    model that was read for the check becomes the first state, and is read again for a later one.
+
+    Args: as of `checked_start`; `abstract`: of the whole state.
+
+    Raises: as `checked_start`; CheckpointError: the folder holds another run or other files.
+    """
+    running = on_first_process(lambda: check_run_dir(config))
+    read = [] if running else [checked_start(config, abstract.model, rows, mesh)]
+
+    def fresh() -> TrainState:
+        model = read.pop() if read else initial_model(config, abstract.model)
+        return init_state(config, abstract, tx, model)
+
+    return fresh
 
 
 def checked_start(
@@ -88,8 +119,8 @@ def checked_start(
 
 
 def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
-    """A few rows, cut where two chunks have been read; a context axis needs whole chunks on each
-    shard.
+    """Take a few rows, cut where two chunks have been read; a context axis needs whole chunks on
+    each shard.
     """
     C = config.model.ttt.chunk_size if config.model.ttt.layers else 1
     shards = mesh.shape["context"]
@@ -101,7 +132,7 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
 def _source_loss(
     config: Config, found: ModelConfig | None, batch: Batch
 ) -> tuple[float | None, str]:
-    """The loss of the source as it is, or None and why not."""
+    """Compute the loss of the source as it is, or None and why not."""
     assert config.init_from is not None
     if jax.process_count() > 1:
         return None, "there are several processes"
@@ -125,7 +156,7 @@ _position_nll = functools.lru_cache(2)(make_position_nll)  # both models may be 
 
 
 def _loss(model: Transformer, batch: Batch, mesh: Mesh) -> float:
-    """Mean over the real tokens, TTT on."""
+    """Average over the real tokens, TTT on."""
     placed = {name: jax.device_put(x, batch_sharding(mesh, x.shape)) for name, x in batch.items()}
     nll_RT = np.asarray(
         _position_nll(mesh)(model, placed, jnp.asarray(1.0, jnp.float32))[0], np.float64

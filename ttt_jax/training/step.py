@@ -1,5 +1,4 @@
-"""The training step, its initial state, and the held-out loss by position. No data loading, no
-files.
+"""The training step and its initial state. No data loading, no files.
 
 B rows, T tokens. A batch is a dict of [B, T] arrays: ids, targets, segment_ids, positions (int32),
 weights (float32).
@@ -43,13 +42,14 @@ class TrainState(NamedTuple):
 
 
 def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
-    """How `config` computes; without a mesh, on one device."""
+    """Say how `config` computes; without a mesh, on one device."""
     parallel = None if mesh is None else make_parallel(mesh)
     return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:
-    """Shapes, dtypes and shardings of the state, without allocating anything; and the optimizer.
+    """Describe shapes, dtypes and shardings of the state, without allocating anything; and the
+    optimizer.
 
     Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known
     only here).
@@ -97,7 +97,7 @@ def init_state(
 def make_train_step(
     config: Config, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted `(state, batch) -> (state, metrics)`; the state is donated.
+    """Make a jitted `(state, batch) -> (state, metrics)`; the state is donated.
 
     A step whose loss or gradient norm is not finite is skipped: parameters and optimizer state, its
     counts included, stay.
@@ -108,40 +108,7 @@ def make_train_step(
     `optimizer.ttt_drop` trains with TTT off.
     """
     schedule, optimizer = learning_rate(config.optimizer, config.steps), config.optimizer
-
-    def loss_fn(model: Transformer, batch: Batch, total, scale):
-        h_BTD, _, stats = model.hidden(
-            batch["ids"],
-            segment_ids=batch.get("segment_ids"),
-            positions=batch.get("positions"),
-            ttt_scale=scale,
-        )
-        # normalised here, so that micro-batches simply add up
-        weights_BT = batch["weights"] / total
-        tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
-        parallel = model.runtime.parallel
-        if parallel is None:
-            return cross_entropy(*tokens), stats
-        return parallel.over_tokens(cross_entropy, *tokens, total=True), stats
-
-    def gradients(model: Transformer, batch: Batch, scale):
-        total = jnp.maximum(batch["weights"].sum(), 1.0)
-        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-        if optimizer.accumulate == 1:
-            (loss, stats), grads = differentiate(model, batch, total, scale)
-            return loss, stats, grads
-        # Interleaved rows, so that every micro-batch is spread over all devices.
-        micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, optimizer.accumulate, x.shape[1]), 1, 0), batch
-        )
-
-        def add(carry, piece):
-            (loss, stats), grads = differentiate(model, piece, total, scale)
-            return jax.tree.map(jnp.add, carry, (loss, grads)), stats
-
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
-        (loss, grads), stats = jax.lax.scan(add, zero, micro)
-        return loss, stats, grads
+    gradients = functools.partial(_gradients, optimizer.accumulate)
 
     def without_ttt(model: Transformer, batch: Batch):
         loss, _, grads = gradients(model, batch, 0.0)
@@ -168,14 +135,7 @@ def make_train_step(
             loss, stats, grads = gradients(state.model, batch, scale)
         norm = gradient_norm(optimizer, grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.model)
-            model = optax.apply_updates(state.model, updates)
-            model, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(jnp.broadcast_to(finite, new.shape), new, old),
-                (model, opt_state),
-                (state.model, state.opt_state),
-            )
+        model, opt_state = _update(tx, state, grads, finite)
         step = state.step + 1
         metrics = {
             "loss": loss,
@@ -190,3 +150,57 @@ def make_train_step(
         return TrainState(model, opt_state, step), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _loss(model: Transformer, batch: Batch, total: jax.Array, scale: Any) -> tuple[jax.Array, Any]:
+    """Sum the batch's weighted losses over `total`, so that micro-batches simply add up."""
+    h_BTD, _, stats = model.hidden(
+        batch["ids"],
+        segment_ids=batch.get("segment_ids"),
+        positions=batch.get("positions"),
+        ttt_scale=scale,
+    )
+    weights_BT = batch["weights"] / total
+    tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
+    parallel = model.runtime.parallel
+    if parallel is None:
+        return cross_entropy(*tokens), stats
+    return parallel.over_tokens(cross_entropy, *tokens, total=True), stats
+
+
+def _gradients(
+    accumulate: int, model: Transformer, batch: Batch, scale: Any
+) -> tuple[jax.Array, Any, Any]:
+    """Differentiate the mean loss over real tokens, in `accumulate` micro-batches.
+
+    Returns: loss, what the TTT layers tell of themselves, gradients.
+    """
+    total = jnp.maximum(batch["weights"].sum(), 1.0)
+    differentiate = jax.value_and_grad(_loss, has_aux=True)
+    if accumulate == 1:
+        (loss, stats), grads = differentiate(model, batch, total, scale)
+        return loss, stats, grads
+    # Interleaved rows, so that every micro-batch is spread over all devices.
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, x.shape[1]), 1, 0), batch)
+
+    def add(carry, piece):
+        (loss, stats), grads = differentiate(model, piece, total, scale)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), stats
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, model))
+    (loss, grads), stats = jax.lax.scan(add, zero, micro)
+    return loss, stats, grads
+
+
+def _update(
+    tx: optax.GradientTransformation, state: TrainState, grads: Any, finite: jax.Array
+) -> tuple[Any, Any]:
+    """Apply the gradients where they are `finite`; else keep parameters and optimizer state."""
+    with jax.named_scope("optimizer"):
+        updates, opt_state = tx.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        return jax.tree.map(
+            lambda new, old: jnp.where(jnp.broadcast_to(finite, new.shape), new, old),
+            (model, opt_state),
+            (state.model, state.opt_state),
+        )

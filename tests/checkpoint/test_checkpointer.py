@@ -26,13 +26,9 @@ from support.checkpoints import (
     state_of,
 )
 
-from ttt_jax.checkpoint.checkpointer import (
-    Checkpointer,
-    find_checkpoint,
-    load_model_params,
-    save_model_params,
-)
+from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import find_damage
+from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params, save_model_params
 from ttt_jax.config import CheckpointConfig, ParamGroup
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +145,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import jax, numpy as np
 from support.checkpoints import Model
 from support.checkpoints import abstract
-from ttt_jax.checkpoint.checkpointer import load_model_params
+from ttt_jax.checkpoint.parameters import load_model_params
 assert jax.device_count() == 2
 model = load_model_params({path!r}, abstract(Model()))
 print(sorted(np.asarray(leaf).tobytes().hex()[:16] for leaf in jax.tree.leaves(model)))

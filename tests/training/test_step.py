@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.states import SMALL, batch, bits
+from support.small_training import SMALL, batch, bits
 
 from ttt_jax.config import Config, from_dict, replace
 from ttt_jax.model.loss import token_nll

@@ -1,3 +1,5 @@
+"""A config, a batch and a comparison for tests that train for a few steps in their own process."""
+
 from __future__ import annotations
 
 import jax

@@ -1,0 +1,334 @@
+"""A training job beside its steps: where it resumes, what is due after a step, what is logged and
+saved, how it stops, and its report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ttt_jax.checkpoint.checkpointer import Checkpointer
+from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
+from ttt_jax.config import Config
+from ttt_jax.data import (
+    Loader,
+    Tokenizer,
+    heldout_remarks,
+    rejected_records,
+    write_quarantine,
+)
+from ttt_jax.flops import device_memory_bytes
+from ttt_jax.parallel.mesh import Batch
+from ttt_jax.process.lock import RunLock
+from ttt_jax.process.multihost import any_process
+from ttt_jax.process.signals import Stopped, StopSignal
+from ttt_jax.run.compile_cache import CompileCache, open_cache
+from ttt_jax.run.folder import METRICS_FILE, prepare_run_dir
+from ttt_jax.run.logs import DocumentLog, EventLog
+from ttt_jax.run.metrics import MetricsLogger, read_curve
+from ttt_jax.run.provenance import write_environment
+from ttt_jax.run.report import print_report, write_report
+from ttt_jax.run.timing import StepTimer, host_memory_bytes
+from ttt_jax.training.guard import Guard
+from ttt_jax.training.heldout import Heldout
+from ttt_jax.training.recovery import Recovery
+from ttt_jax.training.saver import Saver
+from ttt_jax.training.step import TrainState
+from ttt_jax.training.throughput import Throughput
+
+
+class Due(NamedTuple):
+    """What has to be done after a step, decided once.
+
+    Attributes:
+      anything: whether `Job.log` and `Job.save` are to be called.
+      stopping: a signal has come, to this process or to another one.
+      last: no step follows.
+    """
+
+    anything: bool
+    log: bool
+    save: bool
+    probe: bool
+    evaluate: bool
+    roll_back: bool
+    stopping: bool
+    last: bool
+
+    @property
+    def stop(self) -> bool:
+        """Whether the job ends here, before its last step."""
+        return self.stopping and not self.last
+
+
+@contextlib.contextmanager
+def open_job(
+    config: Config,
+    stop: StopSignal,
+    lock: RunLock,
+    timer: StepTimer,
+    tokenizer: Tokenizer,
+    loader: Loader,
+    heldout: Heldout,
+    abstract: TrainState,
+    fresh: Callable[[], TrainState],
+    changes: list[str],
+) -> Iterator[Job]:
+    """Write the run folder, after everything has been checked, and close it when the block is left.
+
+    Args:
+      stop: is asked after each step.
+      lock: of the run folder, held.
+      timer: runs since the process began.
+      abstract: shapes, dtypes and shardings of the state.
+      fresh: makes the state that the run begins with.
+      changes: lines for the user, see `check_resume`.
+
+    Raises: CheckpointError, one line: the folder holds another run, or cannot be written.
+    """
+    prepare_run_dir(config)
+    cache, warnings = open_cache(config)
+    warnings += changes
+    if jax.process_index() == 0:
+        parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
+        warnings += write_environment(config.run_dir, parameters=parameters)
+        warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
+        warnings += heldout_remarks(config, tokenizer)
+    with contextlib.ExitStack() as stack:
+        job = Job(config, stop, lock, timer, loader, heldout, cache, warnings, stack)
+        job.open_checkpoints(abstract, fresh)
+        yield job
+
+
+class Job:
+    """What happens around the steps of one start of a run; `open_job` makes it.
+
+    All processes call every method in the same order: `resume`; then for each step `fetch`,
+    `after_step`, and what is due; at last `closing_evaluation` and, outside of the block, `report`.
+
+    Attributes:
+      step: finished steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stop: StopSignal,
+        lock: RunLock,
+        timer: StepTimer,
+        loader: Loader,
+        heldout: Heldout,
+        cache: CompileCache | None,
+        warnings: list[str],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._config, self._stop, self._lock, self._timer = config, stop, lock, timer
+        self._loader, self._heldout, self._cache = loader, heldout, cache
+        self._warnings, self._stack = warnings, stack
+        self._main = jax.process_index() == 0
+        self._show: Callable[[str], None] = functools.partial(print, flush=True)
+        self.step = self._start = 0
+
+    def open_checkpoints(self, abstract: TrainState, fresh: Callable[[], TrainState]) -> None:
+        """Open the log of events and the folder of checkpoints."""
+        config = self._config
+        self._events = self._stack.enter_context(
+            EventLog(config.run_dir, self._tell, enabled=self._main)
+        )
+        self._checkpointer = self._stack.enter_context(
+            Checkpointer(config.run_dir / CHECKPOINT_FOLDER, config.checkpoint, self._events)
+        )
+        self._recovery = Recovery(
+            config, self._checkpointer, abstract, self._loader, fresh, self._events
+        )
+
+    def _tell(self, text: str) -> None:
+        """Print a line, by the logger as soon as there is one."""
+        self._show(text)
+
+    # ------------------------------------------------------------------------------------ beginning
+
+    def resume(self) -> TrainState:
+        """Restore the newest checkpoint, or make the state that the run begins with.
+
+        From here on there is something to save: a signal waits for the end of a step.
+        """
+        state, self.step, in_a_row = self._recovery.resume()
+        self._start = self.step
+        self._saver = Saver(self._checkpointer, self._config.checkpoint.every, self._events)
+        self._guard = Guard(self._config, self._events, self._loader.documents, in_a_row)
+        self._heldout.place()
+        self._stop.defer()
+        self._open_logs()
+        for text in self._warnings:
+            self._events(text, kind="start", step=self.step)
+        if self.step:
+            self._tell(f"continuing {self._config.run_dir} from step {self.step}")
+        if jax.process_count() > 1:
+            self._tell(f"{jax.process_count()} processes, {jax.device_count()} devices")
+        self._throughput = Throughput(self._config, self.step)
+        return state
+
+    def _open_logs(self) -> None:
+        config = self._config
+        self._metrics = self._stack.enter_context(
+            MetricsLogger(
+                config,
+                config.run_dir,
+                total_steps=config.steps,
+                start_step=self.step,
+                enabled=self._main,
+            )
+        )
+        self._documents = self._stack.enter_context(
+            DocumentLog(
+                config.run_dir, self.step, jax.process_index(), enabled=config.log.documents
+            )
+        )
+        self._show = self._metrics.message
+
+    # ------------------------------------------------------------------------------------ each step
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch:
+        """Take the next batch, and count the time that the device waits for it."""
+        return self._timer.fetch(lambda: next(batches))
+
+    def after_step(self, metrics: dict[str, jax.Array]) -> Due:
+        """Count a step that is under way, note its documents, look at the one before, and decide
+        what is due.
+
+        Raises: TrainingError: the run folder is gone, or another job's by now.
+        """
+        self._timer.dispatched(metrics["loss"])
+        if self.step == self._start and self._cache:
+            self._cache.seal()
+        self.step += 1
+        self._events.step = self.step
+        if self._documents.enabled:
+            self._documents.write(self.step, self._loader.documents(self._loader.pieces))
+        self._guard.watch(self.step, metrics, self._loader.pieces)
+        due = self._decide()
+        if due.save or due.log:
+            self._lock.check()
+        if due.save or due.probe or due.log:
+            self._guard.settle()
+        if not due.anything:
+            self._metrics.advance(self.step)
+        return due._replace(roll_back=self._guard.must_roll_back)
+
+    def _decide(self) -> Due:
+        config, step = self._config, self.step
+        log, last = _every(config.log.every, step), step == config.steps
+        stopping = self._asked_to_stop(log)
+        save = self._saver.due(step) or stopping or last
+        probe = _every(config.log.probe_every, step)
+        anything = log or save or probe or step == 1
+        evaluate = anything and _every(config.eval.every, step)
+        return Due(anything, log, save, probe, evaluate, False, stopping, last)
+
+    def _asked_to_stop(self, log: bool) -> bool:
+        """Read the signal, once a step: one that comes later is for the next step.
+
+        Signals reach processes at different steps, so several stop together where they wait for
+        the device anyway.
+        """
+        if jax.process_count() == 1:
+            return self._stop.requested
+        return log and any_process(self._stop.requested)
+
+    def roll_back(self, state: TrainState) -> TrainState:
+        """Go back to the weights of a good checkpoint; `state` is deleted.
+
+        Raises: TrainingError: the run has gone back too often.
+        """
+        self._saver.settle()
+        state = self._recovery.roll_back(state, self.step)
+        self._guard.rolled_back()
+        return state
+
+    def log(self, due: Due, metrics: dict[str, jax.Array], model: Any) -> None:
+        """Record the step's metrics, speed and memory, and what is measured on held-out rows."""
+        scalars = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        del scalars["skipped"]
+        scalars |= self._throughput.scalars(self.step)
+        if memory := device_memory_bytes():
+            scalars["memory_bytes"] = memory
+        self._guard.check_fast_weights(self.step, scalars)
+        scalars |= {**self._timer.scalars(), "host_memory_bytes": host_memory_bytes()}
+        if due.probe:
+            scalars |= self._heldout.probe(model)
+        if due.evaluate:
+            losses = self._heldout.by_position(model)
+            for name in ("ttt_on", "ttt_off"):
+                scalars[f"heldout/{name}"] = float(np.mean(losses[name]))
+        self._metrics.log(self.step, scalars)
+
+    def save(self, due: Due, state: TrainState) -> None:
+        """Save if that is due, or if an earlier save failed and can be tried again."""
+        notes = self._recovery.notes(self._guard.in_a_row)
+        what = self.step, state, self._loader.get_state(), notes
+        if due.stopping or due.last:
+            save = functools.partial(
+                self._saver.save_surely,
+                *what,
+                patience=0 if due.stopping else self._config.checkpoint.wait_for_space,
+                give_up=lambda: self._stop.requested,
+            )
+            self._metrics.log(self.step, self._timer.save(save))
+        elif (due.save and not self._guard.in_a_row) or (due.log and self._saver.retry_due()):
+            save = functools.partial(self._saver.save, *what)
+            self._metrics.log(self.step, self._timer.save(save))
+        self._throughput.restart(self.step)
+        self._timer.restart()
+
+    def say_stopped(self) -> None:
+        """Tell the user who stopped the job, and how to go on."""
+        by = self._stop.name or "another process"
+        self._tell(
+            f"stopped by {by} after step {self.step}; run the same command again to continue"
+        )
+
+    # ------------------------------------------------------------------------------------------ end
+
+    def closing_evaluation(self, model: Any) -> dict[str, list]:
+        """Measure the held-out loss by position, see `Heldout.by_position`.
+
+        Raises: Stopped: a signal has come; nothing is left to save.
+        """
+        both = ", TTT on and off" if self._config.model.ttt.layers else ""
+        self._tell(f"evaluating held-out loss by position{both}")
+        by_position = self._heldout.by_position(model, before_each=self._leave_if_asked)
+        if self._cache:
+            self._cache.seal()
+        return by_position
+
+    def _leave_if_asked(self) -> None:
+        if any_process(self._stop.requested):
+            raise Stopped
+
+    def report(self, by_position: dict[str, list]) -> None:
+        """Write and print the report, which makes the run a finished one; after the block."""
+        self._lock.check()
+        if not self._main:
+            return
+        run_dir = self._config.run_dir
+        curve = read_curve(run_dir / METRICS_FILE)
+        speed = self._throughput.mean or (curve or [{}])[-1].get("tokens_per_second")
+        report = write_report(
+            run_dir,
+            config=self._config,
+            heldout=by_position,
+            curve=curve,
+            summary={"steps": self.step, "tokens_per_second": speed},
+        )
+        print_report(report, run_dir)
+
+
+def _every(steps: int, step: int) -> bool:
+    """Say whether something that is done every so many steps is due; 0: never."""
+    return bool(steps) and step % steps == 0
