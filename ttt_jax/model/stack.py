@@ -15,7 +15,7 @@ from ttt_jax.model.layers import Context, RMSNorm
 from ttt_jax.model.ttt_mlp import MLP
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.attention.cached import KVCache
-from ttt_jax.parallel.shard_mapped import Parallel
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,17 @@ class Runtime:
       scan_layers: stack equal layers and scan over them, so that compile time does not grow with
         depth. Without, each layer has its own arrays, which decoding reads and updates in place (a
         scan copies a layer's slice first).
-      parallel: the parallel forms of attention and op on a mesh; None on a single device.
+      parallel: how attention, the op and the loss run on the devices at hand.
     """
 
     dtype: str = "float32"
     remat_save: tuple[str, ...] | None = ()
     attention: str | None = None
     scan_layers: bool = True
-    parallel: Parallel | None = None
+    parallel: Devices = ONE_DEVICE
+
+
+DEFAULT_RUNTIME = Runtime()
 
 
 class LayerKind(NamedTuple):

@@ -21,8 +21,17 @@ from jax.core import Tracer
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
 from ttt_jax.model.layers import Context, RMSNorm, param, rope_tables
-from ttt_jax.model.stack import Group, LayerRun, LayerState, Runtime, find_groups, layer_kinds
+from ttt_jax.model.stack import (
+    DEFAULT_RUNTIME,
+    Group,
+    LayerRun,
+    LayerState,
+    Runtime,
+    find_groups,
+    layer_kinds,
+)
 from ttt_jax.ops.numerics import accumulator, precision_for
+from ttt_jax.parallel.one_device import ONE_DEVICE
 
 
 @struct.dataclass
@@ -49,7 +58,7 @@ class Transformer(nnx.Module):
     mutable state.
     """
 
-    def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array):
+    def __init__(self, cfg: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME, *, key: jax.Array):
         """Raises `ConfigError` if the config contradicts itself."""
         validate_model(cfg)
         self.config, self.runtime = cfg, runtime
@@ -155,10 +164,9 @@ class Transformer(nnx.Module):
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
         with jax.named_scope("embed"):
-            if self.runtime.parallel is not None and state is None:
-                embed_BTD = self.runtime.parallel.embed(self.embed[...], ids_BT).astype(dtype)
-            else:
-                embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
+            # The few tokens of a stream that is read on are not split.
+            devices = self.runtime.parallel if state is None else ONE_DEVICE
+            embed_BTD = devices.embed(self.embed[...], ids_BT).astype(dtype)
         ctx = Context(
             rope=rope_tables(cfg.rope, cfg.head_dim, positions),
             start_B=None if state is None else state.position_B,
@@ -233,7 +241,7 @@ def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
         raise UserError(f"ids: hold id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
 
 
-def abstract_transformer(cfg: ModelConfig, runtime: Runtime = Runtime()) -> Transformer:
+def abstract_transformer(cfg: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME) -> Transformer:
     """The structure of a model without its arrays: leaves are float32 `jax.ShapeDtypeStruct`.
 
     Raises: ConfigError if the config contradicts itself.

@@ -18,10 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from ttt_jax.config import ModelConfig
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState, pending
-from ttt_jax.ops import in_place_ttt, update_cosine, update_norm
 from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.writes import transformed
-from ttt_jax.parallel.shard_mapped import Parallel
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 _TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
@@ -142,10 +141,9 @@ class MLP(nnx.Module):
     def _lr(self, ctx: Context, acc):
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, parallel: Parallel | None = None):
+    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, devices: Devices = ONE_DEVICE):
         ttt = self.cfg.ttt
-        op = in_place_ttt if parallel is None else parallel.in_place_ttt
-        return op(
+        return devices.in_place_ttt(
             z_BTF,
             v_BTD,
             self.down[...],
@@ -193,20 +191,6 @@ class MLP(nnx.Module):
             "update_norm_B": update_norm_B,
         }
 
-    def _last_update_norm(self, z_BTF, v_BTD, lr, parallel: Parallel | None = None):
-        C = self.cfg.ttt.chunk_size
-        end = z_BTF.shape[1] // C * C
-        if end == 0:
-            return jnp.zeros(z_BTF.shape[:1], lr.dtype)
-        if parallel is not None and end == z_BTF.shape[1]:
-            stop = jax.lax.stop_gradient
-            norm = parallel.last_update_norm(stop(z_BTF), stop(v_BTD), stop(lr), C)
-            return jnp.broadcast_to(norm, z_BTF.shape[:1])
-        last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
-        return jnp.broadcast_to(
-            update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1]
-        )
-
     def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
         """Every row starts, or stands at the start of a chunk (or reads nothing)."""
         C = self.cfg.ttt.chunk_size
@@ -214,15 +198,13 @@ class MLP(nnx.Module):
         lr = self._lr(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
         v_BTD = self._targets(z_BTF, source_BTD, whole_B, ctx.pin)
-        parallel = ctx.parallel if ctx.parallel is not None and ctx.parallel.splits(T, C) else None
+        devices = ctx.parallel if ctx.parallel.splits(T, C) else ONE_DEVICE
         S_BDF = None if state is None else state.S_BDF
-        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, parallel)
-        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
+        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, devices)
+        stats = self._stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
         if ctx.probe:
-            cosine = update_cosine if parallel is None else parallel.update_cosine
-            stats["update_cosine_B"] = jnp.broadcast_to(
-                cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT), (B,)
-            )
+            cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)
+            stats["update_cosine_B"] = jnp.broadcast_to(cosine, (B,))
         if not ctx.keep_state:
             return y_BTD, None, stats
         if whole_B is None and T % C == 0:  # nothing is pending
@@ -264,7 +246,7 @@ class MLP(nnx.Module):
         y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(
             y_BLD, pending_B
         )
-        stats = self._stats(S_BDF, self._last_update_norm(z_BLF, v_BLD, lr))
+        stats = self._stats(S_BDF, ONE_DEVICE.last_update_norm(z_BLF, v_BLD, lr, C))
         return y_BTD, TTTState(S_BDF, *(pending(x, whole_B, C) for x in (z_BLF, source_BLD))), stats
 
     def _append(self, z_B1F, source_B1D, ctx: Context, state: TTTState):
@@ -287,7 +269,8 @@ class MLP(nnx.Module):
 
         def update(S_BDF):
             v_BCD = self._targets(z_BCF, source_BCD, complete_B.astype(jnp.int32))
-            return self._op(z_BCF, v_BCD, lr, S_BDF)[1], self._last_update_norm(z_BCF, v_BCD, lr)
+            S_BDF = self._op(z_BCF, v_BCD, lr, S_BDF)[1]
+            return S_BDF, ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
 
         skip = lambda S_BDF: (S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype))
         if ctx.ends_chunk is None:
