@@ -1,15 +1,15 @@
-"""Every private part of jax that this package uses. No other file mentions one.
+"""Every private part of jax that this package uses, and why the public interface does not do. No
+other file mentions one.
 
 Tried with jax 0.10.2, 0.11.2 and 0.12; pyproject.toml admits no later minor version.
 
-    name here                  why the public interface does not do
-    cudnn_attention            `jax.nn.dot_product_attention` takes no offsets of documents, and rounds
-                               the log-sum-exp to 16 bits
-    cudnn_attention_backward   a public gradient takes the statistics of its own keys, not those of a
-                               whole row that is split into blocks
-    splash_attention_backward  the same, on TPUs
-    in_cloud_tpu_vm            jax decides by it whether a metadata server knows the other hosts
-    believe_in_cudnn           jax asks a real GPU before it traces for one that is on paper only
+    cudnn_attention             `jax.nn.dot_product_attention` takes no offsets of documents, and
+                                rounds the log-sum-exp to 16 bits
+    cudnn_attention_backward    a public gradient takes the statistics of its own keys, not those of
+                                a whole row that is split into blocks
+    splash_attention_backward   the same, on TPUs
+    in_cloud_tpu_vm             jax decides by it whether a metadata server knows the other hosts
+    believe_in_cudnn            jax asks a real GPU before it traces for one that is on paper only
 
 When a new jax breaks one of them: read the definition of the same name in the new jax's source, and
 correct the call here. tests/gpu (a CUDA device), tests/ops/test_splash.py (any machine) and

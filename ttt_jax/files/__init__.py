@@ -1,1 +1,1 @@
-"""files."""
+"""Reading and writing small files safely: text, JSON, JSON lines, NumPy arrays."""

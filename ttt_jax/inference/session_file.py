@@ -4,10 +4,10 @@ B streams, L slots, K KV heads, H head dim, C chunk size, D model width, F MLP w
 
     position        int32 [B]            tokens read by each stream
     unread.B        int32 [n]            tokens that stream B has still to read
-    layers.I.k, .v  [B, K, L, H]         keys and values: as many slots as were used, or a window's ring
+    layers.I.k, .v  [B, K, L, H]         keys and values: as many slots as were used, or a ring
     layers.I.S      float32 [B, D, F]    accumulated update of a TTT layer
-    layers.I.z      [B, n, F]            MLP activations of the pending chunk, n the largest number of pending tokens
-    layers.I.source [B, n, D]            source of its targets
+    layers.I.z      [B, n, F]            MLP activations of the n pending tokens of the longest row
+    layers.I.source [B, n, D]            sources of their targets
 
 The metadata's `manifest` says which model wrote the file and has a CRC-32 of every tensor;
 `manifest_crc32` protects it. Nothing in the file is executed or unpickled. The layout does not

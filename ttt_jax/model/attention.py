@@ -1,3 +1,8 @@
+"""Grouped-query attention of one layer: projections, rotation, the KV cache.
+
+B batch, T new tokens, D model width, N query heads, K KV heads, H head dim.
+"""
+
 from __future__ import annotations
 
 import math

@@ -1,7 +1,6 @@
-"""The parts of a block that do not adapt: parameters, RMSNorm, rotary embedding, attention
-projections.
+"""What every layer is made of: its context, parameters, RMSNorm, rotary embedding.
 
-B batch, T new tokens, S keys, D model width, N query heads, K KV heads, G = N / K, H head dim.
+B batch, T new tokens, N heads, H head dim.
 Weights are stored as Hugging Face stores them, [out, in], so a checkpoint is taken over without a
 copy.
 """
@@ -166,6 +165,3 @@ def _rotate_back(rope, dx_BTNH):
 # The transpose of a rotation. Derived by jax, it would keep the tables spread over batch and heads
 # for every layer.
 apply_rope.defvjp(lambda x_BTNH, rope: (apply_rope(x_BTNH, rope), rope), _rotate_back)
-
-
-# ---------------------------------------------------------------------------------------- attention

@@ -1,3 +1,8 @@
+"""Layers in a stack: the pre-norm block, groups of equal layers, and how they are computed.
+
+B batch, T tokens, D model width, R repeats of a pattern, N layers of a run.
+"""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,1 +1,1 @@
-"""pretrained."""
+"""Models from elsewhere: Hugging Face folders read, converted and written."""

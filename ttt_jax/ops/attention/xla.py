@@ -107,7 +107,7 @@ def windowed_after(q_BTNH, k_BSKH, v_BSKH, window, q_segment_BT, k_segment_BS):
     return join_tokens(o_blocks, T)
 
 
-# ------------------------------------------------------------------------- blocks of a split sequence
+# ----------------------------------------------------------------------- blocks of a split sequence
 
 
 def _block_logits(q_BAKGH, k_BSKH, q_ids_BA, k_ids_BS, q_start, causal: bool, dot):
