@@ -145,25 +145,9 @@ class Group(nnx.Module):
             )
 
         single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
-        # training
-        if (
-            states is None
-            and not ctx.keep_state
-            and isinstance(ctx.ttt_scale, float)
-            and not single
-        ):
-
-            def stateless(block, h_BTD, embed_BTD, ctx):
-                h_BTD, _, stats = apply(
-                    block, h_BTD, dataclasses.replace(ctx, embed_BTD=embed_BTD), None
-                )
-                return h_BTD, stats
-
-            runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
-            results: Any = scan_layers(
-                (stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest
-            )
-            return results[0], (None,) * runs, results[1]
+        fixed_rate = isinstance(ctx.ttt_scale, float)
+        if states is None and not ctx.keep_state and fixed_rate and not single:
+            return self._train(apply, h_BTD, ctx)
 
         def layer(h_BTD, xs):
             h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])
@@ -190,6 +174,18 @@ class Group(nnx.Module):
         else:
             h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
         return h_BTD, tuple(state for state, _ in outs), tuple(stats for _, stats in outs)
+
+    def _train(self, apply, h_BTD, ctx: Context):
+        """As `__call__` without states, by a scan that copies nothing out of the stacks."""
+
+        def layer(block, h_BTD, embed_BTD, ctx):
+            ctx = dataclasses.replace(ctx, embed_BTD=embed_BTD)
+            h_BTD, _, stats = apply(block, h_BTD, ctx, None)
+            return h_BTD, stats
+
+        runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
+        results: Any = scan_layers((layer,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+        return results[0], (None,) * runs, results[1]
 
 
 def _make_block(cfg: ModelConfig, kind: LayerKind, key: jax.Array) -> Block:

@@ -31,7 +31,7 @@ from ttt_jax.ops import platform
 
 LANES = 128
 BLOCK = 512  # tokens on a side of a block of logits
-# the same for sequences above LONG: the table of blocks lies in a small scalar memory
+# For sequences above LONG, because the table of blocks lies in a small scalar memory.
 LONG_BLOCK, LONG = 1024, 65536
 LONGEST = 262144
 # the name under which `remat_save` keeps the kernel's output and log-sum-exp
