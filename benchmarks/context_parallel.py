@@ -44,6 +44,7 @@ from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.ttt.sharded import exclusive_prefix
 from ttt_jax.parallel.mesh import batch_sharding, make_mesh, spec
+from ttt_jax.parallel.one_device import Devices
 from ttt_jax.parallel.shard_mapped import Parallel, make_parallel
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
@@ -105,14 +106,12 @@ def check(parallel: Parallel, model: config_lib.ModelConfig, T: int, dtype) -> d
 
 
 def prefix_seconds(
-    parallel: Parallel | None, model: config_lib.ModelConfig, rows: int, repeats: int
+    parallel: Devices, model: config_lib.ModelConfig, rows: int, repeats: int
 ) -> float:
     """The exclusive prefix of one layer's S, alone; 0 on one shard."""
-    if parallel is None or parallel.axis is None:
+    if not isinstance(parallel, Parallel) or parallel.axis is None:
         return 0.0
-    p: Parallel = parallel
-    axis, shards = p.axis, p.shards
-    assert axis is not None
+    p, axis, shards = parallel, parallel.axis, parallel.shards
     batch_spec, wide = spec(("batch", "mlp"), (rows, model.d_ff), p.mesh)
 
     def local(delta):
@@ -262,7 +261,7 @@ def main() -> None:
 
     largest = max(meshes, key=np.prod)
     split = make_parallel(mesh_of(largest))
-    if split is not None:
+    if isinstance(split, Parallel):
         for name, error in check(split, base.model, args.check_seq, base.compute_dtype).items():
             print(f"check on {label(largest)}: {name}: relative RMS {error:.1e}", flush=True)
 

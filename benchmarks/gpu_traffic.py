@@ -35,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ttt_jax import config as config_lib
+from ttt_jax import jax_internals
 from ttt_jax.inference import prefill as reading
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer
@@ -78,11 +79,8 @@ def devices(count: int) -> list:
     """H100s on paper, also where there are real ones. Makes the code under test, and jax's
     attention, believe in them.
     """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn  # it asks the device at hand
-
     jax.config.update("jax_platforms", "cpu")
-    cudnn.check_cudnn_version = lambda: 91200
-    cudnn.check_compute_capability = lambda *_: True
+    jax_internals.believe_in_cudnn()
     platform.compiled_for = lambda: "gpu"
     if count == 1:
         platform.on_one_device = platform.may_be_one_device = lambda: True

@@ -1,3 +1,5 @@
+"""FLOPs of the model, peak rates of devices, and the memory that they have used."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,11 +25,12 @@ def model_flops_per_token(model: ModelConfig, seq_len: int, training: bool) -> f
 
     Forward, with D, F, N, K, H, V as in the design and L layers:
 
-        projections     2 D (2 N H + 2 K H)          q and o, k and v
-        attention       4 N H mean_t min(t + 1, W)   scores and values, causal, W the window of the layer
-        MLP             6 D F                        gate, up and down; a TTT layer's apply takes the place of down
-        TTT             2 D F + 10 D (+ 2 D D)       update v^T z, convolution of 5 taps (and W_target)
-        logits          2 D V                        whether or not the embedding is tied; the look-up is free
+        projections   2 D (2 N H + 2 K H)          q and o, k and v
+        attention     4 N H mean_t min(t + 1, W)   scores and values, causal, W the layer's window
+        MLP           6 D F                        gate, up and down; in a TTT layer the apply takes
+                                                   the place of down
+        TTT           2 D F + 10 D (+ 2 D D)       update v^T z, 5 taps (and W_target)
+        logits        2 D V                        embedding tied or not; the look-up is free
 
     The backward pass takes twice the forward: each of these is bilinear, and has two products of
     the same size in it. That holds for TTT too: apply and update are 4 D F, their backward is dz =

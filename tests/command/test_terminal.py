@@ -217,7 +217,7 @@ def test_generate_shows_what_a_model_writes(tmp_path, capsys, monkeypatch):
                 on_text(0, letter)
             return [Completion([1], [0.0], written, "length")]
 
-    from ttt_jax.inference.generation import Timings
+    from ttt_jax.inference.streams import Timings
     from ttt_jax.inference.writing import Completion
 
     monkeypatch.setattr("ttt_jax.inference.generation.Session", Writes)

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from support.models import config, make
+from support.models import config, make, run
 
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import UserError
@@ -43,7 +43,7 @@ def test_fast_weights(model, ids):
         end = chunk["chunk"] * C
         S_DF, z_CF = (
             np.asarray(x, np.float64)[0, 0, 0]
-            for x in model(ids[None, : end + C - 1])[1].layers[1][0].ttt[:2]
+            for x in run(model, ids[None, : end + C - 1])[1].layers[1][0].ttt[:2]
         )
         assert chunk["state_ratio"] == pytest.approx(
             np.linalg.norm(S_DF) / np.linalg.norm(w_DF), rel=1e-4

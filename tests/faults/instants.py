@@ -113,8 +113,7 @@ def signals_anywhere(folder: Path, trials: int, seed: int = 6) -> str:
 def interrupted_twice(folder: Path, trials: int = 6, seed: int = 7) -> str:
     """A second Ctrl-C: one line, exit code 1, and the same curve later."""
     rng, job = random.Random(seed), Job(folder / "anywhere", steps=12)
-    if not (job.runs / "whole" / "report.json").exists():
-        job.finish("whole")
+    job.finish_whole()
     lines = 0
     for trial in range(trials):
         name = f"twice{trial}"
@@ -151,8 +150,7 @@ def two_jobs(folder: Path, trials: int = 4, seed: int = 8) -> str:
     first is not disturbed.
     """
     rng, job = random.Random(seed), Job(folder / "anywhere", steps=12)
-    if not (job.runs / "whole" / "report.json").exists():
-        job.finish("whole")
+    job.finish_whole()
     took = 0.0
     for trial in range(trials):
         name = f"held{trial}"
@@ -191,8 +189,7 @@ def lost_terminal(folder: Path, trials: int = 1) -> str:
     and stops).
     """
     job = Job(folder / "anywhere", steps=12)
-    if not (job.runs / "whole" / "report.json").exists():
-        job.finish("whole")
+    job.finish_whole()
     ways = {
         "head": "| head -2",
         "full": "> /dev/full 2>&1",

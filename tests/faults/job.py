@@ -123,6 +123,11 @@ class Job:
         """Run to its end; its output."""
         return end(self.start(name, *extra, **options), code)[0]
 
+    def finish_whole(self) -> None:
+        """The run without faults, to compare with: made once, whichever scenario comes first."""
+        if not (self.runs / "whole" / "report.json").exists():
+            self.finish("whole")
+
     def curve(self, name: str) -> list[dict]:
         """What must not depend on faults: every logged number but times, speed and memory."""
         lines = (self.runs / name / "metrics.jsonl").read_text().splitlines()

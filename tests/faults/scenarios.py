@@ -91,8 +91,7 @@ def kill_9(folder: Path, trials: int, seed: int = 0) -> str:
 def sigterm(folder: Path, trials: int, seed: int = 1) -> str:
     """SIGTERM and SIGINT: exit code 0, and the last finished step is saved."""
     rng, job = random.Random(seed), Job(folder, steps=90)
-    if not (job.runs / "whole").exists():
-        job.finish("whole")
+    job.finish_whole()
     sent = runs = starting = 0
     slowest = {True: 0.0, False: 0.0}  # while it starts, while it trains
     while sent < trials:
@@ -215,8 +214,7 @@ def corrupt(folder: Path, trials: int = 3, seed: int = 2) -> str:
     from faults import corrupted
 
     rng, job = random.Random(seed), Job(folder, steps=90)
-    if not (job.runs / "whole").exists():
-        job.finish("whole")
+    job.finish_whole()
     job.finish("half", "--steps=45")
     half = job.runs / "half"
     seen = corrupted.every_file(job, half, folder / "corrupt")

@@ -43,7 +43,7 @@ from ttt_jax.data import corpus, load_tokenizer, make_loader
 from ttt_jax.errors import DataError
 from ttt_jax.eval import output
 from ttt_jax.inference.generation import Session
-from ttt_jax.inference.session_file import load_session, save_session
+from ttt_jax.inference.session_file import load_session
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.run import compile_cache
 from ttt_jax.run.folder import read_run_config
@@ -208,7 +208,7 @@ def session_file(folder, examples):
     session = Session(model, 2)
     session.extend([[1, 2, 3, 4, 5], [3, 1]])
     session.generate(3)
-    save_session(session, path)
+    session.save(path)
     original = path.read_bytes()
     tensors, size = load_file(path), int.from_bytes(original[:8], "little")
     manifest = json.loads(json.loads(original[8 : 8 + size])["__metadata__"]["manifest"])

@@ -242,7 +242,7 @@ def test_what_cudnn_takes(monkeypatch, dtype, H, ids, multiple, words):
 def assert_reason(monkeypatch, shape, dtype, multiple, words):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     q, ids = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
-    reason = cudnn_attention.why_not_cudnn(q, None if multiple is None else ids, multiple or 1)
+    reason = cudnn_attention.why_not(q, None if multiple is None else ids, multiple or 1)
     assert (reason is None) if words is None else (words in reason)
 
 
@@ -366,7 +366,7 @@ def test_split_calls_give_the_values_and_gradients_of_one(monkeypatch, N, K, fit
         cudnn_attention, "_WORKSPACE_BYTES", fit * workspace(1, T // multiple, T, 1, 1, H)
     )
     monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla(got))
-    monkeypatch.setattr(cudnn_attention, "why_not_cudnn", lambda *_: None)
+    monkeypatch.setattr(cudnn_attention, "why_not", lambda *_: None)
     options = {
         "segment_ids_BT": jnp.asarray(segments, jnp.int32),
         "segment_multiple": multiple,

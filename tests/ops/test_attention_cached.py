@@ -12,6 +12,7 @@ from support.attention import causal_mask, make_inputs, plain
 from support.fast_jit import jit
 from support.tolerance import assert_close
 
+from ttt_jax import jax_internals
 from ttt_jax.ops.attention import cached as kv_cache
 from ttt_jax.ops.attention import xla as xla_attention
 
@@ -77,15 +78,13 @@ def test_cudnn_is_given_room_for_a_second_document(monkeypatch, start):
     """With room for one, jax ignores where it starts: a piece read before the window was full came
     out wrong.
     """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
     seen = {}
 
     def spy(q, k, v, **options):
         seen.update(options)
         return q
 
-    monkeypatch.setattr(cudnn, "dot_product_attention", spy)
+    monkeypatch.setattr(jax_internals, "cudnn_attention", spy)
     monkeypatch.setattr(kv_cache, "uses_cudnn", lambda q, implementation: True)
     W, T = 8, 5
     q, old = jnp.zeros((1, T, 2, 16)), jnp.zeros((1, 2, W, 16))

@@ -20,9 +20,15 @@ from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UserError
 from ttt_jax.model.stack import _remat_policy
 from ttt_jax.ops.attention import cudnn as cudnn_attention
-from ttt_jax.ops.attention import sharded as context_attention
+from ttt_jax.ops.attention import xla as xla_attention
 from ttt_jax.ops.attention.api import self_attention
-from ttt_jax.ops.attention.sharded import _exchange, _holder, _whole_blocks, attention_shard
+from ttt_jax.ops.attention.sharded import (
+    _Axis,
+    _exchange,
+    _holder,
+    _whole_blocks,
+    attention_shard,
+)
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.shard_mapped import Parallel
 
@@ -116,7 +122,7 @@ def test_odd_shards(x64):
 def test_blocks_of_queries(x64, monkeypatch):
     """Three queries of a half of 12 at a time, then five (which leaves a partial block)."""
     for rows in (3, 5):
-        monkeypatch.setattr(context_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 12 * rows)
+        monkeypatch.setattr(xla_attention, "_BLOCK_BYTES", 4 * 2 * 4 * 12 * rows)
         check(parallel(context=2), inputs(), 1e-10, segment_ids_BT=segments())
 
 
@@ -147,7 +153,7 @@ def test_cudnn_is_told_of_documents_that_shards_do_not_hold_whole(x64, monkeypat
     """Documents at multiples of 16 in shards of 24 and 12 tokens; the first queries see 8 tokens of
     the neighbour, which is a multiple of where documents start, or 9.
     """
-    monkeypatch.setattr(cudnn_attention, "why_not_cudnn", lambda *_: None)
+    monkeypatch.setattr(cudnn_attention, "why_not", lambda *_: None)
     monkeypatch.setattr(cudnn_attention, "_cudnn_call", documents_in_xla([]))
     x, ids = (
         inputs(),
@@ -171,7 +177,7 @@ def test_work_is_balanced(shards):
     mesh = jax.make_mesh(
         (shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards]
     )
-    axis = context_attention._Axis("s", shards)
+    axis = _Axis("s", shards)
     blocks = jax.shard_map(
         lambda: jax.tree.map(lambda x: x[None], _whole_blocks(axis)),
         mesh=mesh,
@@ -194,7 +200,7 @@ def test_the_exchange_and_back(shards):
     mesh = jax.make_mesh(
         (shards,), ("s",), axis_types=(AxisType.Auto,), devices=jax.devices()[:shards]
     )
-    axis = context_attention._Axis("s", shards)
+    axis = _Axis("s", shards)
     T = 4 * shards
     x = jnp.arange(T)[None]
     run = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(None, "s"), check_vma=False)

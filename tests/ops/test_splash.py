@@ -15,7 +15,7 @@ from support.tolerance import TOLERANCE, assert_close
 from ttt_jax.config import MeshConfig
 from ttt_jax.errors import UserError
 from ttt_jax.ops.attention import api as attention
-from ttt_jax.ops.attention import cudnn as cudnn_attention
+from ttt_jax.ops.attention import api as attention_api
 from ttt_jax.ops.attention import splash
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.parallel.mesh import make_mesh
@@ -191,7 +191,7 @@ def test_what_splash_takes(monkeypatch):
     assert "multiple of 128 tokens, got 100" in str(splash.why_not_blocks(100))
     # Eight devices and no mesh: nothing says whose arrays these are, so the kernel is not taken,
     # and that is said once.
-    cudnn_attention.say_once.cache_clear()
+    attention_api._say_once.cache_clear()
     with pytest.warns(UserWarning, match="no fast kernel .*using the XLA path"):
         self_attention(*(jnp.zeros((1, 8, 2, 64), jnp.bfloat16),) * 3)
 

@@ -46,10 +46,12 @@ print("REPORT", json.dumps({"calls": calls}))
 
 STEP = """
 import json, re, sys
-from ttt_jax.plan.make import parse_topology, prepare_environment
+from ttt_jax.plan.common import parse_topology
+from ttt_jax.plan.tpu import prepare_environment
 prepare_environment()
 from ttt_jax.config import load_config
-from ttt_jax.plan.make import abstract_batch, tpu_devices
+from ttt_jax.plan.common import abstract_batch
+from ttt_jax.plan.tpu import tpu_devices
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.training.step import abstract_state, make_train_step
 

@@ -22,8 +22,10 @@ from ttt_jax.config import load_config
 from ttt_jax.errors import UserError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan.collectives import nbytes, read_collectives
-from ttt_jax.plan.estimate import activations, estimate
-from ttt_jax.plan.make import Topology, advice, describe, out_of_memory, parse_topology
+from ttt_jax.plan.common import Topology, advice, parse_topology
+from ttt_jax.plan.gpu import activations, estimate
+from ttt_jax.plan.make import describe
+from ttt_jax.plan.tpu import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_8B = str(ROOT / "configs/qwen3_8b_longct.yaml")

@@ -124,13 +124,7 @@ def loss_and_gradients(model, batch):
             batch["targets"],
             batch["weights"] / batch["weights"].sum(),
         )
-        parallel = model.runtime.parallel
-        value = (
-            cross_entropy(*tokens)
-            if parallel is None
-            else parallel.over_tokens(cross_entropy, *tokens, total=True)
-        )
-        return value, stats
+        return model.runtime.parallel.over_tokens(cross_entropy, *tokens, total=True), stats
 
     return jax.value_and_grad(loss, has_aux=True)(model)
 

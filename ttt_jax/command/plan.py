@@ -42,7 +42,9 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     Dotted overrides as for train.py. Exit code: 0 it fits, 1 it does not.
     """
     from ttt_jax.config import load_config
-    from ttt_jax.plan.make import describe, make_plan, parse_topology, prepare_environment
+    from ttt_jax.plan.common import parse_topology
+    from ttt_jax.plan.make import describe, make_plan
+    from ttt_jax.plan.tpu import prepare_environment
 
     config, target = load_config(path, overrides), parse_topology(topology)
     prepare_environment()  # before jax is imported

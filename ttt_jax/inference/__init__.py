@@ -1,1 +1,1 @@
-"""inference."""
+"""Reading and writing with a model: scores, sessions, sampling, generation."""

@@ -1,7 +1,7 @@
 """Generation: sessions that read and write, each row with its own fast weights, KV cache and chunk
 clock.
 
-B batch, V vocabulary, C chunk size.
+B batch, V vocabulary.
 
 A session is a batch of token streams. `read` feeds tokens in pieces, `generate` goes on from there
 one token at a time. Updates of the fast weights happen when a row completes a chunk, while it reads
@@ -11,8 +11,6 @@ computed when they are asked for.
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -24,42 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.errors import UserError
-from ttt_jax.inference.decoding import decode_step, first_token
-from ttt_jax.inference.prefill import (
-    Frozen,
-    check_ids,
-    needs_capacity,
-    piece_size,
-    pieces,
-    read_piece,
-    warn_past_positions,
-    with_capacity,
-)
+from ttt_jax.inference.decoding import Decoding
+from ttt_jax.inference.prefill import check_ids
 from ttt_jax.inference.sampling import Sampling
-from ttt_jax.inference.watch import Watch, not_finite, warn_of_zero_targets
+from ttt_jax.inference.session_file import StoredSession, load_session, save_session
+from ttt_jax.inference.streams import Streams
+from ttt_jax.inference.watch import not_finite
 from ttt_jax.inference.writing import Completion, Writer, stop_strings
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.process.interrupts import HeldBack
 
 GREEDY = Sampling()
-_ROUND_CAPACITY = 256  # KV slots: fewer shapes to compile for
-_IN_FLIGHT = 3  # decode steps that the host dispatches before it looks at the first one's token
 
 
-@dataclasses.dataclass
-class Timings:
-    """Seconds and tokens (summed over rows) of a session's reading and writing; compilation is
-    included in the seconds.
-    """
-
-    read_tokens: int = 0
-    read_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-
-
-class Session:
+class Session(Streams):
     """A batch of streams of one model: read, generate, branch, save.
 
     Fast weights are watched (watch.py): one warning when ||S||/||W|| leaves its range, and
@@ -74,28 +50,6 @@ class Session:
         of reading.
     """
 
-    def __init__(
-        self, model: Transformer, batch_size: int = 1, *, ttt: bool = True, piece: int | None = None
-    ) -> None:
-        self.model, self.ttt = model, ttt
-        self.frozen = Frozen(model)
-        self.size = piece_size(model, piece)
-        self.state: State | None = None
-        self.unread = [np.zeros((0,), np.int32) for _ in range(batch_size)]
-        # the host's copy, so that nothing waits for the device
-        self.position_B = np.zeros(batch_size, np.int64)
-        self.timings = Timings()
-        self.watch = Watch(model)
-        if ttt:
-            warn_of_zero_targets(model)
-        # called with the tokens per row that one `read` has fed so far
-        self.on_read: Callable[[int], None] | None = None
-        self._capacity = 0  # KV slots of a state that does not exist yet
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.unread)
-
     def read(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
         """Append a text or token ids to each stream and read them, all but the last token.
 
@@ -104,20 +58,8 @@ class Session:
         """
         self.extend(rows)
         with HeldBack() as signals:
-            self._read(1, signals)
+            self._feed(1, signals)
         self.watch.check("session: row")
-
-    def extend(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
-        """Append to each stream without reading yet; `generate` reads what is unread. Raises as
-        `read` does.
-        """
-        if len(rows) != self.batch_size:
-            raise UserError(
-                f"prompts: {len(rows)} for a session of {self.batch_size} streams; give one for "
-                "each"
-            )
-        new = check_ids([self._encode(row) for row in rows], self.model.config.vocab_size, "prompt")
-        self.unread = [np.concatenate(pair) for pair in zip(self.unread, new, strict=True)]
 
     def branch(self, copies: int | None = None) -> Session:
         """A copy that goes its own way; a session of one stream can become `copies` equal
@@ -145,20 +87,22 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file (session_file.py). Raises CheckpointError when
-        it cannot be written.
+        it cannot be written, and NotFiniteError for numbers that are not finite.
         """
-        from ttt_jax.inference.session_file import save_session
-
-        save_session(self, path)
+        self.watch.check("session: row")
+        stored = StoredSession(self.ttt, self.position_B, self.unread, self.state)
+        save_session(stored, path, self.model)
 
     @classmethod
     def load(cls, path: str | Path, model: Transformer, *, piece: int | None = None) -> Session:
         """Go on where `save` left off. Raises CheckpointError when the file is damaged or of
         another model.
         """
-        from ttt_jax.inference.session_file import load_session
-
-        return load_session(path, model, piece=piece)
+        stored = load_session(path, model)
+        session = cls(model, len(stored.unread), ttt=stored.ttt, piece=piece)
+        session.position_B, session.unread = stored.position_B, stored.unread
+        session.state = stored.state
+        return session
 
     def generate(
         self,
@@ -203,138 +147,33 @@ class Session:
                 "stop strings and streamed text need a tokenizer; put tokenizer.json into the "
                 "model's folder"
             )
-        one = isinstance(seed, (int, np.integer))
-        seeds = [int(seed) + b for b in range(B)] if one else [_whole("seed", n) for n in seed]  # pyright: ignore
-        if len(seeds) != B:
-            raise UserError(
-                f"seed: {len(seeds)} seeds for {B} streams; give one number or one for each stream"
-            )
+        seed_B = _seeds(seed, B)
         self.watch.check("session: row")
         writers = [Writer(self.model.tokenizer, words, set(eos), max_new_tokens) for _ in range(B)]
-        failure = None
         with HeldBack() as signals:
             start = time.perf_counter()
-            logits_BV = self._read(0, signals, room=max_new_tokens)
+            logits_BV = self._feed(0, signals, room=max_new_tokens)
+            decoding = Decoding(
+                self,
+                writers,
+                seed_B=seed_B,
+                sampling=sampling,
+                eos=eos,
+                signals=signals,
+                on_text=on_text,
+            )
             if not any(len(ids) for ids in self.unread):  # else a signal came while it read
-                seed_B = jnp.asarray([n % 2**31 for n in seeds], jnp.int32)
-                failure = self._write(
-                    logits_BV, writers, seed_B, sampling, eos, signals, on_text, start
-                )
-        if failure is not None:
-            raise failure
+                decoding.run(logits_BV, start)
+        if decoding.failure is not None:
+            raise decoding.failure
         completions = [writer.completion() for writer in writers]
         if self.watch.lost:
             row = min(self.watch.lost)
-            error = not_finite(
-                f"row {row} after {len(writers[row].ids)} new tokens", self.watch.lost[row]
-            )
+            where = f"row {row} after {len(writers[row].ids)} new tokens"
+            error = not_finite(where, self.watch.lost[row])
             error.partial = completions
             raise error
         return completions
-
-    def _write(
-        self,
-        logits_BV,
-        writers: list[Writer],
-        seed_B,
-        sampling: Sampling,
-        eos: tuple[int, ...],
-        signals: HeldBack,
-        on_text: Callable[[int, str], None] | None,
-        start: float,
-    ) -> BaseException | None:
-        """Let the writers write, starting from logits; returns what `on_text` raised. The streams
-        are whole afterwards.
-        """
-        lost_B = np.array([b in self.watch.lost for b in range(len(writers))])
-        out = first_token(
-            logits_BV,
-            jnp.asarray(self.position_B, jnp.int32),
-            jnp.asarray(~lost_B),
-            seed_B,
-            sampling=sampling,
-            eos=eos,
-        )
-        in_flight = collections.deque([out])
-        dispatched, first_seen, failure = 1, None, None
-        for b in np.flatnonzero(lost_B):
-            writers[b].end("not_finite")
-        # a stop string is found by the host, and nothing may be read behind it
-        synchronous = bool(writers[0].stop)
-        clock_C = (
-            self.model.config.ttt.chunk_size if self.model.config.ttt.layers and self.ttt else None
-        )
-        while True:
-            running = np.array([not writer.finish_reason for writer in writers])
-            go_on = (
-                running.any()
-                and dispatched < writers[0].limit
-                and not signals.requested
-                and failure is None
-            )
-            if go_on and len(in_flight) < (1 if synchronous else _IN_FLIGHT):
-                assert self.state is not None
-                token_B, _, _, alive_B, _ = out
-                self.state, out = decode_step(
-                    self.frozen,
-                    self.state,
-                    token_B,
-                    alive_B,
-                    seed_B,
-                    sampling=sampling,
-                    eos=eos,
-                    ends_chunk=clock_C is not None
-                    and bool(((self.position_B + 1) % clock_C == 0)[running].any()),
-                    ttt=self.ttt,
-                )
-                self.position_B += running
-                in_flight.append(out)
-                dispatched += 1
-                continue
-            if not in_flight:
-                break
-            show = on_text if failure is None else None
-            try:
-                self._take(in_flight.popleft(), writers, show)
-            # what a caller's function raises must not leave half a stream behind
-            except BaseException as error:
-                failure = error
-            first_seen = first_seen or time.perf_counter()
-            if synchronous:  # rows that the host has stopped stop on the device too
-                still_B = np.array([not writer.finish_reason for writer in writers])
-                out = (*out[:3], jnp.asarray(still_B), out[4])
-        assert self.state is not None
-        self.position_B = np.asarray(self.state.position_B).astype(np.int64)
-        for b, writer in enumerate(writers):
-            self.unread[b] = np.array(writer.ids[-1:], np.int32)
-            if not writer.finish_reason:
-                writer.end("interrupted")
-        end = time.perf_counter()
-        self.timings.first_token_seconds = (first_seen or end) - start
-        self.timings.decode_tokens += sum(max(len(writer.ids) - 1, 0) for writer in writers)
-        self.timings.decode_seconds += end - (first_seen or end)
-        return failure
-
-    def _take(self, out, writers: list[Writer], on_text: Callable[[int, str], None] | None) -> None:
-        """Give each row that runs its token of one step, then show the text."""
-        ids_B, logprobs_B, written_B = (np.asarray(x) for x in out[:3])
-        if out[4] is not None:  # computed by the step that the tokens come from
-            self.watch.look(out[4])
-        pieces = []
-        for b, writer in enumerate(writers):
-            if not written_B[b] or writer.finish_reason:
-                continue
-            if np.isfinite(logprobs_B[b]):
-                pieces.append((b, writer.add(int(ids_B[b]), float(logprobs_B[b]))))
-            else:
-                self.watch.lost.setdefault(
-                    b, f"the next token's log-probability is {logprobs_B[b]}"
-                )
-            if b in self.watch.lost:
-                pieces.append((b, writer.end("not_finite")))
-        for b, text in pieces:
-            if on_text is not None and text:
-                on_text(b, text)
 
     def _eos_ids(self, eos_ids: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos_ids is None:
@@ -345,84 +184,6 @@ class Session:
             if ids
             else ()
         )
-
-    def _encode(self, row: str | Sequence[int] | np.ndarray) -> Any:
-        if not isinstance(row, str):
-            return row
-        if self.model.tokenizer is None:
-            raise UserError(
-                "prompt: text needs a tokenizer; put tokenizer.json into the model's folder or "
-                "pass token ids"
-            )
-        ids = self.model.tokenizer.encode(row)
-        if not ids:
-            raise UserError("prompt: the text is empty; give at least one token")
-        return ids
-
-    def _read(self, keep: int, signals: HeldBack, room: int = 0) -> jax.Array:
-        """Feed each row what is unread but its last `keep` tokens, until a signal is there; what is
-        fed is not unread any more.
-
-        Args:
-          room: tokens that will follow.
-
-        Returns: logits [B, V] after each row's last token.
-        """
-        cfg, B = self.model.config, self.batch_size
-        start = time.perf_counter()
-        rows = [ids[: len(ids) - keep] for ids in self.unread]
-        logits_BV = jnp.zeros((B, cfg.vocab_size), jnp.float32)
-        longest = (
-            max(int(p) + len(row) for p, row in zip(self.position_B, rows, strict=True)) + room
-        )
-        warn_past_positions(self.model, longest - min(room, 1))  # the last new token stays unread
-        if needs_capacity(self.model):
-            self._make_room(longest)
-        read_B = np.zeros(B, np.int64)
-        try:
-            for part in pieces(rows, self.position_B, self.size, cfg.ttt.chunk_size):
-                if signals.requested:
-                    break
-                # the padded width may be larger
-                if self.state is not None and self.state.capacity is not None:
-                    self.state = with_capacity(self.model, self.state, part.ids_BP.shape[1])
-                self.state, logits_BV, ratio_LB = read_piece(
-                    self.frozen,
-                    self.state,
-                    logits_BV,
-                    part.ids_BP,
-                    part.lengths_B,
-                    capacity=max(self._capacity, part.ids_BP.shape[1])
-                    if needs_capacity(self.model)
-                    else None,
-                    at_chunk_start=part.at_chunk_start,
-                    ttt=self.ttt,
-                )
-                read_B = read_B + part.lengths_B
-                self.watch.note(ratio_LB)
-                if self.on_read is not None:
-                    jax.block_until_ready(logits_BV)
-                    self.on_read(int(read_B.max()))
-        finally:
-            self.position_B = self.position_B + read_B
-            self.unread = [ids[n:] for ids, n in zip(self.unread, read_B, strict=True)]
-        jax.block_until_ready(logits_BV)
-        self.watch.settle()
-        self.timings.read_tokens += int(read_B.sum())
-        self.timings.read_seconds += time.perf_counter() - start
-        return logits_BV
-
-    def _make_room(self, tokens: int) -> None:
-        """Let the caches hold `tokens` positions; they at least double, so that a long session
-        grows them seldom.
-        """
-        rounded = -(-tokens // _ROUND_CAPACITY) * _ROUND_CAPACITY
-        if self.state is None:
-            self._capacity = rounded
-        elif self.state.capacity is not None and self.state.capacity < rounded:
-            self.state = with_capacity(
-                self.model, self.state, max(rounded, 2 * self.state.capacity)
-            )
 
 
 def generate(
@@ -475,6 +236,19 @@ def _as_rows(prompts: str | Sequence[Any]) -> list[Any]:
     if not rows:
         raise UserError("prompts: none given; pass a text or token ids")
     return [rows] if all(isinstance(x, (int, np.integer)) for x in rows) else rows
+
+
+def _seeds(seed: int | Sequence[int], B: int) -> jax.Array:
+    """int32 [B]; one number gives row i the seed `seed + i`."""
+    if isinstance(seed, (int, np.integer)):
+        seeds = [int(seed) + b for b in range(B)]
+    else:
+        seeds = [_whole("seed", n) for n in seed]
+    if len(seeds) != B:
+        raise UserError(
+            f"seed: {len(seeds)} seeds for {B} streams; give one number or one for each stream"
+        )
+    return jnp.asarray([n % 2**31 for n in seeds], jnp.int32)
 
 
 def _whole(name: str, value: Any) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ttt_jax.inference.prefill import (
     Frozen,
+    Piece,
     check_ids,
     needs_capacity,
     piece_size,
@@ -58,62 +59,75 @@ def score(
     Warns, once, when ||S||/||W|| leaves its range, and when TTT can do nothing (watch.py).
 
     Raises: UserError for rows that are not token ids of the model; NotFiniteError when one of the
-    numbers is not finite: its
-      `partial` holds the Scores, NaN where nothing was computed. Rows that are finite are scored to
-      their end.
+      numbers is not finite: its `partial` holds the Scores, NaN where nothing was computed. Rows
+      that are finite are scored to their end.
     """
     ids = check_ids(rows, model.config.vocab_size)
     B, T = len(ids), max(len(row) for row in ids)
     warn_past_positions(model, T)
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)
     logits_BTV = np.full((B, T, model.config.vocab_size), np.nan, np.float32) if logits else None
+    scores = Scores(logprobs_BT, logits_BTV)
     size, frozen = piece_size(model, piece), Frozen(model)
     watch, lost = Watch(model), {}  # row -> where its numbers are not finite
     if ttt:
         warn_of_zero_targets(model)
     state, capacity = None, (-(-T // size) * size if needs_capacity(model) else None)
     for part in pieces(ids, np.zeros(B, np.int64), size, model.config.ttt.chunk_size):
-        targets_BP = np.zeros_like(part.ids_BP)
-        for targets_P, row, n in zip(targets_BP, ids, part.lengths_B, strict=True):
-            following = row[part.start + 1 : part.start + 1 + n]
-            targets_P[: len(following)] = following
         state, piece_logprobs, piece_logits, ratio_LB = score_piece(
             frozen,
             state,
             part.ids_BP,
-            targets_BP,
+            _targets(ids, part),
             part.lengths_B,
             capacity=capacity,
             at_chunk_start=part.at_chunk_start,
             ttt=ttt,
             with_logits=logits,
         )
-        piece_logprobs = np.asarray(piece_logprobs)
-        for b, n in enumerate(part.lengths_B):
-            known = min(n, len(ids[b]) - 1 - part.start)  # nothing follows a row's last token
-            logprobs_BT[b, part.start : part.start + max(known, 0)] = piece_logprobs[
-                b, : max(known, 0)
-            ]
-            if logits_BTV is not None and piece_logits is not None:
-                logits_BTV[b, part.start : part.start + n] = np.asarray(piece_logits[b, :n])
-            bad_P = ~np.isfinite(piece_logprobs[b, : max(known, 0)])
-            if logits_BTV is not None:
-                bad_P = ~np.isfinite(logits_BTV[b, part.start : part.start + n]).all(axis=1)
-            if bad_P.any():
-                lost.setdefault(b, f"row {b} from token {part.start + int(bad_P.argmax())} on")
+        _put(scores, ids, part, np.asarray(piece_logprobs), piece_logits, lost)
         if ratio_LB is not None:
             watch.look(ratio_LB)  # of the program whose results are here
             for b in watch.lost:
-                lost.setdefault(
-                    b,
-                    f"row {b} in tokens {part.start} to {part.start + int(part.lengths_B[b]) - 1}",
-                )
+                last = part.start + int(part.lengths_B[b]) - 1
+                lost.setdefault(b, f"row {b} in tokens {part.start} to {last}")
         if len(lost) == B:
             break
         if on_progress is not None:
             on_progress(min(part.start + part.ids_BP.shape[1], T))
     if lost:
         error = not_finite(lost[min(lost)], watch.lost.get(min(lost), ""))
-        error.partial = Scores(logprobs_BT, logits_BTV)
+        error.partial = scores
         raise error
-    return Scores(logprobs_BT, logits_BTV)
+    return scores
+
+
+def _targets(ids: list[np.ndarray], part: Piece) -> np.ndarray:
+    """The token behind each token of a piece, int32 [B, P]; 0 where none follows."""
+    targets_BP = np.zeros_like(part.ids_BP)
+    for targets_P, row, n in zip(targets_BP, ids, part.lengths_B, strict=True):
+        following = row[part.start + 1 : part.start + 1 + n]
+        targets_P[: len(following)] = following
+    return targets_BP
+
+
+def _put(
+    scores: Scores,
+    ids: list[np.ndarray],
+    part: Piece,
+    logprobs_BP,
+    logits_BPV,
+    lost: dict[int, str],
+) -> None:
+    """Write a piece's results into the scores, and note in `lost` where a row is not finite."""
+    start = part.start
+    for b, n in enumerate(part.lengths_B):
+        known = max(min(n, len(ids[b]) - 1 - start), 0)  # nothing follows a row's last token
+        scores.logprobs_BT[b, start : start + known] = logprobs_BP[b, :known]
+        bad_P = ~np.isfinite(logprobs_BP[b, :known])
+        if scores.logits_BTV is not None:
+            row_PV = np.asarray(logits_BPV[b, :n])
+            scores.logits_BTV[b, start : start + n] = row_PV
+            bad_P = ~np.isfinite(row_PV).all(axis=1)
+        if bad_P.any():
+            lost.setdefault(b, f"row {b} from token {start + int(bad_P.argmax())} on")

@@ -4,10 +4,10 @@ B streams, L slots, K KV heads, H head dim, C chunk size, D model width, F MLP w
 
     position        int32 [B]            tokens read by each stream
     unread.B        int32 [n]            tokens that stream B has still to read
-    layers.I.k, .v  [B, K, L, H]         keys and values: as many slots as were used, or a window's ring
+    layers.I.k, .v  [B, K, L, H]         keys and values: as many slots as were used, or a ring
     layers.I.S      float32 [B, D, F]    accumulated update of a TTT layer
-    layers.I.z      [B, n, F]            MLP activations of the pending chunk, n the largest number of pending tokens
-    layers.I.source [B, n, D]            source of its targets
+    layers.I.z      [B, n, F]            MLP activations of the n pending tokens of the longest row
+    layers.I.source [B, n, D]            sources of their targets
 
 The metadata's `manifest` says which model wrote the file and has a CRC-32 of every tensor;
 `manifest_crc32` protects it. Nothing in the file is executed or unpickled. The layout does not
@@ -22,7 +22,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ from safetensors.numpy import save_file
 
 from ttt_jax.config import to_dict
 from ttt_jax.errors import CheckpointError
-from ttt_jax.inference.generation import Session
 from ttt_jax.inference.prefill import needs_capacity
 from ttt_jax.inference.watch import is_finite, not_finite
 from ttt_jax.model.param_path import param_path
@@ -45,23 +44,38 @@ from ttt_jax.pretrained.hf_weights import tensor_names
 FORMAT = "ttt_jax session 1"
 
 
-def save_session(session: Session, path: str | Path) -> None:
+class StoredSession(NamedTuple):
+    """What a file holds of a session.
+
+    Fields:
+      ttt: whether it adapts.
+      position_B: tokens read by each stream, int64.
+      unread: tokens that each stream has still to read, int32.
+      state: None before anything has been read.
+    """
+
+    ttt: bool
+    position_B: np.ndarray
+    unread: list[np.ndarray]
+    state: State | None
+
+
+def save_session(session: StoredSession, path: str | Path, model: Transformer) -> None:
     """Write the session; a file of that name is replaced when the new one is complete.
 
     Raises: CheckpointError when it cannot be written; NotFiniteError for numbers that are not
     finite.
     """
     path = Path(path)
-    session.watch.check("session: row")
-    tensors = _tensors(session)
+    tensors = _tensors(session, model)
     for name, x in tensors.items():
         if not is_finite(x):
             raise not_finite(f"session {path}: not written, {name}")
     manifest = json.dumps(
         {
             "format": FORMAT,
-            "model": fingerprint(session.model),
-            "compute_dtype": session.model.runtime.dtype,
+            "model": fingerprint(model),
+            "compute_dtype": model.runtime.dtype,
             "ttt": session.ttt,
             "crc32": {name: _crc32(x) for name, x in tensors.items()},
         },
@@ -88,7 +102,7 @@ def save_session(session: Session, path: str | Path) -> None:
         ) from None
 
 
-def load_session(path: str | Path, model: Transformer, *, piece: int | None = None) -> Session:
+def load_session(path: str | Path, model: Transformer) -> StoredSession:
     """Read a session that the same model wrote (on any devices, with layers stacked in any way).
 
     Raises: CheckpointError when the file is missing, damaged, not a session, or of another model.
@@ -99,23 +113,7 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
             f"session {path}: no such file; give the file that an earlier --session wrote"
         )
     try:
-        with safe_open(path, framework="numpy") as file:
-            manifest = _manifest(path, file.metadata(), model)
-            names = set(file.keys())
-            if names != set(manifest["crc32"]):
-                raise _damaged(path, "its tensors are not those of its manifest")
-            shape = lambda name: tuple(file.get_slice(name).get_shape())
-            expected = _expected(
-                path, model, {name: shape(name) for name in names}, manifest["ttt"]
-            )
-            for name, (want, dtype) in expected.items():
-                found = (shape(name), _numpy_dtype(file.get_slice(name).get_dtype()))
-                if found != (want, np.dtype(dtype)):
-                    raise _damaged(
-                        path,
-                        f"tensor {name} is {found[1]} {list(found[0])}, not {dtype} {list(want)}",
-                    )
-            tensors = {name: file.get_tensor(name) for name in names}
+        manifest, tensors = _read(path, model)
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from None
     for name, x in tensors.items():
@@ -126,20 +124,36 @@ def load_session(path: str | Path, model: Transformer, *, piece: int | None = No
                 path,
                 f"tensor {name} holds numbers that are not finite, or too large for any stream",
             )
-    B, cfg = len(tensors["position"]), model.config
     if tensors["position"].min() < 0:
         raise _damaged(path, "a position is negative")
-    session = Session(model, B, ttt=manifest["ttt"], piece=piece)
-    session.position_B = tensors["position"].astype(np.int64)
-    session.unread = [tensors[f"unread.{b}"] for b in range(B)]
-    for b, ids in enumerate(session.unread):
-        if len(ids) and (ids.min() < 0 or ids.max() >= cfg.vocab_size):
+    position_B = tensors["position"].astype(np.int64)
+    unread = [tensors[f"unread.{b}"] for b in range(len(position_B))]
+    for b, ids in enumerate(unread):
+        if len(ids) and (ids.min() < 0 or ids.max() >= model.config.vocab_size):
             raise _damaged(path, f"tensor unread.{b} holds ids outside the vocabulary")
-    if "layers.0.k" in tensors:
-        session.state = _state(model, tensors)
-        if session.state.capacity is not None and session.position_B.max() > session.state.capacity:
-            raise _damaged(path, "positions lie behind the keys that it holds")
-    return session
+    state = _state(model, tensors) if "layers.0.k" in tensors else None
+    if state is not None and state.capacity is not None and position_B.max() > state.capacity:
+        raise _damaged(path, "positions lie behind the keys that it holds")
+    return StoredSession(manifest["ttt"], position_B, unread, state)
+
+
+def _read(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest, and tensors of the names, shapes and dtypes that it asks for."""
+    with safe_open(path, framework="numpy") as file:
+        manifest = _manifest(path, file.metadata(), model)
+        names = set(file.keys())
+        if names != set(manifest["crc32"]):
+            raise _damaged(path, "its tensors are not those of its manifest")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        expected = _expected(path, model, shapes, manifest["ttt"])
+        for name, (want, dtype) in expected.items():
+            found = _numpy_dtype(file.get_slice(name).get_dtype())
+            if (shapes[name], found) != (want, np.dtype(dtype)):
+                raise _damaged(
+                    path,
+                    f"tensor {name} is {found} {list(shapes[name])}, not {dtype} {list(want)}",
+                )
+        return manifest, {name: file.get_tensor(name) for name in names}
 
 
 def fingerprint(model: Transformer) -> str:
@@ -189,8 +203,8 @@ def _window(model: Transformer, layer: int) -> int | None:
     return None if layer in cfg.full_attention_layers else cfg.sliding_window
 
 
-def _tensors(session: Session) -> dict[str, np.ndarray]:
-    model, state = session.model, session.state
+def _tensors(session: StoredSession, model: Transformer) -> dict[str, np.ndarray]:
+    state = session.state
     tensors = {"position": session.position_B.astype(np.int32)}
     tensors |= {f"unread.{b}": ids.astype(np.int32) for b, ids in enumerate(session.unread)}
     if state is None:

@@ -1,3 +1,8 @@
+"""Grouped-query attention of one layer: projections, rotation, the KV cache.
+
+B batch, T new tokens, D model width, N query heads, K KV heads, H head dim.
+"""
+
 from __future__ import annotations
 
 import math
@@ -10,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 from ttt_jax.config import ModelConfig
 from ttt_jax.model.layers import Context, RMSNorm, apply_rope, linear, param
 from ttt_jax.ops.attention import cached as kv_cache
-from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.attention.cached import KVCache
 
 
@@ -50,18 +54,16 @@ class Attention(nnx.Module):
             v_BTKH = linear(x_BTD, self.v, self.v_bias).reshape(
                 B, T, cfg.num_kv_heads, cfg.head_dim
             )
-            if ctx.parallel is not None:
-                q_axis, kv_axis = ctx.parallel.head_axes(cfg.num_heads, cfg.num_kv_heads)
-                q_BTNH = ctx.pin(q_BTNH, q_axis, None)
-                k_BTKH, v_BTKH = (ctx.pin(x, kv_axis, None) for x in (k_BTKH, v_BTKH))
+            q_axis, kv_axis = ctx.parallel.head_axes(cfg.num_heads, cfg.num_kv_heads)
+            q_BTNH = ctx.pin(q_BTNH, q_axis, None)
+            k_BTKH, v_BTKH = (ctx.pin(x, kv_axis, None) for x in (k_BTKH, v_BTKH))
             if self.q_norm is not None and self.k_norm is not None:
                 q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
             q_BTNH, k_BTKH = apply_rope(q_BTNH, ctx.rope), apply_rope(k_BTKH, ctx.rope)
             q_BTNH, k_BTKH, v_BTKH = name(q_BTNH, "qkv"), name(k_BTKH, "qkv"), name(v_BTKH, "qkv")
         with jax.named_scope("attention"):
             if cache is None:
-                attend = self_attention if ctx.parallel is None else ctx.parallel.attention
-                o_BTNH = attend(
+                o_BTNH = ctx.parallel.attention(
                     q_BTNH,
                     k_BTKH,
                     v_BTKH,

@@ -1,7 +1,6 @@
-"""The parts of a block that do not adapt: parameters, RMSNorm, rotary embedding, attention
-projections.
+"""What every layer is made of: its context, parameters, RMSNorm, rotary embedding.
 
-B batch, T new tokens, S keys, D model width, N query heads, K KV heads, G = N / K, H head dim.
+B batch, T new tokens, N heads, H head dim.
 Weights are stored as Hugging Face stores them, [out, in], so a checkpoint is taken over without a
 copy.
 """
@@ -16,7 +15,7 @@ from flax import nnx, struct
 
 from ttt_jax.config import RopeConfig
 from ttt_jax.ops.numerics import accumulator, precision_for
-from ttt_jax.parallel.shard_mapped import Parallel
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 @struct.dataclass
@@ -34,7 +33,7 @@ class Context:
       capacity: slots of a full-attention KV cache; None lets it grow with the input.
       at_chunk_start, ends_chunk: what the caller knows of the chunk clock (`Transformer.hidden`).
       probe: whether to measure what costs extra work, for telemetry.
-      parallel: the parallel forms of attention and op; None on a single device.
+      parallel: how attention and the op run on the devices at hand.
     """
 
     rope: tuple[jax.Array, jax.Array]
@@ -48,11 +47,11 @@ class Context:
     at_chunk_start: bool = struct.field(pytree_node=False, default=False)
     ends_chunk: bool | None = struct.field(pytree_node=False, default=None)
     probe: bool = struct.field(pytree_node=False, default=False)
-    parallel: Parallel | None = struct.field(pytree_node=False, default=None)
+    parallel: Devices = struct.field(pytree_node=False, default=ONE_DEVICE)
 
     def pin(self, x_BTX, *axes: str | None) -> jax.Array:
-        """Where an activation lies on the mesh (`Parallel.pin`); nothing on a single device."""
-        return x_BTX if self.parallel is None else self.parallel.pin(x_BTX, *axes)
+        """Keep an activation where it lies on the mesh (`Devices.pin`)."""
+        return self.parallel.pin(x_BTX, *axes)
 
     @property
     def position_B(self) -> jax.Array:
@@ -166,6 +165,3 @@ def _rotate_back(rope, dx_BTNH):
 # The transpose of a rotation. Derived by jax, it would keep the tables spread over batch and heads
 # for every layer.
 apply_rope.defvjp(lambda x_BTNH, rope: (apply_rope(x_BTNH, rope), rope), _rotate_back)
-
-
-# ---------------------------------------------------------------------------------------- attention

@@ -1,3 +1,8 @@
+"""Layers in a stack: the pre-norm block, groups of equal layers, and how they are computed.
+
+B batch, T tokens, D model width, R repeats of a pattern, N layers of a run.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,7 +20,7 @@ from ttt_jax.model.layers import Context, RMSNorm
 from ttt_jax.model.ttt_mlp import MLP
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.attention.cached import KVCache
-from ttt_jax.parallel.shard_mapped import Parallel
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +35,17 @@ class Runtime:
       scan_layers: stack equal layers and scan over them, so that compile time does not grow with
         depth. Without, each layer has its own arrays, which decoding reads and updates in place (a
         scan copies a layer's slice first).
-      parallel: the parallel forms of attention and op on a mesh; None on a single device.
+      parallel: how attention, the op and the loss run on the devices at hand.
     """
 
     dtype: str = "float32"
     remat_save: tuple[str, ...] | None = ()
     attention: str | None = None
     scan_layers: bool = True
-    parallel: Parallel | None = None
+    parallel: Devices = ONE_DEVICE
+
+
+DEFAULT_RUNTIME = Runtime()
 
 
 class LayerKind(NamedTuple):
@@ -137,25 +145,9 @@ class Group(nnx.Module):
             )
 
         single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
-        # training
-        if (
-            states is None
-            and not ctx.keep_state
-            and isinstance(ctx.ttt_scale, float)
-            and not single
-        ):
-
-            def stateless(block, h_BTD, embed_BTD, ctx):
-                h_BTD, _, stats = apply(
-                    block, h_BTD, dataclasses.replace(ctx, embed_BTD=embed_BTD), None
-                )
-                return h_BTD, stats
-
-            runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
-            results: Any = scan_layers(
-                (stateless,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest
-            )
-            return results[0], (None,) * runs, results[1]
+        fixed_rate = isinstance(ctx.ttt_scale, float)
+        if states is None and not ctx.keep_state and fixed_rate and not single:
+            return self._train(apply, h_BTD, ctx)
 
         def layer(h_BTD, xs):
             h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])
@@ -182,6 +174,18 @@ class Group(nnx.Module):
         else:
             h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
         return h_BTD, tuple(state for state, _ in outs), tuple(stats for _, stats in outs)
+
+    def _train(self, apply, h_BTD, ctx: Context):
+        """As `__call__` without states, by a scan that copies nothing out of the stacks."""
+
+        def layer(block, h_BTD, embed_BTD, ctx):
+            ctx = dataclasses.replace(ctx, embed_BTD=embed_BTD)
+            h_BTD, _, stats = apply(block, h_BTD, ctx, None)
+            return h_BTD, stats
+
+        runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
+        results: Any = scan_layers((layer,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+        return results[0], (None,) * runs, results[1]
 
 
 def _make_block(cfg: ModelConfig, kind: LayerKind, key: jax.Array) -> Block:

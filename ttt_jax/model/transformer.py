@@ -5,7 +5,7 @@ B batch, T tokens, D model width, V vocabulary, C chunk size.
 Layers that repeat are stacked and scanned: the model finds the repeating pattern of layer kinds
 (say one TTT layer followed by five plain ones) and compiles each kind once, so HLO size and compile
 time do not grow with depth. Read top down: `Transformer.__call__` -> `Group` -> `Block` ->
-`Attention` (layers.py) and `MLP` (ttt.py) -> the op (ops/).
+`Attention` (attention.py) and `MLP` (ttt_mlp.py) -> the op (ops/).
 """
 
 from __future__ import annotations
@@ -21,8 +21,17 @@ from jax.core import Tracer
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
 from ttt_jax.model.layers import Context, RMSNorm, param, rope_tables
-from ttt_jax.model.stack import Group, LayerRun, LayerState, Runtime, find_groups, layer_kinds
+from ttt_jax.model.stack import (
+    DEFAULT_RUNTIME,
+    Group,
+    LayerRun,
+    LayerState,
+    Runtime,
+    find_groups,
+    layer_kinds,
+)
 from ttt_jax.ops.numerics import accumulator, precision_for
+from ttt_jax.parallel.one_device import ONE_DEVICE
 
 
 @struct.dataclass
@@ -49,7 +58,7 @@ class Transformer(nnx.Module):
     mutable state.
     """
 
-    def __init__(self, cfg: ModelConfig, runtime: Runtime = Runtime(), *, key: jax.Array):
+    def __init__(self, cfg: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME, *, key: jax.Array):
         """Raises `ConfigError` if the config contradicts itself."""
         validate_model(cfg)
         self.config, self.runtime = cfg, runtime
@@ -83,8 +92,8 @@ class Transformer(nnx.Module):
 
         Args:
           ids_BT: int32 token ids. Inside of `jax.jit` their values are not known: ids outside the
-            vocabulary then give NaN
-            (negative ones count from its end); `reading.check_ids` looks at them before.
+            vocabulary then give NaN (negative ones count from its end); `check_ids` of
+            inference/prefill.py looks at them before.
           state: where the stream was left; None starts fresh.
           options: see `hidden`.
 
@@ -122,14 +131,12 @@ class Transformer(nnx.Module):
           lengths: int32 [B], real tokens per row when rows are padded at the right; outputs past
             them mean nothing.
           segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start
-            at multiples of
-            `config.ttt.chunk_size`; only for a fresh start.
+            at multiples of `config.ttt.chunk_size`; only for a fresh start.
           ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
           capacity: slots of the KV caches that a fresh start allocates; None lets them grow with
             every call.
           at_chunk_start: the caller knows that every row that reads here stands at a chunk
-            boundary: pieces then cost what a
-            fresh start costs.
+            boundary: pieces then cost what a fresh start costs.
           ends_chunk: of a one-token step, whether it may complete a chunk of some row; None finds
             out on the device.
           probe: of a fresh start, add "update_cosine_B" to the stats, which costs about one more
@@ -140,25 +147,14 @@ class Transformer(nnx.Module):
         """
         cfg, dtype = self.config, jnp.dtype(self.runtime.dtype)
         B, T = ids_BT.shape
-        if state is not None and (segment_ids is not None or positions is not None):
-            raise UserError(
-                "segment_ids and positions: packed rows start fresh; pass state=None or drop them"
-            )
-        capacity = capacity if state is None else state.capacity
-        # caches would drop what does not fit without a word
-        if capacity is not None and capacity < T:
-            raise UserError(
-                f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger "
-                "state"
-            )
+        capacity = _check_state(T, state, capacity, segment_ids, positions)
         if positions is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
         with jax.named_scope("embed"):
-            if self.runtime.parallel is not None and state is None:
-                embed_BTD = self.runtime.parallel.embed(self.embed[...], ids_BT).astype(dtype)
-            else:
-                embed_BTD = jnp.take(self.embed[...], ids_BT, axis=0).astype(dtype)
+            # The few tokens of a stream that is read on are not split.
+            devices = self.runtime.parallel if state is None else ONE_DEVICE
+            embed_BTD = devices.embed(self.embed[...], ids_BT).astype(dtype)
         ctx = Context(
             rope=rope_tables(cfg.rope, cfg.head_dim, positions),
             start_B=None if state is None else state.position_B,
@@ -173,7 +169,20 @@ class Transformer(nnx.Module):
             probe=probe,
             parallel=self.runtime.parallel,
         )
-        h_BTD, states, stats = embed_BTD, [], {}
+        h_BTD, layers, stats = self._through_layers(ctx, state)
+        h_BTD = self.norm(h_BTD)
+        if not ctx.keep_state:
+            return h_BTD, None, stats
+        read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        position_B = read_B if state is None else state.position_B + read_B
+        return h_BTD, State(position_B, layers, ctx.capacity), stats
+
+    def _through_layers(self, ctx: Context, state: State | None):
+        """Apply all layers to the embeddings. Returns h_BTD, the layers' states, and the stats by
+        layer index.
+        """
+        h_BTD, states, stats = ctx.embed_BTD, [], {}
+        B = h_BTD.shape[0]
         for g, group in enumerate(self.groups):
             group_states = None if state is None else state.layers[g]
             h_BTD, new_states, group_stats = group(h_BTD, ctx, group_states, self.runtime)
@@ -183,12 +192,7 @@ class Transformer(nnx.Module):
                     flat = {name: x_RNB.reshape(-1, B) for name, x_RNB in stat.items()}
                     for n, layer in enumerate(group.layer_indices(run)):
                         stats[layer] = {name: x_LB[n] for name, x_LB in flat.items()}
-        h_BTD = self.norm(h_BTD)
-        if not ctx.keep_state:
-            return h_BTD, None, stats
-        read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-        position_B = read_B if state is None else state.position_B + read_B
-        return h_BTD, State(position_B, tuple(states), ctx.capacity), stats
+        return h_BTD, tuple(states), stats
 
     def logits(self, h_BTD):
         """float32 logits [B, T, V] (float64 for float64)."""
@@ -221,6 +225,21 @@ class Transformer(nnx.Module):
         return State(jnp.zeros((batch_size,), jnp.int32), tuple(layers), capacity)
 
 
+def _check_state(T: int, state: State | None, capacity: int | None, segment_ids, positions):
+    """The capacity of the caches that T tokens go to. Raises UserError, see `hidden`."""
+    if state is not None and (segment_ids is not None or positions is not None):
+        raise UserError(
+            "segment_ids and positions: packed rows start fresh; pass state=None or drop them"
+        )
+    capacity = capacity if state is None else state.capacity
+    # Caches would drop what does not fit without a word.
+    if capacity is not None and capacity < T:
+        raise UserError(
+            f"ids: {T} tokens do not fit the state's capacity of {capacity}; make a larger state"
+        )
+    return capacity
+
+
 def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
     """Raise UserError for ids outside the vocabulary; of traced arrays, and parts of other
     processes', nothing is known.
@@ -233,7 +252,7 @@ def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
         raise UserError(f"ids: hold id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
 
 
-def abstract_transformer(cfg: ModelConfig, runtime: Runtime = Runtime()) -> Transformer:
+def abstract_transformer(cfg: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME) -> Transformer:
     """The structure of a model without its arrays: leaves are float32 `jax.ShapeDtypeStruct`.
 
     Raises: ConfigError if the config contradicts itself.

@@ -1,8 +1,8 @@
-"""The adaptive MLP: SwiGLU whose down-projection is a fast weight, its target module and its state.
+"""The adaptive MLP: SwiGLU whose down-projection is a fast weight, and its target module.
 
 B batch, T new tokens, D model width, F MLP width, C chunk size, M chunks, S accumulated update (D
-F). In-Place TTT, https://arxiv.org/abs/2604.06169, section 3; the chunk clock of a row counts from
-its first token.
+F). In-Place TTT, https://arxiv.org/abs/2604.06169, section 3. How a stream goes on in the middle of
+a chunk is in ttt_stream.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.config import ModelConfig
+from ttt_jax.model import ttt_stream
 from ttt_jax.model.layers import Context, linear, param
-from ttt_jax.model.ttt_stream import TTTState, pending
-from ttt_jax.ops import in_place_ttt, update_cosine, update_norm
+from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.writes import transformed
-from ttt_jax.parallel.shard_mapped import Parallel
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 _TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
@@ -32,7 +32,7 @@ def initial_target(key: jax.Array, D: int, std: float) -> tuple[jax.Array, jax.A
     N(0, std^2).
 
     Both are float32. The model starts as if it had no fast weights (paper, appendix; the same from
-    scratch and for continual training, where hf.py reads it row by row).
+    scratch and for continual training, where hf_weights.py reads it row by row).
     """
     diagonal_D = std * jax.random.normal(key, (D,), jnp.float32)
     return jnp.zeros((D, KERNEL), jnp.float32), jnp.diag(diagonal_D)
@@ -123,29 +123,29 @@ class MLP(nnx.Module):
         if state is None or ctx.at_chunk_start:
             y_BTD, state, stats = self._from_boundary(z_BTF, source_BTD, ctx, state)
         elif z_BTF.shape[1] == 1:
-            y_BTD, state, stats = self._append(z_BTF, source_BTD, ctx, state)
+            y_BTD, state, stats = ttt_stream.append_token(self, z_BTF, source_BTD, ctx, state)
         else:
-            y_BTD, state, stats = self._continue(z_BTF, source_BTD, ctx, state)
+            y_BTD, state, stats = ttt_stream.read_on(self, z_BTF, source_BTD, ctx, state)
         if self.down_bias is not None:
             y_BTD = y_BTD + jnp.broadcast_to(self.down_bias[...].astype(y_BTD.dtype), y_BTD.shape)
         return y_BTD, state, stats
 
     def init_state(self, batch: int, dtype) -> TTTState:
-        D, F, C = self.cfg.d_model, self.cfg.d_ff, self.cfg.ttt.chunk_size
-        acc = accumulator(dtype)
-        return TTTState(
-            jnp.zeros((batch, D, F), acc),
-            jnp.zeros((batch, C, F), dtype),
-            jnp.zeros((batch, C, D), dtype),
-        )
+        """The state of streams that have read nothing; z and source in `dtype`."""
+        cfg = self.cfg
+        return ttt_stream.empty(batch, cfg.ttt.chunk_size, cfg.d_model, cfg.d_ff, dtype)
 
-    def _lr(self, ctx: Context, acc):
+    @property
+    def chunk_size(self) -> int:
+        return self.cfg.ttt.chunk_size
+
+    def inner_rate(self, ctx: Context, acc) -> jax.Array:
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def _op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, parallel: Parallel | None = None):
+    def op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, devices: Devices = ONE_DEVICE):
+        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings."""
         ttt = self.cfg.ttt
-        op = in_place_ttt if parallel is None else parallel.in_place_ttt
-        return op(
+        return devices.in_place_ttt(
             z_BTF,
             v_BTD,
             self.down[...],
@@ -157,7 +157,7 @@ class MLP(nnx.Module):
             implementation=ttt.implementation,
         )
 
-    def _targets(
+    def targets(
         self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x
     ):
         """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the
@@ -170,7 +170,7 @@ class MLP(nnx.Module):
             return jnp.zeros_like(source_BTD)
         v_BTD = self.target(source_BTD[:, : M * C], C, pin)
         if ttt.write != "sum":
-            # a row of W
+            # The length of a row of W.
             unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])
             v_BTD = pin(
                 transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, ridge=ttt.ridge, unit=unit)
@@ -185,7 +185,8 @@ class MLP(nnx.Module):
         """||W||_F, without a gradient."""
         return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(self.down[...]).astype(acc))))
 
-    def _stats(self, S_BDF, update_norm_B):
+    def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]:
+        """What `__call__` reports, given the norm of the last update."""
         slow = self._slow_norm(S_BDF.dtype)
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
         return {
@@ -193,105 +194,20 @@ class MLP(nnx.Module):
             "update_norm_B": update_norm_B,
         }
 
-    def _last_update_norm(self, z_BTF, v_BTD, lr, parallel: Parallel | None = None):
-        C = self.cfg.ttt.chunk_size
-        end = z_BTF.shape[1] // C * C
-        if end == 0:
-            return jnp.zeros(z_BTF.shape[:1], lr.dtype)
-        if parallel is not None and end == z_BTF.shape[1]:
-            stop = jax.lax.stop_gradient
-            norm = parallel.last_update_norm(stop(z_BTF), stop(v_BTD), stop(lr), C)
-            return jnp.broadcast_to(norm, z_BTF.shape[:1])
-        last = lambda x: jax.lax.stop_gradient(x[:1, end - C : end])  # one row: it costs a matmul
-        return jnp.broadcast_to(
-            update_norm(last(z_BTF), last(v_BTD), jax.lax.stop_gradient(lr)), z_BTF.shape[:1]
-        )
-
     def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
         """Every row starts, or stands at the start of a chunk (or reads nothing)."""
-        C = self.cfg.ttt.chunk_size
-        B, T, _ = z_BTF.shape
-        lr = self._lr(ctx, accumulator(z_BTF.dtype))
+        B, T, C = *z_BTF.shape[:2], self.chunk_size
+        lr = self.inner_rate(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
-        v_BTD = self._targets(z_BTF, source_BTD, whole_B, ctx.pin)
-        parallel = ctx.parallel if ctx.parallel is not None and ctx.parallel.splits(T, C) else None
+        v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.pin)
+        devices = ctx.parallel if ctx.parallel.splits(T, C) else ONE_DEVICE
         S_BDF = None if state is None else state.S_BDF
-        y_BTD, S_BDF = self._op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, parallel)
-        stats = self._stats(S_BDF, self._last_update_norm(z_BTF, v_BTD, lr, parallel))
+        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, devices)
+        stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
         if ctx.probe:
-            cosine = update_cosine if parallel is None else parallel.update_cosine
-            stats["update_cosine_B"] = jnp.broadcast_to(
-                cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT), (B,)
-            )
+            cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)
+            stats["update_cosine_B"] = jnp.broadcast_to(cosine, (B,))
         if not ctx.keep_state:
             return y_BTD, None, stats
-        if whole_B is None and T % C == 0:  # nothing is pending
-            return (
-                y_BTD,
-                TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD))),
-                stats,
-            )
-        whole_B = jnp.full((B,), T // C, jnp.int32) if whole_B is None else whole_B
-        z_BCF, source_BCD = (pending(x, whole_B, C) for x in (z_BTF, source_BTD))
-        # a row that reads nothing keeps its pending chunk
-        if state is not None and ctx.lengths_B is not None:
-            idle_B11 = (ctx.lengths_B == 0)[:, None, None]
-            z_BCF = jnp.where(idle_B11, state.z_BCF, z_BCF)
-            source_BCD = jnp.where(idle_B11, state.source_BCD, source_BCD)
-        return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
-
-    def _continue(self, z_BTF, source_BTD, ctx: Context, state: TTTState):
-        """Any number of new tokens at any place of the chunk clock: put them behind the pending
-        ones and run the op.
-        """
-        C = self.cfg.ttt.chunk_size
-        B, T, _ = z_BTF.shape
-        lr = self._lr(ctx, state.S_BDF.dtype)
-        pending_B = ctx.position_B % C
-        length_B = jnp.full((B,), T, jnp.int32) if ctx.lengths_B is None else ctx.lengths_B
-        buffer = -(-(C - 1 + T) // C) * C
-
-        def behind(pending_BCX, new_BTX):
-            grown = jnp.pad(pending_BCX, ((0, 0), (0, buffer - C), (0, 0)))
-            return jax.vmap(lambda x, y, n: jax.lax.dynamic_update_slice_in_dim(x, y, n, axis=0))(
-                grown, new_BTX, pending_B
-            )
-
-        z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
-        whole_B = (pending_B + length_B) // C
-        v_BLD = self._targets(z_BLF, source_BLD, whole_B)
-        y_BLD, S_BDF = self._op(z_BLF, v_BLD, lr, state.S_BDF)
-        y_BTD = jax.vmap(lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0))(
-            y_BLD, pending_B
-        )
-        stats = self._stats(S_BDF, self._last_update_norm(z_BLF, v_BLD, lr))
-        return y_BTD, TTTState(S_BDF, *(pending(x, whole_B, C) for x in (z_BLF, source_BLD))), stats
-
-    def _append(self, z_B1F, source_B1D, ctx: Context, state: TTTState):
-        """One token: O(D + F) beside the apply; the update runs in the step that completes some
-        row's chunk.
-        """
-        C = self.cfg.ttt.chunk_size
-        lr = self._lr(ctx, state.S_BDF.dtype)
-        pending_B = ctx.position_B % C
-        read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
-        # One token of a longer chunk: nothing is written.
-        y_B1D = self._op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
-        slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
-        put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
-        z_BCF, source_BCD = (
-            put(state.z_BCF, z_B1F, slot_B),
-            put(state.source_BCD, source_B1D, slot_B),
-        )
-        complete_B = (pending_B == C - 1) & (read_B > 0)
-
-        def update(S_BDF):
-            v_BCD = self._targets(z_BCF, source_BCD, complete_B.astype(jnp.int32))
-            return self._op(z_BCF, v_BCD, lr, S_BDF)[1], self._last_update_norm(z_BCF, v_BCD, lr)
-
-        skip = lambda S_BDF: (S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype))
-        if ctx.ends_chunk is None:
-            S_BDF, norm_B = jax.lax.cond(complete_B.any(), update, skip, state.S_BDF)
-        else:
-            S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
-        return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), self._stats(S_BDF, norm_B)
+        state = ttt_stream.state_behind(z_BTF, source_BTD, S_BDF, C, ctx.lengths_B, state)
+        return y_BTD, state, stats

@@ -1,9 +1,22 @@
+"""How a TTT layer goes on with a stream: its state, and the chunk clock of each row.
+
+B batch, T new tokens, D model width, F MLP width, C chunk size, L tokens of a buffer of whole
+chunks, S accumulated update (D F).
+
+The chunk clock of a row counts from its first token. A chunk that is not complete yet is pending:
+its activations and sources wait in the state until the rest of it comes.
+"""
+
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from ttt_jax.model.layers import Context
+from ttt_jax.ops.numerics import accumulator
+from ttt_jax.parallel.one_device import ONE_DEVICE
 
 
 class TTTState(NamedTuple):
@@ -22,7 +35,116 @@ class TTTState(NamedTuple):
     source_BCD: jax.Array
 
 
-def pending(x_BTX, whole_B, C):
+class AdaptiveLayer(Protocol):
+    """What a stream needs of its layer (`MLP` in ttt_mlp.py)."""
+
+    @property
+    def chunk_size(self) -> int: ...
+
+    def inner_rate(self, ctx: Context, acc) -> jax.Array: ...
+
+    def targets(self, z_BTF, source_BTD, whole_B=None) -> jax.Array: ...
+
+    def op(self, z_BTF, v_BTD, lr, S_BDF) -> tuple[jax.Array, jax.Array]: ...
+
+    def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]: ...
+
+
+def empty(batch: int, chunk_size: int, D: int, F: int, dtype) -> TTTState:
+    """The state of streams that have read nothing."""
+    return TTTState(
+        jnp.zeros((batch, D, F), accumulator(dtype)),
+        jnp.zeros((batch, chunk_size, F), dtype),
+        jnp.zeros((batch, chunk_size, D), dtype),
+    )
+
+
+def state_behind(
+    z_BTF, source_BTD, S_BDF, chunk_size: int, lengths_B=None, before: TTTState | None = None
+) -> TTTState:
+    """The state behind tokens that were read from a chunk's start on.
+
+    Args:
+      S_BDF: with the updates of their whole chunks.
+      lengths_B: how many of the T tokens each row has read; None: all.
+      before: the state before them, for rows that have read nothing.
+    """
+    (B, T), C = z_BTF.shape[:2], chunk_size
+    if lengths_B is None and T % C == 0:  # nothing is pending
+        return TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD)))
+    whole_B = jnp.full((B,), T // C, jnp.int32) if lengths_B is None else lengths_B // C
+    z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BTF, source_BTD))
+    if before is not None and lengths_B is not None:
+        # A row that has read nothing keeps its pending chunk.
+        idle_B11 = (lengths_B == 0)[:, None, None]
+        z_BCF = jnp.where(idle_B11, before.z_BCF, z_BCF)
+        source_BCD = jnp.where(idle_B11, before.source_BCD, source_BCD)
+    return TTTState(S_BDF, z_BCF, source_BCD)
+
+
+def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTState):
+    """Read any number of new tokens at any place of the chunk clock: put them behind the pending
+    ones and run the op.
+
+    Returns: (y_BTD, state, stats), as `MLP.__call__`.
+    """
+    C = layer.chunk_size
+    B, T, _ = z_BTF.shape
+    lr = layer.inner_rate(ctx, state.S_BDF.dtype)
+    pending_B = ctx.position_B % C
+    length_B = jnp.full((B,), T, jnp.int32) if ctx.lengths_B is None else ctx.lengths_B
+    buffer = -(-(C - 1 + T) // C) * C
+
+    def behind(pending_BCX, new_BTX):
+        grown = jnp.pad(pending_BCX, ((0, 0), (0, buffer - C), (0, 0)))
+        put = lambda x, y, n: jax.lax.dynamic_update_slice_in_dim(x, y, n, axis=0)
+        return jax.vmap(put)(grown, new_BTX, pending_B)
+
+    z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
+    whole_B = (pending_B + length_B) // C
+    v_BLD = layer.targets(z_BLF, source_BLD, whole_B)
+    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF)
+    new = lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0)
+    y_BTD = jax.vmap(new)(y_BLD, pending_B)
+    stats = layer.stats(S_BDF, ONE_DEVICE.last_update_norm(z_BLF, v_BLD, lr, C))
+    z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BLF, source_BLD))
+    return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
+
+
+def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: TTTState):
+    """Read one token: O(D + F) beside the apply. The update runs in the step that completes some
+    row's chunk.
+
+    Returns: (y_B1D, state, stats), as `MLP.__call__`.
+    """
+    C = layer.chunk_size
+    lr = layer.inner_rate(ctx, state.S_BDF.dtype)
+    pending_B = ctx.position_B % C
+    read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
+    # One token of a longer chunk: nothing is written.
+    y_B1D = layer.op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
+    slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
+    put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
+    z_BCF = put(state.z_BCF, z_B1F, slot_B)
+    source_BCD = put(state.source_BCD, source_B1D, slot_B)
+    complete_B = (pending_B == C - 1) & (read_B > 0)
+
+    def update(S_BDF):
+        v_BCD = layer.targets(z_BCF, source_BCD, complete_B.astype(jnp.int32))
+        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF)[1]
+        return S_BDF, ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
+
+    def skip(S_BDF):
+        return S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype)
+
+    if ctx.ends_chunk is None:
+        S_BDF, norm_B = jax.lax.cond(complete_B.any(), update, skip, state.S_BDF)
+    else:
+        S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
+    return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), layer.stats(S_BDF, norm_B)
+
+
+def _pending(x_BTX, whole_B, C: int):
     """The C slots after each row's whole chunks (zero-padded past the end)."""
     padded = jnp.pad(x_BTX, ((0, 0), (0, C), (0, 0)))
     return jax.vmap(lambda x, m: jax.lax.dynamic_slice_in_dim(x, m * C, C, axis=0))(padded, whole_B)

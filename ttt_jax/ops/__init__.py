@@ -1,3 +1,5 @@
+"""The operations of the model, each with interchangeable implementations."""
+
 from ttt_jax.ops.ttt.api import IMPLEMENTATIONS, in_place_ttt
 from ttt_jax.ops.ttt.chunk_updates import update_cosine, update_norm
 

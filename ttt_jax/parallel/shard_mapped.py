@@ -1,13 +1,14 @@
-"""How the parts of the model that GSPMD cannot split well run on a mesh: one `shard_map` around
-each of them.
+"""Run the parts of the model that GSPMD cannot split well on a mesh: one `shard_map` around each of
+them.
 
 B batch, T tokens, D model width, F MLP width, V vocabulary, N query heads, K KV heads, H head dim,
 C chunk size, P context shards, X rows of S that one context shard holds, Y devices that split F.
 
 Attention, the In-Place TTT op and the loss run per device here, so that each device calls an
 ordinary implementation (kernels included) on its share, and the only communication is the one
-written down. Everything else, norms, projections, the target's convolution, is left to GSPMD. The
-model knows this module as `Runtime.parallel`; mesh axes are named in sharding.py only.
+written down. Everything else, norms, projections, the target's convolution, is left to GSPMD. Mesh
+axes are named in mesh.py only. What the methods have in common with one device's is documented in
+one_device.py.
 
 `check_vma=False`: kernels and the scans of the op carry no types of varying axes. Then the gradient
 of an argument that is whole on several devices is summed over them by `shard_map` itself; results
@@ -32,37 +33,30 @@ from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_updates import last_update_square, update_cosine
 from ttt_jax.ops.ttt.sharded import in_place_ttt_shard, slice_rows
 from ttt_jax.parallel.mesh import mesh_axes, spec
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 @dataclasses.dataclass(frozen=True)
-class Parallel:
-    """The parallel forms of attention, op and loss on one mesh. Hashable: it is part of the model's
-    structure.
-    """
+class Parallel(Devices):
+    """The parallel forms of attention, op and loss on one mesh."""
 
     mesh: Mesh
 
     @property
     def shards(self) -> int:
-        """P, the parts that a sequence is split into."""
         return math.prod(self.mesh.shape[axis] for axis in mesh_axes("tokens", self.mesh))
 
     @property
     def axis(self) -> str | None:
-        """The mesh axis that splits sequences, if any."""
         axes = mesh_axes("tokens", self.mesh)
         return axes[0] if axes else None
 
     def splits(self, T: int, chunk_size: int = 1) -> bool:
-        """Whether T tokens give every shard the same whole number of chunks (any number of tokens
-        on one shard).
-        """
         return self.shards == 1 or T % (self.shards * chunk_size) == 0
 
     def pin(self, x_BTX, *axes: str | None) -> jax.Array:
-        """Keep rows and tokens split, and what follows by its logical `axes` (whole if none are
-        given), in the gradient too: left alone, GSPMD may split activations like parameters, or
-        gather all tokens for a weight's gradient.
+        """Pin them by a sharding constraint: left alone, GSPMD may split activations like
+        parameters, or gather all tokens for a weight's gradient.
         """
         axes = axes or (None,) * (x_BTX.ndim - 2)
         sharding = NamedSharding(
@@ -71,17 +65,13 @@ class Parallel:
         return jax.lax.with_sharding_constraint(x_BTX, sharding)
 
     def embed(self, table_VD, ids_BT) -> jax.Array:
-        """Rows of the table, [B, T, D]. The table is gathered: GSPMD would look up with D split and
-        then gather all tokens.
-        """
+        """Gather the table first: GSPMD would look up with D split and then gather all tokens."""
         tokens = spec(("batch", "tokens"), ids_BT.shape, self.mesh)
         local = lambda table_VD, ids_BT: jnp.take(table_VD, ids_BT, axis=0)
         return self._map(local, (P(None, None), tokens), P(*tokens, None))(table_VD, ids_BT)
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, **options) -> jax.Array:
-        """`self_attention` with rows, tokens and heads split; same arguments. Lengths that do not
-        divide go to GSPMD.
-        """
+        """Split rows, tokens and heads. Lengths that do not divide go to GSPMD."""
         if not self.splits(q_BTNH.shape[1]):
             return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
         heads = self.head_axes(q_BTNH.shape[2], k_BTKH.shape[2])
@@ -113,9 +103,8 @@ class Parallel:
         clip_norm=None,
         implementation=None,
     ):
-        """`ttt_jax.ops.ttt.api` with rows, tokens and F split; same arguments and results.
-
-        The state lies as W_down does: its rows over the context axis, its columns over F's.
+        """Split rows, tokens and F. The state lies as W_down does: its rows over the context axis,
+        its columns over F's.
         """
         if not self.splits(z_BTF.shape[1], chunk_size):
             raise ValueError(
@@ -159,10 +148,9 @@ class Parallel:
         )
         return (o_YBTD.sum(axis=0) if wide else o_YBTD[0]), S_BXF[:, :D]
 
-    def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int):
-        """Frobenius norm of the update of the first sequence's last chunk, a scalar. No gradient is
-        meant to be taken.
-        """
+    def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
+        if z_BTF.shape[1] % chunk_size or not z_BTF.shape[1]:
+            return ONE_DEVICE.last_update_norm(z_BTF, v_BTD, lr, chunk_size)
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
         split = _axes((rows, tokens, wide))
 
@@ -175,12 +163,11 @@ class Parallel:
             return jnp.sqrt(jax.lax.psum(square, split)) if split else jnp.sqrt(square)
 
         in_specs = (P(rows, tokens, wide), P(rows, tokens, None), P())
-        return self._map(local, in_specs, P())(z_BTF, v_BTD, lr)
+        stop = jax.lax.stop_gradient
+        norm = self._map(local, in_specs, P())(stop(z_BTF), stop(v_BTD), stop(lr))
+        return jnp.broadcast_to(norm, z_BTF.shape[:1])
 
-    def update_cosine(self, z_BTF, v_BTD, chunk_size: int, segment_ids_BT=None):
-        """`update_cosine` of the first sequence on each device, pairs of chunks on one device,
-        averaged over the devices.
-        """
+    def update_cosine(self, z_BTF, v_BTD, chunk_size: int, segment_ids_BT=None) -> jax.Array:
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
         sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None
 
@@ -191,14 +178,8 @@ class Parallel:
         in_specs = (P(rows, tokens, wide), P(rows, tokens, None), P(rows, tokens))
         return self._map(local, in_specs, P())(z_BTF, v_BTD, segment_ids_BT)
 
-    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool):
-        """A function of the output weight and of tokens one by one, with every device on tokens of
-        its own.
-
-        Args:
-          function: (h_BTD, w_VD, *token_data_BT) -> a sum over tokens, or one number per token.
-          total: whether it is a sum.
-        """
+    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool) -> jax.Array:
+        """Give every device tokens of its own."""
         tokens = spec(("batch", "loss_tokens"), h_BTD.shape[:2], self.mesh)
         local = (lambda *xs: function(*xs)[None]) if total else function
         in_specs = (P(*tokens, None), P(None, None), *(tokens for _ in token_data_BT))
@@ -208,9 +189,7 @@ class Parallel:
         return out.sum() if total else out
 
     def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
-        """Logical axes of N query and K KV heads: split both or none, one alone would tear the
-        groups apart.
-        """
+        """Split both or none: one alone would tear the groups apart."""
         ways = math.prod(self.mesh.shape[axis] for axis in mesh_axes("kv_heads", self.mesh))
         return ("heads", "kv_heads") if N % ways == 0 and K % ways == 0 else (None, None)
 
@@ -236,6 +215,6 @@ def _axes(parts) -> tuple[str, ...]:
     )
 
 
-def make_parallel(mesh: Mesh) -> Parallel | None:
-    """None on a single device."""
-    return Parallel(mesh) if mesh.size > 1 else None
+def make_parallel(mesh: Mesh) -> Devices:
+    """Choose what fits the mesh; one device needs none of the `shard_map`s."""
+    return Parallel(mesh) if mesh.size > 1 else ONE_DEVICE

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ttt_jax import jax_internals
 from ttt_jax.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 
 NAMES = ("TTT_JAX_COORDINATOR", "TTT_JAX_NUM_PROCESSES", "TTT_JAX_PROCESS_ID")
@@ -203,16 +204,7 @@ def _is_cluster(env: Mapping[str, str]) -> bool:
     slices = env.get("MEGASCALE_NUM_SLICES", "1")
     if len(hosts) > 1 or (slices.isdecimal() and int(slices) > 1):
         return True
-    return _is_tpu_vm()
-
-
-def _is_tpu_vm() -> bool:
-    """Recognise a TPU VM of Google Compute Engine, whose metadata server knows the others."""
-    try:
-        from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
-    except ImportError:
-        return False
-    return bool(running_in_cloud_tpu_vm)
+    return jax_internals.in_cloud_tpu_vm()
 
 
 def _give_up(line: str) -> None:

@@ -84,12 +84,8 @@ def make_position_nll(mesh: Mesh) -> PositionNll:
             ttt_scale=ttt_scale,
             probe=True,
         )
-        tokens, parallel = (h_BTD, model.output_weight, batch["targets"]), model.runtime.parallel
-        nll_BT = (
-            token_nll(*tokens)
-            if parallel is None
-            else parallel.over_tokens(token_nll, *tokens, total=False)
-        )
+        tokens = (h_BTD, model.output_weight, batch["targets"])
+        nll_BT = model.runtime.parallel.over_tokens(token_nll, *tokens, total=False)
         means = {
             f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
             for layer, stat in stats.items()

@@ -20,6 +20,7 @@ from ttt_jax.model.loss import cross_entropy
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import Batch, model_shardings, replicated
+from ttt_jax.parallel.one_device import ONE_DEVICE
 from ttt_jax.parallel.shard_mapped import make_parallel
 from ttt_jax.training.optimizer import (
     gradient_norm,
@@ -43,7 +44,7 @@ class TrainState(NamedTuple):
 
 def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
     """Say how `config` computes; without a mesh, on one device."""
-    parallel = None if mesh is None else make_parallel(mesh)
+    parallel = ONE_DEVICE if mesh is None else make_parallel(mesh)
     return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
 
 
@@ -54,8 +55,7 @@ def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.Gradie
     Raises: ConfigError when the mesh's context axis does not fit the rows (an axis of -1 is known
     only here).
     """
-    parallel = make_parallel(mesh)
-    validate_context(config, 1 if parallel is None else parallel.shards)
+    validate_context(config, make_parallel(mesh).shards)
     runtime = runtime_of(config, mesh)
     model = jax.eval_shape(
         lambda: Transformer(config.model, runtime, key=jax.random.key(config.seed))
@@ -162,10 +162,7 @@ def _loss(model: Transformer, batch: Batch, total: jax.Array, scale: Any) -> tup
     )
     weights_BT = batch["weights"] / total
     tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
-    parallel = model.runtime.parallel
-    if parallel is None:
-        return cross_entropy(*tokens), stats
-    return parallel.over_tokens(cross_entropy, *tokens, total=True), stats
+    return model.runtime.parallel.over_tokens(cross_entropy, *tokens, total=True), stats
 
 
 def _gradients(

@@ -1,1 +1,1 @@
-"""ops.attention."""
+"""Attention: one interface, implementations for GPUs, TPUs and anywhere, a KV cache."""

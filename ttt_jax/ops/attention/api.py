@@ -1,20 +1,21 @@
-"""Attention of fresh sequences on themselves, and the implementations behind it (kv_cache.py has
-attention on a cache, splash.py the kernel for TPU).
+"""Attention of fresh sequences on themselves, and the choice of an implementation: cudnn.py on
+GPUs, splash.py on TPUs, xla.py anywhere. Attention on a cache is in cached.py.
 
-B batch, T queries, S keys, N query heads, K KV heads, G = N / K, H head dim, Q queries in a block,
-M documents a row may hold. A query at position p sees the keys of its own document at positions p -
-window + 1 .. p.
+B batch, T tokens, N query heads, K KV heads, H head dim. A query at position p sees the keys of its
+own document at positions p - window + 1 .. p.
 """
 
 from __future__ import annotations
+
+import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops import platform
-from ttt_jax.ops.attention import splash
-from ttt_jax.ops.attention.cudnn import cudnn_attention, say_once, why_not_cudnn
+from ttt_jax.ops.attention import cudnn, splash
 from ttt_jax.ops.attention.xla import blocked, windowed
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
@@ -46,12 +47,14 @@ def self_attention(
     if implementation is None:
         alone = None if platform.on_one_device() else "it runs inside a shard_map or on one device"
         implementation = fastest(
-            cudnn=why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple),
+            cudnn=cudnn.why_not(q_BTNH, segment_ids_BT, segment_multiple),
             splash=splash.why_not(q_BTNH) or alone,
         )
     if implementation == "cudnn":
-        check_named("cudnn", why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple))
-        return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple)
+        check_named("cudnn", cudnn.why_not(q_BTNH, segment_ids_BT, segment_multiple))
+        return cudnn.cudnn_attention(
+            q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple
+        )
     if implementation == "splash":
         check_named("splash", splash.why_not(q_BTNH))
         return splash.splash_attention(
@@ -78,7 +81,7 @@ def uses_cudnn(q_BTNH, implementation: str | None) -> bool:
     Raises: UserError when it is named and cannot run.
     """
     reasons = {
-        "cudnn": why_not_cudnn(q_BTNH, None, 1),
+        "cudnn": cudnn.why_not(q_BTNH),
         "splash": "it attends to fresh sequences only, not to a cache",
     }
     if implementation is None:
@@ -96,7 +99,7 @@ def fastest(**reasons: str | None) -> str:
             return name
     if (name := platform.compiled_for()) != "cpu":
         reason = reasons["splash" if name == "tpu" else "cudnn"]
-        say_once(
+        _say_once(
             f"attention: no fast kernel ({reason}); using the XLA path, several times slower on "
             "long sequences"
         )
@@ -109,7 +112,6 @@ def check_named(name: str, reason: str | None) -> None:
         raise UserError(f"attention implementation {name!r}: {reason}")
 
 
-# ---------------------------------------------------------------------------------------------- XLA
-
-
-# -------------------------------------------------------------------------------------------- cuDNN
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

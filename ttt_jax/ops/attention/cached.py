@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.ops.attention import cudnn
 from ttt_jax.ops.attention.api import uses_cudnn
-from ttt_jax.ops.attention.cudnn import cudnn_documents
 from ttt_jax.ops.attention.xla import MASKED, blocked, windowed_after
 from ttt_jax.ops.numerics import accumulator, precision_for
 
@@ -94,7 +94,7 @@ def extend(
     Returns: o_BTNH.
     """
     if uses_cudnn(q_BTNH, implementation):
-        return _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache, start_B)
+        return cudnn.extend(q_BTNH, k_BTKH, v_BTKH, *cache, start_B)
     keys, values = (jnp.swapaxes(x, 1, 2) for x in cache)
     q_position_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
     k_position_BL = jnp.broadcast_to(
@@ -130,39 +130,6 @@ def extend_window(
         queries = jnp.pad(q_BTNH, ((0, 0), (W, 0), (0, 0), (0, 0)))
         offsets_B2 = jnp.stack([empty_B, jnp.full((B,), -1, jnp.int32)], axis=1)
         sizes_B1 = (W + T - empty_B)[:, None]
-        return cudnn_documents(queries, keys, values, offsets_B2, sizes_B1, W)[:, W:]
+        return cudnn.cudnn_documents(queries, keys, values, offsets_B2, sizes_B1, W)[:, W:]
     real_BS = (jnp.arange(W + T, dtype=jnp.int32)[None] >= empty_B[:, None]).astype(jnp.int32)
     return windowed_after(q_BTNH, keys, values, W, jnp.ones((B, T), jnp.int32), real_BS)
-
-
-def _cudnn_extend(q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B):
-    """Attention on the older tokens and on the new ones, merged by their log-sum-exps.
-
-    Two calls, because cuDNN's causal mask aligns the first query with the first key.
-    `return_residual` of jax's public function rounds the log-sum-exp to 16 bits, so the one below
-    it is called.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    scale = 1 / math.sqrt(q_BTNH.shape[-1])
-    attend: Any = functools.partial(cudnn.dot_product_attention, scale=scale, return_residual=True)
-    own_BTNH, own_lse_BNT = attend(q_BTNH, k_BTKH, v_BTKH, mask_type=cudnn.MaskType.CAUSAL)
-    # At least one key, so that a row without older tokens yields numbers, which get no weight.
-    old_BNTH, old_lse_BNT = attend(
-        jnp.swapaxes(q_BTNH, 1, 2),
-        *cache,
-        q_seqlen=jnp.full_like(start_B, q_BTNH.shape[1]),
-        kv_seqlen=jnp.maximum(start_B, 1),
-        mask_type=cudnn.MaskType.PADDING,
-        qkv_layout="BNTH",
-    )
-    old_share_BNT = jax.nn.sigmoid(
-        old_lse_BNT.astype(jnp.float32) - own_lse_BNT.astype(jnp.float32)
-    )
-    old_share_BNT = jnp.where((start_B > 0)[:, None, None], old_share_BNT, 0)
-    old_share_BTN1 = jnp.swapaxes(old_share_BNT, 1, 2)[..., None]
-    own_acc, old_acc = (
-        own_BTNH.astype(jnp.float32),
-        jnp.swapaxes(old_BNTH, 1, 2).astype(jnp.float32),
-    )
-    return (own_acc + old_share_BTN1 * (old_acc - own_acc)).astype(q_BTNH.dtype)

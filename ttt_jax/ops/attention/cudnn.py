@@ -1,20 +1,27 @@
+"""Attention on GPUs: cuDNN's flash attention, in 16 bits.
+
+B batch, T queries, S keys, L slots of a cache, A tokens of a block of a split sequence, N query
+heads, K KV heads, G = N / K, H head dim, M documents a row may hold.
+"""
+
 from __future__ import annotations
 
 import functools
 import math
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ttt_jax import jax_internals
 from ttt_jax.ops import platform
 
-# what the backward of one packed cuDNN call may take beside its arrays
+# What the backward of one packed call may take beside its arrays.
 _WORKSPACE_BYTES = 4 * 2**30
 
 
-def why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
+def why_not(q_BTNH, segment_ids_BT=None, segment_multiple: int = 1) -> str | None:
+    """Why these queries cannot be attended to here, or None. Arguments as in `self_attention`."""
     if (name := platform.compiled_for()) != "gpu":
         return f"needs a CUDA device, this is {name}"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
@@ -40,7 +47,8 @@ def why_not_cudnn(q_BTNH, segment_ids_BT, segment_multiple) -> str | None:
 
 
 def cudnn_attention(q_BTNH, k_BTKH, v_BTKH, window, segment_ids_BT, segment_multiple) -> Any:
-    # room for one document only
+    """Causal attention of a sequence on itself; arguments as in `self_attention`."""
+    # Room for one document only.
     if segment_ids_BT is None or segment_ids_BT.shape[1] <= segment_multiple:
         return jax.nn.dot_product_attention(
             q_BTNH,
@@ -64,7 +72,7 @@ def cudnn_documents(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any
     Returns: o_BTNH in q's dtype.
     """
     (B, T, N, H), K, M = q_BTNH.shape, k_BTKH.shape[2], sizes_BM.shape[1]
-    # One document a row comes from a stream (kv_cache.py), which has no backward and so no
+    # One document a row comes from a stream (cached.py), which has no backward and so no
     # workspace.
     rows, heads = _split_call(B, M, T, N, K, H) if M > 1 else (B, N)
     if (rows, heads) == (B, N):
@@ -101,7 +109,7 @@ def _split_call(B: int, M: int, T: int, N: int, K: int, H: int) -> tuple[int, in
     `_WORKSPACE_BYTES`.
 
     Several rows with all heads; or of one row the query heads of several KV heads; or some of one
-    KV head. At least one head of one row, however large: `why_not_cudnn` refuses those beforehand.
+    KV head. At least one head of one row, however large: `why_not` refuses those beforehand.
     """
     G = N // K
     fit = max(1, _WORKSPACE_BYTES // (_workspace_bytes(M, T, H) * (1 if G == 1 else 2)))
@@ -136,24 +144,21 @@ def _head_parts(N: int, K: int, heads: int) -> list[tuple[slice, slice]]:
 
 
 def _cudnn_call(q_BTNH, k_BTKH, v_BTKH, offsets_BM, sizes_BM, window) -> Any:
-    """One call. The public function takes no offsets, the one below it does."""
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    # jax ignores the offset of an only document; a second one, which is not there, makes it look
+    # jax ignores the offset of an only document; a second one, which is not there, makes it look.
     if sizes_BM.shape[1] == 1:
         offsets_BM, sizes_BM = (
             jnp.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (offsets_BM, sizes_BM)
         )
-    return cudnn.dot_product_attention(
+    return jax_internals.cudnn_attention(
         q_BTNH,
         k_BTKH,
         v_BTKH,
+        mask="PADDING_CAUSAL",
         q_seqlen=sizes_BM,
         kv_seqlen=sizes_BM,
         q_offsets=offsets_BM,
         kv_offsets=offsets_BM,
         scale=1 / math.sqrt(q_BTNH.shape[-1]),
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
         sliding_window_length=window,
     )
 
@@ -177,6 +182,56 @@ def _document_offsets(segment_ids_BT, multiple):
     return offsets_BM, jnp.where(real_BM, ends_BM - starts_BM, -1)
 
 
-@functools.cache
-def say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+def extend(q_BTNH, k_BTKH, v_BTKH, k_BKLH, v_BKLH, start_B):
+    """Attention of new tokens on `start_B` older ones, in a cache, and on themselves.
+
+    Two calls, merged by their log-sum-exps, because cuDNN's causal mask aligns the first query with
+    the first key.
+    """
+    attend = functools.partial(
+        jax_internals.cudnn_attention, scale=1 / math.sqrt(q_BTNH.shape[-1]), return_residual=True
+    )
+    own_BTNH, own_lse_BNT = attend(q_BTNH, k_BTKH, v_BTKH, mask="CAUSAL")
+    # At least one key, so that a row without older tokens yields numbers, which get no weight.
+    old_BNTH, old_lse_BNT = attend(
+        jnp.swapaxes(q_BTNH, 1, 2),
+        k_BKLH,
+        v_BKLH,
+        mask="PADDING",
+        q_seqlen=jnp.full_like(start_B, q_BTNH.shape[1]),
+        kv_seqlen=jnp.maximum(start_B, 1),
+        qkv_layout="BNTH",
+    )
+    old_share_BNT = jax.nn.sigmoid(
+        old_lse_BNT.astype(jnp.float32) - own_lse_BNT.astype(jnp.float32)
+    )
+    old_share_BNT = jnp.where((start_B > 0)[:, None, None], old_share_BNT, 0)
+    old_share_BTN1 = jnp.swapaxes(old_share_BNT, 1, 2)[..., None]
+    own_acc, old_acc = (
+        own_BTNH.astype(jnp.float32),
+        jnp.swapaxes(old_BNTH, 1, 2).astype(jnp.float32),
+    )
+    return (own_acc + old_share_BTN1 * (old_acc - own_acc)).astype(q_BTNH.dtype)
+
+
+def forward_block(q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool):
+    """A queries on A keys: the same tokens (`causal`), or all of them earlier ones. No gradient, no
+    documents.
+
+    Returns: o_BANH and the log-sum-exp [B, N, A], float32.
+    """
+    mask, scale = "CAUSAL" if causal else "NO_MASK", 1 / math.sqrt(q_BANH.shape[-1])
+    o_BANH, lse_BNA = jax_internals.cudnn_attention(
+        q_BANH, k_BAKH, v_BAKH, mask=mask, scale=scale, return_residual=True
+    )
+    return o_BANH.astype(lse_BNA.dtype), lse_BNA
+
+
+def backward_block(
+    q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_BANH, lse_BNA, do_BANH
+):
+    """dq, dk, dv of one block, where o and the log-sum-exp are those of the whole row of blocks."""
+    mask, scale = "CAUSAL" if causal else "NO_MASK", 1 / math.sqrt(q_BANH.shape[-1])
+    return jax_internals.cudnn_attention_backward(
+        q_BANH, k_BAKH, v_BAKH, lse_BNA, o_BANH, do_BANH, mask=mask, scale=scale
+    )

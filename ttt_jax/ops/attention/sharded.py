@@ -19,23 +19,17 @@ and nothing is gathered.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.errors import UserError
-from ttt_jax.ops.attention import splash
+from ttt_jax.ops.attention import cudnn, splash, xla
 from ttt_jax.ops.attention.api import IMPLEMENTATIONS, fastest, self_attention
-from ttt_jax.ops.attention.cudnn import why_not_cudnn
-from ttt_jax.ops.attention.xla import blocked
-from ttt_jax.ops.numerics import accumulator, join_tokens, precision_for, split_tokens
-
-_BLOCK_BYTES = 64 * 2**20  # logits that the XLA path holds at a time
-_MASKED = -1e30
+from ttt_jax.ops.numerics import accumulator
 
 
 def attention_shard(
@@ -104,7 +98,7 @@ def _why_not_blocks(q_BTNH, window, segment_ids_BT) -> dict[str, str | None]:
         shape = f"a shard of {T} tokens has no halves"
     packed = None if segment_ids_BT is None else "packed rows with full attention are not supported"
     return {
-        "cudnn": why_not_cudnn(q_BTNH, None, 1) or packed or shape,
+        "cudnn": cudnn.why_not(q_BTNH) or packed or shape,
         "splash": splash.why_not(q_BTNH) or shape or splash.why_not_blocks(T // 2),
     }
 
@@ -149,7 +143,7 @@ def _gathered(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, axis: _Axis, window) -> ja
     q_position_1T = (jax.lax.axis_index(axis.name) * T + jnp.arange(T, dtype=jnp.int32))[None]
     k_position_1S = jnp.arange(T * axis.size, dtype=jnp.int32)[None]
     k_ids = None if segment_ids_BT is None else gather(segment_ids_BT)
-    return blocked(
+    return xla.blocked(
         q_BTNH,
         gather(k_BTKH),
         gather(v_BTKH),
@@ -312,139 +306,11 @@ _balanced.defvjp(_forward, _backward)
 
 
 # ---------------------------------------------------------------------------------------- one block
-# forward(q [B,A,N,H], k, v [B,S,K,H], ids or None, causal) -> o [B,A,N,H], log-sum-exp [B,N,A],
-# both float32 (or float64) backward(..., o, lse, do) -> dq, dk, dv, where o and lse are those of
-# the whole row of blocks
 
 
-def _logits(q_BAKGH, k_BSKH, q_ids_BA, k_ids_BS, q_start, causal: bool, dot):
-    """Masked logits [B, K, G, A, S] of the queries q_start .. of a block."""
-    # Tied to the queries, or differentiating a rematerialised layer would keep the masks of all
-    # blocks for the backward pass: no gradient flows through their inputs, so they count as known
-    # (30 GiB for Qwen3-8B, 128k tokens on 8 shards).
-    q_BAKGH, q_ids_BA, k_ids_BS, q_start = jax.lax.optimization_barrier(
-        (q_BAKGH, q_ids_BA, k_ids_BS, jnp.asarray(q_start))
-    )
-    logits = dot("bakgh,bskh->bkgas", q_BAKGH, k_BSKH) / math.sqrt(q_BAKGH.shape[-1])
-    (B, A), S = q_BAKGH.shape[:2], k_BSKH.shape[1]
-    seen_BAS = jnp.ones((B, A, S), bool)
-    if causal:
-        t_A = q_start + jnp.arange(A, dtype=jnp.int32)
-        seen_BAS &= (t_A[:, None] >= jnp.arange(S, dtype=jnp.int32)[None])[None]
-    if q_ids_BA is not None:
-        seen_BAS &= q_ids_BA[:, :, None] == k_ids_BS[:, None, :]
-    return jnp.where(jnp.broadcast_to(seen_BAS[:, None, None], logits.shape), logits, _MASKED)
-
-
-def _rows(q_BANH, k_BSKH) -> int:
-    """Queries at a time."""
-    B, A, N, _ = q_BANH.shape
-    rows = max(1, _BLOCK_BYTES // (4 * B * N * k_BSKH.shape[1]))
-    return A if rows >= A else -(-A // -(-A // rows))
-
-
-def _heads(x_BANH, K: int):
-    B, A, N, H = x_BANH.shape
-    return x_BANH.reshape(B, A, K, N // K, H)
-
-
-def _split(x_BAX, rows: int):
-    return None if x_BAX is None else split_tokens(x_BAX, rows)
-
-
-def _xla_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
-    (B, A, N, H), K = q_BANH.shape, k_BSKH.shape[2]
-    acc, Q = accumulator(q_BANH.dtype), _rows(q_BANH, k_BSKH)
-    dot = functools.partial(
-        jnp.einsum, preferred_element_type=acc, precision=precision_for(q_BANH.dtype)
-    )
-
-    def some(xs):
-        i, q_BQNH, ids_BQ = xs
-        logits = _logits(_heads(q_BQNH, K), k_BSKH, ids_BQ, k_ids_BS, i * Q, causal, dot)
-        lse_BKGQ = jax.nn.logsumexp(logits, axis=-1)
-        weights = jnp.exp(logits - lse_BKGQ[..., None]).astype(v_BSKH.dtype)
-        o_BQNH = dot("bkgqs,bskh->bqkgh", weights, v_BSKH).reshape(B, Q, N, H)
-        return o_BQNH, jnp.moveaxis(lse_BKGQ.reshape(B, N, Q), 1, 2)
-
-    n = -(-A // Q)
-    o, lse = jax.lax.map(
-        some, (jnp.arange(n, dtype=jnp.int32), _split(q_BANH, Q), _split(q_ids_BA, Q))
-    )
-    return join_tokens(o, A), jnp.moveaxis(join_tokens(lse, A), 2, 1)
-
-
-def _xla_backward(
-    q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH
-):
-    (_, A, N, H), K = q_BANH.shape, k_BSKH.shape[2]
-    acc, dtype, Q = accumulator(q_BANH.dtype), q_BANH.dtype, _rows(q_BANH, k_BSKH)
-    dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(dtype))
-    inner_BAN = jnp.sum(o_BANH.astype(acc) * do_BANH.astype(acc), axis=-1)
-
-    def some(carry, xs):
-        i, q_BQNH, ids_BQ, lse_BQN, inner_BQN, do_BQNH = xs
-        by_head = lambda x_BQN: jnp.moveaxis(x_BQN.reshape(*x_BQN.shape[:2], K, N // K), 1, 3)[
-            ..., None
-        ]
-        q_BQKGH, do_BQKGH = _heads(q_BQNH, K), _heads(do_BQNH, K)
-        logits = _logits(q_BQKGH, k_BSKH, ids_BQ, k_ids_BS, i * Q, causal, dot)
-        p = jnp.exp(logits - by_head(lse_BQN))
-        dp = dot("bqkgh,bskh->bkgqs", do_BQKGH, v_BSKH)
-        ds = (p * (dp - by_head(inner_BQN)) / math.sqrt(H)).astype(dtype)
-        dk, dv = carry
-        dk = dk + dot("bkgqs,bqkgh->bskh", ds, q_BQKGH)
-        dv = dv + dot("bkgqs,bqkgh->bskh", p.astype(dtype), do_BQKGH)
-        return (dk, dv), dot("bkgqs,bskh->bqkgh", ds, k_BSKH).reshape(q_BQNH.shape)
-
-    n = -(-A // Q)
-    rows = (q_BANH, q_ids_BA, jnp.moveaxis(lse_BNA, 1, 2), inner_BAN, do_BANH)
-    zero = (jnp.zeros(k_BSKH.shape, acc), jnp.zeros(v_BSKH.shape, acc))
-    dkv, dq = jax.lax.scan(
-        some, zero, (jnp.arange(n, dtype=jnp.int32), *(_split(x, Q) for x in rows))
-    )
-    return join_tokens(dq, A), *dkv
-
-
-def _cudnn_forward(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
-    scale = 1 / math.sqrt(q_BANH.shape[-1])
-    out: Any = cudnn.dot_product_attention(
-        q_BANH, k_BSKH, v_BSKH, scale=scale, mask_type=mask, return_residual=True
-    )
-    o_BANH, lse_BNA = out
-    return o_BANH.astype(lse_BNA.dtype), lse_BNA
-
-
-def _cudnn_backward(
-    q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH
-):
-    """cuDNN's own backward, given the statistics of the whole row: the public function would take
-    the block's.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    none = jnp.zeros(0, q_BANH.dtype)
-    params: dict[str, Any] = {
-        "scale": 1 / math.sqrt(q_BANH.shape[-1]),
-        "seed": 42,
-        "dropout_rate": 0.0,
-        "variadic_args": (False, False),
-        "mask_type": cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK,
-        "layout": cudnn.AttentionLayout.BTNH.value,
-        "sliding_window_length": None,
-    }
-    # newer jax
-    if "score_mod" in inspect.signature(cudnn._dot_product_attention_bwd_rule).parameters:
-        params["score_mod"] = None
-    bind = cudnn._dot_product_attention_bwd_p_wrapper.bind
-    return bind(q_BANH, k_BSKH, v_BSKH, *(none,) * 7, lse_BNA, o_BANH, do_BANH, **params)
-
-
+# forward(q [B,A,N,H], k, v [B,A,K,H], ids or None, causal) -> o [B,A,N,H], log-sum-exp [B,N,A]
+# backward(..., o, lse, do) -> dq, dk, dv, where o and lse are those of the whole row of blocks
 _KERNELS = {
-    "xla": (_xla_forward, _xla_backward),
-    "cudnn": (_cudnn_forward, _cudnn_backward),
-    "splash": (splash.forward_block, splash.backward_block),
+    name: (kernel.forward_block, kernel.backward_block)
+    for name, kernel in {"xla": xla, "cudnn": cudnn, "splash": splash}.items()
 }

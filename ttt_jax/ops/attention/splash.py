@@ -8,7 +8,7 @@ of 128 tokens. So queries are scaled here, in float32, and sequences padded at t
 causality hides the padding from every real query.
 
 `splash_attention` is the whole of it, with gradients. `forward_block` and `backward_block` are what
-context_attention.py merges: some queries against some keys, and the gradient of that given the
+sharded.py merges: some queries against some keys, and the gradient of that given the
 statistics of the whole row.
 """
 
@@ -26,11 +26,12 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
+from ttt_jax import jax_internals
 from ttt_jax.ops import platform
 
 LANES = 128
 BLOCK = 512  # tokens on a side of a block of logits
-# the same for sequences above LONG: the table of blocks lies in a small scalar memory
+# For sequences above LONG, because the table of blocks lies in a small scalar memory.
 LONG_BLOCK, LONG = 1024, 65536
 LONGEST = 262144
 # the name under which `remat_save` keeps the kernel's output and log-sum-exp
@@ -120,34 +121,16 @@ def forward_block(
 def backward_block(
     q_BANH, k_BAKH, v_BAKH, q_ids_BA, k_ids_BA, causal: bool, o_BANH, lse_BNA, do_BANH
 ):
-    """dq, dk, dv of one block, where o and the log-sum-exp are those of the whole row of blocks.
-
-    jax's public function would take the block's own, so the backward rule below it is called.
-    """
+    """dq, dk, dv of one block, where o and the log-sum-exp are those of the whole row of blocks."""
     kernel = _block_kernel(q_BANH, causal)
 
     def one_row(q, k, v, q_ids, k_ids, o, lse, do):
         ids = None if q_ids is None else kernel_lib.SegmentIds(q_ids, k_ids)
-        residuals = (q, k, v, ids, None, o, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
-        options = {name: kernel.kwargs[name] for name in _BACKWARD_OPTIONS}
-        return kernel_lib._splash_attention_bwd(**options, res=residuals, do=do)[3:6]
+        return jax_internals.splash_attention_backward(kernel, q, k, v, ids, o, lse, do)
 
     q, k, v, o, do = map(_by_head, (_scaled(q_BANH), k_BAKH, v_BAKH, o_BANH, do_BANH))
     dq, dk, dv = map(_by_head, jax.vmap(one_row)(q, k, v, q_ids_BA, k_ids_BA, o, lse_BNA, do))
     return dq.astype(jnp.float32) / math.sqrt(q_BANH.shape[-1]), dk, dv
-
-
-_BACKWARD_OPTIONS = (
-    *(
-        "save_residuals",
-        "mask_value",
-        "is_mqa",
-        "block_sizes",
-        "residual_checkpoint_name",
-        "mask_function",
-    ),
-    *("attn_logits_soft_cap", "interpret"),
-)
 
 
 def _scaled(q_BTNH):

@@ -1,3 +1,9 @@
+"""Attention in plain JAX, block by block: on any platform, in memory linear in the length.
+
+B batch, T queries, S keys, N query heads, K KV heads, G = N / K, H head dim, Q queries in a block,
+W window, A queries of a block of a sequence that is split over devices.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -8,9 +14,7 @@ import jax.numpy as jnp
 
 from ttt_jax.ops.numerics import accumulator, join_tokens, precision_for, split_tokens
 
-_BLOCK_BYTES = 64 * 2**20  # logits that the XLA path holds at a time
-
-
+_BLOCK_BYTES = 64 * 2**20  # logits that are held at a time
 MASKED = -1e30
 
 
@@ -101,3 +105,100 @@ def windowed_after(q_BTNH, k_BSKH, v_BSKH, window, q_segment_BT, k_segment_BS):
     together = max(1, _BLOCK_BYTES // (4 * B * N * 2 * W * W))
     o_blocks = jax.lax.map(block, xs, batch_size=min(together, xs[0].shape[0]))
     return join_tokens(o_blocks, T)
+
+
+# ----------------------------------------------------------------------- blocks of a split sequence
+
+
+def _block_logits(q_BAKGH, k_BSKH, q_ids_BA, k_ids_BS, q_start, causal: bool, dot):
+    """Masked logits [B, K, G, A, S] of the queries q_start .. of a block."""
+    # Tied to the queries, or differentiating a rematerialised layer would keep the masks of all
+    # blocks for the backward pass: no gradient flows through their inputs, so they count as known
+    # (30 GiB for Qwen3-8B, 128k tokens on 8 shards).
+    q_BAKGH, q_ids_BA, k_ids_BS, q_start = jax.lax.optimization_barrier(
+        (q_BAKGH, q_ids_BA, k_ids_BS, jnp.asarray(q_start))
+    )
+    logits = dot("bakgh,bskh->bkgas", q_BAKGH, k_BSKH) / math.sqrt(q_BAKGH.shape[-1])
+    (B, A), S = q_BAKGH.shape[:2], k_BSKH.shape[1]
+    seen_BAS = jnp.ones((B, A, S), bool)
+    if causal:
+        t_A = q_start + jnp.arange(A, dtype=jnp.int32)
+        seen_BAS &= (t_A[:, None] >= jnp.arange(S, dtype=jnp.int32)[None])[None]
+    if q_ids_BA is not None:
+        seen_BAS &= q_ids_BA[:, :, None] == k_ids_BS[:, None, :]
+    return jnp.where(jnp.broadcast_to(seen_BAS[:, None, None], logits.shape), logits, MASKED)
+
+
+def _block_rows(q_BANH, k_BSKH) -> int:
+    """Queries at a time."""
+    B, A, N, _ = q_BANH.shape
+    rows = max(1, _BLOCK_BYTES // (4 * B * N * k_BSKH.shape[1]))
+    return A if rows >= A else -(-A // -(-A // rows))
+
+
+def _heads(x_BANH, K: int):
+    B, A, N, H = x_BANH.shape
+    return x_BANH.reshape(B, A, K, N // K, H)
+
+
+def _split(x_BAX, rows: int):
+    return None if x_BAX is None else split_tokens(x_BAX, rows)
+
+
+def forward_block(q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool):
+    """A queries on S keys: the same tokens (`causal`), or all of them earlier ones. No gradient.
+
+    Returns: o_BANH and the log-sum-exp [B, N, A], float32 (or float64).
+    """
+    (B, A, N, H), K = q_BANH.shape, k_BSKH.shape[2]
+    acc, Q = accumulator(q_BANH.dtype), _block_rows(q_BANH, k_BSKH)
+    dot = functools.partial(
+        jnp.einsum, preferred_element_type=acc, precision=precision_for(q_BANH.dtype)
+    )
+
+    def some(xs):
+        i, q_BQNH, ids_BQ = xs
+        logits = _block_logits(_heads(q_BQNH, K), k_BSKH, ids_BQ, k_ids_BS, i * Q, causal, dot)
+        lse_BKGQ = jax.nn.logsumexp(logits, axis=-1)
+        weights = jnp.exp(logits - lse_BKGQ[..., None]).astype(v_BSKH.dtype)
+        o_BQNH = dot("bkgqs,bskh->bqkgh", weights, v_BSKH).reshape(B, Q, N, H)
+        return o_BQNH, jnp.moveaxis(lse_BKGQ.reshape(B, N, Q), 1, 2)
+
+    n = -(-A // Q)
+    o, lse = jax.lax.map(
+        some, (jnp.arange(n, dtype=jnp.int32), _split(q_BANH, Q), _split(q_ids_BA, Q))
+    )
+    return join_tokens(o, A), jnp.moveaxis(join_tokens(lse, A), 2, 1)
+
+
+def backward_block(
+    q_BANH, k_BSKH, v_BSKH, q_ids_BA, k_ids_BS, causal: bool, o_BANH, lse_BNA, do_BANH
+):
+    """dq, dk, dv of one block, where o and the log-sum-exp are those of the whole row of blocks."""
+    (_, A, N, H), K = q_BANH.shape, k_BSKH.shape[2]
+    acc, dtype, Q = accumulator(q_BANH.dtype), q_BANH.dtype, _block_rows(q_BANH, k_BSKH)
+    dot = functools.partial(jnp.einsum, preferred_element_type=acc, precision=precision_for(dtype))
+    inner_BAN = jnp.sum(o_BANH.astype(acc) * do_BANH.astype(acc), axis=-1)
+
+    def some(carry, xs):
+        i, q_BQNH, ids_BQ, lse_BQN, inner_BQN, do_BQNH = xs
+        by_head = lambda x_BQN: jnp.moveaxis(x_BQN.reshape(*x_BQN.shape[:2], K, N // K), 1, 3)[
+            ..., None
+        ]
+        q_BQKGH, do_BQKGH = _heads(q_BQNH, K), _heads(do_BQNH, K)
+        logits = _block_logits(q_BQKGH, k_BSKH, ids_BQ, k_ids_BS, i * Q, causal, dot)
+        p = jnp.exp(logits - by_head(lse_BQN))
+        dp = dot("bqkgh,bskh->bkgqs", do_BQKGH, v_BSKH)
+        ds = (p * (dp - by_head(inner_BQN)) / math.sqrt(H)).astype(dtype)
+        dk, dv = carry
+        dk = dk + dot("bkgqs,bqkgh->bskh", ds, q_BQKGH)
+        dv = dv + dot("bkgqs,bqkgh->bskh", p.astype(dtype), do_BQKGH)
+        return (dk, dv), dot("bkgqs,bskh->bqkgh", ds, k_BSKH).reshape(q_BQNH.shape)
+
+    n = -(-A // Q)
+    rows = (q_BANH, q_ids_BA, jnp.moveaxis(lse_BNA, 1, 2), inner_BAN, do_BANH)
+    zero = (jnp.zeros(k_BSKH.shape, acc), jnp.zeros(v_BSKH.shape, acc))
+    dkv, dq = jax.lax.scan(
+        some, zero, (jnp.arange(n, dtype=jnp.int32), *(_split(x, Q) for x in rows))
+    )
+    return join_tokens(dq, A), *dkv

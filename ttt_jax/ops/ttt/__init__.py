@@ -1,1 +1,1 @@
-"""ops.ttt."""
+"""The In-Place TTT op: one interface, its implementations, and writes of a chunk."""

@@ -42,9 +42,9 @@ class _Implementation(NamedTuple):
     why_not: Callable[[_Call], str | None]
     run: Callable[..., Any]
     kernel: bool = True  # a custom call, which the compiler cannot partition over a mesh
-    # where None may take it: measured, or estimated, to be fastest
+    # Where None may take it: measured, or estimated, to be fastest.
     pays: Callable[[_Call], bool] = lambda call: True
-    # chunks of a block (ops/blocks.py), where that was measured to be faster
+    # Chunks of a block (chunk_blocks.py), where that was measured to be faster.
     block: Callable[[_Call], int] = lambda call: 1
 
 
@@ -109,7 +109,7 @@ _FAST = {
     "pallas_gpu": _Implementation(
         _why_not_pallas_gpu, _run_pallas_gpu, pays=_pallas_gpu_pays, block=_pallas_gpu_block
     ),
-    # pallas_gpu was faster where it runs
+    # pallas_gpu was faster wherever it runs.
     "triton": _Implementation(_why_not_triton, _run_triton, pays=lambda call: False),
     "xla": _Implementation(lambda call: None, in_place_ttt_xla, kernel=False),
 }
@@ -131,10 +131,13 @@ def in_place_ttt(
     """Apply a fast weight and update it chunk by chunk (In-Place TTT,
     https://arxiv.org/abs/2604.06169, section 3).
 
-    For chunk i of `chunk_size` tokens:  o_i = z_i (W + S_i)^T,  then  S_{i+1} = S_i + lr * v_i^T z_i.  A trailing
-    partial chunk is applied with the current S and updates nothing. Each sequence of the batch has
-    its own S. Nothing of chunk i reaches the outputs of chunk i, so v may look ahead inside its
-    chunk and the op stays causal.
+    For chunk i of `chunk_size` tokens:
+
+        o_i = z_i (W + S_i)^T    then    S_{i+1} = S_i + lr * v_i^T z_i
+
+    A trailing partial chunk is applied with the current S and updates nothing. Each sequence of the
+    batch has its own S. Nothing of chunk i reaches the outputs of chunk i, so v may look ahead
+    inside its chunk and the op stays causal.
 
     Args:
       z_BTF: MLP activations; float32, bfloat16 or float64. Its dtype is the compute and output
@@ -175,35 +178,18 @@ def in_place_ttt(
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
         state = jnp.zeros((B, D, F), acc)
     state, lr = None if state is None else state.astype(acc), jnp.asarray(lr, acc)
+    options = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}
     if implementation == "reference":
         return in_place_ttt_reference(
-            z_BTF,
-            v_BTD,
-            w_DF,
-            lr=lr,
-            chunk_size=chunk_size,
-            state_BDF=state,
-            segment_ids_BT=segment_ids,
-            clip_norm=clip_norm,
+            z_BTF, v_BTD, w_DF, **options, segment_ids_BT=segment_ids, clip_norm=clip_norm
         )
     v_BTD, keep_BM = fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
     if keep_BM is None:
-        return in_blocks(
-            fast.run,
-            fast.block(call),
-            z_BTF,
-            v_BTD,
-            w_DF,
-            lr=lr,
-            chunk_size=chunk_size,
-            state_BDF=state,
-        )
-    return fast.run(
-        z_BTF, v_BTD, w_DF, lr=lr, chunk_size=chunk_size, state_BDF=state, keep_BM=keep_BM
-    )
+        return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options)
+    return fast.run(z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
 
 
 def _choose(implementation: str | None, call: _Call) -> str:

@@ -28,7 +28,7 @@ from kernels_pallas.varying import varying_alike
 from ttt_jax.ops.numerics import dot
 from ttt_jax.ops.ttt.xla import scaled
 
-# that are computed inside their blocks at one time, so that temporaries do not grow with T
+# Computed inside their blocks at one time, so that temporaries do not grow with T.
 TOKENS = 16384
 
 

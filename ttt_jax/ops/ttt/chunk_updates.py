@@ -1,3 +1,8 @@
+"""The update of a chunk: its size, its direction, and documents and clipping as factors on it.
+
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -31,7 +36,7 @@ def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Arr
     For telemetry: no gradient is meant to be taken.
 
     Args:
-      sum_F: adds up what the devices that split F have (ops/context_parallel.py).
+      sum_F: adds up what the devices that split F have (sharded.py).
     """
     acc, precision = accumulator(z_BTF.dtype), precision_for(z_BTF.dtype)
     ids_BT = None if segment_ids_BT is None else segment_ids_BT[:1]
@@ -75,7 +80,7 @@ def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
     """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's
     update in memory.
 
-    `sum_F` adds up the squares of the devices that split F (ops/context_parallel.py).
+    `sum_F` adds up the squares of the devices that split F (sharded.py).
     """
     T = z_BTF.shape[1]
 

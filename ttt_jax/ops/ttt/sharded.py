@@ -6,9 +6,9 @@ shards, X = ceil(D / P) rows of a slice, S accumulated update of the fast weight
 gradient (D F). arXiv 2604.06169, section 3. The functions here run inside `jax.shard_map`, once per
 shard.
 
-    1  delta_p = sum over the shard's chunks of lr v_i^T z_i        one matmul over the shard's tokens
-    2  S_p     = what the earlier shards wrote                      exclusive prefix over the axis
-    3  o       = the op on the shard's tokens, starting from S_p    any implementation
+    1  delta_p = sum over the shard's chunks of lr v_i^T z_i       one matmul over its tokens
+    2  S_p     = what the earlier shards wrote                     exclusive prefix over the axis
+    3  o       = the op on the shard's tokens, starting from S_p   any implementation
 
 Documents that start inside a shard return S to zero, so a shard is an affine map S -> keep_p S +
 delta_p, and the prefix runs over pairs (keep_p, delta_p), one per row of the batch.

@@ -4,9 +4,13 @@ backward.
 B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S accumulated update of
 the fast weight (D F), G its gradient (D F).
 
-    forward    o_i = z_i W^T + z_i S_i^T           S_{i+1} = keep_{i+1} (S_i + lr v_i^T z_i)
-    backward   dz_i = do_i (W + S_i) + lr v_i G_i  dv_i = lr z_i G_i^T      G_{i-1} = keep_i (G_i + do_i^T z_i)
-               dW = sum_i do_i^T z_i, which G has accumulated already: it is collected where G is reset and at the end
+    forward    o_i = z_i W^T + z_i S_i^T
+               S_{i+1} = keep_{i+1} (S_i + lr v_i^T z_i)
+    backward   dz_i = do_i (W + S_i) + lr v_i G_i
+               dv_i = lr z_i G_i^T
+               G_{i-1} = keep_i (G_i + do_i^T z_i)
+               dW = sum_i do_i^T z_i, which G has accumulated already: it is collected where G is
+               reset and at the end
 
 W and S are applied by two matmuls, not as one bf16 matrix W + S: rounding the sum to bf16 would
 swallow an update that is small beside W (docs/numerics.md). Only z, v, W and the initial state are
@@ -134,11 +138,21 @@ def _forward_rule(C, *args):
 
 def _backward(C, residuals, cotangents):
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
-    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    acc, dtype = lr.dtype, z_BTF.dtype
-    M, tail = divmod(T, C)
     do_BTD, G_BDF = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
-    do_BTD = jnp.zeros((B, T, D), dtype) if do_BTD is None else do_BTD
+    do_BTD = jnp.zeros(v_BTD.shape, z_BTF.dtype) if do_BTD is None else do_BTD
+    dz_BTF = _backward_of_reads(C, residuals, do_BTD)
+    dz_BTF, dv_BTD, dlr, dw_DF, G_BDF = _backward_of_writes(C, residuals, do_BTD, G_BDF, dz_BTF)
+    dw_DF = dw_DF + G_BDF.sum(axis=0)
+    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
+    dstate_BDF = None if state_BDF is None else G_BDF
+    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), dstate_BDF, dkeep_BM
+
+
+def _backward_of_reads(C, residuals, do_BTD):
+    """do_i (W + S_i) for every chunk, [B, T, F]: the states are run forward again."""
+    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
+    acc, dtype = lr.dtype, z_BTF.dtype
+    M, tail = divmod(z_BTF.shape[1], C)
 
     def read_grad(dz_BTF, S_BDF, i, size):
         # Gradients tolerate the rounding of W + S, so one matmul serves both.
@@ -165,7 +179,21 @@ def _backward(C, residuals, cotangents):
     if state_BDF is None and last > 0:
         carry, start = replay(carry, 0), 1
     dz_BTF, S_BDF = _scan(replay, carry, start, last)
-    dz_BTF = read_grad(dz_BTF, enter(S_BDF, last), last, size)
+    return read_grad(dz_BTF, enter(S_BDF, last), last, size)
+
+
+def _backward_of_writes(C, residuals, do_BTD, G_BDF, dz_BTF):
+    """Run G from the last chunk to the first.
+
+    Args:
+      G_BDF: gradient of the final state; None is zero.
+      dz_BTF: what the reads have given; the writes' share is added.
+
+    Returns: dz_BTF, dv_BTD, dlr, dw_DF without what G_BDF still holds, G_BDF.
+    """
+    z_BTF, v_BTD, w_DF, lr, _, keep_BM = residuals
+    acc, dtype = lr.dtype, z_BTF.dtype
+    M, tail = divmod(z_BTF.shape[1], C)
 
     def leave(dw_DF, G_BDF, i):
         """Where a document starts G returns to zero; what it held is the share of dW of the tokens
@@ -183,7 +211,7 @@ def _backward(C, residuals, cotangents):
             return leave(dw_DF, _add(G_BDF, dot("bcd,bcf->bdf", do_BCD, z_BCF, acc)), i)
 
     # What G starts with is not the slow weight's.
-    dw_DF = jnp.zeros((D, F), acc) if G_BDF is None else -G_BDF.sum(axis=0)
+    dw_DF = jnp.zeros(w_DF.shape, acc) if G_BDF is None else -G_BDF.sum(axis=0)
     if tail:
         dw_DF, G_BDF = collect(dw_DF, G_BDF, M, tail)
 
@@ -207,11 +235,7 @@ def _backward(C, residuals, cotangents):
         stop = M - 1
         dw_DF, G_BDF = collect(dw_DF, None, stop)
     carry = (dz_BTF, jnp.zeros_like(v_BTD), jnp.zeros((), acc), dw_DF, G_BDF)
-    dz_BTF, dv_BTD, dlr, dw_DF, G_BDF = _scan(reverse, carry, 0, stop, reverse=True)
-    dw_DF = dw_DF + G_BDF.sum(axis=0)
-    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    dstate_BDF = None if state_BDF is None else G_BDF
-    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), dstate_BDF, dkeep_BM
+    return _scan(reverse, carry, 0, stop, reverse=True)
 
 
 _in_place_ttt.defvjp(_forward_rule, _backward, symbolic_zeros=True)

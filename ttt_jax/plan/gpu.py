@@ -9,12 +9,15 @@ Parameters, optimizer state and gradients are exact (shapes and shardings of the
 rest is a sum of the arrays that the step is known to hold; what XLA adds (fragmentation, copies,
 collectives' buffers) is not in it. Formulas:
 
-    gradients            float32, split as the parameters; twice with accumulation (the sum and the micro-batch's)
+    gradients            float32, split as the parameters; with accumulation twice: the sum's and
+                         the micro-batch's
     kept activations     b t a (L D + the arrays that remat_save names in every layer)
-    one layer, backward  b t a (8 D + 6 F/P + 2 (N + 2 K) H/P)      recomputed, with its gradients
-    gathered weights     one layer's weights in the compute dtype, twice (the next one is on its way), and their gradients
+    one layer, backward  b t a (8 D + 6 F/P + 2 (N + 2 K) H/P), recomputed, with its gradients
+    gathered weights     one layer's in the compute dtype, twice (the next one is on its way), and
+                         their gradients
     gathered K/V         b T 2 K H/P (a + 4), when the sequence is split and attention is full
-    fast weights         4 float32 arrays b D F/P: S, G, and what the prefix over the context exchanges
+    fast weights         4 float32 arrays b D F/P: S, G, and what the prefix over the context
+                         exchanges
     loss                 V D (a + 4) output weight and its gradient, and 1.5 GiB of logits at most
 """
 
@@ -23,13 +26,12 @@ from __future__ import annotations
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.plan.make import (
+from ttt_jax.plan.common import (
     Plan,
     Topology,
     abstract_batch,
     advice,
-    prefill_notes,
-    row_notes,
+    notes,
     shard_bytes,
     workload,
 )
@@ -62,6 +64,7 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
         item = _itemsize(config)
         by_kind = {"parameters": parameters / 4 * item} | _prefill(config, sizes, rows, tokens)
     total = sum(by_kind.values())
+    flops_per_token = model_flops_per_token(config.model, tokens, training=prefill is None)
     fits = total <= topology.memory
     return Plan(
         program="train step" if prefill is None else f"prefill of {tokens} tokens",
@@ -75,12 +78,8 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
         total=total,
         fits=fits,
         advice=() if fits else advice(config, sizes, by_kind, topology.memory, prefill),
-        notes=tuple(
-            row_notes(config, sizes) if prefill is None else prefill_notes(config, prefill)
-        ),
-        model_flops=rows
-        * tokens
-        * model_flops_per_token(config.model, tokens, training=prefill is None),
+        notes=tuple(notes(config, sizes, prefill)),
+        model_flops=rows * tokens * flops_per_token,
     )
 
 

@@ -1,0 +1,172 @@
+"""A batch of token streams: what has been read of them, what has not, and how more is read.
+
+B batch, V vocabulary, L TTT layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.errors import UserError
+from ttt_jax.inference.prefill import (
+    Frozen,
+    Piece,
+    check_ids,
+    needs_capacity,
+    piece_size,
+    pieces,
+    read_piece,
+    warn_past_positions,
+    with_capacity,
+)
+from ttt_jax.inference.watch import Watch, warn_of_zero_targets
+from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.process.interrupts import HeldBack
+
+_ROUND_CAPACITY = 256  # KV slots: fewer shapes to compile for
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds and tokens (summed over rows) of a session's reading and writing; compilation is
+    included in the seconds.
+    """
+
+    read_tokens: int = 0
+    read_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+class Streams:
+    """Token streams that one model reads side by side. `Session` (generation.py) is what users see.
+
+    Args:
+      model, batch_size, ttt, piece: as `Session`.
+    """
+
+    def __init__(
+        self, model: Transformer, batch_size: int = 1, *, ttt: bool = True, piece: int | None = None
+    ) -> None:
+        self.model, self.ttt = model, ttt
+        self.frozen = Frozen(model)
+        self.size = piece_size(model, piece)
+        self.state: State | None = None
+        self.unread = [np.zeros((0,), np.int32) for _ in range(batch_size)]
+        # the host's copy, so that nothing waits for the device
+        self.position_B = np.zeros(batch_size, np.int64)
+        self.timings = Timings()
+        self.watch = Watch(model)
+        if ttt:
+            warn_of_zero_targets(model)
+        # called with the tokens per row that one `read` has fed so far
+        self.on_read: Callable[[int], None] | None = None
+        self._capacity = 0  # KV slots of a state that does not exist yet
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.unread)
+
+    def extend(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
+        """Append to each stream without reading yet; `generate` reads what is unread. Raises as
+        `read` does.
+        """
+        if len(rows) != self.batch_size:
+            raise UserError(
+                f"prompts: {len(rows)} for a session of {self.batch_size} streams; give one for "
+                "each"
+            )
+        new = check_ids([self._encode(row) for row in rows], self.model.config.vocab_size, "prompt")
+        self.unread = [np.concatenate(pair) for pair in zip(self.unread, new, strict=True)]
+
+    def _encode(self, row: str | Sequence[int] | np.ndarray) -> Any:
+        if not isinstance(row, str):
+            return row
+        if self.model.tokenizer is None:
+            raise UserError(
+                "prompt: text needs a tokenizer; put tokenizer.json into the model's folder or "
+                "pass token ids"
+            )
+        ids = self.model.tokenizer.encode(row)
+        if not ids:
+            raise UserError("prompt: the text is empty; give at least one token")
+        return ids
+
+    def _feed(self, keep: int, signals: HeldBack, room: int = 0) -> jax.Array:
+        """Feed each row what is unread but its last `keep` tokens, until a signal is there; what is
+        fed is not unread any more.
+
+        Args:
+          room: tokens that will follow.
+
+        Returns: logits [B, V] after each row's last token.
+        """
+        cfg, B = self.model.config, self.batch_size
+        start = time.perf_counter()
+        rows = [ids[: len(ids) - keep] for ids in self.unread]
+        logits_BV = jnp.zeros((B, cfg.vocab_size), jnp.float32)
+        longest = (
+            max(int(p) + len(row) for p, row in zip(self.position_B, rows, strict=True)) + room
+        )
+        warn_past_positions(self.model, longest - min(room, 1))  # the last new token stays unread
+        if needs_capacity(self.model):
+            self._make_room(longest)
+        read_B = np.zeros(B, np.int64)
+        try:
+            for part in pieces(rows, self.position_B, self.size, cfg.ttt.chunk_size):
+                if signals.requested:
+                    break
+                logits_BV, ratio_LB = self._feed_piece(part, logits_BV)
+                read_B = read_B + part.lengths_B
+                self.watch.note(ratio_LB)
+                if self.on_read is not None:
+                    jax.block_until_ready(logits_BV)
+                    self.on_read(int(read_B.max()))
+        finally:
+            self.position_B = self.position_B + read_B
+            self.unread = [ids[n:] for ids, n in zip(self.unread, read_B, strict=True)]
+        jax.block_until_ready(logits_BV)
+        self.watch.settle()
+        self.timings.read_tokens += int(read_B.sum())
+        self.timings.read_seconds += time.perf_counter() - start
+        return logits_BV
+
+    def _feed_piece(self, part: Piece, logits_BV) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the logits [B, V] after each row's last token so far, and ||S||/||W|| [L, B]."""
+        width, capacity = part.ids_BP.shape[1], None
+        # The padded width may be larger than the tokens that there was made room for.
+        if self.state is not None:
+            self.state = with_capacity(self.model, self.state, width)
+        if needs_capacity(self.model):
+            capacity = max(self._capacity, width)
+        self.state, logits_BV, ratio_LB = read_piece(
+            self.frozen,
+            self.state,
+            logits_BV,
+            part.ids_BP,
+            part.lengths_B,
+            capacity=capacity,
+            at_chunk_start=part.at_chunk_start,
+            ttt=self.ttt,
+        )
+        return logits_BV, ratio_LB
+
+    def _make_room(self, tokens: int) -> None:
+        """Let the caches hold `tokens` positions; they at least double, so that a long session
+        grows them seldom.
+        """
+        rounded = -(-tokens // _ROUND_CAPACITY) * _ROUND_CAPACITY
+        if self.state is None:
+            self._capacity = rounded
+        elif self.state.capacity is not None and self.state.capacity < rounded:
+            self.state = with_capacity(
+                self.model, self.state, max(rounded, 2 * self.state.capacity)
+            )

@@ -1,0 +1,197 @@
+"""What every plan is made of: topologies, the plan itself, the work, and advice.
+
+The numbers come from tpu.py (compiled) or gpu.py (estimated).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from ttt_jax.config import Config
+from ttt_jax.errors import ConfigError, UserError
+
+GB = 1e9
+# Memory of one jax device in GB, vendors' figures. A TPU compiler keeps a part of it: it names the
+# usable size when it refuses.
+TPU_MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+GPU_MEMORY = {"h100": 80, "h200": 141}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A kind of chip and how many; `grid` is empty for GPUs."""
+
+    text: str
+    kind: str
+    devices: int
+    grid: tuple[int, ...] = ()
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one device."""
+        return (TPU_MEMORY | GPU_MEMORY)[self.kind] * GB
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One program on one topology. Byte counts are of one device; FLOPs of all devices, except
+    those of the program.
+    """
+
+    program: str  # "train step" or "prefill of N tokens"
+    topology: str
+    compiled: bool  # False: an estimate
+    mesh: dict[str, int]
+    rows: int
+    tokens: int  # of a row
+    memory: float
+    bytes_by_kind: dict[str, float]
+    total: float
+    fits: bool
+    advice: tuple[str, ...]
+    notes: tuple[str, ...]
+    model_flops: float
+    program_flops: float | None = None  # of one device's program, a loop's body counted once
+    collectives: dict[str, tuple[int, int]] | None = None
+    loops_of_unknown_length: int = 0
+    compile_seconds: float | None = None
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5p:4x4x4`, `v6e:16x16`, `h100:8`. Raises `UserError`."""
+    kind, _, size = text.lower().partition(":")
+    known = ", ".join(
+        [
+            *(f"{k}:{'x'.join('2' * _dimensions(k))}" for k in TPU_MEMORY),
+            *(f"{k}:8" for k in GPU_MEMORY),
+        ]
+    )
+    if kind not in TPU_MEMORY | GPU_MEMORY or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise UserError(f"--topology {text}: unknown; write one such as {known}")
+    grid = tuple(int(n) for n in size.split("x"))
+    if kind in GPU_MEMORY:
+        if len(grid) != 1:
+            raise UserError(f"--topology {text}: give the number of GPUs, such as {kind}:8")
+        return Topology(text, kind, grid[0])
+    if len(grid) != (d := _dimensions(kind)):
+        raise UserError(
+            f"--topology {text}: {kind} is a grid of {d} sizes, such as {kind}:{'x'.join('4' * d)}"
+        )
+    return Topology(text, kind, math.prod(grid), grid)
+
+
+def _dimensions(kind: str) -> int:
+    return 3 if kind in ("v4", "v5p") else 2
+
+
+def workload(config: Config, sizes: dict[str, int], prefill: int | None) -> tuple[int, int]:
+    """(rows, tokens of a row). A prefill reads one row on each group of devices that shares one.
+
+    Raises: ConfigError when the tokens do not split over the context axis in whole chunks.
+    """
+    if prefill is None:
+        return config.data.batch_size, config.data.seq_len
+    shards = sizes["context"] * (config.model.ttt.chunk_size if config.model.ttt.layers else 1)
+    if sizes["context"] > 1 and prefill % shards:
+        raise ConfigError(
+            f"--prefill {prefill}: must be a multiple of mesh.context * model.ttt.chunk_size = "
+            f"{shards}"
+        )
+    return sizes["data"] * sizes["fsdp"], prefill
+
+
+def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
+    """Shapes and shardings of a batch of the loader."""
+    import jax
+    import jax.numpy as jnp
+
+    from ttt_jax.parallel.mesh import batch_sharding
+
+    shape = config.data.batch_size, config.data.seq_len
+    sharding = batch_sharding(mesh, shape)
+    names = ("ids", "targets", "segment_ids", "positions", "weights")
+    dtypes = {"weights": jnp.float32}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=sharding)
+        for name in names
+    }
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's share of abstract arrays with shardings."""
+    import jax
+
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def notes(config: Config, sizes: dict[str, int], prefill: int | None) -> list[str]:
+    """Remarks on what is legal, and perhaps not meant."""
+    if prefill is None:
+        micro = config.data.batch_size // config.optimizer.accumulate
+        ways = sizes["data"] * sizes["fsdp"]
+        if micro % ways == 0:
+            return []
+        return [
+            f"{micro} rows at a time (data.batch_size / optimizer.accumulate) do not split over "
+            f"data x fsdp = {ways} devices: rows are computed more than once; change "
+            "data.batch_size or move devices from mesh.fsdp to mesh.context"
+        ]
+    if prefill <= (known := config.model.known_positions):
+        return []
+    return [
+        f"--prefill {prefill}: the config knows {known} positions (model.max_positions, "
+        "model.rope); RoPE extrapolates"
+    ]
+
+
+def advice(
+    config: Config,
+    sizes: dict[str, int],
+    by_kind: dict[str, float],
+    memory: float,
+    prefill: int | None,
+) -> tuple[str, ...]:
+    """What to change so that it fits, the most effective first."""
+    stored = by_kind["parameters"] + by_kind.get("optimizer state", 0.0)
+    lines = []
+    if stored > memory / 2:
+        lines.append(
+            "more devices: parameters and optimizer are split over mesh.fsdp x mesh.context (and "
+            "mesh.tensor); or freeze some "
+            "with optimizer.groups, which drops their moments"
+        )
+    if prefill is not None:
+        return (
+            *lines,
+            f"a larger mesh.context than {sizes['context']} (tokens of a device), or read in "
+            "pieces",
+        )
+    ways = sizes["data"] * sizes["fsdp"]
+    local = config.data.batch_size // config.optimizer.accumulate / ways
+    if local > 1:
+        lines.append(
+            f"optimizer.accumulate above {config.optimizer.accumulate}: {local:g} rows a device "
+            "at a time now, not 1"
+        )
+    if config.remat_save is None or config.remat_save:
+        kept = "all activations" if config.remat_save is None else ", ".join(config.remat_save)
+        lines.append(
+            f"remat_save: [] (now kept for the backward pass: {kept}), which costs another "
+            "forward pass"
+        )
+    shards, chunk = sizes["context"], config.model.ttt.chunk_size if config.model.ttt.layers else 1
+    most = config.data.seq_len // chunk
+    if shards < most:
+        lines.append(
+            f"mesh.context above {shards} (at most {most}: shards hold whole chunks of {chunk}): "
+            "fewer tokens a device"
+        )
+    elif chunk > 512 and config.model.ttt.layers:
+        lines.append(f"a smaller model.ttt.chunk_size than {chunk}, to allow a larger mesh.context")
+    lines.append("mesh.tensor above 1: heads and F are split, for little batch and long rows")
+    return tuple(lines)
