@@ -143,7 +143,7 @@ def test_subprocesses_are_listed_with_fixed_commands():
     ]
     assert [user for user in users if not user.startswith(("benchmarks/", "examples/"))] == [
         "ttt_jax/eval/chat_template.py",
-        "ttt_jax/run/report.py",
+        "ttt_jax/run/provenance.py",
     ]
 
 
