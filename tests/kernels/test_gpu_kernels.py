@@ -329,11 +329,11 @@ def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(
 ):
     """The table of docs/performance.md."""
     module = importlib.import_module("ttt_jax.ops.ttt.api")
-    monkeypatch.setattr(module.target, "platform", lambda: "gpu")
-    monkeypatch.setattr(module.target, "on_one_device", lambda: True)
+    monkeypatch.setattr(module.platform, "compiled_for", lambda: "gpu")
+    monkeypatch.setattr(module.platform, "on_one_device", lambda: True)
     name = module._choose(None, call := module._Call("gpu", BF16, *shape, documents))
     assert (name, module._FAST[name].block(call)) == expected
-    monkeypatch.setattr(module.target, "one_of_several", lambda: True)
+    monkeypatch.setattr(module.platform, "one_of_several", lambda: True)
     assert module._choose(None, call) == "xla"
 
 
