@@ -7,8 +7,6 @@ its bound.
         --batch 1,8 --json runs/op.jsonl
     # shape:C:B:T instead of all combinations
     python benchmarks/op.py --cases 4b:1024:1:32768,1.7b:1024:4:8192
-    # draws what was measured; needs no GPU
-    python benchmarks/op.py --chart docs/op.png --from runs/op.jsonl
 
 All programs of all cases are compiled first, side by side: that takes most of the time, and would
 disturb a timing. The program that is timed is checked first, on the inputs that it is timed with:
@@ -80,15 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="append one line per measurement")
-    parser.add_argument("--chart", type=Path, help="draw a chart of --from and stop")
-    parser.add_argument("--from", dest="source", type=Path)
-    args = parser.parse_args(argv)
-    if args.chart:
-        if args.source is None:
-            parser.error("--chart needs --from FILE.jsonl")
-        draw([json.loads(line) for line in args.source.read_text().splitlines()], args.chart)
-        return 0
-    return measure(args)
+    return measure(parser.parse_args(argv))
 
 
 def measure(args) -> int:
@@ -409,41 +399,6 @@ def report(row: dict, path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Ratio to the bound, forward and forward + backward, a group of bars per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if row["implementation"] != "down"]
-    case = lambda row: f"{row['shape']} C={row['C']}\nB={row['B']} T={row['T'] // 1024}k"
-    cases, names = (
-        list(dict.fromkeys(map(case, rows))),
-        sorted({row["implementation"] for row in rows}, reverse=True),
-    )
-    figure, axes = plt.subplots(2, 1, figsize=(max(7, 1.1 * len(cases)), 7), sharex=True)
-    for axis, key, title in zip(
-        axes, ("forward_ratio", "both_ratio"), ("forward", "forward + backward"), strict=True
-    ):
-        for n, this in enumerate(cases):
-            here = {
-                row["implementation"]: row[key] for row in rows if case(row) == this and key in row
-            }
-            for k, name in enumerate(sorted(here, reverse=True)):
-                x = n + (k - (len(here) - 1) / 2) * 0.8 / max(len(here), 2)
-                axis.bar(
-                    x, here[name], width=0.8 / max(len(here), 2), color=f"C{names.index(name)}"
-                )
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{title}: time over the bound ({rows[0]['device']})")
-        axis.set_xticks(range(len(cases)), cases, fontsize=7)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{k}") for k in range(len(names))]
-    figure.legend(handles, names, loc="upper center", ncols=len(names))
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
