@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 from ttt_jax import __version__
+from ttt_jax.command.chat import chat
 from ttt_jax.command.convert import convert
 from ttt_jax.command.evaluate import evaluate
 from ttt_jax.command.generate import generate
@@ -26,11 +27,11 @@ from ttt_jax.command.score import score
         "max_content_width": 110,
         "show_default": True,
     },
-    commands=[convert, score, generate, evaluate, plan, report],
+    commands=[convert, score, generate, chat, evaluate, plan, report],
 )
 @click.version_option(__version__, prog_name="ttt-jax")
 def cli() -> None:
-    """In-Place Test-Time Training: convert checkpoints, score, generate, evaluate, plan, report."""
+    """In-Place Test-Time Training: convert, score, generate, chat, evaluate, plan, report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

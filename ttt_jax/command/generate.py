@@ -9,9 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ttt_jax.command.io import encode, print_completions, read_ids, read_text, saved_early
-from ttt_jax.command.options import DTYPE, EXISTING, IDS, MODEL, NO_TTT, PIECE, Command, examples
-from ttt_jax.errors import NotFiniteError, UserError
+from ttt_jax.command.io import (
+    encode,
+    open_session,
+    print_completions,
+    read_ids,
+    read_text,
+    saved_early,
+)
+from ttt_jax.command.options import (
+    DTYPE,
+    EXISTING,
+    IDS,
+    MODEL,
+    NO_TTT,
+    PIECE,
+    Command,
+    examples,
+    sampling_options,
+)
+from ttt_jax.errors import NotFiniteError
 from ttt_jax.process.interrupts import HeldBack
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import for_stream
@@ -43,10 +60,7 @@ if TYPE_CHECKING:
 )
 @IDS
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
-@click.option("--temperature", type=float, default=0.0, help="0 is greedy.")
-@click.option("--top-k", type=int, help="Keep the k most likely tokens.")
-@click.option("--top-p", type=float, help="Keep the smallest set of tokens with this probability.")
-@click.option("--min-p", type=float, help="Keep tokens at least this much as likely as the best.")
+@sampling_options
 @click.option("--stop", multiple=True, help="Text that ends a completion.")
 @click.option("--ignore-eos", is_flag=True, help="Write on after an end token.")
 @click.option("--seed", type=int, default=0, help="Row i of a batch draws with seed + i.")
@@ -139,16 +153,7 @@ def _open_stream(
     Args:
       branches: a session of one row may answer several rows, since it is not saved again.
     """
-    from ttt_jax.inference.generation import Session
-
-    if session is None or not session.exists():
-        return Session(model, len(rows), ttt=ttt, piece=piece)
-    stream = Session.load(session, model, piece=piece)
-    if stream.ttt != ttt:
-        wrong, fix = ("on", "pass --no-ttt") if ttt else ("off", "drop --no-ttt")
-        raise UserError(
-            f"--session {session}: was not read with TTT {wrong}; {fix}, or use another file"
-        )
+    stream = open_session(model, len(rows), session, ttt, piece)
     if len(rows) > 1 and stream.batch_size == 1 and branches:
         return stream.branch(len(rows))
     return stream

@@ -59,6 +59,41 @@ def read_ids(path: Path, option: str):
     return list(np.atleast_2d(np.asarray(array)))
 
 
+def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int | None):
+    """Go on with a saved session, or begin a new one. Raises UserError when it was read otherwise.
+
+    Args:
+      streams: of a new session.
+    """
+    from ttt_jax.inference.generation import Session
+
+    if path is None or not path.exists():
+        return Session(model, streams, ttt=ttt, piece=piece)
+    session = Session.load(path, model, piece=piece)
+    if session.ttt != ttt:
+        wrong, fix = ("on", "pass --no-ttt") if ttt else ("off", "drop --no-ttt")
+        raise UserError(
+            f"--session {path}: was not read with TTT {wrong}; {fix}, or use another file"
+        )
+    return session
+
+
+def template_of(folder: Path):
+    """The chat template of a model's folder (ChatTemplate), or None when it has none. Raises
+    UserError for one that is malformed.
+    """
+    from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
+    from ttt_jax.files.reading import companion_fields, find_companion
+
+    if not folder.is_dir():  # load_model says so
+        return None
+    settings = companion_fields(folder, "tokenizer_config.json")
+    named = settings.get("chat_template")
+    if named is None and find_companion(folder, "chat_template.jinja") is None:
+        return None
+    return ChatTemplate(find_template(folder, settings), special_tokens(settings))
+
+
 def saved_early(stream, session: Path) -> str:
     """Say in one line what a session holds that was saved before its command ended."""
     read, waiting = int(stream.position_B.max()), max(len(ids) for ids in stream.unread)

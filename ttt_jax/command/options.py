@@ -42,3 +42,25 @@ PIECE = click.option(
 IDS = click.option(
     "--ids", type=EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy."
 )
+
+
+def sampling_options(command):
+    """Add --temperature, --top-k, --top-p and --min-p, the fields of `Sampling` in order."""
+    for option in reversed(
+        (
+            click.option("--temperature", type=float, default=0.0, help="0 is greedy."),
+            click.option("--top-k", type=int, help="Keep the k most likely tokens."),
+            click.option(
+                "--top-p",
+                type=float,
+                help="Keep the smallest set of tokens with this probability.",
+            ),
+            click.option(
+                "--min-p",
+                type=float,
+                help="Keep tokens at least this much as likely as the best.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

@@ -134,7 +134,13 @@ class ChatTemplate:
         # -P: a file beside the worker must not be taken for a module.
         command = [sys.executable, "-P", template_worker.__file__]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            process_group=0,  # a Ctrl-C of the terminal is not meant for it
+        )
         weakref.finalize(self, _end, process)
         self._process = process
         try:

@@ -48,7 +48,14 @@ class Session(Streams):
       ttt: False switches the adaptation off.
       piece: tokens read at a time, rounded to chunks; None: 8192, on CPUs 2048. Bounds the memory
         of reading.
+
+    Fields:
+      written: the completions of the last `generate`, also of one that was interrupted.
+      conversation: what `save` writes beside the streams and `load` finds (conversation.py).
     """
+
+    written: list[Completion]
+    conversation: dict[str, Any] | None = None
 
     def read(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
         """Append a text or token ids to each stream and read them, all but the last token.
@@ -90,7 +97,9 @@ class Session(Streams):
         it cannot be written, and NotFiniteError for numbers that are not finite.
         """
         self.watch.check("session: row")
-        stored = StoredSession(self.ttt, self.position_B, self.unread, self.state)
+        stored = StoredSession(
+            self.ttt, self.position_B, self.unread, self.state, self.conversation
+        )
         save_session(stored, path, self.model)
 
     @classmethod
@@ -101,7 +110,7 @@ class Session(Streams):
         stored = load_session(path, model)
         session = cls(model, len(stored.unread), ttt=stored.ttt, piece=piece)
         session.position_B, session.unread = stored.position_B, stored.unread
-        session.state = stored.state
+        session.state, session.conversation = stored.state, stored.conversation
         return session
 
     def generate(
@@ -150,6 +159,7 @@ class Session(Streams):
         seed_B = _seeds(seed, B)
         self.watch.check("session: row")
         writers = [Writer(self.model.tokenizer, words, set(eos), max_new_tokens) for _ in range(B)]
+        self.written = []
         with HeldBack() as signals:
             start = time.perf_counter()
             logits_BV = self._feed(0, signals, room=max_new_tokens)
@@ -164,6 +174,7 @@ class Session(Streams):
             )
             if not any(len(ids) for ids in self.unread):  # else a signal came while it read
                 decoding.run(logits_BV, start)
+                self.written = [writer.completion() for writer in writers]
         if decoding.failure is not None:
             raise decoding.failure
         completions = [writer.completion() for writer in writers]

@@ -52,12 +52,14 @@ class StoredSession(NamedTuple):
       position_B: tokens read by each stream, int64.
       unread: tokens that each stream has still to read, int32.
       state: None before anything has been read.
+      conversation: the turns that the stream holds, as conversation.py writes them; None: no chat.
     """
 
     ttt: bool
     position_B: np.ndarray
     unread: list[np.ndarray]
     state: State | None
+    conversation: dict[str, Any] | None = None
 
 
 def save_session(session: StoredSession, path: str | Path, model: Transformer) -> None:
@@ -71,16 +73,16 @@ def save_session(session: StoredSession, path: str | Path, model: Transformer) -
     for name, x in tensors.items():
         if not is_finite(x):
             raise not_finite(f"session {path}: not written, {name}")
-    manifest = json.dumps(
-        {
-            "format": FORMAT,
-            "model": fingerprint(model),
-            "compute_dtype": model.runtime.dtype,
-            "ttt": session.ttt,
-            "crc32": {name: _crc32(x) for name, x in tensors.items()},
-        },
-        sort_keys=True,
-    )
+    fields = {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "compute_dtype": model.runtime.dtype,
+        "ttt": session.ttt,
+        "crc32": {name: _crc32(x) for name, x in tensors.items()},
+    }
+    if session.conversation is not None:  # readers that know nothing of it pass it over
+        fields["conversation"] = session.conversation
+    manifest = json.dumps(fields, sort_keys=True)
     part = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +136,10 @@ def load_session(path: str | Path, model: Transformer) -> StoredSession:
     state = _state(model, tensors) if "layers.0.k" in tensors else None
     if state is not None and state.capacity is not None and position_B.max() > state.capacity:
         raise _damaged(path, "positions lie behind the keys that it holds")
-    return StoredSession(manifest["ttt"], position_B, unread, state)
+    conversation = manifest.get("conversation")
+    if conversation is not None and not isinstance(conversation, dict):
+        raise _damaged(path, "its conversation is not an object")
+    return StoredSession(manifest["ttt"], position_B, unread, state, conversation)
 
 
 def _read(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -1,0 +1,297 @@
+"""Conversations: the stream holds what the template writes, no token of it twice, whatever is
+taken back, read in between or saved.
+"""
+
+import signal
+
+import pytest
+from support.streams import one_layer_model
+
+from ttt_jax import Session, generate
+from ttt_jax.data.tokenizer import ByteTokenizer
+from ttt_jax.errors import NotFiniteError, UserError
+from ttt_jax.inference.conversation import Conversation, render_plain
+
+pytestmark = pytest.mark.usefixtures("interruptible", "usual_promotion")
+END = "<end>"
+
+
+class Tokens(ByteTokenizer):
+    """Bytes, and one special token END that has the id of a byte, which has its id."""
+
+    def __init__(self, end=256):
+        self.eos_id = end
+
+    def _swap(self, ids):
+        return [{256: self.eos_id, self.eos_id: 256}.get(i, i) for i in ids]
+
+    def encode(self, text):
+        ids = []
+        for i, part in enumerate(text.split(END)):
+            ids += ([256] if i else []) + super().encode(part)
+        return self._swap(ids)
+
+    def decode(self, ids):
+        return super().decode(self._swap(ids))
+
+
+def chatml(messages, add_generation_prompt):
+    text = "".join(f"[{m['role']}]{m['content']}{END}\n" for m in messages)
+    return text + ("[assistant]" if add_generation_prompt else "")
+
+
+def trimming(messages, add_generation_prompt):
+    """Answers but the last lose their first character, as templates drop reasoning."""
+    cut = [
+        m | {"content": m["content"][1:]} if m["role"] == "assistant" else m for m in messages
+    ]
+    return chatml(cut, add_generation_prompt)
+
+
+@pytest.fixture
+def model():
+    model = one_layer_model(vocab_size=257)
+    model.tokenizer = Tokens()
+    yield model
+    model.tokenizer = None
+
+
+def talk_of(model, render=chatml, **options):
+    return Conversation(Session(model), render, **options)
+
+
+def stream_text(talk):
+    """What the stream holds, with END spelt out."""
+    end = talk.session.model.tokenizer.eos_id
+    parts, held = [], []
+    for i in talk.ids:
+        if i == end:
+            parts.append(talk.session.model.tokenizer.decode(held))
+            held = []
+        else:
+            held.append(i)
+    return END.join([*parts, talk.session.model.tokenizer.decode(held)])
+
+
+def same(talk, other):
+    """The next answer of both: nothing else of their states can be seen."""
+    return talk.ask("ok", max_new_tokens=8).text == other.ask("ok", max_new_tokens=8).text
+
+
+def test_turns_are_what_the_template_writes(model):
+    talk = talk_of(model, system="be kind")
+    first = talk.ask("hello", max_new_tokens=5)
+    assert first.finish_reason == "length"
+    second = talk.ask("more", max_new_tokens=5)
+    prompt = chatml([{"role": "system", "content": "be kind"}], False)
+    prompt += f"[user]hello{END}\n[assistant]"
+    alone = generate(model, [model.tokenizer.encode(prompt)], max_new_tokens=5)[0]
+    assert first.text == alone.text
+    ids = model.tokenizer.encode(prompt) + alone.token_ids
+    ids += model.tokenizer.encode(f"{END}\n[user]more{END}\n[assistant]")
+    again = generate(model, [ids], max_new_tokens=5)[0]
+    assert second.text == again.text
+    assert talk.ids == ids + again.token_ids
+    read, waiting = talk.tokens
+    assert (read, waiting) == (len(talk.ids) - 1, 1)
+    assert [m["role"] for m in talk.messages] == ["system", *["user", "assistant"] * 2]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_an_end_token_stands_in_the_stream_once(model, closes):
+    """Whether the template closes a turn with the model's end token or with another text."""
+    alone = talk_of(model)
+    alone.ask("hello", max_new_tokens=12)
+    written = alone.ids[-12:]
+    at = next(i for i in range(3, 12) if written[i] not in written[:i])
+    model.tokenizer = Tokens(written[at])
+
+    def other(messages, add_generation_prompt):
+        return chatml(messages, add_generation_prompt).replace(END, "|")
+
+    talk = talk_of(model, chatml if closes else other)
+    if not closes:  # the same prompt gives the same tokens, then
+        talk.session.read([model.tokenizer.encode(f"[user]hello{END}\n[assistant]")])
+        talk.rendered = other([{"role": "user", "content": "hello"}], True)
+        talk.ids = model.tokenizer.encode(f"[user]hello{END}\n[assistant]")
+        talk.messages = [{"role": "user", "content": "hello"}]
+        talk.session.generate(30)
+        assert talk._take_answer() == "eos"
+    else:
+        assert talk.ask("hello", max_new_tokens=30).finish_reason == "eos"
+    assert talk.ids[-1] == written[at]
+    before = len(talk.ids)
+    talk.ask("more", max_new_tokens=2)
+    new = talk.ids[before:-2] if closes else talk.ids[before - 1 : -2]
+    expected = f"\n[user]more{END}\n[assistant]" if closes else "|\n[user]more|\n[assistant]"
+    assert new == model.tokenizer.encode(expected)
+    assert len(talk.ids) == sum(talk.tokens)
+
+
+def test_a_template_that_rewrites_answers(model):
+    """The last turn is read again as the template has it, documents included; not the ones
+    before."""
+    talk = talk_of(model, trimming)
+    talk.read("a book")
+    talk.ask("hello", max_new_tokens=4)
+    talk.read("another")
+    second = talk.ask("more", max_new_tokens=4)
+    plain = trimming([*talk.messages[:2], {"role": "user", "content": "more"}], True)
+    ids = model.tokenizer.encode("a book" + "another" + plain)
+    assert talk.ids[:-4] == ids
+    assert second.read_again > 0
+    assert second.text == generate(model, [ids], max_new_tokens=4)[0].text
+    third = talk.ask("last", max_new_tokens=4)
+    assert stream_text(talk).startswith("a bookanother" + trimming(talk.messages[:-1], True))
+    assert 0 < third.read_again < second.read_again + 25
+    talk.undo()
+    assert talk.ask("last", max_new_tokens=4).text == third.text
+
+
+def test_a_template_that_rewrites_what_is_not_kept(model, tmp_path):
+    talk = talk_of(model, trimming)
+    talk.ask("hello", max_new_tokens=4)
+    talk.save(tmp_path / "s.safetensors")
+    loaded = Conversation(Session.load(tmp_path / "s.safetensors", model), trimming)
+    before = loaded.messages, loaded.rendered, loaded.tokens
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        loaded.ask("more")
+    assert (loaded.messages, loaded.rendered, loaded.tokens) == before
+
+
+def test_undo_is_as_if_nothing_had_been_asked(model):
+    talk, other = talk_of(model), talk_of(model)
+    for one in (talk, other):
+        one.read("something to read")
+        one.ask("hello", max_new_tokens=6)
+    talk.ask("forget this", max_new_tokens=9)
+    talk.read("and this")
+    talk.undo()
+    assert (talk.messages, talk.ids, talk.tokens) == (other.messages, other.ids, other.tokens)
+    assert same(talk, other)
+    talk.undo()
+    talk.undo()
+    with pytest.raises(UserError, match="no state before a turn is kept"):
+        talk.undo()
+
+
+def test_branches_do_not_see_each_other(model):
+    talk, other = talk_of(model), talk_of(model)
+    for one in (talk, other):
+        one.ask("hello", max_new_tokens=6)
+    branch = talk.branch()
+    branch.ask("elsewhere", max_new_tokens=9)
+    branch.read("more")
+    assert same(talk, other)
+    branch.undo()
+    assert branch.messages == talk.messages[:2]
+
+
+def test_the_last_question_without_what_was_learnt(model):
+    talk = talk_of(model)
+    talk.read("to be, or not to be, that is the question. " * 3)
+    with pytest.raises(UserError, match="nothing has been asked"):
+        talk.again(False)
+    answer = talk.ask("what?", max_new_tokens=12).text
+    before = list(talk.messages), talk.ids, talk.tokens
+    on, off = (talk.again(ttt) for ttt in (True, False))
+    assert {question for _, question in (on, off)} == {"what?"}
+    assert on[0].ask("what?", max_new_tokens=12).text == answer
+    assert off[0].ask("what?", max_new_tokens=12).text != answer
+    assert (list(talk.messages), talk.ids, talk.tokens) == before
+    unread = Conversation(Session(model, ttt=False), chatml)
+    unread.ask("what?", max_new_tokens=2)
+    with pytest.raises(UserError, match="was read with TTT off"):
+        unread.again(True)
+
+
+def test_a_saved_conversation_goes_on(model, tmp_path):
+    talk = talk_of(model, system="be kind")
+    talk.ask("hello", max_new_tokens=6)
+    talk.save(tmp_path / "s.safetensors")
+    again = Conversation(Session.load(tmp_path / "s.safetensors", model), chatml)
+    assert (again.messages, again.whole) == (talk.messages, False)
+    assert same(talk, again)
+    stored = Session.load(tmp_path / "s.safetensors", model)
+    with pytest.raises(UserError, match="--system"):
+        Conversation(stored, chatml, "be rude")
+    for broken in ({"messages": [{"role": "user"}]}, {"rendered": 3}, {"end": "x"}):
+        stored.conversation = {"messages": [], "rendered": "", "end": None} | broken
+        with pytest.raises(UserError, match="conversation is damaged"):
+            Conversation(stored, chatml)
+
+
+@pytest.mark.parametrize("pieces", [0, 3])
+def test_ctrl_c_stops_an_answer(model, pieces):
+    """What is written stays; a turn of which nothing is written goes."""
+    talk, seen = talk_of(model), []
+    talk.read("something")
+
+    def show(text):
+        seen.append(text)
+        if len(seen) == pieces:
+            signal.raise_signal(signal.SIGINT)
+
+    if not pieces:
+        talk.session.on_read = lambda done: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("hello", max_new_tokens=40, on_text=show)
+    talk.session.on_read = None
+    if pieces:
+        assert talk.messages[-1]["role"] == "assistant"
+        assert talk.messages[-1]["content"].startswith("".join(seen))
+        assert 0 < len(talk.ids) - len("something[user]hello\n[assistant]") - 1 < 40
+    else:
+        assert (talk.messages, talk.ids) == ([], model.tokenizer.encode("something"))
+    assert sum(talk.tokens) == len(talk.ids)
+    talk.ask("on", max_new_tokens=2)
+    assert stream_text(talk).startswith("something" + chatml(talk.messages[:-1], True))
+
+
+def test_lost_numbers_take_the_turn_back(model, monkeypatch):
+    talk, other = talk_of(model), talk_of(model)
+    talk.read("something")
+    other.read("something")
+
+    def lost(*arguments, **options):
+        talk.session.watch.lost[0] = "S"
+        raise NotFiniteError("lost")
+
+    monkeypatch.setattr(talk.session, "generate", lost)
+    with pytest.raises(NotFiniteError):
+        talk.ask("hello")
+    assert talk.messages == []
+    assert same(talk, other)
+
+
+def test_without_a_template(model):
+    talk = talk_of(model, render_plain, system="s")
+    talk.ask("hello", max_new_tokens=5)
+    talk.ask("more", max_new_tokens=5)
+    answers = [m["content"] for m in talk.messages if m["role"] == "assistant"]
+    expected = f"System: s\nUser: hello\nAssistant:{answers[0]}\nUser: more\nAssistant:"
+    assert talk.rendered == expected + answers[1]
+    assert talk.ids[:-5] == [
+        *model.tokenizer.encode("System: s\nUser: hello\nAssistant:"),
+        *talk.ids[-0 or len("System: s\nUser: hello\nAssistant:") :][:5],
+        *model.tokenizer.encode("\nUser: more\nAssistant:"),
+    ]
+
+
+def test_norms_of_the_fast_weights(model):
+    talk = talk_of(model)
+    assert talk.fast_weights() == {}
+    talk.read("something to read")
+    (layer, ratio), *rest = talk.fast_weights().items()
+    assert (layer, rest) == (0, [])
+    assert 0 < ratio < 100
+
+
+def test_refusals(model):
+    with pytest.raises(UserError, match="session of 2 streams"):
+        Conversation(Session(model, 2), chatml)
+    with pytest.raises(UserError, match="the text is empty"):
+        talk_of(model).read("")
+    model.tokenizer = None
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        talk_of(model)
