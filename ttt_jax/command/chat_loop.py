@@ -196,16 +196,16 @@ class Chat:
 
         text = read_text(path, "/read") if text is None else text
         talk = self.talk
-        count = len(talk.session.model.tokenizer.encode(text))
+        ids = talk.session.model.tokenizer.encode(text)
         begin = time.perf_counter()
-        with progress(f"reading {printable(path.name)}", count, "tokens") as advance_to:
+        with progress(f"reading {printable(path.name)}", len(ids), "tokens") as advance_to:
             talk.session.on_read = advance_to
             try:
-                talk.read(text)
+                talk.read(ids)
             finally:
                 talk.session.on_read = None
         seconds = max(time.perf_counter() - begin, 1e-9)
-        self.note(f"read {path}: {count:,} tokens, {count / seconds:,.0f} tokens/s")
+        self.note(f"read {path}: {len(ids):,} tokens, {len(ids) / seconds:,.0f} tokens/s")
 
     def _ttt(self, argument: str) -> None:
         if argument not in ("on", "off"):

@@ -108,18 +108,17 @@ class Conversation:
 
     # ------------------------------------------------------------------------------------- reading
 
-    def read(self, text: str) -> int:
-        """Read a document; returns its tokens. Raises UserError for an empty text; NotFiniteError.
+    def read(self, document: str | list[int]) -> None:
+        """Read a document, a text or its ids. Raises UserError for an empty one; NotFiniteError.
 
         After a Ctrl-C the rest of it is unread, and is read before the next turn.
         """
-        ids = self._encode(text)
+        ids = self._encode(document) if isinstance(document, str) else document
         if not ids:
-            raise UserError("the text is empty; give at least one token")
+            raise UserError("read: the text is empty; give at least one token")
         if self._kept:
             self._kept[-1].read.append(ids)
         self._extend(ids, read=True)
-        return len(ids)
 
     def ask(
         self,

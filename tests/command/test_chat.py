@@ -1,0 +1,242 @@
+"""`ttt-jax chat` by pipe and on a terminal of its own, and `generate` with a template."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.models import make
+from support.streams import one_layer_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ttt_jax import Session, save_pretrained
+from ttt_jax.command.cli import main
+from ttt_jax.files.text import atomic_write_text
+
+pytestmark = pytest.mark.usefixtures("interruptible", "usual_promotion")
+CHATML = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Hugging Face folder with a tokenizer of bytes and a chat template."""
+    path = tmp_path_factory.mktemp("chat") / "model"
+    config = one_layer_model(vocab_size=257).config
+    save_pretrained(make(config, "float32"), path, dtype="float32")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", "chat_template": CHATML}
+    atomic_write_text(path / "tokenizer_config.json", json.dumps(settings))
+    return path
+
+
+@pytest.fixture
+def chat(folder, capsys, monkeypatch, tmp_path):
+    """Run `chat` with lines on its standard input: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(lines, *words, command="chat", model=folder):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        limit = ("--max-new-tokens", "6")
+        code = main([command, "--model", str(model), *limit, *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_one_turn_a_line(chat, tmp_path):
+    """Answers alone on stdout; the same as one conversation in two processes."""
+    code, out, err = chat("hello\n\nand more\n", "--session", "whole")
+    assert code == 0
+    assert "stopped after 6 tokens" in err
+    first = chat("hello\n", "--session", "parts")
+    second = chat("and more", "--session", "parts")
+    assert (first[0], second[0]) == (0, 0)
+    assert out == first[1] + second[1]
+    assert first[1].strip()
+    (tmp_path / "book.txt").write_text("a book of things\n" * 3)
+    code, read, err = chat("hello\n", "--read", "book.txt")
+    assert (code, read != first[1]) == (0, True)
+    assert re.search(r"read book\.txt: 51 tokens, [\d,]+ tokens/s", err)
+    assert chat("/read book.txt\nhello\n")[1] == read
+    assert not [name for name in os.listdir() if name.startswith(".")]
+
+
+def test_commands(chat, tmp_path):
+    lines = "/stats\nhello\n/stats\n/ttt off\n/branch b\n/branch\n/undo\nhello\n"
+    code, out, err = chat(lines + "/save s\n/html page.html\n/help\n/quit\nnever\n")
+    assert code == 0
+    alone = chat("hello\n")[1]
+    assert out.startswith(alone)
+    assert out.endswith(alone)
+    for text in ("tokens read 0", "no fast weights", "layer   0  ||S||/||W||", "new branch b",
+                 "  main\n* b\n", "back to 0 tokens", "saved s", "written page.html",
+                 "/read FILE", "TTT off, the conversation stays as it is: hello"):  # fmt: skip
+        assert text in err
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("nats (on") > 20
+    assert "[user]" in re.sub("<[^>]*>", "", page)
+    code, out, err = chat("and more\n", "--session", "s")
+    assert (code, out) == (0, chat("hello\nand more\n")[1][len(alone) :])
+
+
+@pytest.mark.parametrize(
+    ("lines", "words", "line"),
+    [
+        ("/nothing\n", (), "/nothing: no such command; /help lists them"),
+        ("/read\n", (), "/read FILE: name the file"),
+        ("/read nowhere\n", (), "/read nowhere: No such file"),
+        ("/undo\n", (), "undo: no state before a turn is kept"),
+        ("/ttt maybe\n", (), "/ttt maybe: must be /ttt on or /ttt off"),
+        ("/ttt off\n", (), "/ttt: nothing has been asked yet"),
+        ("/save\n", (), "/save: no file"),
+        ("/html page\n", (), "/html: there is nothing to show"),
+        ("/save there\n", (), "/save there: exists already"),
+        ("", ("--read", "nowhere"), "--read nowhere: No such file"),
+        ("", ("--session", "there"), "session there: damaged"),
+        ("", ("--temperature", "-1"), "temperature = -1"),
+    ],
+)
+def test_refusals_are_one_line(chat, tmp_path, lines, words, line):
+    (tmp_path / "there").write_text("x")
+    code, out, err = chat(lines, *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {line}")
+
+
+def test_without_a_template(chat, folder, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in folder.iterdir():
+        if path.name != "tokenizer_config.json":
+            (base / path.name).write_bytes(path.read_bytes())
+    code, out, err = chat("hello\nmore\n", model=base)
+    assert (code, err.count("no chat template in the model's folder")) == (0, 1)
+    told = chat("hello\nmore\n", "--no-template")
+    assert (told[0], told[1]) == (0, out)
+    assert "no chat template" not in told[2]
+    assert chat("hello\n")[1] != chat("hello\n", "--no-template")[1]
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{% if"}))
+    code, out, err = chat("hello\n", model=base)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "chat template: cannot be rendered" in err
+
+
+# ---------------------------------------------------------------------------------- on a terminal
+
+
+class Terminal:
+    """A chat on a pseudo-terminal."""
+
+    def __init__(self, *words, **environment):
+        self.master, slave = pty.openpty()
+        env = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "TERM": "xterm-256color"} | environment
+        self.job = subprocess.Popen(
+            [sys.executable, "-m", "ttt_jax", "chat", *map(str, words)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_own_terminal,
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, text, seconds=60.0):
+        """Read on until `text` comes; returns what came before it."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"no {text!r} in {self.seen!r}"
+            try:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # the other end is closed
+                raise AssertionError(f"ended without {text!r}: {self.seen!r}") from None
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def end(self):
+        with contextlib.suppress(OSError):
+            while chunk := os.read(self.master, 65536):
+                self.seen += chunk.decode(errors="replace")
+        code = self.job.wait(60)
+        os.close(self.master)
+        return code
+
+
+def _own_terminal():
+    """Make standard input the terminal of the session, so that Ctrl-C is a signal."""
+    import fcntl
+    import termios
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_on_a_terminal(folder, tmp_path):
+    """Ctrl-C stops an answer, and the chat goes on; a second one at the prompt leaves and saves."""
+    session = tmp_path / "s"
+    words = ("--model", folder, "--session", session, "--max-new-tokens", 100_000)
+    terminal = Terminal(*words, "--temperature", "3", NO_COLOR="")
+    assert "lists the commands" in terminal.until("you> ")
+    terminal.type("first line \\\r")
+    terminal.until("...> ")
+    terminal.type("second line\r")
+    terminal.until("model> ")
+    deadline = time.monotonic() + 60
+    while len(terminal.seen) < 200 and time.monotonic() < deadline:  # it streams
+        terminal.seen += os.read(terminal.master, 4096).decode(errors="replace")
+    terminal.type("\x03")
+    answer = terminal.until("stopped")
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]", answer)
+    assert not re.search(r"\x1b(?!\[[\d;]*m)", answer)
+    terminal.until("you> ")
+    terminal.type("/nothing\r")
+    terminal.until("/nothing: no such command")
+    terminal.until("you> ")
+    terminal.type("/stats\r")
+    assert "turns 1" in terminal.until("you> ")
+    terminal.type("again\r")
+    terminal.until("model> ")
+    time.sleep(0.3)
+    terminal.type("\x03")
+    terminal.until("you> ")
+    terminal.type("\x03")
+    terminal.until("Ctrl-C once more leaves")
+    terminal.until("you> ")
+    terminal.type("\x03")
+    assert terminal.end() == 130
+    assert "interrupted; session" in terminal.seen
+    from ttt_jax import load_pretrained
+
+    stored = Session.load(session, load_pretrained(folder, dtype="float32")).conversation
+    assert stored is not None
+    assert stored["messages"][0]["content"] == "first line \nsecond line"
+
+
+def test_no_colours(folder):
+    terminal = Terminal("--model", folder, "--max-new-tokens", 4, NO_COLOR="1", TERM="dumb")
+    terminal.until("you> ")
+    terminal.type("/help\r")
+    assert "\x1b[" not in terminal.until("you> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
