@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -140,6 +139,15 @@ def test_without_a_template(chat, folder, tmp_path):
 # ---------------------------------------------------------------------------------- on a terminal
 
 
+# Standard input is the terminal of the session, so that Ctrl-C is a signal; none is ignored.
+_START = """
+import fcntl, runpy, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+runpy.run_module("ttt_jax", run_name="__main__", alter_sys=True)
+"""
+
+
 class Terminal:
     """A chat on a pseudo-terminal."""
 
@@ -147,13 +155,12 @@ class Terminal:
         self.master, slave = pty.openpty()
         env = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "TERM": "xterm-256color"} | environment
         self.job = subprocess.Popen(
-            [sys.executable, "-m", "ttt_jax", "chat", *map(str, words)],
+            [sys.executable, "-c", _START, "chat", *map(str, words)],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env=env,
             start_new_session=True,
-            preexec_fn=_own_terminal,
         )
         os.close(slave)
         self.seen = ""
@@ -181,15 +188,6 @@ class Terminal:
         code = self.job.wait(60)
         os.close(self.master)
         return code
-
-
-def _own_terminal():
-    """Make standard input the terminal of the session, so that Ctrl-C is a signal."""
-    import fcntl
-    import termios
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_on_a_terminal(folder, tmp_path):
