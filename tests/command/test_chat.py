@@ -49,12 +49,13 @@ def chat(folder, capsys, monkeypatch, tmp_path):
     """Run `chat` with lines on its standard input: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(lines, *words, command="chat", model=folder):
+    def run(lines, *words, model=folder):
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         limit = ("--max-new-tokens", "6")
-        code = main([command, "--model", str(model), *limit, *map(str, words)])
+        code = main(["chat", "--model", str(model), *limit, *map(str, words)])
         return code, *capsys.readouterr()
 
+    run.read = capsys.readouterr
     return run
 
 
@@ -134,6 +135,26 @@ def test_without_a_template(chat, folder, tmp_path):
     code, out, err = chat("hello\n", model=base)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "chat template: cannot be rendered" in err
+
+
+def test_generate_with_the_template(chat, folder, monkeypatch):
+    """From standard input; the same text as the first answer of a chat, and why it stopped."""
+    answer = chat("hello\n")[1]
+    words = ("--model", str(folder), "--max-new-tokens", "6", "--prompt-file", "-")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    assert main(["generate", *words, "--chat"]) == 0
+    out, err = chat.read()
+    assert (out.lstrip(), err) == (answer, "stopped: --max-new-tokens\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    assert main(["generate", *words]) == 0
+    assert chat.read()[0] != out
+    for data, line in (
+        (b"\xff", "--prompt-file -: not UTF-8"),
+        (b"", "--prompt-file: the text is"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main(["generate", *words]) == 2
+        assert line in chat.read()[1]
 
 
 # ---------------------------------------------------------------------------------- on a terminal

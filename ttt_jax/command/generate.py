@@ -16,6 +16,7 @@ from ttt_jax.command.io import (
     read_ids,
     read_text,
     saved_early,
+    template_of,
 )
 from ttt_jax.command.options import (
     DTYPE,
@@ -28,7 +29,7 @@ from ttt_jax.command.options import (
     examples,
     sampling_options,
 )
-from ttt_jax.errors import NotFiniteError
+from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.process.interrupts import HeldBack
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import for_stream
@@ -56,7 +57,15 @@ if TYPE_CHECKING:
 @MODEL
 @click.option("--prompt", multiple=True, help="Text; several make a batch.")
 @click.option(
-    "--prompt-file", multiple=True, type=EXISTING, help="UTF-8 text file; several make a batch."
+    "--prompt-file",
+    multiple=True,
+    type=EXISTING,
+    help="UTF-8 text file, - for standard input; several make a batch.",
+)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put each prompt into the model's chat template, as a user's turn.",
 )
 @IDS
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
@@ -87,6 +96,7 @@ def generate(
     folder,
     prompt,
     prompt_file,
+    chat,
     ids,
     session,
     keep_session,
@@ -101,10 +111,14 @@ def generate(
 
     sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))
     _check_prompts(prompt, prompt_file, ids, session, keep_session)
+    if chat and not (prompt or prompt_file):
+        raise click.UsageError("--chat needs --prompt TEXT or --prompt-file FILE")
     saved_to = None if keep_session else session
     if saved_to is not None:
         click.get_current_context().with_resource(one_writer(saved_to, "--session"))
-    texts = [read_text(path, "--prompt-file") for path in prompt_file] or list(prompt)
+    texts = [read_text(path, "--prompt-file", stdin=True) for path in prompt_file] or list(prompt)
+    if chat:
+        texts = _as_turns(folder, texts)
     rows = read_ids(ids, "--ids") if ids else None
 
     from ttt_jax.pretrained.load import load_model
@@ -125,6 +139,17 @@ def generate(
     if failure is not None:
         kept = "" if saved_to is None else f"; {saved_to} is not written"
         raise NotFiniteError(f"{failure}{kept}")
+
+
+def _as_turns(folder: Path, texts: list[str]) -> list[str]:
+    """Each text in the model's chat template. Raises UserError when it has none, or it fails."""
+    template = template_of(folder)
+    if template is None:
+        raise UserError(f"--chat: {folder} has no chat template; drop --chat")
+    try:
+        return [template.render([{"role": "user", "content": text}], True) for text in texts]
+    finally:
+        template.close()
 
 
 def _check_prompts(prompt, prompt_file, ids, session: Path | None, keep_session: bool) -> None:

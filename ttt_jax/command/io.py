@@ -1,4 +1,4 @@
-"""What the commands `score` and `generate` read and print."""
+"""What the commands `score`, `generate` and `chat` read and print."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pathlib import Path
 
 from ttt_jax.errors import UserError
 from ttt_jax.terminal import for_stream, printable
+
+_REASONS = {
+    "eos": "end token",
+    "stop": "stop string",
+    "length": "--max-new-tokens",
+}
 
 
 def encode(model, text: str, option: str) -> list[int]:
@@ -24,9 +30,15 @@ def encode(model, text: str, option: str) -> list[int]:
     return ids
 
 
-def read_text(path: Path, option: str) -> str:
-    """Read the text of a file. Raises UserError when it is not readable or not UTF-8."""
+def read_text(path: Path, option: str, stdin: bool = False) -> str:
+    """Read the text of a file. Raises UserError when it is not readable or not UTF-8.
+
+    Args:
+      stdin: the name "-" means standard input.
+    """
     try:
+        if stdin and str(path) == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{option} {path}: not UTF-8 at byte {error.start}; convert it") from None
@@ -111,7 +123,9 @@ def print_completions(completions, timings: dict[str, object], as_json: bool, sh
                 json.dumps(dataclasses.asdict(completion) | {"timings": timings}, allow_nan=False)
             )
         elif shown:
-            print()
+            print(flush=True)
+            if (why := _REASONS.get(completion.finish_reason)) is not None:
+                print(f"stopped: {why}", file=sys.stderr)
         else:
             print(f"--- {b} ({completion.finish_reason}) ---")
             print(
