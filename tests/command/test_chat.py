@@ -1,6 +1,7 @@
 """`ttt-jax chat` by pipe and on a terminal of its own, and `generate` with a template."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from support.models import make
 from support.streams import one_layer_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ttt_jax import Session, save_pretrained
+from ttt_jax import Session, load_pretrained, save_pretrained
 from ttt_jax.command.cli import main
 from ttt_jax.files.text import atomic_write_text
 
@@ -44,10 +45,18 @@ def folder(tmp_path_factory):
     return path
 
 
+@functools.cache
+def loaded_once(folder, dtype, *, decodes):
+    """Load a model once, so that its programs are compiled once."""
+    assert dtype is None
+    return load_pretrained(folder, dtype="float32")
+
+
 @pytest.fixture
 def chat(folder, capsys, monkeypatch, tmp_path):
     """Run `chat` with lines on its standard input: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ttt_jax.pretrained.load.load_model", loaded_once)
 
     def run(lines, *words, model=folder):
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
@@ -245,8 +254,6 @@ def test_on_a_terminal(folder, tmp_path):
     terminal.type("\x03")
     assert terminal.end() == 130
     assert "interrupted; session" in terminal.seen
-    from ttt_jax import load_pretrained
-
     stored = Session.load(session, load_pretrained(folder, dtype="float32")).conversation
     assert stored is not None
     assert stored["messages"][0]["content"] == "first line \nsecond line"

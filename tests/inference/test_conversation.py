@@ -17,10 +17,18 @@ END = "<end>"
 
 
 class Tokens(ByteTokenizer):
-    """Bytes, and one special token END that has the id of a byte, which has its id."""
+    """Bytes, and one special token END that has the id of a byte, which has its id. Equal ones
+    share what is compiled for a model.
+    """
 
     def __init__(self, end=256):
         self.eos_id = end
+
+    def __eq__(self, other):
+        return isinstance(other, Tokens) and self.eos_id == other.eos_id
+
+    def __hash__(self):
+        return hash(self.eos_id)
 
     def _swap(self, ids):
         return [{256: self.eos_id, self.eos_id: 256}.get(i, i) for i in ids]
