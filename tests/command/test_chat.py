@@ -128,6 +128,23 @@ def test_refusals_are_one_line(chat, tmp_path, lines, words, line):
     assert err.startswith(f"error: {line}")
 
 
+def test_a_reader_that_is_gone(chat, folder, monkeypatch, tmp_path):
+    """What has been written stays in the saved conversation."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("os.dup2", lambda *arguments: None)
+    monkeypatch.setattr("sys.stdout", Gone())
+    code, out, err = chat("hello\nnever\n", "--session", "s")
+    assert (code, out) == (141, "")
+    assert err.startswith("output closed; session s saved (")
+    stored = Session.load(tmp_path / "s", loaded_once(folder, None, decodes=True)).conversation
+    assert stored is not None
+    assert [m["role"] for m in stored["messages"]] == ["user", "assistant"]
+
+
 def test_without_a_template(chat, folder, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
@@ -247,13 +264,13 @@ def test_on_a_terminal(folder, tmp_path):
     terminal.until("model> ")
     time.sleep(0.3)
     terminal.type("\x03")
-    terminal.until("you> ")
-    terminal.type("\x03")
-    terminal.until("Ctrl-C once more leaves")
-    terminal.until("you> ")
-    terminal.type("\x03")
+    for line in ("Ctrl-C once more leaves", "interrupted"):
+        terminal.until("you> ")
+        time.sleep(0.5)  # readline does not see a signal between its prompt and its wait
+        terminal.type("\x03")
+        terminal.until(line)
     assert terminal.end() == 130
-    assert "interrupted; session" in terminal.seen
+    assert "; session" in terminal.seen
     stored = Session.load(session, load_pretrained(folder, dtype="float32")).conversation
     assert stored is not None
     assert stored["messages"][0]["content"] == "first line \nsecond line"

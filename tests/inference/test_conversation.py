@@ -219,6 +219,8 @@ def test_a_saved_conversation_goes_on(model, tmp_path):
     assert (again.messages, again.whole) == (talk.messages, False)
     assert same(talk, again)
     stored = Session.load(tmp_path / "s.safetensors", model)
+    stored.save(tmp_path / "stream")  # whoever goes on with the stream alone leaves the turns out
+    assert Session.load(tmp_path / "stream", model).conversation is None
     with pytest.raises(UserError, match="--system"):
         Conversation(stored, chatml, "be rude")
     for broken in ({"messages": [{"role": "user"}]}, {"rendered": 3}, {"end": "x"}):

@@ -79,10 +79,11 @@ def chat(
 
     from ttt_jax.inference.watch import one_warning
 
-    with one_warning(), _ctrl_c():
+    with one_warning():
         talk = _conversation(folder, system, session, no_template, not no_ttt, dtype, piece)
         room = Chat(talk, sampling, limit, seed, session, str(folder))
-        with _saved(room, session):
+        # Not before: an import is not to be interrupted.
+        with _ctrl_c(), _saved(room, session):
             for path, text in texts:
                 room.read(path, text)
             room.run()
@@ -124,8 +125,11 @@ def _saved(chat: Chat, path: Path | None) -> Iterator[None]:
         raise
     except BaseException as error:
         _save(chat, path)
+        told = saved_early(chat.talk.session, path)
         if isinstance(error, KeyboardInterrupt):
-            raise type(error)(saved_early(chat.talk.session, path)) from None
+            raise type(error)(told) from None
+        if isinstance(error, BrokenPipeError):
+            print(f"output closed; {told}", file=sys.stderr)
         raise
     _save(chat, path)
 

@@ -98,6 +98,9 @@ class Chat:
                 warned = True
                 self.note("Ctrl-C once more leaves")
                 continue
+            except UnicodeDecodeError:
+                self.note("error: what was typed is not UTF-8", colour=_RED)
+                continue
             warned = False
             try:
                 if not self.take(text):
@@ -105,7 +108,7 @@ class Chat:
             except KeyboardInterrupt:
                 self.note("stopped")
             except UserError as error:
-                self.note(f"error: {error}", _RED)
+                self.note(f"error: {error}", colour=_RED)
 
     def _typed(self) -> str:
         """Ask for a turn; a line that ends with a backslash goes on in the next one."""
@@ -158,9 +161,10 @@ class Chat:
         if answer.finish_reason == "length":
             self.note(f"stopped after {self.limit:,} tokens; --max-new-tokens allows more")
 
-    def note(self, text: str, colour: str = _DIM) -> None:
+    def note(self, *lines: object, colour: str = _DIM) -> None:
         """Print lines on stderr."""
-        print(self._paint(printable(text, "\n"), colour), file=sys.stderr, flush=True)
+        for line in lines:
+            print(self._paint(printable(line), colour), file=sys.stderr, flush=True)
 
     def _paint(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._colours else text
@@ -220,7 +224,7 @@ class Chat:
 
     def _branch(self, name: str) -> None:
         if not name:
-            self.note("\n".join(f"{'*' if b == self.branch else ' '} {b}" for b in self.branches))
+            self.note(*(f"{'*' if b == self.branch else ' '} {b}" for b in self.branches))
             return
         new = name not in self.branches
         if new:
@@ -241,7 +245,7 @@ class Chat:
         ]
         ratios = talk.fast_weights()
         lines += [f"layer {layer:3d}  ||S||/||W|| {x:.3g}" for layer, x in ratios.items()]
-        self.note("\n".join(lines if ratios else [*lines, "no fast weights"]))
+        self.note(*(lines if ratios else [*lines, "no fast weights"]))
 
     def save(self, path: Path) -> None:
         """Save the branch that is on."""
@@ -295,7 +299,7 @@ class Chat:
 
     def _help(self, argument: str) -> None:
         more = "a line that ends with \\ goes on in the next one; // begins a turn with /"
-        self.note("\n".join([*(f"{name:15s} {what}" for name, what in HELP.items()), more]))
+        self.note(*(f"{name:15s} {what}" for name, what in HELP.items()), more)
 
 
 def _given(argument: str, usage: str) -> str:

@@ -267,19 +267,17 @@ class Conversation:
             raise UserError("/ttt: nothing has been asked yet; ask something first")
         if ttt and not self.session.ttt:
             raise UserError("/ttt on: this conversation was read with TTT off; drop --no-ttt")
-        copy, question = self.branch(), self.messages[-2]["content"]
-        copy.undo()
+        kept = self._kept[-1]
+        copy = Conversation(kept.session.branch(), self.render)
+        copy.messages, copy._kept = self.messages[:-2], self._kept[:-1]
+        copy.rendered, copy._end, copy.ids = kept.rendered, kept.end, kept.ids
         copy.session.ttt = ttt
-        return copy, question
+        return copy, self.messages[-2]["content"]
 
     def save(self, path: Any) -> None:
         """Save the session with its turns. Raises as `Session.save`."""
-        self.session.conversation = {
-            "messages": self.messages,
-            "rendered": self.rendered,
-            "end": self._end,
-        }
-        self.session.save(path)
+        turns = {"messages": self.messages, "rendered": self.rendered, "end": self._end}
+        self.session.save(path, turns)
 
     # ----------------------------------------------------------------------------------- what it is
 

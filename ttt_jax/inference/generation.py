@@ -51,7 +51,7 @@ class Session(Streams):
 
     Fields:
       written: the completions of the last `generate`, also of one that was interrupted.
-      conversation: what `save` writes beside the streams and `load` finds (conversation.py).
+      conversation: the turns that `load` found beside the streams (conversation.py).
     """
 
     written: list[Completion]
@@ -92,14 +92,15 @@ class Session(Streams):
             )
         return new
 
-    def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file (session_file.py). Raises CheckpointError when
-        it cannot be written, and NotFiniteError for numbers that are not finite.
+    def save(self, path: str | Path, conversation: dict[str, Any] | None = None) -> None:
+        """Write everything to one safetensors file (session_file.py), with the turns of a
+        conversation if there are any.
+
+        Raises: CheckpointError when it cannot be written; NotFiniteError for numbers that are not
+        finite.
         """
         self.watch.check("session: row")
-        stored = StoredSession(
-            self.ttt, self.position_B, self.unread, self.state, self.conversation
-        )
+        stored = StoredSession(self.ttt, self.position_B, self.unread, self.state, conversation)
         save_session(stored, path, self.model)
 
     @classmethod
