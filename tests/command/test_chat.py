@@ -33,7 +33,9 @@ def folder(tmp_path_factory):
     """A random Hugging Face folder with a tokenizer of bytes and a chat template."""
     path = tmp_path_factory.mktemp("chat") / "model"
     config = one_layer_model(vocab_size=257).config
-    save_pretrained(make(config, "float32"), path, dtype="float32")
+    model = make(config, "float32")
+    model.head[...] = model.head[...].at[256].set(0.0)  # never the likeliest: no answer ends early
+    save_pretrained(model, path, dtype="float32")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -214,16 +216,22 @@ class Terminal:
 
     def until(self, text, seconds=60.0):
         """Read on until `text` comes; returns what came before it."""
+        self._read(lambda: text in self.seen, text, seconds)
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def until_there_are(self, characters):
+        self._read(lambda: len(self.seen) >= characters, characters)
+
+    def _read(self, done, what, seconds=60.0):
         end = time.monotonic() + seconds
-        while text not in self.seen:
+        while not done():
             ready, _, _ = select.select([self.master], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"no {text!r} in {self.seen!r}"
+            assert ready, f"no {what!r} in {self.seen!r}"
             try:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
             except OSError:  # the other end is closed
-                raise AssertionError(f"ended without {text!r}: {self.seen!r}") from None
-        before, _, self.seen = self.seen.partition(text)
-        return before
+                raise AssertionError(f"ended without {what!r}: {self.seen!r}") from None
 
     def type(self, text):
         os.write(self.master, text.encode())
@@ -241,15 +249,13 @@ def test_on_a_terminal(folder, tmp_path):
     """Ctrl-C stops an answer, and the chat goes on; a second one at the prompt leaves and saves."""
     session = tmp_path / "s"
     words = ("--model", folder, "--session", session, "--max-new-tokens", 100_000)
-    terminal = Terminal(*words, "--temperature", "3", NO_COLOR="")
+    terminal = Terminal(*words, NO_COLOR="")
     assert "lists the commands" in terminal.until("you> ")
     terminal.type("first line \\\r")
     terminal.until("...> ")
     terminal.type("second line\r")
     terminal.until("model> ")
-    deadline = time.monotonic() + 60
-    while len(terminal.seen) < 200 and time.monotonic() < deadline:  # it streams
-        terminal.seen += os.read(terminal.master, 4096).decode(errors="replace")
+    terminal.until_there_are(200)  # it streams
     terminal.type("\x03")
     answer = terminal.until("stopped")
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]", answer)
@@ -262,8 +268,9 @@ def test_on_a_terminal(folder, tmp_path):
     assert "turns 1" in terminal.until("you> ")
     terminal.type("again\r")
     terminal.until("model> ")
-    time.sleep(0.3)
+    terminal.until_there_are(50)
     terminal.type("\x03")
+    terminal.until("stopped")
     for line in ("Ctrl-C once more leaves", "interrupted"):
         terminal.until("you> ")
         time.sleep(0.5)  # readline does not see a signal between its prompt and its wait
