@@ -120,10 +120,13 @@ def test_its_kernels_are_its_own(installed, tmp_path):
 
 @pytest.mark.slow
 def test_the_default_run_needs_no_repository(run, tmp_path):
-    """Half a minute: it reads Python's own standard library."""
+    """It reads Python's own standard library; what it has trained is a model for the others."""
     run("train", "--steps", "2")
     report = json.loads((tmp_path / "runs" / "default" / "report.json").read_text())
     assert report["steps"] == 2
     assert {"positions", "ttt_off", "ttt_on"} <= set(report["heldout"])
     run("report", "runs/default")
+    words = ("--model", "runs/default", "--prompt", "def ", "--max-new-tokens", "4", "--json")
+    assert json.loads(run("generate", *words).stdout)["text"]
+    assert "fits" in run("plan", "--config", "qwen3_0p6b", "--topology", "h100:8").stdout
     assert (tmp_path / "runs" / "default" / "report.html").is_file()
