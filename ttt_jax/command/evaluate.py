@@ -17,8 +17,10 @@ from ttt_jax.terminal import printable
         "--lengths 2k,4k,8k,16k --out results/books",
         "ttt-jax eval --model runs/books --perplexity book.txt --lengths 4k "
         "--diagnostics --html --out results/book",
+        "ttt-jax eval --model runs/books --recall heldout.jsonl.xz "
+        "--lengths 8k,16k --out results/recall",
         "ttt-jax eval --model checkpoints/qwen3 --tasks synthetic --lengths 1k,4k "
-        "--form text --out results/recall",
+        "--form text --out results/synthetic",
         "ttt-jax eval --model checkpoints/qwen3 --tasks niah_single_1,hellaswag "
         "--lengths 4k --limit 100 --out results/tasks",
         "ttt-jax eval --compare results/before results/after --out results/comparison",
@@ -34,6 +36,14 @@ from ttt_jax.terminal import printable
     "--perplexity",
     metavar="DATA",
     help='Loss by context length and position: a file, a folder or "stdlib".',
+)
+@click.option(
+    "--recall",
+    metavar="DATA",
+    help="What a second reading of a passage gains beyond the reach of attention.",
+)
+@click.option(
+    "--passage", type=click.IntRange(2), default=256, help="Tokens of --recall's passage."
 )
 @click.option(
     "--tasks",

@@ -149,7 +149,8 @@ def _damage_is_told() -> Iterator[None]:
 
 
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
-    rows = [*_compare_losses(a, b), *_compare_synthetic(a, b), *_compare_tasks(a, b)]
+    rows = [*_compare_losses(a, b), *_compare_recall(a, b)]
+    rows += [*_compare_synthetic(a, b), *_compare_tasks(a, b)]
     if not rows:
         raise UserError(
             "--compare: the two results have no entry in common; evaluate both with the same "
@@ -160,7 +161,10 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list
         f"A: {a['model']} ({a['commit'] or 'no commit'}), B: {b['model']} "
         f"({b['commit'] or 'no commit'})."
     )
-    note += " Losses in nats (lower is better), accuracies and task scores (higher is better)."
+    note += (
+        " Losses in nats (lower is better), recall in nats, accuracies and task scores (higher is "
+        "better)."
+    )
     cells = [
         [r["what"], r["mode"], number(r["a"]), number(r["b"]), interval(r["difference"], "+.4f")]
         for r in rows
@@ -195,6 +199,21 @@ def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, 
         difference = mean_with_interval(theirs - ours) if paired else None
         what = f"loss at {tokens(entry['length'])}"
         yield _row(what, mode, entry[mode]["mean"], other[mode]["mean"], difference)
+
+
+def _compare_recall(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    pa, pb = a.get("recall"), b.get("recall")
+    if not pa or not pb or pa["passage"] != pb["passage"]:
+        return
+    paired = pa["documents"] == pb["documents"]
+    for entry, other, mode in _common(pa, pb, "lengths", ("length",)):
+        ours, theirs = (
+            np.subtract(e[mode]["per_document"]["control"], e[mode]["per_document"]["second"])
+            for e in (entry, other)
+        )
+        difference = mean_with_interval(theirs - ours) if paired else None
+        means = (e[mode]["recall"]["mean"] for e in (entry, other))
+        yield _row(f"recall at {tokens(entry['length'])}", mode, *means, difference)
 
 
 def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -121,6 +121,8 @@ def _pictures(results: dict[str, Any]) -> list[str]:
     made = []
     if "perplexity" in results:
         made.append(_perplexity_picture(results["perplexity"]))
+    if "recall" in results:
+        made.append(_recall_picture(results["recall"]))
     if "synthetic" in results and (picture := _distance_picture(results["synthetic"])):
         made.append(picture)
     if "diagnostics" in results and results["diagnostics"]["layers"]:
@@ -175,6 +177,24 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
     axes[0, 1].set_title("By position")
     axes[0, 0].legend(frameon=False)
     return image(figure, "Loss by context length and by position, TTT on and off")
+
+
+def _recall_picture(part: dict[str, Any]) -> str:
+    figure = figure_of(7, 3.6)
+    axes, entries = figure.subplots(), part["lengths"]
+    x = np.arange(len(entries))
+    for mode in part["modes"]:
+        _line(axes, x, [e[mode] for e in entries], "recall", _style(mode, f"TTT {mode}"))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(x, [tokens(entry["length"]) for entry in entries])
+    axes.set(
+        xlabel="tokens of the sequence",
+        ylabel="control - second (nats), 95 %",
+        title=f"A passage of {part['passage']} tokens read again",
+    )
+    axes.legend(frameon=False)
+    tidy(axes)
+    return image(figure, "Recall of a passage by length of the sequence, TTT on and off")
 
 
 def _distance_picture(part: dict[str, Any]) -> str | None:

@@ -25,8 +25,10 @@ class Options:
     Fields:
       model: folder. dtype: of parameters and compute; None: float32 on CPUs, bfloat16 elsewhere.
       perplexity: data source, or None. lengths, block, documents: of the perplexity; `lengths` of
-        the synthetic suite too.
+        the recall probe and
+        the synthetic suite too, documents of the recall probe.
       ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
+      recall: data source of the recall probe, or None; passage: its tokens.
       tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
       limit, fewshot, chat: of the harness.
       diagnostics, text_page: look at the first document; text_page colours it.
@@ -40,6 +42,8 @@ class Options:
     documents: int | None = 64
     ttt: str = "both"
     shuffled: bool | None = None
+    recall: str | None = None
+    passage: int = 256
     tasks: tuple[str, ...] = ()
     form: str = "ids"
     examples: int = 32
@@ -76,8 +80,10 @@ def check(options: Options) -> None:
     """Check what can be checked without a model. Raises UserError."""
     from ttt_jax.eval.perplexity import check_lengths
 
-    if not options.perplexity and not options.tasks:
-        raise UserError("nothing to evaluate: give --perplexity DATA or --tasks TASKS")
+    if not asks_something(options):
+        raise UserError(
+            "nothing to evaluate: give --perplexity DATA, --recall DATA or --tasks TASKS"
+        )
     if options.perplexity:
         check_lengths(options.lengths, options.block)
     if options.shuffled and (options.ttt != "both" or not options.perplexity):
@@ -92,6 +98,10 @@ def check(options: Options) -> None:
         from ttt_jax.eval.harness_tasks import check_tasks
 
         check_tasks(harness_tasks(options))
+
+
+def asks_something(options: Options) -> bool:
+    return bool(options.perplexity or options.recall or options.tasks)
 
 
 def harness_tasks(options: Options) -> list[str]:
@@ -184,6 +194,8 @@ def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -
     text_html = None
     if options.perplexity:
         text_html = _perplexity(options, model, results, kept)
+    if options.recall:
+        _recall(options, model, results, kept)
     if "synthetic" in options.tasks:
         _synthetic(options, model, results, kept)
     if harness_tasks(options):
@@ -260,6 +272,31 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
     return text_page(pieces, f"{options.model}: where TTT helps") if options.text_page else None
 
 
+def _recall(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
+    from ttt_jax.eval import recall
+    from ttt_jax.eval.documents import open_documents
+    from ttt_jax.progress import progress
+
+    assert options.recall is not None
+    recall.check_recall(model.config, options.lengths, options.passage)
+    corpus = open_documents(model, options.recall, "--recall")
+    documents = recall.choose_documents(corpus, options.lengths, options.passage, options.documents)
+    modes = modes_of(options.ttt)
+    total = 2 * sum(options.lengths) * len(modes) * len(documents)
+    with progress("recall", total, "tokens") as advance_to:
+        results["recall"] = recall.evaluate(
+            model,
+            corpus,
+            documents,
+            lengths=options.lengths,
+            passage=options.passage,
+            modes=modes,
+            on_progress=advance_to,
+            kept=kept,
+            **_shared(options),
+        )
+
+
 def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
     from ttt_jax.eval import synthetic
     from ttt_jax.progress import progress
@@ -296,10 +333,10 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
         if (folder / output.RESULTS).is_file():
             both.append(output.read_results(folder))
             continue
-        if options is None or not (options.perplexity or options.tasks):
+        if options is None or not asks_something(options):
             raise UserError(
                 f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an "
-                "evaluation, or a model and --perplexity DATA or --tasks TASKS"
+                "evaluation, or a model and --perplexity DATA, --recall DATA or --tasks TASKS"
             )
         results, text_html = evaluate(
             dataclasses.replace(options, model=folder), out and out / name, overwrite

@@ -17,6 +17,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     made: list[Table] = []
     if "perplexity" in results:
         made += _perplexity(results["perplexity"])
+    if "recall" in results:
+        made.append(_recall(results["recall"]))
     if "synthetic" in results:
         made.append(_synthetic(results["synthetic"]))
     if "tasks" in results:
@@ -80,6 +82,33 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
             lambda e: f"{e['start']} to {e['stop'] - 1}",
         ),
     ]
+
+
+def reach_of(part: dict[str, Any]) -> str:
+    """Say whether the recall probe's filler is beyond the reach of attention."""
+    if part["reach"] is None:
+        return (
+            "Layers with full attention see the first reading: the probe measures attention as well"
+        )
+    return f"Attention reaches {part['reach']} tokens back, the filler is longer"
+
+
+def _recall(part: dict[str, Any]) -> Table:
+    rows = []
+    for entry in part["lengths"]:
+        for mode in part["modes"]:
+            found = entry[mode]
+            losses = [number(found[name]["mean"]) for name in ("first", "second", "control")]
+            gains = [interval(found[name], "+.4f") for name in ("drop", "recall")]
+            rows.append([tokens(entry["length"]), mode, *losses, *gains])
+    note = (
+        f"Nats per token of a passage of {part['passage']} tokens, {len(part['documents'])} "
+        "documents; control: the same place and filler, but another document's passage was read "
+        f"first. {reach_of(part)}. 95 % bootstrap intervals over documents, paired by document."
+    )
+    headings = ["length", "TTT", "first reading", "second reading", "control"]
+    headings += ["first - second", "recall (control - second)"]
+    return Table("A passage read again", note, headings, rows)
 
 
 def _synthetic(part: dict[str, Any]) -> Table:
