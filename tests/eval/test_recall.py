@@ -2,6 +2,7 @@
 
 import functools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,7 @@ def corpus(tmp_path):
     return open_documents(model_of(), tmp_path / "ids.npy", "--recall")
 
 
-@functools.cache
-def options():
+def options() -> dict[str, Any]:
     return {"lengths": [LENGTH, 40], "passage": P, "piece": 8, "batch_size": 2}
 
 

@@ -60,6 +60,11 @@ from ttt_jax.terminal import printable
     help="Control: S of another document.  [default: if possible]",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="Perplexity with only the fast weights of the text before, too.",
+)
+@click.option(
     "--block",
     type=click.IntRange(1),
     help="Final tokens that are scored.  [default: half the shortest length]",

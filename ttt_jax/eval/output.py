@@ -212,8 +212,9 @@ def _compare_recall(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, 
             for e in (entry, other)
         )
         difference = mean_with_interval(theirs - ours) if paired else None
-        means = (e[mode]["recall"]["mean"] for e in (entry, other))
-        yield _row(f"recall at {tokens(entry['length'])}", mode, *means, difference)
+        a_mean, b_mean = (e[mode]["recall"]["mean"] for e in (entry, other))
+        what = f"recall at {tokens(entry['length'])}"
+        yield _row(what, mode, a_mean, b_mean, difference)
 
 
 def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:

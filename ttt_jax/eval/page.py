@@ -154,7 +154,7 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
     x_length = np.arange(len(lengths))
     x_position = [(entry["start"] + entry["stop"]) / 2 for entry in positions]
     for column, (x, entries) in enumerate(((x_length, lengths), (x_position, positions))):
-        for mode in part["modes"]:
+        for mode in [mode for mode in part["modes"] if mode in entries[0]]:
             values = _values(entries, mode, "mean")
             axes[0, column].plot(x, values, **_style(mode, f"TTT {mode}"))
         if paired:
@@ -162,6 +162,8 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
             _line(below, x, entries, "gain", _style("on", "off - on"))
             if "gain_shuffled" in entries[0]:
                 _line(below, x, entries, "gain_shuffled", _style("shuffled", "off - shuffled"))
+            if "gain_strict" in entries[0]:
+                _line(below, x, entries, "gain_strict", _style("strict", "cold - strict"))
             below.axhline(0, color="black", linewidth=0.8)
             below.set_ylabel("gain (nats), 95 %")
         for row in axes[:, column]:

@@ -1,5 +1,5 @@
-"""Perplexity as the preceding context grows, and loss by position: TTT on, off, and with another
-document's fast weights.
+"""Perplexity as the preceding context grows, and loss by position: TTT on, off, with another
+document's fast weights, and with nothing but the fast weights.
 
 B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv
 2604.06169, section 4.
@@ -13,6 +13,11 @@ The control "shuffled": everything is computed as with TTT on (this document's k
 pending chunk), but each scored chunk is read with the fast weights S of the next document in the
 batch, read to the same position. The stream that is read on keeps its own S. What is left of TTT's
 gain is not due to this document's content.
+
+The mode "strict" reads the L - K tokens before the block with TTT on, then drops keys, values,
+positions and the pending chunk, and scores the block with the fast weights S alone, which stay as
+they are. "cold" scores the same block from a fresh state with S = 0. Their difference is what S
+carries.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from ttt_jax.inference.prefill import check_ids
 from ttt_jax.model.transformer import Transformer
 
 MODES = ("off", "on", "shuffled")
+STRICT = ("strict", "cold")  # by length only: both drop what the text before has left in attention
 _BUCKETS = 16
 
 
@@ -96,7 +102,8 @@ def evaluate(
       documents: indices of documents with at least max(lengths) + 1 tokens.
       lengths: context lengths L.
       block: K, tokens whose loss is taken; None: half the shortest length.
-      modes: some of "off", "on", "shuffled"; the order of the result.
+      modes: some of "off", "on", "shuffled", and "strict", which brings "cold"; the order of the
+        result.
       batch_size: documents read at once.
       on_progress: called with the number of tokens read so far, over all modes.
       kept: batches that an earlier start finished, and where this one keeps its own.
@@ -111,12 +118,14 @@ def evaluate(
     """
     lengths, block = check_lengths(lengths, block)
     check_modes(model, modes, len(documents))
+    through = [mode for mode in modes if mode not in STRICT]
+    modes = [*through, *STRICT] if "strict" in modes else through
     kept = Unfinished(None, {}) if kept is None else kept
     reader, count = Reader(model, piece), _Count(on_progress)
     reader.on_tokens = count.read
     starts = position_edges(lengths[-1], block)
     by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
-    by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in modes}
+    by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in through}
     parts = batches(len(documents), batch_size, 2 if "shuffled" in modes else 1)
     for part in parts:
         names = [int(documents[i]) for i in part]
@@ -131,6 +140,7 @@ def evaluate(
             found = kept.piece(key, compute)
         for mode in modes:
             by_length[mode][:, part] = found["lengths"][mode]
+        for mode in through:
             by_position[mode][:, part] = found["positions"][mode]
     return {
         "block": block,
@@ -206,12 +216,18 @@ def _losses_of(
     longest = lengths[-1]
     found: dict[str, dict[str, list]] = {
         "lengths": {mode: [] for mode in modes},
-        "positions": {mode: [] for mode in modes},
+        "positions": {mode: [] for mode in modes if mode not in STRICT},
     }
 
     def take(part: str, mode: str, losses_BX: np.ndarray) -> None:
         found[part][mode].append(reader.means(losses_BX, names, mode))
 
+    if "strict" in modes:
+        cold_BK = reader.cold_losses(ids_BL1, block)
+        for L in lengths:
+            take("lengths", "strict", reader.strict_losses(ids_BL1[:, longest - L :], block))
+            take("lengths", "cold", cold_BK)
+    modes = [mode for mode in modes if mode not in STRICT]
     for L in lengths[:-1]:
         for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
             take("lengths", mode, losses_BK)
@@ -253,6 +269,10 @@ def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
         if mode in losses and "off" in losses:
             difference = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
             entry["gain" if mode == "on" else "gain_shuffled"] = difference
+    if "strict" in losses:
+        entry["gain_strict"] = mean_with_interval(
+            losses["cold"][n] - losses["strict"][n], seed=seed
+        )
     return entry | {"per_document": {mode: values[n].tolist() for mode, values in losses.items()}}
 
 
@@ -263,4 +283,5 @@ def tokens_to_read(lengths: Sequence[int], block: int | None, modes: Sequence[st
     lengths, block = check_lengths(lengths, block)
     passes = ("off" in modes) + ("on" in modes or "shuffled" in modes)
     extra = ((len(lengths) - 1) * block * ("on" in modes) + lengths[-1]) * ("shuffled" in modes)
-    return sum(lengths) * passes + extra
+    strict = (sum(lengths) + block) * ("strict" in modes)
+    return sum(lengths) * passes + extra + strict

@@ -17,11 +17,13 @@ from ttt_jax.inference.prefill import (
     Frozen,
     needs_capacity,
     piece_size,
+    program,
     read_piece,
     score_piece,
     warn_past_positions,
 )
-from ttt_jax.inference.watch import Watch, not_finite
+from ttt_jax.inference.watch import Watch, not_finite, state_ratios
+from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import State, Transformer
 
 _READ_THROUGH = ("off", "on", "shuffled")
@@ -78,6 +80,40 @@ class Reader:
                 state, scored = self.score(ids_BL1, start, stop, state, L, ttt=ttt)
                 losses["on" if ttt else "off"] += scored
         return {mode: _join(losses[mode]) for mode in modes}
+
+    def strict_losses(self, ids_BL1: np.ndarray, block: int) -> np.ndarray:
+        """Compute losses float32 [B, K] of the last K predictions when the tokens before them are
+        read with TTT on, and then all is dropped but the fast weights S.
+
+        Keys, values and the pending chunk (what follows the last whole one) are gone, positions
+        start at 0, and S stays as it is: scoring writes nothing.
+        """
+        begin = ids_BL1.shape[1] - 1 - block
+        state = self.read(ids_BL1, 0, begin, None, begin, ttt=True)
+        return self._score_frozen(ids_BL1[:, begin:], state)
+
+    def cold_losses(self, ids_BL1: np.ndarray, block: int) -> np.ndarray:
+        """Compute losses float32 [B, K] of the last K predictions from a fresh state, TTT off, by
+        the program of `strict_losses`, so that the two differ by S alone.
+        """
+        return self._score_frozen(ids_BL1[:, -block - 1 :], None)
+
+    def _score_frozen(self, ids_BK1: np.ndarray, before: State | None) -> np.ndarray:
+        B, K = len(ids_BK1), ids_BK1.shape[1] - 1
+        state = only_fast_weights(self.model, before, B, -(-K // self.size) * self.size)
+        losses = []
+        for first, last in self._cuts(0, K):
+            state, logprobs_BP, ratio_LB = score_frozen_piece(
+                self.frozen,
+                state,
+                ids_BK1[:, first:last],
+                ids_BK1[:, first + 1 : last + 1],
+                np.full(B, last - first, np.int32),
+            )
+            self.watch.note(ratio_LB)
+            losses.append(np.asarray(logprobs_BP))
+            self.on_tokens(last - first)
+        return _join(losses)
 
     def means(self, losses_BX: np.ndarray, names: Sequence[int], mode: str) -> list[float]:
         """Compute the mean loss of each document of a batch, the first `len(names)` rows.
@@ -159,3 +195,41 @@ def exchanged(state: State | None) -> State:
     layers = tuple(tuple(swap(layer) for layer in runs) for runs in state.layers)
     # Copies, because the programs take over (donate) the arrays of the state that they are given.
     return jax.tree.map(jnp.copy, State(state.position_B, layers, state.capacity))
+
+
+def only_fast_weights(model: Transformer, state: State | None, batch: int, capacity: int) -> State:
+    """Make the state of streams that have read nothing but hold the fast weights S of `state`.
+
+    Args:
+      capacity: tokens that full-attention caches can hold.
+    """
+    fresh = model.init_state(batch, capacity)
+    if state is None:
+        return fresh
+
+    def keep(new, old):
+        if new.ttt is None:
+            return new
+        return new._replace(ttt=new.ttt._replace(S_BDF=old.ttt.S_BDF))
+
+    layers = tuple(tuple(map(keep, *runs)) for runs in zip(fresh.layers, state.layers, strict=True))
+    return State(fresh.position_B, layers, fresh.capacity)
+
+
+@program(())
+def score_frozen_piece(model, state: State, ids_BP, targets_BP, lengths_B):
+    """Read a piece from a chunk's start, applying S and writing nothing to it.
+
+    Returns: (state, log-probabilities of the targets float32 [B, P], ||S||/||W|| [L, B] or None).
+    """
+    h_BPD, state, stats = model.hidden(
+        ids_BP,
+        state,
+        keep_state=True,
+        lengths=lengths_B,
+        # An array: the number 0.0 would leave S out, too.
+        ttt_scale=jnp.zeros((), jnp.float32),
+        at_chunk_start=True,
+    )
+    logprobs_BP = -token_nll(h_BPD, model.output_weight, targets_BP)
+    return state, logprobs_BP.astype(jnp.float32), state_ratios(stats)

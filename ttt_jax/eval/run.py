@@ -28,6 +28,7 @@ class Options:
         the recall probe and
         the synthetic suite too, documents of the recall probe.
       ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
+      strict: perplexity with nothing but the fast weights of the text before, too.
       recall: data source of the recall probe, or None; passage: its tokens.
       tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
       limit, fewshot, chat: of the harness.
@@ -42,6 +43,7 @@ class Options:
     documents: int | None = 64
     ttt: str = "both"
     shuffled: bool | None = None
+    strict: bool = False
     recall: str | None = None
     passage: int = 256
     tasks: tuple[str, ...] = ()
@@ -89,6 +91,10 @@ def check(options: Options) -> None:
     if options.shuffled and (options.ttt != "both" or not options.perplexity):
         raise UserError(
             "--shuffled: is a control of --perplexity with --ttt both; drop it or change them"
+        )
+    if options.strict and (options.ttt != "both" or not options.perplexity):
+        raise UserError(
+            "--strict: is a mode of --perplexity with --ttt both; drop it or change them"
         )
     if (options.diagnostics or options.text_page) and not options.perplexity:
         raise UserError(
@@ -246,6 +252,7 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
         else options.ttt == "both" and len(documents) > 1
     )
     modes = modes_of(options.ttt) + (("shuffled",) if control else ())
+    modes += ("strict",) if options.strict else ()
     perplexity.check_modes(model, modes, len(documents))
     total = perplexity.tokens_to_read(options.lengths, options.block, modes) * len(documents)
     with progress("perplexity", total, "tokens") as advance_to:

@@ -44,21 +44,28 @@ def tokens(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
-_GAINS = {"gain": "gain (off - on)", "gain_shuffled": "off - shuffled"}
+_GAINS = {
+    "gain": "gain (off - on)",
+    "gain_shuffled": "off - shuffled",
+    "gain_strict": "cold - strict",
+}
 
 
 def _perplexity(part: dict[str, Any]) -> list[Table]:
-    modes, N = part["modes"], len(part["documents"])
-    gains = [key for key in _GAINS if key in part["lengths"][0]]
+    N = len(part["documents"])
     note = (
         f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over "
         "documents, gains paired by document."
     )
+    if "strict" in part["modes"]:
+        note += " strict: only the fast weights of the text before the tokens; cold: nothing of it."
 
     def table(
         title: str, first: str, entries: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]
     ) -> Table:
-        shown = [mode for mode in modes if mode != "shuffled"]
+        modes = [mode for mode in part["modes"] if mode in entries[0]]
+        gains = [key for key in _GAINS if key in entries[0]]
+        shown = [mode for mode in modes if mode in ("off", "on")]
         headings = [
             first,
             *modes,
