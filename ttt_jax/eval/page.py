@@ -123,8 +123,9 @@ def _pictures(results: dict[str, Any]) -> list[str]:
         made.append(_perplexity_picture(results["perplexity"]))
     if "recall" in results:
         made.append(_recall_picture(results["recall"]))
-    if "synthetic" in results and (picture := _distance_picture(results["synthetic"])):
-        made.append(picture)
+    if "synthetic" in results:
+        pictures = (draw(results["synthetic"]) for draw in (_distance_picture, _pairs_picture))
+        made += [picture for picture in pictures if picture]
     if "diagnostics" in results and results["diagnostics"]["layers"]:
         made.append(_fast_weight_picture(results["diagnostics"]))
     return made
@@ -201,26 +202,39 @@ def _recall_picture(part: dict[str, Any]) -> str:
 
 def _distance_picture(part: dict[str, Any]) -> str | None:
     sweep = [entry for entry in part["entries"] if entry["distance"] is not None]
+    return _sweep_picture(
+        part["modes"], sweep, "distance", "tokens between needle and question", "Recall by distance"
+    )
+
+
+def _pairs_picture(part: dict[str, Any]) -> str | None:
+    """Show the longest sequences."""
+    sweep = [entry for entry in part["entries"] if "pairs" in entry]
+    longest = max((entry["length"] for entry in sweep), default=0)
+    sweep = [entry for entry in sweep if entry["length"] == longest]
+    return _sweep_picture(
+        part["modes"], sweep, "pairs", "pairs of key and value", "Recall by number of pairs"
+    )
+
+
+def _sweep_picture(
+    modes: list[str], sweep: list[dict[str, Any]], key: str, xlabel: str, title: str
+) -> str | None:
     if len(sweep) < 2:
         return None
     figure = figure_of(7, 3.6)
     axes = figure.subplots()
-    x = [entry["distance"] for entry in sweep]
-    for mode in part["modes"]:
+    x = [entry[key] for entry in sweep]
+    for mode in modes:
         entries = [entry[mode] for entry in sweep]
         _line(axes, x, entries, "accuracy", _style(mode, f"TTT {mode}"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [tokens(n) for n in x])
     axes.minorticks_off()
-    axes.set(
-        xlabel="tokens between needle and question",
-        ylabel="accuracy",
-        ylim=(-0.03, 1.03),
-        title="Recall by distance",
-    )
+    axes.set(xlabel=xlabel, ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
     axes.legend(frameon=False)
     tidy(axes)
-    return image(figure, "Recall accuracy by distance")
+    return image(figure, title.replace("Recall", "Recall accuracy"))
 
 
 def _fast_weight_picture(part: dict[str, Any]) -> str:

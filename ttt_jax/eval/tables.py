@@ -57,8 +57,7 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
         f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over "
         "documents, gains paired by document."
     )
-    if "strict" in part["modes"]:
-        note += " strict: only the fast weights of the text before the tokens; cold: nothing of it."
+    strict = " strict: only the fast weights of the text before the tokens; cold: nothing of it."
 
     def table(
         title: str, first: str, entries: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]
@@ -77,7 +76,7 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
             row = [name(entry), *(number(entry[mode]["mean"]) for mode in modes)]
             row += [number(float(np.exp(entry[mode]["mean"])), ".3f") for mode in shown]
             rows.append(row + [interval(entry[key], "+.4f") for key in gains])
-        return Table(title, note, headings, rows)
+        return Table(title, note + strict * ("strict" in modes), headings, rows)
 
     by_length = f"Loss of the same final {part['block']} tokens as the context grows"
     return [
@@ -144,6 +143,8 @@ def _synthetic(part: dict[str, Any]) -> Table:
         "every token is the most likely "
         "one; nats: loss per answer token; 95 % bootstrap intervals over examples."
     )
+    if part.get("left_out"):
+        note += f" Too many pairs for the length or the vocabulary: {', '.join(part['left_out'])}."
     return Table("Associative recall and induction", note, headings, rows)
 
 
