@@ -84,7 +84,7 @@ def test_strict_is_a_fresh_start_with_slow_weights_W_plus_S(rows, before, window
 
 def test_scoring_writes_nothing(rows):
     model = model_of()
-    state = read(model, rows[:, :L])
+    state = read(model, rows[:, : L - 1])  # three tokens are pending
     S_BDF = np.asarray(state.layers[1][0].ttt.S_BDF)
     kept = only_fast_weights(model, state, 3, K)
     assert not kept.position_B.any()

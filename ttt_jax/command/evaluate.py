@@ -109,13 +109,16 @@ from ttt_jax.terminal import printable
     nargs=2,
     type=EXISTING,
     metavar="A B",
-    help="Two result folders, or two models to evaluate.",
+    help="Two result folders, or two models to evaluate; more may follow: A B C ...",
 )
+@click.argument("more", nargs=-1, type=EXISTING, metavar="[C ...]")
 @click.option("--out", type=EXISTING, help="Folder for results.json and report.html.")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is a result folder.")
 @DTYPE
 @PIECE
-def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, **options) -> None:
+def evaluate(
+    folder, perplexity, tasks, lengths, compare, more, out, overwrite, html, **options
+) -> None:
     """What TTT gives on the same weights: perplexity by context and position, recall, harness
     tasks.
     """
@@ -125,6 +128,8 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
 
     if (folder is None) == (not compare):
         raise click.UsageError("give --model DIR or --compare A B, one of them")
+    if more and not compare:
+        raise click.UsageError(f"got unexpected extra argument ({more[0]})")
     if not compare and out is None:
         raise click.UsageError("--out DIR is missing: where the results go")
     if out is not None:
@@ -139,8 +144,7 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
         **options,
     )
     if compare:
-        first, second = compare
-        print_tables(run.compare(first, second, chosen, out, overwrite))
+        print_tables(run.compare([*compare, *more], chosen, out, overwrite))
     elif out is not None:
         results, text_html = run.evaluate(chosen, out, overwrite)
         output.write_folder(out, output.files_of(results, text_html), overwrite)

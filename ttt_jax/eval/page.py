@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax.eval.side_by_side import LETTERS
 from ttt_jax.eval.tables import tables, tokens
 from ttt_jax.html_page import (
     COLOURS,
@@ -24,6 +25,14 @@ from ttt_jax.html_page import (
 )
 from ttt_jax.tables import Table
 
+# Okabe and Ito's colours, one for each run of a comparison.
+_RUN_COLOURS = (
+    *COLOURS.values(),
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
+
 
 def report_page(results: dict[str, Any]) -> str:
     """Show all tables and plots of one evaluation."""
@@ -38,11 +47,41 @@ def report_page(results: dict[str, Any]) -> str:
     return html_page(f"Evaluation of {results['model']}", body)
 
 
-def comparison_page(a: dict[str, Any], b: dict[str, Any], made: list[Table]) -> str:
+def comparison_page(results: list[dict[str, Any]], made: list[Table]) -> str:
     body = ["<h1>Comparison</h1>"]
-    for name, results in (("A", a), ("B", b)):
-        body += [f"<h2>{name}: {escape(results['model'])}</h2>", _facts(results)]
+    if picture := _comparison_picture(results):
+        body.append(picture)
+    for name, result in zip(LETTERS, results, strict=False):
+        body += [f"<h2>{name}: {escape(result['model'])}</h2>", _facts(result)]
     return html_page("Comparison", body + [_table(table) for table in made])
+
+
+def _comparison_picture(results: list[dict[str, Any]]) -> str | None:
+    """Show the losses by context length of all that scored the same number of tokens."""
+    named = [
+        (a, r["perplexity"]) for a, r in zip(LETTERS, results, strict=False) if "perplexity" in r
+    ]
+    named = [(letter, part) for letter, part in named if part["block"] == named[0][1]["block"]]
+    if len(named) < 2:
+        return None
+    figure = figure_of(8, 4)
+    axes, lengths = figure.subplots(), sorted({e["length"] for _, p in named for e in p["lengths"]})
+    dashes = {"on": "-", "off": "--"}
+    for (letter, part), colour in zip(named, _RUN_COLOURS, strict=False):
+        x = [lengths.index(entry["length"]) for entry in part["lengths"]]
+        for mode in (mode for mode in part["modes"] if mode in dashes):
+            style = _style(mode, f"{letter}, TTT {mode}")
+            style |= {"color": colour, "linestyle": dashes[mode]}
+            axes.plot(x, _values(part["lengths"], mode, "mean"), **style)
+    axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
+    axes.set(
+        xlabel="context length (tokens)",
+        ylabel="loss (nats per token)",
+        title=f"Same final {named[0][1]['block']} tokens, growing context",
+    )
+    axes.legend(frameon=False, fontsize="small")
+    tidy(axes)
+    return image(figure, "Loss by context length of all runs")
 
 
 def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) -> str:

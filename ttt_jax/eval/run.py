@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -325,9 +326,9 @@ def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinishe
         )
 
 
-def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwrite: bool):
-    """Compare two result folders, or two models evaluated with the same options (their results go
-    to OUT/a and OUT/b).
+def compare(folders: Sequence[Path], options: Options | None, out: Path | None, overwrite: bool):
+    """Compare result folders, or models evaluated with the same options (their results go to OUT/a,
+    OUT/b, ...).
 
     Returns: the tables of the comparison.
     Raises: UserError when they have nothing in common, or a model is given without anything to
@@ -335,10 +336,12 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
     """
     from ttt_jax.eval import output
 
-    files, both = {}, []
-    for name, folder in (("a", a), ("b", b)):
+    if len(folders) > len(output.LETTERS):
+        raise UserError(f"--compare: {len(folders)} results; give at most {len(output.LETTERS)}")
+    files, found = {}, []
+    for name, folder in zip(output.LETTERS.lower(), folders, strict=False):
         if (folder / output.RESULTS).is_file():
-            both.append(output.read_results(folder))
+            found.append(output.read_results(folder))
             continue
         if options is None or not asks_something(options):
             raise UserError(
@@ -351,11 +354,8 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
         files |= {
             f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()
         }
-        both.append(results)
-    first, second = both
-    compared, made = output.comparison(first, second)
+        found.append(results)
+    compared, made = output.comparison(*found)
     if out is not None:
-        output.write_folder(
-            out, files | output.comparison_files(first, second, compared, made), overwrite
-        )
+        output.write_folder(out, files | output.comparison_files(found, compared, made), overwrite)
     return made
