@@ -10,6 +10,7 @@ from support.models import config, make
 
 from ttt_jax import score
 from ttt_jax.errors import DataError, UserError
+from ttt_jax.eval import recall
 from ttt_jax.eval.documents import open_documents
 from ttt_jax.eval.output import comparison, files_of
 from ttt_jax.eval.recall import (
@@ -21,6 +22,7 @@ from ttt_jax.eval.recall import (
 )
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import tables
+from ttt_jax.eval.unfinished import Unfinished
 
 C, W, P, LENGTH = 4, 3, 7, 32
 WINDOW = {"ttt.chunk_size": C, "num_layers": 2, "ttt.layers": (1,), "sliding_window": W}
@@ -92,6 +94,13 @@ def test_off_is_zero_and_on_is_not(corpus):
         for name, value in expected.items():
             found = part["lengths"][0][mode]["per_document"][name]
             np.testing.assert_allclose(found, value.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_what_an_earlier_start_finished_is_not_read_again(corpus, tmp_path, monkeypatch):
+    kept = functools.partial(Unfinished, tmp_path / "out", {"command": "one"})
+    part = evaluate(model_of(), corpus, range(3), **options(), kept=kept())
+    monkeypatch.setattr(recall, "passage_losses", None)
+    assert evaluate(model_of(), corpus, range(3), **options(), kept=kept()) == part
 
 
 def test_full_attention_is_said_to_see_the_first_reading(corpus):

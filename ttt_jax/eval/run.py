@@ -26,8 +26,7 @@ class Options:
     Fields:
       model: folder. dtype: of parameters and compute; None: float32 on CPUs, bfloat16 elsewhere.
       perplexity: data source, or None. lengths, block, documents: of the perplexity; `lengths` of
-        the recall probe and
-        the synthetic suite too, documents of the recall probe.
+        the recall probe and the synthetic suite too, `documents` of the recall probe too.
       ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
       strict: perplexity with nothing but the fast weights of the text before, too.
       recall: data source of the recall probe, or None; passage: its tokens.
