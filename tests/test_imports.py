@@ -16,7 +16,7 @@ ROOMS = (
     ("kernels_pallas/",),
     ("ttt_jax/terminal.py", "ttt_jax/errors.py", "ttt_jax/jax_internals.py"),
     ("ttt_jax/ops/",),
-    ("ttt_jax/progress.py", "ttt_jax/tables.py", "ttt_jax/html_page.py"),
+    ("ttt_jax/display/",),
     ("ttt_jax/config/",),
     ("ttt_jax/flops.py",),
     ("ttt_jax/files/",),
@@ -62,7 +62,7 @@ NARROW = {
     ),
     "ttt_jax/inference/writing.py": ("ttt_jax/errors.py",),
     "ttt_jax/eval/unfinished.py": ("ttt_jax/errors.py", "ttt_jax/files/"),
-    "ttt_jax/html_page.py": (),
+    "ttt_jax/display/html_page.py": (),
 }
 
 # None of these waits for jax or arrays when it is imported: signals find their handler first,

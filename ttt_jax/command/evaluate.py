@@ -122,9 +122,9 @@ def evaluate(
     """What TTT gives on the same weights: perplexity by context and position, recall, harness
     tasks.
     """
+    from ttt_jax.display.tables import print_tables
     from ttt_jax.eval import output, run
     from ttt_jax.eval.tables import tables
-    from ttt_jax.tables import print_tables
 
     if (folder is None) == (not compare):
         raise click.UsageError("give --model DIR or --compare A B, one of them")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax.display.tables import Table, number
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import comparison_page, report_page
 from ttt_jax.eval.side_by_side import LETTERS, side_by_side
@@ -20,7 +21,6 @@ from ttt_jax.eval.tables import interval, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.text import atomic_write_text, one_line
-from ttt_jax.tables import Table, number
 
 RESULTS = "results.json"
 _MAX_BYTES = 256 << 20  # of results.json

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.eval.side_by_side import LETTERS
-from ttt_jax.eval.tables import tables, tokens
-from ttt_jax.html_page import (
+from ttt_jax.display.html_page import (
     COLOURS,
     MARKERS,
     code,
@@ -23,7 +21,9 @@ from ttt_jax.html_page import (
     note,
     tidy,
 )
-from ttt_jax.tables import Table
+from ttt_jax.display.tables import Table
+from ttt_jax.eval.side_by_side import LETTERS
+from ttt_jax.eval.tables import tables, tokens
 
 # Okabe and Ito's colours, one for each run of a comparison.
 _RUN_COLOURS = (

@@ -238,10 +238,10 @@ def _plain_options(options: Options) -> dict[str, Any]:
 
 
 def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:
+    from ttt_jax.display.progress import progress
     from ttt_jax.eval import diagnostics, perplexity
     from ttt_jax.eval.documents import choose, open_documents
     from ttt_jax.eval.page import text_page
-    from ttt_jax.progress import progress
 
     assert options.perplexity is not None
     corpus = open_documents(model, options.perplexity)
@@ -280,9 +280,9 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
 
 
 def _recall(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
+    from ttt_jax.display.progress import progress
     from ttt_jax.eval import recall
     from ttt_jax.eval.documents import open_documents
-    from ttt_jax.progress import progress
 
     assert options.recall is not None
     recall.check_recall(model.config, options.lengths, options.passage)
@@ -305,8 +305,8 @@ def _recall(options: Options, model, results: dict[str, Any], kept: Unfinished) 
 
 
 def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
+    from ttt_jax.display.progress import progress
     from ttt_jax.eval import synthetic
-    from ttt_jax.progress import progress
 
     modes = modes_of(options.ttt)
     total = synthetic.count_sequences(

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttt_jax.display.tables import Table, number
 from ttt_jax.errors import UserError
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import interval, tokens
-from ttt_jax.tables import Table, number
 
 LETTERS = string.ascii_uppercase[:8]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.tables import Table, number
+from ttt_jax.display.tables import Table, number
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
