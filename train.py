@@ -1,12 +1,15 @@
 """Trains a model: config -> mesh -> data -> model -> step loop -> checkpoint -> report.
 
+Examples:
+
     python train.py                                  # the default run: no arguments, no downloads
-    python train.py configs/500m.yaml --steps 1000   # a preset and dotted overrides
-    python train.py configs/default.yaml --model.ttt.chunk_size 128 --name chunk128
+    python train.py configs/500m.yaml --steps 1000   # a YAML file and dotted overrides
+    python train.py default --model.ttt.chunk_size 128 --name chunk128   # a preset by its name
     python train.py --help                           # every field
 
-Run the same command again to continue an interrupted run. A preset's first field worth changing is
-`name`: it is the folder below `runs/` that receives checkpoints, metrics and the report.
+`ttt-jax train` is the same job, started in any folder. Run the same command again to continue an
+interrupted run. A preset's first field worth changing is `name`: it is the folder below `runs/`
+that receives checkpoints, metrics and the report.
 """
 
 from __future__ import annotations
@@ -15,13 +18,12 @@ from __future__ import annotations
 from ttt_jax.process.signals import Stopped, StopSignal, end_process  # isort: split
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ttt_jax.config import Config
 
-DEFAULT = Path(__file__).parent / "configs" / "default.yaml"
+DEFAULT = "default"  # the preset
 
 
 def main(argv: list[str], signals: StopSignal | None = None) -> int:
@@ -43,10 +45,10 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config import fields_help, load_config
+    from ttt_jax.config import fields_help, load_config, preset_names
 
     if "-h" in argv or "--help" in argv:
-        print(__doc__)
+        print(f"{__doc__}\npresets: {', '.join(preset_names())}\n")
         for name, kind, default in fields_help():
             print(f"  --{name:38} {default}   ({kind})")
         return 0

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.varying import varying_alike, varying_like
+from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 BASE_TOKENS = 32768  # of which z W^T exists in float32 at one time, at least
 

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import chunk_scan
-from kernels_pallas.gpu_launch import Launch, launch_p
-from kernels_pallas.gpu_products import (
+from ttt_jax.kernels_pallas import chunk_scan
+from ttt_jax.kernels_pallas.gpu_launch import Launch, launch_p
+from ttt_jax.kernels_pallas.gpu_products import (
     Chunk,
     Sizes,
     Staging,
@@ -34,8 +34,8 @@ from kernels_pallas.gpu_products import (
     replay_products,
     reverse_products,
 )
-from kernels_pallas.gpu_schedule import BLOCK_K, TILE, schedule
-from kernels_pallas.gpu_tiles import (
+from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE, schedule
+from ttt_jax.kernels_pallas.gpu_tiles import (
     BLOCK_ROWS,
     BLOCKS,
     CONSUMER_ROWS,

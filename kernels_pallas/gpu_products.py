@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu_schedule import TILE
-from kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product, read
+from ttt_jax.kernels_pallas.gpu_schedule import TILE
+from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product, read
 
 
 class Sizes(NamedTuple):

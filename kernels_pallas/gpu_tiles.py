@@ -58,7 +58,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.gpu_schedule import BLOCK_K, TILE, Tile
+from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE, Tile
 
 BLOCKS = 2  # of a cluster: they share the columns
 CONSUMERS = 2  # warpgroups of a block

@@ -47,8 +47,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu_sweep import run_sweep
-from kernels_pallas.tpu_tiles import (
+from ttt_jax.kernels_pallas.tpu_sweep import run_sweep
+from ttt_jax.kernels_pallas.tpu_tiles import (
     FORWARD,
     LANES,
     REPLAY,
@@ -60,7 +60,7 @@ from kernels_pallas.tpu_tiles import (
     choose_tiles,
     round_up,
 )
-from kernels_pallas.varying import varying_alike
+from ttt_jax.kernels_pallas.varying import varying_alike
 
 _interpreted: contextvars.ContextVar[Core | None] = contextvars.ContextVar(
     "interpreted", default=None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu_tiles import PRODUCTS, Core, Sweep, choose_tiles, traffic
+from ttt_jax.kernels_pallas.tpu_tiles import PRODUCTS, Core, Sweep, choose_tiles, traffic
 
 
 def run_sweep(

@@ -22,7 +22,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import chunk_scan
+from ttt_jax.kernels_pallas import chunk_scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +169,6 @@ class TritonLaunches:
 
 @functools.cache
 def _kernels():
-    from kernels_pallas import triton_kernels
+    from ttt_jax.kernels_pallas import triton_kernels
 
     return triton_kernels

@@ -16,7 +16,7 @@ ROOMS = (
     ("kernels_pallas/",),
     ("ttt_jax/terminal.py", "ttt_jax/errors.py", "ttt_jax/jax_internals.py"),
     ("ttt_jax/ops/",),
-    ("ttt_jax/progress.py", "ttt_jax/tables.py", "ttt_jax/html_page.py"),
+    ("ttt_jax/display/",),
     ("ttt_jax/config/",),
     ("ttt_jax/flops.py",),
     ("ttt_jax/files/",),
@@ -32,9 +32,14 @@ ROOMS = (
     ("ttt_jax/plan/",),
     ("ttt_jax/eval/",),
     ("ttt_jax/__init__.py",),  # the public names
+    ("train.py",),
     ("ttt_jax/command/",),
-    ("ttt_jax/__main__.py", "train.py"),
+    ("ttt_jax/__main__.py",),
 )
+
+# At the top of the tree, and links in ttt_jax: imported as `ttt_jax.train`, so that an installed
+# copy has no names that other packages may have.
+LINKED = ("train.py", "kernels_pallas/")
 
 # All that these may import of the project, besides files of the same folder if they are a folder.
 NARROW = {
@@ -57,7 +62,7 @@ NARROW = {
     ),
     "ttt_jax/inference/writing.py": ("ttt_jax/errors.py",),
     "ttt_jax/eval/unfinished.py": ("ttt_jax/errors.py", "ttt_jax/files/"),
-    "ttt_jax/html_page.py": (),
+    "ttt_jax/display/html_page.py": (),
 }
 
 # None of these waits for jax or arrays when it is imported: signals find their handler first,
@@ -70,6 +75,7 @@ LIGHT = (
     "ttt_jax/errors.py",
     "ttt_jax/config/",
     "ttt_jax/command/cli.py",
+    "ttt_jax/command/train.py",
     "ttt_jax/process/failure.py",
     "ttt_jax/process/interrupts.py",
     "ttt_jax/process/lock.py",
@@ -87,8 +93,8 @@ Sources = dict[str, str]  # the text of every file by its path from the root
 @functools.cache
 def real_sources() -> Sources:
     found = [*ROOT.glob("ttt_jax/**/*.py"), *ROOT.glob("kernels_pallas/**/*.py")]
-    paths = sorted([*found, ROOT / "train.py"])
-    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
+    paths = sorted({path.resolve().relative_to(ROOT.resolve()) for path in found})  # links once
+    return {str(path): (ROOT / path).read_text(encoding="utf-8") for path in paths}
 
 
 @functools.cache
@@ -97,6 +103,7 @@ def parsed(text: str) -> ast.Module:
 
 
 def module_of(path: str) -> str:
+    path = f"ttt_jax/{path}" if path.startswith(LINKED) else path
     return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
@@ -137,6 +144,8 @@ def file_imports(sources: Sources, path: str, walk=ast.walk) -> set[str]:
     for module, name in imported(path, sources[path], walk):
         places = [m.replace(".", "/") for m in (f"{module}.{name}", module)]
         files = [f"{place}{end}" for place in places for end in (".py", "/__init__.py")]
+        inside = [file.removeprefix("ttt_jax/") for file in files]
+        files = [i if i.startswith(LINKED) else f for f, i in zip(files, inside, strict=True)]
         found.update([file for file in files if file in sources][:1])
     return found - {path}
 
@@ -271,11 +280,36 @@ def the_first_import_of_the_script_is_its_signals(sources: Sources) -> list[str]
     return [f"train.py: line {node.lineno} is not in a function" for node in ours[1:]]
 
 
-def nothing_imports_the_script(sources: Sources) -> list[str]:
+def the_command_is_light_until_it_trains(sources: Sources) -> list[str]:
+    """`ttt-jax train` handles signals before it imports the job, and does not wait for click."""
+    path = "ttt_jax/__main__.py"
+    body = {n.name: n for n in parsed(sources[path]).body if isinstance(n, ast.FunctionDef)}
+    ours = [n.module for n in body["_train"].body if isinstance(n, ast.ImportFrom)]
+    found = (
+        [] if ours == ["ttt_jax.process.signals", "ttt_jax.train"] else [f"{path}: _train: {ours}"]
+    )
+    at_once = imported(path, sources[path], runs_at_import)
+    return found + [f"{path}: imports {m} at once" for m, _ in at_once if m.startswith("ttt_jax")]
+
+
+def the_script_is_run_only(sources: Sources) -> list[str]:
+    """Nothing but the command of its name imports the job."""
     return [
         f"{path}: imports train"
+        for path in sources
+        if path not in ("ttt_jax/__main__.py", "ttt_jax/command/train.py")
+        and "train.py" in file_imports(sources, path)
+    ]
+
+
+def all_is_imported_from_the_package(sources: Sources) -> list[str]:
+    """Outside of the tree there is no `train` and no `kernels_pallas`, or somebody else's."""
+    tops = {place.removesuffix(".py").removesuffix("/") for place in LINKED}
+    return [
+        f"{path}: imports {module}"
         for path, text in sources.items()
-        if any(module.split(".")[0] == "train" for module, _ in imported(path, text))
+        for module, _ in imported(path, text)
+        if module.split(".")[0] in tops
     ]
 
 
@@ -306,7 +340,9 @@ RULES = (
     narrow_files_import_little,
     light_files_do_not_wait,
     the_first_import_of_the_script_is_its_signals,
-    nothing_imports_the_script,
+    the_command_is_light_until_it_trains,
+    the_script_is_run_only,
+    all_is_imported_from_the_package,
     only_the_mesh_names_axes,
 )
 
@@ -346,7 +382,11 @@ BROKEN = [
     ),
     (internals_of_jax_are_in_one_file, "ttt_jax/errors.py", "from jax._src import core"),
     (internals_of_jax_are_in_one_file, "ttt_jax/errors.py", "from jax import _src"),
-    (kernels_are_reached_through_ops, "ttt_jax/model/layers.py", "import kernels_pallas.tpu"),
+    (
+        kernels_are_reached_through_ops,
+        "ttt_jax/model/layers.py",
+        "import ttt_jax.kernels_pallas.tpu",
+    ),
     (narrow_files_import_little, "ttt_jax/data/digests.py", "from ttt_jax import errors"),
     (narrow_files_import_little, "ttt_jax/data/cache.py", "from ttt_jax.ops import in_place_ttt"),
     (light_files_do_not_wait, "ttt_jax/process/signals.py", "import jax.numpy as jnp"),
@@ -358,7 +398,20 @@ BROKEN = [
         "try:\n    import numpy\nfinally: ...",
     ),
     (the_first_import_of_the_script_is_its_signals, "train.py", "import ttt_jax.config"),
-    (nothing_imports_the_script, "ttt_jax/plan/make.py", "def f():\n    from train import train"),
+    (
+        the_command_is_light_until_it_trains,
+        "ttt_jax/__main__.py",
+        "def _train():\n    from ttt_jax.train import main",
+    ),
+    (the_command_is_light_until_it_trains, "ttt_jax/__main__.py", "from ttt_jax import errors"),
+    (
+        the_script_is_run_only,
+        "ttt_jax/plan/make.py",
+        "def f():\n    from ttt_jax.train import main",
+    ),
+    (the_script_is_run_only, "ttt_jax/command/plan.py", "from ttt_jax import train"),
+    (all_is_imported_from_the_package, "ttt_jax/plan/make.py", "def f():\n    import train"),
+    (all_is_imported_from_the_package, "ttt_jax/ops/ttt/api.py", "from kernels_pallas import tpu"),
     (only_the_mesh_names_axes, "ttt_jax/model/layers.py", 'x = P(None, ("data", "none"))'),
     (only_the_mesh_names_axes, "train.py", 'jax.sharding.PartitionSpec("tensor")'),
 ]

@@ -56,13 +56,16 @@ def test_an_interrupted_job_continues_bit_for_bit(words, tmp_path):
     finish([*words, "--name=killed"])
     assert curve(runs / "killed") == whole, f"killed at step {step}"
 
-    process = start([*words, "--name=stopped"])
+    process = start([*words, "--name=stopped"], sleep=0.3)
     wait_for_step(runs / "stopped", 6, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    if "stopped by SIGTERM" in output:  # else it was faster than the signal
-        assert not (runs / "stopped" / "report.json").exists()
+    assert "stopped by SIGTERM" in output
+    assert not (runs / "stopped" / "report.json").exists()
+    last = curve(runs / "stopped")[-1]["step"]
+    assert last < 16
+    assert (runs / "stopped" / "checkpoints" / str(last)).is_dir()
     output = finish([*words, "--name=stopped"])
     assert curve(runs / "stopped") == whole
     again = json.loads((runs / "stopped" / "report.json").read_text())["heldout"]

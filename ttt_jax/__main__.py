@@ -3,11 +3,14 @@ finds somebody at home."""
 
 import os
 import sys
+from typing import NoReturn
 
 
 def main() -> int:
     """Run the command of this process; returns its exit code, unless a signal ends it."""
     try:
+        if sys.argv[1:2] == ["train"]:
+            _train(sys.argv[2:])
         from ttt_jax.command.cli import main as run
 
         code = run()
@@ -20,6 +23,14 @@ def main() -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _train(words: list[str]) -> NoReturn:
+    """Be `train.py`, which handles signals in its own way from its first import on."""
+    from ttt_jax.process.signals import StopSignal, end_process
+    from ttt_jax.train import main as train
+
+    end_process(train(words, StopSignal(last=True)))
 
 
 if __name__ == "__main__":

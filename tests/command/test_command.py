@@ -206,7 +206,7 @@ def command(tmp_path, monkeypatch, capsys):
         def progress(*arguments):
             yield lambda done: act() if done == at else None
 
-        monkeypatch.setattr("ttt_jax.progress.progress", progress)
+        monkeypatch.setattr("ttt_jax.display.progress.progress", progress)
         words = (
             "--session",
             session,

@@ -11,9 +11,9 @@ from support.hf_folders import make_folder
 
 from ttt_jax.command.cli import main
 from ttt_jax.data.tokenizer import ByteTokenizer
+from ttt_jax.display.tables import Table, print_tables
 from ttt_jax.errors import UserError
 from ttt_jax.eval.output import files_of
-from ttt_jax.tables import Table, print_tables
 from ttt_jax.terminal import for_stream, printable
 
 # Clears the screen, renames the window, rings, asks the terminal to answer, C1 CSI, turns the line

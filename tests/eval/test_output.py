@@ -158,6 +158,11 @@ def test_command_line(folder, capsys):
         "16,32",
         "--html",
         "--diagnostics",
+        "--strict",
+        "--recall",
+        ids,
+        "--passage",
+        "4",
         "--out",
         out,
     ]
@@ -165,7 +170,11 @@ def test_command_line(folder, capsys):
     shown = capsys.readouterr().out
     assert "Loss of the same final 8 tokens" in shown
     results = json.loads((folder / "out" / "results.json").read_text())
-    assert results["perplexity"]["modes"] == ["off", "on", "shuffled"]
+    assert results["perplexity"]["modes"] == ["off", "on", "shuffled", "strict", "cold"]
+    assert [entry["length"] for entry in results["recall"]["lengths"]] == [16, 32]
+    page = (folder / "out" / "report.html").read_text()
+    assert "A passage read again" in page
+    assert "cold - strict" in page
     assert results["config"]["ttt"]["layers"] == [1]
     assert (results["dtype"], results["hardware"]["platform"]) == ("float32", "cpu")
     assert results["versions"]["jax"]
@@ -173,7 +182,9 @@ def test_command_line(folder, capsys):
     assert main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["eval", "--compare", out, out]) == 0
-    assert "loss at 32" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "loss at 32" in shown
+    assert "recall at 32" in shown
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,13 @@ from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import DataError, UserError
 from ttt_jax.eval.documents import choose, open_documents
 from ttt_jax.eval.perplexity import (
-    Reader,
     batches,
     check_lengths,
     evaluate,
-    exchanged,
     position_edges,
     tokens_to_read,
 )
+from ttt_jax.eval.reader import Reader, exchanged
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.inference.prefill import Frozen, read_piece, score_piece
 
@@ -236,16 +235,16 @@ def test_all_modes_read_the_same_pieces(rows, monkeypatch):
     """Pieces longer than the block: "off" cut otherwise would differ from "on" by rounding where
     adaptation is nothing.
     """
-    import ttt_jax.eval.perplexity as perplexity
+    import ttt_jax.eval.reader as reader
 
     seen = {False: [], True: []}
-    original = perplexity.score_piece
+    original = reader.score_piece
 
     def spy(frozen, state, ids_BP, *args, ttt, **options):
         seen[ttt].append(ids_BP.shape[1])
         return original(frozen, state, ids_BP, *args, ttt=ttt, **options)
 
-    monkeypatch.setattr(perplexity, "score_piece", spy)
+    monkeypatch.setattr(reader, "score_piece", spy)
     Reader(model_of(), 4 * K).position_losses(rows, ("off", "on", "shuffled"))
     assert seen[True] == [n for n in seen[False] for _ in range(2)]
 
@@ -264,7 +263,7 @@ def test_all_batches_run_the_same_programs(tmp_path, monkeypatch):
     """Batches of three and two documents: the smaller is filled up, which changes nothing for its
     documents.
     """
-    import ttt_jax.eval.perplexity as perplexity
+    import ttt_jax.eval.reader as reader
 
     np.save(
         tmp_path / "ids.npy", np.random.default_rng(1).integers(0, 31, (5, L + 1)).astype(np.int32)
@@ -282,7 +281,7 @@ def test_all_batches_run_the_same_programs(tmp_path, monkeypatch):
         return run
 
     for name in ("read_piece", "score_piece"):
-        monkeypatch.setattr(perplexity, name, spy(getattr(perplexity, name)))
+        monkeypatch.setattr(reader, name, spy(getattr(reader, name)))
     both = evaluate(model_of(), corpus, list(range(5)), batch_size=3, **options)
     assert seen == {3}
     assert both["tokens_read"] == 5 * tokens_to_read([16, L], K, options["modes"])

@@ -13,6 +13,7 @@ from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import UserError
 from ttt_jax.eval import synthetic
 from ttt_jax.eval.answers import Judge, Judgement
+from ttt_jax.eval.page import _pairs_picture
 from ttt_jax.eval.synthetic import (
     TASKS,
     IdAlphabet,
@@ -21,6 +22,7 @@ from ttt_jax.eval.synthetic import (
     evaluate,
     make_examples,
 )
+from ttt_jax.eval.tables import tables
 
 LENGTH = 400
 ALPHABETS = {"ids": IdAlphabet(200), "text": TextAlphabet(ByteTokenizer())}
@@ -86,7 +88,7 @@ def test_examples_are_seeded_and_as_long_as_asked(task, form):
     assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
     assert {len(example.ids) for example in first} == {LENGTH if form == "ids" else 3 * LENGTH}
     assert {len(example.answers) for example in first} == {
-        {"multi_query": 4, "induction": 10}.get(task, 1)
+        {"multi_query": 4, "induction": 10, "mqar_4": 4, "mqar_16": 16, "mqar_64": 16}.get(task, 1)
     }
     assert all(example.answers[-1][1] == len(example.ids) for example in first)
 
@@ -102,6 +104,56 @@ def test_induction_needs_more_than_the_last_word():
             wrong += example.ids[before[-1] + 1] != example.ids[start]
             total += 1
     assert wrong / total > 0.3
+
+
+@pytest.mark.parametrize("pairs", [4, 16, 64])
+def test_mqar_asks_keys_that_stand_once_before_with_their_values(pairs):
+    """With single ids, whose symbols are told from filler by the alphabet."""
+    alphabet = ALPHABETS["ids"].with_symbols(2 * pairs)
+    symbols = {i for word in alphabet.symbols for i in alphabet.encode(word)}
+    assert len(symbols) == max(64, 2 * pairs)
+    for example in make_examples(f"mqar_{pairs}", ALPHABETS["ids"], length=LENGTH, count=3):
+        body = example.ids[: example.answers[0][0] - 1]
+        told = [i for i in body if i in symbols]
+        values = dict(zip(told[::2], told[1::2], strict=True))
+        assert len(values) == pairs == len(set(values.values()))
+        assert not set(values) & set(values.values())
+        for key, value in values.items():
+            assert body[body.index(key) + 1] == value
+        asked = [example.ids[start - 1] for start, _ in example.answers]
+        assert len(set(asked)) == len(asked) == min(pairs, 16)
+        for start, stop in example.answers:
+            assert example.ids[start:stop] == [values[example.ids[start - 1]]]
+
+
+def test_mqar_is_graded_per_query_and_left_out_where_it_does_not_fit():
+    """Every second query is answered: half of them are right."""
+
+    def half(rows):
+        judged = []
+        for row in rows:
+            greedy_T = np.zeros(len(row) - 1, bool)
+            greedy_T[-1::-4] = True
+            judged.append(Judgement(np.zeros(len(row) - 1, np.float32), greedy_T))
+        return judged
+
+    counted = []
+    options = {"tasks": list(synthetic.MQAR), "ttt": ["on"], "examples": 3, "judges": {"on": half}}
+    part = evaluate(model_of(), lengths=[128, LENGTH], **options, on_progress=counted.append)
+    assert [(e["task"], e["pairs"], e["length"]) for e in part["entries"]] == [
+        ("mqar_4", 4, 128),
+        ("mqar_4", 4, LENGTH),
+        ("mqar_16", 16, 128),
+        ("mqar_16", 16, LENGTH),
+        ("mqar_64", 64, LENGTH),
+    ]
+    assert {e["on"]["accuracy"]["mean"] for e in part["entries"]} == {0.5}
+    assert part["left_out"] == ["mqar_64 at 128"]
+    assert counted[-1] == synthetic.count_sequences([128, LENGTH], synthetic.MQAR, 3, 1)
+    (table,) = tables({"synthetic": part})
+    assert "Too many pairs for the length or the vocabulary: mqar_64 at 128." in table.note
+    assert _pairs_picture(part)
+    assert not _pairs_picture(part | {"entries": part["entries"][:1]})
 
 
 def test_the_distance_is_what_it_says():

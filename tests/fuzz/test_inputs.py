@@ -195,7 +195,7 @@ def results_json(folder, examples):
     def action():
         a, b = (output.read_results(folder / name) for name in "ab")
         compared, made = output.comparison(a, b)
-        output.comparison_files(a, b, compared, made)
+        output.comparison_files([a, b], compared, made)
 
     half = examples // 2
     fuzz_bytes(half, path, original, action)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 
-from kernels_pallas import gpu
+from ttt_jax.kernels_pallas import gpu
 from ttt_jax.ops import in_place_ttt
 
 pytestmark = [

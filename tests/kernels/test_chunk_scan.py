@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.op_checks import DOCUMENTS, F32, check, make_inputs
 
-from kernels_pallas import chunk_scan
+from ttt_jax.kernels_pallas import chunk_scan
 
 registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
 dot = functools.partial(jnp.einsum, precision="highest")

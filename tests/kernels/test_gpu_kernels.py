@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 
-from kernels_pallas import gpu, gpu_schedule, triton
-from kernels_pallas.gpu_launch import launch_p
 from ttt_jax.errors import UserError
+from ttt_jax.kernels_pallas import gpu, gpu_schedule, triton
+from ttt_jax.kernels_pallas.gpu_launch import launch_p
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
 
@@ -355,4 +355,4 @@ def test_triton_is_optional(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'ttt_jax[gpu]'" in triton.why_not("gpu", BF16)
     with contextlib.suppress(ImportError):
-        importlib.import_module("kernels_pallas.triton")  # the module itself needs neither
+        importlib.import_module("ttt_jax.kernels_pallas.triton")  # the module itself needs neither

@@ -26,7 +26,7 @@ import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from kernels_pallas import tpu
+from ttt_jax.kernels_pallas import tpu
 from ttt_jax.ops import in_place_ttt
 
 topology, dtype, B, T, D, F, C, devices, vmem = json.loads(sys.argv[1])

@@ -20,8 +20,8 @@ from support.fast_jit import jit
 from support.op_checks import BF16, DOCUMENTS, F32, F64, check, compiled, make_inputs, rounded
 from support.tolerance import TOLERANCE, assert_close, relative_rms
 
-from kernels_pallas import tpu
 from ttt_jax.errors import UserError
+from ttt_jax.kernels_pallas import tpu
 from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
 from ttt_jax.ops.ttt import chunk_blocks as blocks
 

@@ -22,7 +22,7 @@ from support.fast_jit import jit
 from support.op_checks import make_inputs, results, rounded
 from support.tolerance import TOLERANCE, assert_close
 
-from kernels_pallas import tpu
+from ttt_jax.kernels_pallas import tpu
 from ttt_jax.ops import in_place_ttt
 
 RATIOS = [1e-6, 1e-4, 1e-2, 0.3, 1.0, 3.0]

@@ -45,11 +45,15 @@ def write_corpus(folder):
     return folder
 
 
-def start(words):
-    """`python train.py` in a process of its own."""
+def start(words, sleep=0.0):
+    """`python train.py` in a process of its own. `sleep`: seconds more for every step, so that a
+    signal comes before the job is done.
+    """
     env = {**os.environ, "XLA_FLAGS": CHEAP, "JAX_PLATFORMS": "cpu"}
+    script = "tests/faults/driver.py" if sleep else "train.py"
+    env |= {"FAULTS": json.dumps({"sleep": sleep})} if sleep else {}
     return subprocess.Popen(
-        [sys.executable, "train.py", *words],
+        [sys.executable, script, *words],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,

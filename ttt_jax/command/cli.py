@@ -19,6 +19,15 @@ from ttt_jax.command.plan import plan
 from ttt_jax.command.report import report
 from ttt_jax.command.running import run
 from ttt_jax.command.score import score
+from ttt_jax.command.train import train
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        import importlib.metadata
+
+        click.echo(f"ttt-jax, version {__version__} (jax {importlib.metadata.version('jax')})")
+        context.exit()
 
 
 @click.group(
@@ -27,11 +36,19 @@ from ttt_jax.command.score import score
         "max_content_width": 110,
         "show_default": True,
     },
-    commands=[convert, score, generate, chat, evaluate, plan, report],
+    commands=[train, convert, score, generate, chat, evaluate, plan, report],
 )
-@click.version_option(__version__, prog_name="ttt-jax")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    show_default=False,
+    callback=_show_version,
+    help="Show the versions of ttt-jax and jax.",
+)
 def cli() -> None:
-    """In-Place Test-Time Training: convert, score, generate, chat, evaluate, plan, report."""
+    """In-Place Test-Time Training: train, convert, score, generate, chat, evaluate, plan, report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

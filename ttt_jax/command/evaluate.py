@@ -17,8 +17,10 @@ from ttt_jax.terminal import printable
         "--lengths 2k,4k,8k,16k --out results/books",
         "ttt-jax eval --model runs/books --perplexity book.txt --lengths 4k "
         "--diagnostics --html --out results/book",
+        "ttt-jax eval --model runs/books --recall heldout.jsonl.xz "
+        "--lengths 8k,16k --out results/recall",
         "ttt-jax eval --model checkpoints/qwen3 --tasks synthetic --lengths 1k,4k "
-        "--form text --out results/recall",
+        "--form text --out results/synthetic",
         "ttt-jax eval --model checkpoints/qwen3 --tasks niah_single_1,hellaswag "
         "--lengths 4k --limit 100 --out results/tasks",
         "ttt-jax eval --compare results/before results/after --out results/comparison",
@@ -36,6 +38,14 @@ from ttt_jax.terminal import printable
     help='Loss by context length and position: a file, a folder or "stdlib".',
 )
 @click.option(
+    "--recall",
+    metavar="DATA",
+    help="What a second reading of a passage gains beyond the reach of attention.",
+)
+@click.option(
+    "--passage", type=click.IntRange(2), default=256, help="Tokens of --recall's passage."
+)
+@click.option(
     "--tasks",
     default="",
     show_default=False,
@@ -48,6 +58,11 @@ from ttt_jax.terminal import printable
     "--shuffled/--no-shuffled",
     default=None,
     help="Control: S of another document.  [default: if possible]",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Perplexity with only the fast weights of the text before, too.",
 )
 @click.option(
     "--block",
@@ -94,22 +109,27 @@ from ttt_jax.terminal import printable
     nargs=2,
     type=EXISTING,
     metavar="A B",
-    help="Two result folders, or two models to evaluate.",
+    help="Two result folders, or two models to evaluate; more may follow: A B C ...",
 )
+@click.argument("more", nargs=-1, type=EXISTING, metavar="[C ...]")
 @click.option("--out", type=EXISTING, help="Folder for results.json and report.html.")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is a result folder.")
 @DTYPE
 @PIECE
-def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, **options) -> None:
+def evaluate(
+    folder, perplexity, tasks, lengths, compare, more, out, overwrite, html, **options
+) -> None:
     """What TTT gives on the same weights: perplexity by context and position, recall, harness
     tasks.
     """
+    from ttt_jax.display.tables import print_tables
     from ttt_jax.eval import output, run
     from ttt_jax.eval.tables import tables
-    from ttt_jax.tables import print_tables
 
     if (folder is None) == (not compare):
         raise click.UsageError("give --model DIR or --compare A B, one of them")
+    if more and not compare:
+        raise click.UsageError(f"got unexpected extra argument ({more[0]})")
     if not compare and out is None:
         raise click.UsageError("--out DIR is missing: where the results go")
     if out is not None:
@@ -124,8 +144,7 @@ def evaluate(folder, perplexity, tasks, lengths, compare, out, overwrite, html, 
         **options,
     )
     if compare:
-        first, second = compare
-        print_tables(run.compare(first, second, chosen, out, overwrite))
+        print_tables(run.compare([*compare, *more], chosen, out, overwrite))
     elif out is not None:
         results, text_html = run.evaluate(chosen, out, overwrite)
         output.write_folder(out, output.files_of(results, text_html), overwrite)

@@ -195,7 +195,7 @@ def _continue(
 
     Returns: (completions, what ended them early).
     """
-    from ttt_jax.progress import progress
+    from ttt_jax.display.progress import progress
 
     write = lambda _, text: print(for_stream(text, sys.stdout), end="", flush=True)
     waiting = max((len(ids) for ids in stream.unread), default=0)

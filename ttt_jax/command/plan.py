@@ -15,15 +15,15 @@ from ttt_jax.terminal import printable
     cls=Command,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     epilog=examples(
-        "ttt-jax plan --config configs/qwen3_8b_longct.yaml --topology v5p:4x4x4",
-        "ttt-jax plan --config configs/qwen3_4b_longct_32k.yaml --topology v6e:16x16 "
-        "--mesh.context 4 --json",
-        "ttt-jax plan --config configs/qwen3_4b_longct_128k.yaml --topology v5e:4x4 "
-        "--prefill 131072",
-        "ttt-jax plan --config configs/qwen3_0p6b.yaml --topology h100:8 --optimizer.accumulate 4",
+        "ttt-jax plan --config qwen3_8b_longct --topology v5p:4x4x4",
+        "ttt-jax plan --config qwen3_4b_longct_32k --topology v6e:16x16 --mesh.context 4 --json",
+        "ttt-jax plan --config qwen3_4b_longct_128k --topology v5e:4x4 --prefill 131072",
+        "ttt-jax plan --config qwen3_0p6b --topology h100:8 --optimizer.accumulate 4",
     ),
 )
-@click.option("--config", "path", required=True, type=EXISTING, help="A preset, as for train.py.")
+@click.option(
+    "--config", "path", required=True, type=EXISTING, help="A preset's name or a YAML file."
+)
 @click.option(
     "--topology", required=True, help="TPU grid (v4 v5e v5p v6e), or a number of GPUs (h100 h200)."
 )

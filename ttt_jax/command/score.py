@@ -48,9 +48,9 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
 
     import numpy as np
 
+    from ttt_jax.display.progress import progress
     from ttt_jax.inference.scoring import score as score_rows
     from ttt_jax.pretrained.load import load_model
-    from ttt_jax.progress import progress
 
     model = load_model(folder, dtype)
     if document is not None:

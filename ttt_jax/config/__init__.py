@@ -27,6 +27,7 @@ from ttt_jax.config.loading import (
     replace,
     to_dict,
 )
+from ttt_jax.config.presets import preset_names
 from ttt_jax.config.validate import validate, validate_context, validate_model
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "from_dict",
     "load_config",
     "parse_overrides",
+    "preset_names",
     "replace",
     "to_dict",
     "validate",

@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ttt_jax.config.fields import Config
+from ttt_jax.config.presets import find_config, same_preset
 from ttt_jax.config.validate import validate
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
 from ttt_jax.errors import ConfigError
@@ -27,10 +28,11 @@ T = typing.TypeVar("T")
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML preset, apply dotted overrides, validate.
+    """Read a preset or a YAML file, apply dotted overrides, validate.
 
     Args:
-      path: YAML file; None takes `configs/default.yaml`'s place with the dataclass defaults.
+      path: YAML file, or the name of a preset; None takes `configs/default.yaml`'s place with the
+        dataclass defaults.
       overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as
         it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
         `null`, `1e-4`). Of two for one field the last counts.
@@ -40,7 +42,7 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _read_yaml(Path(path))
+        tree = _read_yaml(find_config(path))
     for key, value in parse_overrides(overrides):
         _assign(tree, key, value)
     config = from_dict(Config, tree)
@@ -216,7 +218,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml")))
             or f"no YAML file in {path.parent}"
         )
-        raise ConfigError(f"config {path}: no such file (there: {presets})")
+        raise ConfigError(f"config {path}: no such file (there: {presets}){same_preset(path)}")
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"config {path}: more than {MAX_YAML_BYTES} bytes; give a config")

@@ -19,10 +19,10 @@ from ttt_jax.model.transformer import Transformer
 _FIELD = "data.train"  # the loader's name for what is read
 
 
-def open_documents(model: Transformer, data: str | Path) -> Corpus:
+def open_documents(model: Transformer, data: str | Path, option: str = "--perplexity") -> Corpus:
     """Open all documents of a file, a folder or "stdlib", tokenised; text gets no end token.
 
-    Raises: DataError naming --perplexity when the source is missing, unreadable, empty, or text
+    Raises: DataError naming the option when the source is missing, unreadable, empty, or text
     without a tokenizer.
     """
     data_config = dataclasses.replace(
@@ -35,17 +35,17 @@ def open_documents(model: Transformer, data: str | Path) -> Corpus:
             # ArrayRecord may hold ids; if it holds text, that is found below.
             if text := [file for file in files if file.format not in ("npy", "arrayrecord")]:
                 raise DataError(
-                    f"--perplexity {data}: {text[0].path.name} is text and the model's folder has "
+                    f"{option} {data}: {text[0].path.name} is text and the model's folder has "
                     "no tokenizer.json; add it, or give token ids in .npy"
                 )
         corpus = load_corpus(config, model.tokenizer or ByteTokenizer())
     except DataError as error:
         raise DataError(
-            str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"--perplexity {data}")
+            str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"{option} {data}")
         ) from None
     if corpus.has_text and model.tokenizer is None:
         raise DataError(
-            f"--perplexity {data}: holds text and the model's folder has no tokenizer.json; add "
+            f"{option} {data}: holds text and the model's folder has no tokenizer.json; add "
             "it, or give token ids"
         )
     return corpus

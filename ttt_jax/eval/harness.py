@@ -27,6 +27,7 @@ import lm_eval.models  # pyright: ignore[reportMissingImports]  # noqa: F401  (i
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+from ttt_jax.display.progress import progress
 from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
 from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
@@ -35,7 +36,6 @@ from ttt_jax.inference.generation import Session
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.inference.watch import Watch
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.progress import progress
 
 
 class TTTJaxLM(TemplateLM):

@@ -1,5 +1,5 @@
 """The result folder: `results.json`, `report.html`, and `text.html` when asked for; and the
-comparison of two of them.
+comparison of several of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from ttt_jax.display.tables import Table, number
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import comparison_page, report_page
+from ttt_jax.eval.side_by_side import LETTERS, side_by_side
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import interval, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.text import atomic_write_text, one_line
-from ttt_jax.tables import Table, number
 
 RESULTS = "results.json"
 _MAX_BYTES = 256 << 20  # of results.json
@@ -29,9 +30,8 @@ _OURS = {
     "text.html",
     "comparison.json",
     "comparison.html",
-    "a",
-    "b",
     UNFINISHED,
+    *LETTERS.lower(),
 }
 
 
@@ -61,7 +61,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 def _is_unfinished(out: Path) -> bool:
     if out.is_symlink() or not out.is_dir():
         return False
-    inner = [path for name in ("a", "b") if (path := out / name).is_dir() and not path.is_symlink()]
+    inner = [
+        path for name in LETTERS.lower() if (path := out / name).is_dir() and not path.is_symlink()
+    ]
     found = [path for folder in (out, *inner) for path in folder.iterdir() if path not in inner]
     return all(path.name == UNFINISHED and path.is_file() for path in found)
 
@@ -123,20 +125,20 @@ def read_results(folder: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- comparison
 
 
-def comparison(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
+def comparison(*results: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
     """Say what B gives over A, where both have the same entries; losses on the same documents are
-    paired.
+    paired. More than two stand side by side.
 
-    Raises: UserError when the two have nothing in common, CheckpointError when one of them is not
+    Raises: UserError when they have nothing in common, CheckpointError when one of them is not
     what an evaluation writes.
     """
     with _damage_is_told():
-        return _compare(a, b)
+        return _compare(*results) if len(results) == 2 else side_by_side(list(results))
 
 
 @contextlib.contextmanager
 def _damage_is_told() -> Iterator[None]:
-    """Blame the files: a comparison hangs on nothing but two of them."""
+    """Blame the files: a comparison hangs on nothing else."""
     try:
         yield
     except UserError:
@@ -149,7 +151,8 @@ def _damage_is_told() -> Iterator[None]:
 
 
 def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list[Table]]:
-    rows = [*_compare_losses(a, b), *_compare_synthetic(a, b), *_compare_tasks(a, b)]
+    rows = [*_compare_losses(a, b), *_compare_recall(a, b)]
+    rows += [*_compare_synthetic(a, b), *_compare_tasks(a, b)]
     if not rows:
         raise UserError(
             "--compare: the two results have no entry in common; evaluate both with the same "
@@ -160,7 +163,10 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list
         f"A: {a['model']} ({a['commit'] or 'no commit'}), B: {b['model']} "
         f"({b['commit'] or 'no commit'})."
     )
-    note += " Losses in nats (lower is better), accuracies and task scores (higher is better)."
+    note += (
+        " Losses in nats (lower is better), recall in nats, accuracies and task scores (higher is "
+        "better)."
+    )
     cells = [
         [r["what"], r["mode"], number(r["a"]), number(r["b"]), interval(r["difference"], "+.4f")]
         for r in rows
@@ -171,11 +177,11 @@ def _compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[dict[str, Any], list
 
 
 def comparison_files(
-    a: dict[str, Any], b: dict[str, Any], compared: dict[str, Any], made: list[Table]
+    results: list[dict[str, Any]], compared: dict[str, Any], made: list[Table]
 ) -> dict[str, str]:
     with _damage_is_told():
         text = json.dumps(compared, indent=1, allow_nan=False) + "\n"
-        return {"comparison.json": text, "comparison.html": comparison_page(a, b, made)}
+        return {"comparison.json": text, "comparison.html": comparison_page(results, made)}
 
 
 def _row(
@@ -195,6 +201,22 @@ def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, 
         difference = mean_with_interval(theirs - ours) if paired else None
         what = f"loss at {tokens(entry['length'])}"
         yield _row(what, mode, entry[mode]["mean"], other[mode]["mean"], difference)
+
+
+def _compare_recall(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    pa, pb = a.get("recall"), b.get("recall")
+    if not pa or not pb or pa["passage"] != pb["passage"]:
+        return
+    paired = pa["documents"] == pb["documents"]
+    for entry, other, mode in _common(pa, pb, "lengths", ("length",)):
+        ours, theirs = (
+            np.subtract(e[mode]["per_document"]["control"], e[mode]["per_document"]["second"])
+            for e in (entry, other)
+        )
+        difference = mean_with_interval(theirs - ours) if paired else None
+        a_mean, b_mean = (e[mode]["recall"]["mean"] for e in (entry, other))
+        what = f"recall at {tokens(entry['length'])}"
+        yield _row(what, mode, a_mean, b_mean, difference)
 
 
 def _compare_synthetic(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.eval.tables import tables, tokens
-from ttt_jax.html_page import (
+from ttt_jax.display.html_page import (
     COLOURS,
     MARKERS,
     code,
@@ -22,7 +21,17 @@ from ttt_jax.html_page import (
     note,
     tidy,
 )
-from ttt_jax.tables import Table
+from ttt_jax.display.tables import Table
+from ttt_jax.eval.side_by_side import LETTERS
+from ttt_jax.eval.tables import tables, tokens
+
+# Okabe and Ito's colours, one for each run of a comparison.
+_RUN_COLOURS = (
+    *COLOURS.values(),
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
 
 
 def report_page(results: dict[str, Any]) -> str:
@@ -38,11 +47,41 @@ def report_page(results: dict[str, Any]) -> str:
     return html_page(f"Evaluation of {results['model']}", body)
 
 
-def comparison_page(a: dict[str, Any], b: dict[str, Any], made: list[Table]) -> str:
+def comparison_page(results: list[dict[str, Any]], made: list[Table]) -> str:
     body = ["<h1>Comparison</h1>"]
-    for name, results in (("A", a), ("B", b)):
-        body += [f"<h2>{name}: {escape(results['model'])}</h2>", _facts(results)]
+    if picture := _comparison_picture(results):
+        body.append(picture)
+    for name, result in zip(LETTERS, results, strict=False):
+        body += [f"<h2>{name}: {escape(result['model'])}</h2>", _facts(result)]
     return html_page("Comparison", body + [_table(table) for table in made])
+
+
+def _comparison_picture(results: list[dict[str, Any]]) -> str | None:
+    """Show the losses by context length of all that scored the same number of tokens."""
+    named = [
+        (a, r["perplexity"]) for a, r in zip(LETTERS, results, strict=False) if "perplexity" in r
+    ]
+    named = [(letter, part) for letter, part in named if part["block"] == named[0][1]["block"]]
+    if len(named) < 2:
+        return None
+    figure = figure_of(8, 4)
+    axes, lengths = figure.subplots(), sorted({e["length"] for _, p in named for e in p["lengths"]})
+    dashes = {"on": "-", "off": "--"}
+    for (letter, part), colour in zip(named, _RUN_COLOURS, strict=False):
+        x = [lengths.index(entry["length"]) for entry in part["lengths"]]
+        for mode in (mode for mode in part["modes"] if mode in dashes):
+            style = _style(mode, f"{letter}, TTT {mode}")
+            style |= {"color": colour, "linestyle": dashes[mode]}
+            axes.plot(x, _values(part["lengths"], mode, "mean"), **style)
+    axes.set_xticks(range(len(lengths)), [tokens(length) for length in lengths])
+    axes.set(
+        xlabel="context length (tokens)",
+        ylabel="loss (nats per token)",
+        title=f"Same final {named[0][1]['block']} tokens, growing context",
+    )
+    axes.legend(frameon=False, fontsize="small")
+    tidy(axes)
+    return image(figure, "Loss by context length of all runs")
 
 
 def text_page(pieces: list[tuple[str, float | None, float | None]], title: str) -> str:
@@ -121,8 +160,11 @@ def _pictures(results: dict[str, Any]) -> list[str]:
     made = []
     if "perplexity" in results:
         made.append(_perplexity_picture(results["perplexity"]))
-    if "synthetic" in results and (picture := _distance_picture(results["synthetic"])):
-        made.append(picture)
+    if "recall" in results:
+        made.append(_recall_picture(results["recall"]))
+    if "synthetic" in results:
+        pictures = (draw(results["synthetic"]) for draw in (_distance_picture, _pairs_picture))
+        made += [picture for picture in pictures if picture]
     if "diagnostics" in results and results["diagnostics"]["layers"]:
         made.append(_fast_weight_picture(results["diagnostics"]))
     return made
@@ -152,7 +194,7 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
     x_length = np.arange(len(lengths))
     x_position = [(entry["start"] + entry["stop"]) / 2 for entry in positions]
     for column, (x, entries) in enumerate(((x_length, lengths), (x_position, positions))):
-        for mode in part["modes"]:
+        for mode in [mode for mode in part["modes"] if mode in entries[0]]:
             values = _values(entries, mode, "mean")
             axes[0, column].plot(x, values, **_style(mode, f"TTT {mode}"))
         if paired:
@@ -160,6 +202,8 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
             _line(below, x, entries, "gain", _style("on", "off - on"))
             if "gain_shuffled" in entries[0]:
                 _line(below, x, entries, "gain_shuffled", _style("shuffled", "off - shuffled"))
+            if "gain_strict" in entries[0]:
+                _line(below, x, entries, "gain_strict", _style("strict", "cold - strict"))
             below.axhline(0, color="black", linewidth=0.8)
             below.set_ylabel("gain (nats), 95 %")
         for row in axes[:, column]:
@@ -177,28 +221,59 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
     return image(figure, "Loss by context length and by position, TTT on and off")
 
 
+def _recall_picture(part: dict[str, Any]) -> str:
+    figure = figure_of(7, 3.6)
+    axes, entries = figure.subplots(), part["lengths"]
+    x = np.arange(len(entries))
+    for mode in part["modes"]:
+        _line(axes, x, [e[mode] for e in entries], "recall", _style(mode, f"TTT {mode}"))
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(x, [tokens(entry["length"]) for entry in entries])
+    axes.set(
+        xlabel="tokens of the sequence",
+        ylabel="control - second (nats), 95 %",
+        title=f"A passage of {part['passage']} tokens read again",
+    )
+    axes.legend(frameon=False)
+    tidy(axes)
+    return image(figure, "Recall of a passage by length of the sequence, TTT on and off")
+
+
 def _distance_picture(part: dict[str, Any]) -> str | None:
     sweep = [entry for entry in part["entries"] if entry["distance"] is not None]
+    return _sweep_picture(
+        part["modes"], sweep, "distance", "tokens between needle and question", "Recall by distance"
+    )
+
+
+def _pairs_picture(part: dict[str, Any]) -> str | None:
+    """Show the longest sequences."""
+    sweep = [entry for entry in part["entries"] if "pairs" in entry]
+    longest = max((entry["length"] for entry in sweep), default=0)
+    sweep = [entry for entry in sweep if entry["length"] == longest]
+    return _sweep_picture(
+        part["modes"], sweep, "pairs", "pairs of key and value", "Recall by number of pairs"
+    )
+
+
+def _sweep_picture(
+    modes: list[str], sweep: list[dict[str, Any]], key: str, xlabel: str, title: str
+) -> str | None:
     if len(sweep) < 2:
         return None
     figure = figure_of(7, 3.6)
     axes = figure.subplots()
-    x = [entry["distance"] for entry in sweep]
-    for mode in part["modes"]:
+    x = [entry[key] for entry in sweep]
+    for mode in modes:
         entries = [entry[mode] for entry in sweep]
         _line(axes, x, entries, "accuracy", _style(mode, f"TTT {mode}"))
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [tokens(n) for n in x])
     axes.minorticks_off()
-    axes.set(
-        xlabel="tokens between needle and question",
-        ylabel="accuracy",
-        ylim=(-0.03, 1.03),
-        title="Recall by distance",
-    )
+    axes.set(xlabel=xlabel, ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
     axes.legend(frameon=False)
     tidy(axes)
-    return image(figure, "Recall accuracy by distance")
+    return image(figure, title.replace("Recall", "Recall accuracy"))
 
 
 def _fast_weight_picture(part: dict[str, Any]) -> str:

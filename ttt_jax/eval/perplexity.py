@@ -1,5 +1,5 @@
-"""Perplexity as the preceding context grows, and loss by position: TTT on, off, and with another
-document's fast weights.
+"""Perplexity as the preceding context grows, and loss by position: TTT on, off, with another
+document's fast weights, and with nothing but the fast weights.
 
 B documents of a batch, L tokens read, K tokens of the scored block, P tokens of a piece. arXiv
 2604.06169, section 4.
@@ -13,6 +13,11 @@ The control "shuffled": everything is computed as with TTT on (this document's k
 pending chunk), but each scored chunk is read with the fast weights S of the next document in the
 batch, read to the same position. The stream that is read on keeps its own S. What is left of TTT's
 gain is not due to this document's content.
+
+The mode "strict" reads the L - K tokens before the block with TTT on, then drops keys, values,
+positions and the pending chunk, and scores the block with the fast weights S alone, which stay as
+they are. "cold" scores the same block from a fresh state with S = 0. Their difference is what S
+carries.
 """
 
 from __future__ import annotations
@@ -25,29 +30,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import UserError
+from ttt_jax.eval.reader import Reader
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.unfinished import Unfinished
-from ttt_jax.inference.prefill import (
-    Frozen,
-    check_ids,
-    needs_capacity,
-    piece_size,
-    read_piece,
-    score_piece,
-    warn_past_positions,
-)
-from ttt_jax.inference.watch import Watch, not_finite
-from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.inference.prefill import check_ids
+from ttt_jax.model.transformer import Transformer
 
 MODES = ("off", "on", "shuffled")
+STRICT = ("strict", "cold")  # by length only: both drop what the text before has left in attention
 _BUCKETS = 16
-_IN_FLIGHT = 4  # pieces that the host dispatches before it fetches the first one's losses
 
 
 def check_lengths(lengths: Sequence[int], block: int | None) -> tuple[list[int], int]:
@@ -67,123 +62,6 @@ def check_lengths(lengths: Sequence[int], block: int | None) -> tuple[list[int],
             f"--block {block}: must be shorter than the shortest of --lengths, {lengths[0]}"
         )
     return lengths, block
-
-
-class Reader:
-    """Reads batches of equally long rows of a model, piece by piece."""
-
-    def __init__(self, model: Transformer, piece: int | None = None) -> None:
-        self.model, self.frozen = model, Frozen(model)
-        self.size = piece_size(model, piece)
-        self.chunk = model.config.ttt.chunk_size
-        self.watch = Watch(model)
-        # Called with the number of tokens (per row) that were read.
-        self.on_tokens: Callable[[int], None] = lambda tokens: None
-
-    def block_losses(
-        self, ids_BL1: np.ndarray, block: int, modes: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """Compute losses float32 [B, K] of the last K predictions of each row, per mode. `ids_BL1`:
-        L inputs and the last target.
-        """
-        return self._losses(ids_BL1, ids_BL1.shape[1] - 1 - block, modes)
-
-    def position_losses(self, ids_BL1: np.ndarray, modes: Sequence[str]) -> dict[str, np.ndarray]:
-        """Compute losses float32 [B, L] of all predictions of each row, per mode."""
-        return self._losses(ids_BL1, 0, modes)
-
-    def _losses(
-        self, ids_BL1: np.ndarray, begin: int, modes: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        """Compute the losses of the predictions from position `begin` on; what comes before is only
-        read.
-        """
-        L = ids_BL1.shape[1] - 1
-        losses: dict[str, list[Any]] = {mode: [] for mode in MODES}
-        # With the control, every mode is read in the same pieces, or modes that ought to be equal
-        # would differ by the rounding of other matrix shapes.
-        inner = (
-            range(-(-(begin + 1) // self.chunk) * self.chunk, L, self.chunk)
-            if "shuffled" in modes
-            else ()
-        )
-        edges = [begin, *inner, L]
-        for ttt in (False, True):  # one state at a time: it may be large
-            if not set(modes) & ({"on", "shuffled"} if ttt else {"off"}):
-                continue
-            state = self._read(ids_BL1, 0, begin, None, L, ttt=ttt)
-            for start, stop in itertools.pairwise(edges):
-                if ttt and "shuffled" in modes:
-                    other = exchanged(state) if state is not None else None
-                    losses["shuffled"] += self._score(ids_BL1, start, stop, other, L, ttt=True)[1]
-                state, scored = self._score(ids_BL1, start, stop, state, L, ttt=ttt)
-                losses["on" if ttt else "off"] += scored
-        return {mode: _join(losses[mode]) for mode in modes}
-
-    def _cuts(self, start: int, stop: int):
-        for first in range(start, stop, self.size):
-            yield first, min(first + self.size, stop)
-
-    def _arguments(self, L: int, first: int, last: int, ttt: bool) -> dict[str, Any]:
-        warn_past_positions(self.model, L)
-        # One capacity for all lengths of about this size: fewer programs to compile.
-        capacity = -(-L // self.size) * self.size if needs_capacity(self.model) else None
-        return {"capacity": capacity, "at_chunk_start": first % self.chunk == 0, "ttt": ttt}
-
-    def _read(
-        self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool
-    ) -> State | None:
-        B = len(ids_BL1)
-        logits_BV = jnp.zeros((B, self.model.config.vocab_size), jnp.float32)
-        for first, last in self._cuts(start, stop):
-            lengths_B = np.full(B, last - first, np.int32)
-            options = self._arguments(L, first, last, ttt)
-            ids_BP = ids_BL1[:, first:last]
-            state, logits_BV, ratio_LB = read_piece(
-                self.frozen, state, logits_BV, ids_BP, lengths_B, **options
-            )
-            self.watch.note(ratio_LB)
-            self.on_tokens(last - first)
-        return state
-
-    def _score(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool):
-        """Return (state, list of losses [B, piece], the newest of them still on the device)."""
-        B, losses = len(ids_BL1), []
-        for first, last in self._cuts(start, stop):
-            lengths_B = np.full(B, last - first, np.int32)
-            targets_BP = ids_BL1[:, first + 1 : last + 1]
-            options = self._arguments(L, first, last, ttt) | {"with_logits": False}
-            ids_BP = ids_BL1[:, first:last]
-            state, logprobs_BP, _, ratio_LB = score_piece(
-                self.frozen, state, ids_BP, targets_BP, lengths_B, **options
-            )
-            self.watch.note(ratio_LB)
-            losses.append(logprobs_BP)
-            # The host follows a few pieces behind, so that the device never waits for it.
-            if len(losses) > _IN_FLIGHT:
-                losses[-_IN_FLIGHT - 1] = np.asarray(losses[-_IN_FLIGHT - 1])
-            self.on_tokens(last - first)
-        return state, losses
-
-
-def _join(logprobs: list[Any]) -> np.ndarray:
-    return -np.concatenate([np.asarray(x) for x in logprobs], axis=1)
-
-
-def exchanged(state: State | None) -> State:
-    """Make a copy of the state in which every document has the fast weights of the next document of
-    the batch.
-    """
-    assert state is not None
-
-    def swap(layer):
-        if layer.ttt is None:
-            return layer
-        return layer._replace(ttt=layer.ttt._replace(S_BDF=jnp.roll(layer.ttt.S_BDF, -1, axis=2)))
-
-    layers = tuple(tuple(swap(layer) for layer in runs) for runs in state.layers)
-    # Copies, because the programs take over (donate) the arrays of the state that they are given.
-    return jax.tree.map(jnp.copy, State(state.position_B, layers, state.capacity))
 
 
 def batches(count: int, size: int, at_least: int) -> list[np.ndarray]:
@@ -224,7 +102,8 @@ def evaluate(
       documents: indices of documents with at least max(lengths) + 1 tokens.
       lengths: context lengths L.
       block: K, tokens whose loss is taken; None: half the shortest length.
-      modes: some of "off", "on", "shuffled"; the order of the result.
+      modes: some of "off", "on", "shuffled", and "strict", which brings "cold"; the order of the
+        result.
       batch_size: documents read at once.
       on_progress: called with the number of tokens read so far, over all modes.
       kept: batches that an earlier start finished, and where this one keeps its own.
@@ -239,12 +118,14 @@ def evaluate(
     """
     lengths, block = check_lengths(lengths, block)
     check_modes(model, modes, len(documents))
+    through = [mode for mode in modes if mode not in STRICT]
+    modes = [*through, *STRICT] if "strict" in modes else through
     kept = Unfinished(None, {}) if kept is None else kept
     reader, count = Reader(model, piece), _Count(on_progress)
     reader.on_tokens = count.read
     starts = position_edges(lengths[-1], block)
     by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
-    by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in modes}
+    by_position = {mode: np.zeros((len(starts) - 1, len(documents))) for mode in through}
     parts = batches(len(documents), batch_size, 2 if "shuffled" in modes else 1)
     for part in parts:
         names = [int(documents[i]) for i in part]
@@ -259,6 +140,7 @@ def evaluate(
             found = kept.piece(key, compute)
         for mode in modes:
             by_length[mode][:, part] = found["lengths"][mode]
+        for mode in through:
             by_position[mode][:, part] = found["positions"][mode]
     return {
         "block": block,
@@ -331,29 +213,29 @@ def _losses_of(
 
     Raises: NotFiniteError.
     """
-    n, longest = len(names), lengths[-1]
+    longest = lengths[-1]
     found: dict[str, dict[str, list]] = {
         "lengths": {mode: [] for mode in modes},
-        "positions": {mode: [] for mode in modes},
+        "positions": {mode: [] for mode in modes if mode not in STRICT},
     }
 
     def take(part: str, mode: str, losses_BX: np.ndarray) -> None:
-        mean_B = losses_BX.mean(axis=1, dtype=np.float64)
-        if not np.isfinite(mean_B).all():
-            name = names[int(np.flatnonzero(~np.isfinite(mean_B))[0])]
-            raise not_finite(
-                f"document {name} with TTT {mode}", next(iter(reader.watch.lost.values()), "")
-            )
-        found[part][mode].append(mean_B.tolist())
+        found[part][mode].append(reader.means(losses_BX, names, mode))
 
+    if "strict" in modes:
+        cold_BK = reader.cold_losses(ids_BL1, block)
+        for L in lengths:
+            take("lengths", "strict", reader.strict_losses(ids_BL1[:, longest - L :], block))
+            take("lengths", "cold", cold_BK)
+    modes = [mode for mode in modes if mode not in STRICT]
     for L in lengths[:-1]:
         for mode, losses_BK in reader.block_losses(ids_BL1[:, longest - L :], block, modes).items():
-            take("lengths", mode, losses_BK[:n])
+            take("lengths", mode, losses_BK)
     for mode, losses_BL in reader.position_losses(ids_BL1, modes).items():
-        take("lengths", mode, losses_BL[:n, -block:])
+        take("lengths", mode, losses_BL[:, -block:])
         for start, stop in itertools.pairwise(starts):
-            take("positions", mode, losses_BL[:n, start:stop])
-    reader.watch.check("document", [names[i % n] for i in range(len(ids_BL1))])
+            take("positions", mode, losses_BL[:, start:stop])
+    reader.check(names, len(ids_BL1))
     return found
 
 
@@ -387,6 +269,10 @@ def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
         if mode in losses and "off" in losses:
             difference = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
             entry["gain" if mode == "on" else "gain_shuffled"] = difference
+    if "strict" in losses:
+        entry["gain_strict"] = mean_with_interval(
+            losses["cold"][n] - losses["strict"][n], seed=seed
+        )
     return entry | {"per_document": {mode: values[n].tolist() for mode, values in losses.items()}}
 
 
@@ -397,4 +283,5 @@ def tokens_to_read(lengths: Sequence[int], block: int | None, modes: Sequence[st
     lengths, block = check_lengths(lengths, block)
     passes = ("off" in modes) + ("on" in modes or "shuffled" in modes)
     extra = ((len(lengths) - 1) * block * ("on" in modes) + lengths[-1]) * ("shuffled" in modes)
-    return sum(lengths) * passes + extra
+    strict = (sum(lengths) + block) * ("strict" in modes)
+    return sum(lengths) * passes + extra + strict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ class Options:
     Fields:
       model: folder. dtype: of parameters and compute; None: float32 on CPUs, bfloat16 elsewhere.
       perplexity: data source, or None. lengths, block, documents: of the perplexity; `lengths` of
-        the synthetic suite too.
+        the recall probe and the synthetic suite too, `documents` of the recall probe too.
       ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
+      strict: perplexity with nothing but the fast weights of the text before, too.
+      recall: data source of the recall probe, or None; passage: its tokens.
       tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
       limit, fewshot, chat: of the harness.
       diagnostics, text_page: look at the first document; text_page colours it.
@@ -40,6 +43,9 @@ class Options:
     documents: int | None = 64
     ttt: str = "both"
     shuffled: bool | None = None
+    strict: bool = False
+    recall: str | None = None
+    passage: int = 256
     tasks: tuple[str, ...] = ()
     form: str = "ids"
     examples: int = 32
@@ -76,13 +82,19 @@ def check(options: Options) -> None:
     """Check what can be checked without a model. Raises UserError."""
     from ttt_jax.eval.perplexity import check_lengths
 
-    if not options.perplexity and not options.tasks:
-        raise UserError("nothing to evaluate: give --perplexity DATA or --tasks TASKS")
+    if not asks_something(options):
+        raise UserError(
+            "nothing to evaluate: give --perplexity DATA, --recall DATA or --tasks TASKS"
+        )
     if options.perplexity:
         check_lengths(options.lengths, options.block)
     if options.shuffled and (options.ttt != "both" or not options.perplexity):
         raise UserError(
             "--shuffled: is a control of --perplexity with --ttt both; drop it or change them"
+        )
+    if options.strict and (options.ttt != "both" or not options.perplexity):
+        raise UserError(
+            "--strict: is a mode of --perplexity with --ttt both; drop it or change them"
         )
     if (options.diagnostics or options.text_page) and not options.perplexity:
         raise UserError(
@@ -92,6 +104,10 @@ def check(options: Options) -> None:
         from ttt_jax.eval.harness_tasks import check_tasks
 
         check_tasks(harness_tasks(options))
+
+
+def asks_something(options: Options) -> bool:
+    return bool(options.perplexity or options.recall or options.tasks)
 
 
 def harness_tasks(options: Options) -> list[str]:
@@ -184,6 +200,8 @@ def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -
     text_html = None
     if options.perplexity:
         text_html = _perplexity(options, model, results, kept)
+    if options.recall:
+        _recall(options, model, results, kept)
     if "synthetic" in options.tasks:
         _synthetic(options, model, results, kept)
     if harness_tasks(options):
@@ -220,10 +238,10 @@ def _plain_options(options: Options) -> dict[str, Any]:
 
 
 def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:
+    from ttt_jax.display.progress import progress
     from ttt_jax.eval import diagnostics, perplexity
     from ttt_jax.eval.documents import choose, open_documents
     from ttt_jax.eval.page import text_page
-    from ttt_jax.progress import progress
 
     assert options.perplexity is not None
     corpus = open_documents(model, options.perplexity)
@@ -234,6 +252,7 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
         else options.ttt == "both" and len(documents) > 1
     )
     modes = modes_of(options.ttt) + (("shuffled",) if control else ())
+    modes += ("strict",) if options.strict else ()
     perplexity.check_modes(model, modes, len(documents))
     total = perplexity.tokens_to_read(options.lengths, options.block, modes) * len(documents)
     with progress("perplexity", total, "tokens") as advance_to:
@@ -260,9 +279,34 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
     return text_page(pieces, f"{options.model}: where TTT helps") if options.text_page else None
 
 
+def _recall(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
+    from ttt_jax.display.progress import progress
+    from ttt_jax.eval import recall
+    from ttt_jax.eval.documents import open_documents
+
+    assert options.recall is not None
+    recall.check_recall(model.config, options.lengths, options.passage)
+    corpus = open_documents(model, options.recall, "--recall")
+    documents = recall.choose_documents(corpus, options.lengths, options.passage, options.documents)
+    modes = modes_of(options.ttt)
+    total = 2 * sum(options.lengths) * len(modes) * len(documents)
+    with progress("recall", total, "tokens") as advance_to:
+        results["recall"] = recall.evaluate(
+            model,
+            corpus,
+            documents,
+            lengths=options.lengths,
+            passage=options.passage,
+            modes=modes,
+            on_progress=advance_to,
+            kept=kept,
+            **_shared(options),
+        )
+
+
 def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinished) -> None:
+    from ttt_jax.display.progress import progress
     from ttt_jax.eval import synthetic
-    from ttt_jax.progress import progress
 
     modes = modes_of(options.ttt)
     total = synthetic.count_sequences(
@@ -281,9 +325,9 @@ def _synthetic(options: Options, model, results: dict[str, Any], kept: Unfinishe
         )
 
 
-def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwrite: bool):
-    """Compare two result folders, or two models evaluated with the same options (their results go
-    to OUT/a and OUT/b).
+def compare(folders: Sequence[Path], options: Options | None, out: Path | None, overwrite: bool):
+    """Compare result folders, or models evaluated with the same options (their results go to OUT/a,
+    OUT/b, ...).
 
     Returns: the tables of the comparison.
     Raises: UserError when they have nothing in common, or a model is given without anything to
@@ -291,15 +335,17 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
     """
     from ttt_jax.eval import output
 
-    files, both = {}, []
-    for name, folder in (("a", a), ("b", b)):
+    if len(folders) > len(output.LETTERS):
+        raise UserError(f"--compare: {len(folders)} results; give at most {len(output.LETTERS)}")
+    files, found = {}, []
+    for name, folder in zip(output.LETTERS.lower(), folders, strict=False):
         if (folder / output.RESULTS).is_file():
-            both.append(output.read_results(folder))
+            found.append(output.read_results(folder))
             continue
-        if options is None or not (options.perplexity or options.tasks):
+        if options is None or not asks_something(options):
             raise UserError(
                 f"--compare {folder}: holds no {output.RESULTS}; give the --out folder of an "
-                "evaluation, or a model and --perplexity DATA or --tasks TASKS"
+                "evaluation, or a model and --perplexity DATA, --recall DATA or --tasks TASKS"
             )
         results, text_html = evaluate(
             dataclasses.replace(options, model=folder), out and out / name, overwrite
@@ -307,11 +353,8 @@ def compare(a: Path, b: Path, options: Options | None, out: Path | None, overwri
         files |= {
             f"{name}/{file}": text for file, text in output.files_of(results, text_html).items()
         }
-        both.append(results)
-    first, second = both
-    compared, made = output.comparison(first, second)
+        found.append(results)
+    compared, made = output.comparison(*found)
     if out is not None:
-        output.write_folder(
-            out, files | output.comparison_files(first, second, compared, made), overwrite
-        )
+        output.write_folder(out, files | output.comparison_files(found, compared, made), overwrite)
     return made

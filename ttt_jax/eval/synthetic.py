@@ -15,6 +15,8 @@ Tasks (docs/evaluation.md shows one of each):
   induction       a random pattern, then decoys that share every other step's context but one word,
                   then the pattern again
   distance        single_needle with the pair at given distances before the question
+  mqar_N          multi-query associative recall: N bare pairs "key value" in filler, then up to 16
+                  of the keys, each with its value
 """
 
 from __future__ import annotations
@@ -23,22 +25,28 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ttt_jax.errors import UserError
+from ttt_jax.eval.alphabets import Alphabet, IdAlphabet, TextAlphabet
 from ttt_jax.eval.answers import Judge, Judgement
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.model.transformer import Transformer
 
-TASKS = ("single_needle", "multi_needle", "multi_query", "variables", "induction", "distance")
 PAIRS, QUERIES, CHAINS, HOPS, PATTERN, DECOYS = 8, 4, 3, 3, 12, 4
-_SYMBOLS = 64  # words of an alphabet; a task draws keys and values from them
-_SMALLEST_VOCABULARY = 96
-_FILLER_TEXT = (
-    "The grass is green . The sky is blue . The sun is yellow . Here we go . There and back again ."
+MQAR = {f"mqar_{pairs}": pairs for pairs in (4, 16, 64)}
+MQAR_QUERIES = 16  # at most
+TASKS = (
+    "single_needle",
+    "multi_needle",
+    "multi_query",
+    "variables",
+    "induction",
+    "distance",
+    *MQAR,
 )
 
 
@@ -53,85 +61,6 @@ class Example:
 
     ids: list[int]
     answers: list[tuple[int, int]]
-
-
-class Alphabet(Protocol):
-    """How words become tokens."""
-
-    form: str  # "ids" or "text"
-    symbols: list[str]  # words that may be keys, values and patterns
-
-    def encode(self, word: str) -> list[int]:
-        """Return the ids of one word."""
-        ...
-
-    def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
-        """Write exactly `tokens` ids that answer nothing."""
-        ...
-
-
-class IdAlphabet:
-    """Words are single ids, drawn from the vocabulary by the seed; half of the others are filler.
-
-    Raises: UserError for a vocabulary that is too small.
-    """
-
-    form = "ids"
-
-    def __init__(self, vocab_size: int, seed: int = 0, avoid: Sequence[int] = ()) -> None:
-        usable = np.setdiff1d(np.arange(vocab_size), np.asarray(avoid, np.int64))
-        if len(usable) < _SMALLEST_VOCABULARY:
-            raise UserError(
-                f"--tasks synthetic: the model's vocabulary has {vocab_size} ids; at least "
-                f"{_SMALLEST_VOCABULARY} are needed"
-            )
-        shuffled = np.random.default_rng(seed).permutation(usable)
-        self.symbols = [f"w{i}" for i in range(_SYMBOLS)]
-        self._ids = {
-            word: int(i) for word, i in zip(self.symbols, shuffled[:_SYMBOLS], strict=True)
-        }
-        rest = shuffled[_SYMBOLS:]
-        self._marks, self._filler = rest[:16], rest[16:]
-        self._used: dict[str, int] = {}
-
-    def encode(self, word: str) -> list[int]:
-        if word in self._ids:
-            return [self._ids[word]]
-        # Words of the templates get ids of their own, in the order of their appearance.
-        if word not in self._used:
-            self._used[word] = int(self._marks[len(self._used)])
-        return [self._used[word]]
-
-    def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
-        return rng.choice(self._filler, tokens).tolist()
-
-
-class TextAlphabet:
-    """Words are made-up text with a space before it, encoded one by one; filler is RULER's repeated
-    sentences.
-    """
-
-    form = "text"
-
-    def __init__(self, tokenizer: Any, seed: int = 0) -> None:
-        self._tokenizer = tokenizer
-        rng, words = np.random.default_rng(seed), {}
-        while len(words) < _SYMBOLS:
-            consonants, vowels = rng.choice(list("bdfgklmnprstvz"), 3), rng.choice(list("aeiou"), 3)
-            words["".join(c + v for c, v in zip(consonants, vowels, strict=True))] = None
-        self.symbols = list(words)
-        self._cache: dict[str, list[int]] = {}
-        self._text = tokenizer.encode(" " + _FILLER_TEXT)
-
-    def encode(self, word: str) -> list[int]:
-        if word not in self._cache:
-            self._cache[word] = list(self._tokenizer.encode(" " + word))
-        return self._cache[word]
-
-    def filler(self, rng: np.random.Generator, tokens: int) -> list[int]:
-        start = int(rng.integers(len(self._text)))
-        repeats = (start + tokens) // len(self._text) + 1
-        return (self._text * repeats)[start : start + tokens]
 
 
 class _Draft:
@@ -200,6 +129,16 @@ def _pairs(
     return draft.finish(rng, length, statements, questions, distance)
 
 
+def _mqar(alphabet: Alphabet, rng: np.random.Generator, length: int, pairs: int) -> Example:
+    draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
+    keys, values = words[:pairs], words[pairs : 2 * pairs]
+    statements = [draft.ids(key, value) for key, value in zip(keys, values, strict=True)]
+    asked = rng.permutation(pairs)[:MQAR_QUERIES]
+    return draft.finish(
+        rng, length, statements, [(draft.ids(keys[i]), draft.ids(values[i])) for i in asked]
+    )
+
+
 def _variables(alphabet: Alphabet, rng: np.random.Generator, length: int) -> Example:
     draft, words = _Draft(alphabet), rng.permutation(alphabet.symbols).tolist()
     chains = [words[i * (HOPS + 1) : (i + 1) * (HOPS + 1)] for i in range(CHAINS)]
@@ -240,7 +179,7 @@ _MAKERS: dict[str, Callable[[Alphabet, np.random.Generator, int], Example]] = {
     "multi_query": lambda alphabet, rng, length: _pairs(alphabet, rng, length, PAIRS, QUERIES),
     "variables": _variables,
     "induction": _induction,
-}
+} | {task: functools.partial(_mqar, pairs=pairs) for task, pairs in MQAR.items()}
 
 
 def make_examples(
@@ -258,6 +197,7 @@ def make_examples(
     Raises: UserError when the task does not fit the length.
     """
     examples = []
+    alphabet = alphabet.with_symbols(2 * MQAR.get(task, 0))
     for i in range(count):
         digest = hashlib.sha256(f"{task} {length} {distance} {seed} {i}".encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
@@ -306,14 +246,16 @@ def evaluate(
     asked for without a tokenizer.
     """
     alphabet = make_alphabet(model, form, seed)
-    cases = _cases(alphabet, tasks, lengths, examples, seed)
+    cases, left_out = _cases(alphabet, tasks, lengths, examples, seed)
     judges = judges or {
         mode: Judge(model, ttt=mode == "on", batch_size=batch_size, piece=piece) for mode in ttt
     }
     kept = Unfinished(None, {}) if kept is None else kept
-    entries, done = [], 0
+    entries, done = [], len(left_out) * examples * len(ttt)
     for task, length, distance, made in cases:
         entry: dict[str, Any] = {"task": task, "length": length, "distance": distance}
+        if task in MQAR:
+            entry["pairs"] = MQAR[task]
         accuracy: dict[str, np.ndarray] = {}
         for mode in ttt:
             key = ("synthetic", task, length, distance, mode)
@@ -334,23 +276,33 @@ def evaluate(
         "examples": examples,
         "form": alphabet.form,
         "seed": seed,
+        "left_out": left_out,
         "entries": entries,
     }
 
 
 def _cases(
     alphabet: Alphabet, tasks: Sequence[str], lengths: Sequence[int], examples: int, seed: int
-) -> list[tuple[str, int, int | None, list[Example]]]:
-    """Make the examples: (task, length, distance or None, examples) of every case."""
-    cases = []
+) -> tuple[list[tuple[str, int, int | None, list[Example]]], list[str]]:
+    """Make the examples: (task, length, distance or None, examples) of every case.
+
+    Returns: the cases, and names of those of MQAR that are left out. Many pairs need a large
+    vocabulary and a long sequence; the suite is for any model.
+    """
+    cases, left_out = [], []
     for task in tasks:
         for length in lengths if task != "distance" else lengths[-1:]:
             for distance in distances(length) if task == "distance" else [None]:
-                made = make_examples(
-                    task, alphabet, length=length, count=examples, seed=seed, distance=distance
-                )
-                cases.append((task, length, distance, made))
-    return cases
+                make = functools.partial(make_examples, task, alphabet, length=length, seed=seed)
+                try:
+                    made = make(count=examples, distance=distance)
+                except UserError:
+                    if task not in MQAR:
+                        raise
+                    left_out.append(f"{task} at {length}")
+                else:
+                    cases.append((task, length, distance, made))
+    return cases, left_out
 
 
 def _grades(
@@ -382,7 +334,7 @@ def make_alphabet(model: Transformer, form: str, seed: int) -> Alphabet:
 
 
 def count_sequences(lengths: Sequence[int], tasks: Sequence[str], examples: int, modes: int) -> int:
-    """Count the sequences that `evaluate` judges."""
+    """Count the sequences that `evaluate` judges, and those that it leaves out."""
     cases = sum(
         len(distances(lengths[-1])) if task == "distance" else len(lengths) for task in tasks
     )

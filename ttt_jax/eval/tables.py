@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_jax.tables import Table, number
+from ttt_jax.display.tables import Table, number
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -17,6 +17,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     made: list[Table] = []
     if "perplexity" in results:
         made += _perplexity(results["perplexity"])
+    if "recall" in results:
+        made.append(_recall(results["recall"]))
     if "synthetic" in results:
         made.append(_synthetic(results["synthetic"]))
     if "tasks" in results:
@@ -42,21 +44,27 @@ def tokens(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
 
 
-_GAINS = {"gain": "gain (off - on)", "gain_shuffled": "off - shuffled"}
+_GAINS = {
+    "gain": "gain (off - on)",
+    "gain_shuffled": "off - shuffled",
+    "gain_strict": "cold - strict",
+}
 
 
 def _perplexity(part: dict[str, Any]) -> list[Table]:
-    modes, N = part["modes"], len(part["documents"])
-    gains = [key for key in _GAINS if key in part["lengths"][0]]
+    N = len(part["documents"])
     note = (
         f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over "
         "documents, gains paired by document."
     )
+    strict = " strict: only the fast weights of the text before the tokens; cold: nothing of it."
 
     def table(
         title: str, first: str, entries: list[dict[str, Any]], name: Callable[[dict[str, Any]], str]
     ) -> Table:
-        shown = [mode for mode in modes if mode != "shuffled"]
+        modes = [mode for mode in part["modes"] if mode in entries[0]]
+        gains = [key for key in _GAINS if key in entries[0]]
+        shown = [mode for mode in modes if mode in ("off", "on")]
         headings = [
             first,
             *modes,
@@ -68,7 +76,7 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
             row = [name(entry), *(number(entry[mode]["mean"]) for mode in modes)]
             row += [number(float(np.exp(entry[mode]["mean"])), ".3f") for mode in shown]
             rows.append(row + [interval(entry[key], "+.4f") for key in gains])
-        return Table(title, note, headings, rows)
+        return Table(title, note + strict * ("strict" in modes), headings, rows)
 
     by_length = f"Loss of the same final {part['block']} tokens as the context grows"
     return [
@@ -80,6 +88,33 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
             lambda e: f"{e['start']} to {e['stop'] - 1}",
         ),
     ]
+
+
+def reach_of(part: dict[str, Any]) -> str:
+    """Say whether the recall probe's filler is beyond the reach of attention."""
+    if part["reach"] is None:
+        return (
+            "Layers with full attention see the first reading: the probe measures attention as well"
+        )
+    return f"Attention reaches {part['reach']} tokens back, the filler is longer"
+
+
+def _recall(part: dict[str, Any]) -> Table:
+    rows = []
+    for entry in part["lengths"]:
+        for mode in part["modes"]:
+            found = entry[mode]
+            losses = [number(found[name]["mean"]) for name in ("first", "second", "control")]
+            gains = [interval(found[name], "+.4f") for name in ("drop", "recall")]
+            rows.append([tokens(entry["length"]), mode, *losses, *gains])
+    note = (
+        f"Nats per token of a passage of {part['passage']} tokens, {len(part['documents'])} "
+        "documents; control: the same place and filler, but another document's passage was read "
+        f"first. {reach_of(part)}. 95 % bootstrap intervals over documents, paired by document."
+    )
+    headings = ["length", "TTT", "first reading", "second reading", "control"]
+    headings += ["first - second", "recall (control - second)"]
+    return Table("A passage read again", note, headings, rows)
 
 
 def _synthetic(part: dict[str, Any]) -> Table:
@@ -108,6 +143,8 @@ def _synthetic(part: dict[str, Any]) -> Table:
         "every token is the most likely "
         "one; nats: loss per answer token; 95 % bootstrap intervals over examples."
     )
+    if part.get("left_out"):
+        note += f" Too many pairs for the length or the vocabulary: {', '.join(part['left_out'])}."
     return Table("Associative recall and induction", note, headings, rows)
 
 

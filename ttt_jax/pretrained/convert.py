@@ -19,6 +19,7 @@ import numpy as np
 from ttt_jax.checkpoint.checksums import write_checksums
 from ttt_jax.checkpoint.parameters import load_model_params
 from ttt_jax.config import ModelConfig, replace
+from ttt_jax.display.progress import progress
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.reading import list_names
@@ -51,7 +52,6 @@ from ttt_jax.pretrained.source import (
     equip,
     open_source,
 )
-from ttt_jax.progress import progress
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
 _VERIFY_CHUNK = 64

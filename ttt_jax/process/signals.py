@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 # seconds within which a second SIGINT is the same one: a terminal and a launcher may both send it
 _SAME = 0.5
@@ -99,7 +99,7 @@ class StopSignal:
         os._exit(code)
 
 
-def end_process(code: int, seconds: float = 60.0) -> None:
+def end_process(code: int, seconds: float = 60.0) -> NoReturn:
     """End the interpreter with this exit code, at the latest after `seconds`. Signals change
     nothing any more.
 

@@ -18,10 +18,7 @@ import numpy as np
 
 from ttt_jax.config import Config, dump_yaml
 from ttt_jax.data.quarantine import QUARANTINE_FILE
-from ttt_jax.errors import CheckpointError, UserError
-from ttt_jax.files.reading import MAX_JSON_BYTES
-from ttt_jax.files.text import atomic_write_text, shorten
-from ttt_jax.html_page import (
+from ttt_jax.display.html_page import (
     COLOURS,
     MARKERS,
     code,
@@ -35,6 +32,9 @@ from ttt_jax.html_page import (
     note,
     tidy,
 )
+from ttt_jax.errors import CheckpointError, UserError
+from ttt_jax.files.reading import MAX_JSON_BYTES
+from ttt_jax.files.text import atomic_write_text, shorten
 from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, read_run_config
 
 PAGE_FILE = "report.html"

@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 
 from ttt_jax.config import Config, dump_yaml, to_dict
+from ttt_jax.display.html_page import COLOURS, MARKERS, figure_of, tidy
+from ttt_jax.display.tables import Table, number, print_tables
 from ttt_jax.files.text import atomic_write_text
-from ttt_jax.html_page import COLOURS, MARKERS, figure_of, tidy
 from ttt_jax.run.provenance import provenance
-from ttt_jax.tables import Table, number, print_tables
 from ttt_jax.terminal import printable
 
 if TYPE_CHECKING:

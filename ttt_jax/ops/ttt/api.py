@@ -49,37 +49,37 @@ class _Implementation(NamedTuple):
 
 
 def _why_not_pallas_tpu(call: _Call) -> str | None:
-    from kernels_pallas import tpu
+    from ttt_jax.kernels_pallas import tpu
 
     return tpu.why_not(call.platform, call.dtype, call.C, call.D, call.F, call.T)
 
 
 def _run_pallas_tpu(*args, **kwargs):
-    from kernels_pallas import tpu
+    from ttt_jax.kernels_pallas import tpu
 
     return tpu.in_place_ttt_tpu(*args, **kwargs)
 
 
 def _why_not_pallas_gpu(call: _Call) -> str | None:
-    from kernels_pallas import gpu
+    from ttt_jax.kernels_pallas import gpu
 
     return gpu.why_not(call.platform, call.dtype, call.C, call.D, call.F)
 
 
 def _run_pallas_gpu(*args, **kwargs):
-    from kernels_pallas import gpu
+    from ttt_jax.kernels_pallas import gpu
 
     return gpu.in_place_ttt_gpu(*args, **kwargs)
 
 
 def _why_not_triton(call: _Call) -> str | None:
-    from kernels_pallas import triton
+    from ttt_jax.kernels_pallas import triton
 
     return triton.why_not(call.platform, call.dtype)
 
 
 def _run_triton(*args, **kwargs):
-    from kernels_pallas import triton
+    from ttt_jax.kernels_pallas import triton
 
     return triton.in_place_ttt_triton(*args, **kwargs)
 

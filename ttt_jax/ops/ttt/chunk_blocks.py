@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.varying import varying_alike
+from ttt_jax.kernels_pallas.varying import varying_alike
 from ttt_jax.ops.numerics import dot
 from ttt_jax.ops.ttt.xla import scaled
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 from rich.progress import Progress
 
-from ttt_jax import progress as progress_module
-from ttt_jax.progress import progress
+from ttt_jax.display import progress as progress_module
+from ttt_jax.display.progress import progress
 
 
 @pytest.fixture

@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey.
-COLOURS = {"on": "#0072B2", "off": "#D55E00", "shuffled": "#009E73"}
-MARKERS = {"on": "o", "off": "s", "shuffled": "^"}
+COLOURS = {
+    "on": "#0072B2",
+    "off": "#D55E00",
+    "shuffled": "#009E73",
+    "strict": "#CC79A7",
+    "cold": "#E69F00",
+}
+MARKERS = {"on": "o", "off": "s", "shuffled": "^", "strict": "D", "cold": "v"}
 
 _STYLE = """
 body {
