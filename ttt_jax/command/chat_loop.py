@@ -196,7 +196,7 @@ class Chat:
 
     def read(self, path: Path, text: str | None = None) -> None:
         """Read a text file, with a progress bar. Raises UserError when it cannot be read."""
-        from ttt_jax.progress import progress
+        from ttt_jax.display.progress import progress
 
         text = read_text(path, "/read") if text is None else text
         talk = self.talk

@@ -48,7 +48,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, wanted: bo
     help="Show the versions of ttt-jax and jax.",
 )
 def cli() -> None:
-    """In-Place Test-Time Training: train, convert, score, generate, chat, evaluate, plan, report."""
+    """In-Place TTT: train, convert, score, generate, chat, evaluate, plan, report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
