@@ -109,12 +109,10 @@ def evaluate(
       kept: batches that an earlier start finished, and where this one keeps its own.
 
     Returns: the "perplexity" part of results.json: `lengths` and `positions` with loss and interval
-    per mode, `gain` (off - on)
-      paired by document, the losses per document, and tokens per second after the first batch (None
-      for one batch).
+      per mode, `gain` (off - on) paired by document, the losses per document, and tokens per second
+      after the first batch (None for one batch).
     Raises: UserError for lengths that do not fit, "shuffled" with fewer than two documents or
-    without TTT layers;
-      NotFiniteError, naming the document.
+      without TTT layers; NotFiniteError, naming the document.
     """
     lengths, block = check_lengths(lengths, block)
     check_modes(model, modes, len(documents))

@@ -125,8 +125,8 @@ def evaluate(
       overwrite: drop what another command has kept there.
 
     Raises: UserError, one line, for whatever the options get wrong; before anything is compiled
-    where that can be known.
-      NotFiniteError, and KeyboardInterrupt, whose messages say what is kept.
+      where that can be known. NotFiniteError, and KeyboardInterrupt, whose messages say what is
+      kept.
     """
     check(options)
     about = _plain_options(options) | _code()

@@ -140,9 +140,8 @@ class Session(Streams):
             when the tokens that were on their way belong to the stream.
 
         Raises: UserError when a stream is empty, for stop strings without a tokenizer, for ids
-        outside the vocabulary;
-          NotFiniteError when a row's next token is not a number: its `partial` holds the
-          completions so far.
+          outside the vocabulary; NotFiniteError when a row's next token is not a number: its
+          `partial` holds the completions so far.
         """
         B = self.batch_size
         max_new_tokens = _whole("max_new_tokens", max_new_tokens)
@@ -226,8 +225,7 @@ def generate(
 
     Returns: one `Completion` per prompt.
     Raises: UserError for empty prompts, ids outside the vocabulary, settings out of range;
-    NotFiniteError, see
-      `Session.generate`.
+      NotFiniteError, see `Session.generate`.
     """
     rows = _as_rows(prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p)

@@ -203,8 +203,7 @@ def read_piece(
     """Read a piece.
 
     Returns: (state, logits_BV after each row's last token, ||S||/||W|| [L, B] or None). The logits
-    of a row that reads nothing
-      stay.
+      of a row that reads nothing stay.
     """
     h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
     last_B = jnp.maximum(lengths_B - 1, 0)
@@ -231,8 +230,7 @@ def score_piece(
     """Read a piece.
 
     Returns: (state, log-probabilities of the targets float32 [B, P], logits float32 [B, P, V] or
-    None,
-      ||S||/||W|| [L, B] or None).
+      None, ||S||/||W|| [L, B] or None).
     """
     h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
     logits_BPV = model.logits(h_BPD).astype(jnp.float32) if with_logits else None

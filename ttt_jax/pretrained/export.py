@@ -49,8 +49,7 @@ def save_pretrained(
       carry_from: folder whose tokenizer and generation config are copied along.
 
     Raises: CheckpointError when the folder exists or cannot be written; ConfigError when no Hugging
-    Face architecture can
-      express the model.
+      Face architecture can express the model.
     """
     folder = Path(folder)
     if folder.exists():

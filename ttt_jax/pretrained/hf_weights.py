@@ -114,8 +114,8 @@ def load_hf(
       dtype: dtype of the parameters; training wants float32.
 
     Raises: ConfigError for an unsupported architecture; CheckpointError listing the tensors that
-    are missing, that the
-      model has no place for, or whose shape differs, or naming one that holds NaN.
+      are missing, that the model has no place for, or whose shape differs, or naming one that holds
+      NaN.
     """
     cfg = read_config(folder)
     files = TensorFiles(folder)

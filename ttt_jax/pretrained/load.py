@@ -110,8 +110,7 @@ def read_eos_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
     names one.
 
     Raises: CheckpointError when the file is not a JSON object of bounded size, or the field is not
-    a token id below
-      `vocab_size` or a list of `MAX_EOS_IDS` of them at most.
+      a token id below `vocab_size` or a list of `MAX_EOS_IDS` of them at most.
     """
     for name in ("generation_config.json", "config.json"):
         found = companion_fields(folder, name).get("eos_token_id")
