@@ -1,7 +1,7 @@
 """`ttt-jax chat`: a conversation with a model that learns from what it reads.
 
 Answers go to stdout, everything else to stderr. With a terminal on both ends it is interactive
-(chat_terminal.py); otherwise each line of standard input is one turn.
+(chat_loop.py); otherwise each line of standard input is one turn.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ttt_jax.command.options import (
     PIECE,
     Command,
     examples,
+    sampling_of,
     sampling_options,
 )
 from ttt_jax.errors import NotFiniteError
@@ -69,10 +70,8 @@ def chat(
     folder, documents, system, session, seed, no_template, no_ttt, dtype, piece, **options
 ) -> None:
     """Talk with a model that adapts to what it reads and to what is said."""
-    from ttt_jax.inference.sampling import Sampling
-
     limit = options.pop("max_new_tokens")
-    sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+    sampling = sampling_of(options)
     if session is not None:
         click.get_current_context().with_resource(one_writer(session, "--session"))
     texts = [(path, read_text(path, "--read")) for path in documents]

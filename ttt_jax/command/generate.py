@@ -27,6 +27,7 @@ from ttt_jax.command.options import (
     PIECE,
     Command,
     examples,
+    sampling_of,
     sampling_options,
 )
 from ttt_jax.errors import NotFiniteError, UserError
@@ -107,9 +108,7 @@ def generate(
     **options,
 ) -> None:
     """Continue prompts, adapting while reading and writing."""
-    from ttt_jax.inference.sampling import Sampling
-
-    sampling = Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))
+    sampling = sampling_of(options)
     _check_prompts(prompt, prompt_file, ids, session, keep_session)
     if chat and not (prompt or prompt_file):
         raise click.UsageError("--chat needs --prompt TEXT or --prompt-file FILE")

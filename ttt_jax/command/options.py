@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ttt_jax.inference.sampling import Sampling
 
 
 class Command(click.Command):
@@ -64,3 +68,10 @@ def sampling_options(command):
     ):
         command = option(command)
     return command
+
+
+def sampling_of(options: dict[str, Any]) -> Sampling:
+    """Make the settings that `sampling_options` asked for. Raises UserError out of range."""
+    from ttt_jax.inference.sampling import Sampling
+
+    return Sampling(*(options[name] for name in ("temperature", "top_k", "top_p", "min_p")))

@@ -14,14 +14,14 @@ import numpy as np
 from ttt_jax.inference.prefill import (
     Frozen,
     check_ids,
+    hidden_of_piece,
     needs_capacity,
     piece_size,
     pieces,
     program,
-    ttt_scale,
     warn_past_positions,
 )
-from ttt_jax.inference.watch import Watch, not_finite, state_ratios
+from ttt_jax.inference.watch import Watch, not_finite
 from ttt_jax.model.loss import token_nll_and_hit
 from ttt_jax.model.transformer import State, Transformer
 
@@ -127,14 +127,8 @@ def judge_piece(
     Returns: (state, -log p(target) float32 [B, P], target is the most likely token, bool [B, P],
     ||S||/||W|| [L, B] or None).
     """
-    h_BPD, state, stats = model.hidden(
-        ids_BP,
-        state,
-        keep_state=True,
-        lengths=lengths_B,
-        ttt_scale=ttt_scale(ttt),
-        capacity=capacity if state is None else None,
-        at_chunk_start=at_chunk_start,
+    h_BPD, state, ratio_LB = hidden_of_piece(
+        model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt
     )
     nll_BP, hit_BP = token_nll_and_hit(h_BPD, model.output_weight, targets_BP)
-    return state, nll_BP.astype(jnp.float32), hit_BP, state_ratios(stats)
+    return state, nll_BP.astype(jnp.float32), hit_BP, ratio_LB

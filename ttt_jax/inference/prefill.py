@@ -205,7 +205,9 @@ def read_piece(
     Returns: (state, logits_BV after each row's last token, ||S||/||W|| [L, B] or None). The logits
       of a row that reads nothing stay.
     """
-    h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
+    h_BPD, state, ratio_LB = hidden_of_piece(
+        model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt
+    )
     last_B = jnp.maximum(lengths_B - 1, 0)
     h_B1D = jax.vmap(lambda h_PD, n: jax.lax.dynamic_slice_in_dim(h_PD, n, 1, axis=0))(
         h_BPD, last_B
@@ -232,7 +234,9 @@ def score_piece(
     Returns: (state, log-probabilities of the targets float32 [B, P], logits float32 [B, P, V] or
       None, ||S||/||W|| [L, B] or None).
     """
-    h_BPD, state, ratio_LB = _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt)
+    h_BPD, state, ratio_LB = hidden_of_piece(
+        model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt
+    )
     logits_BPV = model.logits(h_BPD).astype(jnp.float32) if with_logits else None
     return (
         state,
@@ -242,7 +246,11 @@ def score_piece(
     )
 
 
-def _hidden(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt):
+def hidden_of_piece(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt):
+    """Run the model on a piece.
+
+    Returns: (h_BPD, state, ||S||/||W|| [L, B] or None).
+    """
     h_BPD, state, stats = model.hidden(
         ids_BP,
         state,
