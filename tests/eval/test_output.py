@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.hf_folders import BASE, make_folder
 from support.models import config
+from support.results import results_head
 
 from ttt_jax.command.cli import main
 from ttt_jax.config import to_dict
@@ -41,14 +42,7 @@ def results_of(on=(2.0, 3.0), name="a"):
         "positions": [entry(on, off, start=0, stop=16)],
     }
     return {
-        "model": name,
-        "dtype": "float32",
-        "options": {"model": name},
-        "date": "d",
-        "commit": None,
-        "seconds": 1.5,
-        "hardware": {"device_count": 1, "device": "cpu", "cpus": 2},
-        "versions": {"jax": "1"},
+        **results_head(name, model=name),
         "perplexity": perplexity,
         "config": to_dict(config()),
     }

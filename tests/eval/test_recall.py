@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.models import config, make
+from support.results import results_head
 
 from ttt_jax import score
 from ttt_jax.errors import DataError, UserError
@@ -116,14 +117,7 @@ def test_pages_tables_and_comparison(corpus):
 
     part = evaluate(model_of(), corpus, range(3), **options())
     results = {
-        "model": "a",
-        "dtype": "float32",
-        "options": {},
-        "date": "d",
-        "commit": None,
-        "seconds": 1.5,
-        "hardware": {"device_count": 1, "device": "cpu", "cpus": 2},
-        "versions": {"jax": "1"},
+        **results_head("a"),
         "recall": part,
         "config": to_dict(model_of().config),
     }

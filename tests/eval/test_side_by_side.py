@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.models import config
+from support.results import results_head
 
 from ttt_jax.command.cli import main
 from ttt_jax.config import to_dict
@@ -21,14 +22,7 @@ def results_of(name, documents=("x", "y"), **losses):
     """One length and position, with the losses of two documents in each mode."""
     entry = {mode: mean(values) for mode, values in losses.items()} | {"per_document": losses}
     return {
-        "model": name,
-        "dtype": "float32",
-        "options": {},
-        "date": "d",
-        "commit": None,
-        "seconds": 1.5,
-        "hardware": {"device_count": 1, "device": "cpu", "cpus": 2},
-        "versions": {"jax": "1"},
+        **results_head(name),
         "perplexity": {
             "block": 8,
             "documents": list(documents),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from support.compilation import CHEAP
+from support.jobs import SMALL, one_of_several
 
 from ttt_jax.checkpoint.checksums import find_damage, finished_steps, has_checksums
 from ttt_jax.run.logs import read_events
@@ -23,23 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
 DRIVER = "tests/faults/driver.py"
 WORDS = [
-    "--model.d_model=16",
-    "--model.num_layers=2",
-    "--model.num_heads=2",
-    "--model.num_kv_heads=1",
-    "--model.head_dim=8",
-    "--model.d_ff=24",
-    "--model.sliding_window=8",
-    "--model.ttt.layers=0",
-    "--model.ttt.chunk_size=8",
-    "--data.seq_len=32",
-    "--data.batch_size=2",
-    "--optimizer.warmup_steps=2",
+    *SMALL,
     "--optimizer.schedule=constant",
     "--eval.rows=2",
     "--eval.buckets=2",
-    "--log.tensorboard=false",
-    "--log.every=1",
     "--log.documents=true",
     "--checkpoint.every=3",
 ]
@@ -100,15 +88,7 @@ class Job:
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
             if processes > 1:
-                keys = (
-                    "TTT_JAX_COORDINATOR",
-                    "TTT_JAX_NUM_PROCESSES",
-                    "TTT_JAX_PROCESS_ID",
-                    "TTT_JAX_TIMEOUT",
-                )
-                env |= dict(
-                    zip(keys, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True)
-                )
+                env |= one_of_several(index, processes, port)
             words = [*self.words, f"--runs_dir={self.runs}", f"--name={name}", *extra]
             out = subprocess.PIPE if log is None else log.open("w")
             pipes = {"stdout": out, "stderr": subprocess.STDOUT, "text": True}

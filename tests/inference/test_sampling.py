@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fast_jit import jit
+from jax import jit
 
 from ttt_jax.errors import UserError
 from ttt_jax.inference.sampling import Sampling, _filter, sample

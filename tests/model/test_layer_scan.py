@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fast_jit import jit
+from jax import jit
 from support.models import EMBED, abstract, config, make, tokens, transplant
 from support.tolerance import relative_rms
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fast_jit import jit
+from jax import jit
 from support.models import (
     abstract,
     config,

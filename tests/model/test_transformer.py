@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from support.awake import new_target
-from support.fast_jit import jit
 from support.models import (
     BASE,
     EMBED,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fast_jit import jit
+from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.config import ModelConfig, TTTConfig

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from support.attention import causal_mask, documents_in_xla, make_inputs, plain
-from support.fast_jit import jit
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.errors import UserError

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from support.attention import causal_mask, make_inputs, plain
-from support.fast_jit import jit
 from support.tolerance import assert_close
 
 from ttt_jax import jax_internals

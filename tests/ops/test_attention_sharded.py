@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.attention import documents_in_xla
-from support.fast_jit import jit
 from support.hlo import collective_bytes
 from support.tolerance import TOLERANCE, assert_close
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support.fast_jit import jit
 from support.op_checks import BF16, DOCUMENTS, F32, F64, check, compiled, make_inputs, rounded
 from support.tolerance import TOLERANCE, assert_close, relative_rms
 

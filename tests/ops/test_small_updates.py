@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fast_jit import jit
+from jax import jit
 from support.op_checks import make_inputs, results, rounded
 from support.tolerance import TOLERANCE, assert_close
 

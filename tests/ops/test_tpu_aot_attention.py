@@ -6,7 +6,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
-from support.aot import compile_in_a_process
+from support.aot import TINY, compile_in_a_process
 
 pytestmark = [
     pytest.mark.tpu_aot,
@@ -81,29 +81,19 @@ def test_attention_compiles(topology, B, T, N, K, H, window, packed):
     assert report["calls"] == 3  # forward, dq, dkv
 
 
-TINY = [
-    "--model.d_model=256",
-    "--model.num_layers=2",
-    "--model.num_heads=4",
-    "--model.num_kv_heads=2",
-    "--model.head_dim=128",
-    "--model.d_ff=512",
-    "--model.ttt.layers=[0]",
-    "--model.ttt.chunk_size=128",
-    "--data.seq_len=1024",
-    "--data.batch_size=4",
-    "--compute_dtype=bfloat16",
-    "--remat_save=[attention]",
-]
-
-
 @pytest.mark.parametrize(
     "mesh", [[], ["--mesh.context=2", "--mesh.tensor=2"]], ids=["fsdp", "every axis"]
 )
 @pytest.mark.parametrize("window", ["null", "256"])
 def test_a_training_step_compiles(mesh, window):
     report = compile_in_a_process(
-        STEP, "v5e:2x4", *TINY, f"--model.sliding_window={window}", "--mesh.fsdp=-1", *mesh
+        STEP,
+        "v5e:2x4",
+        *TINY,
+        "--remat_save=[attention]",
+        f"--model.sliding_window={window}",
+        "--mesh.fsdp=-1",
+        *mesh,
     )
     assert report["kernels"] == ["dkv", "dq", "fwd"]
     assert report["temp"] > 0

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support.fast_jit import jit
 from support.hlo import collective_bytes
 from support.tolerance import TOLERANCE, assert_close
 

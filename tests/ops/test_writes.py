@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fast_jit import jit
+from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.ops.ttt.writes import NEWTON_SCHULZ, ROUNDS, inverse_root, solve, transformed

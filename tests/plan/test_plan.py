@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.aot import TINY
 
 from ttt_jax.command.cli import main
 from ttt_jax.config import load_config
@@ -364,22 +365,7 @@ def plan_json(config, topology, *words, timeout):
     return plan
 
 
-TINY = [
-    "--model.d_model=256",
-    "--model.num_layers=2",
-    "--model.num_heads=4",
-    "--model.num_kv_heads=2",
-    "--model.head_dim=128",
-    "--model.d_ff=512",
-    "--model.ttt.layers=[0]",
-    "--model.ttt.chunk_size=128",
-    "--model.sliding_window=null",
-    "--data.seq_len=1024",
-    "--data.batch_size=4",
-    "--compute_dtype=bfloat16",
-    "--mesh.context=2",
-    "--mesh.tensor=2",
-]
+MESHED = [*TINY, "--model.sliding_window=null", "--mesh.context=2", "--mesh.tensor=2"]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +373,7 @@ TINY = [
 )
 def test_a_tiny_model_on_every_axis(program):
     words = ["--prefill=2048"] if program == "prefill" else []
-    plan = plan_json(ROOT / "configs/default.yaml", "v5e:2x4", *TINY, *words, timeout=600)
+    plan = plan_json(ROOT / "configs/default.yaml", "v5e:2x4", *MESHED, *words, timeout=600)
     assert plan["compiled"]
     assert plan["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
     assert plan["fits"]

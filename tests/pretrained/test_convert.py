@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from support.conversions import OFFICIAL, PLAIN, ROOT, same_params
-from support.fast_jit import jit
 from support.hf_folders import BF16, FAMILIES, assert_same_tensors, make_folder, read_folder
 
 import train

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from support.fast_jit import jit
 from support.hf_folders import QWEN3
 from support.tolerance import assert_close
 

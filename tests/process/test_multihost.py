@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.compilation import CHEAP
-from support.jobs import TINY, curve, wait_for_step, write_corpus
+from support.jobs import TINY, curve, one_of_several, wait_for_step, write_corpus
 from support.tolerance import assert_close
 
 from ttt_jax.errors import ConfigError
@@ -52,15 +52,7 @@ def start(words, processes=1, devices=2, **environment):
             "XLA_FLAGS": f"{CHEAP} --xla_force_host_platform_device_count={devices}",
         }
         if processes > 1:
-            names = (
-                "TTT_JAX_COORDINATOR",
-                "TTT_JAX_NUM_PROCESSES",
-                "TTT_JAX_PROCESS_ID",
-                "TTT_JAX_TIMEOUT",
-            )
-            env |= dict(
-                zip(names, (f"127.0.0.1:{port}", str(processes), str(index), "60"), strict=True)
-            )
+            env |= one_of_several(index, processes, port)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         jobs.append(
             subprocess.Popen(

@@ -8,6 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The smallest training step with the tiles of a TPU, for `default`.
+TINY = [
+    "--model.d_model=256",
+    "--model.num_layers=2",
+    "--model.num_heads=4",
+    "--model.num_kv_heads=2",
+    "--model.head_dim=128",
+    "--model.d_ff=512",
+    "--model.ttt.layers=[0]",
+    "--model.ttt.chunk_size=128",
+    "--data.seq_len=1024",
+    "--data.batch_size=4",
+    "--compute_dtype=bfloat16",
+]
+
 
 def compile_in_a_process(script: str, *words: str) -> dict:
     """What the script printed after REPORT, as JSON."""

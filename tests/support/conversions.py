@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.fast_jit import jit
+from jax import jit
 
 from ttt_jax.model.param_path import param_path
 

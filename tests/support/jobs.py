@@ -13,7 +13,8 @@ import numpy as np
 from support.compilation import CHEAP
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = [
+# A model and rows that take milliseconds a step.
+SMALL = [
     "--model.d_model=16",
     "--model.num_layers=2",
     "--model.num_heads=2",
@@ -26,10 +27,13 @@ TINY = [
     "--data.seq_len=32",
     "--data.batch_size=2",
     "--optimizer.warmup_steps=2",
-    "--eval.rows=3",
-    "--eval.buckets=2",
     "--log.tensorboard=false",
     "--log.every=1",
+]
+TINY = [
+    *SMALL,
+    "--eval.rows=3",
+    "--eval.buckets=2",
     "--steps=16",
     "--checkpoint.every=4",
 ]
@@ -43,6 +47,16 @@ def write_corpus(folder):
         text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
         (folder / f"{i:02d}.txt").write_text(text)
     return folder
+
+
+def one_of_several(index, processes, port):
+    """The environment variables of one process of a job of several on this machine."""
+    return {
+        "TTT_JAX_COORDINATOR": f"127.0.0.1:{port}",
+        "TTT_JAX_NUM_PROCESSES": str(processes),
+        "TTT_JAX_PROCESS_ID": str(index),
+        "TTT_JAX_TIMEOUT": "60",
+    }
 
 
 def start(words, sleep=0.0):

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.fast_jit import jit
+from jax import jit
 
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.model.param_path import param_path

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.fast_jit import jit
+from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.ops import in_place_ttt
