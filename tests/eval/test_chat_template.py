@@ -10,8 +10,6 @@ import pytest
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
 
-pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install 'ttt-jax[test]'")
-
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

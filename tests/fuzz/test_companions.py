@@ -82,7 +82,6 @@ def one_line(action):
 
 def run_templates(examples):
     """Templates in pieces, and flips of a real one."""
-    pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install 'ttt-jax[test]'")
     damaged = FLIPS.map(
         lambda places: flip(CHATML.encode(), places).decode("utf-8", errors="replace")
     )
