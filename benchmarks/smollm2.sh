@@ -4,15 +4,16 @@
 #   bash benchmarks/smollm2.sh FOLDER GPU SECONDS ARM...
 #
 # FOLDER holds smollm2/ (examples/smollm2.py), books_small.jsonl.xz and books_heldout.jsonl.xz.
-# ARM is NAME or NAME:SEED; the names are below. What is done is not repeated. $OUT gets results.
+# ARM is NAME or NAME:SEED; the names are below. What is done is not repeated. $OUT gets
+# all results, packed.
 set -u
 data=$1
 export CUDA_VISIBLE_DEVICES=$2 PYTHONUNBUFFERED=1
 seconds=$3
 shift 3
-out=${OUT:-/tmp/smollm2_out}
+out=/tmp/smollm2_out
 runs=/tmp/smollm2_runs
-mkdir -p "$out" "$runs"
+mkdir -p "$out" "$runs" "${OUT:=/tmp/smollm2_packed}"
 started=$SECONDS
 target="--optimizer.groups [{pattern:mlp.target,lr_multiplier:10}]"
 
@@ -52,5 +53,5 @@ for arm in "$@"; do
   tail -12 "$out/$run-eval.log" | sed "s/^/$run: /"
   cp "$out/$run-eval/results.json" "$out/$run.json" 2> /dev/null
 done
-tar czf "$out/smollm2-gpu$2.tgz" -C "$out" --exclude '*.tgz' . 2> /dev/null
+tar czf "$OUT/smollm2-gpu$CUDA_VISIBLE_DEVICES.tgz" -C "$out" .
 exit 0
