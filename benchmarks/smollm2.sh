@@ -15,33 +15,32 @@ out=/tmp/smollm2_out
 runs=/tmp/smollm2_runs
 mkdir -p "$out" "$runs" "${OUT:=/tmp/smollm2_packed}"
 started=$SECONDS
-target="--optimizer.groups [{pattern:mlp.target,lr_multiplier:10}]"
+target=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 10}]")
 
 for arm in "$@"; do
   name=${arm%%:*}
   seed=0
   [[ $arm == *:* ]] && seed=${arm##*:}
   case $name in
-    none) words="--model.ttt.layers=[]" ;;
-    full) words="--model.ttt.layers=[] --model.sliding_window=null" ;;
-    ridge) words="$target" ;;
-    ridge10) words="$target --model.ttt.layers=[2,5,8,11,14,17,20,23,26,29]" ;;
-    ridge3) words="$target --model.ttt.lr 3" ;;
-    slow) words="" ;; # the target's parameters at the others' rate
-    sum) words="$target --model.ttt.write sum --model.ttt.lr 0.002" ;;
-    steps*) words="$target --steps ${name#steps}" ;;
-    none-steps*) words="--model.ttt.layers=[] --steps ${name#none-steps}" ;;
+    none) words=("--model.ttt.layers=[]") ;;
+    full) words=(--model.ttt.layers=[] --model.sliding_window=null) ;;
+    ridge) words=("${target[@]}") ;;
+    ridge10) words=("${target[@]}" --model.ttt.layers=[2,5,8,11,14,17,20,23,26,29]) ;;
+    ridge3) words=("${target[@]}" --model.ttt.lr 3) ;;
+    slow) words=() ;; # the target's parameters at the others' rate
+    sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
+    steps*) words=("${target[@]}" --steps "${name#steps}") ;;
+    none-steps*) words=(--model.ttt.layers=[] --steps "${name#none-steps}") ;;
     *) echo "no arm $name" && exit 2 ;;
   esac
   left=$((seconds - SECONDS + started))
   ((left < 60)) && echo "$arm: not started, the time is up" && continue
   run=$name-$seed
   if [[ ! -e $runs/$run/report.json ]]; then
-    # shellcheck disable=SC2086
     timeout "$left" python3 train.py benchmarks/smollm2_books.yaml --init_from "$data/smollm2" \
       --data.tokenizer "$data/smollm2" --data.train "$data/books_small.jsonl.xz" \
       --data.heldout "$data/books_heldout.jsonl.xz" --runs_dir "$runs" --name "$run" \
-      --seed "$seed" --log.tensorboard false --log.probe_every 0 --compile_cache null $words \
+      --seed "$seed" --log.tensorboard false --log.probe_every 0 --compile_cache null "${words[@]}" \
       > "$out/$run.log" 2>&1
   fi
   grep -E "init_from|error|mean|tokens/s" "$out/$run.log" | tail -6 | sed "s/^/$run: /"
