@@ -14,6 +14,8 @@ them, and the writes of chunks still add up. A chunk's write depends on that chu
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -44,25 +46,15 @@ def transformed(
     B, T, D = v_BTD.shape
     if write == "sum":
         return v_BTD
-    z_NCF, v_NCD = (
-        x.reshape(B * (T // chunk_size), chunk_size, x.shape[2]) for x in (z_BTF, v_BTD)
-    )
-    acc = accumulator(v_BTD.dtype)
+    chunks = lambda x: x.reshape(B * (T // chunk_size), chunk_size, x.shape[2])
+    z_NCF, v_NCD = chunks(z_BTF), chunks(v_BTD)
     with jax.named_scope(f"ttt_write_{write}"):
-        gram_NCC = dot("ncf,nkf->nck", z_NCF, z_NCF, acc)
-        out_NCD = (
-            _ridge(gram_NCC, v_NCD, ridge) if write == "ridge" else _spectral(gram_NCC, v_NCD, unit)
-        )
+        if write == "ridge":
+            out_NCD = least_squares(z_NCF, v_NCD, ridge)
+        else:
+            gram_NCC = dot("ncf,nkf->nck", z_NCF, z_NCF, accumulator(v_BTD.dtype))
+            out_NCD = _spectral(gram_NCC, v_NCD, unit)
     return out_NCD.astype(v_BTD.dtype).reshape(B, T, D)
-
-
-def _ridge(gram_NCC, v_NCD, ridge: float):
-    """(G + lambda m I)^-1 v."""
-    C = gram_NCC.shape[1]
-    mean_N11 = jnp.trace(gram_NCC, axis1=1, axis2=2)[:, None, None] / C
-    mean_N11 = jnp.maximum(mean_N11, _smallest(gram_NCC.dtype))  # a chunk of zeros writes nothing
-    scaled_NCC = gram_NCC / mean_N11 + ridge * jnp.eye(C, dtype=gram_NCC.dtype)[None]
-    return solve(scaled_NCC, v_NCD.astype(gram_NCC.dtype)) / mean_N11
 
 
 def _smallest(dtype):
@@ -73,38 +65,62 @@ def _smallest(dtype):
 # -------------------------------------------------------------------------------------------- ridge
 
 
-@jax.custom_vjp
-def solve(a_NCC, v_NCD):
-    """Compute A^-1 v for symmetric positive definite A. One factorisation serves the backward, too.
-
-    All of it is float32 at least. Where a chunk's keys are alike, A^-1 is the identity less a
-    matrix of nearly the same size, and in bf16 nothing true would be left of the difference.
-    """
-    return _solve_forward(a_NCC, v_NCD)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def least_squares(z_NCF, v_NCD, ridge: float):
+    """(G + lambda m I)^-1 v."""
+    return _least_squares_forward(z_NCF, v_NCD, ridge)[0]
 
 
-def _applied(root_NCC, v_NCD):
-    """M^T (M v)"""
-    x_NCD = dot("nck,nkd->ncd", root_NCC, v_NCD, root_NCC.dtype)
-    return dot("nkc,nkd->ncd", root_NCC, x_NCD, root_NCC.dtype)
+def _least_squares_forward(z_NCF, v_NCD, ridge):
+    acc = accumulator(v_NCD.dtype)
+    gram_NCC = dot("ncf,nkf->nck", z_NCF, z_NCF, acc)
+    mean_N = jnp.trace(gram_NCC, axis1=1, axis2=2) / gram_NCC.shape[1]
+    mean_N = jnp.maximum(mean_N, _smallest(acc))  # a chunk of zeros writes nothing
+    root_NCC = _terms(inverse_root(gram_NCC, ridge * mean_N), v_NCD.dtype)
+    inverse_NCC = _terms(_product("nck,ncl->nkl", root_NCC, root_NCC), v_NCD.dtype)
+    out_NCD = _product("nck,nkd->ncd", inverse_NCC, (v_NCD,)).astype(v_NCD.dtype)
+    return out_NCD, (z_NCF, v_NCD, inverse_NCC)
 
 
-def _solve_forward(a_NCC, v_NCD):
-    root_NCC = inverse_root(a_NCC)
-    x_NCD = _applied(root_NCC, v_NCD)
-    return x_NCD, (root_NCC, x_NCD)
+def _least_squares_backward(ridge, residuals, do_NCD):
+    z_NCF, v_NCD, inverse_NCC = residuals
+    C, dtype, acc = v_NCD.shape[1], v_NCD.dtype, accumulator(v_NCD.dtype)
+    dv_NCD = _product("nck,nkd->ncd", inverse_NCC, (do_NCD,)).astype(dtype)
+    # dA = -A^-1 do v^T A^-1; what z gets of it is symmetric
+    by_NCC = dot("ncd,nkd->nck", do_NCD, v_NCD, acc)
+    by_NCC = _terms(by_NCC + jnp.swapaxes(by_NCC, 1, 2), dtype)
+    half_NCC = _terms(_product("nck,nkl->ncl", inverse_NCC, by_NCC), dtype)
+    da_NCC = _product("nck,nkl->ncl", half_NCC, inverse_NCC)
+    trace_N11 = jnp.trace(da_NCC, axis1=1, axis2=2)[:, None, None]
+    da_NCC = -da_NCC - (ridge / C) * trace_N11 * jnp.eye(C, dtype=acc)[None]
+    dz_NCF = _product("nck,nkf->ncf", _terms(da_NCC, dtype), (z_NCF,)).astype(dtype)
+    return dz_NCF, dv_NCD
 
 
-def _solve_backward(residuals, dx_NCD):
-    root_NCC, x_NCD = residuals
-    dv_NCD = _applied(root_NCC, dx_NCD)
-    return -dot("ncd,nkd->nck", dv_NCD, x_NCD, dx_NCD.dtype), dv_NCD
+least_squares.defvjp(_least_squares_forward, _least_squares_backward)
 
 
-solve.defvjp(_solve_forward, _solve_backward)
+def _terms(x, dtype):
+    """x as a sum of arrays of the compute dtype, the largest first: two for bfloat16, 16 bits."""
+    if jnp.dtype(dtype).itemsize > 2:
+        return (x,)
+    high = jax.lax.reduce_precision(x, 8, 7)  # a cast there and back is no rounding to XLA
+    return high.astype(dtype), (x - high).astype(dtype)
 
 
-def inverse_root(a_NCC):
+def _product(subscripts, xs, ys):
+    """The product of two such sums, without the terms that are as small as what is missing."""
+    acc = accumulator(xs[0].dtype)
+    pairs = [(i, j) for i in range(len(xs)) for j in range(len(ys)) if i + j < 2]
+    return sum(dot(subscripts, xs[i], ys[j], acc) for i, j in reversed(pairs))
+
+
+def inverse_root(a_NCC, shift_N):
+    """M with (A + shift I)^-1 = M^T M."""
+    return by_halves(a_NCC + shift_N[:, None, None] * jnp.eye(a_NCC.shape[1], dtype=a_NCC.dtype)[None])
+
+
+def by_halves(a_NCC, leaf=LEAF, invert=None):
     """Lower triangular M with A^-1 = M^T M for symmetric positive definite A: the inverse of the
     Cholesky factor, by halves.
 
@@ -114,13 +130,13 @@ def inverse_root(a_NCC):
     many of them the same token's, A^-1 v came out 200 times too large.
     """
     C = a_NCC.shape[1]
-    if C <= LEAF:
-        return _swept(a_NCC)
+    if C <= leaf:
+        return (invert or _swept)(a_NCC)
     half, acc = C // 2, a_NCC.dtype
     product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH = inverse_root(a_NCC[:, :half, :half])
+    first_NHH = by_halves(a_NCC[:, :half, :half], leaf, invert)
     below_NLH = product("nlh,nkh->nlk", a_NCC[:, half:, :half], first_NHH)
-    last_NLL = inverse_root(a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH))
+    last_NLL = by_halves(a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH), leaf, invert)
     below_NLH = -product("nlm,nmh->nlh", last_NLL, product("nlk,nkh->nlh", below_NLH, first_NHH))
     above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
     return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
