@@ -80,7 +80,7 @@ def least_squares(z_BMCF, v_BMCD, ridge: float, root=inverse_root):
 
 
 def _least_squares_forward(z_BMCF, v_BMCD, ridge, root):
-    C, dtype, acc = v_BMCD.shape[2], v_BMCD.dtype, accumulator(v_BMCD.dtype)
+    dtype, acc = v_BMCD.dtype, accumulator(v_BMCD.dtype)
     gram_BMCC = dot("bmcf,bmkf->bmck", z_BMCF, z_BMCF, acc)
     mean_BM = jnp.mean(jnp.diagonal(gram_BMCC, axis1=2, axis2=3), axis=2)
     mean_BM = jnp.maximum(mean_BM, _smallest(acc))  # a chunk of zeros writes nothing
@@ -130,8 +130,9 @@ def _applied(x_BMCX, y_BMCD):
 
 def _product(xs, ys):
     """x y from the terms of both, without the product of the small ones, as one matmul."""
-    pairs = [(x, y) for i, x in enumerate(xs) for j, y in enumerate(ys) if i + j < 2]
-    x_BMCX, y_BMXC = (jnp.concatenate(side, axis) for side, axis in zip(zip(*pairs), (3, 2)))
+    pairs = [(i, j) for i in range(len(xs)) for j in range(len(ys)) if i + j < 2]
+    x_BMCX = jnp.concatenate([xs[i] for i, _ in pairs], axis=3)
+    y_BMXC = jnp.concatenate([ys[j] for _, j in pairs], axis=2)
     return dot("bmcx,bmxk->bmck", x_BMCX, y_BMXC, accumulator(x_BMCX.dtype))
 
 
