@@ -148,7 +148,8 @@ def main() -> int:
     parser.add_argument("--ridge", type=float, default=1.0)
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", flush=True)
-    return 0 if all([time_shape(x, SHAPES[x], args.writes, args) for x in args.shapes]) else 1
+    done = [time_shape(name, SHAPES[name], args.writes, args) for name in args.shapes]
+    return 0 if all(done) else 1
 
 
 if __name__ == "__main__":
