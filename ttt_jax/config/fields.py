@@ -62,6 +62,13 @@ class TTTConfig:
     ridge: PositiveFloat = 1.0
     # rescale each chunk's update to this Frobenius norm when it exceeds it
     clip_norm: PositiveFloat | None = None
+    # EXPERIMENTAL candidates, training path only
+    decay: PositiveFloat = 1.0  # factor on S per chunk
+    learn_decay: bool = False
+    learn_lr: bool = False
+    gate: bool = False
+    stop_source: bool = False
+    max_update: PositiveFloat | None = None  # clip_norm relative to ||W||
     # None: the fastest
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None
 
