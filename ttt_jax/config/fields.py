@@ -68,6 +68,7 @@ class TTTConfig:
     learn_lr: bool = False
     gate: bool = False
     stop_source: bool = False
+    normalize_keys: bool = False  # targets of `sum` divided by the chunk's mean ||z||^2
     max_update: PositiveFloat | None = None  # clip_norm relative to ||W||
     # None: the fastest
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None

@@ -23,7 +23,7 @@ _NAMES = {
         "model.full_attention_layers model.init_std model.ttt.layers model.ttt.chunk_size "
         "model.ttt.lr model.ttt.target model.ttt.proj model.ttt.normalize_source model.ttt.write "
         "model.ttt.ridge model.ttt.clip_norm model.ttt.decay model.ttt.learn_decay "
-        "model.ttt.learn_lr model.ttt.gate model.ttt.stop_source model.ttt.max_update "
+        "model.ttt.learn_lr model.ttt.gate model.ttt.stop_source model.ttt.max_update model.ttt.normalize_keys "
         "data.train data.heldout data.heldout_fraction data.format data.text_field data.tokenizer "
         "data.eos data.seq_len data.batch_size data.min_document data.pack data.shuffle "
         "data.max_record_bytes "

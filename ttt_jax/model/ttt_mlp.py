@@ -252,6 +252,13 @@ class MLP(nnx.Module):
         v_BTD = self.target(source_BTD[:, : M * C], C, pin)
         if strength_BT1 is not None:
             v_BTD = (v_BTD * strength_BT1[:, : M * C]).astype(v_BTD.dtype)
+        if ttt.normalize_keys:
+            acc = accumulator(v_BTD.dtype)
+            z_BMCF = z_BTF[:, : M * C].astype(acc).reshape(-1, M, C, z_BTF.shape[2])
+            mean_BM = jnp.maximum(jnp.mean(jnp.sum(z_BMCF**2, axis=3), axis=2), _TINY)
+            v_BTD = (v_BTD.astype(acc) / jnp.repeat(mean_BM, C, axis=1)[:, :, None]).astype(
+                v_BTD.dtype
+            )
         if ttt.write != "sum":
             # The length of a row of W.
             unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])
