@@ -5,6 +5,7 @@
 #
 #   small   the default run for every candidate, three seeds (SEEDS), on all CPUs, two each.
 #           FOLDER is not read. Runs go seed by seed, so what is cut off is the last seed.
+#   rule    the rule for the inner rate at seven shapes (benchmarks/inner_rate.py), on all CPUs.
 #   books   the candidates of ARMS on configs/books.yaml, one GPU, 300 steps, seed 0.
 #           FOLDER holds books_train.jsonl.xz, books_heldout.jsonl.xz, books_tokenizer.json.
 #
@@ -27,9 +28,10 @@ declare -A change=(
   [gate]="--model.ttt.gate true"
   [hidden]="--model.ttt.target hidden_states"
   [hiddenstop]="--model.ttt.target hidden_states --model.ttt.stop_source true"
+  [keys]="--model.ttt.normalize_keys true --model.ttt.lr 0.48" # sum only: 0.05 m
   [cap]="--model.ttt.max_update 0.05"
 )
-names=${NAMES:-decay decaylearnt rate gate hidden hiddenstop cap}
+names=${NAMES:-decay decaylearnt rate gate hidden hiddenstop cap keys}
 ridge="--model.ttt.write ridge --model.ttt.lr 1"
 
 arms=()
@@ -38,7 +40,9 @@ for base in ${BASES:-ridge sum}; do
   [ "$base" = ridge ] && settings=$ridge
   [ "$base" = sum ] && [ "$part" = books ] && settings="--model.ttt.lr 0.002"
   arms+=(--arm "$base: $settings")
-  for name in $names; do arms+=(--arm "$base+$name: $settings ${change[$name]}"); done
+  for name in $names; do
+    [ "$base$name" = ridgekeys ] || arms+=(--arm "$base+$name: $settings ${change[$name]}")
+  done
 done
 quiet="--log.probe_every 0 --log.tensorboard false --compile_cache null --checkpoint.every 0"
 
@@ -56,6 +60,12 @@ case $part in
     study configs/default.yaml --parallel $(($(nproc) / cores)) --cores "$cores" \
       --seconds $((seconds - 110)) --base "$quiet"
     ;;
+  rule)
+    export JAX_PLATFORMS=cpu OMP_NUM_THREADS=$cores
+    timeout "$seconds" python3 benchmarks/inner_rate.py --out "$work" --parallel \
+      $(($(nproc) / cores)) --cores "$cores" --seconds $((seconds - 110))
+    cp "$work/results.jsonl" "$out/$part.jsonl" 2> /dev/null
+    ;;
   books)
     seeds=${SEEDS:-0}
     nvidia-smi --query-gpu=name,power.limit --format=csv,noheader
@@ -63,6 +73,6 @@ case $part in
       --data.train $data/books_train.jsonl.xz --data.heldout $data/books_heldout.jsonl.xz \
       --data.tokenizer $data/books_tokenizer.json --eval.rows 30 --eval.buckets 8"
     ;;
-  *) echo "PART is small or books" && exit 2 ;;
+  *) echo "PART is small, rule or books" && exit 2 ;;
 esac
 exit 0

@@ -50,7 +50,7 @@ class TTTConfig:
     layers: Layers = ()  # indices of the layers whose down-projection is a fast weight
     # C, tokens between two updates; packed documents start at its multiples, also without layers
     chunk_size: Positive = 4096
-    lr: float = 3.0  # inner learning rate
+    lr: float = 3.0  # inner learning rate; in a file or an override also `auto`: by the shape
     # source of the target: MLP input or embeddings
     target: Literal["hidden_states", "input_embed"] = "hidden_states"
     proj: bool = True  # multiply the convolved source by W_target

@@ -1,0 +1,70 @@
+"""The inner learning rate that follows from a model's shape: `model.ttt.lr: auto`.
+
+T tokens of a row, C chunk size, D model width, F MLP width, m mean squared norm of the keys z.
+
+What is read back from S is z S^T. With writes S = lr sum_t v_t z_t^T over the T tokens of a row, and
+keys that are all alike, that is (lr m T) times the mean target. So lr m T has no unit: it says the
+same for every row length, width and chunk (docs/writes.md):
+
+    sum        lr = SUM / (m T)
+    ridge      lr = 1           the write is a solution: it has no unit of keys, and hardly any of T
+    spectral   lr = SPECTRAL C / T                 every chunk writes singular values of one size
+
+At the start of training m follows from the config: the MLP's input has rms 1, so z = silu(g) u with
+g and u ~ N(0, s^2), s^2 = D init_std^2, and m = F s^2 E[silu(g)^2]. A checkpoint's keys are not
+known from its config; there `sum` and `spectral` need a number.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ttt_jax.config.fields import Config, ModelConfig
+from ttt_jax.errors import ConfigError
+
+AUTO = "auto"
+SUM = 1000.0  # lr m T
+SPECTRAL = 5.0  # lr times the number of chunks
+
+
+def inner_rate(config: Config) -> float:
+    """Compute the rate that `auto` stands for, to two digits.
+
+    Raises: ConfigError where the rule says nothing: the norm of the keys, or of the source, is not
+    known from the config.
+    """
+    ttt, T = config.model.ttt, config.data.seq_len
+    if ttt.write == "ridge":
+        return 1.0
+    if config.init_from is not None:
+        raise ConfigError(
+            f"config field model.ttt.lr = auto: the rate of write {ttt.write} follows from "
+            "init_std, which says nothing of the weights of init_from; give a number, or set "
+            "model.ttt.write ridge"
+        )
+    if not ttt.normalize_source:
+        raise ConfigError(
+            "config field model.ttt.lr = auto: needs targets of a known size; give a number, or "
+            "set model.ttt.normalize_source true"
+        )
+    if ttt.write == "spectral":
+        return _two_digits(SPECTRAL * ttt.chunk_size / T)
+    return _two_digits(SUM / (key_square(config.model) * T))
+
+
+def key_square(model: ModelConfig) -> float:
+    """Compute m, the mean of ||z||^2 at the start of training from scratch."""
+    s = model.init_std * math.sqrt(model.d_model)
+    return model.d_ff * s * s * _silu_square(s)
+
+
+def _silu_square(s: float) -> float:
+    """E[silu(g)^2] for g ~ N(0, s^2), by the trapezoidal rule over eight deviations."""
+    points = [i / 100 for i in range(-800, 801)]
+    weights = [math.exp(-x * x / 2) for x in points]
+    silu = [s * x / (1 + math.exp(-max(s * x, -700.0))) for x in points]
+    return sum(w * y * y for w, y in zip(weights, silu, strict=True)) / sum(weights)
+
+
+def _two_digits(rate: float) -> float:
+    return float(f"{rate:.2g}")
