@@ -6,7 +6,7 @@
 #   small   the default run for every candidate, three seeds (SEEDS), on all CPUs, two each.
 #           FOLDER is not read. Runs go seed by seed, so what is cut off is the last seed.
 #   rule    the rule for the inner rate at seven shapes (benchmarks/inner_rate.py), on all CPUs.
-#   books   the candidates of ARMS on configs/books.yaml, one GPU, 300 steps, seed 0.
+#   books   the candidates of NAMES on configs/books.yaml, one GPU, 300 steps, seed 0.
 #           FOLDER holds books_train.jsonl.xz, books_heldout.jsonl.xz, books_tokenizer.json.
 #
 # Results are printed as they come; $OUT gets them, if it is set. The same command again goes on.
@@ -16,6 +16,7 @@ part=$2
 seconds=${3:-560}
 out=${OUT:-/tmp/candidates}
 cores=${CORES:-2}
+processes=$(($(getconf _NPROCESSORS_ONLN) / cores))
 work=${WORK:-/tmp/candidates-work}/$part
 seeds=${SEEDS:-0 1 2}
 export PYTHONUNBUFFERED=1
@@ -23,6 +24,7 @@ mkdir -p "$out" "$work"
 
 declare -A change=(
   [decay]="--model.ttt.decay 0.9"
+  [decay8]="--model.ttt.decay 0.8"
   [decaylearnt]="--model.ttt.decay 0.95 --model.ttt.learn_decay true"
   [rate]="--model.ttt.learn_lr true"
   [gate]="--model.ttt.gate true"
@@ -31,7 +33,7 @@ declare -A change=(
   [keys]="--model.ttt.normalize_keys true --model.ttt.lr 0.48" # sum only: 0.05 m
   [cap]="--model.ttt.max_update 0.05"
 )
-names=${NAMES:-decay decaylearnt rate gate hidden hiddenstop cap keys}
+names=${NAMES:-decay decay8 decaylearnt gate hidden cap hiddenstop rate keys}
 ridge="--model.ttt.write ridge --model.ttt.lr 1"
 
 arms=()
@@ -39,7 +41,7 @@ for base in ${BASES:-ridge sum}; do
   settings=""
   [ "$base" = ridge ] && settings=$ridge
   [ "$base" = sum ] && [ "$part" = books ] && settings="--model.ttt.lr 0.002"
-  arms+=(--arm "$base: $settings")
+  [ "${SKIPBASE:-}" ] || arms+=(--arm "$base: $settings")
   for name in $names; do
     [ "$base$name" = ridgekeys ] || arms+=(--arm "$base+$name: $settings ${change[$name]}")
   done
@@ -55,15 +57,16 @@ study() {
 
 case $part in
   small)
-    export JAX_PLATFORMS=cpu OMP_NUM_THREADS=$cores
+    export JAX_PLATFORMS=cpu
+    echo "$processes processes"
     lscpu | grep -E 'Model name|^CPU\(s\)|Thread'
-    study configs/default.yaml --parallel $(($(nproc) / cores)) --cores "$cores" \
+    study configs/default.yaml --parallel "$processes" --cores "$cores" \
       --seconds $((seconds - 110)) --base "$quiet"
     ;;
   rule)
-    export JAX_PLATFORMS=cpu OMP_NUM_THREADS=$cores
+    export JAX_PLATFORMS=cpu
     timeout "$seconds" python3 benchmarks/inner_rate.py --out "$work" --parallel \
-      $(($(nproc) / cores)) --cores "$cores" --seconds $((seconds - 110))
+      "$processes" --cores "$cores" --seconds $((seconds - 110))
     cp "$work/results.jsonl" "$out/$part.jsonl" 2> /dev/null
     ;;
   books)

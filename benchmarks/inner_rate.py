@@ -2,10 +2,10 @@
 
     python benchmarks/inner_rate.py --out rates --parallel 16 --cores 2
 
-Trains the default run's model at three widths, row lengths and chunk sizes, with 1/3, 1 and 3 times
+Trains the default run's model at three widths, row lengths and chunk sizes, with 0.1 to 3 times
 the rate of the rule (ttt_jax/config/inner_rate.py), through benchmarks/study.py. The tokens of a
-step stay the same. In the table every shape has three rows: the rule holds where the middle one is
-the best, or as good as the best. Other options go to study.py (--seeds, --seconds).
+step stay the same. In the table every shape has four rows: the rule holds where the same factor is the
+best, or as good as the best, in all of them. Other options go to study.py (--seeds, --seconds).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ttt_jax.config import load_config  # noqa: E402
 
 TOKENS = 4096  # of a step
 SHAPES = {  # D, T, C
+    "wide": (192, 2048, 64),
     "base": (96, 2048, 64),
     "narrow": (48, 2048, 64),
-    "wide": (192, 2048, 64),
     "short": (96, 1024, 64),
     "long": (96, 4096, 64),
     "small chunk": (96, 2048, 32),
@@ -47,8 +47,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--writes", nargs="+", default=["sum", "ridge"])
-    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1, 3])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.1, 1 / 3, 1, 3])
+    parser.add_argument("--steps", type=int, default=120)
     args, rest = parser.parse_known_args()
     arms = []
     for write in args.writes:
