@@ -2,9 +2,9 @@
 
 T tokens of a row, C chunk size, D model width, F MLP width, m mean squared norm of the keys z.
 
-What is read back from S is z S^T. With writes S = lr sum_t v_t z_t^T over the T tokens of a row, and
-keys that are all alike, that is (lr m T) times the mean target. So lr m T has no unit: it says the
-same for every row length, width and chunk (docs/writes.md):
+What is read back from S is z S^T. With S = lr sum_t v_t z_t^T over the T tokens of a row, and keys
+that are all alike, that is (lr m T) times the mean target. So lr m T has no unit: it says the same
+for every row length, width and chunk (docs/writes.md):
 
     sum        lr = SUM / (m T)
     ridge      lr = 1           the write is a solution: it has no unit of keys, and hardly any of T
@@ -44,8 +44,8 @@ def inner_rate(config: Config) -> float:
     if config.init_from is not None:
         raise ConfigError(
             "config field model.ttt.lr = auto: the rule takes the size of the keys from init_std, "
-            "and the weights of init_from are not of that size; give a number, or set "
-            "model.ttt.write ridge, whose rate has no unit"
+            "and the weights of init_from are not of that size; give a number (for the weights of "
+            "a run, that of its config.yaml), or set model.ttt.write ridge, whose rate has no unit"
         )
     if not ttt.normalize_source:
         raise ConfigError(
