@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import Config, ModelConfig, TTTConfig, load_config, preset_names
-from ttt_jax.config.inner_rate import SUM, inner_rate, key_square
+from ttt_jax.config.inner_rate import SUM, describe_rate, inner_rate, key_square
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import linear
 from ttt_jax.model.ttt_mlp import MLP
@@ -56,7 +56,7 @@ def test_ridge_has_no_unit():
 @pytest.mark.parametrize(
     ("preset", "words", "line"),
     [
-        ("qwen3_0p6b", [], "the weights of init_from are not of that size; give a number, or set"),
+        ("qwen3_0p6b", [], "the weights of init_from are not of that size; give a number"),
         ("default", ["--model.ttt.normalize_source", "no"], "set model.ttt.normalize_source true"),
         ("default", ["--model.ttt.write", "spectral"], "no rule for model.ttt.write spectral"),
     ],
@@ -85,3 +85,11 @@ def test_presets_from_scratch_have_the_rule():
 def test_a_model_without_a_rate_has_the_official_one():
     assert TTTConfig().lr == Config().model.ttt.lr == 3.0
     assert np.isfinite(load_config("default", ["--model.ttt.layers=[]"]).model.ttt.lr)
+
+
+def test_the_rate_of_the_rule_is_said():
+    (line,) = describe_rate(load_config("default", [*SUM_WRITE, "--model.ttt.decay", "1"]))
+    assert line.startswith(f"model.ttt.lr = {rate():g}, by the rule")
+    for words in (["--model.ttt.lr", "0.2"], ["--model.ttt.layers=[]"]):
+        assert describe_rate(load_config("default", words)) == []
+    assert describe_rate(load_config("qwen3_0p6b")) == []

@@ -55,6 +55,16 @@ def inner_rate(config: Config) -> float:
     return float(f"{SUM / (key_square(config.model) * _held(T, ttt.chunk_size, ttt.decay)):.2g}")
 
 
+def describe_rate(config: Config) -> list[str]:
+    """Say in one line which rate the rule has given; no line where the rate is another one."""
+    ttt = config.model.ttt
+    try:
+        ruled = bool(ttt.layers) and ttt.lr == inner_rate(config)
+    except ConfigError:  # there is no rule for this model
+        ruled = False
+    return [f"model.ttt.lr = {ttt.lr:g}, by the rule for this model and row"] * ruled
+
+
 def _held(T: int, C: int, decay: float) -> float:
     """Count the tokens in S at the end of a row, each with what decay has left of it."""
     return T if decay == 1 else C * (1 - decay ** (T / C)) / (1 - decay)
