@@ -58,7 +58,11 @@ def test_ridge_has_no_unit():
     [
         ("qwen3_0p6b", [], "the weights of init_from are not of that size; give a number"),
         ("default", ["--model.ttt.normalize_source", "no"], "set model.ttt.normalize_source true"),
-        ("default", ["--model.ttt.write", "spectral"], "no rule for model.ttt.write spectral"),
+        (
+            "qwen3_0p6b",
+            ["--model.ttt.write", "spectral"],
+            "no rule for model.ttt.write spectral",
+        ),
     ],
 )
 def test_where_the_rule_says_nothing(preset, words, line):
