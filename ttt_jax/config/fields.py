@@ -50,7 +50,7 @@ class TTTConfig:
     layers: Layers = ()  # indices of the layers whose down-projection is a fast weight
     # C, tokens between two updates; packed documents start at its multiples, also without layers
     chunk_size: Positive = 4096
-    lr: float = 3.0  # inner learning rate
+    lr: float = 3.0  # inner learning rate; in a file or an override also `auto`: by the shape
     # source of the target: MLP input or embeddings
     target: Literal["hidden_states", "input_embed"] = "hidden_states"
     proj: bool = True  # multiply the convolved source by W_target
@@ -60,6 +60,8 @@ class TTTConfig:
     write: Literal["sum", "ridge", "spectral"] = "sum"
     # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
     ridge: PositiveFloat = 1.0
+    # factor on what is there before a chunk is written: 0.9 remembers about ten chunks
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # rescale each chunk's update to this Frobenius norm when it exceeds it
     clip_norm: PositiveFloat | None = None
     # None: the fastest

@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ttt_jax.config.fields import Config
+from ttt_jax.config.inner_rate import AUTO, inner_rate
 from ttt_jax.config.presets import find_config, same_preset
 from ttt_jax.config.validate import validate
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
@@ -37,6 +38,9 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
         it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
         `null`, `1e-4`). Of two for one field the last counts.
 
+    Returns: the config; where `model.ttt.lr` is `auto`, with the number that it stands for
+    (inner_rate.py), so that nothing after this depends on the rule.
+
     Raises:
       ConfigError: one line naming the field, the value and the fix.
     """
@@ -45,9 +49,20 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
         tree = _read_yaml(find_config(path))
     for key, value in parse_overrides(overrides):
         _assign(tree, key, value)
+    auto = _takes_auto(tree)
     config = from_dict(Config, tree)
     validate(config)
-    return config
+    return replace(config, {"model.ttt.lr": inner_rate(config)}) if auto else config
+
+
+def _takes_auto(tree: dict[str, Any]) -> bool:
+    """Say whether `model.ttt.lr` is `auto`, and take it out: the rule needs the other fields."""
+    model = tree.get("model")
+    ttt = model.get("ttt") if isinstance(model, dict) else None
+    if not isinstance(ttt, dict) or ttt.get("lr") != AUTO:
+        return False
+    del ttt["lr"]
+    return True
 
 
 def from_dict(cls: type[T], tree: dict[str, Any]) -> T:

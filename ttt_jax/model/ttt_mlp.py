@@ -142,8 +142,19 @@ class MLP(nnx.Module):
     def inner_rate(self, ctx: Context, acc) -> jax.Array:
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, devices: Devices = ONE_DEVICE):
-        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings."""
+    def op(
+        self,
+        z_BTF,
+        v_BTD,
+        lr,
+        S_BDF,
+        whole_B=None,
+        segment_ids_BT=None,
+        devices: Devices = ONE_DEVICE,
+    ):
+        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings.
+        `whole_B`: the chunks of each row that are written; None: all.
+        """
         ttt = self.cfg.ttt
         return devices.in_place_ttt(
             z_BTF,
@@ -153,6 +164,8 @@ class MLP(nnx.Module):
             chunk_size=ttt.chunk_size,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            decay=ttt.decay,
+            whole_chunks=whole_B,
             clip_norm=ttt.clip_norm,
             implementation=ttt.implementation,
         )
@@ -199,7 +212,7 @@ class MLP(nnx.Module):
         v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.parallel)
         devices = ctx.parallel if ctx.parallel.splits(T, C) else ONE_DEVICE
         S_BDF = None if state is None else state.S_BDF
-        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, devices)
+        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
         stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
         if ctx.probe:
             cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)
