@@ -26,6 +26,7 @@ for arm in "$@"; do
     full) words=(--model.ttt.layers=[] --model.sliding_window=null) ;;
     ridge) words=("${target[@]}") ;;
     ridge10) words=("${target[@]}" --model.ttt.layers=[2,5,8,11,14,17,20,23,26,29]) ;;
+    decay) words=("${target[@]}" --model.ttt.decay 0.9) ;;
     ridge3) words=("${target[@]}" --model.ttt.lr 3) ;;
     slow) words=() ;; # the target's parameters at the others' rate
     sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
