@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,9 +100,10 @@ def _render(model: Transformer, messages: Any) -> str:
                 raise UserError(
                     f"prompt: message {i}: {key} = {message.get(key)!r:.80}; it must be a string"
                 )
-    template = None if model.folder is None else template_of(model.folder)
+    folder = model.companions
+    template = None if folder is None else template_of(Path(folder))
     if template is None:
-        where = "was not loaded from a folder" if model.folder is None else str(model.folder)
+        where = "was not loaded from a folder" if folder is None else f"folder {folder}"
         raise UserError(
             f"prompt: messages need a chat template and the model has none ({where}); pass a text"
         )
