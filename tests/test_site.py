@@ -100,15 +100,27 @@ def test_sections_of_docstrings_become_lists():
     assert load("docstrings").to_markdown(DOCSTRING) == MARKDOWN
 
 
+def test_lists_are_those_of_github():
+    """Code keeps its lines, and so does what mkdocs takes for a list already."""
+    change = load("pages").as_mkdocs_reads_it
+    text = "Text:\n- a\n  more\n  - b\n- c\n"
+    assert change(text) == "Text:\n\n- a\n  more\n    - b\n- c\n"
+    for same in ("# Head\n- a\n- b\n", "- a\n\n  more\n- b\n", "```\nx\n- a\n  - b\n```\n"):
+        assert change(same) == same
+
+
 def test_the_site_builds(tmp_path):
     """Strictly: a broken link or a name that is gone ends it."""
     if importlib.util.find_spec("mkdocstrings") is None:
         pytest.skip("needs the extra `docs`; the workflow builds the site")
-    command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "docs/api/index.html").read_text(encoding="utf-8")
     assert "<strong>Raises</strong> UserError" in page
     assert "Continue prompts, adapting while reading" in page
+    start = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<math" in start
+    assert "qquad" not in start
     assert (tmp_path / "docs/lab/2026-11-22-smollm2/index.html").is_file()
     assert (tmp_path / "docs/default_run.png").is_file()

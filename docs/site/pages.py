@@ -1,12 +1,17 @@
 """Hooks of mkdocs: pages of the site are the documents where they lie in the tree, so that the same
 links work here and there.
 
+mkdocs reads Markdown a little more strictly than GitHub: `on_page_markdown` bridges that. Formulas
+become MathML, which browsers show by themselves.
+
 mkdocs takes one folder, `docs`. `on_files` replaces what it found there with the documents of the
 whole tree under their paths from the root; `on_config` puts those that `nav` does not name into it.
 """
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +29,8 @@ PATTERNS = (
     "examples/*.py",
     "examples/*.ipynb",
 )
+
+FORMULA = re.compile(r'(?<=class="arithmatex">)\\([\[(])(.*?)\\[\])](?=<)', re.DOTALL)
 
 
 def documents() -> list[str]:
@@ -58,3 +65,38 @@ def on_files(files: Files, config: Any) -> Files:
     kept = [f for f in files if f.src_dir is None or not Path(f.src_dir).is_relative_to(own)]
     urls = config["use_directory_urls"]
     return Files([*kept, *(File(n, str(ROOT), config["site_dir"], urls) for n in documents())])
+
+
+def as_mkdocs_reads_it(text: str) -> str:
+    """Markdown whose lists begin behind an empty line and are nested by four columns. Code stays as
+    it is.
+    """
+    lines: list[str] = []
+    fenced, before = False, ""
+    for line in text.splitlines():
+        fenced ^= line.startswith("```")
+        paragraph = before.strip() and not before.startswith((" ", "- ", "#", "```", "|"))
+        if not fenced and line.startswith("- ") and paragraph:
+            lines.append("")
+        if not fenced and line.startswith("  - "):
+            line = "  " + line
+        lines.append(line)
+        before = line
+    return "\n".join(lines) + "\n"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return as_mkdocs_reads_it(markdown)
+
+
+def on_page_content(text: str, **_: Any) -> str:
+    """Turn the formulas that arithmatex has found into MathML."""
+    from latex2mathml.converter import convert
+
+    def mathml(match: re.Match[str]) -> str:
+        if match[1] == "(":
+            return convert(html.unescape(match[2]))
+        block = convert(html.unescape(match[2]), display="block")
+        return f'<div style="overflow-x: auto">{block}</div>'  # on a telephone
+
+    return FORMULA.sub(mathml, text)
