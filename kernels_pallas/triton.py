@@ -47,7 +47,7 @@ def why_not(platform: str, dtype) -> str | None:
         return f"it computes in float32 and bfloat16, not in {jnp.dtype(dtype)}"
     missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed (pip install 'ttt_jax[gpu]')"
+        return f"{' and '.join(missing)} not installed (pip install 'ttt-jax[gpu]')"
     return None
 
 

@@ -98,7 +98,8 @@ def _conversation(
     piece: int | None,
 ) -> Conversation:
     """Load the model, and begin a conversation or go on with a saved one."""
-    from ttt_jax.command.io import open_session, template_of
+    from ttt_jax.command.io import open_session
+    from ttt_jax.inference.chat_template import template_of
     from ttt_jax.inference.conversation import Conversation, render_plain
     from ttt_jax.pretrained.load import load_model
 

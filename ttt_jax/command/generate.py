@@ -16,7 +16,6 @@ from ttt_jax.command.io import (
     read_ids,
     read_text,
     saved_early,
-    template_of,
 )
 from ttt_jax.command.options import (
     DTYPE,
@@ -142,6 +141,8 @@ def generate(
 
 def _as_turns(folder: Path, texts: list[str]) -> list[str]:
     """Each text in the model's chat template. Raises UserError when it has none, or it fails."""
+    from ttt_jax.inference.chat_template import template_of
+
     template = template_of(folder)
     if template is None:
         raise UserError(f"--chat: {folder} has no chat template; drop --chat")

@@ -90,22 +90,6 @@ def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int |
     return session
 
 
-def template_of(folder: Path):
-    """The chat template of a model's folder (ChatTemplate), or None when it has none. Raises
-    UserError for one that is malformed.
-    """
-    from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
-    from ttt_jax.files.reading import companion_fields, find_companion
-
-    if not folder.is_dir():  # load_model says so
-        return None
-    settings = companion_fields(folder, "tokenizer_config.json")
-    named = settings.get("chat_template")
-    if named is None and find_companion(folder, "chat_template.jinja") is None:
-        return None
-    return ChatTemplate(find_template(folder, settings), special_tokens(settings))
-
-
 def saved_early(stream, session: Path) -> str:
     """Say in one line what a session holds that was saved before its command ended."""
     read, waiting = int(stream.position_B.max()), max(len(ids) for ids in stream.unread)

@@ -180,7 +180,9 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise file.error("reading Parquet needs the package pyarrow; pip install pyarrow") from None
+        raise file.error(
+            "reading Parquet needs the package pyarrow; pip install 'ttt-jax[parquet]'"
+        ) from None
     try:
         with pq.ParquetFile(file.path) as table:
             names = table.schema_arrow.names

@@ -30,8 +30,8 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from ttt_jax.display.progress import progress
 from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
-from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.files.reading import companion_fields
+from ttt_jax.inference.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.inference.watch import Watch

@@ -24,6 +24,7 @@ import numpy as np
 from ttt_jax.errors import UserError
 from ttt_jax.inference.decoding import Decoding
 from ttt_jax.inference.prefill import check_ids
+from ttt_jax.inference.prompts import token_rows
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.inference.session_file import StoredSession, load_session, save_session
 from ttt_jax.inference.streams import Streams
@@ -57,11 +58,12 @@ class Session(Streams):
     written: list[Completion]
     conversation: dict[str, Any] | None = None
 
-    def read(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
-        """Append a text or token ids to each stream and read them, all but the last token.
+    def read(self, rows: Any) -> None:
+        """Append a text, chat messages or token ids to each stream and read them, all but the last
+        token.
 
-        Raises: UserError for another number of rows, text without a tokenizer, ids outside the
-        vocabulary; NotFiniteError.
+        Raises: UserError for another number of rows, and for rows as `token_rows` does;
+        NotFiniteError.
         """
         self.extend(rows)
         with HeldBack() as signals:
@@ -199,7 +201,7 @@ class Session(Streams):
 
 def generate(
     model: Transformer,
-    prompts: str | Sequence[Any],
+    prompts: Any,
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -216,36 +218,23 @@ def generate(
 
     Args:
       model: from `load_pretrained`.
-      prompts: a text, a list of texts, a list of token ids, or a list (or array [B, T]) of those.
-        Lengths may differ; the result for a prompt does not depend on its batch mates.
+      prompts: a text, chat messages, token ids (a list or an array [T]), or a list (or array
+        [B, T]) of those; see `token_rows`. Lengths may differ; the result for a prompt does not
+        depend on its batch mates.
       temperature, top_k, top_p, min_p: see `Sampling`; temperature 0 is greedy.
       stop, eos_ids, seed: see `Session.generate`.
       session: streams that the prompts continue (it advances); None starts fresh.
       ttt: False switches the adaptation off; a session keeps its own setting.
 
     Returns: one `Completion` per prompt.
-    Raises: UserError for empty prompts, ids outside the vocabulary, settings out of range;
+    Raises: UserError for prompts as `token_rows` does, and for settings out of range;
       NotFiniteError, see `Session.generate`.
     """
-    rows = _as_rows(prompts)
+    rows = token_rows(model, prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p)
     session = session or Session(model, len(rows), ttt=ttt)
     session.extend(rows)
     return session.generate(max_new_tokens, sampling, stop=stop, eos_ids=eos_ids, seed=seed)
-
-
-def _as_rows(prompts: str | Sequence[Any]) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    try:
-        rows = list(prompts)
-    except TypeError:
-        raise UserError(
-            f"prompts = {prompts!r:.80}: give a text, token ids, or a list of those"
-        ) from None
-    if not rows:
-        raise UserError("prompts: none given; pass a text or token ids")
-    return [rows] if all(isinstance(x, (int, np.integer)) for x in rows) else rows
 
 
 def _seeds(seed: int | Sequence[int], B: int) -> jax.Array:

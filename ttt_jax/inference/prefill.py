@@ -91,7 +91,9 @@ def check_ids(rows: Sequence[Any], vocab_size: int, what: str = "ids") -> list[n
                 f"{what}: row {i} has shape {ids.shape}; each must be a non-empty list of token ids"
             )
         if not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"{what}: row {i} has dtype {ids.dtype}; token ids are integers")
+            raise UserError(
+                f"{what}: row {i} has dtype {ids.dtype}; token ids are integers: cast them"
+            )
         if ids.min() < 0 or ids.max() >= vocab_size:
             bad = ids[(ids < 0) | (ids >= vocab_size)][0]
             raise UserError(

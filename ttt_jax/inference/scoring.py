@@ -5,21 +5,21 @@ B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttt_jax.inference.prefill import (
     Frozen,
     Piece,
-    check_ids,
     needs_capacity,
     piece_size,
     pieces,
     score_piece,
     warn_past_positions,
 )
+from ttt_jax.inference.prompts import token_rows
 from ttt_jax.inference.watch import Watch, not_finite, warn_of_zero_targets
 from ttt_jax.model.transformer import Transformer
 
@@ -36,21 +36,21 @@ class Scores(NamedTuple):
 
 def score(
     model: Transformer,
-    rows: Sequence[Sequence[int] | np.ndarray],
+    rows: Any,
     *,
     ttt: bool = True,
     logits: bool = False,
     piece: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score rows of token ids.
+    """Score texts or rows of token ids.
 
     Memory does not grow with the length for layers with a sliding window; full-attention layers
     keep their keys and values.
 
     Args:
       model: from `load_pretrained`.
-      rows: token ids, B rows of any lengths.
+      rows: B rows of any lengths, or one: texts, chat messages or token ids; see `token_rows`.
       ttt: False switches the adaptation off (S stays zero).
       logits: return all logits too (B * T * V floats in host memory).
       piece: tokens read at a time, rounded to chunks; None: 8192, on CPUs 2048.
@@ -58,11 +58,11 @@ def score(
 
     Warns, once, when ||S||/||W|| leaves its range, and when TTT can do nothing (watch.py).
 
-    Raises: UserError for rows that are not token ids of the model; NotFiniteError when one of the
+    Raises: UserError for rows as `token_rows` does; NotFiniteError when one of the
       numbers is not finite: its `partial` holds the Scores, NaN where nothing was computed. Rows
       that are finite are scored to their end.
     """
-    ids = check_ids(rows, model.config.vocab_size)
+    ids = token_rows(model, rows)
     B, T = len(ids), max(len(row) for row in ids)
     warn_past_positions(model, T)
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from ttt_jax.errors import UserError
 from ttt_jax.inference.prefill import (
     Frozen,
     Piece,
-    check_ids,
     needs_capacity,
     piece_size,
     pieces,
@@ -26,6 +25,7 @@ from ttt_jax.inference.prefill import (
     warn_past_positions,
     with_capacity,
 )
+from ttt_jax.inference.prompts import check_model, token_rows
 from ttt_jax.inference.watch import Watch, warn_of_zero_targets
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.process.interrupts import HeldBack
@@ -56,6 +56,7 @@ class Streams:
     def __init__(
         self, model: Transformer, batch_size: int = 1, *, ttt: bool = True, piece: int | None = None
     ) -> None:
+        check_model(model)
         self.model, self.ttt = model, ttt
         self.frozen = Frozen(model)
         self.size = piece_size(model, piece)
@@ -75,30 +76,16 @@ class Streams:
     def batch_size(self) -> int:
         return len(self.unread)
 
-    def extend(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
+    def extend(self, rows: Any) -> None:
         """Append to each stream without reading yet; `generate` reads what is unread. Raises as
         `read` does.
         """
-        if len(rows) != self.batch_size:
+        new = token_rows(self.model, rows)
+        if len(new) != self.batch_size:
             raise UserError(
-                f"prompts: {len(rows)} for a session of {self.batch_size} streams; give one for "
-                "each"
+                f"prompts: {len(new)} for a session of {self.batch_size} streams; give one for each"
             )
-        new = check_ids([self._encode(row) for row in rows], self.model.config.vocab_size, "prompt")
         self.unread = [np.concatenate(pair) for pair in zip(self.unread, new, strict=True)]
-
-    def _encode(self, row: str | Sequence[int] | np.ndarray) -> Any:
-        if not isinstance(row, str):
-            return row
-        if self.model.tokenizer is None:
-            raise UserError(
-                "prompt: text needs a tokenizer; put tokenizer.json into the model's folder or "
-                "pass token ids"
-            )
-        ids = self.model.tokenizer.encode(row)
-        if not ids:
-            raise UserError("prompt: the text is empty; give at least one token")
-        return ids
 
     def _feed(self, keep: int, signals: HeldBack, room: int = 0) -> jax.Array:
         """Feed each row what is unread but its last `keep` tokens, until a signal is there; what is
