@@ -131,8 +131,8 @@ def evaluate(
     check(options)
     about = _plain_options(options) | _code()
     Unfinished(out, about, overwrite)  # refuses another command before the model is loaded
-    from ttt_jax.inference.session_file import fingerprint
     from ttt_jax.inference.watch import one_warning, warn_of_zero_targets
+    from ttt_jax.pretrained.fingerprint import fingerprint
 
     begin = time.perf_counter()
     model = _load(options)
