@@ -27,6 +27,7 @@ from ttt_jax.errors import CheckpointError
 from ttt_jax.files.sealed import SealedKind, Specs, is_finite
 from ttt_jax.inference.prefill import needs_capacity
 from ttt_jax.inference.watch import not_finite
+from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.stack import LayerState
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.model.ttt_stream import TTTState
@@ -45,13 +46,19 @@ class StoredSession(NamedTuple):
       unread: tokens that each stream has still to read, int32.
       state: None before anything has been read.
       conversation: the turns that the stream holds, as conversation.py writes them; None: no chat.
+      holds_memory: the streams began with a memory.
+      learnt: its sources.
+      digests: of the tokens that each stream has read; None: not known.
     """
 
     ttt: bool
     position_B: np.ndarray
     unread: list[np.ndarray]
     state: State | None
-    conversation: dict[str, Any] | None = None
+    conversation: dict[str, Any] | None
+    holds_memory: bool
+    learnt: tuple[Source, ...]
+    digests: list[IdsDigest | None]
 
 
 def save_session(session: StoredSession, path: str | Path, model: Transformer) -> None:
@@ -73,6 +80,9 @@ def save_session(session: StoredSession, path: str | Path, model: Transformer) -
     # Readers that know nothing of these pass them over.
     if session.conversation is not None:
         fields["conversation"] = session.conversation
+    fields["digests"] = [digest and digest.to_json() for digest in session.digests]
+    if session.holds_memory:
+        fields["learnt"] = [source.to_json() for source in session.learnt]
     KIND.write(path, tensors, fields)
 
 
@@ -86,7 +96,7 @@ def load_session(path: str | Path, model: Transformer) -> StoredSession:
     def check(manifest: dict[str, Any], specs: Specs) -> None:
         _check_manifest(path, manifest, model)
         shapes = {name: shape for name, (shape, _) in specs.items()}
-        for name, (want, dtype) in _expected(path, model, shapes, manifest["ttt"]).items():
+        for name, (want, dtype) in _expected(path, model, shapes, _has_S(manifest)).items():
             shape, found = specs[name]
             if (shape, found) != (want, np.dtype(dtype)):
                 raise KIND.damaged(
@@ -107,7 +117,41 @@ def load_session(path: str | Path, model: Transformer) -> StoredSession:
     conversation = manifest.get("conversation")
     if conversation is not None and not isinstance(conversation, dict):
         raise KIND.damaged(path, "its conversation is not an object")
-    return StoredSession(manifest["ttt"], position_B, unread, state, conversation)
+    try:
+        learnt, digests = _provenance(manifest, position_B)
+    except ValueError as error:
+        raise KIND.damaged(path, f"its manifest: {error}") from None
+    return StoredSession(
+        manifest["ttt"],
+        position_B,
+        unread,
+        state,
+        conversation,
+        "learnt" in manifest,
+        learnt,
+        digests,
+    )
+
+
+def _has_S(manifest: dict[str, Any]) -> bool:
+    """Whether the streams have fast weights: they adapt, or apply a memory."""
+    return manifest["ttt"] or "learnt" in manifest
+
+
+def _provenance(
+    manifest: dict[str, Any], position_B: np.ndarray
+) -> tuple[tuple[Source, ...], list[IdsDigest | None]]:
+    """What the streams began with, and the digests of what they read: None each in files of before
+    there were any. Raises ValueError.
+    """
+    learnt, found = manifest.get("learnt", []), manifest.get("digests", [None] * len(position_B))
+    if not isinstance(learnt, list) or not isinstance(found, list):
+        raise ValueError("what it has learnt is no list")
+    digests = [None if raw is None else IdsDigest.from_json(raw) for raw in found]
+    read = [p if d is None else d.tokens for p, d in zip(position_B, digests, strict=True)]
+    if read != position_B.tolist():
+        raise ValueError("its digests are of other numbers of tokens")
+    return tuple(map(Source.from_json, learnt)), digests
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -132,7 +176,7 @@ def _tensors(session: StoredSession, model: Transformer) -> dict[str, np.ndarray
     tensors |= {f"unread.{b}": ids.astype(np.int32) for b, ids in enumerate(session.unread)}
     if state is None:
         return tensors
-    used = int(session.position_B.max())
+    used = max(int(session.position_B.max()), 1)  # streams that hold a memory and nothing else
     pending = int((session.position_B % model.config.ttt.chunk_size).max())
     for g, r, n, layer in _layers(model):
         run = state.layers[g][r]

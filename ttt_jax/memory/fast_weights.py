@@ -1,0 +1,110 @@
+"""Memories out of a stream's state, and into one.
+
+B batch, D model width, F MLP width, R repeats of a pattern, N layers of a run, S accumulated update
+of a fast weight (D F).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.errors import UserError
+from ttt_jax.memory.memory import Memory
+from ttt_jax.memory.sources import Source
+from ttt_jax.memory.terms import Term
+from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.pretrained.fingerprint import weights_fingerprint
+
+
+def memory_of(
+    model: Transformer, state: State | None, row: int, sources: tuple[Source, ...]
+) -> Memory:
+    """Make a memory of the fast weights of one row of a state, or of zeros before there is one.
+
+    Raises: UserError when the model has no TTT layers.
+    """
+    cfg = model.config
+    norms = _slow_norms(model)
+    if not norms:
+        raise UserError("memory: the model has no TTT layers (model.ttt.layers is empty)")
+    zeros = lambda: np.zeros((cfg.d_model, cfg.d_ff), np.float32)
+    deltas = {layer: zeros() for layer in norms} if state is None else _deltas(model, state, row)
+    term = Term(deltas, sources)
+    return Memory(weights_fingerprint(model), cfg.d_model, cfg.d_ff, norms, (term,))
+
+
+def check_model(memory: Memory, model: Transformer) -> None:
+    """Raise UserError for a memory that other weights have read."""
+    if memory.model != weights_fingerprint(model):
+        raise UserError(
+            "memory: was read by another model, whose weights mean other things; read the text "
+            "with this one (ttt-jax memory read)"
+        )
+
+
+def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | None) -> State:
+    """Make the state of streams that have read nothing, and whose fast weights are the memory.
+
+    Args:
+      memory: of this model (`check_model`).
+      capacity: tokens that full-attention caches can hold; None when no layer has one.
+    """
+    dW = {layer: memory.dW(layer) for layer in memory.layers}
+
+    def put(S_RNBDF, layers: list[int]):
+        R, N = S_RNBDF.shape[:2]
+        S_RN1DF = np.stack([dW[layer] for layer in layers]).reshape(R, N, 1, memory.D, memory.F)
+        return jnp.broadcast_to(jnp.asarray(S_RN1DF, S_RNBDF.dtype), S_RNBDF.shape)
+
+    fresh = model.init_state(batch, capacity or 1)
+    return State(fresh.position_B, replaced(model, fresh.layers, put), capacity)
+
+
+def replaced(model: Transformer, layers: tuple[Any, ...], put) -> tuple[Any, ...]:
+    """Copy the states of all layers with other fast weights: `put(S_RNBDF, layer indices)` of each
+    run that adapts.
+    """
+    groups = []
+    for group, runs in zip(model.groups, layers, strict=True):
+        new = []
+        for at, layer in enumerate(runs):
+            if layer.ttt is not None:
+                S_RNBDF = put(layer.ttt.S_BDF, group.layer_indices(at))
+                layer = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
+            new.append(layer)
+        groups.append(tuple(new))
+    return tuple(groups)
+
+
+def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:
+    found: dict[int, np.ndarray] = {}
+    for group, runs in zip(model.groups, state.layers, strict=True):
+        for at, layer in enumerate(runs):
+            if layer.ttt is not None:
+                S_LDF = layer.ttt.S_BDF.reshape(-1, *layer.ttt.S_BDF.shape[2:])[:, row]
+                rows = np.asarray(S_LDF).astype(np.float32)
+                found |= dict(zip(group.layer_indices(at), rows, strict=True))
+    return found
+
+
+def _slow_norms(model: Transformer) -> Mapping[int, float]:
+    """||W||_F of every TTT layer."""
+    found = {}
+    for group in model.groups:
+        for at, (run, block) in enumerate(zip(group.pattern, group.blocks, strict=True)):
+            if run.kind.ttt:
+                norms = np.asarray(_norms(block.mlp.down[...])).reshape(-1).astype(float)
+                found |= dict(zip(group.layer_indices(at), norms.tolist(), strict=True))
+    return found
+
+
+@jax.jit
+def _norms(w_RNDF):
+    """||W||_F of each layer of a stack."""
+    acc = jnp.promote_types(w_RNDF.dtype, jnp.float32)
+    return jnp.sqrt(jnp.sum(jnp.square(w_RNDF.astype(acc)), axis=(2, 3)))
