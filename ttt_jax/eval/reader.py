@@ -23,6 +23,7 @@ from ttt_jax.inference.prefill import (
     warn_past_positions,
 )
 from ttt_jax.inference.watch import Watch, not_finite, state_ratios
+from ttt_jax.memory.fast_weights import only_fast_weights
 from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import State, Transformer
 
@@ -195,25 +196,6 @@ def exchanged(state: State | None) -> State:
     layers = tuple(tuple(swap(layer) for layer in runs) for runs in state.layers)
     # Copies, because the programs take over (donate) the arrays of the state that they are given.
     return jax.tree.map(jnp.copy, State(state.position_B, layers, state.capacity))
-
-
-def only_fast_weights(model: Transformer, state: State | None, batch: int, capacity: int) -> State:
-    """Make the state of streams that have read nothing but hold the fast weights S of `state`.
-
-    Args:
-      capacity: tokens that full-attention caches can hold.
-    """
-    fresh = model.init_state(batch, capacity)
-    if state is None:
-        return fresh
-
-    def keep(new, old):
-        if new.ttt is None:
-            return new
-        return new._replace(ttt=new.ttt._replace(S_BDF=old.ttt.S_BDF))
-
-    layers = tuple(tuple(map(keep, *runs)) for runs in zip(fresh.layers, state.layers, strict=True))
-    return State(fresh.position_B, layers, fresh.capacity)
 
 
 @program(())

@@ -7,7 +7,6 @@ of a fast weight (D F).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,31 +53,41 @@ def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | N
       memory: of this model (`check_model`).
       capacity: tokens that full-attention caches can hold; None when no layer has one.
     """
-    dW = {layer: memory.dW(layer) for layer in memory.layers}
-
-    def put(S_RNBDF, layers: list[int]):
-        R, N = S_RNBDF.shape[:2]
-        S_RN1DF = np.stack([dW[layer] for layer in layers]).reshape(R, N, 1, memory.D, memory.F)
-        return jnp.broadcast_to(jnp.asarray(S_RN1DF, S_RNBDF.dtype), S_RNBDF.shape)
-
     fresh = model.init_state(batch, capacity or 1)
-    return State(fresh.position_B, replaced(model, fresh.layers, put), capacity)
-
-
-def replaced(model: Transformer, layers: tuple[Any, ...], put) -> tuple[Any, ...]:
-    """Copy the states of all layers with other fast weights: `put(S_RNBDF, layer indices)` of each
-    run that adapts.
-    """
     groups = []
-    for group, runs in zip(model.groups, layers, strict=True):
+    for group, runs in zip(model.groups, fresh.layers, strict=True):
         new = []
         for at, layer in enumerate(runs):
             if layer.ttt is not None:
-                S_RNBDF = put(layer.ttt.S_BDF, group.layer_indices(at))
+                S_RNBDF = layer.ttt.S_BDF
+                dW = [memory.dW(index) for index in group.layer_indices(at)]
+                S_RN1DF = np.stack(dW).reshape(*S_RNBDF.shape[:2], 1, memory.D, memory.F)
+                S_RNBDF = jnp.broadcast_to(jnp.asarray(S_RN1DF, S_RNBDF.dtype), S_RNBDF.shape)
                 layer = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
             new.append(layer)
         groups.append(tuple(new))
-    return tuple(groups)
+    return State(fresh.position_B, tuple(groups), capacity)
+
+
+def only_fast_weights(
+    model: Transformer, state: State | None, batch: int, capacity: int | None
+) -> State:
+    """Make the state of streams that have read nothing but hold the fast weights S of `state`.
+
+    Args:
+      capacity: tokens that full-attention caches can hold; None when no layer has one.
+    """
+    fresh = model.init_state(batch, capacity or 1)
+    if state is None:
+        return State(fresh.position_B, fresh.layers, capacity)
+
+    def keep(new, old):
+        if new.ttt is None:
+            return new
+        return new._replace(ttt=new.ttt._replace(S_BDF=old.ttt.S_BDF))
+
+    layers = tuple(tuple(map(keep, *runs)) for runs in zip(fresh.layers, state.layers, strict=True))
+    return State(fresh.position_B, layers, capacity)
 
 
 def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:
