@@ -15,7 +15,8 @@ import numpy as np
 from ttt_jax.config import to_dict
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.hf_weights import tensor_names
+from ttt_jax.pretrained.hf_weights import tensor_names, tensor_shapes
+from ttt_jax.pretrained.safetensors_io import TensorSource
 
 
 def fingerprint(model: Transformer) -> str:
@@ -37,7 +38,23 @@ def weights_fingerprint(model: Transformer) -> str:
     A model has one such hash whether it was loaded in float32 or in bfloat16.
     """
     rounded = _named_sums(model, lambda x: x.astype(jnp.bfloat16))
-    sums = {name: pair for _, named in rounded for name, pair in named}
+    return _hash_of({name: pair for _, named in rounded for name, pair in named})
+
+
+def tensors_fingerprint(abstract: Transformer, source: TensorSource) -> str:
+    """The same hash of tensors that are read one by one.
+
+    Raises: CheckpointError for a tensor that cannot be read.
+    """
+    return _hash_of({name: _tensor_sums(source.read(name)) for name in tensor_shapes(abstract)})
+
+
+def _tensor_sums(x: np.ndarray) -> list[int]:
+    rounded = jnp.asarray(x.astype(np.float32)).astype(jnp.bfloat16)  # as a model loads it
+    return np.asarray(_checksums(rounded.reshape(1, -1)))[0].tolist()
+
+
+def _hash_of(sums: dict[str, list[int]]) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
