@@ -165,6 +165,14 @@ class Memory(Terms):
         """Read a file that `save` wrote. Raises CheckpointError, one line."""
         return cls(**vars(load_terms(Path(path))))
 
+    @classmethod
+    def load_sum(cls, paths: str) -> Memory:
+        """Read the files of `M,M,...` and add them up. Raises CheckpointError, and UserError for
+        memories of two models.
+        """
+        memories = [cls.load(path) for path in paths.split(",")]
+        return sum(memories[1:], memories[0])
+
 
 def _is_named(source: Source, name: str) -> bool:
     hashes = [h for h in (source.ids, source.file) if h is not None]
