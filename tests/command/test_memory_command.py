@@ -65,6 +65,9 @@ def test_texts_become_memories_that_add_up(run, folder):
     assert run("memory", "read", "model", "a.npy", *TEXTS, "--each", "--out", "each")[0] == 0
     each = sorted(path.name for path in Path("each").iterdir())
     assert each == ["0000-a.npy.memory", *(f"000{i}-{n}.memory" for i, n in enumerate(TEXTS, 1))]
+    again = ("memory", "read", "model", *TEXTS, "--each", "--out", "each")
+    assert run(*again)[0] == 2
+    assert len(list(Path("each").iterdir())) == 4
     from_ids, from_text = (Memory.load(f"each/{name}") for name in each[:2])
     assert relative_rms(from_ids.dW(0), from_text.dW(0)) < 1e-6
     assert from_ids.sources[0].ids == from_text.sources[0].ids
@@ -141,7 +144,9 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(saved, folder, tmp_pat
     taught(other, TEXTS["a.txt"]).save("other.m")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe not text")
     (tmp_path / "taken").write_text("mine")
-    before = sorted(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
     out = ("--out", "out")
     for words, line in [
         (("memory", "read", "model", "none.txt", *out), "FILE none.txt"),
@@ -150,6 +155,14 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(saved, folder, tmp_pat
         (("memory", "read", "model", "a.txt", "--context", 3, *out), "context = 3: must be a mult"),
         (("memory", "read", "model", "a.txt", "--each", "--collapse", *out), "--collapse is for"),
         (("memory", "read", "model", "a.txt", "--out", "taken"), "--out taken: exists already"),
+        (
+            ("memory", "read", "model", "a.txt", "--out", "full", "--overwrite"),
+            "is a folder; choos",
+        ),
+        (
+            ("memory", "read", "model", "a.txt", "--each", "--out", "full", "--overwrite"),
+            "replaces",
+        ),
         (("memory", "add", "a.m", "none", *out), "memory none: no such file"),
         (("memory", "add", "a.m", "a.txt", *out), "memory a.txt: damaged"),
         (("memory", "add", "a.m", "other.m", *out), "memories of two models"),
@@ -172,7 +185,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(saved, folder, tmp_pat
         assert line in err, words
         assert err.startswith("error: ")
         assert err.count("\n") == 1
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "taken").read_text() == "mine"
 
 

@@ -13,13 +13,14 @@ from support.tolerance import relative_rms
 
 from ttt_jax import Session, generate, score
 from ttt_jax.errors import UserError
-from ttt_jax.memory.fast_weights import memory_of
+from ttt_jax.memory.fast_weights import memory_of, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.memory.spectrum import best_factors, effective_rank, energies, rank_of_share
 from ttt_jax.memory.terms import Term
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import Runtime
+from ttt_jax.pretrained.load import unstacked
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
@@ -199,6 +200,17 @@ def read_in_parts(ids, model, places):
     memory = session.memory(name="text")
     np.testing.assert_array_equal(session.unread[0], before[0])
     return memory
+
+
+def test_layers_with_arrays_of_their_own():
+    """As decoding has them on accelerators."""
+    model, (ids,) = model_of(), prompts([24])
+    apart = unstacked(model)
+    memory = read(ids, model)
+    for layer in memory.layers:
+        assert relative_rms(read(ids, apart).dW(layer), memory.dW(layer)) < 1e-6
+    state = start_with(apart, memory, 1, 16)
+    same_arrays(memory_of(apart, state, 0, ()), memory)
 
 
 def test_rows_saved_sessions_and_generated_tokens(tmp_path):

@@ -6,6 +6,7 @@ How they go into other engines is in memory_export.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ COLLAPSE = click.option(
     help="One term of all: smaller, and nothing can be taken out bit for bit any more.",
 )
 MEMORY = click.argument("path", metavar="M", type=EXISTING)
+SUFFIX = ".memory"  # of the files of --each
 _NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30}|/\d{1,30})?", re.ASCII)
 
 
@@ -68,8 +70,7 @@ def read(folder, files, out, each, collapse, context, batch_size, overwrite, dty
     """
     if each and collapse:
         raise click.UsageError("--collapse is for one memory of all texts; drop it, or --each")
-    click.get_current_context().with_resource(one_writer(out, "--out"))
-    check_out(out, overwrite)
+    _open_out(out, overwrite, each)
 
     from ttt_jax.display.progress import progress
     from ttt_jax.inference.memory_reading import read_texts
@@ -142,7 +143,7 @@ def _save_sum(found: Iterator[tuple[int, Memory]], out: Path, collapse: bool) ->
         told[i] = _about(memory)
         total = memory if total is None else _maybe_collapsed(total + memory, collapse)
     assert total is not None
-    _save(total, out)
+    total.save(out)
     return told
 
 
@@ -155,7 +156,7 @@ def _save_each(found: Iterator[tuple[int, Memory]], out: Path, overwrite: bool) 
         with new_folder(out, overwrite) as folder:
             for i, memory in found:
                 told[i] = _about(memory)
-                memory.save(folder / f"{i:04d}-{memory.sources[0].name}.memory")
+                memory.save(folder / f"{i:04d}-{memory.sources[0].name}{SUFFIX}")
     except OSError as error:
         raise UserError(
             f"--out {out}: could not be written ({error}); free space or choose another folder"
@@ -318,30 +319,32 @@ def load(path: Path) -> Memory:
     return Memory.load(path)
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise UserError when the output exists and may not be replaced."""
-    if out.exists() and not overwrite:
-        raise UserError(f"--out {out}: exists already; choose another one or pass --overwrite")
+def _open_out(out: Path, overwrite: bool, folder: bool = False) -> None:
+    """Take the output for the rest of the command. Raises UserError when it exists and may not be
+    replaced.
 
-
-def _open_out(out: Path, overwrite: bool) -> None:
-    """Take the output for the rest of the command. Raises UserError."""
+    Args:
+      folder: it is to be a folder of memories.
+    """
     click.get_current_context().with_resource(one_writer(out, "--out"))
-    check_out(out, overwrite)
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UserError(f"--out {out}: exists already; choose another one or pass --overwrite")
+    if not folder and out.is_dir():
+        raise UserError(f"--out {out}: is a folder; choose a file")
+    if folder and not (out.is_dir() and all(p.suffix == SUFFIX for p in out.iterdir())):
+        raise UserError(
+            f"--out {out}: --overwrite replaces folders of memories only; choose another one"
+        )
 
 
 def _maybe_collapsed(memory: Memory, collapse: bool) -> Memory:
     return memory.collapse() if collapse else memory
 
 
-def _save(memory: Memory, out: Path) -> None:
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; choose a file")
-    memory.save(out)
-
-
 def _write(memory: Memory, out: Path) -> None:
-    _save(memory, out)
+    memory.save(out)
     print(printable(f"{memory}: {out}"))
 
 

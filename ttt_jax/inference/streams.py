@@ -193,10 +193,13 @@ class Streams:
             self.state = start_with(self.model, self.start, self.batch_size, capacity)
 
     def note_read(self, row: int, ids: np.ndarray) -> None:
-        """Take tokens that a stream has read into its digest."""
+        """Take tokens that a stream has read, up to its position, into its digest. If they are not
+        all of them, the digest is not known any more.
+        """
         digest = self.digests[row]
         if digest is not None:
             digest.update(ids)
+            self.digests[row] = digest if digest.tokens == self.position_B[row] else None
 
     def _make_room(self, tokens: int) -> None:
         """Let the caches hold `tokens` positions; they at least double, so that a long session
