@@ -8,8 +8,8 @@ docs/evaluation.md, with a gap). Everything is compared on the same tokens with 
 the next book's:
 
     amount      by how much was read
-    scale       own memory times a factor
-    sums        own + another's, and the sum or mean of n books', by factor
+    scale       the longest reading's memory times a factor; the best one is kept from here on
+    sums        the sum of n books' memories, the scored book's among them, by factor
     rank        the best factors of a rank: gain kept, size
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
 
@@ -70,6 +70,7 @@ def main() -> None:
         "sizes": study.sizes(),
         "amount": study.by_amount(),
         "scale": study.by_scale(),
+        "factor": study.factor,
         "sums": study.by_sum(),
         "rank": study.by_rank([int(r) for r in args.ranks.split(",")]),
         "tokens": study.by_token(),
@@ -96,6 +97,8 @@ def load_books(model: Transformer, args, tokens: int) -> tuple[np.ndarray, list[
     return np.stack(check_ids(rows, model.config.vocab_size)), long
 
 
+RANK_HEADS = ["rank", "MB", "squared norm", "gain", "own over another's", "gain kept"]
+FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
 Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
 
 
@@ -114,10 +117,9 @@ class Study:
             [jnp.concatenate(runs, axis=2) for runs in zip(*(m[n] for m in marks), strict=True)]
             for n in range(len(amounts))
         ]
-        self.whole = self.memories[-1]
+        self.whole, self.factor = self.memories[-1], 1.0
         self.none_BK = self.losses([jnp.zeros_like(S) for S in self.whole])
-        self.own_BK = self.losses(self.whole)
-        self.other_BK = self.losses(rolled(self.whole))
+        self.own_BK = self.other_BK = self.none_BK  # of the whole memories, by `by_scale`
 
     def _read(self, ids_BT: np.ndarray) -> list[Fast]:
         """S after every amount."""
@@ -186,15 +188,19 @@ class Study:
         return rows
 
     def by_scale(self) -> list[dict[str, Any]]:
-        return [
-            {"factor": f, "own": self.gain(self.losses([f * S for S in self.whole]))}
-            for f in (0.25, 0.5, 1.0, 1.5, 2.0)
-        ]
+        rows = []
+        for factor in FACTORS:
+            own = self.losses([factor * S for S in self.whole])
+            rows.append({"factor": factor, "own": self.gain(own)})
+        self.factor = max(rows, key=lambda row: row["own"]["gain"]["mean"])["factor"]
+        self.whole = [self.factor * S for S in self.whole]
+        self.own_BK, self.other_BK = self.losses(self.whole), self.losses(rolled(self.whole))
+        return rows
 
     def by_sum(self) -> list[dict[str, Any]]:
         """n books' memories in one, the scored book's among them, times a factor."""
         rows, B = [], len(self.ids)
-        for n in [n for n in (2, 4, 8, B) if n <= B]:
+        for n in sorted({n for n in (2, 4, 8, B) if n <= B}):
             total = [sum(jnp.roll(S, -i, axis=2) for i in range(n)) for S in self.whole]
             for factor in (1.0, n**-0.5, 1 / n):
                 got = self.losses([factor * S for S in total])
@@ -214,18 +220,23 @@ class Study:
                 jnp.sum(jnp.square(x)) / jnp.sum(jnp.square(S))
                 for x, (S, _) in zip(short, both, strict=True)
             ]
-            found = self.gain(self.losses(short))
+            losses = self.losses(short)
+            found = self.gain(losses)
             rows.append(
                 {
                     "rank": rank,
                     "mb": 4 * layers * rank * (cfg.d_model + cfg.d_ff) / 1e6,
                     "energy": float(np.mean([float(e) for e in energy])),
                     "own": found,
+                    "own_over_other": mean_with_interval(
+                        book_means(self.losses(rolled(short))) - book_means(losses)
+                    ),
                     "kept": found["gain"]["mean"] / own["gain"]["mean"],
                 }
             )
         whole = {"rank": full, "mb": 4 * layers * cfg.d_model * cfg.d_ff / 1e6, "energy": 1.0}
-        return [*rows, whole | {"own": own, "kept": 1.0}]
+        over = mean_with_interval(book_means(self.other_BK) - book_means(self.own_BK))
+        return [*rows, whole | {"own": own, "own_over_other": over, "kept": 1.0}]
 
     def by_token(self) -> list[dict[str, Any]]:
         """Gain and gain over the other book's memory on classes of scored tokens."""
@@ -362,6 +373,7 @@ def tables(results: dict[str, Any]) -> str:
     text.append(table(heads, rows))
     rows = [[f"{r['factor']:g}", interval(r["own"]["gain"])] for r in results["scale"]]
     text.append(table(["own memory times", "gain"], rows))
+    text.append(f"From here on memories are multiplied by {results['factor']:g}.\n")
     rows = [
         [str(r["books"]), f"{r['factor']:.3f}", interval(r["own"]["gain"]), interval(r["lost"])]
         for r in results["sums"]
@@ -370,8 +382,9 @@ def tables(results: dict[str, Any]) -> str:
     rows = []
     for r in results["rank"]:
         size = [str(r["rank"]), f"{r['mb']:.2f}", f"{r['energy']:.3f}"]
-        rows.append([*size, interval(r["own"]["gain"]), f"{r['kept']:.3f}"])
-    text.append(table(["rank", "MB", "share of the squared norm", "gain", "share of it"], rows))
+        gains = (r["own"]["gain"], r["own_over_other"])
+        rows.append([*size, *map(interval, gains), f"{r['kept']:.3f}"])
+    text.append(table(RANK_HEADS, rows))
     rows = []
     for r in results["tokens"]:
         none = "-" if r["none"] is None else f"{r['none']:.4f}"
