@@ -13,7 +13,7 @@ from support.tolerance import relative_rms
 
 from ttt_jax import Session, generate, score
 from ttt_jax.errors import UserError
-from ttt_jax.memory.fast_weights import memory_of, start_with
+from ttt_jax.memory.fast_weights import memory_of, no_memory, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.memory.spectrum import best_factors, effective_rank, energies, rank_of_share
@@ -184,7 +184,7 @@ def test_a_session_in_any_pieces_teaches_the_same(changes, length):
     for found in (
         read(ids, model, piece=C),
         read_in_parts(ids, model, [5, 6, 13]),
-        memory_of(model, S, 0, whole.sources),
+        memory_of(no_memory(model), model, S, 0, whole.sources),
     ):
         assert found.sources == whole.sources
         for layer in whole.layers:
@@ -210,7 +210,7 @@ def test_layers_with_arrays_of_their_own():
     for layer in memory.layers:
         assert relative_rms(read(ids, apart).dW(layer), memory.dW(layer)) < 1e-6
     state = start_with(apart, memory, 1, 16)
-    same_arrays(memory_of(apart, state, 0, ()), memory)
+    same_arrays(memory_of(no_memory(apart), apart, state, 0, ()), memory)
 
 
 def test_rows_saved_sessions_and_generated_tokens(tmp_path):
@@ -288,7 +288,7 @@ def test_a_stream_that_begins_with_a_memory_goes_on_writing(three, tmp_path):
     for row, length in enumerate((15, 9)):
         state = with_S(model, model.init_state(1, 16), memory)
         _, state, _ = model.hidden(jnp.asarray(ids[None, :length]), state, at_chunk_start=True)
-        expected = memory_of(model, state, 0, ())
+        expected = memory_of(no_memory(model), model, state, 0, ())
         for s in (session, again):
             found = s.memory(row, name="more")
             names = [(source.name, source.weight) for source in found.sources]

@@ -29,7 +29,7 @@ from ttt_jax.inference.session_file import StoredSession, load_session, save_ses
 from ttt_jax.inference.streams import Streams
 from ttt_jax.inference.watch import not_finite
 from ttt_jax.inference.writing import Completion, Writer, stop_strings
-from ttt_jax.memory.fast_weights import memory_of
+from ttt_jax.memory.fast_weights import memory_of, no_memory
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import Source
 from ttt_jax.model.transformer import State, Transformer
@@ -136,7 +136,7 @@ class Session(Streams):
         sources = (*self.learnt, own) if self.ttt else self.learnt
         if session.state is None and self.start is not None:
             return self.start
-        return memory_of(self.model, session.state, row, sources)
+        return memory_of(no_memory(self.model), self.model, session.state, row, sources)
 
     def save(self, path: str | Path, conversation: dict[str, Any] | None = None) -> None:
         """Write everything to one safetensors file (session_file.py), with the turns of a

@@ -25,7 +25,7 @@ from ttt_jax.inference.prefill import (
     warn_past_positions,
 )
 from ttt_jax.inference.watch import Watch, warn_of_zero_targets
-from ttt_jax.memory.fast_weights import memory_of, only_fast_weights
+from ttt_jax.memory.fast_weights import memory_of, no_memory, only_fast_weights
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
@@ -76,8 +76,7 @@ def read_texts(
       NotFiniteError, naming the text.
     """
     C = model.config.ttt.chunk_size
-    if not model.config.ttt.layers:
-        raise UserError("memory: the model has no TTT layers (model.ttt.layers is empty)")
+    none = no_memory(model)
     if context is not None and (context < C or context % C):
         raise UserError(f"context = {context}: must be a multiple of model.ttt.chunk_size = {C}")
     warn_of_zero_targets(model)
@@ -88,7 +87,7 @@ def read_texts(
         batch = [texts[i] for i in chosen]
         state = reader.read(batch, rows)
         for row, i in enumerate(chosen):
-            yield i, memory_of(model, state, row, (reader.source(texts[i], row),))
+            yield i, memory_of(none, model, state, row, (reader.source(texts[i], row),))
 
 
 def on_mesh(model: Transformer, mesh: Mesh) -> Transformer:

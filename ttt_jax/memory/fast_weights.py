@@ -6,6 +6,7 @@ of a fast weight (D F).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -20,21 +21,30 @@ from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.pretrained.fingerprint import weights_fingerprint
 
 
-def memory_of(
-    model: Transformer, state: State | None, row: int, sources: tuple[Source, ...]
-) -> Memory:
-    """Make a memory of the fast weights of one row of a state, or of zeros before there is one.
+def no_memory(model: Transformer) -> Memory:
+    """Make the memory of nothing, which knows its model: it has no terms.
 
     Raises: UserError when the model has no TTT layers.
     """
-    cfg = model.config
-    norms = _slow_norms(model)
+    cfg, norms = model.config, _slow_norms(model)
     if not norms:
         raise UserError("memory: the model has no TTT layers (model.ttt.layers is empty)")
-    zeros = lambda: np.zeros((cfg.d_model, cfg.d_ff), np.float32)
-    deltas = {layer: zeros() for layer in norms} if state is None else _deltas(model, state, row)
-    term = Term(deltas, sources)
-    return Memory(weights_fingerprint(model), cfg.d_model, cfg.d_ff, norms, (term,))
+    return Memory(weights_fingerprint(model), cfg.d_model, cfg.d_ff, norms, ())
+
+
+def memory_of(
+    none: Memory, model: Transformer, state: State | None, row: int, sources: tuple[Source, ...]
+) -> Memory:
+    """Make a memory of the fast weights of one row of a state, or of zeros before there is one.
+
+    Args:
+      none: `no_memory` of the model, which takes a pass over its parameters.
+    """
+    if state is None:
+        deltas = {layer: np.zeros((none.D, none.F), np.float32) for layer in none.layers}
+    else:
+        deltas = _deltas(model, state, row)
+    return dataclasses.replace(none, terms=(Term(deltas, sources),))
 
 
 def check_model(memory: Memory, model: Transformer) -> None:
