@@ -80,7 +80,8 @@ def save_session(session: StoredSession, path: str | Path, model: Transformer) -
     # Readers that know nothing of these pass them over.
     if session.conversation is not None:
         fields["conversation"] = session.conversation
-    fields["digests"] = [digest and digest.to_json() for digest in session.digests]
+    if any(session.digests):
+        fields["digests"] = [digest and digest.to_json() for digest in session.digests]
     if session.holds_memory:
         fields["learnt"] = [source.to_json() for source in session.learnt]
     KIND.write(path, tensors, fields)
