@@ -18,6 +18,7 @@ from ttt_jax.config import Config
 from ttt_jax.data import (
     Loader,
     Tokenizer,
+    data_remarks,
     heldout_remarks,
     rejected_records,
     write_quarantine,
@@ -34,6 +35,7 @@ from ttt_jax.run.metrics import MetricsLogger, read_curve
 from ttt_jax.run.provenance import write_environment
 from ttt_jax.run.report import print_report, write_report
 from ttt_jax.run.timing import StepTimer, host_memory_bytes
+from ttt_jax.terminal import printable
 from ttt_jax.training.guard import Guard
 from ttt_jax.training.heldout import Heldout
 from ttt_jax.training.recovery import Recovery
@@ -96,7 +98,9 @@ def open_job(
     warnings += changes
     if jax.process_index() == 0:
         parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
-        warnings += write_environment(config.run_dir, parameters=parameters)
+        remarks = data_remarks(config, tokenizer)
+        print("\n".join(map(printable, remarks)), end="\n" if remarks else "", flush=True)
+        warnings += write_environment(config.run_dir, parameters=parameters, data=remarks)
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
         warnings += heldout_remarks(config, tokenizer)
     with contextlib.ExitStack() as stack:
