@@ -119,7 +119,10 @@ def test_a_run_whose_disk_is_lost_goes_on_elsewhere(
 @pytest.mark.slow
 def test_killed_and_its_disk_lost(undisturbed, target, tmp_path):
     """With processes of their own, and kill -9."""
-    words, expected = undisturbed
+    words, expected = undisturbed[0], tmp_path / "a"
+    job = start([*words, f"--runs_dir={tmp_path}"])
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
     words = [*words, f"--checkpoint.copy_to={target}"]
     job = start([*words, f"--runs_dir={tmp_path / 'first'}"], sleep=0.3)
     wait_for_step(tmp_path / "first" / "a", 11, job)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -49,6 +49,9 @@ def open_store(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
+        for library in ("s3fs", "gcsfs"):  # they log stack traces of what becomes one line here
+            if (log := logging.getLogger(library)).level == logging.NOTSET:
+                log.setLevel(logging.CRITICAL)
         options = {"config_kwargs": {"connect_timeout": 10}} if scheme == "s3" else {}
         store = fsspec.filesystem(scheme, **options)
     except ImportError:
@@ -155,8 +158,7 @@ def store_error(error: BaseException) -> OSError:
     """Return FileNotFoundError as it is, and everything else as a StoreError."""
     if isinstance(error, FileNotFoundError | StoreError):
         return error
-    # s3fs: an error of the network has the reason as its cause
-    return StoreError(reason_of(error) if str(error) else f"{type(error).__name__}")
+    return StoreError(reason_of(error))
 
 
 def list_files(url: str) -> tuple[list[tuple[str, StoredFile]], bool]:
@@ -178,7 +180,10 @@ def list_files(url: str) -> tuple[list[tuple[str, StoredFile]], bool]:
     except FileNotFoundError:
         return [], True
     except Exception as error:
-        raise StoreError(f"cannot be listed ({reason_of(error)})") from None
+        raise StoreError(
+            f"cannot be listed ({reason_of(error)}); check the address, the credentials and the "
+            "network"
+        ) from None
     files = []
     for path, info in found.items():
         name = path.removeprefix(root).lstrip("/") if is_folder else PurePosixPath(path).name
@@ -203,15 +208,3 @@ def walk_order(name: str) -> list[tuple[int, str]]:
 
 def _version(info: dict[str, Any]) -> str:
     return repr([(key, str(info[key])) for key in _VERSION if key in info])
-
-
-def remove_files(store: Any, paths: Iterator[str] | list[str]) -> None:
-    """Remove objects; those that are gone are none. Raises StoreError."""
-    try:
-        for path in paths:
-            if store.exists(path):
-                store.rm_file(path)
-    except FileNotFoundError:
-        pass
-    except Exception as error:
-        raise store_error(error) from None
