@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from support.stores import HAS_S3, STORES, bucket, s3_server, upload
+from support.stores import HAS_S3, STORES, bucket, serving, upload
 
 from ttt_jax.config import Config, replace
 from ttt_jax.data import check_data, load_tokenizer, make_loader
@@ -22,19 +22,16 @@ from ttt_jax.files import stores
 TOKENIZER = load_tokenizer("bytes")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    if HAS_S3:
-        with s3_server():
-            yield
-    else:
-        yield
+@pytest.fixture(scope="module", params=STORES)
+def scheme(request):
+    with serving(request.param):
+        yield request.param
 
 
-@pytest.fixture(params=STORES)
-def url(request, tmp_path, monkeypatch):
+@pytest.fixture
+def url(scheme, tmp_path, monkeypatch):
     monkeypatch.setenv("TTT_JAX_CACHE", str(tmp_path / "cache"))
-    return bucket(request.param)
+    return bucket(scheme)
 
 
 def config_of(*entries, **changes) -> Config:

@@ -1,5 +1,7 @@
-"""Object stores for tests: fsspec's `memory://`, and `s3://` served on loopback by moto if that is
-installed.
+"""Object stores for tests: fsspec's `memory://`; `s3://` and `gs://` served on loopback by moto and
+gcp-storage-emulator, if those are installed.
+
+    pip install 'moto[server]' s3fs gcsfs gcp-storage-emulator
 """
 
 from __future__ import annotations
@@ -7,35 +9,80 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-HAS_S3 = all(importlib.util.find_spec(name) for name in ("moto", "flask", "s3fs"))
-needs_s3 = pytest.mark.skipif(not HAS_S3, reason="needs moto[server] and s3fs")
-STORES = ["memory", pytest.param("s3", marks=needs_s3)]
+
+def _installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+HAS_S3 = _installed("moto", "flask", "s3fs")
+HAS_GCS = _installed("gcp_storage_emulator", "gcsfs")
+REMOTE = [
+    pytest.param("s3", marks=pytest.mark.skipif(not HAS_S3, reason="no moto[server], s3fs")),
+    pytest.param("gs", marks=pytest.mark.skipif(not HAS_GCS, reason="no gcp-storage-emulator")),
+]
+STORES = ["memory", *REMOTE]
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """An S3 server on loopback; the environment variables that lead to it, which are set."""
+def serving(scheme: str) -> Iterator[None]:
+    """Serve a kind of store, as this process and those that it starts then find it."""
+    if scheme == "memory":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch, (_s3 if scheme == "s3" else _gcs)() as variables:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        _forget(scheme)
+        yield
+        _forget(scheme)
+
+
+def _forget(scheme: str) -> None:
+    """Let fsspec look at the environment again."""
+    import fsspec
+    from fsspec.config import set_conf_env
+
+    set_conf_env(fsspec.config.conf)
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+
+
+@contextlib.contextmanager
+def _s3() -> Iterator[dict[str, str]]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    variables = {
+    yield {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "nobody",
         "AWS_SECRET_ACCESS_KEY": "nothing",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        yield variables
+    server.stop()
+
+
+@contextlib.contextmanager
+def _gcs() -> Iterator[dict[str, str]]:
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    yield {
+        "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
+        "FSSPEC_GS_TOKEN": "anon",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which the emulator does not know
+    }
     server.stop()
 
 
@@ -43,13 +90,13 @@ def bucket(scheme: str) -> str:
     """The URL of a new bucket."""
     import fsspec
 
-    url = f"{scheme}://b{uuid.uuid4().hex}"
-    fsspec.filesystem(scheme).mkdir(url)
-    return url
+    name = f"b{uuid.uuid4().hex}"
+    fsspec.filesystem(scheme).mkdir(name)
+    return f"{scheme}://{name}"
 
 
 def upload(folder: Path, url: str) -> None:
-    """Put every regular file of a folder below a URL, links and hidden names included."""
+    """Put every regular file of a folder below a URL, hidden ones included."""
     import fsspec
 
     store = fsspec.filesystem(url.partition("://")[0])
