@@ -385,3 +385,8 @@ def test_names_that_leave_the_folder_are_not_fetched(run, tmp_path, monkeypatch)
 def test_fields_that_need_a_disk_refuse_a_url(field, fix):
     with pytest.raises(ConfigError, match=f"{field} = 's3://b/x': is a URL; .*{fix}"):
         validate(replace(Config(), {field: "s3://b/x"}))
+
+
+def test_no_place_is_refused():
+    with pytest.raises(ConfigError, match="copy_to = '': names no place"):
+        validate(replace(Config(), {"checkpoint.copy_to": ""}))

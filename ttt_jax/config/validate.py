@@ -73,6 +73,10 @@ def validate(config: Config) -> None:
 
 def _refuse_urls(config: Config) -> None:
     """Raise ConfigError for paths on an object store in the fields that need a disk."""
+    if config.checkpoint.copy_to == "":
+        raise ConfigError(
+            "config field checkpoint.copy_to = '': names no place; name a folder or a URL, or null"
+        )
     local = "copy it to a disk, and name it there"
     for field, value, fix in (
         (

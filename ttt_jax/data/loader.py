@@ -22,6 +22,7 @@ from ttt_jax.data.packing import (
     render_row,
 )
 from ttt_jax.data.quarantine import Rejected
+from ttt_jax.data.source_files import STDLIB
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
@@ -316,6 +317,8 @@ def data_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
     when `data.heldout` names nothing.
     """
     found = split(config, tokenizer)
+    if config.data.train == (STDLIB,) and not config.data.heldout:
+        return []
     return [
         *found.train.remarks,
         *(found.heldout.remarks if config.data.heldout else ()),
