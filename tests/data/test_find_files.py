@@ -95,6 +95,21 @@ def test_a_folder_without_any_file_to_read_names_what_is_there(tmp_path):
         find_files((str(empty),), field="data.train", format="auto")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("to", ["nowhere", "a.jsonl"])
+def test_a_link_that_leads_nowhere_is_one_line(tmp_path, name, to):
+    (tmp_path / "b.txt").write_text("some text")
+    os.symlink(tmp_path / to, tmp_path / name)
+    if not (tmp_path / "a.jsonl").is_symlink() and to == "a.jsonl":
+        os.symlink(tmp_path / name, tmp_path / "a.jsonl")  # a circle of two
+    config = replace(Config(), {"data.train": [str(tmp_path)]})
+    with pytest.raises(
+        DataError, match=r"a\.(jsonl|txt): (is not there|cannot be read) \("
+    ) as error:
+        load_corpus(config, load_tokenizer("bytes"))
+    assert "\n" not in str(error.value)
+
+
 def test_names_that_are_no_text_stay_on_one_line(tmp_path):
     (tmp_path / "a\nerror: b.png").write_bytes(b"\0")
     (tmp_path / "b.txt").write_text("b")

@@ -93,6 +93,15 @@ def test_what_is_trained_on_and_what_is_evaluated(tmp_path):
     assert (first.file, first.document, first.start) == ("book.txt", 0, 0)
 
 
+def test_the_end_of_token_ids(tmp_path):
+    ids = (np.arange(5000) % 250).astype(np.uint16)
+    np.save(tmp_path / "a.npy", ids)
+    train, heldout, _, held_out = split(config_of(tmp_path / "a.npy"), TOKENIZER)
+    assert documents(train) == [ids[:4750].tolist()]
+    assert documents(heldout) == [ids[4750:].tolist()]
+    assert "holds out the end of a.npy (250 of 5000 tokens, 5 %)" in held_out
+
+
 def test_a_run_goes_on_with_the_same_end_only(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text(BOOK)

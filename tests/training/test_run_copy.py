@@ -333,6 +333,15 @@ def test_a_place_that_cannot_take_a_copy_is_refused_before_anything_starts(run, 
     assert files_of(run.run_dir) == before
 
 
+@pytest.mark.parametrize("scheme", REMOTE)
+def test_a_bucket_that_is_not_there_is_refused(run, scheme):
+    target = f"{scheme}://no-such-bucket/runs"
+    with serving(scheme), pytest.raises(CheckpointError) as error:
+        fetch_run(replace(run, {"checkpoint.copy_to": target}))
+    assert str(error.value).startswith(f"config field checkpoint.copy_to = '{target}': ")
+    assert "\n" not in str(error.value)
+
+
 def test_a_copy_that_fails_is_said_once_and_tried_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_copy, "_PAUSE", 0.0)
     write_step(run, 4)

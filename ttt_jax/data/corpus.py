@@ -28,6 +28,7 @@ from ttt_jax.data.source_files import SourceFile, find_files
 from ttt_jax.data.sources import Record, open_npy, read_documents
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
+from ttt_jax.files.text import reason_of
 
 _CACHE_VERSION = 3  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
@@ -339,6 +340,9 @@ def _key(files: list[SourceFile], settings: list[Any]) -> str:
     """Make a hash that changes when a file or a setting does."""
     digest = hashlib.sha256(repr(settings).encode())
     for file in files:
-        identity = (file.name, file.format, *file.version())
+        try:
+            identity = (file.name, file.format, *file.version())
+        except (OSError, RuntimeError) as error:  # gone; a link that leads nowhere, or in a circle
+            raise file.error(f"is not there ({reason_of(error)}); restore or remove it") from None
         digest.update(repr(identity).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:24]
