@@ -74,6 +74,7 @@ def train(config: Config, stop: StopSignal) -> None:
     with only_writer(config, stop) as lock:
         if lock is None:  # finished
             return
+        from ttt_jax.checkpoint.run_copy import fetch_run
         from ttt_jax.data import load_tokenizer, make_loader
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.training.heldout import Heldout
@@ -82,6 +83,7 @@ def train(config: Config, stop: StopSignal) -> None:
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step
 
+        fetched = fetch_run(config)
         mesh = make_mesh(config.mesh)
         tokenizer = load_tokenizer(config.data.tokenizer)
         batch_shape = config.data.batch_size, config.data.seq_len
@@ -90,7 +92,7 @@ def train(config: Config, stop: StopSignal) -> None:
         heldout = Heldout(config, mesh, tokenizer)
         abstract, optimizer = abstract_state(config, mesh)
         fresh = checked_beginning(config, abstract, optimizer, heldout.rows, mesh)
-        changes = check_resume(config, loader)
+        changes = fetched + check_resume(config, loader)
         train_step = make_train_step(config, optimizer)
         # the first write: everything has been checked
         with open_job(

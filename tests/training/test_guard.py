@@ -17,7 +17,8 @@ from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config, replace
 from ttt_jax.config import Config as RunConfig
 from ttt_jax.data import Piece, load_tokenizer, make_loader
-from ttt_jax.data.corpus import load_corpus, locate
+from ttt_jax.data.corpus import load_corpus
+from ttt_jax.data.document_keys import find_documents
 from ttt_jax.errors import ConfigError, TrainingError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.run.logs import EventLog, read_events
@@ -315,7 +316,7 @@ def test_a_batch_names_its_documents(tmp_path):
     config = from_dict(RunConfig, {"data": settings})
     tokenizer = load_tokenizer("bytes")
     corpus = load_corpus(config, tokenizer)
-    assert locate(config, corpus.key_N) == [
+    assert corpus.locate(corpus.key_N) == [
         ("a.jsonl", 0),
         ("a.jsonl", 1),
         ("b.jsonl", 0),
@@ -340,4 +341,5 @@ def test_a_batch_names_its_documents(tmp_path):
                     == (rows["segment_ids"][row] == rows["segment_ids"][row, place - 1]).sum()
                 )
     (tmp_path / "a.jsonl").unlink()
-    assert locate(config, corpus.key_N)[0][0].startswith("unknown file (key ")
+    assert corpus.locate(corpus.key_N)[0] == ("a.jsonl", 0)
+    assert find_documents(list(corpus.files)[1:], corpus.key_N)[0][0].startswith("unknown file (")

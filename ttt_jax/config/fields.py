@@ -122,8 +122,9 @@ class ModelConfig:
 class DataConfig:
     """Where the tokens come from and how they become [batch_size, seq_len] rows."""
 
-    train: Names = ("stdlib",)  # files or folders; "stdlib": Python's own source
-    heldout: Names = ()  # (): hold out documents of `train`
+    # files, folders, or URLs of them on s3:// and gs://; "stdlib": Python's own source
+    train: Names = ("stdlib",)
+    heldout: Names = ()  # (): hold out documents of `train`, or the end of a single one
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
@@ -197,6 +198,8 @@ class CheckpointConfig:
     keep: Positive = 2
     async_save: bool = True
     wait_for_space: NonNegative = 600  # seconds for which the end of a run waits for disk space
+    # where a copy of the run goes: s3://BUCKET/PATH, gs://BUCKET/PATH or a folder (docs/data.md)
+    copy_to: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

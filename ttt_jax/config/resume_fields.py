@@ -39,6 +39,7 @@ _NAMES = {
     FREE: (
         "name runs_dir compile_cache data.workers data.max_bad_records "
         "checkpoint.every checkpoint.keep checkpoint.async_save checkpoint.wait_for_space "
+        "checkpoint.copy_to "
         "guard.skips guard.rollbacks guard.min_state_ratio guard.max_state_ratio "
         "log.every log.documents log.probe_every log.tensorboard log.wandb eval.every"
     ),
