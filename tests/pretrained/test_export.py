@@ -88,7 +88,7 @@ def test_layers_of_repeated_stacks_keep_their_places(tmp_path):
 
 def test_bfloat16_is_rounded_once(golden_model, tmp_path):
     folder, _ = golden_model
-    save_pretrained(load_hf(folder), tmp_path / "out")
+    save_pretrained(load_hf(folder), tmp_path / "out", dtype="bfloat16")
     for name, x in tensors(tmp_path / "out").items():
         np.testing.assert_array_equal(x, tensors(folder)[name].astype(jnp.bfloat16))
 

@@ -96,9 +96,11 @@ def template_of(folder: Path):
     """
     from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
     from ttt_jax.files.reading import companion_fields, find_companion
+    from ttt_jax.pretrained.load import run_folder
 
     if not folder.is_dir():  # load_model says so
         return None
+    folder = run_folder(folder) or folder
     settings = companion_fields(folder, "tokenizer_config.json")
     named = settings.get("chat_template")
     if named is None and find_companion(folder, "chat_template.jinja") is None:

@@ -150,6 +150,7 @@ class ParamGroup:
     lr_multiplier: NonNegativeFloat = 1.0
     frozen: bool = False
     weight_decay: bool | None = None  # None: decay matrices, not vectors
+    optional: bool = False  # it may match no parameter, as in presets for models of any kind
 
 
 @dataclass(frozen=True, config=_STRICT)
