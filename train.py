@@ -67,7 +67,7 @@ def train(start: Start, stop: StopSignal) -> None:
     """Train in the run's folder, as its only writer; a finished run shows its report and changes
     nothing.
     """
-    from ttt_jax.process.multihost import initialize
+    from ttt_jax.process.multihost import initialize, say_on_first_process
     from ttt_jax.run.finished import only_writer
     from ttt_jax.run.timing import StepTimer
 
@@ -76,6 +76,7 @@ def train(start: Start, stop: StopSignal) -> None:
     with only_writer(config, stop) as lock:
         if lock is None:  # finished
             return
+        say_on_first_process(start.remarks)
         from ttt_jax.data import load_tokenizer, make_loader
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.pretrained.load import training_tokenizer

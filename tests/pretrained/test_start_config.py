@@ -116,7 +116,7 @@ def test_a_run_that_has_begun_needs_no_checkpoint(sources, tmp_path, monkeypatch
     prepare_run_dir(begun)
     shutil.rmtree(tmp_path / "source")
     again = load_start(None, words("source", "--steps=5"))
-    assert again == (begun, False)
+    assert again == (begun, False, ())
     with pytest.raises(CheckpointError, match="no such folder"):
         load_start(None, words("source", "--name=other"))
     # Moved: the folder itself says where it is.
@@ -150,8 +150,11 @@ def test_suggestions_are_whole_chunks():
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if name != "continual"])
 def test_presets_run_with_two_steps(preset):
-    config = load_start_config(preset, ["--steps=2"])
-    assert config.optimizer.warmup(2) < 2
+    assert load_start_config(preset, ["--steps=2"]).optimizer.warmup(2) < 2
+    if load_start_config(preset).init_from is None:
+        yields = read_written(preset).preset["optimizer"].get("warmup_steps") is not None
+        assert bool(load_start(preset, ["--steps=2"]).remarks) == yields
+        assert not load_start(preset, []).remarks
 
 
 def test_a_preset_s_warm_up_yields_and_a_user_s_does_not(tmp_path):
@@ -161,6 +164,8 @@ def test_a_preset_s_warm_up_yields_and_a_user_s_does_not(tmp_path):
 
     assert warmup() == warmup("--steps=300") == warmup("--steps=41") == 40
     assert [warmup(f"--steps={n}") for n in (2, 40)] == [0, 1]
+    (line,) = load_start("books", ["--steps=40"]).remarks
+    assert line.startswith("the preset's optimizer.warmup_steps = 40 is not shorter than the run")
     assert warmup("--steps=20", "--optimizer.warmup_ratio=0.5") == 10
     assert warmup("--steps=20", "--optimizer.warmup_steps=19") == 19
     for steps in ("--steps=20", "--steps=400"):

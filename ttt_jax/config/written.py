@@ -41,13 +41,24 @@ class Written:
         """Put both over `base`, the user's last."""
         return merged(merged(base, self._fitting_preset()), self.user)
 
-    def _fitting_preset(self) -> dict[str, Any]:
-        """Leave out a warm-up that is not shorter than the run: `warmup_ratio` then says how long
-        it is.
-        """
+    def remarks(self) -> tuple[str, ...]:
+        """Return lines for the user about values of the preset that yield."""
+        if not self._too_long() or value_at(self.user, "optimizer.warmup_steps") is not None:
+            return ()
+        steps = value_at(self.preset, "optimizer.warmup_steps")
+        return (
+            f"the preset's optimizer.warmup_steps = {steps} is not shorter than the run; the "
+            "warm-up is optimizer.warmup_ratio of the steps",
+        )
+
+    def _too_long(self) -> bool:
+        """Say whether the preset's warm-up does not end within the run."""
         steps = value_at(merged(self.preset, self.user), "steps")
         warmup = value_at(self.preset, "optimizer.warmup_steps")
-        if type(steps) is not int or type(warmup) is not int or warmup < steps:
+        return type(steps) is int and type(warmup) is int and warmup >= steps
+
+    def _fitting_preset(self) -> dict[str, Any]:
+        if not self._too_long():
             return self.preset
         return merged(self.preset, {"optimizer": {"warmup_steps": None}})
 

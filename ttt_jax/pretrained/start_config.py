@@ -25,7 +25,6 @@ from ttt_jax.config import (
 from ttt_jax.config.suggest import suggestions
 from ttt_jax.config.written import merged, value_at
 from ttt_jax.errors import CheckpointError, ConfigError
-from ttt_jax.pretrained.hub import model_folder
 from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.run.folder import CONFIG_FILE, read_run_config
 
@@ -34,10 +33,13 @@ FIELD = "config field init_from"
 
 
 class Start(NamedTuple):
-    """Fields: the config, and whether its inner learning rate is still to be measured."""
+    """Fields: the config, whether its inner learning rate is still to be measured, and lines for
+    the user about what a preset had to give up.
+    """
 
     config: Config
     open_rate: bool
+    remarks: tuple[str, ...] = ()
 
 
 def load_start(path: str | Path | None, overrides: Sequence[str]) -> Start:
@@ -75,7 +77,7 @@ def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) ->
     open_rate = bool(base and config.model.ttt.layers and nobody)
     if open_rate:
         _check_rule(config)
-    return Start(config, open_rate)
+    return Start(config, open_rate, written.remarks())
 
 
 def _check_rule(config: Config) -> None:
@@ -143,6 +145,8 @@ def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], 
 
 def _read(source: str) -> tuple[ModelConfig | None, str]:
     """Read the model's config, and say where its tokenizer is."""
+    # Not before: jax comes with them, and a second job is refused at once.
+    from ttt_jax.pretrained.hub import model_folder
     from ttt_jax.pretrained.load import source_config, source_tokenizer
 
     folder = model_folder(source, FIELD, weights=False)

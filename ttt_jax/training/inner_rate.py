@@ -22,7 +22,7 @@ from ttt_jax.model.transformer import abstract_transformer
 from ttt_jax.parallel.mesh import Batch
 from ttt_jax.pretrained.load import initial_model
 from ttt_jax.pretrained.start_config import Start
-from ttt_jax.process.multihost import on_first_process
+from ttt_jax.process.multihost import on_first_process, say_on_first_process
 from ttt_jax.training.source_size import too_large
 
 RULE = 1500.0
@@ -50,12 +50,11 @@ def settled(start: Start, rows: Batch) -> Config:
     layer = max(squares, key=lambda layer: squares[layer])
     T, m = config.data.seq_len, squares[layer]
     lr = rate_of(m, T)
-    if jax.process_index() == 0:
-        print(
-            f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {RULE:,.0f} / (m T) with m = "
-            f"{m:.3g}, the median ||z||^2 of held-out tokens in layer {layer}, and T = {T}",
-            flush=True,
-        )
+    line = (
+        f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {RULE:,.0f} / (m T) with m = "
+        f"{m:.3g}, the median ||z||^2 of held-out tokens in layer {layer}, and T = {T}"
+    )
+    say_on_first_process([line])
     return replace(config, {"model.ttt.lr": lr})
 
 
