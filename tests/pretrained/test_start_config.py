@@ -9,15 +9,25 @@ from support.fuzzing import SMALL
 from support.hf_folders import make_folder
 from support.tokenizers import write_tokenizer
 
-from ttt_jax.config import Config, dump_yaml, load_config, preset_names, read_written, replace
+from ttt_jax.config import (
+    Config,
+    MeshConfig,
+    dump_yaml,
+    load_config,
+    preset_names,
+    read_written,
+    replace,
+)
 from ttt_jax.config.suggest import suggested_chunk, suggested_row
 from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.hub import model_folder
 from ttt_jax.pretrained.load import training_tokenizer
 from ttt_jax.pretrained.start_config import load_start, load_start_config
 from ttt_jax.run.folder import prepare_run_dir
+from ttt_jax.training.step import abstract_state
 
 TTT = SMALL | {"vocab_size": 300, "max_position_embeddings": 100, "num_hidden_layers": 8}
 PLAIN = {name: value for name, value in TTT.items() if not name.startswith("ttt_")}
@@ -71,6 +81,7 @@ def test_only_what_is_written_differs(sources):
     assert start.config == replace(plain, changes)
     off = load_start(None, words(sources / "plain", "--model.ttt.layers=[]"))
     assert (off.open_rate, off.config.model.ttt.layers) == (False, ())
+    abstract_state(off.config, make_mesh(MeshConfig()))  # groups for TTT layers are no error
     ridge = load_start(None, words(sources / "plain", "--model.ttt.write=ridge"))
     assert (ridge.open_rate, ridge.config.model.ttt.lr) == (False, 1.0)
 
