@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ttt_jax.config import Config
 from ttt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -66,10 +67,15 @@ def carry_companions(source: str | Path, folder: Path) -> None:
     fields = companion_fields(beside, GENERATION)
     ends = companion_fields(beside, "config.json").get("eos_token_id")
     if fields.get("eos_token_id") is None and ends is not None:
-        text = json.dumps(fields | {"eos_token_id": ends}, indent=2) + "\n"
-        atomic_write_text(folder / GENERATION, text)
+        write_end_tokens(ends, folder, fields)
     if tokenizer is not None:
         _copy(tokenizer, folder / TOKENIZER)
+
+
+def write_end_tokens(ends: Any, folder: Path, fields: dict[str, Any] | None = None) -> None:
+    """Write `generation_config.json` with these end tokens beside other `fields`."""
+    text = json.dumps((fields or {}) | {"eos_token_id": ends}, indent=2) + "\n"
+    atomic_write_text(folder / GENERATION, text)
 
 
 def keep_companions(source: str, run: Path, tokenizer: Tokenizer) -> None:

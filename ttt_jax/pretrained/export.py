@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ttt_jax.checkpoint.checksums import write_checksums
+from ttt_jax.data.tokenizer import JsonTokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.companions import carry_companions
+from ttt_jax.pretrained.companions import TOKENIZER, carry_companions, write_end_tokens
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import write_model
 from ttt_jax.pretrained.safetensors_io import tensor_file_names
@@ -35,7 +36,7 @@ def save_pretrained(
       dtype: dtype of the tensors, "float32" or "bfloat16"; None keeps the model's.
       max_shard_bytes: tensors per file; more than one file gets `model.safetensors.index.json`.
       carry_from: folder whose tokenizer, chat template and generation config are copied along;
-        None: those of the folder that the model was loaded from, if it has any.
+        None: those beside the model's own tokenizer, and its end tokens where it has none.
 
     Raises: CheckpointError when the folder exists or cannot be written; ConfigError when no Hugging
       Face architecture can express the model.
@@ -46,10 +47,10 @@ def save_pretrained(
             f"output {folder}: exists already; choose another folder or delete it"
         )
     dtype = dtype or _dtype(model)
-    carry_from = carry_from if carry_from is not None else model.companions
+    carry_from = carry_from if carry_from is not None else _tokenizer_of(model)
     if carry_from is not None and not Path(carry_from).expanduser().exists():
         raise CheckpointError(
-            f"output {folder}: the tokenizer that belongs to the model, {carry_from}, is gone; "
+            f"output {folder}: {carry_from}, whose tokenizer belongs to the model, is gone; "
             "pass carry_from, a folder that holds it"
         )
     raw = config_to_hf(model.config) | {"dtype": dtype}
@@ -60,10 +61,20 @@ def save_pretrained(
             write_checksums(parts, tensor_file_names(parts))
             if carry_from is not None:
                 carry_companions(carry_from, parts)
+            elif model.eos_ids:
+                write_end_tokens(model.eos_ids, parts)
     except OSError as error:
         raise CheckpointError(
             f"output {folder}: could not be written ({error}); free space or choose another folder"
         ) from None
+
+
+def _tokenizer_of(model: Transformer) -> Path | None:
+    """Return the folder (or lone file) of the tokenizer that the model was loaded with."""
+    if not isinstance(model.tokenizer, JsonTokenizer):
+        return None
+    path = model.tokenizer.path
+    return path.parent if path.name == TOKENIZER else path
 
 
 def _dtype(model: Transformer) -> str:
