@@ -126,7 +126,9 @@ class DataConfig:
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
-    tokenizer: str = "bytes"  # "bytes", or a tokenizer.json / a folder that holds one
+    # "bytes", a tokenizer.json or a folder that holds one, or a model of the Hugging Face Hub; with
+    # init_from it is the checkpoint's unless another one is named
+    tokenizer: str = "bytes"
     # end every text with the tokenizer's end-of-text token; token ids are taken as they are
     eos: bool = True
     seq_len: Positive = 2048  # T

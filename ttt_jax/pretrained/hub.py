@@ -8,6 +8,7 @@ fetched. Files go to the Hub's cache, and are read like any other foreign folder
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from ttt_jax.errors import CheckpointError
@@ -51,8 +52,8 @@ def _from_hub(name: str, field: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    small = not set(patterns) & set(_WEIGHTS)
-    if small:
+    quiet = not set(patterns) & set(_WEIGHTS) or not sys.stderr.isatty()
+    if quiet:
         disable_progress_bars()
     try:
         return Path(
@@ -69,6 +70,6 @@ def _from_hub(name: str, field: str, patterns: tuple[str, ...]) -> Path:
     except Exception as error:  # of the network, the disk or the library, in many classes
         reason, fix = one_line(error, 160), "give a local folder"
     finally:
-        if small:
+        if quiet:
             enable_progress_bars()
     raise CheckpointError(f"{field} = {name!r}: {reason}; {fix}")
