@@ -21,6 +21,7 @@ MODULES = {
     "pyyaml": "yaml",
     "lm-eval": "lm_eval",
     "ml-dtypes": "ml_dtypes",
+    "huggingface-hub": "huggingface_hub",
     "tensorboardx": "tensorboardX",
     "jax-triton": "jax_triton",
     "absl-py": "absl",

@@ -41,7 +41,9 @@ def test_the_rule_keeps_lr_m_T():
 def test_decay_shortens_what_counts_as_the_row():
     """0.5 leaves 2 chunks of 64 tokens, whatever the row."""
     short = load_config("default", [*SUM_WRITE, "--model.ttt.decay", "0.5"])
-    long = load_config("default", [*SUM_WRITE, "--model.ttt.decay", "0.5", "--data.seq_len", "1024"])
+    long = load_config(
+        "default", [*SUM_WRITE, "--model.ttt.decay", "0.5", "--data.seq_len", "1024"]
+    )
     assert short.model.ttt.lr == long.model.ttt.lr
     product = short.model.ttt.lr * key_square(short.model) * 128
     assert product == pytest.approx(SUM, rel=0.05)

@@ -47,7 +47,8 @@ REMAT_NAMES = (
 class TTTConfig:
     """In-Place TTT (arXiv 2604.06169, section 3): which layers adapt, and how."""
 
-    layers: Layers = ()  # indices of the layers whose down-projection is a fast weight
+    # indices of the layers whose down-projection is a fast weight; "auto": every sixth
+    layers: Layers = ()
     # C, tokens between two updates; packed documents start at its multiples, also without layers
     chunk_size: Positive = 4096
     lr: float = 3.0  # inner learning rate; in a file or an override also `auto`: by the shape
@@ -128,7 +129,9 @@ class DataConfig:
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
-    tokenizer: str = "bytes"  # "bytes", or a tokenizer.json / a folder that holds one
+    # "bytes", a tokenizer.json or a folder that holds one, or a model of the Hugging Face Hub; with
+    # init_from it is the checkpoint's unless another one is named
+    tokenizer: str = "bytes"
     # end every text with the tokenizer's end-of-text token; token ids are taken as they are
     eos: bool = True
     seq_len: Positive = 2048  # T
@@ -153,6 +156,7 @@ class ParamGroup:
     lr_multiplier: NonNegativeFloat = 1.0
     frozen: bool = False
     weight_decay: bool | None = None  # None: decay matrices, not vectors
+    optional: bool = False  # it may match no parameter, as in presets for models of any kind
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -161,7 +165,8 @@ class OptimizerConfig:
 
     lr: PositiveFloat = 3e-4
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegative | None = None  # None: warmup_ratio * steps
+    # None: warmup_ratio * steps; so is a preset's that is not shorter than the run
+    warmup_steps: NonNegative | None = None
     warmup_ratio: Fraction = 0.02
     decay_ratio: Fraction = 0.2  # wsd: share of the steps in the final decay
     final_lr_ratio: Fraction = 0.1
@@ -249,7 +254,8 @@ class Config:
     steps: Positive = 100
     # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
     compile_cache: str | None = "run"
-    # Hugging Face folder or run folder to start from; None: from scratch
+    # Hugging Face, converted or run folder to start from, or a model of the Hugging Face Hub;
+    # what of `model` is not written is its own, and its tokenizer. None: from scratch
     init_from: str | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps

@@ -23,7 +23,6 @@ import math
 from ttt_jax.config.fields import Config, ModelConfig
 from ttt_jax.errors import ConfigError
 
-AUTO = "auto"
 SUM = 1000.0  # lr m T
 
 

@@ -27,6 +27,7 @@ from ttt_jax.files.reading import (
     show,
 )
 from ttt_jax.inference import template_worker
+from ttt_jax.pretrained.load import run_folder
 
 START_SECONDS = 60.0  # to start Python and import jinja2, on a busy machine
 RENDER_SECONDS = 10.0  # templates in use take milliseconds
@@ -94,6 +95,7 @@ def template_of(folder: Path) -> ChatTemplate | None:
     """
     if not folder.is_dir():
         return None
+    folder = run_folder(folder) or folder
     settings = companion_fields(folder, "tokenizer_config.json")
     named = settings.get("chat_template")
     if named is None and find_companion(folder, "chat_template.jinja") is None:

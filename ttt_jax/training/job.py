@@ -27,8 +27,10 @@ from ttt_jax.data import (
 )
 from ttt_jax.flops import device_memory_bytes
 from ttt_jax.parallel.mesh import Batch
+from ttt_jax.pretrained.companions import keep_companions
+from ttt_jax.pretrained.load import training_tokenizer
 from ttt_jax.process.lock import RunLock
-from ttt_jax.process.multihost import any_process
+from ttt_jax.process.multihost import any_process, on_first_process
 from ttt_jax.process.signals import Stopped, StopSignal
 from ttt_jax.run.compile_cache import CompileCache, open_cache
 from ttt_jax.run.folder import METRICS_FILE, prepare_run_dir
@@ -95,7 +97,9 @@ def open_job(
 
     Raises: CheckpointError, one line: the folder holds another run, or cannot be written.
     """
+    source = training_tokenizer(config)
     prepare_run_dir(config)
+    on_first_process(lambda: keep_companions(source, config.run_dir, tokenizer))
     cache, warnings = open_cache(config)
     warnings += changes
     if jax.process_index() == 0:
