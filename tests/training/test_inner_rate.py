@@ -66,7 +66,7 @@ def test_the_rate_is_the_rule_s_for_the_layer_with_the_largest_keys(folder, caps
     assert config == replace(start.config, {"model.ttt.lr": config.model.ttt.lr})
     line = capsys.readouterr().out
     layer = start.config.model.ttt.layers[int(np.argmax(medians))]
-    assert f"model.ttt.lr is {config.model.ttt.lr:g}, 1,500 / (m T) with m = " in line
+    assert f"model.ttt.lr is {config.model.ttt.lr:g}, 1,000 / (m T) with m = " in line
     assert (
         f"{float(max(medians)):.3g}, the median ||z||^2 of held-out tokens in layer {layer}" in line
     )
@@ -89,6 +89,6 @@ def test_a_model_that_is_too_large_to_measure_is_one_line(folder, monkeypatch):
 
 
 def test_the_rule():
-    assert rate_of(100.0, 1500) == 0.01
+    assert rate_of(100.0, 1000) == 0.01
     assert rate_of(123.0, 4096) == pytest.approx(SUM / (123 * 4096), rel=0.02)
-    assert rate_of(200.0, 1500) < rate_of(100.0, 1500)
+    assert rate_of(200.0, 1000) < rate_of(100.0, 1000)
