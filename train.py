@@ -5,7 +5,8 @@ Examples:
     python train.py                                  # the default run: no arguments, no downloads
     python train.py configs/500m.yaml --steps 1000   # a YAML file and dotted overrides
     python train.py default --model.ttt.chunk_size 128 --name chunk128   # a preset by its name
-    python train.py --help                           # every field
+    python train.py --help                           # every field, and what the default run sets
+    python train.py books --help                     # the same with what books.yaml sets
 
 `ttt-jax train` is the same job, started in any folder. Run the same command again to continue an
 interrupted run. A preset's first field worth changing is `name`: it is the folder below `runs/`
@@ -45,15 +46,16 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config import fields_help, load_config, preset_names
+    from ttt_jax.config import help_text, load_config, preset_names
 
-    if "-h" in argv or "--help" in argv:
-        print(f"{__doc__}\npresets: {', '.join(preset_names())}\n")
-        for name, kind, default in fields_help():
-            print(f"  --{name:38} {default}   ({kind})")
+    words = [word for word in argv if word not in ("-h", "--help")]
+    has_preset = bool(words) and not words[0].startswith("-")
+    preset, overrides = (words[0], words[1:]) if has_preset else (DEFAULT, words)
+    if words != argv:
+        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
+        print(f"\nThe fields, with the values of {preset}:\n\n{help_text(load_config(preset))}")
         return 0
-    has_preset = bool(argv) and not argv[0].startswith("-")
-    config = load_config(argv[0] if has_preset else DEFAULT, argv[1:] if has_preset else argv)
+    config = load_config(preset, overrides)
     try:
         train(config, stop)
     except Stopped:

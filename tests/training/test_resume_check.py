@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.config import Config, fields_help, replace, resume_fields
+from ttt_jax.config import Config, field_names, replace, resume_fields
 from ttt_jax.config.resume_fields import FIELDS, FREE, MEASURED, REFUSED, ROUNDING
 from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.run.folder import prepare_run_dir, read_run_config
 from ttt_jax.training.resume_check import changed_fields, check_resume
 
-FIELD_NAMES = [name for name, _, _ in fields_help()]
+FIELD_NAMES = field_names()
 # A schedule on which every field of it counts, and steps enough for a warm-up that differs.
 BASE = replace(Config(), {"optimizer.schedule": "wsd", "steps": 1000})
 

@@ -40,7 +40,8 @@ _NAMES = {
         "name runs_dir compile_cache data.workers data.max_bad_records "
         "checkpoint.every checkpoint.keep checkpoint.async_save checkpoint.wait_for_space "
         "guard.skips guard.rollbacks guard.min_state_ratio guard.max_state_ratio "
-        "log.every log.documents log.probe_every log.tensorboard log.wandb eval.every"
+        "log.every log.documents log.probe_every log.tensorboard log.wandb eval.every "
+        "sample.every sample.prompt sample.tokens sample.temperature"
     ),
 }
 FIELDS: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
