@@ -77,6 +77,7 @@ def train(config: Config, stop: StopSignal) -> None:
         if lock is None:  # finished
             return
         from ttt_jax.data import load_tokenizer, make_loader
+        from ttt_jax.inference.samples import sample_hooks
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.training.heldout import Heldout
         from ttt_jax.training.job import open_job
@@ -93,10 +94,11 @@ def train(config: Config, stop: StopSignal) -> None:
         abstract, optimizer = abstract_state(config, mesh)
         fresh = checked_beginning(config, abstract, optimizer, heldout.rows, mesh)
         changes = check_resume(config, loader)
+        hooks = heldout.hooks(config) + sample_hooks(config, tokenizer, heldout.rows, abstract)
         train_step = make_train_step(config, optimizer)
         # the first write: everything has been checked
         with open_job(
-            config, stop, lock, timer, tokenizer, loader, heldout, abstract, fresh, changes
+            config, stop, lock, timer, tokenizer, loader, heldout, hooks, abstract, fresh, changes
         ) as job:
             state = job.resume()
             while job.step < config.steps:
