@@ -2,8 +2,9 @@
 no network.
 
 Everything is read from the run folder: `config.yaml`, `metrics.jsonl`, and where they are there
-`environment.json`, `report.json`, `events.jsonl` and `quarantine.jsonl`. Nothing in them is
-trusted: texts are escaped, sizes are limited, and a line that is damaged is counted and left out.
+`environment.json`, `report.json`, `events.jsonl`, `samples.jsonl` and `quarantine.jsonl`. Nothing
+in them is trusted: texts are escaped, sizes are limited, and a line that is damaged is counted and
+left out.
 """
 
 from __future__ import annotations
@@ -36,11 +37,19 @@ from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES
 from ttt_jax.files.text import atomic_write_text, shorten
 from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, read_run_config
+from ttt_jax.run.logs import EVENTS_FILE, SAMPLES_FILE
+from ttt_jax.run.positions import (
+    checked_heldout,
+    heldout_of_scalars,
+    position_figure,
+    position_table,
+)
 
 PAGE_FILE = "report.html"
 _MAX_LINES_BYTES = 512 << 20
 _POINTS = 2000  # of a curve
 _SHOWN = 50  # events, and quarantined records
+_SAMPLES = 12  # texts that were written while the run trained
 _EXCERPT = 300  # characters of a text
 
 
@@ -54,6 +63,7 @@ class RunFiles(NamedTuple):
     report: dict[str, Any]
     events: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     damaged: dict[str, int]  # file -> lines that could not be read
 
 
@@ -82,14 +92,17 @@ def read_run(run_dir: str | Path) -> RunFiles:
     folder = Path(run_dir)
     config = read_run_config(folder)
     damaged: dict[str, int] = {}
-    metrics, events, quarantine = (
-        _lines(folder / n, damaged) for n in (METRICS_FILE, "events.jsonl", QUARANTINE_FILE)
+    metrics, events, quarantine, samples = (
+        _lines(folder / name, damaged)
+        for name in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE, SAMPLES_FILE)
     )
     environment, report = (
         _object(folder / name, damaged) for name in (ENVIRONMENT_FILE, "report.json")
     )
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
-    return RunFiles(folder, config, metrics, environment, report, events, quarantine, damaged)
+    return RunFiles(
+        folder, config, metrics, environment, report, events, quarantine, samples, damaged
+    )
 
 
 def run_page(run: RunFiles) -> str:
@@ -97,10 +110,11 @@ def run_page(run: RunFiles) -> str:
     curves = _curves(run.metrics)
     title = f"Run {run.config.name}"
     body = [f"<h1>{escape(title)}</h1>", _facts(run, curves), _warnings(run)]
+    body += [_by_position(run)]
     body += [image(*picture) for picture in _pictures(curves)]
     if not curves:
         body.append(note("No metrics yet."))
-    body += [_latest(curves), _quarantine(run)]
+    body += [_written(run), _latest(curves), _quarantine(run)]
     if environment := (
         run.environment
         or {key: run.report.get(key) for key in ("date", "commit", "hardware", "versions")}
@@ -215,7 +229,8 @@ def _loss_picture(curves: _Curves) -> tuple[Any, str]:
             if (name := f"{source}/ttt_{mode}") in curves:
                 label = f"held-out, TTT {mode}" if source == "heldout" else f"TTT {mode}"
                 _draw(axes, curves[name], color=COLOURS[mode], label=label, marker=MARKERS[mode])
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
     if "probe/gain" in curves:
         _draw(gain, curves["probe/gain"], color=COLOURS["on"], marker="o")
         gain.axhline(0, color="black", linewidth=0.8)
@@ -328,6 +343,37 @@ def _warnings(run: RunFiles) -> str:
     if not lines:
         return "<h2>Warnings</h2>" + note("None.")
     return "<h2>Warnings</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def _by_position(run: RunFiles) -> str:
+    """Show the newest losses by position: the report's, or those of a later evaluation."""
+    found, step = checked_heldout(run.report.get("heldout")), run.report.get("steps")
+    for row in reversed(run.metrics):
+        if later := heldout_of_scalars(row):
+            if found is None or not isinstance(step, int) or row["step"] > step:
+                found, step = later, row["step"]
+            break
+    if found is None:
+        return ""
+    ttt = bool(run.config.model.ttt.layers)
+    table = position_table(found, ttt)
+    both = ", TTT on and off on the same weights; gain: off minus on" if ttt else ""
+    text = note(f"Nats per token on held-out rows after {_short(step, 20)} steps{both}.")
+    picture = image(position_figure(found, ttt), table.title)
+    return f"<h2>{table.title}</h2>{text}{data_table(table.headings, table.rows)}{picture}"
+
+
+def _written(run: RunFiles) -> str:
+    """Show the newest samples of text."""
+    rows = [
+        [_short(sample.get(key, "?"), size) for key, size in (("step", 20), ("ttt", 20))]
+        + ["..." + str(sample.get("prompt", ""))[-_EXCERPT:], _short(sample.get("text", ""))]
+        for sample in run.samples[-_SAMPLES:]
+    ]
+    if not rows:
+        return ""
+    table = data_table(["step", "TTT", "end of the prompt", "what was written"], rows, of_text=True)
+    return f"<h2>Samples</h2>{note(f'The last {len(rows)}; {SAMPLES_FILE} has them all.')}{table}"
 
 
 def _quarantine(run: RunFiles) -> str:
