@@ -367,7 +367,7 @@ def _written(run: RunFiles) -> str:
     """Show the newest samples of text."""
     rows = [
         [_short(sample.get(key, "?"), size) for key, size in (("step", 20), ("ttt", 20))]
-        + ["..." + str(sample.get("prompt", ""))[-_EXCERPT:], _short(sample.get("text", ""))]
+        + [str(sample.get("prompt", ""))[-_EXCERPT:], _short(sample.get("text", ""))]
         for sample in run.samples[-_SAMPLES:]
     ]
     if not rows:
