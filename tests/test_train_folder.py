@@ -104,7 +104,7 @@ def test_more_steps_than_a_finished_run_has_are_said_and_done(copied, capsys):
     )
     assert json.loads((run / "report.json").read_text())["steps"] == 4
     assert train.main([*words, "--steps=4", "--name=whole"]) == 0
-    assert curve(run) == [row for row in curve(run.parent / "whole")], "a constant rate"
+    assert curve(run) == curve(run.parent / "whole"), "a constant rate"
 
 
 def test_more_steps_of_a_schedule_that_falls(copied, capsys):

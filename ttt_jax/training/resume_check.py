@@ -7,6 +7,8 @@ machine and its switches.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER, finished_steps
 from ttt_jax.checkpoint.trees import DamagedError, read_json
 from ttt_jax.config import Config, to_dict
@@ -55,7 +57,10 @@ def raised_steps(before: Config, now: Config, step: int) -> list[str]:
     """
     if now.steps <= before.steps:
         return []
-    was, will = (float(learning_rate(c.optimizer, c.steps)(step)) for c in (before, now))
+    was, will = (
+        float(np.asarray(learning_rate(config.optimizer, config.steps)(step)))
+        for config in (before, now)
+    )
     rate = (
         f"the learning rate goes on with {will:.3g}"
         if was == will
