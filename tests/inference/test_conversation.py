@@ -230,7 +230,14 @@ def test_a_saved_conversation_goes_on(model, tmp_path):
     older = Session.load(tmp_path / "s.safetensors", model)
     del older.conversation["ids"]
     assert (Conversation(older, chatml).ids, Conversation(older, chatml).whole) == ([], False)
-    wrong = (talk.ids[:-1], [*talk.ids[:-1], talk.ids[-1] ^ 1], [-1, *talk.ids[1:]], ["1"], "x")
+    wrong = (
+        talk.ids[:-1],
+        [1, *talk.ids],
+        [*talk.ids[:-1], talk.ids[-1] ^ 1],
+        [-1, *talk.ids[1:]],
+        ["1"],
+        "x",
+    )
     for broken in (
         {"messages": [{"role": "user"}]},
         {"rendered": 3},
