@@ -228,21 +228,21 @@ def test_a_saved_conversation_goes_on(model, tmp_path):
     with pytest.raises(UserError, match="--system"):
         Conversation(stored, chatml, "be rude")
     older = Session.load(tmp_path / "s.safetensors", model)
-    del older.conversation["ids"]
+    ids = older.conversation.pop("ids")
     assert (Conversation(older, chatml).ids, Conversation(older, chatml).whole) == ([], False)
     wrong = (
-        talk.ids[:-1],
-        [1, *talk.ids],
-        [*talk.ids[:-1], talk.ids[-1] ^ 1],
-        [-1, *talk.ids[1:]],
-        ["1"],
+        ids[:-1],
+        [1, *ids],
+        [*ids[:-1], ids[-1] ^ 1],
+        [-1, *ids[1:]],
+        [*ids[1:], str(ids[0])],
         "x",
     )
     for broken in (
         {"messages": [{"role": "user"}]},
         {"rendered": 3},
         {"end": "x"},
-        *({"ids": ids} for ids in wrong),
+        *({"ids": broken} for broken in wrong),
     ):
         stored.conversation = {"messages": [], "rendered": "", "end": None} | broken
         with pytest.raises(UserError, match="conversation is damaged"):
