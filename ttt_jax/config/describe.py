@@ -52,7 +52,7 @@ def fields_help(config: Any = None) -> list[FieldHelp]:
     """Describe every field below a config (None: that of a run), with the values that it holds."""
     config = Config() if config is None else config
     return [
-        FieldHelp(name, written(value), _values(hint), _sentences()[owner.__name__][field])
+        FieldHelp(name, written(value), _values(hint), _sentence(owner, field))
         for name, owner, field, hint, value in _walk(config, "")
     ]
 
@@ -104,10 +104,19 @@ def _annotations(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner, include_extras=True)
 
 
+def _sentence(owner: type, field: str) -> str:
+    return _sentences().get(owner.__name__, {}).get(field, "")
+
+
 @functools.cache
 def _sentences() -> dict[str, dict[str, str]]:
-    """Read fields.py: class -> field -> its comment, beside it or in the lines above it."""
-    source = inspect.getsource(fields)
+    """Read fields.py: class -> field -> its comment, beside it or in the lines above it; nothing
+    where Python has no source.
+    """
+    try:
+        source = inspect.getsource(fields)
+    except OSError:
+        return {}
     comments, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
