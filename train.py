@@ -50,15 +50,15 @@ def _command(argv: list[str], stop: StopSignal) -> int:
 
     words = [word for word in argv if word not in ("-h", "--help")]
     has_preset = bool(words) and not words[0].startswith("-")
-    preset, overrides = (words[0], words[1:]) if has_preset else (DEFAULT, words)
+    preset, overrides = (words[0], words[1:]) if has_preset else (None, words)
     if words != argv:
         print(f"{__doc__}\npresets: {', '.join(preset_names())}")
-        fields = help_text(make_config(read_written(preset)))
-        print(f"\nThe fields, with the values of {preset}:\n\n{fields}")
+        fields = help_text(make_config(read_written(preset or "default")))
+        print(f"\nThe fields, with the values of {preset or 'default'}:\n\n{fields}")
         return 0
     from ttt_jax.pretrained.start_config import load_start
 
-    start = load_start(words[0] if has_preset else None, overrides)
+    start = load_start(preset, overrides)
     try:
         train(start, stop)
     except Stopped:

@@ -54,7 +54,7 @@ def transformed(
     z_BMCF, v_BMCD = (x.reshape(B, T // chunk_size, chunk_size, -1) for x in (z_BTF, v_BTD))
     with jax.named_scope(f"ttt_write_{write}"):
         if write == "ridge":
-            out_BMCD = least_squares(z_BMCF, v_BMCD, ridge, root)
+            out_BMCD: jax.Array = least_squares(z_BMCF, v_BMCD, ridge, root)
         else:
             out_BMCD = _spectral(z_BMCF, v_BMCD, unit)
     return out_BMCD.astype(v_BTD.dtype).reshape(B, T, D)
