@@ -112,7 +112,7 @@ def test_the_inverse_root_matches_float64(C):
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_ridge_writes_and_their_gradients_match_float64():
-    """In bfloat16, rounded once; in a layer that is computed again, and in one that keeps targets."""
+    """In bfloat16, rounded once; in a layer that is computed again, and one that keeps targets."""
     rng = np.random.default_rng(0)
     T, C, D, F = 2048, 512, 128, 256
     z = rng.standard_normal((301, F))[np.minimum(rng.zipf(1.3, (2, T)), 300)]
