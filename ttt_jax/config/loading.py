@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from ttt_jax.config.fields import Config
 from ttt_jax.config.presets import find_config, is_preset, place_of_run, same_preset
 from ttt_jax.config.validate import validate
-from ttt_jax.config.written import Written, name_auto_layers
+from ttt_jax.config.written import AUTO, RATE, Written, name_auto_layers, value_at, without
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
 from ttt_jax.errors import ConfigError
 
@@ -77,10 +77,24 @@ def read_written(path: str | Path | None, overrides: typing.Sequence[str] = ()) 
 
 def make_config(written: Written, base: dict[str, Any] | None = None) -> Config:
     """Make the config of what is written; what nobody wrote comes from `base`, then from the
-    defaults. Raises ConfigError, one line.
+    defaults.
+
+    `model.ttt.lr: auto` is 1 for ridge. For `sum` it is measured on the checkpoint, and has its
+    default here.
+
+    Raises ConfigError, one line.
     """
-    config = from_dict(Config, name_auto_layers(written.over(base or {})))
+    tree = name_auto_layers(written.over(base or {}))
+    auto = value_at(tree, RATE) == AUTO
+    config = from_dict(Config, without(tree, RATE) if auto else tree)
     validate(config)
+    if auto and config.model.ttt.write == "ridge":
+        return replace(config, {RATE: 1.0})  # least squares itself (docs/writes.md)
+    if auto and config.init_from is None:
+        raise ConfigError(
+            f"config field {RATE} = auto: is measured on a checkpoint, and init_from is null; give "
+            "a number (docs/writes.md)"
+        )
     return config
 
 

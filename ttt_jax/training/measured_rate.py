@@ -9,6 +9,7 @@ Letters: R rows, T tokens, C chunk, F MLP width, N layers of a run.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -40,8 +41,8 @@ def settled(start: Start, rows: Batch) -> Config:
     Args:
       rows: held-out rows [R, T]; the first ones are read, with TTT off.
 
-    Raises: ConfigError, one line, when the checkpoint is too large for one device; as of
-      `initial_model`.
+    Raises: ConfigError, one line, when the checkpoint is too large for one device, or its keys are
+      zero or not finite; as of `initial_model`.
     """
     config = start.config
     if not start.open_rate:
@@ -49,6 +50,11 @@ def settled(start: Start, rows: Batch) -> Config:
     squares = on_first_process(lambda: _key_squares(config, rows))
     layer = max(squares, key=lambda layer: squares[layer])
     T, m = config.data.seq_len, squares[layer]
+    if not 0 < m < math.inf:
+        raise ConfigError(
+            f"config field model.ttt.lr = auto: {config.init_from} gives no scale for it "
+            f"(||z||^2 is {m:g} in layer {layer}); check the checkpoint, or set it"
+        )
     lr = rate_of(m, T)
     line = (
         f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {RULE:,.0f} / (m T) with m = "
@@ -64,7 +70,7 @@ def _key_squares(config: Config, rows: Batch) -> dict[str, float]:
     """
     if reason := too_large(config.model, config.compute_dtype):
         raise ConfigError(
-            f"config field model.ttt.lr: not set, and cannot be measured on {config.init_from}: "
+            f"config field model.ttt.lr = auto: cannot be measured on {config.init_from}: "
             f"{reason}; set it (docs/writes.md)"
         )
     ids_RT = np.asarray(rows["ids"])[:_ROWS, :_TOKENS]
