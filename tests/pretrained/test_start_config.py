@@ -88,9 +88,8 @@ def test_only_what_is_written_differs(sources):
 
 def test_auto_is_a_word_for_the_rate_too(sources):
     assert load_start(None, words(sources / "plain", "--model.ttt.lr=auto")).open_rate
-    start = load_start(
-        None, words(sources / "hf", "--model.ttt.lr=auto", "--model.ttt.write=ridge")
-    )
+    ridge = ["--model.ttt.lr=auto", "--model.ttt.write=ridge"]
+    start = load_start(None, words(sources / "hf", *ridge))
     assert (start.open_rate, start.config.model.ttt.lr) == (False, 1.0)
     normalised = ["--model.ttt.lr=auto", "--model.ttt.normalize_source=yes"]
     assert load_start(None, words(sources / "hf", *normalised)).open_rate

@@ -79,9 +79,7 @@ def test_a_rate_that_is_written_is_kept(folder, monkeypatch):
 
 
 def test_a_model_that_is_too_large_to_measure_is_one_line(folder, monkeypatch):
-    monkeypatch.setattr(
-        ttt_jax.training.measured_rate, "too_large", lambda model, dtype: "its 9 GiB"
-    )
+    monkeypatch.setattr(ttt_jax.training.measured_rate, "too_large", lambda *_: "its 9 GiB")
     start = load_start(None, [f"--init_from={folder}", "--data.train=x"])
     with pytest.raises(
         ConfigError, match=r"^config field model\.ttt\.lr = auto: .*: its 9 GiB; set"
