@@ -46,18 +46,17 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config import help_text, make_config, preset_names, read_written
+    from ttt_jax.config import help_text, preset_names
+    from ttt_jax.pretrained.start_config import config_to_show, load_start
 
     words = [word for word in argv if word not in ("-h", "--help")]
     has_preset = bool(words) and not words[0].startswith("-")
     preset, overrides = (words[0], words[1:]) if has_preset else (None, words)
     if words != argv:
         print(f"{__doc__}\npresets: {', '.join(preset_names())}")
-        fields = help_text(make_config(read_written(preset or "default")))
+        fields = help_text(config_to_show(preset or "default"))
         print(f"\nThe fields, with the values of {preset or 'default'}:\n\n{fields}")
         return 0
-    from ttt_jax.pretrained.start_config import load_start
-
     start = load_start(preset, overrides)
     try:
         train(start, stop)
@@ -87,8 +86,8 @@ def train(start: Start, stop: StopSignal) -> None:
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.pretrained.load import training_tokenizer
         from ttt_jax.training.heldout import Heldout
-        from ttt_jax.training.inner_rate import settled
         from ttt_jax.training.job import open_job
+        from ttt_jax.training.measured_rate import settled
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step

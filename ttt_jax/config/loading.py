@@ -22,11 +22,10 @@ from ttt_jax.config.fields import Config
 from ttt_jax.config.inner_rate import inner_rate
 from ttt_jax.config.presets import find_config, is_preset, place_of_run, same_preset
 from ttt_jax.config.validate import validate
-from ttt_jax.config.written import AUTO, Written, merged, name_auto_layers, value_at
+from ttt_jax.config.written import AUTO, RATE, Written, name_auto_layers, value_at, without
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
 from ttt_jax.errors import ConfigError
 
-RATE = "model.ttt.lr"
 T = typing.TypeVar("T")
 
 
@@ -82,22 +81,18 @@ def read_written(path: str | Path | None, overrides: typing.Sequence[str] = ()) 
 
 def make_config(written: Written, base: dict[str, Any] | None = None) -> Config:
     """Make the config of what is written; what nobody wrote comes from `base`, then from the
-    defaults. Raises ConfigError, one line.
+    defaults.
 
-    Where `model.ttt.lr` is `auto`, it is the rate of `base` if there is one; else the rule's, which
-    has to be measured on a checkpoint (training/inner_rate.py) or is known from the shape.
+    `model.ttt.lr: auto` is the rule's (inner_rate.py). With `init_from` and `sum` it is measured on
+    the checkpoint (training/measured_rate.py), and has its default here.
+
+    Raises ConfigError, one line.
     """
-    base = base or {}
-    tree = name_auto_layers(written.over(base))
+    tree = name_auto_layers(written.over(base or {}))
     auto = value_at(tree, RATE) == AUTO
-    if auto:
-        known = value_at(base, RATE)
-        tree = merged(tree, {"model": {"ttt": {"lr": Config().model.ttt.lr}}})
-        if known is not None:
-            tree, auto = merged(tree, {"model": {"ttt": {"lr": known}}}), False
-    config = from_dict(Config, tree)
+    config = from_dict(Config, without(tree, RATE) if auto else tree)
     validate(config)
-    if not auto or (base and config.model.ttt.write != "ridge"):
+    if not auto or (config.init_from is not None and config.model.ttt.write != "ridge"):
         return config
     return replace(config, {RATE: inner_rate(config)})
 
