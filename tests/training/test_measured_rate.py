@@ -14,11 +14,7 @@ from ttt_jax.model.layers import rope_tables
 from ttt_jax.model.stack import Context, Runtime
 from ttt_jax.pretrained.hf_weights import load_hf
 from ttt_jax.pretrained.start_config import load_start
-<<<<<<< HEAD:tests/training/test_inner_rate.py
-from ttt_jax.training.inner_rate import rate_of, settled
-=======
 from ttt_jax.training.measured_rate import rate_of, settled
->>>>>>> initfrom:tests/training/test_measured_rate.py
 
 RAW = {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "num_hidden_layers": 7}
 T = 48
