@@ -63,9 +63,9 @@ def test_ridge_has_no_unit():
         (
             "qwen3_0p6b",
             ["--model.ttt.write", "spectral"],
-            "with model.ttt.write = spectral; set it",
+            "with model.ttt.write = spectral; give",
         ),
-        ("qwen3_0p6b", [], "with model.ttt.normalize_source = false; set it"),
+        ("qwen3_0p6b", [], "with model.ttt.normalize_source = false; give"),
     ],
 )
 def test_where_the_rule_says_nothing(preset, words, line):

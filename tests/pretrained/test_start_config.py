@@ -93,8 +93,6 @@ def test_auto_is_a_word_for_the_rate_too(sources):
     assert (start.open_rate, start.config.model.ttt.lr) == (False, 1.0)
     normalised = ["--model.ttt.lr=auto", "--model.ttt.normalize_source=yes"]
     assert load_start(None, words(sources / "hf", *normalised)).open_rate
-    with pytest.raises(ConfigError, match=r"lr = auto: is measured on a checkpoint, and init_from"):
-        load_config(None, ["--model.ttt.lr=auto"])
 
 
 @pytest.mark.parametrize(
