@@ -28,7 +28,7 @@ from ttt_jax.inference.prefill import (
     with_capacity,
 )
 from ttt_jax.inference.watch import Watch, warn_of_zero_targets
-from ttt_jax.memory.fast_weights import check_model, start_with
+from ttt_jax.memory.fast_weights import check_belongs, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
@@ -71,7 +71,7 @@ class Streams:
         memory: Memory | None = None,
     ) -> None:
         if memory is not None:
-            check_model(memory, model)
+            check_belongs(memory, model)
         self.model, self.ttt, self.start = model, ttt, memory
         self.holds_memory = memory is not None
         self.learnt: tuple[Source, ...] = () if memory is None else memory.sources
