@@ -116,6 +116,8 @@ def test_an_adapter_is_the_best_of_its_rank(tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["layers_to_transform"]) == (3, 3, [0, 2])
     assert config["base_model_name_or_path"] == "some/model"
+    modes = {path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1, "whoever may read the config may read the weights"
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 4
     for kept in found:

@@ -145,9 +145,9 @@ def evaluate(
     begin = time.perf_counter()
     model = _load(options)
     if memory is not None:
-        from ttt_jax.memory.fast_weights import check_memory
+        from ttt_jax.memory.fast_weights import check_belongs
 
-        check_memory(memory, model)
+        check_belongs(memory, model)
     dtype = model.runtime.dtype
     about |= {"compute_dtype": dtype, "parameters": fingerprint(model) if out is not None else None}
     kept = Unfinished(out, about, overwrite)

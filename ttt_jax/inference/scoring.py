@@ -22,7 +22,7 @@ from ttt_jax.inference.prefill import (
 )
 from ttt_jax.inference.prompts import token_rows
 from ttt_jax.inference.watch import Watch, not_finite, warn_of_zero_targets
-from ttt_jax.memory.fast_weights import check_memory, start_with
+from ttt_jax.memory.fast_weights import check_belongs, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.model.transformer import Transformer
 
@@ -81,7 +81,7 @@ def score(
     state, capacity = None, (-(-T // size) * size if needs_capacity(model) else None)
     adapts: Adapts = ttt
     if memory is not None:
-        check_memory(memory, model)
+        check_belongs(memory, model)
         state, adapts = start_with(model, memory, B, capacity), ttt or "frozen"
     for part in pieces(ids, np.zeros(B, np.int64), size, model.config.ttt.chunk_size):
         state, piece_logprobs, piece_logits, ratio_LB = score_piece(

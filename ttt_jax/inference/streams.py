@@ -28,7 +28,7 @@ from ttt_jax.inference.prefill import (
 )
 from ttt_jax.inference.prompts import check_model, token_rows
 from ttt_jax.inference.watch import Watch, warn_of_zero_targets
-from ttt_jax.memory.fast_weights import check_memory, start_with
+from ttt_jax.memory.fast_weights import check_belongs, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
@@ -72,7 +72,7 @@ class Streams:
     ) -> None:
         check_model(model)
         if memory is not None:
-            check_memory(memory, model)
+            check_belongs(memory, model)
         self.model, self.ttt, self.start = model, ttt, memory
         self.holds_memory = memory is not None
         self.learnt: tuple[Source, ...] = () if memory is None else memory.sources

@@ -47,7 +47,7 @@ def memory_of(
     return dataclasses.replace(none, terms=(Term(deltas, sources),))
 
 
-def check_memory(memory: Memory, model: Transformer) -> None:
+def check_belongs(memory: Memory, model: Transformer) -> None:
     """Raise UserError for a memory that other weights have read."""
     if memory.model != weights_fingerprint(model):
         raise UserError(
@@ -60,7 +60,7 @@ def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | N
     """Make the state of streams that have read nothing, and whose fast weights are the memory.
 
     Args:
-      memory: of this model (`check_memory`).
+      memory: of this model (`check_belongs`).
       capacity: tokens that full-attention caches can hold; None when no layer has one.
     """
     fresh = model.init_state(batch, capacity or 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from ttt_jax.errors import CheckpointError
 from ttt_jax.files.new_folder import new_folder
@@ -83,7 +83,7 @@ def write_lora(
     try:
         with new_folder(folder) as parts:
             (parts / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, parts / WEIGHTS_FILE, metadata=about)
+            (parts / WEIGHTS_FILE).write_bytes(save(tensors, metadata=about))
     except OSError as error:
         raise CheckpointError(
             f"output {folder}: could not be written ({error}); free space or choose another folder"

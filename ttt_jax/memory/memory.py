@@ -103,9 +103,10 @@ class Memory(Terms):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
+        count = lambda n, what: f"{n} {what}{'s' * (n != 1)}"
         return (
-            f"Memory({self.tokens:,} tokens of {len(self.sources)} sources, {len(self.terms)} "
-            f"terms, layers {self.layers}, {self.nbytes / 1e6:.1f} MB)"
+            f"Memory({self.tokens:,} tokens of {count(len(self.sources), 'source')}, "
+            f"{count(len(self.terms), 'term')}, layers {self.layers}, {self.nbytes / 1e6:.1f} MB)"
         )
 
     def collapse(self) -> Memory:
