@@ -15,8 +15,9 @@ computes one chunk, or several where it can make their tiles wait for each other
                dz_i += u_i R
 
 An update writes S and R in one pass over the float32 state, which nothing else touches. R has two
-slots: chunk i reads one and writes the other. Where a document starts, `keep` is 0 and the update
-before it leaves zeros. `live` is 0 for chunks that read zeros, whose apply is skipped.
+slots: chunk i reads one and writes the other. Where a document ends, `keep` is 0 and the update
+drops the state before it. `live` is 0 for sequences without an initial state, whose first apply is
+skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Scalars(NamedTuple):
     i: jax.Array  # [1] int32: the launch's first chunk
     row: jax.Array  # [1] int32: where it starts in `base`
     lr: jax.Array  # [1] float32
-    keep_BM: jax.Array  # [B, M] float32: what an update multiplies its state by, last thing
+    keep_BM: jax.Array  # [B, M] float32: what an update multiplies the state before it by
     live_BM: jax.Array  # [B, M] int32: 0 where R is zero
 
 
@@ -89,8 +90,8 @@ class Launches(Protocol):
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
         """Return dz, dv, dW, G, R, and partial sums of <v, z R^T>, an array of any shape.
 
-        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects G wherever `keep` is 0; it
-        is None where the caller has no documents.
+        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects the G that is dropped
+        wherever `keep` is 0; it is None where the caller has no documents.
         """
         ...
 
@@ -102,7 +103,7 @@ def in_place_ttt(
 
     Args:
       z_BTF, v_BTD, w_DF: of one dtype.
-      lr, state_BDF, keep_BM: float32; keep is 0 where a document starts, None: no documents.
+      lr, state_BDF, keep_BM: float32; keep as there, None: no documents.
 
     Returns:
       o_BTD in that dtype, and the state after the last whole chunk, float32.
@@ -157,11 +158,8 @@ def _stretches(B: int, M: int, C: int) -> list[range]:
 
 
 def _factors(keep_BM, B, M):
-    """keep of every chunk and of what follows the last whole one: [B, M + 1]."""
-    if keep_BM is None:
-        return jnp.ones((B, M + 1), jnp.float32)
-    keep_BM = keep_BM.astype(jnp.float32)
-    return jnp.concatenate([keep_BM, jnp.ones((B, M + 1 - keep_BM.shape[1]), jnp.float32)], axis=1)
+    """keep of every whole chunk."""
+    return jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM[:, :M].astype(jnp.float32)
 
 
 def _slots(R_BDF):
@@ -179,13 +177,6 @@ def _in_place_ttt(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     return _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
-def _enter(state_BDF, factors_BM):
-    """The state that the first chunk reads, and which chunks read anything at all."""
-    S_BDF = factors_BM[:, 0, None, None] * state_BDF
-    live_B = jnp.any(S_BDF != 0, axis=(1, 2))
-    return S_BDF, jnp.concatenate([live_B[:, None], factors_BM[:, 1:-1] != 0], axis=1)
-
-
 def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
@@ -193,16 +184,17 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
     v_whole_BTD, _ = _split(v_BTD, M * C)
     factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_whole_BTD, lr)
-    S_BDF, live_BM = _enter(state_BDF, factors_BM)
+    live_B1 = jnp.any(state_BDF != 0, axis=(1, 2))[:, None]
+    live_BM = jnp.concatenate([live_B1, jnp.ones((B, max(M - 1, 0)), bool)], axis=1)
     most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
     def step(base_BTD, first, carry, i, n):
         with jax.named_scope("ttt_forward"):
-            scalars = _scalars(i, (i - first) * C, lr, factors_BM[:, 1:], live_BM)
+            scalars = _scalars(i, (i - first) * C, lr, factors_BM, live_BM)
             results = launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
             return varying_like(z_BTF, results)
 
-    carry = jnp.zeros_like(v_whole_BTD), S_BDF, _slots(S_BDF.astype(dtype))
+    carry = jnp.zeros_like(v_whole_BTD), state_BDF, _slots(state_BDF.astype(dtype))
     carry = varying_like(z_BTF, carry)
     for chunks in _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
@@ -233,7 +225,7 @@ class _Whole(NamedTuple):
     do_BTD: Any
     w_DF: Any
     lr: Any
-    factors_BM: Any  # [B, M + 1]
+    factors_BM: Any
     live_BM: Any
 
 
@@ -256,11 +248,6 @@ def _backward(launches, C, residuals, cotangents):
     if tail:
         dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
         G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
-        # Where a document starts G returns to zero. What it held is the share of dW of the tokens
-        # from there on.
-        keep_B11 = factors_BM[:, M, None, None]
-        dw_DF = dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0)
-        G_BDF = keep_B11 * G_BDF
 
     collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
     dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr = _reverse(
@@ -282,14 +269,13 @@ def _replay(launches, C, most, whole, state_BDF):
 
     def step(carry, i, n):
         with jax.named_scope("ttt_replay"):
-            scalars = _scalars(i, 0, whole.lr, whole.factors_BM[:, 1:], whole.live_BM)
+            scalars = _scalars(i, 0, whole.lr, whole.factors_BM, whole.live_BM)
             results = launches.replay(C, n, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
             return varying_like(z_BTF, results)
 
-    S_BDF, _ = _enter(state_BDF, whole.factors_BM)
     # Gradients tolerate the rounding of W + S.
-    weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(z_BTF.dtype)
-    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF)))
+    weight_BDF = (w_DF.astype(jnp.float32)[None] + state_BDF).astype(z_BTF.dtype)
+    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), state_BDF, _slots(weight_BDF)))
     dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C), most)
     return dz_BTF, R_2BDF
 
@@ -301,7 +287,7 @@ def _reverse(launches, C, most, whole, dz_BTF, collected_BDF, G_BDF):
     def step(carry, i, n):
         *carry, dlr = carry
         with jax.named_scope("ttt_reverse"):
-            scalars = _scalars(i, 0, whole.lr, whole.factors_BM[:, :-1], whole.live_BM)
+            scalars = _scalars(i, 0, whole.lr, whole.factors_BM, whole.live_BM)
             results = launches.reverse(C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, *carry)
             *carry, partial_dlr = varying_like(z_BTF, results)
             return (*carry, dlr + partial_dlr.sum())

@@ -97,7 +97,7 @@ def in_place_ttt_gpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
       lr: float32 scalar.
       chunk_size: C.
       state_BDF: float32, S_0.
-      keep_BM: float32, 0 where a document starts; None: no documents.
+      keep_BM: float32, 0 where the state before an update is dropped; None: no documents.
 
     Returns:
       o_BTD bfloat16, and the state after the last whole chunk, float32.

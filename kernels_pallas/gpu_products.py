@@ -77,7 +77,7 @@ class Chunk:
         self.staging: Any = staging
 
     def keep(self, b):
-        """What the update multiplies the state by, last thing."""
+        """What the update multiplies the state before it by."""
         return self.keep_BM[b * self.M + self.i]
 
     def live(self, b):
@@ -178,7 +178,7 @@ def _update(
     w=None,
     collected: Any = None,
 ) -> Product:
-    """keep (state + scale left^T right), and its copy R, with W added where there is one."""
+    """keep state + scale left^T right, and its copy R, with W added where there is one."""
     return Product(
         "tn",
         rows=sizes.D,
@@ -240,16 +240,15 @@ def _write_state(chunk, state_BDF, R_2BDF, scale, w, collected_BDF, b, m0, n0):
 
     def write(k, columns, sums, before, w_part):
         part = b, _rows(m0), columns
-        total = before + scale * sums
-        value = keep * total
+        value = keep * before + scale * sums
         copy = value if w is None else value + w_part.astype(jnp.float32)
         chunk.staging.write(
             k, (state_BDF.at[part], value), (R_2BDF.at[chunk.write_slot, *part], copy)
         )
-        if collected_BDF is not None:  # where a document starts, G is the whole of its share of dW
+        if collected_BDF is not None:  # where a document ends, G is the later ones' share of dW
 
             @pl.when(keep != 1)
             def _():
-                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * total
+                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * before
 
     return write

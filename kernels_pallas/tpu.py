@@ -9,7 +9,7 @@ sequence go by, in time order or in reverse:
 
     y_i = a_i (W + X)^T            [C, bP]     sums over Q, so blocks of Q are streamed through a
                                                float32 accumulator
-    X  += p_i^T q_i                [bP, bQ]    block by block, in the same step that has just
+    X   = keep_i X + p_i^T q_i     [bP, bQ]    block by block, in the same step that has just
                                                applied the block
 
 Tiles of P need nothing from each other. X costs HBM traffic only where a sequence starts and ends;
@@ -128,7 +128,7 @@ def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
       lr: float32 scalar.
       chunk_size: C.
       state_BDF: float32, S_0.
-      keep_BM: float32, 0 where a document starts; None: no documents.
+      keep_BM: float32, 0 where the state before an update is dropped; None: no documents.
 
     Returns:
       o_BTD in the dtype of z, and the state after the last whole chunk, float32.

@@ -63,7 +63,7 @@ def in_place_ttt_triton(
       lr: float32 scalar.
       chunk_size: C.
       state_BDF: float32, S_0.
-      keep_BM: float32, 0 where a document starts; None: no documents.
+      keep_BM: float32, 0 where the state before an update is dropped; None: no documents.
       tile: None: the one of the dtype.
 
     Returns:

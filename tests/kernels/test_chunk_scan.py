@@ -74,7 +74,7 @@ class PlainLaunches:
         dz = dz.at[:, at].add(self._lr(scalars) * dot("bcd,bdf->bcf", u_i, R[i % 2]))
         keep = scalars.keep_BM[:, i, None, None]
         if dw is not None:
-            dw = dw + (1 - keep) * (G + dot("bcd,bcf->bdf", do[:, at], z_i))
+            dw = dw + (1 - keep) * G
         G, R = self._update(scalars, 1, do[:, at], z_i, G, R)
         return dz, dv.at[:, at].set(scalars.lr[0] * sums), dw, G, R, v[:, at] * sums
 
@@ -86,18 +86,23 @@ class PlainLaunches:
         return i, scalars.row[0], scalars.live_BM[:, i, None, None] != 0, z[:, at], u[:, at]
 
     def _update(self, scalars, scale, left, right, S, R, w=0.0):
-        S = scalars.keep_BM[:, scalars.i[0], None, None] * (
-            S + scale * dot("bcd,bcf->bdf", left, right)
-        )
+        keep = scalars.keep_BM[:, scalars.i[0], None, None]
+        S = keep * S + scale * dot("bcd,bcf->bdf", left, right)
         return S, R.at[(scalars.i[0] + 1) % 2].set(S + w)
 
 
 @pytest.fixture
-def plain(monkeypatch, scaled, most):
+def n():
+    """Chunks of a block."""
+    return 1
+
+
+@pytest.fixture
+def plain(monkeypatch, scaled, most, n):
     """The name of an implementation that runs such launches."""
-    name = f"plain-{scaled}-{most}"
+    name = f"plain-{scaled}-{most}-{n}"
     run = functools.partial(chunk_scan.in_place_ttt, PlainLaunches(scaled, most))
-    implementation = registry._Implementation(lambda call: None, run)
+    implementation = registry._Implementation(lambda call: None, run, block=lambda call: n)
     monkeypatch.setattr(registry, "_FAST", registry._FAST | {name: implementation})
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, name))
     return name
@@ -119,6 +124,13 @@ def test_the_last_document_starts_with_the_partial_chunk(plain):
     ids = np.broadcast_to(DOCUMENTS["boundaries"](35, 8), (2, 35))
     assert ids[0, 31] != ids[0, 32]
     check(*make_inputs(T=35), F32, plain, chunk_size=8, segment_ids=ids)
+
+
+@pytest.mark.parametrize(("scaled", "most", "n"), [(True, 1, 2), (False, 3, 4)])
+def test_documents_start_inside_blocks(plain):
+    """Nine whole chunks: blocks whose state is dropped by an update that writes, too."""
+    ids = np.stack([np.arange(75) // 24, (np.arange(75) >= 8) + (np.arange(75) >= 40)])
+    check(*make_inputs(T=75), F32, plain, chunk_size=8, segment_ids=ids)
 
 
 @pytest.mark.parametrize(("scaled", "most"), [(False, 1), (False, 2)])

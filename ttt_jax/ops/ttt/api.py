@@ -31,7 +31,6 @@ class _Call(NamedTuple):
     D: int
     F: int
     C: int
-    documents: bool  # segment_ids are given
 
 
 class _Implementation(NamedTuple):
@@ -95,10 +94,8 @@ def _pallas_gpu_pays(call: _Call) -> bool:
 
 
 def _pallas_gpu_block(call: _Call) -> int:
-    """Blocks of 1024 tokens were the fastest where they were tried. Documents cannot be computed in
-    blocks.
-    """
-    if call.documents or call.D * call.F < 2048 * 6144:
+    """Blocks of 1024 tokens were the fastest where they were tried."""
+    if call.D * call.F < 2048 * 6144:
         return 1
     return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
 
@@ -170,9 +167,7 @@ def in_place_ttt(
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(
-        platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None
-    )
+    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
@@ -187,9 +182,7 @@ def in_place_ttt(
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
-    if keep_BM is None:
-        return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options)
-    return fast.run(z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
+    return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
 
 
 def _choose(implementation: str | None, call: _Call) -> str:
