@@ -39,6 +39,8 @@ from ttt_jax.ops.ttt.xla import scaled
 
 # Computed inside their blocks at one time, so that temporaries do not grow with T.
 TOKENS = 16384
+# Computed without a state at one time: what fills a machine.
+SOME_TOKENS = 2048
 
 
 def in_blocks(run, n: int, z_BTF, v_BTD, w_DF, *, lr, chunk_size: int, state_BDF, keep_BM=None):
@@ -149,7 +151,7 @@ def _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF, number_BM):
         return steps(C, slice(None), slice(None), state_BDF)
     whole = N * n * C
     o_BTD, S_BDF = steps(n * C, slice(whole), slice(N), state_BDF)
-    if T > whole:
+    if whole < T:
         behind_BTD, S_BDF = steps(C, slice(whole, None), slice(N, None), S_BDF)
         o_BTD = jnp.concatenate([o_BTD, behind_BTD], axis=1)
     return o_BTD, S_BDF
@@ -179,45 +181,69 @@ def _masked(x_BTX, mask_BM, C):
     return jnp.where(mask_BT[:, :, None], x_BTX, 0)
 
 
-def _for_each(mask_BM, step, carry):
-    """`carry` after `step(carry, b, i)` for every chunk i of a row b whose mask is True."""
-    M = mask_BM.shape[1]
-    order = jnp.argsort(~mask_BM.reshape(-1), stable=True)
-    one = lambda k, carry: step(carry, order[k] // M, order[k] % M)
-    return jax.lax.fori_loop(0, mask_BM.sum(), one, carry)
+class _Chunks(NamedTuple):
+    """K chunks of any rows."""
+
+    C: int
+    row_K: jax.Array
+    chunk_K: jax.Array
+    exists_K: jax.Array  # False: the group has fewer
+
+    def take(self, x_BTX):
+        """[K, C, X], zeros for those that do not exist."""
+        piece = lambda b, i: jax.lax.dynamic_slice(
+            x_BTX, (b, i * self.C, 0), (1, self.C, x_BTX.shape[2])
+        )[0]
+        x_KCX = jax.vmap(piece)(self.row_K, self.chunk_K)
+        return jnp.where(self.exists_K[:, None, None], x_KCX, 0)
+
+    def put(self, x_BTX, x_KCX):
+        """x with these chunks in place of its own."""
+        for k in range(x_KCX.shape[0]):
+            start = self.row_K[k], self.chunk_K[k] * self.C, 0
+            before = jax.lax.dynamic_slice(x_BTX, start, (1, *x_KCX.shape[1:]))
+            piece = jnp.where(self.exists_K[k], x_KCX[k].astype(x_BTX.dtype)[None], before)
+            x_BTX = jax.lax.dynamic_update_slice(x_BTX, piece, start)
+        return x_BTX
 
 
-def _take(x_BTX, b, i, C):
-    """Chunk i of row b, [C, X]."""
-    return jax.lax.dynamic_slice(x_BTX, (b, i * C, 0), (1, C, x_BTX.shape[2]))[0]
+def _for_each(mask_BM, C, step, carry):
+    """`carry` after `step(carry, chunks)` for all chunks whose mask is True, some at a time."""
+    B, M = mask_BM.shape
+    K = max(1, min(SOME_TOKENS // C, B * M))
+    order = jnp.pad(jnp.argsort(~mask_BM.reshape(-1), stable=True), (0, K - 1))
+    count = mask_BM.sum()
 
+    def group(k, carry):
+        some_K = jax.lax.dynamic_slice_in_dim(order, k * K, K)
+        exists_K = k * K + jnp.arange(K) < count
+        return step(carry, _Chunks(C, some_K // M, some_K % M, exists_K))
 
-def _put(x_BTX, b, i, C, piece_CX):
-    return jax.lax.dynamic_update_slice(x_BTX, piece_CX.astype(x_BTX.dtype)[None], (b, i * C, 0))
+    return jax.lax.fori_loop(0, (count + K - 1) // K, group, carry)
 
 
 @jax.named_scope("ttt_without_state")
 def _without_state(C, o_BTD, z_BTF, w_DF, reads_BM, acc):
     """o, and z W^T in its place for chunks that read no state."""
 
-    def step(o_BTD, b, i):
-        return _put(o_BTD, b, i, C, dot("cf,df->cd", _take(z_BTF, b, i, C), w_DF, acc))
+    def step(o_BTD, chunks):
+        return chunks.put(o_BTD, dot("kcf,df->kcd", chunks.take(z_BTF), w_DF, acc))
 
-    return _for_each(~reads_BM, step, o_BTD)
+    return _for_each(~reads_BM, C, step, o_BTD)
 
 
 @jax.named_scope("ttt_without_state")
 def _without_state_backward(C, dz_BTF, dw_DF, do_BTD, z_BTF, w_DF, reads_BM, lr):
     """dz and dW with the shares of `_without_state` added to them."""
 
-    def step(carry, b, i):
+    def step(carry, chunks):
         dz_BTF, dw_DF = carry
-        do_CD, before_CF = _take(do_BTD, b, i, C), _take(dz_BTF, b, i, C)
-        dz_CF = before_CF.astype(lr.dtype) + dot("cd,df->cf", do_CD, w_DF, lr.dtype)
-        dw_DF = dw_DF + dot("cd,cf->df", do_CD, _take(z_BTF, b, i, C), lr.dtype)
-        return _put(dz_BTF, b, i, C, dz_CF), dw_DF
+        do_KCD = chunks.take(do_BTD)
+        dz_KCF = chunks.take(dz_BTF).astype(lr.dtype) + dot("kcd,df->kcf", do_KCD, w_DF, lr.dtype)
+        dw_DF = dw_DF + dot("kcd,kcf->df", do_KCD, chunks.take(z_BTF), lr.dtype)
+        return chunks.put(dz_BTF, dz_KCF), dw_DF
 
-    dz_BTF, sum_DF = _for_each(~reads_BM, step, (dz_BTF, dw_DF.astype(lr.dtype)))
+    dz_BTF, sum_DF = _for_each(~reads_BM, C, step, (dz_BTF, dw_DF.astype(lr.dtype)))
     return dz_BTF, sum_DF.astype(dw_DF.dtype)
 
 
