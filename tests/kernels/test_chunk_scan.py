@@ -130,7 +130,8 @@ def test_the_last_document_starts_with_the_partial_chunk(plain):
 def test_documents_start_inside_blocks(plain):
     """Nine whole chunks: blocks whose state is dropped by an update that writes, too."""
     ids = np.stack([np.arange(75) // 24, (np.arange(75) >= 8) + (np.arange(75) >= 40)])
-    check(*make_inputs(T=75), F32, plain, chunk_size=8, segment_ids=ids)
+    for fresh in (False, True):
+        check(*make_inputs(T=75), F32, plain, chunk_size=8, segment_ids=ids, fresh=fresh)
 
 
 @pytest.mark.parametrize(("scaled", "most"), [(False, 1), (False, 2)])
