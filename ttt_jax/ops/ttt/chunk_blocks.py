@@ -182,27 +182,30 @@ def _masked(x_BTX, mask_BM, C):
 
 
 class _Chunks(NamedTuple):
-    """K chunks of any rows."""
+    """K chunks of any rows. The last one fills the places of those that are missing."""
 
     C: int
     row_K: jax.Array
     chunk_K: jax.Array
-    exists_K: jax.Array  # False: the group has fewer
+    exists_K: jax.Array  # False in these places
 
     def take(self, x_BTX):
-        """[K, C, X], zeros for those that do not exist."""
-        piece = lambda b, i: jax.lax.dynamic_slice(
-            x_BTX, (b, i * self.C, 0), (1, self.C, x_BTX.shape[2])
-        )[0]
-        x_KCX = jax.vmap(piece)(self.row_K, self.chunk_K)
+        """[K, C, X]."""
+        size = 1, self.C, x_BTX.shape[2]
+        one = lambda b, i: jax.lax.dynamic_slice(x_BTX, (b, i * self.C, 0), size)[0]
+        return jax.vmap(one)(self.row_K, self.chunk_K)
+
+    def once(self, x_KCX):
+        """For sums over K."""
         return jnp.where(self.exists_K[:, None, None], x_KCX, 0)
 
     def put(self, x_BTX, x_KCX):
-        """x with these chunks in place of its own."""
+        """x with these chunks in place of its own. The same value may be written twice: a choice
+        of what to write would be a pass over all of x.
+        """
         for k in range(x_KCX.shape[0]):
             start = self.row_K[k], self.chunk_K[k] * self.C, 0
-            before = jax.lax.dynamic_slice(x_BTX, start, (1, *x_KCX.shape[1:]))
-            piece = jnp.where(self.exists_K[k], x_KCX[k].astype(x_BTX.dtype)[None], before)
+            piece = x_KCX[k].astype(x_BTX.dtype)[None]
             x_BTX = jax.lax.dynamic_update_slice(x_BTX, piece, start)
         return x_BTX
 
@@ -211,13 +214,12 @@ def _for_each(mask_BM, C, step, carry):
     """`carry` after `step(carry, chunks)` for all chunks whose mask is True, some at a time."""
     B, M = mask_BM.shape
     K = max(1, min(SOME_TOKENS // C, B * M))
-    order = jnp.pad(jnp.argsort(~mask_BM.reshape(-1), stable=True), (0, K - 1))
-    count = mask_BM.sum()
+    order, count = jnp.argsort(~mask_BM.reshape(-1), stable=True), mask_BM.sum()
 
     def group(k, carry):
-        some_K = jax.lax.dynamic_slice_in_dim(order, k * K, K)
-        exists_K = k * K + jnp.arange(K) < count
-        return step(carry, _Chunks(C, some_K // M, some_K % M, exists_K))
+        number_K = k * K + jnp.arange(K)
+        place_K = order[jnp.minimum(number_K, count - 1)]
+        return step(carry, _Chunks(C, place_K // M, place_K % M, number_K < count))
 
     return jax.lax.fori_loop(0, (count + K - 1) // K, group, carry)
 
@@ -240,7 +242,7 @@ def _without_state_backward(C, dz_BTF, dw_DF, do_BTD, z_BTF, w_DF, reads_BM, lr)
         dz_BTF, dw_DF = carry
         do_KCD = chunks.take(do_BTD)
         dz_KCF = chunks.take(dz_BTF).astype(lr.dtype) + dot("kcd,df->kcf", do_KCD, w_DF, lr.dtype)
-        dw_DF = dw_DF + dot("kcd,kcf->df", do_KCD, chunks.take(z_BTF), lr.dtype)
+        dw_DF = dw_DF + dot("kcd,kcf->df", chunks.once(do_KCD), chunks.take(z_BTF), lr.dtype)
         return chunks.put(dz_BTF, dz_KCF), dw_DF
 
     dz_BTF, sum_DF = _for_each(~reads_BM, C, step, (dz_BTF, dw_DF.astype(lr.dtype)))
