@@ -316,8 +316,9 @@ def test_mosaic_says_what_it_cannot_do(call, reason):
         ((1, 32768, 2560, 9728, 4096), ("pallas_gpu", 1)),
         ((8, 8192, 1024, 3072, 1024), ("pallas_gpu", 1)),
         ((4, 8192, 2048, 6144, 256), ("xla", 1)),  # not measured, as what follows
-        ((8, 8192, 1024, 3072, 512), ("xla", 1)),
-        ((8, 16384, 768, 2048, 512), ("xla", 1)),
+        ((8, 8192, 1024, 3072, 512), ("pallas_gpu", 1)),
+        ((8, 16384, 768, 2048, 512), ("pallas_gpu", 1)),
+        ((8, 16384, 512, 1536, 512), ("xla", 1)),  # not measured
         ((1, 512, 2560, 9728, 1024), ("xla", 1)),  # less than a chunk: nothing to update
         ((1, 600, 2560, 9728, 512), ("pallas_gpu", 1)),  # less than a block
     ],

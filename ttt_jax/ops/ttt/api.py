@@ -84,17 +84,19 @@ def _run_triton(*args, **kwargs):
 
 
 def _pallas_gpu_pays(call: _Call) -> bool:
-    """Measured faster than XLA on an H100 at every shape that was tried: C = 1024 from D, F = 1024,
-    3072 to 5120, 17408, and to C = 4096 at 2560, 9728; C = 256 at 2560, 9728 and 512 from 2048,
-    6144 on, in blocks or not (docs/performance.md). Not measured beside collectives, which take
-    multiprocessors away from a kernel that has divided its work among all of them.
+    """Measured faster than XLA on an H100 or H200 at every shape that was tried: C = 1024 from D, F
+    = 1024, 3072 to 5120, 17408, and to C = 4096 at 2560, 9728; C = 512 from 768, 2048 on; C = 256
+    at 2560, 9728 (docs/performance.md). Not measured beside collectives, which take multiprocessors
+    away from a kernel that has divided its work among all of them.
     """
-    smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
+    smallest = 768 * 2048 if call.C >= 512 else 2560 * 9728
     return call.C <= call.T and smallest <= call.D * call.F and not platform.one_of_several()
 
 
 def _pallas_gpu_block(call: _Call) -> int:
-    """Blocks of 1024 tokens were the fastest where they were tried."""
+    """Blocks of 1024 tokens were the fastest where they were tried, and chunk by chunk at small
+    shapes, whose states cost less to move than blocks cost to multiply.
+    """
     if call.D * call.F < 2048 * 6144:
         return 1
     return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
