@@ -5,11 +5,12 @@ themselves, all interleaved.
     python benchmarks/step_parts.py --variants xla:1,xla:4 --skip op --seconds 100
     python benchmarks/step_parts.py --ops 2560x9728:512:1:16384=pallas_gpu:1+pallas_gpu:2
 
-A variant is an implementation and the chunks of a block. Every variant's op is timed at the step's
-shape, and those named at the shapes of --ops (DxF:C:B:T=variants), in rows of one document and in
-packed rows, where a document starts every fifth chunk, at another chunk in each row. Packed rows
-of the steps hold two documents. Results of packed rows are compared with those of the shape's first
-variant; one that is off by more than 1e-2 relative RMS is not timed, and the exit code is 1.
+A variant is an implementation, the chunks of a block and, where it is not "split", what
+`model.ttt.apply` is (pallas_gpu:1:fused). Every variant's op is timed at the step's shape, and
+those named at the shapes of --ops (DxF:C:B:T=variants), in rows of one document and in packed rows,
+where a document starts every fifth chunk, at another chunk in each row. Packed rows of the steps
+hold two documents. Results of packed rows are compared with those of the shape's first variant; one
+that is off by more than 1e-2 relative RMS is not timed, and the exit code is 1.
 
 Programs are traced one after the other and compiled side by side, in the order of their importance.
 What is not ready after 60 % of --seconds is left out, and named. Each round runs every program
@@ -52,7 +53,7 @@ TOLERANCE = 1e-2  # of two results in bfloat16
 @contextlib.contextmanager
 def taken(variant: str):
     """Make `implementation=None` mean this variant while programs are traced."""
-    name, n = variant.split(":")
+    name, n, *_ = variant.split(":")
     before = registry._FAST
     one = before[name]._replace(block=lambda call: int(n), pays=lambda call: True)
     registry._FAST = {name: one, **{key: x for key, x in before.items() if key != name}}
@@ -60,6 +61,10 @@ def taken(variant: str):
         yield
     finally:
         registry._FAST = before
+
+
+def apply_of(variant: str) -> str:
+    return [*variant.split(":"), "split"][2]
 
 
 def random(shape, dtype=jnp.bfloat16, scale=1.0, seed=0):
@@ -87,19 +92,23 @@ class Op:
         self.ids = segment_ids(B, T, C, 5)
         self.lr = 0.3 * F**-0.5 / C**0.5  # an update has a third of W's norm
 
-    def forward(self, ids, *arrays):
-        return in_place_ttt(*arrays, lr=self.lr, chunk_size=self.C, segment_ids=ids)[0]
+    def forward(self, apply, ids, *arrays):
+        options = {"lr": self.lr, "chunk_size": self.C, "segment_ids": ids, "apply": apply}
+        return in_place_ttt(*arrays, **options)[0]
 
-    def both(self, ids, do, *arrays):
-        o, pull = jax.vjp(functools.partial(self.forward, ids), *arrays)
+    def both(self, apply, ids, do, *arrays):
+        o, pull = jax.vjp(functools.partial(self.forward, apply, ids), *arrays)
         return o, *pull(do)
 
     def programs(self, variants):
         for variant in variants:
             for ids, rows in ((self.ids, "packed"), (None, "one document")):
                 words = f"{self.name} {variant} {rows}"
-                yield f"{words}: both", variant, self.both, (ids, self.do, *self.arrays)
-                yield f"{words}: forward", variant, self.forward, (ids, *self.arrays)
+                both, forward = (
+                    functools.partial(x, apply_of(variant)) for x in (self.both, self.forward)
+                )
+                yield f"{words}: both", variant, both, (ids, self.do, *self.arrays)
+                yield f"{words}: forward", variant, forward, (ids, *self.arrays)
 
 
 def step_programs(config, variants, pool):
@@ -115,15 +124,13 @@ def step_programs(config, variants, pool):
     batch["segment_ids"] = segment_ids(B, T, C, T // C)
     starts = jnp.where(jnp.diff(batch["segment_ids"], axis=1, prepend=0) != 0, jnp.arange(T), 0)
     batch["positions"] = (jnp.arange(T) - jax.lax.cummax(starts, axis=1)).astype(jnp.int32)
-    off = config_lib.replace(config, {"model.ttt.layers": []})
-    for c, named in (
-        (off, {"step off": variants[0]}),
-        (config, {f"step {v}": v for v in variants}),
-    ):
-        abstract, tx = abstract_state(c, make_mesh(c.mesh))
-        state = pool.submit(init_state, c, abstract, tx)
-        for name, variant in named.items():
-            yield name, variant, make_train_step(c, tx), (state, batch, abstract)
+    programs = {"step off": (variants[0], {"model.ttt.layers": []})}
+    programs |= {f"step {v}": (v, {"model.ttt.apply": apply_of(v)}) for v in variants}
+    for name, (variant, changes) in programs.items():
+        changed = config_lib.replace(config, changes)
+        abstract, tx = abstract_state(changed, make_mesh(changed.mesh))
+        state = pool.submit(init_state, changed, abstract, tx)
+        yield name, variant, make_train_step(changed, tx), (state, batch, abstract)
 
 
 def part_programs(config):
@@ -166,7 +173,7 @@ class Timed:
         self.name, self.compiled, self.times, self.calls = name, compiled, [], 1
         self.step = name.startswith("step")
         if self.step:  # the state is donated
-            arguments = [jax.tree.map(jnp.copy, arguments[0].result()), arguments[1]]
+            arguments = [arguments[0].result(), arguments[1]]
         self.arguments = arguments
 
     def run(self):

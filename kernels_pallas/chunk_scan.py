@@ -10,6 +10,7 @@ fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiproc
 computes one chunk, or several where it can make their tiles wait for each other.
 
     forward    o_i = base_i + z_i R^T    S += u_i^T z_i    R = bf16(S)      base = z W^T; u is lr v
+    fused      o_i = z_i R^T             S += u_i^T z_i    R = bf16(W + S)  instead of forward
     replay     dz_i = do_i R             S += u_i^T z_i    R = bf16(W + S)  forward in time again
     reverse    dv_i = lr z_i R^T         G += do_i^T z_i   R = bf16(G)
                dz_i += u_i R
@@ -67,6 +68,12 @@ class Launches(Protocol):
         """
         ...
 
+    def fused(
+        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF
+    ) -> tuple[Any, Any, Any]:
+        """Return o, S, R."""
+        ...
+
     def replay(
         self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
@@ -97,7 +104,16 @@ class Launches(Protocol):
 
 
 def in_place_ttt(
-    launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None
+    launches: Launches,
+    z_BTF,
+    v_BTD,
+    w_DF,
+    *,
+    lr,
+    chunk_size,
+    state_BDF,
+    keep_BM=None,
+    apply: str = "split",
 ):
     """Scan over the chunks with these launches. Same contract as `in_place_ttt_xla`.
 
@@ -109,7 +125,7 @@ def in_place_ttt(
       o_BTD in that dtype, and the state after the last whole chunk, float32.
     """
     arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
-    results: Any = _in_place_ttt(launches, chunk_size, *arrays)
+    results: Any = _in_place_ttt(launches, chunk_size, apply == "fused", *arrays)
     return results
 
 
@@ -172,12 +188,12 @@ def _scalars(i, row, lr, keep_BM, live_BM):
     return Scalars(i, row, lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_place_ttt(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
-def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
@@ -188,22 +204,32 @@ def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     live_BM = jnp.concatenate([live_B1, jnp.ones((B, max(M - 1, 0)), bool)], axis=1)
     most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
-    def step(base_BTD, first, carry, i, n):
+    def fused_step(carry, i, n):
+        with jax.named_scope("ttt_forward"):
+            scalars = _scalars(i, 0, lr, factors_BM, live_BM)
+            results = launches.fused(C, n, scalars, z_whole_BTF, u_BTD, w_DF, *carry)
+            return varying_like(z_BTF, results)
+
+    def split_step(base_BTD, first, carry, i, n):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, (i - first) * C, lr, factors_BM, live_BM)
             results = launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
             return varying_like(z_BTF, results)
 
-    carry = jnp.zeros_like(v_whole_BTD), state_BDF, _slots(state_BDF.astype(dtype))
+    read_BDF = _sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
+    carry = jnp.zeros_like(v_whole_BTD), state_BDF, _slots(read_BDF)
     carry = varying_like(z_BTF, carry)
-    for chunks in _stretches(B, M, C):
+    if fused:
+        carry = _scan(fused_step, carry, range(M), most)
+    for chunks in [] if fused else _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
             w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
         base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
-        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks, most)
+        carry = _scan(functools.partial(split_step, base_BTD, chunks.start), carry, chunks, most)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
-        o_BCD = slow_apply(z_tail_BCF, w_DF) + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), residuals
 
@@ -229,7 +255,13 @@ class _Whole(NamedTuple):
     live_BM: Any
 
 
-def _backward(launches, C, residuals, cotangents):
+def _sum_of(w_DF, S_BDF, dtype):
+    """W + S, rounded once."""
+    return (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)
+
+
+def _backward(launches, C, fused, residuals, cotangents):
+    del fused  # gradients tolerate the rounding of W + S anyway
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BTD, G_BDF = cotangents
     B, T, _ = z_BTF.shape
@@ -273,8 +305,7 @@ def _replay(launches, C, most, whole, state_BDF):
             results = launches.replay(C, n, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
             return varying_like(z_BTF, results)
 
-    # Gradients tolerate the rounding of W + S.
-    weight_BDF = (w_DF.astype(jnp.float32)[None] + state_BDF).astype(z_BTF.dtype)
+    weight_BDF = _sum_of(w_DF, state_BDF, z_BTF.dtype)
     carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), state_BDF, _slots(weight_BDF)))
     dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C), most)
     return dz_BTF, R_2BDF

@@ -123,6 +123,22 @@ def forward_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, base_BTD, o_BTD, 
     return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr)]
 
 
+def fused_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
+    """o = z R^T, and S += lr v^T z, with R a copy of W + S."""
+    C, D, F = sizes
+    apply = Product(
+        "nt",
+        rows=C,
+        columns=D,
+        length=F,
+        left=chunk.tokens(z_BTF),
+        right=chunk.fast_weight(R_2BDF),
+        epilogue=functools.partial(_write_rows, chunk, o_BTD),
+        epilogue_inputs=lambda b: (None, None),
+    )
+    return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
+
+
 def replay_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
     """dz = do R, and S += lr v^T z, with R a copy of W + S."""
     C, D, F = sizes
@@ -133,7 +149,7 @@ def replay_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, do_BTD, w_DF, dz_B
         length=D,
         left=chunk.tokens(do_BTD),
         right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_dz, chunk, dz_BTF),
+        epilogue=functools.partial(_write_rows, chunk, dz_BTF),
         epilogue_inputs=lambda b: (None, None),
     )
     return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
@@ -219,9 +235,9 @@ def _write_o(chunk, o_BTD, b, m0, n0):
     return write
 
 
-def _write_dz(chunk, dz_BTF, b, m0, n0):
+def _write_rows(chunk, y_BTX, b, m0, n0):
     def write(k, columns, sums, _, __):
-        chunk.staging.write(k, (dz_BTF.at[b, _rows(chunk.token + m0), columns], sums))
+        chunk.staging.write(k, (y_BTX.at[b, _rows(chunk.token + m0), columns], sums))
 
     return write
 

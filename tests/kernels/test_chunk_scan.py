@@ -38,6 +38,12 @@ class PlainLaunches:
             o, S, R = self._forward(C, self._later(scalars, k, C), *operands, o, S, R)
         return o, S, R
 
+    def fused(self, C, n, scalars, *arrays):
+        *operands, o, S, R = arrays
+        for k in range(n):
+            o, S, R = self._fused(C, self._later(scalars, k, C), *operands, o, S, R)
+        return o, S, R
+
     def replay(self, C, n, scalars, *arrays):
         *operands, dz, S, R = arrays
         for k in range(n):
@@ -60,6 +66,11 @@ class PlainLaunches:
         sums = jnp.where(live, dot("bcf,bdf->bcd", z_i, R[i % 2]), 0)
         S, R = self._update(scalars, self._lr(scalars), u_i, z_i, S, R)
         return o.at[:, i * C + jnp.arange(C)].set(base_i + sums), S, R
+
+    def _fused(self, C, scalars, z, u, w, o, S, R):
+        i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
+        o = o.at[:, i * C + jnp.arange(C)].set(dot("bcf,bdf->bcd", z_i, R[i % 2]))
+        return o, *self._update(scalars, self._lr(scalars), u_i, z_i, S, R, w[None])
 
     def _replay(self, C, scalars, z, u, do, w, dz, S, R):
         i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
@@ -132,6 +143,15 @@ def test_documents_start_inside_blocks(plain):
     ids = np.stack([np.arange(75) // 24, (np.arange(75) >= 8) + (np.arange(75) >= 40)])
     for fresh in (False, True):
         check(*make_inputs(T=75), F32, plain, chunk_size=8, segment_ids=ids, fresh=fresh)
+
+
+@pytest.mark.parametrize(("scaled", "most", "n"), [(True, 1, 1), (False, 3, 2)])
+@pytest.mark.parametrize("T", [5 * 8 + 3, 4 * 8, 5])
+def test_one_product_matches_the_float64_reference(plain, T):
+    ids = np.broadcast_to(DOCUMENTS["boundaries"](T, 8), (2, T))
+    for fresh in (False, True):
+        options = {"segment_ids": ids, "apply": "fused", "fresh": fresh}
+        check(*make_inputs(T=T), F32, plain, chunk_size=8, **options)
 
 
 @pytest.mark.parametrize(("scaled", "most"), [(False, 1), (False, 2)])

@@ -389,3 +389,39 @@ def test_a_kernel_is_never_partitioned_by_the_compiler():
     want = jax.jit(functools.partial(results, run("xla")))()
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_close("a result", x, y, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "T", "C", "documents"),
+    [*cases((41, 8, "none"), (45, 8, "padding"), (7, 8, "none"), (1, 8, "none"))],
+)
+def test_one_product(implementation, T, C, documents):
+    """In the most precise dtype nothing is lost by adding W and S first."""
+    make = DOCUMENTS[documents]
+    ids = None if make is None else np.stack([make(T, C), np.ones(T, int)]).astype(np.int32)
+    arguments, cotangents = make_inputs(T=T, **SIZES.get(implementation, {}))
+    for fresh in (False, True):
+        options = {"chunk_size": C, "segment_ids": ids, "fresh": fresh, "apply": "fused"}
+        check(arguments, cotangents, DTYPES[implementation][0], implementation, **options)
+
+
+def test_one_product_rounds_what_two_do_not():
+    """An update of 1e-2 of W: a sixth of it is lost in bfloat16 where it is added to W first. Here
+    z W^T is zero, so that the output is the adaptation term alone.
+    """
+    (z, v, w, _, state), _ = make_inputs(B=1, T=64, D=64, F=96, state_scale=1.0)
+    z = np.concatenate([z, z], axis=2)
+    w, state = (
+        np.concatenate([w, -w], axis=1),
+        np.concatenate([state, np.zeros_like(state)], axis=2),
+    )
+    state = state * 1e-2 * np.linalg.norm(w) / np.linalg.norm(state)
+    z, w = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (z, w))
+    exact, errors = np.einsum("btf,bdf->btd", z, state), {}
+    for apply in ("split", "fused"):
+        run = functools.partial(in_place_ttt, lr=0.0, chunk_size=64, apply=apply)
+        arrays = (jnp.asarray(x, jnp.bfloat16) for x in (z, v, w))
+        o, _ = run(*arrays, state=jnp.asarray(state, jnp.float32), implementation="xla")
+        errors[apply] = relative_rms(np.asarray(o, np.float64), exact)
+    assert errors["split"] <= TOLERANCE["bfloat16"]
+    assert 0.05 < errors["fused"] < 0.5

@@ -62,6 +62,8 @@ class TTTConfig:
     ridge: PositiveFloat = 1.0
     # rescale each chunk's update to this Frobenius norm when it exceeds it
     clip_norm: PositiveFloat | None = None
+    # apply W and S in two products, or W + S, rounded once a chunk, in one (docs/numerics.md)
+    apply: Literal["split", "fused"] = "split"
     # None: the fastest
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None
 

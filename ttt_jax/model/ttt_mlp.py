@@ -149,6 +149,7 @@ class MLP(nnx.Module):
             state=S_BDF,
             segment_ids=segment_ids_BT,
             clip_norm=ttt.clip_norm,
+            apply=ttt.apply,
             implementation=ttt.implementation,
         )
 

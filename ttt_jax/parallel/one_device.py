@@ -71,6 +71,7 @@ class Devices(abc.ABC):
         state=None,
         segment_ids=None,
         clip_norm=None,
+        apply="split",
         implementation=None,
     ) -> tuple[Any, Any]:
         """Call `ttt_jax.ops.in_place_ttt`; same arguments and results.

@@ -101,6 +101,7 @@ class Parallel(Devices):
         state=None,
         segment_ids=None,
         clip_norm=None,
+        apply="split",
         implementation=None,
     ):
         """Split rows, tokens and F. The state lies as W_down does: its rows over the context axis,
@@ -125,6 +126,7 @@ class Parallel(Devices):
                 "lr": lr,
                 "chunk_size": chunk_size,
                 "clip_norm": clip_norm,
+                "apply": apply,
                 "implementation": implementation,
             }
             sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None

@@ -6,6 +6,7 @@ fast weight (D F).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class _Call(NamedTuple):
     D: int
     F: int
     C: int
+    apply: str = "split"
 
 
 class _Implementation(NamedTuple):
@@ -74,7 +76,7 @@ def _run_pallas_gpu(*args, **kwargs):
 def _why_not_triton(call: _Call) -> str | None:
     from ttt_jax.kernels_pallas import triton
 
-    return triton.why_not(call.platform, call.dtype)
+    return triton.why_not(call.platform, call.dtype, call.apply)
 
 
 def _run_triton(*args, **kwargs):
@@ -125,6 +127,7 @@ def in_place_ttt(
     state: Float[Array, "B D F"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     clip_norm: float | None = None,
+    apply: str = "split",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D F"]]:
     """Apply a fast weight and update it chunk by chunk (In-Place TTT,
@@ -152,6 +155,9 @@ def in_place_ttt(
         nothing.
       clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4,
         evaluation).
+      apply: "split" applies W and S in two products, so that an update that is small beside W is
+        not lost in bfloat16; "fused" rounds W + S once a chunk, for 4TDF FLOPs instead of 6TDF
+        (docs/numerics.md says when). The same thing to "reference", which rounds nothing.
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F
         in multiples of 256), "triton" (NVIDIA, jax-triton), or None for the fastest that supports
         the platform and shapes. A named one that cannot run raises; it never falls back. Kernels
@@ -164,12 +170,14 @@ def in_place_ttt(
       continue the stream with.
 
     Raises:
-      UserError: shapes do not fit together, a chunk size below 1, or an implementation that is
-        unknown or cannot run here.
+      UserError: shapes do not fit together, a chunk size below 1, another word for `apply`, or an
+        implementation that is unknown or cannot run here.
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    if apply not in ("split", "fused"):
+        raise UserError(f'in_place_ttt: apply = {apply!r}: must be "split" or "fused"')
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size)
+    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, apply)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
@@ -184,7 +192,13 @@ def in_place_ttt(
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
-    return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
+    run = _applying(fast.run, apply)
+    return in_blocks(run, fast.block(call), z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
+
+
+@functools.cache  # one function each, which jax knows again
+def _applying(run, apply: str):
+    return run if apply == "split" else functools.partial(run, apply=apply)
 
 
 def _choose(implementation: str | None, call: _Call) -> str:

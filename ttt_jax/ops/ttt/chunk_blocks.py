@@ -105,7 +105,7 @@ def _backward(run, n, C, arrays, cotangents):
     z_BTF, v_BTD, w_DF, lr, _, number_BM = arrays
     do_BTD, dS_BDF = cotangents
     if isinstance(do_BTD, SymbolicZero):
-        do_BTD = jnp.zeros(do_BTD.shape, do_BTD.dtype)
+        do_BTD = jnp.zeros(v_BTD.shape, z_BTF.dtype)
     reads_BM = None
     if number_BM is not None:
         reads_BM = _documents(n, C, z_BTF.shape[1], number_BM).reads_BM
@@ -162,7 +162,7 @@ def _between_backward(run, n, C, arrays, do_BTD, dS_BDF):
     reads.
     """
     *arrays, number_BM = arrays
-    between = lambda *arrays: _between(run, n, C, *arrays, number_BM)
+    between = functools.partial(_between, run, n, C, number_BM=number_BM)
     if isinstance(dS_BDF, SymbolicZero):
         _, pull = jax.vjp(lambda *arrays: between(*arrays)[0], *arrays)
         return pull(do_BTD)

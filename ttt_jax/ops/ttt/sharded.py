@@ -53,6 +53,7 @@ def in_place_ttt_shard(
     segment_ids_BT=None,
     clip_norm: float | None = None,
     sum_F: Callable[[Any], Any] | None = None,
+    apply: str = "split",
     implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """The op on one shard of a sequence; see `ttt_jax.ops.ttt.api` for what is not listed.
@@ -81,9 +82,9 @@ def in_place_ttt_shard(
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
     if axis is None:
-        options = {"segment_ids": segment_ids_BT, "implementation": implementation}
+        options = {"segment_ids": segment_ids_BT, "apply": apply, "implementation": implementation}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
-    static = _Static(C, axis, shards, implementation, state_BXF is None)
+    static = _Static(C, axis, shards, apply, implementation, state_BXF is None)
     out: Any = _sharded(
         static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT
     )
@@ -99,6 +100,7 @@ class _Static(NamedTuple):
     chunk_size: int
     axis: str
     shards: int
+    apply: str
     implementation: str | None
     from_zero: bool  # there is no initial state
 
@@ -170,7 +172,7 @@ def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segmen
 
 
 def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT):
-    C, axis, shards, implementation, _ = static
+    C, axis, shards, apply, implementation, _ = static
     acc, dtype = lr.dtype, z_BTF.dtype
     later_BM = kept_B = None
     if keep_BM is not None:
@@ -193,6 +195,7 @@ def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segmen
             chunk_size=C,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            apply=apply,
             implementation=implementation,
         )
 
@@ -201,7 +204,7 @@ def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segmen
 
 
 def _backward(static: _Static, residuals, cotangents):
-    C, axis, shards, _, from_zero = static
+    C, axis, shards, _, _, from_zero = static
     pull, z_BTF, keep_BM = residuals
     do_BTD, dend_BXF = cotangents
     acc = dend_BXF.dtype

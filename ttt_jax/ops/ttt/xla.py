@@ -12,12 +12,12 @@ the fast weight (D F), G its gradient (D F).
                dW = sum_i do_i^T z_i, which G has accumulated already: it is collected where G is
                reset and at the end
 
-W and S are applied by two matmuls, not as one bf16 matrix W + S: rounding the sum to bf16 would
-swallow an update that is small beside W (docs/numerics.md). Only z, v, W and the initial state are
-kept for the backward, which runs the states forward again; its temporary memory does not depend on
-the number of chunks (arXiv 2604.06169, section 3; docs/design.md). What is known to be zero is not
-computed with: no initial state is nothing to apply to the first chunk, and where no gradient
-reaches the final state, G is nothing to the last one.
+W and S are applied by two matmuls, not as one bf16 matrix W + S, unless `apply` is "fused":
+rounding the sum to bf16 swallows an update that is small beside W (docs/numerics.md). Only z, v, W
+and the initial state are kept for the backward, which runs the states forward again; its temporary
+memory does not depend on the number of chunks (arXiv 2604.06169, section 3; docs/design.md). What
+is known to be zero is not computed with: no initial state is nothing to apply to the first chunk,
+and where no gradient reaches the final state, G is nothing to the last one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from jax.custom_derivatives import SymbolicZero
 from ttt_jax.ops.numerics import dot
 
 
-def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
+def in_place_ttt_xla(
+    z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
+):
     """Apply and update chunk by chunk; see `ttt_jax.ops.ttt.api`.
 
     Args:
@@ -40,8 +42,10 @@ def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
         state's document ends, else 1. None means all ones. A trailing partial chunk has no update;
         if there is a factor for it, it is not read. Rows of v that must not be written are zero
         already.
+      apply: "split", or "fused"; a single token is applied in two products all the same.
     """
-    return _in_place_ttt(chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    fused = apply == "fused" and z_BTF.shape[1] > 1
+    return _in_place_ttt(chunk_size, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
 def _chunk(x_BTX, i, C, size=None):
@@ -57,6 +61,11 @@ def _kept(x_BDF, keep_BM, i):
     if x_BDF is None or keep_BM is None:
         return x_BDF
     return jax.lax.dynamic_slice_in_dim(keep_BM, i, 1, axis=1)[:, :, None] * x_BDF
+
+
+def _sum_of(w_DF, S_BDF, dtype):
+    """W + S, rounded once."""
+    return (w_DF.astype(S_BDF.dtype)[None] + S_BDF).astype(dtype)
 
 
 def scaled(v_BCD, lr):
@@ -87,24 +96,29 @@ def _scan(step, carry, start, stop, reverse=False):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_place_ttt(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_place_ttt(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
-def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+def _forward(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     acc, dtype = lr.dtype, z_BTF.dtype
     M, tail = divmod(T, C)
-    with jax.named_scope("ttt_apply_slow"):
-        # One matmul over all tokens fills the machine better than one per chunk.
-        base_BTD = dot("btf,df->btd", z_BTF, w_DF, acc)
+    slow = lambda z_BTF: dot("btf,df->btd", z_BTF, w_DF, acc)
     if state_BDF is None and M == 0:
-        return base_BTD.astype(dtype), jnp.zeros((B, D, F), acc)
+        return slow(z_BTF).astype(dtype), jnp.zeros((B, D, F), acc)
+    if not fused:
+        with jax.named_scope("ttt_apply_slow"):
+            # One matmul over all tokens fills the machine better than one per chunk.
+            base_BTD = slow(z_BTF)
 
     def apply(o_BTD, S_BDF, i, size):
         with jax.named_scope("ttt_apply"):
             z_BCF = _chunk(z_BTF, i, C, size)
+            if fused:
+                weight_BDF = _sum_of(w_DF, S_BDF, dtype)
+                return _put(o_BTD, i, C, dot("bcf,bdf->bcd", z_BCF, weight_BDF, acc))
             if size == 1:  # decoding is bound by reading S: a matmul would cast a copy of it first
                 fast_BCD = jnp.sum(S_BDF * z_BCF.astype(acc), axis=-1)[:, None]
             else:
@@ -119,7 +133,8 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
 
     o_BTD, S_BDF, start = jnp.zeros((B, T, D), dtype), state_BDF, 0
     if S_BDF is None:
-        o_BTD = _put(o_BTD, 0, C, _chunk(base_BTD, 0, C))
+        first_BCD = slow(_chunk(z_BTF, 0, C)) if fused else _chunk(base_BTD, 0, C)
+        o_BTD = _put(o_BTD, 0, C, first_BCD)
         S_BDF, start = _write(None, _chunk(v_BTD, 0, C), _chunk(z_BTF, 0, C), lr), 1
     o_BTD, S_BDF = _scan(step, (o_BTD, S_BDF), start, M)
     if tail:  # the trailing partial chunk reads the state and does not write it
@@ -127,12 +142,13 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     return o_BTD, S_BDF
 
 
-def _forward_rule(C, *args):
+def _forward_rule(C, fused, *args):
     args = jax.tree.map(lambda primal: primal.value, args)
-    return _forward(C, *args), args
+    return _forward(C, fused, *args), args
 
 
-def _backward(C, residuals, cotangents):
+def _backward(C, fused, residuals, cotangents):
+    del fused  # gradients tolerate the rounding of W + S anyway
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BTD, G_BDF = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     do_BTD = jnp.zeros(v_BTD.shape, z_BTF.dtype) if do_BTD is None else do_BTD
@@ -151,12 +167,12 @@ def _backward_of_reads(C, residuals, do_BTD):
     M, tail = divmod(z_BTF.shape[1], C)
 
     def read_grad(dz_BTF, S_BDF, i, size):
-        # Gradients tolerate the rounding of W + S, so one matmul serves both.
+        # One matmul serves W and S.
         with jax.named_scope("ttt_grad_apply"):
             do_BCD = _chunk(do_BTD, i, C, size)
             if S_BDF is None:
                 return _put(dz_BTF, i, C, dot("bcd,df->bcf", do_BCD, w_DF, acc))
-            weight_BDF = (w_DF.astype(acc)[None] + S_BDF).astype(dtype)
+            weight_BDF = _sum_of(w_DF, S_BDF, dtype)
             return _put(dz_BTF, i, C, dot("bcd,bdf->bcf", do_BCD, weight_BDF, acc))
 
     def replay(carry, i):
