@@ -113,7 +113,7 @@ class TritonLaunches:
         }
         return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
 
-    def fused(self, C, n, scalars, *arrays):
+    def fused(self, C, n, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
         """Not built; `why_not` says so before."""
         raise NotImplementedError
 
