@@ -2,7 +2,7 @@
 
 | field of `model` | rule |
 |---|---|
-| `init_std`, `ttt.apply`, `ttt.implementation` | free: what the weights compute stays |
+| `init_std`, `ttt.implementation` | free: neither changes what the weights compute |
 | `ttt.*` | free where the checkpoint has no TTT layers; printed where it has |
 | `max_positions` | raised: printed; lowered: refused |
 | `rope.kind` | from `default` to a scaled kind: printed, with its factors; else refused |
@@ -129,7 +129,7 @@ def _compare_ttt(wanted: ModelConfig, found: ModelConfig) -> list[str]:
     names = [
         field.name
         for field in dataclasses.fields(type(found.ttt))
-        if field.name not in ("apply", "implementation", "layers")
+        if field.name not in ("implementation", "layers")
     ]
     pairs = [(name, getattr(wanted.ttt, name), getattr(found.ttt, name)) for name in names]
     lines = [_line(f"ttt.{name}", ours, theirs) for name, ours, theirs in pairs if ours != theirs]
