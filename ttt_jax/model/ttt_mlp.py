@@ -20,7 +20,6 @@ from ttt_jax.model import ttt_stream
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.numerics import accumulator, precision_for
-from ttt_jax.ops.ttt.chunk_conv import chunk_conv
 from ttt_jax.ops.ttt.writes import transformed
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
@@ -69,13 +68,19 @@ class Target(nnx.Module):
         `pin`: see `Context.pin`.
         """
         B, T, D = source_BTD.shape
-        C, dtype = chunk_size, source_BTD.dtype
+        C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
+        acc = accumulator(dtype)
         if self.normalize_source:
             source_BTD = unit_rms(source_BTD)
-        conv_DK = self.conv[...].astype(accumulator(dtype))[:, 0]
+        conv_DK = self.conv[...].astype(acc)[:, 0]
+        source_BMCD = source_BTD.reshape(B, T // C, C, D)
+        padded = jnp.pad(source_BMCD, ((0, 0), (0, 0), (reach, reach), (0, 0)))
         with jax.named_scope("ttt_target"):
-            t_BMCD = chunk_conv(source_BTD.reshape(B, T // C, C, D), conv_DK)
-            t_BTD = pin(t_BMCD.reshape(B, T, D))
+            t = jnp.zeros(source_BMCD.shape, acc)
+            for k in range(KERNEL):
+                tap_D = jnp.broadcast_to(conv_DK[:, k], source_BMCD.shape)
+                t = t + padded[:, :, k : k + C].astype(acc) * tap_D
+            t_BTD = pin(t.astype(dtype).reshape(B, T, D))
             # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
             if self.proj is not None:
                 weight = self.proj[...].astype(dtype)
