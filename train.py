@@ -5,6 +5,8 @@ Examples:
     python train.py                                  # the default run: no arguments, no downloads
     python train.py configs/500m.yaml --steps 1000   # a YAML file and dotted overrides
     python train.py default --model.ttt.chunk_size 128 --name chunk128   # a preset by its name
+    python train.py --init_from checkpoints/X --data.train book.txt      # go on from a checkpoint
+    python train.py runs/NAME                        # go on with a run, wherever its folder is
     python train.py --help                           # every field
 
 `ttt-jax train` is the same job, started in any folder. Run the same command again to continue an
@@ -21,9 +23,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ttt_jax.config import Config
-
-DEFAULT = "default"  # the preset
+    from ttt_jax.pretrained.start_config import Start
 
 
 def main(argv: list[str], signals: StopSignal | None = None) -> int:
@@ -45,52 +45,61 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config import fields_help, load_config, preset_names
+    from ttt_jax.config import fields_help, preset_names
 
     if "-h" in argv or "--help" in argv:
         print(f"{__doc__}\npresets: {', '.join(preset_names())}\n")
         for name, kind, default in fields_help():
             print(f"  --{name:38} {default}   ({kind})")
         return 0
+    from ttt_jax.pretrained.start_config import load_start
+
     has_preset = bool(argv) and not argv[0].startswith("-")
-    config = load_config(argv[0] if has_preset else DEFAULT, argv[1:] if has_preset else argv)
+    start = load_start(argv[0] if has_preset else None, argv[1:] if has_preset else argv)
     try:
-        train(config, stop)
+        train(start, stop)
     except Stopped:
         print(f"stopped by {stop.name}; run the same command again to continue", flush=True)
     return 0
 
 
-def train(config: Config, stop: StopSignal) -> None:
-    """Train in `config.run_dir`, as its only writer; a finished run shows its report and changes
+def train(start: Start, stop: StopSignal) -> None:
+    """Train in the run's folder, as its only writer; a finished run shows its report and changes
     nothing.
     """
-    from ttt_jax.process.multihost import initialize
+    from ttt_jax.process.multihost import initialize, say_on_first_process
     from ttt_jax.run.finished import only_writer
     from ttt_jax.run.timing import StepTimer
 
-    timer = StepTimer()
+    config, timer = start.config, StepTimer()
     initialize()  # before jax looks at its devices
     with only_writer(config, stop) as lock:
         if lock is None:  # finished
             return
+        from ttt_jax.checkpoint.run_copy import fetch_run
+
+        say_on_first_process(start.remarks)
         from ttt_jax.data import load_tokenizer, make_loader
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
+        from ttt_jax.pretrained.load import training_tokenizer
         from ttt_jax.training.heldout import Heldout
+        from ttt_jax.training.inner_rate import settled
         from ttt_jax.training.job import open_job
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step
 
+        fetched = fetch_run(config)
         mesh = make_mesh(config.mesh)
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(training_tokenizer(config))
         batch_shape = config.data.batch_size, config.data.seq_len
         loader = make_loader(config, tokenizer=tokenizer, rows=local_rows(mesh, batch_shape))
         batches = (put_batch(batch, mesh, config.data.batch_size) for batch in loader)
         heldout = Heldout(config, mesh, tokenizer)
+        config = settled(start, heldout.rows)
         abstract, optimizer = abstract_state(config, mesh)
         fresh = checked_beginning(config, abstract, optimizer, heldout.rows, mesh)
-        changes = check_resume(config, loader)
+        changes = fetched + check_resume(config, loader)
         train_step = make_train_step(config, optimizer)
         # the first write: everything has been checked
         with open_job(

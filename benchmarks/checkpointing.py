@@ -32,6 +32,7 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.parallel.mesh import make_mesh, put_batch
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.run.provenance import provenance
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
@@ -56,7 +57,7 @@ def main() -> None:
     overrides = [
         word for key, value in changes.items() if value for word in (f"--{key}", str(value))
     ]
-    config = config_lib.replace(config_lib.load_config(path, overrides), {"init_from": None})
+    config = config_lib.replace(load_start_config(path, overrides), {"init_from": None})
     folder = Path(tempfile.mkdtemp(prefix="checkpointing-", dir=args.dir))
     try:
         result = measure(config, args.every, args.saves, args.blocks, folder)

@@ -46,6 +46,7 @@ from ttt_jax.ops.ttt.sharded import exclusive_prefix
 from ttt_jax.parallel.mesh import batch_sharding, make_mesh, spec
 from ttt_jax.parallel.one_device import Devices
 from ttt_jax.parallel.shard_mapped import Parallel, make_parallel
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +252,7 @@ def main() -> None:
         words.append(
             f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}"
         )
-    base = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    base = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
     rate = matmul_rate(base.compute_dtype)
     device = jax.devices()[0].device_kind
     print(

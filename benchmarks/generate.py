@@ -39,6 +39,7 @@ from ttt_jax.inference.prefill import Frozen, needs_capacity, piece_size, pieces
 from ttt_jax.inference.scoring import score
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.pretrained.start_config import load_start_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -234,7 +235,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    cfg = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml").model
+    cfg = load_start_config(ROOT / "configs" / f"{args.preset}.yaml").model
     if args.chunk:
         cfg = config_lib.replace(cfg, {"ttt.chunk_size": args.chunk})
     device = jax.devices()[0].device_kind

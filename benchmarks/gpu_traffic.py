@@ -43,6 +43,7 @@ from ttt_jax.ops import platform
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan import collectives as hlo
 from ttt_jax.plan.collectives import nbytes
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,7 +289,7 @@ def main() -> None:
     words += [f"--model.max_positions={max(args.seq, args.prefill or 0)}", *overrides]
     if args.chunk:
         words.append(f"--model.ttt.chunk_size={args.chunk}")
-    on = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    on = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
     found = devices(args.devices)
     for name in ("off", "on") if args.only is None else (args.only,):
         config = on if name == "on" else config_lib.replace(on, {"model.ttt.layers": []})

@@ -25,6 +25,7 @@ import numpy as np
 
 from ttt_jax import config as config_lib
 from ttt_jax.parallel.mesh import make_mesh, put_batch
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.run.provenance import provenance
 from ttt_jax.training.heldout import evaluate_by_position, make_position_nll, make_probe
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
@@ -47,7 +48,7 @@ def main() -> None:
         word for key, value in changes.items() if value for word in (f"--{key}", str(value))
     ]
     path = ROOT / "configs" / f"{args.preset}.yaml"
-    config = config_lib.replace(config_lib.load_config(path, overrides), {"init_from": None})
+    config = config_lib.replace(load_start_config(path, overrides), {"init_from": None})
     result = measure(config, args.rounds)
     show(result)
     if args.json:

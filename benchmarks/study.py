@@ -6,7 +6,8 @@ table.
         --arm "none: --model.ttt.layers=[]" --arm "ridge: --model.ttt.write ridge --model.ttt.lr 1"
 
 Processes train one run after the other, `--parallel` of them. Runs that are there already are not
-repeated, so that a study can go on.
+repeated, so that a study can go on. On CPUs `--cores 2` gives each process two cores of its own.
+An arm named `BASE+WHAT` is compared with the arm `BASE`, seed by seed, in a second table.
 On one GPU `--parallel 2` lets one run compile while another trains; tokens a second mean nothing
 then.
 """
@@ -34,7 +35,7 @@ def run(
     args: argparse.Namespace, arm: str, overrides: str, seed: int, started: float
 ) -> dict | None:
     """One run's result; None where it failed or the time was up before it began."""
-    name = f"{arm}-{seed}"
+    name = f"{arm}-{seed}".replace("+", ".")
     folder = args.out / name
     if not (folder / "report.json").exists():
         if time.time() - started > args.seconds:
@@ -64,6 +65,16 @@ def run(
         file.write(json.dumps(result) + "\n")
     print(line(result), f" {time.time() - started:.0f} s", flush=True)
     return result
+
+
+def keep_to_cores(number, cores: int) -> None:
+    """Give this process its own cores, before jax counts them."""
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if cores:
+        everything = sorted(os.sched_getaffinity(0))
+        places = range(mine * cores, (mine + 1) * cores)
+        os.sched_setaffinity(0, {everything[i % len(everything)] for i in places})
 
 
 def train(words: list[str], log: Path) -> int:
@@ -105,26 +116,45 @@ def line(result: dict) -> str:
 
 def table(results: list[dict]) -> str:
     """Mean and 95 % interval over seeds (Student's t), one line an arm."""
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in results):
         rows = [figures(r) for r in results if r["arm"] == arm]
-        cells = []
-        for name in rows[0]:
-            values = [row[name] for row in rows]
-            n, mean = len(values), sum(values) / len(values)
-            deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else 0.0
-            half = (
-                f" +- {quantile.get(n, 2.0) * deviation / math.sqrt(n):.2g}"
-                if n > 1 and name != "tok/s"
-                else ""
-            )
-            cells.append(f"{mean:.5g}{half}")
+        cells = [interval([row[name] for row in rows]) for name in rows[0]]
         lines.append(f"| {arm} | {len(rows)} | " + " | ".join(cells) + " |")
-    names = list(figures(results[0]))
-    return "\n".join(
-        ["| arm | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|", *lines]
-    )
+    return "\n".join([*head(list(figures(results[0]))), *lines])
+
+
+def paired(results: list[dict]) -> str:
+    """Each arm `BASE+WHAT` less `BASE`, seed by seed: below zero is better than the base. Empty
+    without such arms.
+    """
+    by_run = {(r["arm"], r["seed"]): figures(r) for r in results}
+    names, lines = ["on", "off", "on, last"], []
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        base, plus, _ = arm.partition("+")
+        seeds = [s for a, s in by_run if a == arm and (base, s) in by_run]
+        if not plus or not seeds:
+            continue
+        less = lambda name, arm=arm, base=base, seeds=seeds: [
+            by_run[arm, s][name] - by_run[base, s][name] for s in seeds
+        ]
+        cells = [interval(less(name)) for name in names]
+        lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join([*head([f"{n}, less base" for n in names]), *lines]) if lines else ""
+
+
+def head(names: list[str]) -> list[str]:
+    return ["| arm | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95 % interval by Student's t."""
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return f"{mean:.5g}"
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return f"{mean:.5g} +- {quantile.get(n, 2.26) * deviation / math.sqrt(n):.2g}"
 
 
 def main() -> int:
@@ -136,6 +166,7 @@ def main() -> int:
     parser.add_argument("--arm", action="append", required=True, help="'NAME: overrides'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--parallel", type=int, default=1)
+    parser.add_argument("--cores", type=int, default=0, help="cores of each process; 0: all")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="no run starts later than this"
     )
@@ -149,13 +180,16 @@ def main() -> int:
     started = time.time()
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / args.parallel:.2f}"
     jobs = [(arm, overrides, seed) for seed in args.seeds for arm, overrides in arms]
+    context = multiprocessing.get_context("spawn")
+    number = context.Value("i", 0)
     with ProcessPoolExecutor(
-        args.parallel, mp_context=multiprocessing.get_context("spawn")
+        args.parallel, mp_context=context, initializer=keep_to_cores, initargs=(number, args.cores)
     ) as pool:
         running = [pool.submit(run, args, *job, started) for job in jobs]
         results = [r for r in (future.result() for future in running) if r]
     if results:
         print(table(results))
+        print(f"\n{paired(results)}")
     return 0 if results else 1
 
 

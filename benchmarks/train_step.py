@@ -28,6 +28,7 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.flops import model_flops_per_token
 from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +133,7 @@ def main() -> None:
         words.append(
             f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}"
         )
-    on = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    on = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
     off = config_lib.replace(on, {"model.ttt.layers": []})
     rate = matmul_rate(on.compute_dtype)
     device = jax.devices()[0].device_kind

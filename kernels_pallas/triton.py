@@ -49,7 +49,7 @@ def why_not(platform: str, dtype, apply: str = "split") -> str | None:
         return f"it applies W and S in two products (apply='split'), not apply={apply!r}"
     missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing)} not installed (pip install 'ttt_jax[gpu]')"
+        return f"{' and '.join(missing)} not installed (pip install 'ttt-jax[gpu]')"
     return None
 
 

@@ -28,6 +28,7 @@ ROOMS = (
     ("ttt_jax/checkpoint/",),
     ("ttt_jax/pretrained/",),
     ("ttt_jax/training/",),
+    ("ttt_jax/memory/",),
     ("ttt_jax/inference/",),
     ("ttt_jax/plan/",),
     ("ttt_jax/eval/",),

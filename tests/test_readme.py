@@ -1,5 +1,5 @@
-"""The library example of README.md, line by line on a small model: it runs, and does what its
-comments say.
+"""The library examples of README.md, line by line on a small model: they run, and do what their
+comments say. A line `expression  # -> VALUE` is checked against its value.
 """
 
 import ast
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.hf_folders import make_folder
 
-from ttt_jax import load_pretrained, save_pretrained
+from ttt_jax import generate, load_pretrained, save_pretrained
 from ttt_jax.data.tokenizer import ByteTokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -46,11 +46,17 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(source, names):
-    """Run a block statement by statement; returns what each of its names is assigned, and how often
-    each is read.
+    """Run a block statement by statement, and compare what its lines say that they give. Returns
+    the names that are assigned, and those that are read.
     """
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
     for statement in tree.body:
+        _, arrow, said = lines[statement.end_lineno - 1].partition("  # -> ")
+        if arrow:
+            assert isinstance(statement, ast.Expr), f"no value: {lines[statement.end_lineno - 1]}"
+            code = compile(ast.Expression(statement.value), "README.md", "eval")
+            assert repr(eval(code, names)) == said.strip()
+            continue
         code = compile(ast.Module([statement], []), "README.md", "exec")
         exec(code, names)  # what the README says, and nothing else
     stored = {
@@ -60,6 +66,13 @@ def run(source, names):
         n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
     }
     return stored, loaded
+
+
+def test_a_value_that_is_said_is_checked():
+    run("a = 2\na + 1  # -> 3\n(a,\n a)  # -> (2, 2)\n", {})
+    for wrong in ("a = 2\na + 1  # -> 4", "a = 2  # -> 2"):
+        with pytest.raises(AssertionError):
+            run(wrong, {})
 
 
 def test_the_library_example(folder):
@@ -75,9 +88,14 @@ def test_the_library_example(folder):
     whole, _ = names["model"](twice)
     np.testing.assert_allclose(names["logits"], whole[:, length:], rtol=1e-3, atol=1e-3)
     assert np.abs(names["logits_off"] - whole[:, :length]).max() > 1e-3
-    assert load_pretrained(folder / "hf_folder").config == names["model"].config
+    assert names["read"]._cache_size() == 2  # a fresh start, and reading on
+    again = load_pretrained(folder / "hf_folder")  # "a round trip is exact"
+    assert again.config == names["model"].config
+    pairs = zip(jax.tree.leaves(again), jax.tree.leaves(names["model"]), strict=True)
+    assert all(np.array_equal(x, y) for x, y in pairs)
     assert save_pretrained is names["save_pretrained"]
     assert names["o"].shape == (2, 4096, 256)
+    assert names["S"].shape == (2, 256, 512)  # "one fast weight for each sequence"
 
 
 def test_the_generation_example(folder, capsys):
@@ -86,4 +104,8 @@ def test_the_generation_example(folder, capsys):
     names["model"].tokenizer = ByteTokenizer()
     run(BLOCKS[1], names)
     assert names["session"].position_B.tolist() == [len("a book " * 5) - 1]
-    assert capsys.readouterr().out.count("\n") >= 2
+    shown = capsys.readouterr().out
+    again = generate(names["model"], names["prompts"], max_new_tokens=64, temperature=0.8)
+    asked = names["session"].branch()
+    asked.extend(["who?"])
+    assert shown == f"{again[0].text}\n{asked.generate(64)[0].text}\n"

@@ -142,7 +142,7 @@ def test_subprocesses_are_listed_with_fixed_commands():
         if "subprocess" in path.read_text(encoding="utf-8")
     ]
     assert [user for user in users if not user.startswith(("benchmarks/", "examples/"))] == [
-        "ttt_jax/eval/chat_template.py",
+        "ttt_jax/inference/chat_template.py",
         "ttt_jax/run/provenance.py",
     ]
 

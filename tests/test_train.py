@@ -155,7 +155,7 @@ def test_init_from_a_run_and_from_a_hugging_face_folder(words, tmp_path, capsys)
         )
         == 2
     )
-    assert "model.vocab_size" in capsys.readouterr().err
+    assert "config field model.d_model = 16: " in capsys.readouterr().err
 
 
 def test_help_lists_every_field(capsys):
@@ -167,7 +167,7 @@ def test_help_lists_every_field(capsys):
 
 def test_the_default_run_needs_no_arguments():
     """Validates; the run itself is `test_default_run`."""
-    config = load_config(train.DEFAULT)
+    config = load_config("default")
     assert config.data.train == ("stdlib",)
     assert config.model.ttt.layers
 

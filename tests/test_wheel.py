@@ -64,7 +64,7 @@ def run(installed, tmp_path):
     """A command of the installed copy in an empty folder."""
 
     def run(*words, check=True):
-        env = {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
+        env = {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
         return python("-m", "ttt_jax", *words, folder=tmp_path, check=check, **env)
 
     return run

@@ -34,6 +34,12 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names, also those that have not been imported yet."""
+    shown = {name for name in globals() if name.startswith("__") or not name.startswith("_")}
+    return sorted((shown | {*__all__}) - {"Any", "TYPE_CHECKING", "annotations"})
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import ttt_jax.config.fields` (and every --help) does not wait
     for jax.

@@ -13,11 +13,9 @@ import sys
 import time
 
 import pytest
-from support.models import make
-from support.streams import one_layer_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from support.byte_models import byte_model
 
-from ttt_jax import Session, load_pretrained, save_pretrained
+from ttt_jax import Session, load_pretrained
 from ttt_jax.command.cli import main
 from ttt_jax.files.text import atomic_write_text
 
@@ -31,17 +29,7 @@ CHATML = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random Hugging Face folder with a tokenizer of bytes and a chat template."""
-    path = tmp_path_factory.mktemp("chat") / "model"
-    config = one_layer_model(vocab_size=257).config
-    model = make(config, "float32")
-    model.head[...] = model.head[...].at[256].set(0.0)  # never the likeliest: no answer ends early
-    save_pretrained(model, path, dtype="float32")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.save(str(path / "tokenizer.json"))
+    path = byte_model(tmp_path_factory.mktemp("chat") / "model")
     settings = {"eos_token": "<|end|>", "chat_template": CHATML}
     atomic_write_text(path / "tokenizer_config.json", json.dumps(settings))
     return path

@@ -271,15 +271,15 @@ def test_a_broken_pipe_saves_the_session_of_generate(command, monkeypatch):
 def test_ctrl_c_while_the_session_is_saved(command, monkeypatch):
     """The file is finished first: it holds what was read."""
     generate, model, session, path, ids = command
-    import ttt_jax.inference.session_file as session_file
+    import ttt_jax.files.sealed as sealed
 
-    original = session_file.save_file
+    original = sealed.save_file
 
     def slow(*arguments, **options):
         send(signal.SIGINT)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(session_file, "save_file", slow)
+    monkeypatch.setattr(sealed, "save_file", slow)
     code, out, error = generate("--ids", path)
     assert (code, out, error) == (130, "", "error: interrupted\n")
     assert int(Session.load(session, model).position_B[0]) == len(ids) + 3

@@ -28,9 +28,11 @@ from ttt_jax.config import (
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
+from ttt_jax.pretrained.start_config import load_start_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PRESETS = sorted(CONFIGS.glob("*.yaml"))
+# `continual` names no checkpoint, and so no model.
+PRESETS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "continual")
 CONTINUAL = {
     "qwen3_0p6b": (65536, 596_049_920),  # tokens a row, published parameters
     "qwen3_1p7b": (65536, 1_720_574_976),
@@ -57,7 +59,7 @@ def parameter_count(cfg: ModelConfig) -> tuple[int, int]:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_presets_load_and_name_their_run(path):
-    config = load_config(path)
+    config = load_start_config(path)
     assert config.name == path.stem
     assert path.read_text().startswith("# ")
     assert from_dict(Config, yaml.safe_load(dump_yaml(config))) == config
@@ -67,7 +69,7 @@ def test_presets_load_and_name_their_run(path):
 @pytest.mark.parametrize("name", CONTINUAL)
 def test_continual_training_presets(name):
     seq_len, published = CONTINUAL[name]
-    config = load_config(CONFIGS / f"{name}.yaml")
+    config = load_start_config(CONFIGS / f"{name}.yaml")
     model, data, opt = config.model, config.data, config.optimizer
     plain, ttt = parameter_count(model)
     assert plain == published
@@ -162,6 +164,11 @@ BAD = {
         "--optimizer.accumulate 3",
         ["optimizer.accumulate", "3", "data.batch_size = 8"],
     ),
+    "a write that starts dead": (
+        "--model.ttt.write spectral --model.ttt.layers 1",
+        ["model.ttt.write", "spectral", "use sum or ridge"],
+    ),
+    "decay": ("--model.ttt.decay 1.5", ["model.ttt.decay", "1.5", "less than or equal to 1"]),
     "warm-up": (
         "--optimizer.warmup_steps 100",
         ["optimizer.warmup_steps", "100", "below steps = 100"],

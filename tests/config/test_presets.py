@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.config import load_config, preset_names
+from ttt_jax.config import load_config, preset_names, read_written
 from ttt_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -16,7 +16,7 @@ def test_a_name_is_its_file_in_every_folder(tmp_path, monkeypatch):
     assert {"default", "qwen3_0p6b"} <= set(preset_names())
     (tmp_path / "books").write_text("name: another")  # a name does not depend on what lies here
     for name in preset_names():
-        assert load_config(name) == load_config(CONFIGS / f"{name}.yaml")
+        assert read_written(name) == read_written(CONFIGS / f"{name}.yaml")
     assert load_config("default", ["--steps", "7"]).steps == 7
 
 
@@ -30,7 +30,7 @@ def test_a_file_needs_no_suffix(tmp_path, monkeypatch):
     ("word", "wanted"),
     [
         ("Qwen3-0p6b", "did you mean qwen3_0p6b"),
-        ("xyz", "name; presets: 1p5b, 500m, books, default"),
+        ("xyz", "name; presets: 1p5b, 500m, books, continual, default"),
         ("configs/500m.yaml", "no such file (there: no YAML file in configs); the preset is 500m"),
         ("books.yml", "; the preset is books"),
         ("none/xyz.yaml", "no such file (there: no YAML file in none)"),

@@ -133,7 +133,7 @@ def test_a_zst_file_that_is_cut_short_is_noticed_at_every_byte(tmp_path, name):
     path = tmp_path / "a.zst"
     for length in range(1, len(data) + 1):
         path.write_bytes(data[:length])
-        with open_compressed(path) as stream:
+        with open_compressed(path.open("rb"), path.suffix) as stream:
             if length in ends:
                 expected = zstandard.ZstdDecompressor().stream_reader(
                     io.BytesIO(data[:length]), read_across_frames=True
@@ -144,7 +144,10 @@ def test_a_zst_file_that_is_cut_short_is_noticed_at_every_byte(tmp_path, name):
                     stream.read()
     for junk in (b"junk", b"(\xb5/", b"\x00"):
         path.write_bytes(data + junk)
-        with open_compressed(path) as stream, pytest.raises((EOFError, zstandard.ZstdError)):
+        with (
+            open_compressed(path.open("rb"), path.suffix) as stream,
+            pytest.raises((EOFError, zstandard.ZstdError)),
+        ):
             stream.read()
 
 

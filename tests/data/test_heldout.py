@@ -37,19 +37,37 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize(
-    "how", ["itself", "copy", "symlink", "gz", "jsonl", "tokens", "tokens with an end"]
-)
+@pytest.mark.parametrize("how", ["itself", "symlink", "hard link", "in its folder"])
+@pytest.mark.parametrize("text", [LONG, "short"])
+def test_a_file_of_both_fields_is_refused_before_anything_is_read(tmp_path, how, text, monkeypatch):
+    (tmp_path / "d").mkdir()
+    train = named = tmp_path / "d" / "train.txt"
+    train.write_text(text)
+    heldout = train if how == "itself" else tmp_path / "b.txt"
+    if how == "symlink":
+        os.symlink(train, heldout)
+    elif how == "hard link":
+        os.link(train, heldout)
+    elif how == "in its folder":
+        heldout, named = train, train.parent
+        (tmp_path / "d" / "z.txt").write_text("another")
+    monkeypatch.setattr("ttt_jax.data.corpus.read_documents", None)
+    assert refusal(config_of(named, heldout)) == (
+        f"config field data.heldout = '{heldout}': {heldout.name}: is a training file, too: "
+        f"data.train = '{named}' names train.txt; take it out of data.train, or name another file "
+        "here"
+    )
+
+
+@pytest.mark.parametrize("how", ["copy", "gz", "jsonl", "tokens", "tokens with an end"])
 def test_the_training_file_under_another_name_is_refused(tmp_path, how):
     train = tmp_path / "train.txt"
     train.write_text(LONG)
-    heldout = {"itself": train, "gz": tmp_path / "b.txt.gz", "jsonl": tmp_path / "b.jsonl"}.get(
+    heldout = {"gz": tmp_path / "b.txt.gz", "jsonl": tmp_path / "b.jsonl"}.get(
         how, tmp_path / "b.txt"
     )
     if how == "copy":
         heldout.write_text(LONG)
-    elif how == "symlink":
-        os.symlink(train, heldout)
     elif how == "gz":
         heldout.write_bytes(gzip.compress(LONG.encode()))
     elif how == "jsonl":

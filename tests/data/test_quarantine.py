@@ -141,7 +141,7 @@ def test_bad_rows_of_parquet(tmp_path):
     assert texts(found) == ["good one", "good two"]
     listed = {entry["row"]: entry["kind"] for entry in found.rejected.listed}
     assert listed == {1: "no text", 2: "not UTF-8", 3: "empty", 4: "too large"}
-    assert corpus.locate(config_of(path), found.key_N) == [("a.parquet", 0), ("a.parquet", 5)]
+    assert found.locate(found.key_N) == [("a.parquet", 0), ("a.parquet", 5)]
 
 
 def test_repairing_a_line_moves_no_document(tmp_path):
@@ -173,9 +173,7 @@ def test_rejections_are_kept_with_cached_tokens(tmp_path, monkeypatch):
         again = corpus.load_corpus(config_of(path), TOKENIZER)
     assert again.rejected == first.rejected
     np.testing.assert_array_equal(again.key_N, first.key_N)
-    assert corpus.locate(config_of(path), again.key_N) == corpus.locate(
-        config_of(path), first.key_N
-    )
+    assert again.locate(again.key_N) == first.locate(first.key_N)
     corpus._recent.clear()
     index = next((tmp_path / "cache").glob("*.npz"))
     index.write_bytes(index.read_bytes()[:-40])  # a damaged index: read again
@@ -250,7 +248,7 @@ def test_no_document_is_lost_or_seen_twice_over_resumes(tmp_path, workers):
         place for slot, s in slots.items() for place in range(int(slot), s["next"], len(slots))
     ]
     waiting = [place for s in slots.values() for places in s["bins"] for place in places]
-    names = {place: d for d, place in enumerate(corpus.locate(config, table.corpus.key_N))}
+    names = {place: d for d, place in enumerate(table.corpus.locate(table.corpus.key_N))}
     delivered = [(names[file, record], start) for file, record, start in expected]
     count = collections.Counter
     assert count(delivered) + count(map(describe, waiting)) == count(map(describe, started))

@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ttt_jax.config import Config, replace
 from ttt_jax.data import cache, check_data, corpus, heldout_rows, load_tokenizer, make_loader
+from ttt_jax.data.heldout import split_corpus
 from ttt_jax.errors import DataError
 
 TOKENIZER = load_tokenizer("bytes")
@@ -161,7 +162,7 @@ def test_eos_and_min_document(tmp_path):
 
 def test_stdlib_is_found_and_has_no_tests():
     config = replace(Config(), {"model.vocab_size": 257})
-    files = corpus.find_files(config.data.train, field="data.train", format="auto")
+    files = corpus.find_files(config.data.train, field="data.train", format="auto").files
     names = [file.name for file in files]
     assert "stdlib/json/decoder.py" in names
     assert "stdlib/argparse.py" in names
@@ -321,7 +322,10 @@ def test_bad_settings_are_one_line(tmp_path):
             {"model.vocab_size": 256},
             "data.tokenizer = 'bytes': its 257 ids do not fit model.vocab_size = 256",
         ),
-        ({}, "data.train = '.*good.txt': holding out .* leaves none to train on"),
+        (
+            {},
+            "data.train = '.*good.txt': holding out .* gives 10 tokens .* give 1280 tokens or more",
+        ),
         (
             {"data.min_document": 1000},
             "data.train = '.*good.txt': empty: none of its 1 documents has 1000 tokens",
@@ -346,14 +350,14 @@ def test_heldout_split_is_stable_and_disjoint(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(jsonl([f"document {i}" for i in range(400)]))
     config = config_of(path, data__heldout_fraction=0.1)
-    train, heldout = corpus.split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
+    train, heldout = split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
     assert len(train) + len(heldout) == 400
     assert 20 < len(heldout) < 65
     assert not set(train.key_N.tolist()) & set(heldout.key_N.tolist())
 
     # growing the file moves no document
     path.write_bytes(jsonl([f"document {i}" for i in range(800)]))
-    _, later = corpus.split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
+    _, later = split_corpus(corpus.load_corpus(config, TOKENIZER), 0.1)
     assert set(later.key_N.tolist()) >= set(heldout.key_N.tolist())
     assert len(later) < 130
 

@@ -19,8 +19,8 @@ from support.fuzzing import (
 )
 
 from ttt_jax.errors import UserError
-from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.files.reading import companion_fields
+from ttt_jax.inference.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.pretrained.load import read_eos_ids
 
 SECONDS = 0.5  # for a template

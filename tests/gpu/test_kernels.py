@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
+from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.kernels_pallas import gpu
+from ttt_jax.kernels_pallas import gpu, inverse_root
 from ttt_jax.ops import in_place_ttt
+from ttt_jax.ops.ttt import writes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,3 +89,51 @@ def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B,
                 jax.tree.leaves(compiled[most](z, v, w, state)), expected, strict=True
             ):
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(x))
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("C", [64, 192, 512])
+def test_the_inverse_root_matches_float64(C):
+    """Of keys that repeat as words do and of keys in six dimensions; the same bits for the same
+    matrix, wherever it runs.
+    """
+    rng = np.random.default_rng(0)
+    words = rng.standard_normal((301, 300))[np.minimum(rng.zipf(1.3, C), 300)]
+    few = rng.standard_normal((C, 6)) @ rng.standard_normal((6, 300))
+    z_2CF = np.stack([words, few * np.exp(rng.standard_normal((C, 1)))])
+    a_2CC = np.asarray(z_2CF @ z_2CF.transpose(0, 2, 1), np.float32)
+    mean_2 = np.trace(a_2CC, axis1=1, axis2=2) / C
+    repeated = (np.tile(a_2CC, (150, 1, 1)), np.tile(mean_2, 150))
+    got = np.asarray(jax.jit(inverse_root.inverse_root_gpu)(*repeated)).reshape(150, 2, C, C)
+    np.testing.assert_array_equal(got, np.broadcast_to(got[:1], got.shape))
+    shifted = np.asarray(a_2CC, np.float64) + mean_2[:, None, None] * np.eye(C)
+    assert_close("root", got[0], np.linalg.inv(np.linalg.cholesky(shifted)), TOLERANCE["float32"])
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_ridge_writes_and_their_gradients_match_float64():
+    """In bfloat16, rounded once; in a layer that is computed again, and in one that keeps targets."""
+    rng = np.random.default_rng(0)
+    T, C, D, F = 2048, 512, 128, 256
+    z = rng.standard_normal((301, F))[np.minimum(rng.zipf(1.3, (2, T)), 300)]
+    arrays = [jax.numpy.asarray(z, BF16)]
+    arrays += [jax.numpy.asarray(rng.standard_normal((2, T, D)), BF16) for _ in range(2)]
+
+    def all_three(z, v, do, policy):
+        write = lambda z, v: writes.transformed("ridge", z, v, C)
+        out, vjp = jax.vjp(jax.checkpoint(write, policy=policy), z, v)
+        return out, *vjp(do)
+
+    keep = jax.checkpoint_policies.save_only_these_names(writes.TARGET)
+    found = [jax.jit(all_three, static_argnums=3)(*arrays, policy) for policy in (None, keep)]
+    z, v, do = (np.asarray(x, np.float64).reshape(2, T // C, C, -1) for x in arrays)
+    gram = z @ np.swapaxes(z, 2, 3)
+    mean = np.trace(gram, axis1=2, axis2=3)[..., None, None] / C
+    inverse = np.linalg.inv(gram + mean * np.eye(C))
+    out, dv = inverse @ v, inverse @ do
+    by_a = -dv @ np.swapaxes(out, 2, 3)
+    trace = np.trace(by_a, axis1=2, axis2=3)[..., None, None]
+    dz = (by_a + np.swapaxes(by_a, 2, 3)) @ z + 2 / C * trace * z
+    for got in found:
+        for name, x, want in zip(("targets", "dz", "dv"), got, (out, dz, dv), strict=True):
+            assert_close(name, np.asarray(x, np.float64).reshape(want.shape), want, 2e-3)

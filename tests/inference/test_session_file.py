@@ -10,9 +10,9 @@ from support.streams import model_of, prompts
 
 from ttt_jax.errors import CheckpointError
 from ttt_jax.inference.generation import Session
-from ttt_jax.inference.session_file import fingerprint
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import Runtime
+from ttt_jax.pretrained.fingerprint import fingerprint
 
 
 def test_the_state_comes_back_bit_for_bit_under_bfloat16(tmp_path):
@@ -149,7 +149,7 @@ def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ttt_jax.inference.session_file.save_file", full)
+    monkeypatch.setattr("ttt_jax.files.sealed.save_file", full)
     session = Session.load(path, model_of())
     with pytest.raises(CheckpointError, match="could not be written"):
         session.save(path)

@@ -18,7 +18,8 @@ from ttt_jax.config import GuardConfig
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, NotFiniteError, UserError
 from ttt_jax.eval.answers import Judge
-from ttt_jax.inference.watch import HIGH, LOW, Watch, is_finite, one_warning
+from ttt_jax.files.sealed import is_finite
+from ttt_jax.inference.watch import HIGH, LOW, Watch, one_warning
 from ttt_jax.model.param_path import param_path
 
 

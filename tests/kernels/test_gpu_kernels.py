@@ -350,6 +350,6 @@ def test_a_named_kernel_does_not_fall_back(implementation):
 
 def test_triton_is_optional(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'ttt_jax[gpu]'" in triton.why_not("gpu", BF16)
+    assert "pip install 'ttt-jax[gpu]'" in triton.why_not("gpu", BF16)
     with contextlib.suppress(ImportError):
         importlib.import_module("ttt_jax.kernels_pallas.triton")  # the module itself needs neither

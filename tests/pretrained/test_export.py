@@ -15,6 +15,7 @@ from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.export import save_pretrained
 from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, read_config
 from ttt_jax.pretrained.hf_weights import load_hf
+from ttt_jax.pretrained.load import load_pretrained
 from ttt_jax.pretrained.safetensors_io import TensorFiles
 
 SMALL = ModelConfig(
@@ -66,9 +67,12 @@ def test_official_checkpoints_come_back_byte_for_byte(golden_model, tmp_path, ma
 def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
     plain = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,)))
     own = dataclasses.replace(
-        SMALL, ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5)
+        SMALL,
+        ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5, decay=0.9),
     )
-    assert not {"ttt_normalize_source", "ttt_write", "ttt_ridge"} & config_to_hf(plain).keys()
+    names = {"ttt_normalize_source", "ttt_write", "ttt_ridge", "ttt_decay"}
+    assert not names & config_to_hf(plain).keys()
+    assert names <= config_to_hf(own).keys()
     for model in (plain, own):
         assert config_from_hf(config_to_hf(model)).ttt == model.ttt
 
@@ -88,7 +92,7 @@ def test_layers_of_repeated_stacks_keep_their_places(tmp_path):
 
 def test_bfloat16_is_rounded_once(golden_model, tmp_path):
     folder, _ = golden_model
-    save_pretrained(load_hf(folder), tmp_path / "out")
+    save_pretrained(load_hf(folder), tmp_path / "out", dtype="bfloat16")
     for name, x in tensors(tmp_path / "out").items():
         np.testing.assert_array_equal(x, tensors(folder)[name].astype(jnp.bfloat16))
 
@@ -153,3 +157,12 @@ def test_a_failure_leaves_no_folder(golden_model, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         save_pretrained(load_hf(folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_end_tokens_are_kept_without_a_tokenizer(golden_model, tmp_path):
+    folder, _ = golden_model
+    model = load_pretrained(folder)
+    assert model.tokenizer is None
+    assert model.eos_ids
+    save_pretrained(model, tmp_path / "out")
+    assert load_pretrained(tmp_path / "out").eos_ids == model.eos_ids

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
@@ -10,15 +9,15 @@ from ttt_jax.config import (
     ModelConfig,
     RopeConfig,
     TTTConfig,
-    load_config,
+    preset_names,
+    read_written,
     replace,
 )
 from ttt_jax.errors import ConfigError
 from ttt_jax.pretrained.hf_config import config_from_hf
 from ttt_jax.pretrained.model_changes import compare_models
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-
+from ttt_jax.pretrained.published import PUBLISHED
+from ttt_jax.pretrained.start_config import load_start_config
 
 YARN = {"rope.kind": "yarn", "rope.factor": 4.0, "rope.original_max_positions": 512}
 
@@ -173,92 +172,28 @@ def test_every_field_has_a_rule():
             assert compare_models(start, other, "source"), field.name
 
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "max_window_layers": 36,
-    "tie_word_embeddings": True,
+CHECKPOINTS = {  # preset -> the model that it is made for
+    "qwen3_0p6b": "Qwen3-0.6B",
+    "qwen3_1p7b": "Qwen3-1.7B",
+    "qwen3_4b_longct_32k": "Qwen3-4B",
+    "qwen3_4b_longct_128k": "Qwen3-4B",
+    "qwen3_8b_longct": "Qwen3-8B",
+    "llama3p1_8b_longct": "Llama-3.1-8B",
 }
-
-
-PUBLISHED = {  # the fields of config.json that matter here
-    "qwen3_0p6b": QWEN3
-    | {
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 3072,
-    },
-    "qwen3_1p7b": QWEN3
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 6144,
-    },
-    "qwen3_4b_longct_32k": QWEN3
-    | {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 9728,
-    },
-    "qwen3_8b_longct": QWEN3
-    | {
-        "hidden_size": 4096,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 12288,
-        "tie_word_embeddings": False,
-    },
-    "llama3p1_8b_longct": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-    },
-}
-
-
-PUBLISHED["qwen3_4b_longct_128k"] = PUBLISHED["qwen3_4b_longct_32k"]
 
 
 def test_presets_fit_the_checkpoints_they_are_made_for():
-    continual = {
-        path.stem for path in CONFIGS.glob("*.yaml") if load_config(path).init_from is not None
-    }
-    assert continual == set(PUBLISHED)
-    for name, raw in PUBLISHED.items():
-        lines = compare_models(
-            load_config(CONFIGS / f"{name}.yaml").model, config_from_hf(raw), name
-        )
+    written = {name: read_written(name).get("init_from") for name in preset_names()}
+    continual = {name for name, source in written.items() if source not in (None, "CHECKPOINT")}
+    assert continual == set(CHECKPOINTS)
+    for name, checkpoint in CHECKPOINTS.items():
+        found = config_from_hf(PUBLISHED[checkpoint])
+        lines = compare_models(load_start_config(name).model, found, name)
         allowed = "model.max_positions is ", "model.rope."
         assert all(line.startswith(allowed if "128k" in name else allowed[:1]) for line in lines), (
             lines
         )
     first, second = (
-        load_config(CONFIGS / f"qwen3_4b_longct_{length}.yaml").model for length in ("32k", "128k")
+        load_start_config(f"qwen3_4b_longct_{length}").model for length in ("32k", "128k")
     )
     assert len(compare_models(second, first, "the first stage")) == 7

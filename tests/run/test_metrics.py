@@ -154,7 +154,7 @@ def test_tensorboard(tmp_path):
         (
             "wandb",
             LogConfig(tensorboard=False, wandb="p"),
-            "config field log.wandb = p: wandb is not installed; pip",
+            "config field log.wandb = p: wandb is not installed; pip install 'ttt-jax[wandb]'",
         ),
     ],
 )

@@ -210,16 +210,27 @@ def test_a_folder_of_something_else_is_refused_as_it_is(setting):
 def test_what_has_changed_is_said_once_the_logs_are_open(setting, capsys, monkeypatch):
     """In the order: cache, config, then what else the folder's files are about."""
     monkeypatch.setattr(job_module, "open_cache", lambda config: (None, ["cache off"]))
-    monkeypatch.setattr(job_module, "write_environment", lambda *args, **facts: [f"{facts}"])
+    written = {}
+
+    def write_environment(run_dir, **facts):
+        written.update(facts)
+        return ["environment"]
+
+    monkeypatch.setattr(job_module, "write_environment", write_environment)
     with setting.open(changes=["field changed"]) as job:
         assert not read_events(setting.run_dir)
         assert not setting.stop._deferred, "until there is something to save a signal ends it"
         job.resume()
         assert setting.stop._deferred
-    said = ["cache off", "field changed", "{'parameters': 1}"]
+    said = ["cache off", "field changed", "environment"]
     assert [event["text"] for event in read_events(setting.run_dir)] == said
     assert [event["kind"] for event in read_events(setting.run_dir)] == ["start"] * 3
-    assert capsys.readouterr().out.splitlines() == [f"warning: {text}" for text in said]
+    read, held_out = written["data"]
+    assert read.endswith("reads 40 files (40 .txt); skips none")
+    assert held_out.startswith("data.heldout_fraction = 0.05: holds out ")
+    assert written["parameters"] == 1
+    lines = [read, held_out, *(f"warning: {text}" for text in said)]
+    assert capsys.readouterr().out.splitlines() == lines
     assert setting.calls == ["fresh", "place"]
 
 

@@ -341,6 +341,23 @@ def test_pattern_without_a_match():
     assert str(error.value) == message
 
 
+def test_a_group_of_a_preset_may_match_nothing():
+    """As for TTT layers that a user has switched off; with some, the group counts."""
+    group = ParamGroup("ttt_proj", frozen=True, optional=True)
+    plain, optional = OptimizerConfig(), OptimizerConfig(groups=(group,))
+    params = Model()
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates = []
+    for config in (plain, optional):
+        tx = make_optimizer(config, 10, params)
+        updates.append(tx.update(grads, tx.init(params), params)[0])
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+    frozen = OptimizerConfig(groups=(ParamGroup("target", frozen=True, optional=True),))
+    tx = make_optimizer(frozen, 10, params)
+    update = tx.update(grads, tx.init(params), params)[0]
+    assert not jax.tree.leaves(update.groups[0].target)[0].any()
+
+
 def test_everything_frozen():
     with pytest.raises(ConfigError, match=r"optimizer\.groups: freezes all 6 parameters"):
         make_optimizer(OptimizerConfig(groups=(ParamGroup(".", frozen=True),)), 10, Model())

@@ -158,8 +158,13 @@ def test_a_difference_that_nobody_asked_for_is_an_error(sources, monkeypatch, ca
     with pytest.raises(VerificationError, match="though nothing was changed") as caught:
         start(sources / "hf")
     assert "\n" not in str(caught.value)
-    start(sources / "hf", max_positions=256)  # something was changed: both numbers are printed
-    theirs, ours = losses(capsys.readouterr().out.partition("max_positions")[2])
+    with pytest.raises(VerificationError):  # nor does what enters no computation allow it
+        start(sources / "hf", max_positions=256)
+    with pytest.raises(VerificationError):  # nor do new layers, which start at zero
+        start(sources / "plain")
+    capsys.readouterr()
+    start(sources / "hf", **{"ttt.lr": 40.0})  # something was changed: both numbers are printed
+    theirs, ours = losses(capsys.readouterr().out.partition("ttt.lr")[2])
     assert theirs != ours
 
 
@@ -173,8 +178,17 @@ def test_what_is_not_compared_is_said(sources, tmp_path, monkeypatch, capsys):
         "was not compared with this run's: its folder holds no config of a model"
         in capsys.readouterr().out
     )
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    start(sources / "hf")
-    assert (
-        "was not compared with this run's: there are several processes" in capsys.readouterr().out
-    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "hf", "run"])
+def test_a_source_that_is_too_large_for_one_device_is_read_on_all(
+    sources, kind, monkeypatch, capsys
+):
+    start(sources / kind)
+    alone = losses(capsys.readouterr().out)
+    monkeypatch.setattr(ttt_jax.training.start_check, "too_large", lambda model, dtype: "large")
+    monkeypatch.setattr(ttt_jax.training.start_check, "load_pretrained", None)
+    start(sources / kind)
+    theirs, ours = losses(capsys.readouterr().out)
+    assert theirs == ours
+    assert [theirs, ours] == pytest.approx(alone, abs=1e-4)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ttt_jax.command.chat_loop import Chat
-from ttt_jax.command.io import read_text, saved_early
+from ttt_jax.command.io import check_memory, load_memories, read_text, saved_early
 from ttt_jax.command.options import (
     DTYPE,
     EXISTING,
+    MEMORY,
     MODEL,
     NO_TTT,
     PIECE,
@@ -35,6 +36,7 @@ from ttt_jax.process.output_lock import one_writer
 
 if TYPE_CHECKING:
     from ttt_jax.inference.conversation import Conversation
+    from ttt_jax.memory.memory import Memory
 
 
 @click.command(
@@ -64,22 +66,25 @@ if TYPE_CHECKING:
     help="Write turns as 'User:' and 'Assistant:', whatever template the model has.",
 )
 @NO_TTT
+@MEMORY
 @DTYPE
 @PIECE
 def chat(
-    folder, documents, system, session, seed, no_template, no_ttt, dtype, piece, **options
+    folder, documents, system, session, seed, no_template, no_ttt, memory, dtype, piece, **options
 ) -> None:
     """Talk with a model that adapts to what it reads and to what is said."""
     limit = options.pop("max_new_tokens")
     sampling = sampling_of(options)
+    check_memory(session, memory)
     if session is not None:
         click.get_current_context().with_resource(one_writer(session, "--session"))
     texts = [(path, read_text(path, "--read")) for path in documents]
+    start = load_memories(memory)
 
     from ttt_jax.inference.watch import one_warning
 
     with one_warning():
-        talk = _conversation(folder, system, session, no_template, not no_ttt, dtype, piece)
+        talk = _conversation(folder, system, session, no_template, not no_ttt, dtype, piece, start)
         room = Chat(talk, sampling, limit, seed, session, str(folder))
         # Not before: an import is not to be interrupted.
         with _ctrl_c(), _saved(room, session):
@@ -96,15 +101,17 @@ def _conversation(
     ttt: bool,
     dtype: str | None,
     piece: int | None,
+    memory: Memory | None,
 ) -> Conversation:
     """Load the model, and begin a conversation or go on with a saved one."""
-    from ttt_jax.command.io import open_session, template_of
+    from ttt_jax.command.io import open_session
+    from ttt_jax.inference.chat_template import template_of
     from ttt_jax.inference.conversation import Conversation, render_plain
     from ttt_jax.pretrained.load import load_model
 
     template = None if no_template else template_of(folder)
     model = load_model(folder, dtype, decodes=True)
-    stream = open_session(model, 1, path, ttt, piece)
+    stream = open_session(model, 1, path, ttt, piece, memory)
     if template is None and not no_template:
         told = "no chat template in the model's folder: turns are written as 'User:', 'Assistant:'"
         print(f"note: {told}", file=sys.stderr, flush=True)

@@ -283,10 +283,9 @@ class Chat:
             raise UserError("/html: there is nothing to show yet; say something first")
         self._check_new(path, "/html")
         ids, model = np.asarray(talk.ids, np.int32), talk.session.model
-        on_T, off_T = (
-            score(model, [ids], ttt=ttt, piece=talk.session.size).logprobs_BT[0]
-            for ttt in (True, False)
-        )
+        memory, size = talk.session.start, talk.session.size
+        on_T = score(model, [ids], piece=size, memory=memory).logprobs_BT[0]
+        off_T = score(model, [ids], piece=size, ttt=False).logprobs_BT[0]
         page = text_page(text_pieces(model, ids, on_T, off_T), f"Conversation with {self.model}")
         try:
             atomic_write_text(path, page)

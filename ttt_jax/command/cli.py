@@ -15,6 +15,7 @@ from ttt_jax.command.chat import chat
 from ttt_jax.command.convert import convert
 from ttt_jax.command.evaluate import evaluate
 from ttt_jax.command.generate import generate
+from ttt_jax.command.memory import memory
 from ttt_jax.command.plan import plan
 from ttt_jax.command.report import report
 from ttt_jax.command.running import run
@@ -36,7 +37,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, wanted: bo
         "max_content_width": 110,
         "show_default": True,
     },
-    commands=[train, convert, score, generate, chat, evaluate, plan, report],
+    commands=[train, convert, score, generate, chat, evaluate, memory, plan, report],
 )
 @click.option(
     "--version",
@@ -48,7 +49,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, wanted: bo
     help="Show the versions of ttt-jax and jax.",
 )
 def cli() -> None:
-    """In-Place TTT: train, convert, score, generate, chat, evaluate, plan, report."""
+    """In-Place TTT: train, convert, score, generate, chat, evaluate, memory, plan, report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

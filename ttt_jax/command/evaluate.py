@@ -65,6 +65,11 @@ from ttt_jax.terminal import printable
     help="Perplexity with only the fast weights of the text before, too.",
 )
 @click.option(
+    "--memory",
+    metavar="M[,M...]",
+    help="Perplexity with these memories, too: fast weights that stay as they are.",
+)
+@click.option(
     "--block",
     type=click.IntRange(1),
     help="Final tokens that are scored.  [default: half the shortest length]",

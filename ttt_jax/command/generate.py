@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ttt_jax.command.io import (
+    check_memory,
     encode,
+    load_memories,
     open_session,
     print_completions,
     read_ids,
     read_text,
     saved_early,
-    template_of,
 )
 from ttt_jax.command.options import (
     DTYPE,
     EXISTING,
     IDS,
+    MEMORY,
     MODEL,
     NO_TTT,
     PIECE,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ttt_jax.inference.generation import Session
     from ttt_jax.inference.sampling import Sampling
     from ttt_jax.inference.writing import Completion
+    from ttt_jax.memory.memory import Memory
     from ttt_jax.model.transformer import Transformer
 
 
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     help="One JSON object per sequence: token_ids, text, timings.",
 )
 @NO_TTT
+@MEMORY
 @DTYPE
 @PIECE
 def generate(
@@ -103,6 +107,7 @@ def generate(
     keep_session,
     as_json,
     no_ttt,
+    memory,
     dtype,
     piece,
     **options,
@@ -112,6 +117,7 @@ def generate(
     _check_prompts(prompt, prompt_file, ids, session, keep_session)
     if chat and not (prompt or prompt_file):
         raise click.UsageError("--chat needs --prompt TEXT or --prompt-file FILE")
+    check_memory(session, memory)
     saved_to = None if keep_session else session
     if saved_to is not None:
         click.get_current_context().with_resource(one_writer(saved_to, "--session"))
@@ -119,6 +125,7 @@ def generate(
     if chat:
         texts = _as_turns(folder, texts)
     rows = read_ids(ids, "--ids") if ids else None
+    start = load_memories(memory)
 
     from ttt_jax.pretrained.load import load_model
 
@@ -126,7 +133,7 @@ def generate(
     rows = rows or [
         encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts
     ]
-    stream = _open_stream(model, rows, session, not no_ttt, piece, branches=keep_session)
+    stream = _open_stream(model, rows, session, not no_ttt, piece, start, branches=keep_session)
     if rows:
         stream.extend(rows)
     shown = not as_json and stream.batch_size == 1 and model.tokenizer is not None
@@ -142,6 +149,8 @@ def generate(
 
 def _as_turns(folder: Path, texts: list[str]) -> list[str]:
     """Each text in the model's chat template. Raises UserError when it has none, or it fails."""
+    from ttt_jax.inference.chat_template import template_of
+
     template = template_of(folder)
     if template is None:
         raise UserError(f"--chat: {folder} has no chat template; drop --chat")
@@ -170,6 +179,7 @@ def _open_stream(
     session: Path | None,
     ttt: bool,
     piece: int | None,
+    memory: Memory | None,
     branches: bool,
 ) -> Session:
     """Go on with a saved session, or begin a new one. Raises UserError when it was read otherwise.
@@ -177,7 +187,7 @@ def _open_stream(
     Args:
       branches: a session of one row may answer several rows, since it is not saved again.
     """
-    stream = open_session(model, len(rows), session, ttt, piece)
+    stream = open_session(model, len(rows), session, ttt, piece, memory)
     if len(rows) > 1 and stream.batch_size == 1 and branches:
         return stream.branch(len(rows))
     return stream

@@ -71,16 +71,34 @@ def read_ids(path: Path, option: str):
     return list(np.atleast_2d(np.asarray(array)))
 
 
-def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int | None):
+def load_memories(paths: str | None):
+    """Load the sum of `--memory M[,M...]`, None without. Raises as `Memory.load_sum`."""
+    if paths is None:
+        return None
+    from ttt_jax.memory.memory import Memory
+
+    return Memory.load_sum(paths)
+
+
+def check_memory(session: Path | None, memory: str | None) -> None:
+    """Raise UserError for a memory beside a session that has fast weights of its own."""
+    if memory is not None and session is not None and session.exists():
+        raise UserError(
+            f"--memory {memory}: {session} has its own fast weights; begin a new session with it"
+        )
+
+
+def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int | None, memory=None):
     """Go on with a saved session, or begin a new one. Raises UserError when it was read otherwise.
 
     Args:
       streams: of a new session.
+      memory: that a new session begins with.
     """
     from ttt_jax.inference.generation import Session
 
     if path is None or not path.exists():
-        return Session(model, streams, ttt=ttt, piece=piece)
+        return Session(model, streams, ttt=ttt, piece=piece, memory=memory)
     session = Session.load(path, model, piece=piece)
     if session.ttt != ttt:
         wrong, fix = ("on", "pass --no-ttt") if ttt else ("off", "drop --no-ttt")
@@ -88,22 +106,6 @@ def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int |
             f"--session {path}: was not read with TTT {wrong}; {fix}, or use another file"
         )
     return session
-
-
-def template_of(folder: Path):
-    """The chat template of a model's folder (ChatTemplate), or None when it has none. Raises
-    UserError for one that is malformed.
-    """
-    from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
-    from ttt_jax.files.reading import companion_fields, find_companion
-
-    if not folder.is_dir():  # load_model says so
-        return None
-    settings = companion_fields(folder, "tokenizer_config.json")
-    named = settings.get("chat_template")
-    if named is None and find_companion(folder, "chat_template.jinja") is None:
-        return None
-    return ChatTemplate(find_template(folder, settings), special_tokens(settings))
 
 
 def saved_early(stream, session: Path) -> str:

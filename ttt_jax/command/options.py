@@ -47,6 +47,12 @@ IDS = click.option(
     "--ids", type=EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy."
 )
 
+MEMORY = click.option(
+    "--memory",
+    metavar="M[,M...]",
+    help="Fast weights to begin with, added up; with --no-ttt they stay as they are.",
+)
+
 
 def sampling_options(command):
     """Add --temperature, --top-k, --top-p and --min-p, the fields of `Sampling` in order."""

@@ -41,13 +41,13 @@ def plan(path, topology, prefill, as_json, overrides) -> int:
     TPU programs are compiled ahead of time (minutes for a large model); GPUs get an estimate.
     Dotted overrides as for train.py. Exit code: 0 it fits, 1 it does not.
     """
-    from ttt_jax.config import load_config
     from ttt_jax.plan.common import parse_topology
     from ttt_jax.plan.make import describe, make_plan
     from ttt_jax.plan.tpu import prepare_environment
+    from ttt_jax.pretrained.start_config import load_start_config
 
-    config, target = load_config(path, overrides), parse_topology(topology)
-    prepare_environment()  # before jax is imported
+    prepare_environment()  # before jax looks for devices
+    config, target = load_start_config(path, overrides), parse_topology(topology)
     result = make_plan(config, target, prefill)
     print(json.dumps(dataclasses.asdict(result)) if as_json else printable(describe(result), "\n"))
     return 0 if result.fits else 1

@@ -8,8 +8,18 @@ from typing import Any
 
 import click
 
-from ttt_jax.command.io import encode, read_ids, read_text
-from ttt_jax.command.options import DTYPE, EXISTING, IDS, MODEL, NO_TTT, PIECE, Command, examples
+from ttt_jax.command.io import encode, load_memories, read_ids, read_text
+from ttt_jax.command.options import (
+    DTYPE,
+    EXISTING,
+    IDS,
+    MEMORY,
+    MODEL,
+    NO_TTT,
+    PIECE,
+    Command,
+    examples,
+)
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
@@ -34,9 +44,10 @@ from ttt_jax.terminal import printable
 @click.option("--logits", is_flag=True, help="Also write logits [B, T, V] float32.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing result.")
 @NO_TTT
+@MEMORY
 @DTYPE
 @PIECE
-def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> None:
+def score(folder, ids, text, out, logits, overwrite, no_ttt, memory, dtype, piece) -> None:
     """Log-probabilities of given tokens, any length, adapting while reading."""
     if (ids is None) == (text is None):
         raise click.UsageError("give the input by --ids FILE.npy or by --text FILE, one of them")
@@ -45,6 +56,7 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
         raise UserError(f"--out {out}: exists already; choose another file or pass --overwrite")
     rows = None if ids is None else read_ids(ids, "--ids")
     document = None if text is None else read_text(text, "--text")
+    start = load_memories(memory)
 
     import numpy as np
 
@@ -60,7 +72,13 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, dtype, piece) -> No
     try:
         with progress("scoring", max(len(row) for row in rows), "tokens") as advance_to:
             result = score_rows(
-                model, rows, ttt=not no_ttt, logits=logits, piece=piece, on_progress=advance_to
+                model,
+                rows,
+                ttt=not no_ttt,
+                logits=logits,
+                piece=piece,
+                memory=start,
+                on_progress=advance_to,
             )
     except NotFiniteError as error:
         failure, result = error, error.partial

@@ -23,12 +23,15 @@ from ttt_jax.config.loading import (
     fields_help,
     from_dict,
     load_config,
+    make_config,
     parse_overrides,
+    read_written,
     replace,
     to_dict,
 )
 from ttt_jax.config.presets import preset_names
 from ttt_jax.config.validate import validate, validate_context, validate_model
+from ttt_jax.config.written import Written
 
 __all__ = [
     "REMAT_NAMES",
@@ -44,12 +47,15 @@ __all__ = [
     "ParamGroup",
     "RopeConfig",
     "TTTConfig",
+    "Written",
     "dump_yaml",
     "fields_help",
     "from_dict",
     "load_config",
+    "make_config",
     "parse_overrides",
     "preset_names",
+    "read_written",
     "replace",
     "to_dict",
     "validate",

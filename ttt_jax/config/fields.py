@@ -47,10 +47,11 @@ REMAT_NAMES = (
 class TTTConfig:
     """In-Place TTT (arXiv 2604.06169, section 3): which layers adapt, and how."""
 
-    layers: Layers = ()  # indices of the layers whose down-projection is a fast weight
+    # indices of the layers whose down-projection is a fast weight; "auto": every sixth
+    layers: Layers = ()
     # C, tokens between two updates; packed documents start at its multiples, also without layers
     chunk_size: Positive = 4096
-    lr: float = 3.0  # inner learning rate
+    lr: float = 3.0  # inner learning rate; in a file or an override also `auto`: by the shape
     # source of the target: MLP input or embeddings
     target: Literal["hidden_states", "input_embed"] = "hidden_states"
     proj: bool = True  # multiply the convolved source by W_target
@@ -60,6 +61,8 @@ class TTTConfig:
     write: Literal["sum", "ridge", "spectral"] = "sum"
     # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
     ridge: PositiveFloat = 1.0
+    # factor on what is there before a chunk is written: 0.9 remembers about ten chunks
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # rescale each chunk's update to this Frobenius norm when it exceeds it
     clip_norm: PositiveFloat | None = None
     # apply W and S in two products, or W + S, rounded once a chunk, in one (docs/numerics.md)
@@ -122,12 +125,15 @@ class ModelConfig:
 class DataConfig:
     """Where the tokens come from and how they become [batch_size, seq_len] rows."""
 
-    train: Names = ("stdlib",)  # files or folders; "stdlib": Python's own source
-    heldout: Names = ()  # (): hold out documents of `train`
+    # files, folders, or URLs of them on s3:// and gs://; "stdlib": Python's own source
+    train: Names = ("stdlib",)
+    heldout: Names = ()  # (): hold out documents of `train`, or the end of a single one
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
-    tokenizer: str = "bytes"  # "bytes", or a tokenizer.json / a folder that holds one
+    # "bytes", a tokenizer.json or a folder that holds one, or a model of the Hugging Face Hub; with
+    # init_from it is the checkpoint's unless another one is named
+    tokenizer: str = "bytes"
     # end every text with the tokenizer's end-of-text token; token ids are taken as they are
     eos: bool = True
     seq_len: Positive = 2048  # T
@@ -152,6 +158,7 @@ class ParamGroup:
     lr_multiplier: NonNegativeFloat = 1.0
     frozen: bool = False
     weight_decay: bool | None = None  # None: decay matrices, not vectors
+    optional: bool = False  # it may match no parameter, as in presets for models of any kind
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -160,7 +167,8 @@ class OptimizerConfig:
 
     lr: PositiveFloat = 3e-4
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegative | None = None  # None: warmup_ratio * steps
+    # None: warmup_ratio * steps; so is a preset's that is not shorter than the run
+    warmup_steps: NonNegative | None = None
     warmup_ratio: Fraction = 0.02
     decay_ratio: Fraction = 0.2  # wsd: share of the steps in the final decay
     final_lr_ratio: Fraction = 0.1
@@ -197,6 +205,8 @@ class CheckpointConfig:
     keep: Positive = 2
     async_save: bool = True
     wait_for_space: NonNegative = 600  # seconds for which the end of a run waits for disk space
+    # where a copy of the run goes: s3://BUCKET/PATH, gs://BUCKET/PATH or a folder (docs/data.md)
+    copy_to: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -246,7 +256,8 @@ class Config:
     steps: Positive = 100
     # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
     compile_cache: str | None = "run"
-    # Hugging Face folder or run folder to start from; None: from scratch
+    # Hugging Face, converted or run folder to start from, or a model of the Hugging Face Hub;
+    # what of `model` is not written is its own, and its tokenizer. None: from scratch
     init_from: str | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps

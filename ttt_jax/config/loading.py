@@ -19,35 +19,87 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ttt_jax.config.fields import Config
-from ttt_jax.config.presets import find_config, same_preset
+from ttt_jax.config.inner_rate import inner_rate
+from ttt_jax.config.presets import find_config, is_preset, place_of_run, same_preset
 from ttt_jax.config.validate import validate
+from ttt_jax.config.written import AUTO, Written, merged, name_auto_layers, value_at
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
 from ttt_jax.errors import ConfigError
 
+RATE = "model.ttt.lr"
 T = typing.TypeVar("T")
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a preset or a YAML file, apply dotted overrides, validate.
 
-    Args:
-      path: YAML file, or the name of a preset; None takes `configs/default.yaml`'s place with the
-        dataclass defaults.
-      overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as
-        it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
-        `null`, `1e-4`). Of two for one field the last counts.
+    With `init_from`, what is not written comes from a checkpoint, which pretrained/start_config.py
+    reads; here every field of `model` must be written then.
+
+    Args: see `read_written`.
+
+    Returns: the config; where `model.ttt.lr` is `auto`, with the number that it stands for
+    (inner_rate.py), so that nothing after this depends on the rule.
 
     Raises:
       ConfigError: one line naming the field, the value and the fix.
     """
-    tree: dict[str, Any] = {}
+    written = read_written(path, overrides)
+    source = written.get("init_from")
+    if source is not None and not written.has_model():
+        raise ConfigError(
+            f"config field init_from = {str(source)[:60]!r}: its model is not read here; "
+            "use load_start_config of ttt_jax.pretrained.start_config"
+        )
+    return make_config(written)
+
+
+def read_written(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Written:
+    """Read a preset or a YAML file, and command-line words.
+
+    Args:
+      path: YAML file, the name of a preset, or the folder of a run, which then names `runs_dir` and
+        `name`; None leaves every field at its default.
+      overrides: command-line words, `--a.b value` or `--a.b=value`. A text field takes the word as
+        it is written (`off`, `123`), without quotes around it; other values are YAML (`[0,6,12]`,
+        `null`, `1e-4`). Of two for one field the last counts.
+
+    Raises: ConfigError, one line.
+    """
+    preset: dict[str, Any] = {}
+    user: dict[str, Any] = {}
     if path is not None:
-        tree = _read_yaml(find_config(path))
+        file = find_config(path)
+        tree = _read_yaml(file)
+        if is_preset(file):
+            preset = tree
+        else:
+            user = tree if Path(path) == file else tree | place_of_run(file)
     for key, value in parse_overrides(overrides):
-        _assign(tree, key, value)
+        _assign(user, key, value)
+    return Written(preset, user)
+
+
+def make_config(written: Written, base: dict[str, Any] | None = None) -> Config:
+    """Make the config of what is written; what nobody wrote comes from `base`, then from the
+    defaults. Raises ConfigError, one line.
+
+    Where `model.ttt.lr` is `auto`, it is the rate of `base` if there is one; else the rule's, which
+    has to be measured on a checkpoint (training/inner_rate.py) or is known from the shape.
+    """
+    base = base or {}
+    tree = name_auto_layers(written.over(base))
+    auto = value_at(tree, RATE) == AUTO
+    if auto:
+        known = value_at(base, RATE)
+        tree = merged(tree, {"model": {"ttt": {"lr": Config().model.ttt.lr}}})
+        if known is not None:
+            tree, auto = merged(tree, {"model": {"ttt": {"lr": known}}}), False
     config = from_dict(Config, tree)
     validate(config)
-    return config
+    if not auto or (base and config.model.ttt.write != "ridge"):
+        return config
+    return replace(config, {RATE: inner_rate(config)})
 
 
 def from_dict(cls: type[T], tree: dict[str, Any]) -> T:

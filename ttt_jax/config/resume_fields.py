@@ -22,7 +22,7 @@ _NAMES = {
         "model.o_bias model.mlp_bias model.tie_embeddings model.sliding_window "
         "model.full_attention_layers model.init_std model.ttt.layers model.ttt.chunk_size "
         "model.ttt.lr model.ttt.target model.ttt.proj model.ttt.normalize_source model.ttt.write "
-        "model.ttt.ridge model.ttt.clip_norm "
+        "model.ttt.ridge model.ttt.decay model.ttt.clip_norm "
         "data.train data.heldout data.heldout_fraction data.format data.text_field data.tokenizer "
         "data.eos data.seq_len data.batch_size data.min_document data.pack data.shuffle "
         "data.max_record_bytes "
@@ -39,6 +39,7 @@ _NAMES = {
     FREE: (
         "name runs_dir compile_cache data.workers data.max_bad_records "
         "checkpoint.every checkpoint.keep checkpoint.async_save checkpoint.wait_for_space "
+        "checkpoint.copy_to "
         "guard.skips guard.rollbacks guard.min_state_ratio guard.max_state_ratio "
         "log.every log.documents log.probe_every log.tensorboard log.wandb eval.every"
     ),

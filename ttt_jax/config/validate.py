@@ -24,11 +24,17 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"config field name = {config.name!r}: use letters, digits, '.', '_' and '-' only"
         )
+    _refuse_urls(config)
     _validate_mesh(config.mesh)
     if data.batch_size % config.optimizer.accumulate:
         raise ConfigError(
             f"config field optimizer.accumulate = {config.optimizer.accumulate}: "
             f"must divide data.batch_size = {data.batch_size}"
+        )
+    if ttt.layers and ttt.write == "spectral" and config.init_from is None:
+        raise ConfigError(
+            "config field model.ttt.write = spectral: never writes in training from scratch: new "
+            "targets are zero, and its write of zero is zero without a gradient; use sum or ridge"
         )
     if ttt.layers and data.pack and data.seq_len % ttt.chunk_size:
         raise ConfigError(
@@ -68,6 +74,28 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 f"config field optimizer.groups pattern {group.pattern!r}: {error}"
             ) from None
+
+
+def _refuse_urls(config: Config) -> None:
+    """Raise ConfigError for paths on an object store in the fields that need a disk."""
+    if config.checkpoint.copy_to == "":
+        raise ConfigError(
+            "config field checkpoint.copy_to = '': names no place; name a folder or a URL, or null"
+        )
+    local = "copy it to a disk, and name it there"
+    for field, value, fix in (
+        (
+            "runs_dir",
+            config.runs_dir,
+            "a run folder holds a lock and files that grow, so it needs a disk; set "
+            "checkpoint.copy_to to this place, and runs_dir to a folder",
+        ),
+        ("init_from", config.init_from, local),
+        ("data.tokenizer", config.data.tokenizer, local),
+        ("compile_cache", config.compile_cache, "name a folder on a disk, run, or null"),
+    ):
+        if value is not None and "://" in value:
+            raise ConfigError(f"config field {field} = {value!r}: is a URL; {fix}")
 
 
 def _validate_mesh(mesh: MeshConfig) -> None:

@@ -11,7 +11,6 @@ import gzip
 import io
 import lzma
 import zlib
-from pathlib import Path
 from typing import IO, Any, cast
 
 try:
@@ -42,17 +41,16 @@ def check_budget(out: int, size: int) -> None:
         )
 
 
-def open_compressed(path: Path) -> IO[bytes]:
-    """Open a .gz, .xz or .zst file, of any number of members or frames, as the bytes in it.
+def open_compressed(file: IO[bytes], suffix: str) -> IO[bytes]:
+    """Give the bytes in a .gz, .xz or .zst file, of any number of members or frames; `file` is
+    closed with them.
 
     Reading raises BudgetError, and what is in `DAMAGE`.
 
     Raises:
       ModuleNotFoundError: a .zst file, and the package zstandard is not installed.
     """
-    file = path.open("rb")
     try:
-        suffix = path.suffix.lower()
         if suffix == ".gz":
             stream: Any = gzip.GzipFile(fileobj=file, mode="rb")
         elif suffix == ".xz":

@@ -28,6 +28,7 @@ from ttt_jax.data.source_files import SourceFile, find_files
 from ttt_jax.data.sources import Record, open_npy, read_documents
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
+from ttt_jax.files.text import reason_of
 
 _CACHE_VERSION = 3  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
@@ -53,6 +54,8 @@ class Corpus:
       rejected: the malformed records, which were left out.
       has_text: whether any document went through the tokenizer.
       label: the config field and value that errors name.
+      files: where they come from.
+      remarks: lines for the user: what was read, and what was skipped.
     """
 
     arrays: tuple[TokenArray, ...]
@@ -64,6 +67,8 @@ class Corpus:
     rejected: Rejected
     has_text: bool
     label: str
+    files: tuple[SourceFile, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.length_N)
@@ -88,6 +93,10 @@ class Corpus:
         """Hash the documents' tokens, as far as `digests.py` reads them."""
         return hashlib.sha256(self.digest_N.tobytes()).hexdigest()[:16]
 
+    def locate(self, key_K: np.ndarray) -> list[tuple[str, int]]:
+        """Find documents by their keys, as `find_documents` does."""
+        return find_documents(list(self.files), key_K)
+
 
 def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.train") -> Corpus:
     """Load all documents of `data.train` or `data.heldout` that have at least `data.min_document`
@@ -102,39 +111,16 @@ def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.trai
     """
     data = config.data
     entries = getattr(data, field.rpartition(".")[2])
-    files = find_files(entries, field=field, format=data.format)
-    key = _key(
-        files, [field, *_text_settings(config, tokenizer), data.min_document, data.max_bad_records]
-    )
+    files, remarks = find_files(entries, field=field, format=data.format)
+    settings = [*_text_settings(config, tokenizer), data.min_document, data.max_bad_records]
+    key = _key(files, [field, *settings, remarks])
     if key not in _recent:
-        _recent[key] = _build(
-            config, tokenizer, files, f"config field {field} = {', '.join(map(repr, entries))}"
-        )
+        label = f"config field {field} = {', '.join(map(repr, entries))}"
+        _recent[key] = _build(config, tokenizer, files, label, remarks)
         while len(_recent) > 2:
             _recent.popitem(last=False)
     _recent.move_to_end(key)
     return _recent[key]
-
-
-def split_corpus(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
-    """Split `data.train` into (training, held-out) documents by a hash of their identity.
-
-    Args:
-      fraction: `data.heldout_fraction`.
-
-    A document's side depends on nothing but its own name and index, so that growing the corpus
-    moves no document.
-    """
-    held_N = corpus.key_N < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-    if not held_N.any():
-        held_N[np.argmin(corpus.key_N)] = True
-    if held_N.all():
-        raise DataError(
-            f"{corpus.label}: holding out data.heldout_fraction = {fraction} of {len(corpus)} "
-            "document(s) leaves none "
-            "to train on; name held-out files in data.heldout, or give more documents"
-        )
-    return corpus.select(~held_N), corpus.select(held_N)
 
 
 # ----------------------------------------------------------------------------------------- building
@@ -151,7 +137,13 @@ class _Part(NamedTuple):
     has_text: bool = False
 
 
-def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label: str) -> Corpus:
+def _build(
+    config: Config,
+    tokenizer: Tokenizer,
+    files: list[SourceFile],
+    label: str,
+    remarks: list[str],
+) -> Corpus:
     text = [file for file in files if file.format != "npy"]
     mapped = [file for file in files if file.format == "npy"]
     parts = [_tokenise(config, tokenizer, text)] if text else []
@@ -171,10 +163,18 @@ def _build(config: Config, tokenizer: Tokenizer, files: list[SourceFile], label:
         rejected=rejected,
         has_text=parts[0].has_text,
         label=label,
+        files=tuple(files),
     )
     # One token alone predicts nothing, and a row without any target would make a mean loss 0/0.
     shortest = max(config.data.min_document, 2)
     corpus = corpus.select(length_N >= shortest)
+    if short := len(length_N) - len(corpus):
+        remarks = [
+            *remarks,
+            f"{label.removeprefix('config field ')}: leaves out {short} of {len(length_N)} "
+            f"documents, which have fewer than {shortest} tokens (data.min_document)",
+        ]
+    corpus = dataclasses.replace(corpus, remarks=tuple(remarks))
     if not len(corpus):
         count = (
             f"none of its {len(length_N)} documents has"
@@ -303,7 +303,7 @@ def _map_npy(file: SourceFile, vocab_size: int, eos_id: int | None) -> _Part:
     for start in range(0, min(flat.size, _CHECK_TOKENS), 1 << 24):
         _check_ids(file, flat[start : min(start + (1 << 24), _CHECK_TOKENS)], vocab_size)
     rows, width = (1, array.size) if array.ndim == 1 else array.shape
-    tokens = TokenArray(path=file.path) if mappable else TokenArray(flat)
+    tokens = TokenArray(path=file.local()) if mappable else TokenArray(flat)
     digest_N = digest_rows(flat, rows, width, _dtype(vocab_size), eos_id)
     return _Part(
         tokens,
@@ -336,21 +336,13 @@ def _check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-def locate(
-    config: Config, key_K: np.ndarray, *, field: str = "data.train"
-) -> list[tuple[str, int]]:
-    """Find documents of `data.train` or `data.heldout` by their keys, as `find_documents` does."""
-    entries = getattr(config.data, field.rpartition(".")[2])
-    return find_documents(find_files(entries, field=field, format=config.data.format), key_K)
-
-
 def _key(files: list[SourceFile], settings: list[Any]) -> str:
     """Make a hash that changes when a file or a setting does."""
     digest = hashlib.sha256(repr(settings).encode())
     for file in files:
-        stat = file.path.stat()
-        # The time of the inode's last change, too: tools that copy files set the other one back.
-        times = stat.st_mtime_ns, stat.st_ctime_ns
-        identity = (str(file.path.resolve()), file.name, file.format, stat.st_size, *times)
+        try:
+            identity = (file.name, file.format, *file.version())
+        except (OSError, RuntimeError) as error:  # gone; a link that leads nowhere, or in a circle
+            raise file.error(f"is not there ({reason_of(error)}); restore or remove it") from None
         digest.update(repr(identity).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:24]

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from ttt_jax.config import Config
-from ttt_jax.data.corpus import Corpus, load_corpus, locate
+from ttt_jax.data.corpus import Corpus, load_corpus
 from ttt_jax.data.heldout import split
 from ttt_jax.data.packing import (
     OPEN_BINS,
@@ -22,6 +22,7 @@ from ttt_jax.data.packing import (
     render_row,
 )
 from ttt_jax.data.quarantine import Rejected
+from ttt_jax.data.source_files import STDLIB
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 
@@ -86,7 +87,7 @@ class Loader(Iterator[Batch]):
     ) -> None:
         data = config.data
         rows = len(slots)
-        self._config, self._table = config, table
+        self._table = table
         self._total_slots = data.batch_size
         self._slots = tuple(slots)
         # Each worker serves its own slots, so their number has to divide the rows; the stream does
@@ -145,7 +146,7 @@ class Loader(Iterator[Batch]):
         table = self._table
         flat = [(row, piece) for row, numbers in sorted(pieces.items()) for piece in numbers]
         document_P = table.document_P[[piece for _, piece in flat]] if flat else []
-        names = locate(self._config, table.corpus.key_N[document_P]) if flat else []
+        names = table.corpus.locate(table.corpus.key_N[document_P]) if flat else []
         return [
             Piece(row, file, index, int(table.start_P[piece]), int(table.length_P[piece]))
             for (row, piece), (file, index) in zip(flat, names, strict=True)
@@ -276,7 +277,7 @@ def make_loader(
             f"config field data.batch_size = {batch_size}: must be a multiple of the "
             f"{process_count} processes"
         )
-    train, heldout, _ = split(config, tokenizer)
+    train, heldout, *_ = split(config, tokenizer)
     table = _table(config, tokenizer, train, pack=config.data.pack)
     share = batch_size // process_count
     slots = range(process_index * share, (process_index + 1) * share) if rows is None else rows
@@ -289,7 +290,7 @@ def check_data(config: Config, *, tokenizer: Tokenizer) -> DataSummary:
     Raises:
       DataError: one line, for anything wrong with the data.
     """
-    train, heldout, _ = split(config, tokenizer)
+    train, heldout, *_ = split(config, tokenizer)
     return DataSummary(
         len(train), int(train.length_N.sum()), len(heldout), int(heldout.length_N.sum())
     )
@@ -309,6 +310,20 @@ def heldout_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
     """
     remark = split(config, tokenizer).remark
     return [] if remark is None else [remark]
+
+
+def data_remarks(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Lines for the user about the files that are read and skipped, and what is held out of them
+    when `data.heldout` names nothing.
+    """
+    found = split(config, tokenizer)
+    if config.data.train == (STDLIB,) and not config.data.heldout:
+        return []
+    return [
+        *found.train.remarks,
+        *(found.heldout.remarks if config.data.heldout else ()),
+        *([found.held_out] if found.held_out else ()),
+    ]
 
 
 def heldout_rows(config: Config, *, tokenizer: Tokenizer, rows: int) -> Batch:

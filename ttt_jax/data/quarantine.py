@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ttt_jax.errors import DataError
+from ttt_jax.files.stores import StoredFile
 from ttt_jax.files.text import atomic_write_text
 
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -117,7 +118,7 @@ class Rejects:
     def good(self) -> None:
         self._records += 1
 
-    def bad(self, path: Path, label: str, record: BadRecord) -> None:
+    def bad(self, path: Path | StoredFile, label: str, record: BadRecord) -> None:
         """Count a malformed record. Raises DataError, one line, when all of the first records are
         bad.
         """

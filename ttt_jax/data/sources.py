@@ -7,6 +7,7 @@ document; `corpus.py` gives the random access.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import IO, Any
@@ -19,6 +20,7 @@ from ttt_jax.data.quarantine import BadRecord, bad_record
 from ttt_jax.data.source_files import SourceFile, open_file
 from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy, parse_npy
+from ttt_jax.files.stores import StoredFile, StoreError
 from ttt_jax.files.text import reason_of
 
 _NPY_MAGIC = b"\x93NUMPY"
@@ -51,6 +53,10 @@ def read_documents(file: SourceFile, *, text_field: str, max_bytes: int) -> Iter
             count += 1
     except FileNotFoundError:
         raise file.error("has vanished; restore the file") from None
+    except StoreError as error:
+        raise file.error(
+            f"cannot be read beyond its first {count} records ({error}); run the same command again"
+        ) from None
     except BudgetError as error:
         raise file.error(str(error)) from None
     except DAMAGE as error:
@@ -67,7 +73,7 @@ def open_npy(file: SourceFile) -> np.ndarray:
       DataError: not an `.npy` file, not integers, or more than two dimensions.
     """
     try:
-        array = map_npy(file.path)
+        array = map_npy(file.local())
     except ValueError as error:
         raise file.error(f"not a readable .npy file ({error}); write it with numpy.save") from None
     if problem := _token_problem(array, max_dims=2):
@@ -101,7 +107,10 @@ def _text(
         if not is_utf8:
             text.decode("utf-8")
     except UnicodeDecodeError as error:
-        return bad_record(unit, number, "not UTF-8", f"is not UTF-8 at byte {error.start}", text)
+        problem = f"is not UTF-8 at byte {error.start}"
+        if unit == "file":
+            problem += ", so it is no text or has another encoding, which iconv can change"
+        return bad_record(unit, number, "not UTF-8", problem, text)
     return text
 
 
@@ -180,9 +189,14 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise file.error("reading Parquet needs the package pyarrow; pip install pyarrow") from None
+        raise file.error(
+            "reading Parquet needs the package pyarrow; pip install 'ttt-jax[parquet]'"
+        ) from None
     try:
-        with pq.ParquetFile(file.path) as table:
+        with contextlib.ExitStack() as stack:
+            stored = isinstance(file.path, StoredFile)
+            source = stack.enter_context(file.path.open("rb")) if stored else file.path
+            table = stack.enter_context(pq.ParquetFile(source))
             names = table.schema_arrow.names
             if text_field not in names:
                 raise file.error(
@@ -194,7 +208,7 @@ def _read_parquet(file: SourceFile, text_field: str, max_bytes: int) -> Iterator
                 raise file.error(
                     f"column {text_field!r} holds {kind}, not strings; set data.text_field"
                 )
-            size, out = file.path.stat().st_size, 0
+            size, out = file.size, 0
             for row, text in enumerate(_parquet_column(file, table, text_field)):
                 if text is None:
                     yield bad_record("row", row, "no text", f"has a null {text_field!r}")
@@ -250,9 +264,10 @@ def _read_arrayrecord(file: SourceFile, max_bytes: int) -> Iterator[Record]:
     """
     from grain.sources import ArrayRecordDataSource
 
+    path = file.local()
     try:
-        source: Any = ArrayRecordDataSource(str(file.path))
-        size, out, start, count = file.path.stat().st_size, 0, 0, 1
+        source: Any = ArrayRecordDataSource(str(path))
+        size, out, start, count = path.stat().st_size, 0, 0, 1
         with source:
             while start < len(source):
                 records = source.__getitems__(range(start, min(start + count, len(source))))

@@ -97,7 +97,7 @@ class JsonTokenizer:
         # Files often carry padding or truncation settings, which would silently change documents.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer, self._path = tokenizer, path
+        self._tokenizer, self.path = tokenizer, path
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
         # Ids may have holes, so the number of entries is not enough.
         self.vocab_size: int = max(ids, default=-1) + 1
@@ -125,7 +125,7 @@ class JsonTokenizer:
     def _panics(self) -> contextlib.AbstractContextManager[None]:
         """Turn panics into errors, for instance of a regular expression that gives up on a text."""
         return panics_as_errors(
-            f"tokenizer {self._path}: fails on a text", "use another tokenizer.json"
+            f"tokenizer {self.path}: fails on a text", "use another tokenizer.json"
         )
 
     def _find_eos(self, folder: Path) -> int | None:

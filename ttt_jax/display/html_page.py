@@ -23,8 +23,9 @@ COLOURS = {
     "shuffled": "#009E73",
     "strict": "#CC79A7",
     "cold": "#E69F00",
+    "memory": "#56B4E9",
 }
-MARKERS = {"on": "o", "off": "s", "shuffled": "^", "strict": "D", "cold": "v"}
+MARKERS = {"on": "o", "off": "s", "shuffled": "^", "strict": "D", "cold": "v", "memory": "P"}
 
 _STYLE = """
 body {

@@ -31,7 +31,7 @@ def open_documents(model: Transformer, data: str | Path, option: str = "--perple
     config = Config(model=model.config, data=data_config)
     try:
         if model.tokenizer is None:
-            files = find_files((str(data),), field=_FIELD, format="auto")
+            files = find_files((str(data),), field=_FIELD, format="auto").files
             # ArrayRecord may hold ids; if it holds text, that is found below.
             if text := [file for file in files if file.format not in ("npy", "arrayrecord")]:
                 raise DataError(

@@ -30,12 +30,13 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from ttt_jax.display.progress import progress
 from ttt_jax.errors import UserError
 from ttt_jax.eval.answers import Judge, Judgement
-from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.files.reading import companion_fields
+from ttt_jax.inference.chat_template import ChatTemplate, find_template, special_tokens
 from ttt_jax.inference.generation import Session
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.inference.watch import Watch
 from ttt_jax.model.transformer import Transformer
+from ttt_jax.pretrained.load import run_folder
 
 
 class TTTJaxLM(TemplateLM):
@@ -92,7 +93,8 @@ class TTTJaxLM(TemplateLM):
             raise UserError(f"model_args ttt = {ttt!r}: must be true or false")
         self.model, self.ttt = model, str(ttt).lower() in ("true", "1")
         self.tokenizer = model.tokenizer
-        self.path = Path(path) if path is not None else None
+        # Of a run's step, tokenizer and template lie in the run.
+        self.path = (run_folder(Path(path)) or Path(path)) if path is not None else None
         self.batch_size, self.piece = int(batch_size), piece
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         self._watch = Watch(model)

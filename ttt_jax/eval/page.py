@@ -200,6 +200,8 @@ def _perplexity_picture(part: dict[str, Any]) -> str:
         if paired:
             below = axes[1, column]
             _line(below, x, entries, "gain", _style("on", "off - on"))
+            if "gain_memory" in entries[0]:
+                _line(below, x, entries, "gain_memory", _style("memory", "off - memory"))
             if "gain_shuffled" in entries[0]:
                 _line(below, x, entries, "gain_shuffled", _style("shuffled", "off - shuffled"))
             if "gain_strict" in entries[0]:

@@ -18,6 +18,8 @@ The mode "strict" reads the L - K tokens before the block with TTT on, then drop
 positions and the pending chunk, and scores the block with the fast weights S alone, which stay as
 they are. "cold" scores the same block from a fresh state with S = 0. Their difference is what S
 carries.
+
+The mode "memory" is "off" with a memory that was read before: W + dW, and nothing is written.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from ttt_jax.eval.reader import Reader
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.inference.prefill import check_ids
+from ttt_jax.memory.memory import Memory
 from ttt_jax.model.transformer import Transformer
 
 MODES = ("off", "on", "shuffled")
@@ -92,6 +95,7 @@ def evaluate(
     modes: Sequence[str] = MODES,
     batch_size: int = 8,
     piece: int | None = None,
+    memory: Memory | None = None,
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
     kept: Unfinished | None = None,
@@ -102,9 +106,10 @@ def evaluate(
       documents: indices of documents with at least max(lengths) + 1 tokens.
       lengths: context lengths L.
       block: K, tokens whose loss is taken; None: half the shortest length.
-      modes: some of "off", "on", "shuffled", and "strict", which brings "cold"; the order of the
-        result.
+      modes: some of "off", "memory", "on", "shuffled", and "strict", which brings "cold"; the order
+        of the result.
       batch_size: documents read at once.
+      memory: of the mode "memory", of this model.
       on_progress: called with the number of tokens read so far, over all modes.
       kept: batches that an earlier start finished, and where this one keeps its own.
 
@@ -119,7 +124,7 @@ def evaluate(
     through = [mode for mode in modes if mode not in STRICT]
     modes = [*through, *STRICT] if "strict" in modes else through
     kept = Unfinished(None, {}) if kept is None else kept
-    reader, count = Reader(model, piece), _Count(on_progress)
+    reader, count = Reader(model, piece, memory), _Count(on_progress)
     reader.on_tokens = count.read
     starts = position_edges(lengths[-1], block)
     by_length = {mode: np.zeros((len(lengths), len(documents))) for mode in modes}
@@ -263,10 +268,9 @@ def _entry(losses: dict[str, np.ndarray], n: int, seed: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         mode: mean_with_interval(values[n], seed=seed) for mode, values in losses.items()
     }
-    for mode in ("on", "shuffled"):
+    for mode, gain in (("memory", "gain_memory"), ("on", "gain"), ("shuffled", "gain_shuffled")):
         if mode in losses and "off" in losses:
-            difference = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
-            entry["gain" if mode == "on" else "gain_shuffled"] = difference
+            entry[gain] = mean_with_interval(losses["off"][n] - losses[mode][n], seed=seed)
     if "strict" in losses:
         entry["gain_strict"] = mean_with_interval(
             losses["cold"][n] - losses["strict"][n], seed=seed
@@ -279,7 +283,7 @@ def tokens_to_read(lengths: Sequence[int], block: int | None, modes: Sequence[st
     count as often as they are read.
     """
     lengths, block = check_lengths(lengths, block)
-    passes = ("off" in modes) + ("on" in modes or "shuffled" in modes)
+    passes = ("off" in modes) + ("memory" in modes) + ("on" in modes or "shuffled" in modes)
     extra = ((len(lengths) - 1) * block * ("on" in modes) + lengths[-1]) * ("shuffled" in modes)
     strict = (sum(lengths) + block) * ("strict" in modes)
     return sum(lengths) * passes + extra + strict

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.inference.prefill import (
+    Adapts,
     Frozen,
     needs_capacity,
     piece_size,
@@ -23,18 +24,27 @@ from ttt_jax.inference.prefill import (
     warn_past_positions,
 )
 from ttt_jax.inference.watch import Watch, not_finite, state_ratios
+from ttt_jax.memory.fast_weights import only_fast_weights, start_with
+from ttt_jax.memory.memory import Memory
 from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import State, Transformer
 
-_READ_THROUGH = ("off", "on", "shuffled")
+_READ_THROUGH = ("off", "memory", "on", "shuffled")
+_READINGS: dict[str, Adapts] = {"off": False, "memory": "frozen", "on": True}
 _IN_FLIGHT = 4  # pieces that the host dispatches before it fetches the first one's losses
 
 
 class Reader:
-    """Reads batches of equally long rows of a model, piece by piece."""
+    """Reads batches of equally long rows of a model, piece by piece.
 
-    def __init__(self, model: Transformer, piece: int | None = None) -> None:
-        self.model, self.frozen = model, Frozen(model)
+    Args:
+      memory: fast weights of the mode "memory", of this model.
+    """
+
+    def __init__(
+        self, model: Transformer, piece: int | None = None, memory: Memory | None = None
+    ) -> None:
+        self.model, self.frozen, self.memory = model, Frozen(model), memory
         self.size = piece_size(model, piece)
         self.chunk = model.config.ttt.chunk_size
         self.watch = Watch(model)
@@ -69,16 +79,17 @@ class Reader:
             else ()
         )
         edges = [begin, *inner, L]
-        for ttt in (False, True):  # one state at a time: it may be large
-            if not set(modes) & ({"on", "shuffled"} if ttt else {"off"}):
+        for reading, ttt in _READINGS.items():  # one state at a time: it may be large
+            if not set(modes) & ({"on", "shuffled"} if reading == "on" else {reading}):
                 continue
-            state = self.read(ids_BL1, 0, begin, None, L, ttt=ttt)
+            first = self._with_memory(len(ids_BL1), L) if reading == "memory" else None
+            state = self.read(ids_BL1, 0, begin, first, L, ttt=ttt)
             for start, stop in itertools.pairwise(edges):
-                if ttt and "shuffled" in modes:
+                if reading == "on" and "shuffled" in modes:
                     other = exchanged(state) if state is not None else None
                     losses["shuffled"] += self.score(ids_BL1, start, stop, other, L, ttt=True)[1]
                 state, scored = self.score(ids_BL1, start, stop, state, L, ttt=ttt)
-                losses["on" if ttt else "off"] += scored
+                losses[reading] += scored
         return {mode: _join(losses[mode]) for mode in modes}
 
     def strict_losses(self, ids_BL1: np.ndarray, block: int) -> np.ndarray:
@@ -131,18 +142,25 @@ class Reader:
         """Raise NotFiniteError when a row's fast weights are lost; rows repeat the documents."""
         self.watch.check("document", [names[i % len(names)] for i in range(rows)])
 
+    def _with_memory(self, batch: int, L: int) -> State:
+        assert self.memory is not None
+        return start_with(self.model, self.memory, batch, self._capacity(L))
+
     def _cuts(self, start: int, stop: int):
         for first in range(start, stop, self.size):
             yield first, min(first + self.size, stop)
 
-    def _arguments(self, L: int, first: int, last: int, ttt: bool) -> dict[str, Any]:
+    def _arguments(self, L: int, first: int, last: int, ttt: Adapts) -> dict[str, Any]:
         warn_past_positions(self.model, L)
-        # One capacity for all lengths of about this size: fewer programs to compile.
-        capacity = -(-L // self.size) * self.size if needs_capacity(self.model) else None
-        return {"capacity": capacity, "at_chunk_start": first % self.chunk == 0, "ttt": ttt}
+        at_start = first % self.chunk == 0
+        return {"capacity": self._capacity(L), "at_chunk_start": at_start, "ttt": ttt}
+
+    def _capacity(self, L: int) -> int | None:
+        """One for all lengths of about this size: fewer programs to compile."""
+        return -(-L // self.size) * self.size if needs_capacity(self.model) else None
 
     def read(
-        self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool
+        self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: Adapts
     ) -> State | None:
         B = len(ids_BL1)
         logits_BV = jnp.zeros((B, self.model.config.vocab_size), jnp.float32)
@@ -157,7 +175,7 @@ class Reader:
             self.on_tokens(last - first)
         return state
 
-    def score(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: bool):
+    def score(self, ids_BL1, start: int, stop: int, state: State | None, L: int, *, ttt: Adapts):
         """Return (state, list of losses [B, piece], the newest of them still on the device)."""
         B, losses = len(ids_BL1), []
         for first, last in self._cuts(start, stop):
@@ -195,25 +213,6 @@ def exchanged(state: State | None) -> State:
     layers = tuple(tuple(swap(layer) for layer in runs) for runs in state.layers)
     # Copies, because the programs take over (donate) the arrays of the state that they are given.
     return jax.tree.map(jnp.copy, State(state.position_B, layers, state.capacity))
-
-
-def only_fast_weights(model: Transformer, state: State | None, batch: int, capacity: int) -> State:
-    """Make the state of streams that have read nothing but hold the fast weights S of `state`.
-
-    Args:
-      capacity: tokens that full-attention caches can hold.
-    """
-    fresh = model.init_state(batch, capacity)
-    if state is None:
-        return fresh
-
-    def keep(new, old):
-        if new.ttt is None:
-            return new
-        return new._replace(ttt=new.ttt._replace(S_BDF=old.ttt.S_BDF))
-
-    layers = tuple(tuple(map(keep, *runs)) for runs in zip(fresh.layers, state.layers, strict=True))
-    return State(fresh.position_B, layers, fresh.capacity)
 
 
 @program(())

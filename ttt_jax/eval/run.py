@@ -16,6 +16,7 @@ from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.terminal import printable
 
 if TYPE_CHECKING:
+    from ttt_jax.memory.memory import Memory
     from ttt_jax.model.transformer import Transformer
 
 
@@ -29,6 +30,7 @@ class Options:
         the recall probe and the synthetic suite too, `documents` of the recall probe too.
       ttt: "on", "off" or "both". shuffled: the control; None: where it is possible.
       strict: perplexity with nothing but the fast weights of the text before, too.
+      memory: files of memories, M[,M...]: perplexity with them, too.
       recall: data source of the recall probe, or None; passage: its tokens.
       tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
       limit, fewshot, chat: of the harness.
@@ -44,6 +46,7 @@ class Options:
     ttt: str = "both"
     shuffled: bool | None = None
     strict: bool = False
+    memory: str | None = None
     recall: str | None = None
     passage: int = 256
     tasks: tuple[str, ...] = ()
@@ -96,6 +99,8 @@ def check(options: Options) -> None:
         raise UserError(
             "--strict: is a mode of --perplexity with --ttt both; drop it or change them"
         )
+    if options.memory and not options.perplexity:
+        raise UserError("--memory: is a mode of --perplexity; give --perplexity DATA, or drop it")
     if (options.diagnostics or options.text_page) and not options.perplexity:
         raise UserError(
             "--diagnostics and --html look at the first document of --perplexity DATA; give it"
@@ -129,13 +134,20 @@ def evaluate(
       kept.
     """
     check(options)
+    memory = _load_memory(options)
     about = _plain_options(options) | _code()
+    if memory is not None:
+        about |= {"memory_terms": [[term.key, str(term.weight)] for term in memory.terms]}
     Unfinished(out, about, overwrite)  # refuses another command before the model is loaded
-    from ttt_jax.inference.session_file import fingerprint
     from ttt_jax.inference.watch import one_warning, warn_of_zero_targets
+    from ttt_jax.pretrained.fingerprint import fingerprint
 
     begin = time.perf_counter()
     model = _load(options)
+    if memory is not None:
+        from ttt_jax.memory.fast_weights import check_memory
+
+        check_memory(memory, model)
     dtype = model.runtime.dtype
     about |= {"compute_dtype": dtype, "parameters": fingerprint(model) if out is not None else None}
     kept = Unfinished(out, about, overwrite)
@@ -151,11 +163,13 @@ def evaluate(
         "dtype": dtype,
         "options": _plain_options(options),
     }
+    if memory is not None:
+        results["memory"] = [source.to_json() for source in memory.sources]
     try:
         with one_warning():
             if options.ttt != "off":
                 warn_of_zero_targets(model)
-            text_html = _parts(options, model, results, kept)
+            text_html = _parts(options, model, memory, results, kept)
     except (KeyboardInterrupt, NotFiniteError) as error:
         if not len(kept):
             raise
@@ -195,11 +209,21 @@ def _code() -> dict[str, Any]:
     return {"commit": commit(), "jax": importlib.metadata.version("jax")}
 
 
-def _parts(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:
+def _load_memory(options: Options) -> Memory | None:
+    if options.memory is None:
+        return None
+    from ttt_jax.memory.memory import Memory
+
+    return Memory.load_sum(options.memory)
+
+
+def _parts(
+    options: Options, model, memory: Memory | None, results: dict[str, Any], kept: Unfinished
+) -> str | None:
     """Fill the results; returns the page of the coloured text or None."""
     text_html = None
     if options.perplexity:
-        text_html = _perplexity(options, model, results, kept)
+        text_html = _perplexity(options, model, memory, results, kept)
     if options.recall:
         _recall(options, model, results, kept)
     if "synthetic" in options.tasks:
@@ -237,7 +261,9 @@ def _plain_options(options: Options) -> dict[str, Any]:
     }
 
 
-def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinished) -> str | None:
+def _perplexity(
+    options: Options, model, memory: Memory | None, results: dict[str, Any], kept: Unfinished
+) -> str | None:
     from ttt_jax.display.progress import progress
     from ttt_jax.eval import diagnostics, perplexity
     from ttt_jax.eval.documents import choose, open_documents
@@ -253,6 +279,8 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
     )
     modes = modes_of(options.ttt) + (("shuffled",) if control else ())
     modes += ("strict",) if options.strict else ()
+    if memory is not None:
+        modes = ("off", "memory", *modes[1:]) if modes[0] == "off" else ("memory", *modes)
     perplexity.check_modes(model, modes, len(documents))
     total = perplexity.tokens_to_read(options.lengths, options.block, modes) * len(documents)
     with progress("perplexity", total, "tokens") as advance_to:
@@ -264,6 +292,7 @@ def _perplexity(options: Options, model, results: dict[str, Any], kept: Unfinish
             lengths=options.lengths,
             block=options.block,
             modes=modes,
+            memory=memory,
             on_progress=advance_to,
             kept=kept,
             **_shared(options),

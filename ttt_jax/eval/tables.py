@@ -45,6 +45,7 @@ def tokens(n: int) -> str:
 
 
 _GAINS = {
+    "gain_memory": "off - memory",
     "gain": "gain (off - on)",
     "gain_shuffled": "off - shuffled",
     "gain_strict": "cold - strict",
@@ -57,6 +58,7 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
         f"Nats per token, {N} document{'s' * (N != 1)}; 95 % bootstrap intervals over "
         "documents, gains paired by document."
     )
+    memory = " memory: off, with the fast weights that --memory gives, which stay as they are."
     strict = " strict: only the fast weights of the text before the tokens; cold: nothing of it."
 
     def table(
@@ -76,7 +78,12 @@ def _perplexity(part: dict[str, Any]) -> list[Table]:
             row = [name(entry), *(number(entry[mode]["mean"]) for mode in modes)]
             row += [number(float(np.exp(entry[mode]["mean"])), ".3f") for mode in shown]
             rows.append(row + [interval(entry[key], "+.4f") for key in gains])
-        return Table(title, note + strict * ("strict" in modes), headings, rows)
+        return Table(
+            title,
+            note + memory * ("memory" in modes) + strict * ("strict" in modes),
+            headings,
+            rows,
+        )
 
     by_length = f"Loss of the same final {part['block']} tokens as the context grows"
     return [

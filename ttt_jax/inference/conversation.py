@@ -272,6 +272,8 @@ class Conversation:
         copy.messages, copy._kept = self.messages[:-2], self._kept[:-1]
         copy.rendered, copy._end, copy.ids = kept.rendered, kept.end, kept.ids
         copy.session.ttt = ttt
+        if not ttt:  # a memory is put away, too
+            copy.session.holds_memory, copy.session.start = False, None
         return copy, self.messages[-2]["content"]
 
     def save(self, path: Any) -> None:

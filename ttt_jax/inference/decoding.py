@@ -119,6 +119,7 @@ class Decoding:
         assert streams.state is not None
         streams.position_B = np.asarray(streams.state.position_B).astype(np.int64)
         for b, writer in enumerate(writers):
+            streams.note_read(b, np.array(writer.ids[:-1], np.int32))
             streams.unread[b] = np.array(writer.ids[-1:], np.int32)
             if not writer.finish_reason:
                 writer.end("interrupted")
@@ -167,7 +168,7 @@ class Decoding:
             sampling=self.sampling,
             eos=self.eos,
             ends_chunk=bool(np.any(ends_B)),
-            ttt=streams.ttt,
+            ttt=streams.adapts,
         )
         streams.position_B += running_B
         self._in_flight.append(self._out)

@@ -24,11 +24,15 @@ import numpy as np
 from ttt_jax.errors import UserError
 from ttt_jax.inference.decoding import Decoding
 from ttt_jax.inference.prefill import check_ids
+from ttt_jax.inference.prompts import token_rows
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.inference.session_file import StoredSession, load_session, save_session
 from ttt_jax.inference.streams import Streams
 from ttt_jax.inference.watch import not_finite
 from ttt_jax.inference.writing import Completion, Writer, stop_strings
+from ttt_jax.memory.fast_weights import memory_of, no_memory
+from ttt_jax.memory.memory import Memory
+from ttt_jax.memory.sources import Source
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.process.interrupts import HeldBack
 
@@ -48,6 +52,10 @@ class Session(Streams):
       ttt: False switches the adaptation off.
       piece: tokens read at a time, rounded to chunks; None: 8192, on CPUs 2048. Bounds the memory
         of reading.
+      memory: fast weights that every stream begins with (docs/memory.md). Without `ttt` they are
+        applied and stay as they are.
+
+    Raises: UserError for a memory of another model.
 
     Fields:
       written: the completions of the last `generate`, also of one that was interrupted.
@@ -57,11 +65,12 @@ class Session(Streams):
     written: list[Completion]
     conversation: dict[str, Any] | None = None
 
-    def read(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
-        """Append a text or token ids to each stream and read them, all but the last token.
+    def read(self, rows: Any) -> None:
+        """Append a text, chat messages or token ids to each stream and read them, all but the last
+        token.
 
-        Raises: UserError for another number of rows, text without a tokenizer, ids outside the
-        vocabulary; NotFiniteError.
+        Raises: UserError for another number of rows, and for rows as `token_rows` does;
+        NotFiniteError.
         """
         self.extend(rows)
         with HeldBack() as signals:
@@ -78,6 +87,8 @@ class Session(Streams):
                 f"{self.batch_size}"
             )
         new = Session(self.model, copies or self.batch_size, ttt=self.ttt, piece=self.size)
+        new.start, new.holds_memory, new.learnt = self.start, self.holds_memory, self.learnt
+        new.digests = [d and d.copy() for d in self.digests * (copies or 1)]
         new.unread = [ids.copy() for ids in self.unread] * (copies or 1)
         new.position_B = np.tile(self.position_B, copies or 1)
         if self.state is not None:
@@ -92,6 +103,43 @@ class Session(Streams):
             )
         return new
 
+    def memory(self, row: int | None = None, name: str = "session") -> Memory:
+        """What a stream taught, as one term: its fast weights, and what it read.
+
+        They are those behind the stream's last whole chunk, the token that is still unread counted
+        as read. The stream stays as it is.
+
+        Args:
+          row: the stream; None: the only one.
+          name: what the memory calls the stream among its sources.
+
+        Raises: UserError without fast weights, or for a row that there is not; NotFiniteError.
+        """
+        if row is None and self.batch_size != 1:
+            raise UserError(f"memory: the session has {self.batch_size} streams; give row=0 or so")
+        row = 0 if row is None else _whole("row", row)
+        if not 0 <= row < self.batch_size:
+            raise UserError(f"row = {row}: the session has rows 0 to {self.batch_size - 1}")
+        if not self.adapts:
+            raise UserError("memory: the session was read with TTT off; nothing was written")
+        C, session = self.model.config.ttt.chunk_size, self
+        if (self.position_B[row] % C + len(self.unread[row])) // C:  # a chunk becomes whole
+            session = self.branch()
+            with HeldBack() as signals:
+                session._feed(0, signals)
+        session.watch.check("session: row")
+        read = self.position_B[row] + len(self.unread[row])
+        digest, ids = self.digests[row], None
+        if digest is not None:
+            digest = digest.copy()
+            digest.update(self.unread[row])
+            ids = digest.hexdigest()
+        own = Source(name, int(read), int(read // C * C), ids)
+        sources = (*self.learnt, own) if self.ttt else self.learnt
+        if session.state is None and self.start is not None:
+            return self.start
+        return memory_of(no_memory(self.model), self.model, session.state, row, sources)
+
     def save(self, path: str | Path, conversation: dict[str, Any] | None = None) -> None:
         """Write everything to one safetensors file (session_file.py), with the turns of a
         conversation if there are any.
@@ -100,7 +148,17 @@ class Session(Streams):
         finite.
         """
         self.watch.check("session: row")
-        stored = StoredSession(self.ttt, self.position_B, self.unread, self.state, conversation)
+        self._begin()
+        stored = StoredSession(
+            self.ttt,
+            self.position_B,
+            self.unread,
+            self.state,
+            conversation,
+            self.holds_memory,
+            self.learnt,
+            self.digests,
+        )
         save_session(stored, path, self.model)
 
     @classmethod
@@ -112,6 +170,8 @@ class Session(Streams):
         session = cls(model, len(stored.unread), ttt=stored.ttt, piece=piece)
         session.position_B, session.unread = stored.position_B, stored.unread
         session.state, session.conversation = stored.state, stored.conversation
+        session.holds_memory, session.learnt = stored.holds_memory, stored.learnt
+        session.digests = stored.digests
         return session
 
     def generate(
@@ -199,7 +259,7 @@ class Session(Streams):
 
 def generate(
     model: Transformer,
-    prompts: str | Sequence[Any],
+    prompts: Any,
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
@@ -211,41 +271,32 @@ def generate(
     seed: int | Sequence[int] = 0,
     session: Session | None = None,
     ttt: bool = True,
+    memory: Memory | None = None,
 ) -> list[Completion]:
     """Continue prompts, adapting while reading and writing (arXiv 2604.06169, section 3).
 
     Args:
       model: from `load_pretrained`.
-      prompts: a text, a list of texts, a list of token ids, or a list (or array [B, T]) of those.
-        Lengths may differ; the result for a prompt does not depend on its batch mates.
+      prompts: a text, chat messages, token ids (a list or an array [T]), or a list (or array
+        [B, T]) of those; see `token_rows`. Lengths may differ; the result for a prompt does not
+        depend on its batch mates.
       temperature, top_k, top_p, min_p: see `Sampling`; temperature 0 is greedy.
       stop, eos_ids, seed: see `Session.generate`.
       session: streams that the prompts continue (it advances); None starts fresh.
       ttt: False switches the adaptation off; a session keeps its own setting.
+      memory: fast weights to begin with, see `Session`; not for a session.
 
     Returns: one `Completion` per prompt.
-    Raises: UserError for empty prompts, ids outside the vocabulary, settings out of range;
+    Raises: UserError for prompts as `token_rows` does, and for settings out of range;
       NotFiniteError, see `Session.generate`.
     """
-    rows = _as_rows(prompts)
+    rows = token_rows(model, prompts)
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    session = session or Session(model, len(rows), ttt=ttt)
+    if session is not None and memory is not None:
+        raise UserError("memory: a session has its own fast weights; pass the memory to Session")
+    session = session or Session(model, len(rows), ttt=ttt, memory=memory)
     session.extend(rows)
     return session.generate(max_new_tokens, sampling, stop=stop, eos_ids=eos_ids, seed=seed)
-
-
-def _as_rows(prompts: str | Sequence[Any]) -> list[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    try:
-        rows = list(prompts)
-    except TypeError:
-        raise UserError(
-            f"prompts = {prompts!r:.80}: give a text, token ids, or a list of those"
-        ) from None
-    if not rows:
-        raise UserError("prompts: none given; pass a text or token ids")
-    return [rows] if all(isinstance(x, (int, np.integer)) for x in rows) else rows
 
 
 def _seeds(seed: int | Sequence[int], B: int) -> jax.Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.ops.attention import cached as kv_cache
 
+# Whether streams adapt; "frozen": their fast weights are applied, and stay as they are.
+Adapts = bool | Literal["frozen"]
 _SMALLEST = 16  # tokens in the smallest piece; single tokens are the decode step's
 
 
@@ -91,7 +93,9 @@ def check_ids(rows: Sequence[Any], vocab_size: int, what: str = "ids") -> list[n
                 f"{what}: row {i} has shape {ids.shape}; each must be a non-empty list of token ids"
             )
         if not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"{what}: row {i} has dtype {ids.dtype}; token ids are integers")
+            raise UserError(
+                f"{what}: row {i} has dtype {ids.dtype}; token ids are integers: cast them"
+            )
         if ids.min() < 0 or ids.max() >= vocab_size:
             bad = ids[(ids < 0) | (ids >= vocab_size)][0]
             raise UserError(
@@ -191,9 +195,11 @@ def program(static_argnames: tuple[str, ...]):
     return decorate
 
 
-def ttt_scale(ttt: bool) -> float:
-    """The factor on the inner learning rate that switches TTT on or off."""
-    return 1.0 if ttt else 0.0
+def ttt_scale(ttt: Adapts) -> float | jax.Array:
+    """The factor on the inner learning rate. The number 0.0 leaves the fast weights out; an array
+    of 0 applies them and writes nothing.
+    """
+    return jnp.zeros((), jnp.float32) if ttt == "frozen" else 1.0 if ttt else 0.0
 
 
 @program(("capacity", "at_chunk_start", "ttt"))

@@ -5,22 +5,25 @@ B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttt_jax.inference.prefill import (
+    Adapts,
     Frozen,
     Piece,
-    check_ids,
     needs_capacity,
     piece_size,
     pieces,
     score_piece,
     warn_past_positions,
 )
+from ttt_jax.inference.prompts import token_rows
 from ttt_jax.inference.watch import Watch, not_finite, warn_of_zero_targets
+from ttt_jax.memory.fast_weights import check_memory, start_with
+from ttt_jax.memory.memory import Memory
 from ttt_jax.model.transformer import Transformer
 
 
@@ -36,33 +39,36 @@ class Scores(NamedTuple):
 
 def score(
     model: Transformer,
-    rows: Sequence[Sequence[int] | np.ndarray],
+    rows: Any,
     *,
     ttt: bool = True,
     logits: bool = False,
     piece: int | None = None,
+    memory: Memory | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score rows of token ids.
+    """Score texts or rows of token ids.
 
     Memory does not grow with the length for layers with a sliding window; full-attention layers
     keep their keys and values.
 
     Args:
       model: from `load_pretrained`.
-      rows: token ids, B rows of any lengths.
+      rows: B rows of any lengths, or one: texts, chat messages or token ids; see `token_rows`.
       ttt: False switches the adaptation off (S stays zero).
       logits: return all logits too (B * T * V floats in host memory).
       piece: tokens read at a time, rounded to chunks; None: 8192, on CPUs 2048.
+      memory: fast weights to begin with (docs/memory.md). Without `ttt` they are applied and stay
+        as they are.
       on_progress: called with the number of tokens per row read so far.
 
     Warns, once, when ||S||/||W|| leaves its range, and when TTT can do nothing (watch.py).
 
-    Raises: UserError for rows that are not token ids of the model; NotFiniteError when one of the
-      numbers is not finite: its `partial` holds the Scores, NaN where nothing was computed. Rows
-      that are finite are scored to their end.
+    Raises: UserError for rows as `token_rows` does, and for a memory of another model;
+      NotFiniteError when one of the numbers is not finite: its `partial` holds the Scores, NaN
+      where nothing was computed. Rows that are finite are scored to their end.
     """
-    ids = check_ids(rows, model.config.vocab_size)
+    ids = token_rows(model, rows)
     B, T = len(ids), max(len(row) for row in ids)
     warn_past_positions(model, T)
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)
@@ -73,6 +79,10 @@ def score(
     if ttt:
         warn_of_zero_targets(model)
     state, capacity = None, (-(-T // size) * size if needs_capacity(model) else None)
+    adapts: Adapts = ttt
+    if memory is not None:
+        check_memory(memory, model)
+        state, adapts = start_with(model, memory, B, capacity), ttt or "frozen"
     for part in pieces(ids, np.zeros(B, np.int64), size, model.config.ttt.chunk_size):
         state, piece_logprobs, piece_logits, ratio_LB = score_piece(
             frozen,
@@ -82,7 +92,7 @@ def score(
             part.lengths_B,
             capacity=capacity,
             at_chunk_start=part.at_chunk_start,
-            ttt=ttt,
+            ttt=adapts,
             with_logits=logits,
         )
         _put(scores, ids, part, np.asarray(piece_logprobs), piece_logits, lost)

@@ -16,32 +16,25 @@ depend on how the model stacks its layers.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from ttt_jax.config import to_dict
 from ttt_jax.errors import CheckpointError
+from ttt_jax.files.sealed import SealedKind, Specs, is_finite
 from ttt_jax.inference.prefill import needs_capacity
-from ttt_jax.inference.watch import is_finite, not_finite
-from ttt_jax.model.param_path import param_path
+from ttt_jax.inference.watch import not_finite
+from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.stack import LayerState
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.attention.cached import KVCache
-from ttt_jax.pretrained.hf_weights import tensor_names
+from ttt_jax.pretrained.fingerprint import fingerprint
 
-FORMAT = "ttt_jax session 1"
+KIND = SealedKind("session", "ttt_jax session 1", "a file that an earlier --session wrote")
 
 
 class StoredSession(NamedTuple):
@@ -53,13 +46,19 @@ class StoredSession(NamedTuple):
       unread: tokens that each stream has still to read, int32.
       state: None before anything has been read.
       conversation: the turns that the stream holds, as conversation.py writes them; None: no chat.
+      holds_memory: the streams began with a memory.
+      learnt: its sources.
+      digests: of the tokens that each stream has read; None: not known.
     """
 
     ttt: bool
     position_B: np.ndarray
     unread: list[np.ndarray]
     state: State | None
-    conversation: dict[str, Any] | None = None
+    conversation: dict[str, Any] | None
+    holds_memory: bool
+    learnt: tuple[Source, ...]
+    digests: list[IdsDigest | None]
 
 
 def save_session(session: StoredSession, path: str | Path, model: Transformer) -> None:
@@ -73,35 +72,19 @@ def save_session(session: StoredSession, path: str | Path, model: Transformer) -
     for name, x in tensors.items():
         if not is_finite(x):
             raise not_finite(f"session {path}: not written, {name}")
-    fields = {
-        "format": FORMAT,
+    fields: dict[str, Any] = {
         "model": fingerprint(model),
         "compute_dtype": model.runtime.dtype,
         "ttt": session.ttt,
-        "crc32": {name: _crc32(x) for name, x in tensors.items()},
     }
-    if session.conversation is not None:  # readers that know nothing of it pass it over
+    # Readers that know nothing of these pass them over.
+    if session.conversation is not None:
         fields["conversation"] = session.conversation
-    manifest = json.dumps(fields, sort_keys=True)
-    part = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            tensors,
-            part,
-            metadata={"manifest": manifest, "manifest_crc32": str(zlib.crc32(manifest.encode()))},
-        )
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.rename(path)
-    except BaseException as error:  # Ctrl-C, too: nothing half-written stays behind
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        if not isinstance(error, OSError | SafetensorError):
-            raise
-        raise CheckpointError(
-            f"session {path}: could not be written ({error}); free space or choose another file"
-        ) from None
+    if any(session.digests):
+        fields["digests"] = [digest and digest.to_json() for digest in session.digests]
+    if session.holds_memory:
+        fields["learnt"] = [source.to_json() for source in session.learnt]
+    KIND.write(path, tensors, fields)
 
 
 def load_session(path: str | Path, model: Transformer) -> StoredSession:
@@ -110,86 +93,66 @@ def load_session(path: str | Path, model: Transformer) -> StoredSession:
     Raises: CheckpointError when the file is missing, damaged, not a session, or of another model.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"session {path}: no such file; give the file that an earlier --session wrote"
-        )
-    try:
-        manifest, tensors = _read(path, model)
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
-    for name, x in tensors.items():
-        if _crc32(x) != manifest["crc32"][name]:
-            raise _damaged(path, f"the checksum of tensor {name} does not match")
-        if not is_finite(x):
-            raise _damaged(
-                path,
-                f"tensor {name} holds numbers that are not finite, or too large for any stream",
-            )
+
+    def check(manifest: dict[str, Any], specs: Specs) -> None:
+        _check_manifest(path, manifest, model)
+        shapes = {name: shape for name, (shape, _) in specs.items()}
+        for name, (want, dtype) in _expected(path, model, shapes, _has_S(manifest)).items():
+            shape, found = specs[name]
+            if (shape, found) != (want, np.dtype(dtype)):
+                raise KIND.damaged(
+                    path, f"tensor {name} is {found} {list(shape)}, not {dtype} {list(want)}"
+                )
+
+    manifest, tensors = KIND.read(path, check)
     if tensors["position"].min() < 0:
-        raise _damaged(path, "a position is negative")
+        raise KIND.damaged(path, "a position is negative")
     position_B = tensors["position"].astype(np.int64)
     unread = [tensors[f"unread.{b}"] for b in range(len(position_B))]
     for b, ids in enumerate(unread):
         if len(ids) and (ids.min() < 0 or ids.max() >= model.config.vocab_size):
-            raise _damaged(path, f"tensor unread.{b} holds ids outside the vocabulary")
+            raise KIND.damaged(path, f"tensor unread.{b} holds ids outside the vocabulary")
     state = _state(model, tensors) if "layers.0.k" in tensors else None
     if state is not None and state.capacity is not None and position_B.max() > state.capacity:
-        raise _damaged(path, "positions lie behind the keys that it holds")
+        raise KIND.damaged(path, "positions lie behind the keys that it holds")
     conversation = manifest.get("conversation")
     if conversation is not None and not isinstance(conversation, dict):
-        raise _damaged(path, "its conversation is not an object")
-    return StoredSession(manifest["ttt"], position_B, unread, state, conversation)
-
-
-def _read(path: Path, model: Transformer) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The manifest, and tensors of the names, shapes and dtypes that it asks for."""
-    with safe_open(path, framework="numpy") as file:
-        manifest = _manifest(path, file.metadata(), model)
-        names = set(file.keys())
-        if names != set(manifest["crc32"]):
-            raise _damaged(path, "its tensors are not those of its manifest")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        expected = _expected(path, model, shapes, manifest["ttt"])
-        for name, (want, dtype) in expected.items():
-            found = _numpy_dtype(file.get_slice(name).get_dtype())
-            if (shapes[name], found) != (want, np.dtype(dtype)):
-                raise _damaged(
-                    path,
-                    f"tensor {name} is {found} {list(shapes[name])}, not {dtype} {list(want)}",
-                )
-        return manifest, {name: file.get_tensor(name) for name in names}
-
-
-def fingerprint(model: Transformer) -> str:
-    """A hash of the model's config and of every parameter's bits, the same however layers are
-    stacked and placed.
-    """
-    sums = {}
-    names = tensor_names(model)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
-        ours = param_path(path)
-        stacked = leaf.reshape(len(names[ours]), -1)
-        for name, pair in zip(names[ours], np.asarray(_checksums(stacked)).tolist(), strict=True):
-            sums[name] = [str(leaf.dtype), *pair]
-    text = json.dumps([to_dict(model.config), sums], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@jax.jit
-def _checksums(x_LX):
-    """Two uint32 sums over the bits of each row: plain, and weighted by place. Exact whatever the
-    order of summation.
-    """
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x_LX.dtype.itemsize]
-    bits_LX = (
-        jax.lax.bitcast_convert_type(x_LX, unsigned).astype(jnp.uint32).reshape(x_LX.shape[0], -1)
+        raise KIND.damaged(path, "its conversation is not an object")
+    try:
+        learnt, digests = _provenance(manifest, position_B)
+    except ValueError as error:
+        raise KIND.damaged(path, f"its manifest: {error}") from None
+    return StoredSession(
+        manifest["ttt"],
+        position_B,
+        unread,
+        state,
+        conversation,
+        "learnt" in manifest,
+        learnt,
+        digests,
     )
-    place_LX = jax.lax.broadcasted_iota(jnp.uint32, bits_LX.shape, 1) * jnp.uint32(2) + jnp.uint32(
-        1
-    )
-    total = lambda x: jnp.sum(x, axis=1, dtype=jnp.uint32)
-    return jnp.stack([total(bits_LX), total(bits_LX * place_LX)], axis=1)
+
+
+def _has_S(manifest: dict[str, Any]) -> bool:
+    """Whether the streams have fast weights: they adapt, or apply a memory."""
+    return manifest["ttt"] or "learnt" in manifest
+
+
+def _provenance(
+    manifest: dict[str, Any], position_B: np.ndarray
+) -> tuple[tuple[Source, ...], list[IdsDigest | None]]:
+    """What the streams began with, and the digests of what they read: None each in files of before
+    there were any. Raises ValueError.
+    """
+    learnt, found = manifest.get("learnt", []), manifest.get("digests", [None] * len(position_B))
+    if not isinstance(learnt, list) or not isinstance(found, list):
+        raise ValueError("what it has learnt is no list")
+    digests = [None if raw is None else IdsDigest.from_json(raw) for raw in found]
+    read = [p if d is None else d.tokens for p, d in zip(position_B, digests, strict=True)]
+    if read != position_B.tolist():
+        raise ValueError("its digests are of other numbers of tokens")
+    return tuple(map(Source.from_json, learnt)), digests
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -214,7 +177,7 @@ def _tensors(session: StoredSession, model: Transformer) -> dict[str, np.ndarray
     tensors |= {f"unread.{b}": ids.astype(np.int32) for b, ids in enumerate(session.unread)}
     if state is None:
         return tensors
-    used = int(session.position_B.max())
+    used = max(int(session.position_B.max()), 1)  # streams that hold a memory and nothing else
     pending = int((session.position_B % model.config.ttt.chunk_size).max())
     for g, r, n, layer in _layers(model):
         run = state.layers[g][r]
@@ -237,11 +200,11 @@ def _expected(
     """Shape and dtype of every tensor that a session of this many streams and slots has."""
     cfg, dtype = model.config, model.runtime.dtype
     if len(shapes.get("position", ())) != 1:
-        raise _damaged(path, "tensor position is missing")
+        raise KIND.damaged(path, "tensor position is missing")
     B = shapes["position"][0]
     unread = {f"unread.{b}" for b in range(min(B, len(shapes)))}
     if B < 1 or not unread <= set(shapes) or len(unread) < B:
-        raise _damaged(path, f"it has {B} positions but not as many streams")
+        raise KIND.damaged(path, f"it has {B} positions but not as many streams")
     expected: dict[str, tuple[Any, Any]] = {"position": ((B,), "int32")}
     for name in unread:
         expected[name] = ((shapes[name][0] if shapes[name] else 0,), "int32")
@@ -264,7 +227,7 @@ def _expected(
             expected[f"layers.{layer}.source"] = ((B, pending, cfg.d_model), dtype)
     if set(shapes) != set(expected):
         name = sorted(set(shapes) ^ set(expected))[0]
-        raise _damaged(path, f"tensor {name} is {'missing' if name in expected else 'unknown'}")
+        raise KIND.damaged(path, f"tensor {name} is {'missing' if name in expected else 'unknown'}")
     return expected
 
 
@@ -299,31 +262,10 @@ def _state(model: Transformer, tensors: dict[str, np.ndarray]) -> State:
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _manifest(path: Path, metadata: dict[str, str] | None, model: Transformer) -> dict[str, Any]:
-    metadata = metadata or {}
-    text = metadata.get("manifest")
-    if text is None:
-        raise CheckpointError(
-            f"session {path}: not a session of ttt_jax; give a file that an earlier --session wrote"
-        )
-    if metadata.get("manifest_crc32") != str(zlib.crc32(text.encode())):
-        raise _damaged(path, "the checksum of its manifest does not match")
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError):
-        raise _damaged(path, "its manifest is not JSON") from None
-    if not isinstance(manifest, dict):
-        raise _damaged(path, "its manifest is not an object")
-    kinds = {"model": str, "compute_dtype": str, "ttt": bool, "crc32": dict}
-    if manifest.get("format") == FORMAT and any(
-        not isinstance(manifest.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise _damaged(path, "its manifest lacks a field")
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"session {path}: its format is {manifest.get('format')!r}, this version reads "
-            f"{FORMAT!r}"
-        )
+def _check_manifest(path: Path, manifest: dict[str, Any], model: Transformer) -> None:
+    kinds = {"model": str, "compute_dtype": str, "ttt": bool}
+    if any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        raise KIND.damaged(path, "its manifest lacks a field")
     if manifest["compute_dtype"] != model.runtime.dtype:
         raise CheckpointError(
             f"session {path}: written in {manifest['compute_dtype']}, the model computes in "
@@ -334,26 +276,3 @@ def _manifest(path: Path, metadata: dict[str, str] | None, model: Transformer) -
         raise CheckpointError(
             f"session {path}: written by another model; use the one that read it, or another file"
         )
-    return manifest
-
-
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"session {path}: damaged ({why}); restore it from a copy or read the input again"
-    )
-
-
-def _crc32(x: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes())
-
-
-def _numpy_dtype(name: str) -> np.dtype:
-    return np.dtype(
-        {
-            "F64": "float64",
-            "F32": "float32",
-            "BF16": "bfloat16",
-            "F16": "float16",
-            "I32": "int32",
-        }.get(name, "V1")
-    )

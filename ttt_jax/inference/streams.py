@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ import numpy as np
 
 from ttt_jax.errors import UserError
 from ttt_jax.inference.prefill import (
+    Adapts,
     Frozen,
     Piece,
-    check_ids,
     needs_capacity,
     piece_size,
     pieces,
@@ -26,7 +26,11 @@ from ttt_jax.inference.prefill import (
     warn_past_positions,
     with_capacity,
 )
+from ttt_jax.inference.prompts import check_model, token_rows
 from ttt_jax.inference.watch import Watch, warn_of_zero_targets
+from ttt_jax.memory.fast_weights import check_memory, start_with
+from ttt_jax.memory.memory import Memory
+from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.process.interrupts import HeldBack
 
@@ -50,13 +54,29 @@ class Streams:
     """Token streams that one model reads side by side. `Session` (generation.py) is what users see.
 
     Args:
-      model, batch_size, ttt, piece: as `Session`.
+      model, batch_size, ttt, piece, memory: as `Session`.
+
+    Fields:
+      learnt: sources of the fast weights that the streams began with.
+      digests: of the tokens that each stream has read; None: not known.
     """
 
     def __init__(
-        self, model: Transformer, batch_size: int = 1, *, ttt: bool = True, piece: int | None = None
+        self,
+        model: Transformer,
+        batch_size: int = 1,
+        *,
+        ttt: bool = True,
+        piece: int | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        self.model, self.ttt = model, ttt
+        check_model(model)
+        if memory is not None:
+            check_memory(memory, model)
+        self.model, self.ttt, self.start = model, ttt, memory
+        self.holds_memory = memory is not None
+        self.learnt: tuple[Source, ...] = () if memory is None else memory.sources
+        self.digests: list[IdsDigest | None] = [IdsDigest() for _ in range(batch_size)]
         self.frozen = Frozen(model)
         self.size = piece_size(model, piece)
         self.state: State | None = None
@@ -75,30 +95,21 @@ class Streams:
     def batch_size(self) -> int:
         return len(self.unread)
 
-    def extend(self, rows: Sequence[str | Sequence[int] | np.ndarray]) -> None:
+    @property
+    def adapts(self) -> Adapts:
+        """Whether it writes; "frozen": a memory is applied, and nothing is written."""
+        return self.ttt or ("frozen" if self.holds_memory else False)
+
+    def extend(self, rows: Any) -> None:
         """Append to each stream without reading yet; `generate` reads what is unread. Raises as
         `read` does.
         """
-        if len(rows) != self.batch_size:
+        new = token_rows(self.model, rows)
+        if len(new) != self.batch_size:
             raise UserError(
-                f"prompts: {len(rows)} for a session of {self.batch_size} streams; give one for "
-                "each"
+                f"prompts: {len(new)} for a session of {self.batch_size} streams; give one for each"
             )
-        new = check_ids([self._encode(row) for row in rows], self.model.config.vocab_size, "prompt")
         self.unread = [np.concatenate(pair) for pair in zip(self.unread, new, strict=True)]
-
-    def _encode(self, row: str | Sequence[int] | np.ndarray) -> Any:
-        if not isinstance(row, str):
-            return row
-        if self.model.tokenizer is None:
-            raise UserError(
-                "prompt: text needs a tokenizer; put tokenizer.json into the model's folder or "
-                "pass token ids"
-            )
-        ids = self.model.tokenizer.encode(row)
-        if not ids:
-            raise UserError("prompt: the text is empty; give at least one token")
-        return ids
 
     def _feed(self, keep: int, signals: HeldBack, room: int = 0) -> jax.Array:
         """Feed each row what is unread but its last `keep` tokens, until a signal is there; what is
@@ -132,6 +143,8 @@ class Streams:
                     self.on_read(int(read_B.max()))
         finally:
             self.position_B = self.position_B + read_B
+            for b, n in enumerate(read_B):
+                self.note_read(b, self.unread[b][:n])
             self.unread = [ids[n:] for ids, n in zip(self.unread, read_B, strict=True)]
         jax.block_until_ready(logits_BV)
         self.watch.settle()
@@ -142,11 +155,12 @@ class Streams:
     def _feed_piece(self, part: Piece, logits_BV) -> tuple[jax.Array, jax.Array | None]:
         """Returns the logits [B, V] after each row's last token so far, and ||S||/||W|| [L, B]."""
         width, capacity = part.ids_BP.shape[1], None
+        if needs_capacity(self.model):
+            capacity = max(self._capacity, width)
+        self._begin(width)
         # The padded width may be larger than the tokens that there was made room for.
         if self.state is not None:
             self.state = with_capacity(self.model, self.state, width)
-        if needs_capacity(self.model):
-            capacity = max(self._capacity, width)
         self.state, logits_BV, ratio_LB = read_piece(
             self.frozen,
             self.state,
@@ -155,9 +169,24 @@ class Streams:
             part.lengths_B,
             capacity=capacity,
             at_chunk_start=part.at_chunk_start,
-            ttt=self.ttt,
+            ttt=self.adapts,
         )
         return logits_BV, ratio_LB
+
+    def _begin(self, width: int = 1) -> None:
+        """Put the memory, if there is one, into the state of streams that have none yet."""
+        if self.state is None and self.start is not None:
+            capacity = max(self._capacity, width) if needs_capacity(self.model) else None
+            self.state = start_with(self.model, self.start, self.batch_size, capacity)
+
+    def note_read(self, row: int, ids: np.ndarray) -> None:
+        """Take tokens that a stream has read, up to its position, into its digest. If they are not
+        all of them, the digest is not known any more.
+        """
+        digest = self.digests[row]
+        if digest is not None:
+            digest.update(ids)
+            self.digests[row] = digest if digest.tokens == self.position_B[row] else None
 
     def _make_room(self, tokens: int) -> None:
         """Let the caches hold `tokens` positions; they at least double, so that a long session

@@ -23,7 +23,6 @@ from ttt_jax.errors import NotFiniteError
 from ttt_jax.model.transformer import Transformer
 
 LOW, HIGH = GuardConfig().min_state_ratio, GuardConfig().max_state_ratio
-LARGEST = 1e18  # a sum of a few squares of such numbers still is one of float32
 _BEHIND = 3  # programs that may be dispatched before the host looks at the first one's norms
 
 
@@ -125,11 +124,6 @@ def not_finite(where: str, why: str = "") -> NotFiniteError:
     reason = f" ({why})" if why else ""
     fix = "lower model.ttt.lr, switch TTT off (--no-ttt, --ttt off), or use weights that are finite"
     return NotFiniteError(f"{where}: numbers that are not finite{reason}; {fix}")
-
-
-def is_finite(x: np.ndarray) -> bool:
-    """Whether every number is finite, and small enough to be squared in float32."""
-    return bool((np.abs(x) <= LARGEST).all()) if x.size else True  # False for NaN
 
 
 # ------------------------------------------------------------------------------------ zero targets

@@ -64,6 +64,7 @@ class Transformer(nnx.Module):
         self.config, self.runtime = cfg, runtime
         self.tokenizer: Any = None  # `load_pretrained` puts the folder's here, for convenience
         self.eos_ids: tuple[int, ...] = ()  # end tokens of the generation config, likewise
+        self.companions: str | None = None  # where tokenizer and templates lie, likewise
         k_embed, k_head, k_layers = jax.random.split(key, 3)
         self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
         groups, first = [], 0
@@ -91,17 +92,17 @@ class Transformer(nnx.Module):
         """Read tokens and return logits for each next token.
 
         Args:
-          ids_BT: int32 token ids. Inside of `jax.jit` their values are not known: ids outside the
-            vocabulary then give NaN (negative ones count from its end); `check_ids` of
-            inference/prefill.py looks at them before.
+          ids_BT: integer token ids, an array or a nested list. Inside of `jax.jit` their values are
+            not known: ids outside the vocabulary then give NaN (negative ones count from its end);
+            `token_rows` of inference/prompts.py looks at them before.
           state: where the stream was left; None starts fresh.
           options: see `hidden`.
 
         Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives
-        the same logits. Raises: UserError for ids outside the vocabulary, where their values are
-        known.
+        the same logits. Raises: UserError for a text, another shape or dtype, and ids outside the
+        vocabulary, where their values are known.
         """
-        _check_known_ids(ids_BT, self.config.vocab_size)
+        ids_BT = _check_ids(ids_BT, self.config.vocab_size)
         h_BTD, new_state, _ = self.hidden(ids_BT, state, keep_state=True, **options)
         assert new_state is not None
         return self.logits(h_BTD), new_state
@@ -240,16 +241,27 @@ def _check_state(T: int, state: State | None, capacity: int | None, segment_ids,
     return capacity
 
 
-def _check_known_ids(ids_BT: Any, vocab_size: int) -> None:
-    """Raise UserError for ids outside the vocabulary; of traced arrays, and parts of other
-    processes', nothing is known.
+def _check_ids(ids_BT: Any, vocab_size: int) -> Any:
+    """The ids as an array. Raises UserError as `Transformer.__call__`; of the values of traced
+    arrays, and of other processes' parts, nothing is known.
     """
+    if isinstance(ids_BT, str):
+        raise UserError("ids: a text; pass model.tokenizer.encode(text) as [B, T], or use generate")
+    try:
+        ids_BT = ids_BT if hasattr(ids_BT, "ndim") else np.asarray(ids_BT)
+    except ValueError:
+        raise UserError("ids: rows of different lengths; pad them, or use generate") from None
+    if ids_BT.ndim != 2:
+        raise UserError(f"ids: shape {ids_BT.shape}; pass [B, T], such as ids[None] for one row")
+    if not jnp.issubdtype(ids_BT.dtype, jnp.integer):
+        raise UserError(f"ids: dtype {ids_BT.dtype}; token ids are integers: cast them")
     if isinstance(ids_BT, Tracer) or not getattr(ids_BT, "is_fully_addressable", True):
-        return
-    ids_BT = np.asarray(ids_BT)
-    if ids_BT.size and (ids_BT.min() < 0 or ids_BT.max() >= vocab_size):
-        bad = ids_BT[(ids_BT < 0) | (ids_BT >= vocab_size)][0]
+        return ids_BT
+    known_BT = np.asarray(ids_BT)
+    if known_BT.size and (known_BT.min() < 0 or known_BT.max() >= vocab_size):
+        bad = known_BT[(known_BT < 0) | (known_BT >= vocab_size)][0]
         raise UserError(f"ids: hold id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
+    return ids_BT
 
 
 def abstract_transformer(cfg: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME) -> Transformer:

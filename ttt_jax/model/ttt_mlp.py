@@ -20,7 +20,7 @@ from ttt_jax.model import ttt_stream
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.numerics import accumulator, precision_for
-from ttt_jax.ops.ttt.writes import transformed
+from ttt_jax.ops.ttt.writes import TARGET, transformed
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 _TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
@@ -142,8 +142,19 @@ class MLP(nnx.Module):
     def inner_rate(self, ctx: Context, acc) -> jax.Array:
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, devices: Devices = ONE_DEVICE):
-        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings."""
+    def op(
+        self,
+        z_BTF,
+        v_BTD,
+        lr,
+        S_BDF,
+        whole_B=None,
+        segment_ids_BT=None,
+        devices: Devices = ONE_DEVICE,
+    ):
+        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings.
+        `whole_B`: the chunks of each row that are written; None: all.
+        """
         ttt = self.cfg.ttt
         return devices.in_place_ttt(
             z_BTF,
@@ -153,14 +164,14 @@ class MLP(nnx.Module):
             chunk_size=ttt.chunk_size,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            decay=ttt.decay,
+            whole_chunks=whole_B,
             clip_norm=ttt.clip_norm,
             apply=ttt.apply,
             implementation=ttt.implementation,
         )
 
-    def targets(
-        self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x
-    ):
+    def targets(self, z_BTF, source_BTD, whole_B=None, devices: Devices = ONE_DEVICE):
         """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the
         chunks of each row.
         """
@@ -169,18 +180,17 @@ class MLP(nnx.Module):
         M = T // C
         if self.target is None or M == 0:
             return jnp.zeros_like(source_BTD)
-        v_BTD = self.target(source_BTD[:, : M * C], C, pin)
+        v_BTD = self.target(source_BTD[:, : M * C], C, devices.pin)
         if ttt.write != "sum":
             # The length of a row of W.
             unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])
-            v_BTD = pin(
-                transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, ridge=ttt.ridge, unit=unit)
-            )
+            options = {"ridge": ttt.ridge, "unit": unit, "root": devices.inverse_root}
+            v_BTD = devices.pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, **options))
         if whole_B is not None:
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
             v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
         v_BTD = jnp.pad(v_BTD, ((0, 0), (0, T - M * C), (0, 0)))
-        return checkpoint_name(v_BTD, "ttt_target")
+        return checkpoint_name(v_BTD, TARGET)
 
     def _slow_norm(self, acc):
         """||W||_F, without a gradient."""
@@ -200,10 +210,10 @@ class MLP(nnx.Module):
         B, T, C = *z_BTF.shape[:2], self.chunk_size
         lr = self.inner_rate(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
-        v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.pin)
+        v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.parallel)
         devices = ctx.parallel if ctx.parallel.splits(T, C) else ONE_DEVICE
         S_BDF = None if state is None else state.S_BDF
-        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, devices)
+        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
         stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
         if ctx.probe:
             cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ttt_jax import ops
 from ttt_jax.ops.attention.api import self_attention
+from ttt_jax.ops.ttt.inverse_root import inverse_root
 
 
 class Devices(abc.ABC):
@@ -70,6 +71,8 @@ class Devices(abc.ABC):
         chunk_size,
         state=None,
         segment_ids=None,
+        decay=1.0,
+        whole_chunks=None,
         clip_norm=None,
         apply="split",
         implementation=None,
@@ -78,6 +81,10 @@ class Devices(abc.ABC):
 
         Raises: UserError as that does; ValueError for T that does not split (`splits`).
         """
+
+    @abc.abstractmethod
+    def inverse_root(self, a_BMCC, shift_BM) -> jax.Array:
+        """Call `ttt_jax.ops.ttt.inverse_root` on matrices of M chunks of each row; same result."""
 
     @abc.abstractmethod
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
@@ -130,6 +137,9 @@ class OneDevice(Devices):
 
     def in_place_ttt(self, z_BTF, v_BTD, w_DF, **options) -> tuple[Any, Any]:
         return ops.in_place_ttt(z_BTF, v_BTD, w_DF, **options)
+
+    def inverse_root(self, a_BMCC, shift_BM) -> jax.Array:
+        return inverse_root(a_BMCC, shift_BM)
 
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
         B, T = z_BTF.shape[:2]

@@ -31,6 +31,7 @@ from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.attention.sharded import attention_shard
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_updates import last_update_square, update_cosine
+from ttt_jax.ops.ttt.inverse_root import inverse_root
 from ttt_jax.ops.ttt.sharded import in_place_ttt_shard, slice_rows
 from ttt_jax.parallel.mesh import mesh_axes, spec
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
@@ -100,6 +101,8 @@ class Parallel(Devices):
         chunk_size,
         state=None,
         segment_ids=None,
+        decay=1.0,
+        whole_chunks=None,
         clip_norm=None,
         apply="split",
         implementation=None,
@@ -121,10 +124,12 @@ class Parallel(Devices):
         # The slow weight is cast before it is gathered.
         w_DF, lr = w_DF.astype(z_BTF.dtype), jnp.asarray(lr, accumulator(z_BTF.dtype))
 
-        def local(z_BTF, v_BTD, w_DF, lr, state_BXF, ids_BT):
+        def local(z_BTF, v_BTD, w_DF, lr, state_BXF, ids_BT, whole_B):
             options = {
                 "lr": lr,
                 "chunk_size": chunk_size,
+                "decay": decay,
+                "whole_chunks_B": whole_B,
                 "clip_norm": clip_norm,
                 "apply": apply,
                 "implementation": implementation,
@@ -143,12 +148,19 @@ class Parallel(Devices):
             P(),
             state_spec,
             P(rows, tokens),
+            P(rows),
         )
         out_specs = (P(wide, rows, tokens, None), state_spec)
         o_YBTD, S_BXF = self._map(local, in_specs, out_specs)(
-            z_BTF, v_BTD, w_DF, lr, state, segment_ids
+            z_BTF, v_BTD, w_DF, lr, state, segment_ids, whole_chunks
         )
         return (o_YBTD.sum(axis=0) if wide else o_YBTD[0]), S_BXF[:, :D]
+
+    def inverse_root(self, a_BMCC, shift_BM) -> jax.Array:
+        """Split rows, and chunks as tokens are split."""
+        matrices = spec(("batch", "tokens", None, None), a_BMCC.shape, self.mesh)
+        run = self._map(inverse_root, (matrices, P(*matrices[:2])), matrices)
+        return run(a_BMCC, shift_BM)
 
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
         if z_BTF.shape[1] % chunk_size or not z_BTF.shape[1]:

@@ -93,6 +93,8 @@ def activations(config: Config, sizes: dict[str, int]) -> dict[str, float]:
     t = T // sizes["context"]
     F, heads, kv, N = _split(config, sizes)
     ttt_layers = len(model.ttt.layers)
+    # a chunk's inverse of C x C, kept with its targets: 4 bytes an element (ops/ttt/writes.py)
+    inverse = model.ttt.chunk_size * 4 / a if model.ttt.write == "ridge" else 0
     # elements a token, by the names of remat_save; TTT targets only where there are targets
     width = {
         "attention": heads + 4 * N / a,
@@ -101,7 +103,7 @@ def activations(config: Config, sizes: dict[str, int]) -> dict[str, float]:
         "mlp_gate": F,
         "mlp_up": F,
         "mlp_hidden": F,
-        "ttt_target": D * ttt_layers / model.num_layers,
+        "ttt_target": (D + inverse) * ttt_layers / model.num_layers,
     }
     names = tuple(width) if config.remat_save is None else config.remat_save
     kept = D + sum(width[name] for name in names) + (4 * D if config.remat_save is None else 0)

@@ -44,7 +44,8 @@ def tpu_devices(topology: Topology) -> list[Any]:
     """The devices of a TPU topology, on paper. Raises `UserError`."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "--topology: TPU programs are compiled by libtpu, which is missing; pip install libtpu"
+            "--topology: TPU programs are compiled by libtpu, which is missing; pip install "
+            "'ttt-jax[tpu]'"
         )
     prepare_environment()
     from jax.experimental import topologies

@@ -24,7 +24,7 @@ from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.reading import list_names
 from ttt_jax.model.transformer import Transformer, abstract_transformer
-from ttt_jax.pretrained.export import copy_companions
+from ttt_jax.pretrained.companions import copy_companions
 from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import (
     abstract_model,

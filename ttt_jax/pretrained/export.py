@@ -6,35 +6,24 @@ Tensors are written one shard at a time; the folder appears complete or not at a
 
 from __future__ import annotations
 
-import fnmatch
-import shutil
 from pathlib import Path
 
 from ttt_jax.checkpoint.checksums import write_checksums
-from ttt_jax.errors import CheckpointError
+from ttt_jax.data.tokenizer import JsonTokenizer
+from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.new_folder import new_folder
-from ttt_jax.files.reading import MAX_TOKENIZER_BYTES, check_regular, inside
 from ttt_jax.model.transformer import Transformer
+from ttt_jax.pretrained.companions import TOKENIZER, carry_companions, write_end_tokens
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import write_model
 from ttt_jax.pretrained.safetensors_io import tensor_file_names
-
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
 
 
 def save_pretrained(
     model: Transformer,
     folder: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     carry_from: str | Path | None = None,
 ) -> None:
@@ -44,9 +33,10 @@ def save_pretrained(
     Args:
       model: parameters of any dtype.
       folder: must not exist; it appears when everything is written.
-      dtype: dtype of the tensors, "float32" or "bfloat16".
+      dtype: dtype of the tensors, "float32" or "bfloat16"; None keeps the model's.
       max_shard_bytes: tensors per file; more than one file gets `model.safetensors.index.json`.
-      carry_from: folder whose tokenizer and generation config are copied along.
+      carry_from: folder whose tokenizer, chat template and generation config are copied along;
+        None: those beside the model's own tokenizer, and its end tokens where it has none.
 
     Raises: CheckpointError when the folder exists or cannot be written; ConfigError when no Hugging
       Face architecture can express the model.
@@ -56,6 +46,13 @@ def save_pretrained(
         raise CheckpointError(
             f"output {folder}: exists already; choose another folder or delete it"
         )
+    dtype = dtype or _dtype(model)
+    carry_from = carry_from if carry_from is not None else _tokenizer_of(model)
+    if carry_from is not None and not Path(carry_from).expanduser().exists():
+        raise CheckpointError(
+            f"output {folder}: {carry_from}, whose tokenizer belongs to the model, is gone; "
+            "pass carry_from, a folder that holds it"
+        )
     raw = config_to_hf(model.config) | {"dtype": dtype}
     try:
         with new_folder(folder) as parts:
@@ -63,40 +60,26 @@ def save_pretrained(
             write_model(model, parts, dtype, max_shard_bytes)
             write_checksums(parts, tensor_file_names(parts))
             if carry_from is not None:
-                copy_companions(carry_from, parts)
+                carry_companions(carry_from, parts)
+            elif model.eos_ids:
+                write_end_tokens(model.eos_ids, parts)
     except OSError as error:
         raise CheckpointError(
             f"output {folder}: could not be written ({error}); free space or choose another folder"
         ) from None
 
 
-def copy_companions(source: str | Path | None, folder: Path) -> None:
-    """Copy the tokenizer (and chat template) and the generation config.
-
-    Args:
-      source: a folder, or a tokenizer.json alone; None copies nothing.
-
-    Raises: CheckpointError for a link that leaves the source's folder, a pipe or device, and a file
-    of absurd size.
-    """
-    if source is None:
-        return
-    source = Path(source).expanduser()
-    if not source.is_dir():
-        _copy(source, folder / "tokenizer.json")
-        return
-    # glob would pass over links that lead nowhere.
-    for name in sorted(entry.name for entry in source.iterdir()):
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS):
-            path = inside(source, name)
-            if not path.is_dir() or path.suffix:  # folders of further templates are left out
-                _copy(path, folder / name)
+def _tokenizer_of(model: Transformer) -> Path | None:
+    """Return the folder (or lone file) of the tokenizer that the model was loaded with."""
+    if not isinstance(model.tokenizer, JsonTokenizer):
+        return None
+    path = model.tokenizer.path
+    return path.parent if path.name == TOKENIZER else path
 
 
-def _copy(source: Path, target: Path) -> None:
-    size = check_regular(source, CheckpointError)
-    if size > MAX_TOKENIZER_BYTES:
-        raise CheckpointError(
-            f"{source}: {size} bytes; such a file has at most {MAX_TOKENIZER_BYTES}"
-        )
-    shutil.copyfile(source, target)
+def _dtype(model: Transformer) -> str:
+    """Return the dtype of the parameters. Raises ConfigError for one that is not written."""
+    name = model.embed[...].dtype.name
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype = {name} of the model: pass dtype float32 or bfloat16")
+    return name

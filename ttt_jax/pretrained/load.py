@@ -19,8 +19,10 @@ from ttt_jax.files.reading import companion_fields, excerpt, find_companion
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.pretrained.companions import TOKENIZER, tokenizer_of_run
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, tensor_names
+from ttt_jax.pretrained.hub import is_hub_id, model_folder
 from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.pretrained.orbax_folder import OrbaxTensors
 from ttt_jax.pretrained.orbax_layout import check_layout, is_model_folder, read_description
@@ -53,26 +55,28 @@ def load_pretrained(
     has_tokenizer = find_companion(path, "tokenizer.json") is not None
     if is_model_folder(path):
         about = read_description(path)
-        cfg, tokenizer = about.model, about.tokenizer or (str(path) if has_tokenizer else None)
+        cfg, beside = about.model, path
+        tokenizer = about.tokenizer or (str(path) if has_tokenizer else None)
         check_layout(path, abstract_transformer(cfg, runtime))
     elif find_companion(path, "config.json") is not None:
         # What is small is refused before what is large is read.
         eos_ids = read_eos_ids(path, read_config(path).vocab_size)
         tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
         model = load_hf(path, runtime, dtype=dtype)
-        model.tokenizer, model.eos_ids = tokenizer, eos_ids
+        model.tokenizer, model.eos_ids, model.companions = tokenizer, eos_ids, str(path)
         return model
     else:
-        config = read_run_config(run_folder(path) or path)
-        cfg, tokenizer = config.model, config.data.tokenizer
-    eos_ids = read_eos_ids(path, cfg.vocab_size)
+        beside = run_folder(path) or path
+        config = read_run_config(beside)
+        cfg, tokenizer = config.model, tokenizer_of_run(beside, config)
+    eos_ids = read_eos_ids(beside, cfg.vocab_size)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     stacked = dataclasses.replace(runtime, scan_layers=True)  # as train.py and convert write them
     abstract = abstract_transformer(cfg, stacked)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     model = load_model_params(path, abstract)
     model = model if runtime.scan_layers else unstacked(model)
-    model.tokenizer, model.eos_ids = loaded_tokenizer, eos_ids
+    model.tokenizer, model.eos_ids, model.companions = loaded_tokenizer, eos_ids, str(path)
     return model
 
 
@@ -144,12 +148,7 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
     """
     if config.init_from is None:
         return None
-    source = Path(config.init_from)
-    if not source.is_dir():
-        raise CheckpointError(
-            f"config field init_from = {config.init_from!r}: no such folder; give a Hugging Face "
-            "or run folder, or null"
-        )
+    source = model_folder(config.init_from, "config field init_from", weights=True)
     found = source_config(source)
     if found is not None:
         compare_models(config.model, found, config.init_from)
@@ -183,6 +182,37 @@ def source_config(source: Path) -> ModelConfig | None:
     model = read_run_config(run).model
     validate_model(model)
     return model
+
+
+def source_tokenizer(source: Path, name: str) -> str:
+    """Say where the tokenizer of a Hugging Face, converted or run folder is: "bytes", or a place.
+
+    Args:
+      name: what the user calls the folder; it is the tokenizer's place in most cases.
+    """
+    if is_model_folder(source):
+        return read_description(source).tokenizer or name
+    run = None if find_companion(source, "config.json") is not None else run_folder(source)
+    if run is None:
+        return name
+    place = tokenizer_of_run(run, read_run_config(run))
+    return name if place == str(source.absolute()) else place
+
+
+def training_tokenizer(config: Config) -> str:
+    """Find the tokenizer of a run that begins or goes on: what `data.tokenizer` names, or the
+    run's own copy when that is gone, or a model of the Hugging Face Hub.
+
+    Raises: CheckpointError, one line, when the Hub cannot help.
+    """
+    name = config.data.tokenizer
+    if name == "bytes" or os.path.lexists(Path(name).expanduser()):
+        return name
+    if find_companion(config.run_dir, TOKENIZER) is not None:
+        return str(config.run_dir)
+    if is_hub_id(name):
+        return str(model_folder(name, "config field data.tokenizer", weights=False))
+    return name
 
 
 def run_folder(path: Path) -> Path | None:

@@ -48,10 +48,20 @@ def compare_models(wanted: ModelConfig, found: ModelConfig, where: str) -> list[
     return lines + _compare_ttt(wanted, found)
 
 
+def computes_the_same(wanted: ModelConfig, found: ModelConfig) -> bool:
+    """Say whether both models compute the same of the same weights, new TTT layers at their start.
+
+    Raises: as `compare_models`.
+    """
+    # How many positions a model is made for enters no computation.
+    wanted = dataclasses.replace(wanted, max_positions=found.max_positions)
+    return not compare_models(wanted, found, "the checkpoint")
+
+
 def _refuse(name: str, ours: Any, theirs: Any, where: str, reason: str = "") -> None:
     raise ConfigError(
         f"config field model.{name} = {_show(ours)}: {where} has {_show(theirs)}{reason}; set "
-        f"model.{name} to {_show(theirs)}"
+        f"model.{name} to {_show(theirs)}, or leave it out"
     )
 
 

@@ -19,6 +19,7 @@ from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import find_companion
 from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.pretrained.companions import tokenizer_of_run
 from ttt_jax.pretrained.hf_config import config_from_hf, read_raw_config
 from ttt_jax.pretrained.hf_weights import abstract_model, fresh_ttt_rows
 from ttt_jax.pretrained.orbax_folder import OrbaxTensors
@@ -99,9 +100,10 @@ def _open_run(path: str | Path) -> Source:
     validate_model(config.model)
     abstract = abstract_transformer(config.model)
     stored = OrbaxTensors(find_checkpoint(folder), abstract)
-    load_tokenizer(config.data.tokenizer)  # said now rather than after the conversion
+    tokenizer = tokenizer_of_run(run, config)
+    load_tokenizer(tokenizer)  # said now rather than after the conversion
     block = _block(stored.block_bytes)
-    return Source(folder, config.model, None, stored, abstract, block, config.data.tokenizer)
+    return Source(folder, config.model, None, stored, abstract, block, tokenizer)
 
 
 def _block(nbytes: int) -> int:

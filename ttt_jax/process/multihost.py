@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ttt_jax import jax_internals
@@ -132,6 +132,12 @@ def on_first_process(function: Callable[[], Any]) -> Any:
         }
         raise kinds.get(answer["kind"], UserError)(answer["error"])
     return answer["value"]
+
+
+def say_on_first_process(lines: Sequence[str]) -> None:
+    """Print lines once, however many processes there are."""
+    if lines and ("jax" not in sys.modules or sys.modules["jax"].process_index() == 0):
+        print(*lines, sep="\n", flush=True)
 
 
 def from_all_processes(value: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
+from ttt_jax.config.presets import RUN_CONFIG
 from ttt_jax.config.resume_fields import REFUSED, on_resume
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from ttt_jax.errors import CheckpointError, ConfigError
@@ -28,7 +29,7 @@ from ttt_jax.files.text import atomic_write_text, shorten
 from ttt_jax.process.lock import RUN_LOCK
 from ttt_jax.process.multihost import on_first_process
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE = RUN_CONFIG
 METRICS_FILE = "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 

@@ -228,7 +228,7 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
     except ImportError:
         raise ConfigError(
             f"config field log.wandb = {config.log.wandb}: wandb is not installed; pip install "
-            "wandb, or set it null"
+            "'ttt-jax[wandb]', or set it null"
         ) from None
     # lives and dies with the folder, so a run started anew is a new one there, too
     id_file = run_dir / "wandb_id"

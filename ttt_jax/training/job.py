@@ -14,18 +14,23 @@ import numpy as np
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
+from ttt_jax.checkpoint.run_copy import RunCopy
 from ttt_jax.config import Config
+from ttt_jax.config.inner_rate import describe_rate
 from ttt_jax.data import (
     Loader,
     Tokenizer,
+    data_remarks,
     heldout_remarks,
     rejected_records,
     write_quarantine,
 )
 from ttt_jax.flops import device_memory_bytes
 from ttt_jax.parallel.mesh import Batch
+from ttt_jax.pretrained.companions import keep_companions
+from ttt_jax.pretrained.load import training_tokenizer
 from ttt_jax.process.lock import RunLock
-from ttt_jax.process.multihost import any_process
+from ttt_jax.process.multihost import any_process, on_first_process
 from ttt_jax.process.signals import Stopped, StopSignal
 from ttt_jax.run.compile_cache import CompileCache, open_cache
 from ttt_jax.run.folder import METRICS_FILE, prepare_run_dir
@@ -34,6 +39,7 @@ from ttt_jax.run.metrics import MetricsLogger, read_curve
 from ttt_jax.run.provenance import write_environment
 from ttt_jax.run.report import print_report, write_report
 from ttt_jax.run.timing import StepTimer, host_memory_bytes
+from ttt_jax.terminal import printable
 from ttt_jax.training.guard import Guard
 from ttt_jax.training.heldout import Heldout
 from ttt_jax.training.recovery import Recovery
@@ -91,12 +97,18 @@ def open_job(
 
     Raises: CheckpointError, one line: the folder holds another run, or cannot be written.
     """
+    source = training_tokenizer(config)
     prepare_run_dir(config)
+    on_first_process(lambda: keep_companions(source, config.run_dir, tokenizer))
     cache, warnings = open_cache(config)
     warnings += changes
     if jax.process_index() == 0:
+        for line in describe_rate(config):
+            print(line, flush=True)
         parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
-        warnings += write_environment(config.run_dir, parameters=parameters)
+        remarks = data_remarks(config, tokenizer)
+        print("\n".join(map(printable, remarks)), end="\n" if remarks else "", flush=True)
+        warnings += write_environment(config.run_dir, parameters=parameters, data=remarks)
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
         warnings += heldout_remarks(config, tokenizer)
     with contextlib.ExitStack() as stack:
@@ -143,6 +155,7 @@ class Job:
         self._checkpointer = self._stack.enter_context(
             Checkpointer(config.run_dir / CHECKPOINT_FOLDER, config.checkpoint, self._events)
         )
+        self._copy = self._stack.enter_context(RunCopy(config, self._events))
         self._recovery = Recovery(
             config, self._checkpointer, abstract, self._loader, fresh, self._events
         )
@@ -283,11 +296,16 @@ class Job:
         elif (due.save and not self._guard.in_a_row) or (due.log and self._saver.retry_due()):
             save = functools.partial(self._saver.save, *what)
             self._metrics.log(self.step, self._timer.save(save))
+        self._copy.follow()
         self._throughput.restart(self.step)
         self._timer.restart()
 
     def say_stopped(self) -> None:
-        """Tell the user who stopped the job, and how to go on."""
+        """Tell the user who stopped the job, and how to go on.
+
+        Raises: TrainingError: the last step could not be copied to `checkpoint.copy_to`.
+        """
+        self._copy.finish()
         by = self._stop.name or "another process"
         self._tell(
             f"stopped by {by} after step {self.step}; run the same command again to continue"
@@ -298,8 +316,10 @@ class Job:
     def closing_evaluation(self, model: Any) -> dict[str, list]:
         """Measure the held-out loss by position, see `Heldout.by_position`.
 
-        Raises: Stopped: a signal has come; nothing is left to save.
+        Raises: Stopped: a signal has come; nothing is left to save. TrainingError: the last step
+          could not be copied to `checkpoint.copy_to`.
         """
+        self._copy.finish()
         both = ", TTT on and off" if self._config.model.ttt.layers else ""
         self._tell(f"evaluating held-out loss by position{both}")
         by_position = self._heldout.by_position(model, before_each=self._leave_if_asked)
@@ -327,6 +347,7 @@ class Job:
             summary={"steps": self.step, "tokens_per_second": speed},
         )
         print_report(report, run_dir)
+        self._copy.files()
 
 
 def _every(steps: int, step: int) -> bool:

@@ -49,7 +49,7 @@ def _group_of(path: str, groups: tuple[ParamGroup, ...]) -> ParamGroup:
 
 def _check_groups(groups: tuple[ParamGroup, ...], paths: list[str]) -> None:
     for group in groups:
-        if not any(re.search(group.pattern, path) for path in paths):
+        if not group.optional and not any(re.search(group.pattern, path) for path in paths):
             spread = [paths[i] for i in sorted({0, len(paths) // 2, len(paths) - 1})]
             raise ConfigError(
                 f"config field optimizer.groups pattern {group.pattern!r}: matches no parameter; "
@@ -122,8 +122,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, model: Any) -> optax.Gra
     overrides that.
 
     Raises:
-      ConfigError: a group's pattern matches no parameter, everything is frozen, or the schedule
-        does not fit.
+      ConfigError: the pattern of a group that is not `optional` matches no parameter, everything
+        is frozen, or the schedule does not fit.
     """
     ranks = _true_ranks(model)
     _check_groups(config.groups, sorted(ranks))

@@ -1,19 +1,18 @@
 """The start of a run from a checkpoint: what differs is said, and both models' losses are compared
 before anything starts.
 
-A wrong base of RoPE or a wrong window trains without an error. So the source is read once more, by
-`load_pretrained` with its own config, and reads the first held-out rows beside the model that will
-be trained.
+A wrong base of RoPE or a wrong window trains without an error. So the source is read once more,
+with its own config, and reads the first held-out rows beside the model that will be trained.
 
 Letters: R rows, T tokens, C chunk.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +20,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ttt_jax.config import Config, MeshConfig, ModelConfig
-from ttt_jax.errors import VerificationError
+from ttt_jax.config import Config, MeshConfig, ModelConfig, TTTConfig, validate_context
+from ttt_jax.errors import ConfigError, VerificationError
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
-from ttt_jax.parallel.mesh import Batch, batch_sharding, make_mesh
+from ttt_jax.parallel.mesh import Batch, batch_sharding, make_mesh, model_shardings
+from ttt_jax.pretrained.hub import model_folder
 from ttt_jax.pretrained.load import initial_model, load_pretrained, source_config
-from ttt_jax.pretrained.model_changes import compare_models
+from ttt_jax.pretrained.model_changes import compare_models, computes_the_same
 from ttt_jax.process.multihost import on_first_process
 from ttt_jax.run.folder import check_run_dir
 from ttt_jax.training.heldout import make_position_nll
-from ttt_jax.training.step import TrainState, init_state
+from ttt_jax.training.source_size import too_large
+from ttt_jax.training.step import TrainState, init_state, runtime_of
 
 MAX_ROWS, MIN_TOKENS = 4, 1024  # of the comparison
 # Relative difference of the two losses: groups of layers may be compiled otherwise, and weights be
@@ -71,9 +72,8 @@ def checked_start(
     """Read `initial_model`, and print what differs from its source and the loss of both on the
     first held-out rows.
 
-    The losses are not compared with several processes, nor where the source does not fit on one
-    device or its config is not known; that is printed, too. The source is freed before the model is
-    read.
+    The losses are not compared where the source's config is not known, or its chunks do not fit
+    the mesh; that is printed, too. The source is freed before the model is read.
 
     Args:
       abstract: the model's structure, placed on `mesh`.
@@ -81,7 +81,8 @@ def checked_start(
 
     Raises:
       CheckpointError, ConfigError: as of `initial_model`.
-      VerificationError: the losses differ by more than rounding, though nothing was changed.
+      VerificationError: the losses differ by more than rounding, though nothing was changed that
+        a model computes from its first token on.
     """
     if config.init_from is None:
         return None
@@ -90,13 +91,14 @@ def checked_start(
         if jax.process_index() == 0
         else None
     )
-    source = Path(config.init_from)
-    found = source_config(source) if source.is_dir() else None
+    found = source_config(model_folder(config.init_from, "config field init_from", weights=True))
     changes = [] if found is None else compare_models(config.model, found, config.init_from)
     for line in changes:
         say(line)
+    if found is not None and config.model.ttt.layers and not found.ttt.layers:
+        say(_new_layers(config.model.ttt))
     batch = _first_rows(config, rows, mesh)
-    theirs, reason = _source_loss(config, found, batch)
+    theirs, reason = _source_loss(config, found, batch, mesh)
     model = initial_model(config, abstract)
     assert model is not None
     if theirs is None:
@@ -108,7 +110,8 @@ def checked_start(
         f"loss of the first held-out rows ({R} x {T} tokens): {theirs:.4f} as it is, {ours:.4f} "
         "at the start of this run"
     )
-    if not changes and not abs(ours - theirs) <= TOLERANCE[config.compute_dtype] * abs(theirs):
+    same = found is not None and computes_the_same(config.model, found)
+    if same and not abs(ours - theirs) <= TOLERANCE[config.compute_dtype] * abs(theirs):
         raise VerificationError(
             f"config field init_from = {config.init_from!r}: the first held-out rows have loss "
             f"{ours:.6g} at the start of "
@@ -129,27 +132,50 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
     return {name: x[:MAX_ROWS, :T] for name, x in rows.items()}
 
 
+def _new_layers(ttt: TTTConfig) -> str:
+    """Describe TTT layers that the source does not have."""
+    names = "chunk_size", "lr", "target", "proj", "normalize_source", "write"
+    fields = ", ".join(f"{name} {str(getattr(ttt, name)).lower()}" for name in names)
+    return f"new TTT layers {list(ttt.layers)}, which start at zero: {fields}"
+
+
 def _source_loss(
-    config: Config, found: ModelConfig | None, batch: Batch
+    config: Config, found: ModelConfig | None, batch: Batch, mesh: Mesh
 ) -> tuple[float | None, str]:
     """Compute the loss of the source as it is, or None and why not."""
     assert config.init_from is not None
-    if jax.process_count() > 1:
-        return None, "there are several processes"
     if found is None:
         return None, "its folder holds no config of a model, and nothing about it could be compared"
-    device = jax.local_devices()[0]
-    nbytes = (
-        sum(x.size for x in jax.tree.leaves(abstract_transformer(found)))
-        * jnp.dtype(config.compute_dtype).itemsize
-    )
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is not None and nbytes > limit / 2:
-        return None, f"its {nbytes / 2**30:.1f} GiB are more than half of one device"
+    if jax.process_count() > 1 or too_large(found, config.compute_dtype):
+        return _loss_on_mesh(config, found, batch, mesh)
+    # By the reader of all commands, which shares least with the run's own start.
     model = load_pretrained(
-        config.init_from, dtype=config.compute_dtype, runtime=Runtime(dtype=config.compute_dtype)
+        model_folder(config.init_from, "config field init_from", weights=True),
+        dtype=config.compute_dtype,
+        runtime=Runtime(dtype=config.compute_dtype),
     )
-    return _loss(model, batch, make_mesh(MeshConfig(), [device])), ""
+    return _loss(model, batch, make_mesh(MeshConfig(), [jax.local_devices()[0]])), ""
+
+
+def _loss_on_mesh(
+    config: Config, found: ModelConfig, batch: Batch, mesh: Mesh
+) -> tuple[float | None, str]:
+    """Do as `_source_loss` with the source spread over the run's devices, all processes
+    together.
+    """
+    own = dataclasses.replace(config, model=found)
+    try:
+        validate_context(own, mesh.shape["context"])
+    except ConfigError:
+        return None, f"its chunks of {found.ttt.chunk_size} tokens do not fit mesh.context"
+    structure = abstract_transformer(found, runtime_of(own, mesh))
+    placed = lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, config.compute_dtype, sharding=sharding
+    )
+    abstract = jax.tree.map(placed, structure, model_shardings(structure, mesh))
+    model = initial_model(own, abstract)
+    assert model is not None
+    return _loss(model, batch, mesh), ""
 
 
 _position_nll = functools.lru_cache(2)(make_position_nll)  # both models may be one program

@@ -43,20 +43,34 @@ TOKENS = 16384
 SOME_TOKENS = 2048
 
 
-def in_blocks(run, n: int, z_BTF, v_BTD, w_DF, *, lr, chunk_size: int, state_BDF, keep_BM=None):
+def in_blocks(
+    run,
+    n: int,
+    z_BTF,
+    v_BTD,
+    w_DF,
+    *,
+    lr,
+    chunk_size: int,
+    state_BDF,
+    keep_BM=None,
+    decay_BM=None,
+):
     """Run the op in steps of `n` chunks; those that fill no block one by one behind the others.
 
     Args:
       run: an implementation, as `in_place_ttt_xla`.
       keep_BM: 0 at a document's first chunk, else 1, a trailing partial chunk included; 1 for the
         first chunk, which reads `state_BDF`. None: every row is one document.
+      decay_BM: what each chunk's update multiplies the state before it by; only with n = 1. None:
+        ones.
 
     Returns: o_BTD, and the state after the last whole chunk: that of the last chunk's document.
     """
     number_BM = None if keep_BM is None else jnp.cumsum(keep_BM == 0, axis=1)
     arrays = (z_BTF, v_BTD, w_DF, lr, state_BDF, number_BM)
     if n == 1 or z_BTF.shape[1] < n * chunk_size:
-        return _between(run, 1, chunk_size, *arrays)
+        return _between(run, 1, chunk_size, *arrays, decay_BM)
     results: Any = _in_blocks(run, n, chunk_size, *varying_alike(*arrays))
     return results
 
@@ -124,16 +138,17 @@ def _backward(run, n, C, arrays, cotangents):
 _in_blocks.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF, number_BM):
+def _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF, number_BM, decay_BX=None):
     """All but what chunks read of their own block, as if every chunk read the state at its step's
     start.
     """
     T = z_BTF.shape[1]
     N = _blocks(n, C, T)
-    keep_BX = None
+    keep_BX = decay_BX
     if number_BM is not None:
         documents = _documents(n, C, T, number_BM)
         keep_BX = documents.keep_BX.astype(lr.dtype)
+        keep_BX = keep_BX if decay_BX is None else keep_BX * decay_BX
         v_BTD = _masked(v_BTD, documents.writes_BM, C)
 
     def steps(size, tokens, some, state_BDF):

@@ -66,14 +66,35 @@ def fold_segments(v_BTD, segment_ids_BT, C, acc):
     """
     if segment_ids_BT is None:
         return v_BTD, None
+    (B, T), (first_BM, whole_BM) = segment_ids_BT.shape, _documents(segment_ids_BT, C)
+    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
+    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
+    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+
+
+def _documents(segment_ids_BT, C):
+    """Each chunk's first document, and whether the chunk is whole and of that document alone; a
+    trailing partial chunk is not.
+    """
     B, T = segment_ids_BT.shape
     M = -(-T // C)
     ids_BMC = jnp.pad(segment_ids_BT, ((0, 0), (0, M * C - T))).reshape(B, M, C)
     first_BM = ids_BMC[:, :, 0]
-    whole_BM = (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
-    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
-    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
-    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+    return first_BM, (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
+
+
+def decay_factors(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc):
+    """What each chunk's update multiplies the state before it by, a trailing partial chunk
+    included, [B, M]: `decay` where the chunk is written, else 1.
+    """
+    B, T = shape_BT
+    place_M = jnp.arange(-(-T // C), dtype=jnp.int32)[None]
+    written_BM = jnp.broadcast_to(place_M < T // C, (B, place_M.shape[1]))
+    if whole_chunks_B is not None:
+        written_BM &= place_M < whole_chunks_B[:, None]
+    if segment_ids_BT is not None:
+        written_BM &= _documents(segment_ids_BT, C)[1]
+    return jnp.where(written_BM, jnp.asarray(decay, acc), 1)
 
 
 def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from ttt_jax.errors import UserError
 from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.api import in_place_ttt
-from ttt_jax.ops.ttt.chunk_updates import fold_clip, fold_segments
+from ttt_jax.ops.ttt.chunk_updates import decay_factors, fold_clip, fold_segments
 
 
 def in_place_ttt_shard(
@@ -51,6 +51,8 @@ def in_place_ttt_shard(
     shards: int,
     state_BXF=None,
     segment_ids_BT=None,
+    decay: float = 1.0,
+    whole_chunks_B=None,
     clip_norm: float | None = None,
     sum_F: Callable[[Any], Any] | None = None,
     apply: str = "split",
@@ -63,6 +65,7 @@ def in_place_ttt_shard(
         partial chunk at the end is fine then). Shards lie in the order of the sequence.
       state_BXF: this device's slice of S_0: rows p X .. (p + 1) X of S_0 padded to P X rows. None
         is zero.
+      whole_chunks_B: counts the chunks of the whole sequence, not of this shard.
       sum_F: sums over the devices that split F; None when F is whole. Only clipping needs it.
 
     Returns: o_BTD (a partial sum where F is split) and this device's slice of the final state, [B,
@@ -83,11 +86,17 @@ def in_place_ttt_shard(
         v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
     if axis is None:
         options = {"segment_ids": segment_ids_BT, "apply": apply, "implementation": implementation}
+        options |= {"decay": decay, "whole_chunks": whole_chunks_B}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
-    static = _Static(C, axis, shards, apply, implementation, state_BXF is None)
-    out: Any = _sharded(
-        static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT
-    )
+    decay_BM = None
+    if decay != 1:
+        if whole_chunks_B is not None:
+            whole_chunks_B = whole_chunks_B - jax.lax.axis_index(axis) * (T // C)
+        shape_BT = z_BTF.shape[:2]
+        decay_BM = decay_factors(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc)
+    static = _Static(C, axis, shards, apply, implementation, state_BXF is None, decay)
+    w_DF, chunks = w_DF.astype(z_BTF.dtype), (keep_BM, decay_BM, segment_ids_BT, whole_chunks_B)
+    out: Any = _sharded(static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks)
     return out
 
 
@@ -103,6 +112,7 @@ class _Static(NamedTuple):
     apply: str
     implementation: str | None
     from_zero: bool  # there is no initial state
+    decay: float
 
 
 def _continues(segment_ids_BT, C: int, axis: str, shards: int):
@@ -167,18 +177,15 @@ def exclusive_prefix(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT) -> Any:
-    return _forward(static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT)[0]
+def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks) -> Any:
+    return _forward(static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks)[0]
 
 
-def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT):
-    C, axis, shards, apply, implementation, _ = static
+def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks):
+    C, axis, shards, apply, implementation, _, decay = static
+    keep_BM, _, segment_ids_BT, whole_chunks_B = chunks
     acc, dtype = lr.dtype, z_BTF.dtype
-    later_BM = kept_B = None
-    if keep_BM is not None:
-        from_here_BM = jnp.flip(jnp.cumprod(jnp.flip(keep_BM, 1), axis=1), 1)
-        later_BM = jnp.concatenate([from_here_BM[:, 1:], jnp.ones_like(keep_BM[:, :1])], axis=1)
-        kept_B = from_here_BM[:, 0]
+    later_BM, kept_B, _ = _factors(*chunks[:2])
     scaled_BTD = (lr * v_BTD.astype(acc)).astype(dtype)
     delta_BDF = _sum_of_products(scaled_BTD, z_BTF, later_BM, C, acc)
     S_BDF, end_BXF = exclusive_prefix(delta_BDF, kept_B, state_BXF, axis=axis, shards=shards)
@@ -195,29 +202,47 @@ def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segmen
             chunk_size=C,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            decay=decay,
+            whole_chunks=whole_chunks_B,
             apply=apply,
             implementation=implementation,
         )
 
     (o_BTD, _), pull = jax.vjp(op, z_BTF, v_BTD, w_DF, lr, S_BDF)
-    return (o_BTD, end_BXF), (pull, z_BTF, keep_BM)
+    return (o_BTD, end_BXF), (pull, z_BTF, chunks)
+
+
+def _factors(keep_BM, decay_BM):
+    """What documents and decay leave, inside of this shard; None where there is neither.
+
+    Returns: of what each chunk writes, in the state at the end, [B, M]; of the state that comes in,
+    at the end, [B]; and of it, in what each chunk reads, [B, M].
+    """
+    if keep_BM is None and decay_BM is None:
+        return None, None, None
+    keep_BM = jnp.ones_like(decay_BM) if keep_BM is None else keep_BM
+    # A document that starts with a chunk drops the state there; the chunk's update decays it.
+    both_BM = keep_BM if decay_BM is None else keep_BM * decay_BM
+    one_B1 = jnp.ones_like(keep_BM[:, :1])
+    from_here_BM = jnp.flip(jnp.cumprod(jnp.flip(both_BM, 1), axis=1), 1)
+    so_far_BM = jnp.concatenate([one_B1, jnp.cumprod(both_BM, axis=1)[:, :-1]], axis=1)
+    later_BM = jnp.concatenate([from_here_BM[:, 1:], one_B1], axis=1)
+    return later_BM, from_here_BM[:, 0], so_far_BM * keep_BM
 
 
 def _backward(static: _Static, residuals, cotangents):
-    C, axis, shards, _, _, from_zero = static
-    pull, z_BTF, keep_BM = residuals
+    C, axis, shards, _, _, from_zero, _ = static
+    pull, z_BTF, chunks = residuals
     do_BTD, dend_BXF = cotangents
     acc = dend_BXF.dtype
-    so_far_BM = None if keep_BM is None else jnp.cumprod(keep_BM, axis=1)
-    kept_B = None if so_far_BM is None else so_far_BM[:, -1]
+    _, kept_B, so_far_BM = _factors(*chunks[:2])
     gamma_BDF = _sum_of_products(do_BTD, z_BTF, so_far_BM, C, acc)
     G_BDF, dstate_BXF = exclusive_prefix(
         gamma_BDF, kept_B, dend_BXF, axis=axis, shards=shards, reverse=True
     )
     # S_p's gradient is what the prefix has carried already
     dz_BTF, dv_BTD, dw_DF, dlr, _ = pull((do_BTD, G_BDF))
-    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    return dz_BTF, dv_BTD, dw_DF, dlr, None if from_zero else dstate_BXF, dkeep_BM, None
+    return dz_BTF, dv_BTD, dw_DF, dlr, None if from_zero else dstate_BXF, None
 
 
 _sharded.defvjp(_forward, _backward)

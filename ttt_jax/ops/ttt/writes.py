@@ -14,15 +14,20 @@ them, and the writes of chunks still add up. A chunk's write depends on that chu
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.ops.numerics import accumulator, dot
+from ttt_jax.ops.ttt.inverse_root import inverse_root
 
 # the quintic of Muon: singular values from 0.003 to 1 go to 0.7 .. 1.2
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
-LEAF = 32  # size from which on a matrix is inverted element by element
+TARGET = "ttt_target"  # under this name `remat_save` keeps targets and the inverse behind them
 
 
 def transformed(
@@ -33,6 +38,7 @@ def transformed(
     *,
     ridge: float = 1.0,
     unit: jax.typing.ArrayLike = 1.0,
+    root: Callable[[jax.Array, jax.Array], jax.Array] = inverse_root,
 ):
     """Make targets v' such that v'^T z is what `write` writes for (z, v); in v's dtype.
 
@@ -40,29 +46,18 @@ def transformed(
       z_BTF, v_BTD: keys and targets of whole chunks (T a multiple of `chunk_size`), one dtype.
       ridge: lambda of the ridge write.
       unit: size of the singular values of the spectral write, a number or a scalar array.
+      root: `inverse_root`, or what does the same for [B, M, C, C] on a mesh.
     """
     B, T, D = v_BTD.shape
     if write == "sum":
         return v_BTD
-    z_NCF, v_NCD = (
-        x.reshape(B * (T // chunk_size), chunk_size, x.shape[2]) for x in (z_BTF, v_BTD)
-    )
-    acc = accumulator(v_BTD.dtype)
+    z_BMCF, v_BMCD = (x.reshape(B, T // chunk_size, chunk_size, -1) for x in (z_BTF, v_BTD))
     with jax.named_scope(f"ttt_write_{write}"):
-        gram_NCC = dot("ncf,nkf->nck", z_NCF, z_NCF, acc)
-        out_NCD = (
-            _ridge(gram_NCC, v_NCD, ridge) if write == "ridge" else _spectral(gram_NCC, v_NCD, unit)
-        )
-    return out_NCD.astype(v_BTD.dtype).reshape(B, T, D)
-
-
-def _ridge(gram_NCC, v_NCD, ridge: float):
-    """(G + lambda m I)^-1 v."""
-    C = gram_NCC.shape[1]
-    mean_N11 = jnp.trace(gram_NCC, axis1=1, axis2=2)[:, None, None] / C
-    mean_N11 = jnp.maximum(mean_N11, _smallest(gram_NCC.dtype))  # a chunk of zeros writes nothing
-    scaled_NCC = gram_NCC / mean_N11 + ridge * jnp.eye(C, dtype=gram_NCC.dtype)[None]
-    return solve(scaled_NCC, v_NCD.astype(gram_NCC.dtype)) / mean_N11
+        if write == "ridge":
+            out_BMCD = least_squares(z_BMCF, v_BMCD, ridge, root)
+        else:
+            out_BMCD = _spectral(z_BMCF, v_BMCD, unit)
+    return out_BMCD.astype(v_BTD.dtype).reshape(B, T, D)
 
 
 def _smallest(dtype):
@@ -73,110 +68,107 @@ def _smallest(dtype):
 # -------------------------------------------------------------------------------------------- ridge
 
 
-@jax.custom_vjp
-def solve(a_NCC, v_NCD):
-    """Compute A^-1 v for symmetric positive definite A. One factorisation serves the backward, too.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def least_squares(z_BMCF, v_BMCD, ridge: float, root=inverse_root):
+    """Compute A^-1 v with A = G + lambda m I. One inverse serves the backward, too.
 
-    All of it is float32 at least. Where a chunk's keys are alike, A^-1 is the identity less a
-    matrix of nearly the same size, and in bf16 nothing true would be left of the difference.
+    Where a chunk's keys are alike, A^-1 is the identity less a matrix of nearly the same size, and
+    in bfloat16 nothing true would be left of the difference. So it is found in float32 at least,
+    and then a bfloat16 model computes with it as a sum of two bfloat16 arrays, 16 bits.
     """
-    return _solve_forward(a_NCC, v_NCD)[0]
+    return _least_squares_forward(z_BMCF, v_BMCD, ridge, root)[0]
 
 
-def _applied(root_NCC, v_NCD):
-    """M^T (M v)"""
-    x_NCD = dot("nck,nkd->ncd", root_NCC, v_NCD, root_NCC.dtype)
-    return dot("nkc,nkd->ncd", root_NCC, x_NCD, root_NCC.dtype)
+def _least_squares_forward(z_BMCF, v_BMCD, ridge, root):
+    dtype, acc = v_BMCD.dtype, accumulator(v_BMCD.dtype)
+    gram_BMCC = dot("bmcf,bmkf->bmck", z_BMCF, z_BMCF, acc)
+    mean_BM = jnp.mean(jnp.diagonal(gram_BMCC, axis1=2, axis2=3), axis=2)
+    mean_BM = jnp.maximum(mean_BM, _smallest(acc))  # a chunk of zeros writes nothing
+    root_BMCC = _terms(root(gram_BMCC, ridge * mean_BM), dtype)
+    inverse_BMCC = dot("bmkc,bmkl->bmcl", root_BMCC[0], root_BMCC[0], acc)
+    for low_BMCC in root_BMCC[1:]:
+        cross_BMCC = dot("bmkc,bmkl->bmcl", root_BMCC[0], low_BMCC, acc)
+        inverse_BMCC += cross_BMCC + jnp.swapaxes(cross_BMCC, 2, 3)
+    inverse_BMCX = jnp.concatenate(_terms(inverse_BMCC, dtype), axis=3)
+    inverse_BMCX = checkpoint_name(inverse_BMCX, TARGET)
+    return _applied(inverse_BMCX, v_BMCD), (z_BMCF, v_BMCD, inverse_BMCX)
 
 
-def _solve_forward(a_NCC, v_NCD):
-    root_NCC = inverse_root(a_NCC)
-    x_NCD = _applied(root_NCC, v_NCD)
-    return x_NCD, (root_NCC, x_NCD)
+def _least_squares_backward(ridge, root, residuals, do_BMCD):
+    """dA = -A^-1 do v^T A^-1, of which z gets dA + dA^T."""
+    z_BMCF, v_BMCD, inverse_BMCX = residuals
+    C, dtype, acc = v_BMCD.shape[2], v_BMCD.dtype, accumulator(v_BMCD.dtype)
+    inverse_BMCC = jnp.split(inverse_BMCX, inverse_BMCX.shape[3] // C, axis=3)
+    outer_BMCC = dot("bmcd,bmkd->bmck", do_BMCD, v_BMCD, acc)
+    outer_BMCC = outer_BMCC + jnp.swapaxes(outer_BMCC, 2, 3)
+    half_BMCC = _product(inverse_BMCC, _terms(outer_BMCC, dtype))
+    da_BMCC = -_product(_terms(half_BMCC, dtype), inverse_BMCC)
+    through_mean_BM1 = (
+        ridge / C * jnp.sum(jnp.diagonal(da_BMCC, axis1=2, axis2=3), axis=2, keepdims=True)
+    )
+    da_BMCC += through_mean_BM1[..., None] * jnp.eye(C, dtype=acc)[None, None]
+    da_BMCX = jnp.concatenate(_terms(da_BMCC, dtype), axis=3)
+    return _applied(da_BMCX, z_BMCF), _applied(inverse_BMCX, do_BMCD)
 
 
-def _solve_backward(residuals, dx_NCD):
-    root_NCC, x_NCD = residuals
-    dv_NCD = _applied(root_NCC, dx_NCD)
-    return -dot("ncd,nkd->nck", dv_NCD, x_NCD, dx_NCD.dtype), dv_NCD
+least_squares.defvjp(_least_squares_forward, _least_squares_backward)
 
 
-solve.defvjp(_solve_forward, _solve_backward)
+def _terms(x, dtype):
+    """x as a sum of arrays of the compute dtype, the largest first: two of bfloat16, else one."""
+    if jnp.dtype(dtype).itemsize > 2:
+        return (x,)
+    high = jax.lax.reduce_precision(x, 8, 7)  # XLA takes a cast there and back for nothing
+    return high.astype(dtype), (x - high).astype(dtype)
 
 
-def inverse_root(a_NCC):
-    """Lower triangular M with A^-1 = M^T M for symmetric positive definite A: the inverse of the
-    Cholesky factor, by halves.
-
-    Matmuls, which every device and mesh does well. With A = [[P, Q^T], [Q, R]], P^-1 = H^T H and L
-    = Q H^T, the Schur complement is R - L L^T, symmetric whatever rounding does. An inverse by
-    halves of inverses is not: what was skew in its error grew from half to half, and with 512 keys,
-    many of them the same token's, A^-1 v came out 200 times too large.
-    """
-    C = a_NCC.shape[1]
-    if C <= LEAF:
-        return _swept(a_NCC)
-    half, acc = C // 2, a_NCC.dtype
-    product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH = inverse_root(a_NCC[:, :half, :half])
-    below_NLH = product("nlh,nkh->nlk", a_NCC[:, half:, :half], first_NHH)
-    last_NLL = inverse_root(a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH))
-    below_NLH = -product("nlm,nmh->nlh", last_NLL, product("nlk,nkh->nlh", below_NLH, first_NHH))
-    above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
-    return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
+def _applied(x_BMCX, y_BMCD):
+    """x y, rounded to y's dtype once, with the terms of x side by side: one matmul sums them."""
+    y_BMXD = jnp.tile(y_BMCD, (1, 1, x_BMCX.shape[3] // x_BMCX.shape[2], 1))
+    return dot("bmcx,bmxd->bmcd", x_BMCX, y_BMXD, y_BMCD.dtype)
 
 
-def _swept(a_NCC):
-    """The same by elimination: what takes A to L^T takes the identity to L^-1. Positive definite
-    matrices need no pivots.
-    """
-    C = a_NCC.shape[1]
-    place_C = jnp.arange(C)
-
-    def sweep(k, both_NCX):
-        row_NX = jax.lax.dynamic_index_in_dim(both_NCX, k, 1, keepdims=False)
-        column_NC = jax.lax.dynamic_index_in_dim(both_NCX, k, 2, keepdims=False)
-        scale_N1 = jax.lax.rsqrt(jax.lax.dynamic_index_in_dim(row_NX, k, 1))
-        row_NX = row_NX * scale_N1
-        below_NC = jnp.where(place_C[None] > k, column_NC * scale_N1, 0)
-        both_NCX = both_NCX - below_NC[:, :, None] * row_NX[:, None]
-        return jnp.where((place_C == k)[None, :, None], row_NX[:, None], both_NCX)
-
-    eye_NCC = jnp.broadcast_to(jnp.eye(C, dtype=a_NCC.dtype), a_NCC.shape)
-    return jax.lax.fori_loop(0, C, sweep, jnp.concatenate([a_NCC, eye_NCC], axis=2))[:, :, C:]
+def _product(xs, ys):
+    """x y from the terms of both, without the product of the small ones, as one matmul."""
+    pairs = [(i, j) for i in range(len(xs)) for j in range(len(ys)) if i + j < 2]
+    x_BMCX = jnp.concatenate([xs[i] for i, _ in pairs], axis=3)
+    y_BMXC = jnp.concatenate([ys[j] for _, j in pairs], axis=2)
+    return dot("bmcx,bmxk->bmck", x_BMCX, y_BMXC, accumulator(x_BMCX.dtype))
 
 
 # ----------------------------------------------------------------------------------------- spectral
 
 
-def _spectral(gram_NCC, v_NCD, unit):
+def _spectral(z_BMCF, v_BMCD, unit):
     """unit M^T v with M from Newton-Schulz on U = V^T M Z, where U U^T U = V^T (M G M^T V V^T
     M) Z.
     """
     a, b, c = NEWTON_SCHULZ
-    C, acc = gram_NCC.shape[1], gram_NCC.dtype
+    C, acc = v_BMCD.shape[2], accumulator(v_BMCD.dtype)
+    gram_BMCC = dot("bmcf,bmkf->bmck", z_BMCF, z_BMCF, acc)
     # Everything from here on is of size one: Z and V are divided by their Frobenius norms.
-    gram_NCC, key_N11 = _unit_trace(gram_NCC)
-    targets_NCC, target_N11 = _unit_trace(dot("ncd,nkd->nck", v_NCD, v_NCD, acc))
-    square_N11 = jnp.sum(gram_NCC * targets_NCC, axis=(1, 2), keepdims=True)  # ||V^T Z||_F^2
-    some_N11 = square_N11 > _smallest(acc)
-    first_N11 = jnp.where(some_N11, jax.lax.rsqrt(jnp.where(some_N11, square_N11, 1)), 0)
+    gram_BMCC, key_BM11 = _unit_trace(gram_BMCC)
+    targets_BMCC, target_BM11 = _unit_trace(dot("bmcd,bmkd->bmck", v_BMCD, v_BMCD, acc))
+    square_BM11 = jnp.sum(gram_BMCC * targets_BMCC, axis=(2, 3), keepdims=True)  # ||V^T Z||_F^2
+    some_BM11 = square_BM11 > _smallest(acc)
+    first_BM11 = jnp.where(some_BM11, jax.lax.rsqrt(jnp.where(some_BM11, square_BM11, 1)), 0)
     # token space squares the condition number: no bf16
-    product = lambda x, y: dot("nck,nkl->ncl", x, y, acc)
-    m_NCC = first_N11 * jnp.eye(C, dtype=acc)[None]
+    product = lambda x, y: dot("bmck,bmkl->bmcl", x, y, acc)
+    m_BMCC = first_BM11 * jnp.eye(C, dtype=acc)[None, None]
     for _ in range(ROUNDS):
-        x_NCC = product(product(product(m_NCC, gram_NCC), jnp.swapaxes(m_NCC, 1, 2)), targets_NCC)
-        xm_NCC = product(x_NCC, m_NCC)
-        m_NCC = a * m_NCC + b * xm_NCC + c * product(x_NCC, xm_NCC)
+        x_BMCC = product(product(m_BMCC, gram_BMCC), jnp.swapaxes(m_BMCC, 2, 3))
+        x_BMCC = product(x_BMCC, targets_BMCC)
+        xm_BMCC = product(x_BMCC, m_BMCC)
+        m_BMCC = a * m_BMCC + b * xm_BMCC + c * product(x_BMCC, xm_BMCC)
     return (
         jnp.asarray(unit, acc)
-        * product(jnp.swapaxes(m_NCC, 1, 2), v_NCD.astype(acc))
-        / (key_N11 * target_N11)
+        * product(jnp.swapaxes(m_BMCC, 2, 3), v_BMCD.astype(acc))
+        / (key_BM11 * target_BM11)
     )
 
 
-def _unit_trace(gram_NCC):
+def _unit_trace(gram_BMCC):
     """G / trace G and sqrt(trace G); a G of zeros stays zeros."""
-    trace_N11 = jnp.trace(gram_NCC, axis1=1, axis2=2)[:, None, None]
-    trace_N11 = jnp.maximum(trace_N11, _smallest(gram_NCC.dtype))
-    return gram_NCC / trace_N11, jnp.sqrt(trace_N11)
+    trace_BM11 = jnp.trace(gram_BMCC, axis1=2, axis2=3)[..., None, None]
+    trace_BM11 = jnp.maximum(trace_BM11, _smallest(gram_BMCC.dtype))
+    return gram_BMCC / trace_BM11, jnp.sqrt(trace_BM11)

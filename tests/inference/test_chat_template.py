@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ttt_jax.errors import CheckpointError, UserError
-from ttt_jax.eval.chat_template import ChatTemplate, find_template, special_tokens
+from ttt_jax.inference.chat_template import ChatTemplate, find_template, special_tokens
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"

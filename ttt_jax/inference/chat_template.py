@@ -19,8 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.errors import CheckpointError, UserError
-from ttt_jax.eval import template_worker
-from ttt_jax.files.reading import MAX_TEMPLATE_BYTES, find_companion, read_text, show
+from ttt_jax.files.reading import (
+    MAX_TEMPLATE_BYTES,
+    companion_fields,
+    find_companion,
+    read_text,
+    show,
+)
+from ttt_jax.inference import template_worker
+from ttt_jax.pretrained.load import run_folder
 
 START_SECONDS = 60.0  # to start Python and import jinja2, on a busy machine
 RENDER_SECONDS = 10.0  # templates in use take milliseconds
@@ -80,6 +87,20 @@ def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
         for name, value in fields.items()
     }
     return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def template_of(folder: Path) -> ChatTemplate | None:
+    """The chat template of a model's folder, or None when it has none (or is no folder). Raises
+    UserError for one that is malformed.
+    """
+    if not folder.is_dir():
+        return None
+    folder = run_folder(folder) or folder
+    settings = companion_fields(folder, "tokenizer_config.json")
+    named = settings.get("chat_template")
+    if named is None and find_companion(folder, "chat_template.jinja") is None:
+        return None
+    return ChatTemplate(find_template(folder, settings), special_tokens(settings))
 
 
 class ChatTemplate:

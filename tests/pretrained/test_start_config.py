@@ -1,0 +1,232 @@
+"""A run from a checkpoint: what comes from it, what a user changes, and what a run remembers."""
+
+import dataclasses
+import shutil
+
+import huggingface_hub.constants
+import pytest
+from support.fuzzing import SMALL
+from support.hf_folders import make_folder
+from support.tokenizers import write_tokenizer
+
+from ttt_jax.config import (
+    Config,
+    MeshConfig,
+    dump_yaml,
+    load_config,
+    preset_names,
+    read_written,
+    replace,
+)
+from ttt_jax.config.suggest import suggested_chunk, suggested_row
+from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.pretrained.convert import convert
+from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.hub import model_folder
+from ttt_jax.pretrained.load import training_tokenizer
+from ttt_jax.pretrained.start_config import load_start, load_start_config
+from ttt_jax.run.folder import prepare_run_dir
+from ttt_jax.training.step import abstract_state
+
+TTT = SMALL | {"vocab_size": 300, "max_position_embeddings": 100, "num_hidden_layers": 8}
+PLAIN = {name: value for name, value in TTT.items() if not name.startswith("ttt_")}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Folders of each kind: `plain` has no TTT layers, the others hold the same model with one."""
+    root = tmp_path_factory.mktemp("sources")
+    for name, raw in (("plain", PLAIN), ("hf", TTT)):
+        make_folder(root / name, raw)
+        write_tokenizer(root / name)
+    convert(root / "hf", root / "orbax", to="orbax")
+    run = Config(name="run", runs_dir=str(root), model=read_config(root / "hf"))
+    prepare_run_dir(run)
+    return root
+
+
+def words(source, *more):
+    return [f"--init_from={source}", "--data.train=book.txt", *more]
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax", "run"])
+def test_the_model_is_that_of_the_checkpoint(sources, kind, monkeypatch):
+    monkeypatch.chdir(sources)
+    start = load_start(None, words(kind))
+    assert start.config.model == read_config(sources / "hf")
+    assert not start.open_rate
+    assert start.config.data.tokenizer == ("bytes" if kind == "run" else kind)
+    assert start.config.name == "continual"
+    assert start.config.data.seq_len == 100  # whole chunks of 4, as many as it has positions for
+
+
+def test_a_plain_model_gets_layers_and_chunks(sources):
+    start = load_start(None, words(sources / "plain"))
+    model, found = start.config.model, read_config(sources / "plain")
+    assert dataclasses.replace(model, ttt=found.ttt) == found
+    assert (model.ttt.layers, model.ttt.chunk_size, model.ttt.write) == ((0, 6), 16, "sum")
+    assert (model.ttt.normalize_source, model.ttt.target) == (True, "hidden_states")
+    assert start.open_rate
+    assert start.config.data.seq_len == 96
+
+
+def test_only_what_is_written_differs(sources):
+    more = ["--model.ttt.lr=0.5", "--model.max_positions=256", "--model.ttt.layers=1,2"]
+    start = load_start(None, words(sources / "plain", *more))
+    assert not start.open_rate
+    plain = load_start(None, words(sources / "plain")).config
+    changes = {"model.ttt.lr": 0.5, "model.max_positions": 256, "model.ttt.layers": [1, 2]}
+    changes |= {"data.seq_len": 256}  # follows from them
+    assert start.config == replace(plain, changes)
+    off = load_start(None, words(sources / "plain", "--model.ttt.layers=[]"))
+    assert (off.open_rate, off.config.model.ttt.layers) == (False, ())
+    abstract_state(off.config, make_mesh(MeshConfig()))  # groups for TTT layers are no error
+    ridge = load_start(None, words(sources / "plain", "--model.ttt.write=ridge"))
+    assert (ridge.open_rate, ridge.config.model.ttt.lr) == (False, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model.d_model=16"], "model.d_model = 16: "),
+        (["--model.max_positions=50"], "model.max_positions = 50: "),
+        (["--model.ttt.write=spectral"], "no rule for it with model.ttt.write = spectral; set it"),
+        (["--model.ttt.normalize_source=no"], "model.ttt.normalize_source = false; set it"),
+        (["--data.seq_len=97"], "data.seq_len = 97: packed rows hold whole chunks"),
+        (["--data.seq_len=many"], "data.seq_len = many: "),
+        (["--model.ttt.layers=some"], "model.ttt.layers"),
+        (["--steps=0"], "steps = 0"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(sources, more, message):
+    with pytest.raises(ConfigError) as caught:
+        load_start(None, words(sources / "plain", *more))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "nothing", "a/b/c", "../x", "CHECKPOINT"])
+def test_a_missing_source_is_one_line(source):
+    with pytest.raises(CheckpointError, match=r"field init_from = .*: no such folder; give"):
+        load_start(None, words(source))
+
+
+def test_a_preset_for_another_model_is_refused(sources):
+    with pytest.raises(
+        ConfigError, match=r"model\.\w+ = .*; set model\.\w+ to .*, or leave it out"
+    ):
+        load_start("default", words(sources / "plain"))
+
+
+def test_a_run_that_has_begun_needs_no_checkpoint(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sources / "plain", tmp_path / "source")
+    first = load_start(None, words("source", "--steps=5")).config
+    begun = replace(first, {"model.ttt.lr": 0.125})  # as measured
+    prepare_run_dir(begun)
+    shutil.rmtree(tmp_path / "source")
+    again = load_start(None, words("source", "--steps=5"))
+    assert again == (begun, False, ())
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_start(None, words("source", "--name=other"))
+    # Moved: the folder itself says where it is.
+    shutil.move("runs/continual", "moved")
+    moved = load_start("moved", []).config
+    assert moved.run_dir.absolute() == tmp_path / "moved"
+    assert replace(moved, {"runs_dir": "runs", "name": "continual"}) == begun
+
+
+def test_a_preset_needs_no_checkpoint_for_a_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_start_config("qwen3_1p7b").model.d_model == 2048
+    second = load_start_config("qwen3_4b_longct_128k").model  # starts from the first stage's run
+    assert (second.num_layers, second.rope.kind, second.ttt.chunk_size) == (36, "yarn", 4096)
+    with pytest.raises(ConfigError, match="its model is not read here"):
+        load_config("qwen3_1p7b")
+
+
+def test_suggestions_are_whole_chunks():
+    for T in (96, 100, 2048, 4096, 32768, 65536, 1000):
+        C = suggested_chunk(T)
+        assert C == 16 or (T % C == 0 and C <= T // 16)
+    assert [suggested_chunk(T) for T in (2048, 4096, 65536)] == [128, 256, 4096]
+    assert suggested_chunk(65536, shards=32) == 2048
+    assert [suggested_row(n, None) for n in (131072, 2048, 100, 7)] == [4096, 2048, 96, 7]
+    assert [suggested_row(n, 4096) for n in (131072, 10000, 100)] == [16384, 8192, 100]
+
+
+# ---------------------------------------------------------------------------- presets, shorter runs
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name != "continual"])
+def test_presets_run_with_two_steps(preset):
+    assert load_start_config(preset, ["--steps=2"]).optimizer.warmup(2) < 2
+    if load_start_config(preset).init_from is None:
+        yields = read_written(preset).preset["optimizer"].get("warmup_steps") is not None
+        assert bool(load_start(preset, ["--steps=2"]).remarks) == yields
+        assert not load_start(preset, []).remarks
+
+
+def test_a_preset_s_warm_up_yields_and_a_user_s_does_not(tmp_path):
+    def warmup(*overrides, path="books"):
+        optimizer = load_config(path, overrides).optimizer
+        return optimizer.warmup(load_config(path, overrides).steps)
+
+    assert warmup() == warmup("--steps=300") == warmup("--steps=41") == 40
+    assert [warmup(f"--steps={n}") for n in (2, 40)] == [0, 1]
+    (line,) = load_start("books", ["--steps=40"]).remarks
+    assert line.startswith("the preset's optimizer.warmup_steps = 40 is not shorter than the run")
+    assert warmup("--steps=20", "--optimizer.warmup_ratio=0.5") == 10
+    assert warmup("--steps=20", "--optimizer.warmup_steps=19") == 19
+    for steps in ("--steps=20", "--steps=400"):
+        with pytest.raises(ConfigError, match=r"warmup_steps = 500: must be below steps"):
+            warmup(steps, "--optimizer.warmup_steps=500")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(dump_yaml(load_config("books")))
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps = 40: must be below steps = 2"):
+        warmup("--steps=2", path=mine)
+
+
+def test_auto_is_every_sixth_layer():
+    small = ["--model.ttt.layers=auto", "--model.ttt.chunk_size=64"]
+    assert load_config(None, small).model.ttt.layers == (0,)
+    config = load_config("500m", ["--model.ttt.layers", "auto", "--model.num_layers=13"])
+    assert config.model.ttt.layers == (0, 6, 12)
+    with pytest.raises(ConfigError, match="num_layers = many"):
+        load_config(None, [*small, "--model.num_layers=many"])
+    assert read_written(None).get("model.ttt.layers") is None
+
+
+# ------------------------------------------------------------------------------------------ the Hub
+
+
+@pytest.fixture
+def hub(sources, tmp_path, monkeypatch):
+    """A cache of the Hub that holds `org/model`, without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "hub" / "models--org--model"
+    shutil.copytree(sources / "plain", folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    return folder / "snapshots" / ("0" * 40)
+
+
+def test_a_model_of_the_hub_comes_from_its_cache(hub, sources):
+    config = load_start(None, words("org/model")).config
+    assert config.model == load_start(None, words(sources / "plain")).config.model
+    assert (config.init_from, config.data.tokenizer) == ("org/model", "org/model")
+    assert training_tokenizer(config) == str(hub)
+    assert model_folder("org/model", "field", weights=True) == hub
+
+
+def test_what_the_hub_does_not_give_is_one_line(hub):
+    with pytest.raises(CheckpointError) as caught:
+        load_start(None, words("org/other"))
+    line = str(caught.value)
+    assert line.startswith(
+        "config field init_from = 'org/other': no such folder; the Hub cannot be"
+    )
+    assert "\n" not in line

@@ -1,0 +1,401 @@
+"""A run with `checkpoint.copy_to`: killed, its disk lost, started again elsewhere; the curve and
+the weights are those of a run that nothing happened to.
+"""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import fsspec
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from support.jobs import TINY, curve, start, wait_for_step, write_corpus
+from support.stores import REMOTE, bucket, serving
+
+import train
+from ttt_jax.checkpoint import run_copy
+from ttt_jax.checkpoint.checksums import CHECKSUMS, write_checksums
+from ttt_jax.checkpoint.run_copy import RunCopy, fetch_run
+from ttt_jax.config import Config, dump_yaml, replace, validate
+from ttt_jax.data import Loader
+from ttt_jax.errors import CheckpointError, ConfigError, TrainingError
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def arrays_of(run_dir: Path, step: int):
+    """The bits of the parameters and moments of a step."""
+
+    def args(path):
+        tree = reader.metadata(path).item_metadata.tree
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        return ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: as_numpy, tree))
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        paths = [run_dir / "checkpoints" / str(step) / item for item in ("model", "opt_state")]
+        trees = [reader.restore(path, args=args(path)) for path in paths]
+    return [{name: x.tobytes() for name, x in sorted(tree.items())} for tree in trees]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(overrides, folder of the run) of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = [*TINY, f"--data.train={write_corpus(folder / 'corpus')}", "--name=a"]
+    words += ["--checkpoint.keep=1"]
+    assert train.main([*words, f"--runs_dir={folder}"]) == 0
+    return words, folder / "a"
+
+
+# The emulator of gs:// serves one request at a time, and a job would wait for minutes.
+@pytest.fixture(params=["folder", REMOTE[0]])
+def target(request, tmp_path):
+    """Where the copy goes."""
+    if request.param == "folder":
+        yield str(tmp_path / "copies")
+        return
+    with serving(request.param):
+        yield f"{bucket(request.param)}/runs"
+
+
+def listed(target: str) -> dict[str, bytes]:
+    """The files of the copy."""
+    store = fsspec.filesystem(target.partition("://")[0] if "://" in target else "file")
+    store.invalidate_cache()
+    return {path.partition("/a/")[2]: store.cat_file(path) for path in store.find(f"{target}/a")}
+
+
+def copied_part(run_dir: Path) -> dict[str, bytes]:
+    return {
+        name: data
+        for name, data in files_of(run_dir).items()
+        if name.split("/")[0] not in ("compile_cache", "tensorboard", ".lock")
+    }
+
+
+def compare(run_dir: Path, expected: Path, target: str):
+    assert curve(run_dir) == curve(expected)
+    assert arrays_of(run_dir, 16) == arrays_of(expected, 16)
+    there = listed(target)
+    assert there == copied_part(run_dir), "the copy is the run folder, report included"
+    assert {"report.json", "metrics.jsonl", f"checkpoints/16/{CHECKSUMS}"} < there.keys()
+    assert {name.split("/")[1] for name in there if name.startswith("checkpoints")} == {"16"}
+
+
+def test_a_run_whose_disk_is_lost_goes_on_elsewhere(
+    undisturbed, target, tmp_path, monkeypatch, capsys
+):
+    words, expected = undisturbed
+    words = [*words, f"--checkpoint.copy_to={target}"]
+    following = Loader.__next__
+
+    def until_the_machine_goes(loader):
+        if loader.batches_done == 11:
+            for _ in range(3000):
+                if any(name.endswith(f"/{CHECKSUMS}") for name in listed(target)):
+                    raise TrainingError("the machine is gone")
+                time.sleep(0.02)
+        return following(loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "__next__", until_the_machine_goes)
+        assert train.main([*words, f"--runs_dir={tmp_path / 'first'}"]) == 1
+    shutil.rmtree(tmp_path / "first")
+    capsys.readouterr()
+    assert train.main([*words, f"--runs_dir={tmp_path / 'second'}"]) == 0
+    said = f"config field checkpoint.copy_to = {target!r}: fetched step "
+    assert said in capsys.readouterr().out
+    compare(tmp_path / "second" / "a", expected, target)
+
+
+@pytest.mark.slow
+def test_killed_and_its_disk_lost(undisturbed, target, tmp_path):
+    """With processes of their own, and kill -9."""
+    words, expected = undisturbed[0], tmp_path / "a"
+    job = start([*words, f"--runs_dir={tmp_path}"])
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
+    words = [*words, f"--checkpoint.copy_to={target}"]
+    job = start([*words, f"--runs_dir={tmp_path / 'first'}"], sleep=0.3)
+    wait_for_step(tmp_path / "first" / "a", 11, job)
+    job.send_signal(signal.SIGKILL)
+    job.communicate(timeout=60)
+    shutil.rmtree(tmp_path / "first")
+    job = start([*words, f"--runs_dir={tmp_path / 'second'}"])
+    output = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, output
+    assert f"config field checkpoint.copy_to = {target!r}: fetched step " in output
+    compare(tmp_path / "second" / "a", expected, target)
+
+
+# ------------------------------------------------------------------------------------ without a job
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with steps of a few files, and its config with a copy in another folder."""
+    config = replace(
+        Config(),
+        {
+            "name": "a",
+            "runs_dir": str(tmp_path / "runs"),
+            "checkpoint.copy_to": str(tmp_path / "copies"),
+        },
+    )
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(dump_yaml(config))
+    (config.run_dir / ".lock").write_text("held")
+    (config.run_dir / "compile_cache").mkdir()
+    (config.run_dir / "compile_cache" / "x").write_text("x")
+    (config.run_dir / "tokenizer").mkdir()
+    (config.run_dir / "tokenizer" / "tokenizer.json").write_text("{}")
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    return config
+
+
+def write_step(config, step, text=None):
+    folder = config.run_dir / "checkpoints" / str(step)
+    for name in ("model/d/0", "model/d/1", "extra/metadata"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text or f"{name} of {step}")
+    write_checksums(folder)
+    return folder
+
+
+def copy(config):
+    events = []
+    with RunCopy(config, lambda text, **details: events.append(text)) as copier:
+        copier.finish()
+    return events
+
+
+def lose(config):
+    shutil.rmtree(config.run_dir)
+    config.run_dir.mkdir()
+
+
+def test_what_is_copied_and_what_comes_back(run, tmp_path):
+    for step in (4, 8, 12):
+        write_step(run, step)
+        copy(run)
+    there = files_of(tmp_path / "copies" / "a")
+    assert {name.split("/")[1] for name in there if name.startswith("checkpoints")} == {"8", "12"}
+    assert {name for name in there if not name.startswith("checkpoints")} == {
+        *("config.yaml", "metrics.jsonl", "tokenizer/tokenizer.json"),
+    }
+    assert there["metrics.jsonl"] == b'{"step": 1}\n{"step": 2}\n', "whole lines only"
+    step = files_of(run.run_dir / "checkpoints" / "12")
+    lose(run)
+    (line,) = fetch_run(run)
+    assert line.endswith(f"fetched step 12, which {run.run_dir} did not have")
+    assert files_of(run.run_dir) == {
+        **{name: data for name, data in there.items() if not name.startswith("checkpoints")},
+        **{f"checkpoints/12/{name}": data for name, data in step.items()},
+    }
+    assert fetch_run(run) == [], "nothing is newer there"
+
+
+@pytest.mark.parametrize("scheme", REMOTE)
+def test_what_is_copied_comes_back_from_a_store(run, scheme, monkeypatch):
+    monkeypatch.setattr(run_copy, "_AT_ONCE", 1)
+    with serving(scheme):
+        run = replace(run, {"checkpoint.copy_to": f"{bucket(scheme)}/runs", "checkpoint.keep": 1})
+        assert fetch_run(run) == []
+        for step in (4, 8):
+            write_step(run, step)
+            copy(run)
+        step = files_of(run.run_dir / "checkpoints" / "8")
+        assert {
+            name.removeprefix("checkpoints/8/"): data
+            for name, data in listed(run.checkpoint.copy_to).items()
+            if name.startswith("checkpoints")
+        } == step
+        lose(run)
+        (line,) = fetch_run(run)
+        assert line.endswith(f"fetched step 8, which {run.run_dir} did not have")
+        assert files_of(run.run_dir / "checkpoints" / "8") == step
+        assert (run.run_dir / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_last_file_of_a_step_says_that_it_is_complete(run, tmp_path, monkeypatch):
+    write_step(run, 4)
+    copy(run)
+    write_step(run, 8)
+    put = run_copy._Place.put
+
+    def until_the_last(place, source, name):
+        if name.endswith(CHECKSUMS):
+            raise OSError("killed")
+        put(place, source, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_copy._Place, "put", until_the_last)
+        with pytest.raises(TrainingError, match=r"step 8 is in .* could not be copied \(killed\)"):
+            copy(run)
+    assert (tmp_path / "copies/a/checkpoints/8/model/d/1").exists()
+    kept = tmp_path / "kept"
+    shutil.copytree(run.run_dir, kept)
+    lose(run)
+    assert "fetched step 4" in fetch_run(run)[0]
+    shutil.rmtree(run.run_dir)
+    shutil.copytree(kept, run.run_dir)
+    copy(run)
+    lose(run)
+    assert "fetched step 8" in fetch_run(run)[0]
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_of_a_step(run, tmp_path, monkeypatch):
+    run = replace(run, {"checkpoint.keep": 1})
+    write_step(run, 4)
+    copy(run)
+    write_step(run, 8)
+
+    def first_only(place, names):
+        place._store.rm_file(f"{place.root}/{next(iter(names))}")
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_copy._Place, "remove", first_only)
+        with pytest.raises(TrainingError, match="killed"):
+            copy(run)
+    assert not (tmp_path / "copies/a/checkpoints/4" / CHECKSUMS).exists()
+    assert (tmp_path / "copies/a/checkpoints/4/model/d/0").exists()
+    copy(run)
+    assert not (tmp_path / "copies/a/checkpoints/4/model/d/0").exists()
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "checksums"])
+def test_a_damaged_step_there_is_left_out(run, tmp_path, damage):
+    for step in (4, 8):
+        write_step(run, step)
+        copy(run)
+    there = tmp_path / "copies/a/checkpoints/8"
+    if damage == "changed":
+        (there / "model/d/0").write_text("model/d/0 of 9")
+    elif damage == "missing":
+        (there / "model/d/0").unlink()
+    else:
+        (there / CHECKSUMS).write_text("{")
+    lose(run)
+    left_out, fetched = fetch_run(run)
+    assert "step 8 there is damaged (" in left_out
+    assert "fetched step 4" in fetched
+    assert [path.name for path in (run.run_dir / "checkpoints").iterdir()] == ["4"]
+    lose(run)
+    (tmp_path / "copies/a/checkpoints/4/model/d/0").write_text("x")
+    with pytest.raises(CheckpointError, match="no older one is intact") as error:
+        fetch_run(run)
+    assert "\n" not in str(error.value)
+    assert not (run.run_dir / "config.yaml").exists()
+
+
+def test_another_run_there_is_refused(run, tmp_path):
+    write_step(run, 4)
+    copy(run)
+    lose(run)
+    with pytest.raises(CheckpointError, match=r"field seed = 1: the copy in .*copies/a was start"):
+        fetch_run(replace(run, {"seed": 1}))
+    (tmp_path / "copies" / "b").mkdir()
+    (tmp_path / "copies" / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"b holds 'notes.txt' there but no config.yaml"):
+        fetch_run(replace(run, {"name": "b"}))
+    assert files_of(run.run_dir) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("https://x.org/runs", "https:// is not supported"),
+        ("s3://", "names no bucket"),
+        ("{runs}", "is where the run itself lies"),
+        ("{runs}/a", "is where the run itself lies"),
+        ("{runs}/a/copy", "is where the run itself lies"),
+        ("/proc/nowhere", "cannot be used|check the place"),
+        ("{runs}/a/config.yaml/x", "is where the run itself lies"),
+    ],
+)
+def test_a_place_that_cannot_take_a_copy_is_refused_before_anything_starts(run, target, message):
+    target = target.format(runs=run.runs_dir)
+    before = files_of(run.run_dir)
+    with pytest.raises(CheckpointError, match=message) as error:
+        fetch_run(replace(run, {"checkpoint.copy_to": target}))
+    assert str(error.value).startswith(f"config field checkpoint.copy_to = '{target}': ")
+    assert "\n" not in str(error.value)
+    assert files_of(run.run_dir) == before
+
+
+@pytest.mark.parametrize("scheme", REMOTE)
+def test_a_bucket_that_is_not_there_is_refused(run, scheme):
+    target = f"{scheme}://no-such-bucket/runs"
+    with serving(scheme), pytest.raises(CheckpointError) as error:
+        fetch_run(replace(run, {"checkpoint.copy_to": target}))
+    assert str(error.value).startswith(f"config field checkpoint.copy_to = '{target}': ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_copy_that_fails_is_said_once_and_tried_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_copy, "_PAUSE", 0.0)
+    write_step(run, 4)
+    (tmp_path / "copies").write_text("a file in the way")
+    events = []
+    with RunCopy(run, lambda text, **details: events.append(text)) as copier:
+        for _ in range(3):
+            copier.follow()
+            copier._pending.exception(timeout=60)
+        copier.follow()
+        assert len(events) == 1
+        assert "step 4 is in " in events[0]
+        assert events[0].endswith("training goes on, and it is tried again")
+        copier._pending.exception(timeout=60)
+        (tmp_path / "copies").unlink()
+        copier.follow()
+        copier._pending.result(timeout=60)
+        copier.follow()
+    assert events[1:] == ["step 4 is copied: copying works again"]
+    assert (tmp_path / "copies/a/checkpoints/4" / CHECKSUMS).exists()
+
+
+def test_names_that_leave_the_folder_are_not_fetched(run, tmp_path, monkeypatch):
+    write_step(run, 4)
+    copy(run)
+    lose(run)
+    names = run_copy._Place.names
+    monkeypatch.setattr(
+        run_copy._Place,
+        "names",
+        lambda place, below="": [
+            *names(place, below),
+            *(["4/../../../x"] if below else ["a/../../x"]),
+        ],
+    )
+    with pytest.raises(CheckpointError, match="it names files outside of itself"):
+        fetch_run(run)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "fix"),
+    [
+        ("runs_dir", "set checkpoint.copy_to to this place"),
+        ("init_from", "copy it to a disk"),
+        ("data.tokenizer", "copy it to a disk"),
+        ("compile_cache", "name a folder on a disk"),
+    ],
+)
+def test_fields_that_need_a_disk_refuse_a_url(field, fix):
+    with pytest.raises(ConfigError, match=f"{field} = 's3://b/x': is a URL; .*{fix}"):
+        validate(replace(Config(), {field: "s3://b/x"}))
+
+
+def test_no_place_is_refused():
+    with pytest.raises(ConfigError, match="copy_to = '': names no place"):
+        validate(replace(Config(), {"checkpoint.copy_to": ""}))

@@ -1,0 +1,70 @@
+"""`ttt-jax memory merge` and `ttt-jax memory lora`: memories into other engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ttt_jax.command.options import EXISTING, Command, examples
+from ttt_jax.process.output_lock import one_writer
+from ttt_jax.terminal import printable
+
+_DST = click.argument("output", metavar="DST", type=EXISTING)
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Of every tensor that is written.",
+)
+
+
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "ttt-jax memory merge runs/books book.memory books-with-book",
+        "ttt-jax memory merge checkpoints/qwen3 a.memory out --dtype bfloat16",
+    ),
+)
+@click.argument("folder", metavar="MODEL", type=EXISTING)
+@click.argument("path", metavar="M", type=EXISTING)
+@_DST
+@_DTYPE
+@click.option(
+    "--shard-gb", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Of a file."
+)
+def merge(folder: Path, path: Path, output: Path, dtype: str, shard_gb: float) -> None:
+    """Write MODEL's base architecture with W + dW: a plain Hugging Face folder without TTT."""
+    from ttt_jax.display.tables import Table, print_tables
+    from ttt_jax.memory.memory import Memory
+    from ttt_jax.memory.merge import merge as run
+
+    click.get_current_context().with_resource(one_writer(output, "DST"))
+    shard = max(1, round(shard_gb * 1e9))
+    merged = run(folder, Memory.load(path), output, dtype=dtype, max_shard_bytes=shard)
+    rows = [[str(m.layer), f"{m.ratio:.3g}", f"{m.lost:.2e}"] for m in merged]
+    note = f"lost: ||stored - (W + dW)|| / ||dW||, the error of rounding to {dtype}"
+    print_tables([Table("Merged layers", note, ["layer", "||dW||/||W||", "lost"], rows)])
+    print(printable(f"{output}"))
+
+
+@click.command(
+    cls=Command, epilog=examples("ttt-jax memory lora book.memory book-adapter --rank 32")
+)
+@click.argument("path", metavar="M", type=EXISTING)
+@_DST
+@click.option("--rank", required=True, type=int, help="Of the adapter, up to min(D, F).")
+@_DTYPE
+@click.option("--base", help="Base model that the adapter names: a folder or a hub's name.")
+def lora(path: Path, output: Path, rank: int, dtype: str, base: str | None) -> None:
+    """Write a PEFT adapter for down_proj of the TTT layers: peft, vLLM and SGLang load it."""
+    from ttt_jax.display.tables import Table, print_tables
+    from ttt_jax.memory.lora import write_lora
+    from ttt_jax.memory.memory import Memory
+
+    click.get_current_context().with_resource(one_writer(output, "DST"))
+    kept = write_lora(Memory.load(path), output, rank=rank, dtype=dtype, base=base)
+    rows = [[str(k.layer), f"{k.error:.3g}"] for k in kept]
+    note = f"error: ||B A - dW|| / ||dW|| at rank {rank}, as stored"
+    print_tables([Table("Adapted layers", note, ["layer", "error"], rows)])
+    print(printable(f"{output}"))

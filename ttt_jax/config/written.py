@@ -1,0 +1,91 @@
+"""What a preset says and what a user wrote, kept apart until both become one `Config`.
+
+A value of a preset is a proposal: it yields where it does not fit what a user asks for. A value
+that a user wrote does not: it counts, or is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ttt_jax.config.fields import Config, ModelConfig
+
+AUTO = "auto"
+EVERY = 6  # layers from one TTT layer to the next
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Nested dictionaries, as in YAML; nothing in them is checked yet.
+
+    Fields:
+      preset: of a preset of this project.
+      user: of the user's own file, and of the command line, which counts before it.
+    """
+
+    preset: dict[str, Any]
+    user: dict[str, Any]
+
+    def get(self, field: str) -> Any:
+        """Return what stands at a dotted field; None when nobody wrote it."""
+        return value_at(self.over({}), field)
+
+    def has_model(self) -> bool:
+        """Say whether every field of `model` is written."""
+        model = self.get("model")
+        names = {field.name for field in dataclasses.fields(ModelConfig)}
+        return isinstance(model, dict) and model.keys() >= names
+
+    def over(self, base: dict[str, Any]) -> dict[str, Any]:
+        """Put both over `base`, the user's last."""
+        return merged(merged(base, self._fitting_preset()), self.user)
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return lines for the user about values of the preset that yield."""
+        if not self._too_long() or value_at(self.user, "optimizer.warmup_steps") is not None:
+            return ()
+        steps = value_at(self.preset, "optimizer.warmup_steps")
+        return (
+            f"the preset's optimizer.warmup_steps = {steps} is not shorter than the run; the "
+            "warm-up is optimizer.warmup_ratio of the steps",
+        )
+
+    def _too_long(self) -> bool:
+        """Say whether the preset's warm-up does not end within the run."""
+        steps = value_at(merged(self.preset, self.user), "steps")
+        warmup = value_at(self.preset, "optimizer.warmup_steps")
+        return type(steps) is int and type(warmup) is int and warmup >= steps
+
+    def _fitting_preset(self) -> dict[str, Any]:
+        if not self._too_long():
+            return self.preset
+        return merged(self.preset, {"optimizer": {"warmup_steps": None}})
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested dictionaries; lists and single values of `above` replace those of `below`."""
+    tree = dict(below)
+    for key, value in above.items():
+        before = tree.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = merged(before, value)
+        tree[key] = value
+    return tree
+
+
+def value_at(tree: Any, field: str) -> Any:
+    """Return what stands at a dotted field of nested dictionaries, or None."""
+    for part in field.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def name_auto_layers(tree: dict[str, Any]) -> dict[str, Any]:
+    """Replace `model.ttt.layers: auto` by every sixth layer, from the first one on."""
+    if value_at(tree, "model.ttt.layers") != AUTO:
+        return tree
+    layers = value_at(tree, "model.num_layers") or Config().model.num_layers
+    if type(layers) is not int or layers > 1 << 16:
+        return tree  # said with the field's own check
+    return merged(tree, {"model": {"ttt": {"layers": list(range(0, layers, EVERY))}}})

@@ -1,0 +1,129 @@
+"""Memories out of a stream's state, and into one.
+
+B batch, D model width, F MLP width, R repeats of a pattern, N layers of a run, S accumulated update
+of a fast weight (D F).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.errors import UserError
+from ttt_jax.memory.memory import Memory
+from ttt_jax.memory.sources import Source
+from ttt_jax.memory.terms import Term
+from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.pretrained.fingerprint import weights_fingerprint
+
+
+def no_memory(model: Transformer) -> Memory:
+    """Make the memory of nothing, which knows its model: it has no terms.
+
+    Raises: UserError when the model has no TTT layers.
+    """
+    cfg, norms = model.config, _slow_norms(model)
+    if not norms:
+        raise UserError("memory: the model has no TTT layers (model.ttt.layers is empty)")
+    return Memory(weights_fingerprint(model), cfg.d_model, cfg.d_ff, norms, ())
+
+
+def memory_of(
+    none: Memory, model: Transformer, state: State | None, row: int, sources: tuple[Source, ...]
+) -> Memory:
+    """Make a memory of the fast weights of one row of a state, or of zeros before there is one.
+
+    Args:
+      none: `no_memory` of the model, which takes a pass over its parameters.
+    """
+    if state is None:
+        deltas = {layer: np.zeros((none.D, none.F), np.float32) for layer in none.layers}
+    else:
+        deltas = _deltas(model, state, row)
+    return dataclasses.replace(none, terms=(Term(deltas, sources),))
+
+
+def check_memory(memory: Memory, model: Transformer) -> None:
+    """Raise UserError for a memory that other weights have read."""
+    if memory.model != weights_fingerprint(model):
+        raise UserError(
+            "memory: was read by another model, whose weights mean other things; read the text "
+            "with this one (ttt-jax memory read)"
+        )
+
+
+def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | None) -> State:
+    """Make the state of streams that have read nothing, and whose fast weights are the memory.
+
+    Args:
+      memory: of this model (`check_memory`).
+      capacity: tokens that full-attention caches can hold; None when no layer has one.
+    """
+    fresh = model.init_state(batch, capacity or 1)
+    groups = []
+    for group, runs in zip(model.groups, fresh.layers, strict=True):
+        new = []
+        for at, layer in enumerate(runs):
+            if layer.ttt is not None:
+                S_RNBDF = layer.ttt.S_BDF
+                dW = [memory.dW(index) for index in group.layer_indices(at)]
+                S_RN1DF = np.stack(dW).reshape(*S_RNBDF.shape[:2], 1, memory.D, memory.F)
+                S_RNBDF = jnp.broadcast_to(jnp.asarray(S_RN1DF, S_RNBDF.dtype), S_RNBDF.shape)
+                layer = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
+            new.append(layer)
+        groups.append(tuple(new))
+    return State(fresh.position_B, tuple(groups), capacity)
+
+
+def only_fast_weights(
+    model: Transformer, state: State | None, batch: int, capacity: int | None
+) -> State:
+    """Make the state of streams that have read nothing but hold the fast weights S of `state`.
+
+    Args:
+      capacity: tokens that full-attention caches can hold; None when no layer has one.
+    """
+    fresh = model.init_state(batch, capacity or 1)
+    if state is None:
+        return State(fresh.position_B, fresh.layers, capacity)
+
+    def keep(new, old):
+        if new.ttt is None:
+            return new
+        return new._replace(ttt=new.ttt._replace(S_BDF=old.ttt.S_BDF))
+
+    layers = tuple(tuple(map(keep, *runs)) for runs in zip(fresh.layers, state.layers, strict=True))
+    return State(fresh.position_B, layers, capacity)
+
+
+def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:
+    found: dict[int, np.ndarray] = {}
+    for group, runs in zip(model.groups, state.layers, strict=True):
+        for at, layer in enumerate(runs):
+            if layer.ttt is not None:
+                S_LDF = layer.ttt.S_BDF.reshape(-1, *layer.ttt.S_BDF.shape[2:])[:, row]
+                rows = np.asarray(S_LDF).astype(np.float32)
+                found |= dict(zip(group.layer_indices(at), rows, strict=True))
+    return found
+
+
+def _slow_norms(model: Transformer) -> Mapping[int, float]:
+    """||W||_F of every TTT layer."""
+    found = {}
+    for group in model.groups:
+        for at, (run, block) in enumerate(zip(group.pattern, group.blocks, strict=True)):
+            if run.kind.ttt:
+                norms = np.asarray(_norms(block.mlp.down[...])).reshape(-1).astype(float)
+                found |= dict(zip(group.layer_indices(at), norms.tolist(), strict=True))
+    return found
+
+
+@jax.jit
+def _norms(w_RNDF):
+    """||W||_F of each layer of a stack."""
+    acc = jnp.promote_types(w_RNDF.dtype, jnp.float32)
+    return jnp.sqrt(jnp.sum(jnp.square(w_RNDF.astype(acc)), axis=(2, 3)))

@@ -1,0 +1,83 @@
+"""What tells one model from another: hashes over its config and the bits of its parameters.
+
+L layers of a stack, X elements of a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttt_jax.config import to_dict
+from ttt_jax.model.param_path import param_path
+from ttt_jax.model.transformer import Transformer
+from ttt_jax.pretrained.hf_weights import tensor_names, tensor_shapes
+from ttt_jax.pretrained.safetensors_io import TensorSource
+
+
+def fingerprint(model: Transformer) -> str:
+    """Hash the model's config and every parameter's bits, the same however layers are stacked and
+    placed.
+    """
+    sums = {
+        name: [str(leaf.dtype), *pair]
+        for leaf, named in _named_sums(model, lambda x: x)
+        for name, pair in named
+    }
+    text = json.dumps([to_dict(model.config), sums], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_fingerprint(model: Transformer) -> str:
+    """Hash every parameter, rounded to bfloat16, under its checkpoint name, and no config.
+
+    A model has one such hash whether it was loaded in float32 or in bfloat16.
+    """
+    rounded = _named_sums(model, lambda x: x.astype(jnp.bfloat16))
+    return _hash_of({name: pair for _, named in rounded for name, pair in named})
+
+
+def tensors_fingerprint(abstract: Transformer, source: TensorSource) -> str:
+    """The same hash of tensors that are read one by one.
+
+    Raises: CheckpointError for a tensor that cannot be read.
+    """
+    return _hash_of({name: _tensor_sums(source.read(name)) for name in tensor_shapes(abstract)})
+
+
+def _tensor_sums(x: np.ndarray) -> list[int]:
+    rounded = jnp.asarray(x.astype(np.float32)).astype(jnp.bfloat16)  # as a model loads it
+    return np.asarray(_checksums(rounded.reshape(1, -1)))[0].tolist()
+
+
+def _hash_of(sums: dict[str, list[int]]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def _named_sums(model: Transformer, seen):
+    """(leaf, [(checkpoint name, checksums of that layer as `seen` shows it)]) of every leaf."""
+    names = tensor_names(model)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        own = names[param_path(path)]
+        sums = np.asarray(_checksums(seen(leaf.reshape(len(own), -1)))).tolist()
+        yield leaf, list(zip(own, sums, strict=True))
+
+
+@jax.jit
+def _checksums(x_LX):
+    """Two uint32 sums over the bits of each row: plain, and weighted by place. Exact whatever the
+    order of summation.
+    """
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x_LX.dtype.itemsize]
+    bits_LX = (
+        jax.lax.bitcast_convert_type(x_LX, unsigned).astype(jnp.uint32).reshape(x_LX.shape[0], -1)
+    )
+    place_LX = jax.lax.broadcasted_iota(jnp.uint32, bits_LX.shape, 1) * jnp.uint32(2) + jnp.uint32(
+        1
+    )
+    total = lambda x: jnp.sum(x, axis=1, dtype=jnp.uint32)
+    return jnp.stack([total(bits_LX), total(bits_LX * place_LX)], axis=1)

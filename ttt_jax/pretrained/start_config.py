@@ -1,0 +1,174 @@
+"""The config of a run that starts from a checkpoint: `model` and the tokenizer are the
+checkpoint's, and only what a user or a preset writes differs.
+
+A run that has begun remembers them in its own `config.yaml`. So it goes on without the checkpoint,
+and with what it was started with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ttt_jax.config import (
+    Config,
+    ModelConfig,
+    Written,
+    make_config,
+    parse_overrides,
+    preset_names,
+    read_written,
+    to_dict,
+)
+from ttt_jax.config.suggest import suggestions
+from ttt_jax.config.written import AUTO, merged, value_at
+from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.pretrained.model_changes import compare_models
+from ttt_jax.run.folder import CONFIG_FILE, read_run_config
+
+DEFAULT, CONTINUAL = "default", "continual"  # presets, where none is named
+FIELD = "config field init_from"
+
+
+class Start(NamedTuple):
+    """Fields: the config, whether its inner learning rate is still to be measured, and lines for
+    the user about what a preset had to give up.
+    """
+
+    config: Config
+    open_rate: bool
+    remarks: tuple[str, ...] = ()
+
+
+def load_start(path: str | Path | None, overrides: Sequence[str]) -> Start:
+    """Read the config of a training run, the checkpoint's part included.
+
+    Args: as of `read_written`; without a `path` it is the preset `default`, or `continual` when
+      `init_from` is given.
+
+    Raises: ConfigError or CheckpointError, one line.
+    """
+    if path is None:
+        given = dict(parse_overrides(overrides)).get("init_from")
+        path = DEFAULT if given is None else CONTINUAL
+    written = read_written(path, overrides)
+    running = _of_running(written)
+    return _start(written, *(_of_source(written) if running is None else (running, None)))
+
+
+def load_start_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config as `load_start` does, for what needs no weights: a plan, a benchmark.
+
+    Of the models that presets name the architecture is known, so they need not be there. The inner
+    learning rate is the default where it would be measured.
+    """
+    written = read_written(path, overrides)
+    return _start(written, *_of_source(written, weights=False)).config
+
+
+def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) -> Start:
+    config = make_config(written, base)
+    if found is not None:
+        assert config.init_from is not None
+        compare_models(config.model, found, config.init_from)  # before any data is read
+    open_rate = bool(base and config.model.ttt.layers and _rate_is_open(written, base, config))
+    if open_rate:
+        _check_rule(config)
+    return Start(config, open_rate, written.remarks())
+
+
+def _rate_is_open(written: Written, base: dict[str, Any], config: Config) -> bool:
+    """Say whether nobody has named an inner rate, or only `auto`, which ridge writes need not
+    measure.
+    """
+    rate = value_at(written.over(base), "model.ttt.lr")
+    by_rule = rate == AUTO and value_at(base, "model.ttt.lr") is None
+    return rate is None or (by_rule and config.model.ttt.write != "ridge")
+
+
+def _check_rule(config: Config) -> None:
+    """Raise ConfigError unless the rule for the inner learning rate speaks of these writes."""
+    ttt = config.model.ttt
+    for name, value, known in (
+        ("write", ttt.write, "sum"),
+        ("normalize_source", ttt.normalize_source, True),
+    ):
+        if value != known:
+            raise ConfigError(
+                f"config field model.ttt.lr: there is no rule for it with model.ttt.{name} = "
+                f"{str(value).lower()}; set it (docs/writes.md)"
+            )
+
+
+def _of_running(written: Written) -> dict[str, Any] | None:
+    """Return what a run that has begun took from its checkpoint; None: there is none of this
+    `init_from`.
+    """
+    tree, default = written.over({}), Config()
+    place = [tree.get(name, getattr(default, name)) for name in ("runs_dir", "name")]
+    source = tree.get("init_from")
+    if source is None or not all(isinstance(part, str) for part in place):
+        return None
+    folder = Path(*place)
+    if not os.path.lexists(folder / CONFIG_FILE):
+        return None
+    try:
+        before = to_dict(read_run_config(folder))
+    except CheckpointError:
+        return None  # said when the folder is checked
+    if before["init_from"] != source:
+        return None  # refused when the folder is checked
+    data = {name: before["data"][name] for name in ("tokenizer", "seq_len")}
+    return {"model": before["model"], "data": data}
+
+
+def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], ModelConfig | None]:
+    """Return what a run takes from the checkpoint that it begins with, and the checkpoint's model
+    if that is known.
+    """
+    source = written.get("init_from")
+    if source is None:
+        return {}, None
+    if not isinstance(source, str):
+        raise ConfigError(f"{FIELD} = {str(source)[:60]}: give a folder or a name, in quotes")
+    if not weights:
+        model, tokenizer = _architecture(source), source
+    else:
+        model, tokenizer = _read(source)
+    if model is None and written.has_model():
+        return {}, None  # parameters alone, of a model that the user describes
+    if model is None:
+        raise CheckpointError(
+            f"{FIELD} = {source!r}: holds parameters, but no config that says what model they are "
+            "of; give a run folder, or write every field of model"
+        )
+    fields = to_dict(model)
+    if not model.ttt.layers:
+        del fields["ttt"]
+    base = {"model": fields, "data": {"tokenizer": tokenizer}}
+    return merged(base, suggestions(written, model)), model
+
+
+def _read(source: str) -> tuple[ModelConfig | None, str]:
+    """Read the model's config, and say where its tokenizer is."""
+    # Not before: jax comes with them, and a second job is refused at once.
+    from ttt_jax.pretrained.hub import model_folder
+    from ttt_jax.pretrained.load import source_config, source_tokenizer
+
+    folder = model_folder(source, FIELD, weights=False)
+    return source_config(folder), source_tokenizer(folder, source)
+
+
+def _architecture(source: str) -> ModelConfig | None:
+    """Find out what model a checkpoint has that need not be there."""
+    from ttt_jax.pretrained.hf_config import config_from_hf
+    from ttt_jax.pretrained.published import PUBLISHED
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and folder.name in PUBLISHED:
+        return config_from_hf(PUBLISHED[folder.name], folder.name)
+    if not folder.is_dir() and folder.name in preset_names():  # the run of another preset
+        return load_start_config(folder.name).model
+    return _read(source)[0]
