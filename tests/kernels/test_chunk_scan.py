@@ -145,6 +145,13 @@ def test_documents_start_inside_blocks(plain):
         check(*make_inputs(T=75), F32, plain, chunk_size=8, segment_ids=ids, fresh=fresh)
 
 
+@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
+def test_decay(plain):
+    """Every update collects what it drops of G."""
+    ids = np.stack([np.arange(43) // 24, np.zeros(43, int) + 1])
+    check(*make_inputs(T=43), F32, plain, chunk_size=8, segment_ids=ids, decay=0.7)
+
+
 @pytest.mark.parametrize(("scaled", "most", "n"), [(True, 1, 1), (False, 3, 2)])
 @pytest.mark.parametrize("T", [5 * 8 + 3, 4 * 8, 5])
 def test_one_product_matches_the_float64_reference(plain, T):

@@ -321,6 +321,9 @@ def test_mosaic_says_what_it_cannot_do(call, reason):
         ((8, 16384, 512, 1536, 512), ("xla", 1)),  # not measured
         ((1, 512, 2560, 9728, 1024), ("xla", 1)),  # less than a chunk: nothing to update
         ((1, 600, 2560, 9728, 512), ("pallas_gpu", 1)),  # less than a block
+        ((1, 32768, 2560, 9728, 512, True), ("pallas_gpu", 2)),
+        ((4, 8192, 2048, 6144, 512, True), ("pallas_gpu", 1)),  # packed rows: not measured in pairs
+        ((1, 32768, 2560, 9728, 256, True), ("pallas_gpu", 1)),
     ],
 )
 def test_none_takes_on_a_gpu_what_was_measured_to_be_fastest(monkeypatch, shape, expected):

@@ -146,6 +146,13 @@ def test_pieces_of_packed_rows_equal_the_whole(in_blocks, cuts):
         np.testing.assert_allclose(state, final, rtol=0, atol=1e-13)
 
 
+def test_decay_is_computed_chunk_by_chunk(in_blocks):
+    """In a block every chunk would need another power of it."""
+    ids = packed(STARTS["several in a block"], 42, 4)
+    options = {"chunk_size": 4, "segment_ids": ids, "decay": 0.8}
+    check(*make_inputs(B=3, T=42), F64, in_blocks(4), **options)
+
+
 def test_without_documents_there_is_no_mask(in_blocks):
     """Rows of one document: no sort of chunks, no comparison, no selection."""
     (z, v, w, lr, _), _ = make_inputs(T=40)

@@ -7,6 +7,7 @@ fast weight (D F).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class _Call(NamedTuple):
     D: int
     F: int
     C: int
+    documents: bool = False  # segment_ids are given
     apply: str = "split"
 
 
@@ -97,9 +99,13 @@ def _pallas_gpu_pays(call: _Call) -> bool:
 
 def _pallas_gpu_block(call: _Call) -> int:
     """Blocks of 1024 tokens were the fastest where they were tried, and chunk by chunk at small
-    shapes, whose states cost less to move than blocks cost to multiply.
+    shapes, whose states cost less to move than blocks cost to multiply. Packed rows were tried at
+    C = 512 only, and gain less.
     """
-    if call.D * call.F < 2048 * 6144:
+    size, smallest = call.D * call.F, 2048 * 6144
+    if call.documents:
+        smallest = 2560 * 9728 if call.C >= 512 else math.inf
+    if size < smallest:
         return 1
     return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
 
@@ -182,7 +188,8 @@ def in_place_ttt(
     if apply not in ("split", "fused"):
         raise UserError(f'in_place_ttt: apply = {apply!r}: must be "split" or "fused"')
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, apply)
+    documents = segment_ids is not None
+    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, documents, apply)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
