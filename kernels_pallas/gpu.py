@@ -198,8 +198,7 @@ class MosaicLaunches:
             for p in products(sizes, Chunk(sizes.C), *no_arrays)
         )
         table = jnp.asarray(schedule(shapes, B, clusters, abs(n)))
-        staging = Staging(self.buffers, adds=not self.interpret)
-        body = functools.partial(_body, products, sizes, n, B, M, self.stages, staging)
+        body = functools.partial(_body, products, sizes, n, B, M, self.stages, self.buffers)
         kernel = self._kernel(name, body, clusters)
         flat_scalars = tuple(x.reshape(-1) for x in scalars)
 
@@ -264,13 +263,13 @@ class MosaicLaunches:
         )
 
 
-def _body(products, sizes, n, B, M, stages, staging, table, i, row, lr, keep, live, *arrays):
+def _body(products, sizes, n, B, M, stages, buffers, table, i, row, lr, keep, live, *arrays):
     """What a warpgroup runs. `arrays`: operands, results, and `_scratch`."""
     *arrays, left, right, full, empty, bfloat16, float32 = arrays
     finished = None
     if abs(n) > 1:
         finished = pl.get_global(plgpu.SemaphoreType.REGULAR((abs(n), B, 2)))
-    staging = staging._replace(bfloat16=bfloat16, float32=float32)
+    staging = Staging(buffers, bfloat16, float32)
 
     def products_of(step):
         i_now = i[0] + (step if n > 0 else -step)

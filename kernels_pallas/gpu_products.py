@@ -33,7 +33,6 @@ class Staging(NamedTuple):
     buffers: int
     bfloat16: Any = None
     float32: Any = None
-    adds: bool = True  # TMA can add to what is in device memory; not in the interpreter
 
     def write(self, k, *parts):
         """Write part k of a tile, (destination [64, 32], values) each.
@@ -48,17 +47,6 @@ class Staging(NamedTuple):
         for ref, _ in parts:
             plgpu.copy_smem_to_gmem(self._of(ref).at[wg, buffer], ref, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
-
-    def add(self, k, ref, values):
-        """Add part k of a tile to float32 `ref` [64, 32]. Nothing is read: TMA does the sum."""
-        wg, buffer = jax.lax.axis_index("wg"), k % self.buffers
-        plgpu.wait_smem_to_gmem(self.buffers - 1, wait_read_only=True)
-        if self.adds:
-            self.float32[wg, buffer] = values
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(self.float32.at[wg, buffer], ref, reduction_op="add")
-        else:
-            ref[...] = read(ref, ...) + values
 
     def _of(self, ref):
         return self.float32 if ref.dtype == jnp.float32 else self.bfloat16
@@ -277,6 +265,6 @@ def _write_state(chunk, state_BDF, R_2BDF, scale, w, collected_BDF, b, m0, n0):
 
             @pl.when(keep != 1)
             def _():
-                chunk.staging.add(k, collected_BDF.at[part], (1 - keep) * before)
+                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * before
 
     return write
