@@ -7,7 +7,8 @@ Examples:
     python train.py default --model.ttt.chunk_size 128 --name chunk128   # a preset by its name
     python train.py --init_from checkpoints/X --data.train book.txt      # go on from a checkpoint
     python train.py runs/NAME                        # go on with a run, wherever its folder is
-    python train.py --help                           # every field
+    python train.py --help                           # every field, and what the default run sets
+    python train.py books --help                     # the same with what books.yaml sets
 
 `ttt-jax train` is the same job, started in any folder. Run the same command again to continue an
 interrupted run. A preset's first field worth changing is `name`: it is the folder below `runs/`
@@ -45,17 +46,18 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
 
 
 def _command(argv: list[str], stop: StopSignal) -> int:
-    from ttt_jax.config import fields_help, preset_names
+    from ttt_jax.config import help_text, preset_names
+    from ttt_jax.pretrained.start_config import config_to_show, load_start
 
-    if "-h" in argv or "--help" in argv:
-        print(f"{__doc__}\npresets: {', '.join(preset_names())}\n")
-        for name, kind, default in fields_help():
-            print(f"  --{name:38} {default}   ({kind})")
+    words = [word for word in argv if word not in ("-h", "--help")]
+    has_preset = bool(words) and not words[0].startswith("-")
+    preset, overrides = (words[0], words[1:]) if has_preset else (None, words)
+    if words != argv:
+        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
+        fields = help_text(config_to_show(preset or "default"))
+        print(f"\nThe fields, with the values of {preset or 'default'}:\n\n{fields}")
         return 0
-    from ttt_jax.pretrained.start_config import load_start
-
-    has_preset = bool(argv) and not argv[0].startswith("-")
-    start = load_start(argv[0] if has_preset else None, argv[1:] if has_preset else argv)
+    start = load_start(preset, overrides)
     try:
         train(start, stop)
     except Stopped:
@@ -80,11 +82,12 @@ def train(start: Start, stop: StopSignal) -> None:
 
         say_on_first_process(start.remarks)
         from ttt_jax.data import load_tokenizer, make_loader
+        from ttt_jax.inference.samples import sample_hooks
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.pretrained.load import training_tokenizer
         from ttt_jax.training.heldout import Heldout
-        from ttt_jax.training.inner_rate import settled
         from ttt_jax.training.job import open_job
+        from ttt_jax.training.measured_rate import settled
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step
@@ -100,10 +103,11 @@ def train(start: Start, stop: StopSignal) -> None:
         abstract, optimizer = abstract_state(config, mesh)
         fresh = checked_beginning(config, abstract, optimizer, heldout.rows, mesh)
         changes = fetched + check_resume(config, loader)
+        hooks = heldout.hooks(config) + sample_hooks(config, tokenizer, heldout.rows, abstract)
         train_step = make_train_step(config, optimizer)
         # the first write: everything has been checked
         with open_job(
-            config, stop, lock, timer, tokenizer, loader, heldout, abstract, fresh, changes
+            config, stop, lock, timer, tokenizer, loader, heldout, hooks, abstract, fresh, changes
         ) as job:
             state = job.resume()
             while job.step < config.steps:

@@ -94,13 +94,13 @@ def right(run, shape: Shape, four, arrays, ridge: float) -> bool:
     alike = all(bool(equal(x, jnp.broadcast_to(x[:1], x.shape))) for x in chunks)
     worst = 0.0
     for k, kind in enumerate(KEYS):
-        exact = ridge_oracle(*(x[k] for x in four), ridge)
+        exact = ridge_oracle(four[0][k], four[1][k], four[2][k], ridge)
         errors = [
             float(np.linalg.norm(np.asarray(x[0, k], np.float64) - y) / np.linalg.norm(y))
             for x, y in zip(chunks, exact, strict=True)
         ]
         worst = float(np.maximum(worst, np.max(errors)))  # nan stays
-        print(f"  keys {kind}: " + ", ".join(map("{} {:.1e}".format, ("v'", "dz", "dv"), errors)))
+        print("  keys {}: v' {:.1e}, dz {:.1e}, dv {:.1e}".format(kind, *errors))
     fine = again and alike and worst < 5e-3
     print(f"  the same again: {again}, in every chunk: {alike}: {'right' if fine else 'WRONG'}")
     return fine

@@ -7,14 +7,16 @@ import shutil
 
 import jax
 import pytest
-from support.jobs import TINY
+from support.jobs import TINY, curve
 
 import train
+from ttt_jax.config import OptimizerConfig
 from ttt_jax.data import Loader
 from ttt_jax.errors import TrainingError
 from ttt_jax.process import failure
 from ttt_jax.process.lock import RunLock
 from ttt_jax.training import step as training
+from ttt_jax.training.optimizer import learning_rate
 
 WORDS = [
     *TINY,
@@ -96,11 +98,31 @@ def test_a_finished_run_that_is_run_again_changes_nothing(finished, capsys, extr
 def test_more_steps_than_a_finished_run_has_are_said_and_done(copied, capsys):
     words, run = copied
     assert train.main([*words, "--steps=4"]) == 0
-    assert (
-        f"run folder {run}: was finished with 3 steps and goes on to 4; the report is then made "
-        "anew" in capsys.readouterr().out
-    )
+    said = f"run folder {run}: was finished with 3 steps and goes on to 4; the report is then made"
+    assert capsys.readouterr().out.count(said) == 1
     assert json.loads((run / "report.json").read_text())["steps"] == 4
+    assert train.main([*words, "--steps=4", "--name=whole"]) == 0
+    assert curve(run) == curve(run.parent / "whole"), "a constant rate"
+
+
+def test_more_steps_of_a_schedule_that_falls(copied, capsys):
+    """The first steps stay, the others have the rates of a run that was started with so many."""
+    words, run = copied
+    words = [*words, "--name=cosine", "--optimizer.schedule=cosine", "--optimizer.lr=0.01"]
+    run = run.parent / "cosine"
+    assert train.main([*words, "--steps=2"]) == 0
+    first = curve(run)
+    capsys.readouterr()
+    assert train.main([*words, "--steps=5"]) == 0
+    out = capsys.readouterr().out
+    rates = learning_rate(OptimizerConfig(lr=0.01, warmup_steps=1), 5)
+    said = f"that of a run of 5 steps (cosine), {rates(2):.3g} where it would be 0.001\n"
+    assert f"warning: steps 2 -> 5: from step 2 on the learning rate is {said}" in out
+    rows = [row for row in curve(run) if "learning_rate" in row]
+    assert rows[:2] == [row for row in first if "learning_rate" in row]
+    assert [row["learning_rate"] for row in rows[2:]] == [float(rates(n)) for n in (2, 3, 4)]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert sum(event["text"].startswith("steps 2 -> 5") for event in events) == 1
 
 
 def test_a_second_job_is_refused_and_writes_nothing(finished, capsys):
@@ -132,7 +154,7 @@ def test_what_a_finished_run_lost_is_said(copied, capsys, damage):
         if damage == "no metrics"
         else "report.json: not readable"
     )
-    assert said in capsys.readouterr().out
+    assert capsys.readouterr().out.count(said) == 1
     after = json.loads((run / "report.json").read_text())
     assert after["heldout"] == before["heldout"]
     assert after["loss_last"] == (None if damage == "no metrics" else before["loss_last"])

@@ -1,7 +1,8 @@
-"""FLOPs of the model, peak rates of devices, and the memory that they have used."""
+"""FLOPs of the model, peak rates of devices, and memory: used, allowed, and of a state."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ttt_jax.config import ModelConfig
@@ -17,6 +18,22 @@ def device_memory_bytes() -> int | None:
         (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
     ]
     return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def device_memory_limit() -> int | None:
+    """Memory that this process may use on a local device; None where the backend does not say."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's share of arrays with shardings, abstract or not."""
+    import jax
+
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def model_flops_per_token(model: ModelConfig, seq_len: int, training: bool) -> float:

@@ -90,6 +90,9 @@ def test_commands(chat, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("nats (on") > 20
     assert "[user]" in re.sub("<[^>]*>", "", page)
+    code, _, err = chat("/html later.html\n", "--session", "s")
+    assert (code, "written later.html" in err) == (0, True)
+    assert (tmp_path / "later.html").read_text() == page, "a loaded session knows its tokens"
     code, out, err = chat("and more\n", "--session", "s")
     assert (code, out) == (0, chat("hello\nand more\n")[1][len(alone) :])
 

@@ -38,7 +38,7 @@ from support.damage import (
 )
 from support.models import config as model_config
 
-from ttt_jax.config import Config, fields_help, load_config, replace, to_dict
+from ttt_jax.config import Config, field_names, load_config, replace, to_dict
 from ttt_jax.data import corpus, load_tokenizer, make_loader
 from ttt_jax.errors import DataError
 from ttt_jax.eval import output
@@ -74,7 +74,7 @@ def config_yaml(folder, examples):
 
 
 def overrides(folder, examples):
-    names = st.sampled_from([row[0] for row in fields_help()]) | st.text(max_size=10)
+    names = st.sampled_from(field_names()) | st.text(max_size=10)
     traps = st.sampled_from(["2001-99-99", "!!int x", "[" * 1200, "&a [*a]", "{?: }"])
     values = st.text(max_size=12) | VALUES.map(json.dumps) | traps
     words = st.lists(st.tuples(names, values), min_size=1, max_size=3)

@@ -11,6 +11,7 @@ from ttt_jax import Session, generate
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.inference.conversation import Conversation, render_plain
+from ttt_jax.process.interrupts import Interrupt
 
 pytestmark = pytest.mark.usefixtures("interruptible", "usual_promotion")
 END = "<end>"
@@ -215,20 +216,62 @@ def test_the_last_question_without_what_was_learnt(model):
 
 def test_a_saved_conversation_goes_on(model, tmp_path):
     talk = talk_of(model, system="be kind")
+    talk.read("a book")
     talk.ask("hello", max_new_tokens=6)
     talk.save(tmp_path / "s.safetensors")
     again = Conversation(Session.load(tmp_path / "s.safetensors", model), chatml)
-    assert (again.messages, again.whole) == (talk.messages, False)
+    assert (again.messages, again.ids, again.whole) == (talk.messages, talk.ids, True)
     assert same(talk, again)
     stored = Session.load(tmp_path / "s.safetensors", model)
     stored.save(tmp_path / "stream")  # whoever goes on with the stream alone leaves the turns out
     assert Session.load(tmp_path / "stream", model).conversation is None
     with pytest.raises(UserError, match="--system"):
         Conversation(stored, chatml, "be rude")
-    for broken in ({"messages": [{"role": "user"}]}, {"rendered": 3}, {"end": "x"}):
+    older = Session.load(tmp_path / "s.safetensors", model)
+    ids = older.conversation.pop("ids")
+    assert (Conversation(older, chatml).ids, Conversation(older, chatml).whole) == ([], False)
+    wrong = (
+        ids[:-1],
+        [1, *ids],
+        [*ids[:-1], ids[-1] ^ 1],
+        [-1, *ids[1:]],
+        [*ids[1:], str(ids[0])],
+        "x",
+    )
+    for broken in (
+        {"messages": [{"role": "user"}]},
+        {"rendered": 3},
+        {"end": "x"},
+        *({"ids": broken} for broken in wrong),
+    ):
         stored.conversation = {"messages": [], "rendered": "", "end": None} | broken
         with pytest.raises(UserError, match="conversation is damaged"):
             Conversation(stored, chatml)
+
+
+def test_ctrl_c_twice_while_it_reads_leaves_the_stream_whole(model):
+    """Both come in the middle of a piece. What is unread is read before the next turn."""
+    text = "to be, or not to be, that is the question. " * 9
+    before = signal.getsignal(signal.SIGINT)
+    whole, talk = (Conversation(Session(model, piece=16), chatml) for _ in range(2))
+    whole.read(text)
+    feed = talk.session._feed_piece
+
+    def interrupted(*args):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        return feed(*args)
+
+    talk.session._feed_piece = interrupted
+    signal.signal(signal.SIGINT, Interrupt())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            talk.read(text)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    del talk.session._feed_piece
+    assert 0 < talk.tokens[0] < whole.tokens[0]
+    assert same(whole, talk)
 
 
 @pytest.mark.parametrize("pieces", [0, 3])

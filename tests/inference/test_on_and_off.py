@@ -53,6 +53,8 @@ def test_a_reports_losses_are_those_of_score(tmp_path):
     for name in ("ttt_on", "ttt_off"):
         assert heldout[name] == pytest.approx(losses[name], rel=1e-4)
         assert logged[f"heldout/{name}"] == pytest.approx(np.mean(losses[name]), rel=1e-4)
+        buckets = [logged[f"heldout/{where}/{name}"] for where in ("00-15", "16-31")]
+        assert buckets == pytest.approx(losses[name], rel=1e-4)
     gain = np.subtract(losses["ttt_off"], losses["ttt_on"])
     assert heldout["gain"] == pytest.approx(gain, rel=1e-2, abs=1e-5)
 

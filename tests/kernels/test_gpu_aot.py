@@ -144,3 +144,29 @@ def test_what_the_op_needs_beside_its_results(C, T, most):
     ]
     assert len(found) == 2
     assert 0.1 < max(found) < most
+
+
+ROOT = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
+import gpu_traffic, jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ttt_jax.config import MeshConfig
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.parallel.shard_mapped import Parallel
+mesh = make_mesh(MeshConfig(context=2, fsdp=2, data=1), gpu_traffic.devices(4))
+split = NamedSharding(mesh, P("fsdp", "context"))
+arrays = [jax.ShapeDtypeStruct(x, "float32", sharding=split) for x in ((4, 6, 128, 128), (4, 6))]
+traced = jax.jit(Parallel(mesh).inverse_root).trace(*arrays)
+program = traced.lower(lowering_platforms=("cuda",)).compile(gpu_traffic.OPTIONS).as_text()
+lines = [line.partition("backend_config")[0] for line in program.splitlines()]
+print("kernels", [line for line in lines if "gpu.triton" in line])
+print("collectives", [line for line in lines if " all-" in line or " collective-" in line])
+"""
+
+
+def test_each_gpu_of_a_mesh_runs_the_kernel_of_ridge_writes():
+    """On its own 2 x 3 chunks, without communication."""
+    printed = python("-c", ROOT.format(root=str(SCRIPT.parent.parent)))
+    assert "f32[6,128,128]" in printed
+    assert "collectives []" in printed

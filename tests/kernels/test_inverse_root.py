@@ -63,6 +63,20 @@ def test_one_gpu_takes_the_kernel(on_a_gpu):
     assert_close("root", got, np.stack([oracle(a, shift)] * 2), TOLERANCE["float32"])
 
 
+def test_large_matrices_are_halved_to_the_kernel(on_a_gpu, monkeypatch):
+    """To multiples of the block, so that no part is left to the elimination: 5 blocks to 2 and 3,
+    and 3 to 1 and 2.
+    """
+    monkeypatch.setattr(kernel, "BLOCK", 32)
+    monkeypatch.setattr(kernel, "LARGEST", 64)
+    a, shift = grams(160)
+    got = jax.jit(inverse_root)(
+        jnp.asarray(a[None], "float32"), jnp.asarray(shift[None], "float32")
+    )
+    assert on_a_gpu == [(3, 64, 64), (3, 32, 32), (3, 64, 64)]
+    assert_close("root", got[0], oracle(a, shift), TOLERANCE["float32"])
+
+
 @pytest.mark.parametrize(("C", "dtype"), [(72, "float32"), (64, "float64")])
 def test_what_the_kernel_cannot_run_are_matmuls(on_a_gpu, C, dtype, x64):
     a, shift = grams(C)

@@ -25,7 +25,7 @@ from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.hub import model_folder
 from ttt_jax.pretrained.load import training_tokenizer
-from ttt_jax.pretrained.start_config import load_start, load_start_config
+from ttt_jax.pretrained.start_config import config_to_show, load_start, load_start_config
 from ttt_jax.run.folder import prepare_run_dir
 from ttt_jax.training.step import abstract_state
 
@@ -86,13 +86,24 @@ def test_only_what_is_written_differs(sources):
     assert (ridge.open_rate, ridge.config.model.ttt.lr) == (False, 1.0)
 
 
+def test_auto_is_a_word_for_the_rate_too(sources):
+    assert load_start(None, words(sources / "plain", "--model.ttt.lr=auto")).open_rate
+    ridge = ["--model.ttt.lr=auto", "--model.ttt.write=ridge"]
+    start = load_start(None, words(sources / "hf", *ridge))
+    assert (start.open_rate, start.config.model.ttt.lr) == (False, 1.0)
+    normalised = ["--model.ttt.lr=auto", "--model.ttt.normalize_source=yes"]
+    assert load_start(None, words(sources / "hf", *normalised)).open_rate
+    with pytest.raises(ConfigError, match=r"lr = auto: is measured on a checkpoint, and init_from"):
+        load_config(None, ["--model.ttt.lr=auto"])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--model.d_model=16"], "model.d_model = 16: "),
         (["--model.max_positions=50"], "model.max_positions = 50: "),
-        (["--model.ttt.write=spectral"], "no rule for it with model.ttt.write = spectral; set it"),
-        (["--model.ttt.normalize_source=no"], "model.ttt.normalize_source = false; set it"),
+        (["--model.ttt.write=spectral"], "no rule for it with model.ttt.write = spectral; give"),
+        (["--model.ttt.normalize_source=no"], "model.ttt.normalize_source = false; give"),
         (["--data.seq_len=97"], "data.seq_len = 97: packed rows hold whole chunks"),
         (["--data.seq_len=many"], "data.seq_len = many: "),
         (["--model.ttt.layers=some"], "model.ttt.layers"),
@@ -128,6 +139,8 @@ def test_a_run_that_has_begun_needs_no_checkpoint(sources, tmp_path, monkeypatch
     shutil.rmtree(tmp_path / "source")
     again = load_start(None, words("source", "--steps=5"))
     assert again == (begun, False, ())
+    auto = load_start(None, words("source", "--steps=5", "--model.ttt.lr=auto"))
+    assert auto == (begun, False, ())
     with pytest.raises(CheckpointError, match="no such folder"):
         load_start(None, words("source", "--name=other"))
     # Moved: the folder itself says where it is.
@@ -144,6 +157,8 @@ def test_a_preset_needs_no_checkpoint_for_a_plan(tmp_path, monkeypatch):
     assert (second.num_layers, second.rope.kind, second.ttt.chunk_size) == (36, "yarn", 4096)
     with pytest.raises(ConfigError, match="its model is not read here"):
         load_config("qwen3_1p7b")
+    assert config_to_show("qwen3_1p7b") == load_start_config("qwen3_1p7b")
+    assert config_to_show("continual").optimizer.lr == 1e-5
 
 
 def test_suggestions_are_whole_chunks():

@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_and_one_goes_on(words, tmp_path):
     """Two processes stop half-way, one goes on with another mesh: the curve of one process."""
     runs, half = tmp_path / "runs", f"--steps={STEPS // 2}"
     outputs = finish(start([*words, "--name=two", "--mesh.context=2", half], processes=2))
-    assert "2 processes, 4 devices" in outputs[0]
+    assert "4 x cpu in 2 processes" in outputs[0]
     assert "step 1/" in outputs[0]
     assert "step " not in outputs[1], "only process 0 reports"
     assert numbers(runs / "two").shape == (STEPS // 2, 2)

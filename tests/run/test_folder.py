@@ -45,7 +45,7 @@ def test_new_run_then_the_same_again(config):
     ("field", "value", "before"),
     [
         ("seed", 1, "0"),
-        ("steps", 200, "100"),
+        ("steps", 50, "100"),
         ("compute_dtype", "bfloat16", '"float32"'),
         ("init_from", "x", "null"),
         ("model.ttt.layers", [1, 3], "[]"),
@@ -87,15 +87,27 @@ def test_what_does_not_shape_the_curve_may_change(config, changes):
     assert read_run_config(config.run_dir) == changed
 
 
-def test_steps_may_grow_under_a_constant_schedule(config):
-    constant = replace(config, {"optimizer.schedule": "constant", "optimizer.warmup_steps": 5})
-    prepare_run_dir(constant)
-    assert prepare_run_dir(replace(constant, {"steps": 500})) is True
-    by_ratio = replace(config, {"name": "b", "optimizer.schedule": "constant"})
-    prepare_run_dir(by_ratio)  # there the warm-up would grow, too
-    message = refusal(replace(by_ratio, {"steps": 500}))
-    assert "optimizer.warmup_steps = 10: run folder" in message
-    assert "was started with 2" in message
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [None, 5])
+def test_steps_may_grow(config, schedule, warmup):
+    """Also where the warm-up grows with them; another warm-up that somebody writes is refused."""
+    config = replace(config, {"optimizer.schedule": schedule, "optimizer.warmup_steps": warmup})
+    prepare_run_dir(config)
+    more = replace(config, {"steps": 500})
+    message = refusal(replace(more, {"optimizer.warmup_steps": 7}))
+    assert message.startswith("config field optimizer.warmup_steps = 7: ")
+    assert "model.d_ff" in refusal(replace(more, {"model.d_ff": 7}))
+    assert prepare_run_dir(more) is True
+    assert read_run_config(config.run_dir).steps == 500
+    if schedule != "constant":
+        assert refusal(config).startswith("config field steps = 100: ")
+
+
+def test_the_warm_up_that_was_done_may_be_kept(config):
+    prepare_run_dir(config)
+    assert config.optimizer.warmup(config.steps) == 2
+    kept = replace(config, {"steps": 500, "optimizer.warmup_steps": 2})
+    assert prepare_run_dir(kept) is True
 
 
 def test_folders_that_are_not_ours(config, tmp_path):

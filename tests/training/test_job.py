@@ -15,10 +15,12 @@ from ttt_jax.data import ByteTokenizer, Piece
 from ttt_jax.errors import CheckpointError, TrainingError
 from ttt_jax.process.signals import Stopped, StopSignal
 from ttt_jax.run.logs import read_events
+from ttt_jax.run.positions import position_scalars
 from ttt_jax.run.timing import StepTimer
 from ttt_jax.training import job as job_module
 from ttt_jax.training import throughput as throughput_module
 from ttt_jax.training.guard import Guard
+from ttt_jax.training.hooks import Hook, Seen
 from ttt_jax.training.job import open_job
 from ttt_jax.training.recovery import Recovery
 from ttt_jax.training.saver import Saver
@@ -32,11 +34,12 @@ SETTINGS = {
     "data": {"seq_len": 128, "batch_size": 2},
     "optimizer": {"warmup_steps": 0},
     "log": {"every": 3, "probe_every": 6, "tensorboard": False},
-    "eval": {"every": 2},
+    "sample": {"every": 2},
     "checkpoint": {"every": 4, "keep": 9, "async_save": False},
     "guard": {"skips": 2},
 }
-LOGGED = [1, 3, 4, 6, 8, 9, 12, 13]
+LOGGED = [1, 2, 3, 4, 6, 8, 9, 10, 12, 13]
+EVALUATED = [2, 4, 6, 8, 10, 12]
 REPORT = {"positions": [[0, 64], [64, 128]], "ttt_on": [1.0, 2.0], "ttt_off": [2.0, 4.0]}
 
 
@@ -98,12 +101,17 @@ class Setting:
         self.stop, self.loader = Signal(), Counter()
         self.lock = types.SimpleNamespace(check=lambda: self.calls.append("lock"))
         self.heldout = types.SimpleNamespace(
-            place=lambda: self.calls.append("place"), probe=self.probe, by_position=self.by_position
+            place=lambda: self.calls.append("place"), by_position=self.by_position
         )
+        self.hooks = [Hook(6, self.probe), Hook(2, self.evaluate)]
 
-    def probe(self, model):
+    def probe(self, step, model):
         self.calls.append("probe")
-        return {"probe/gain": float(model["w"])}
+        return Seen({"probe/gain": float(model["w"])})
+
+    def evaluate(self, step, model):
+        """As Heldout does it, on losses that are given."""
+        return Seen(position_scalars(REPORT), f"losses of step {step}", ({"text": f"at {step}"},))
 
     def by_position(self, model, before_each=None):
         for _ in range(2):
@@ -129,6 +137,7 @@ class Setting:
             tokenizer=ByteTokenizer(),
             loader=self.loader,
             heldout=self.heldout,
+            hooks=self.hooks,
             abstract=abstract,
             fresh=self.fresh,
             changes=list(changes),
@@ -229,8 +238,9 @@ def test_what_has_changed_is_said_once_the_logs_are_open(setting, capsys, monkey
     assert read.endswith("reads 40 files (40 .txt); skips none")
     assert held_out.startswith("data.heldout_fraction = 0.05: holds out ")
     assert written["parameters"] == 1
-    lines = [read, held_out, *(f"warning: {text}" for text in said)]
-    assert capsys.readouterr().out.splitlines() == lines
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == [read, held_out, *(f"warning: {text}" for text in said)]
+    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory"]
     assert setting.calls == ["fresh", "place"]
 
 
@@ -264,9 +274,9 @@ def test_what_is_due_and_what_is_recorded(setting):
     true = lambda name: [step for step, due in dues.items() if getattr(due, name)]
     assert true("log") == [3, 6, 9, 12]
     assert true("save") == [4, 8, 12, 13]
-    assert true("probe") == [6, 12]
+    assert [step for step, due in dues.items() if setting.hooks[0] in due.hooks] == [6, 12]
+    assert [step for step, due in dues.items() if setting.hooks[1] in due.hooks] == EVALUATED
     assert true("anything") == LOGGED
-    assert true("evaluate") == [4, 6, 8, 12], "every second step, of those that are looked at"
     assert true("last") == [13]
     assert not true("roll_back")
     assert not true("stopping")
@@ -276,14 +286,83 @@ def test_what_is_due_and_what_is_recorded(setting):
     assert setting.steps_with("time/input_wait") == LOGGED
     assert setting.steps_with("host_memory_bytes") == LOGGED
     assert setting.steps_with("probe/gain") == [6, 12]
-    assert setting.steps_with("heldout/ttt_on") == [4, 6, 8, 12]
+    assert setting.steps_with("heldout/ttt_on") == EVALUATED
     assert setting.steps_with("time/checkpoint") == setting.saved == [4, 8, 12, 13]
     sixth = next(row for row in setting.rows if row["step"] == 6)
     assert sixth["loss"] == 6
     assert sixth["probe/gain"] == 21, "of the weights after the step"
     assert (sixth["heldout/ttt_on"], sixth["heldout/ttt_off"]) == (1.5, 3.0)
+    assert (sixth["heldout/000-063/ttt_off"], sixth["heldout/064-127/ttt_on"]) == (2.0, 2.0)
     assert not {"skipped", "mfu", "memory_bytes"} & set(sixth)
     assert int(state.step) == STEPS
+
+
+def test_what_a_run_shows_while_it_trains(setting, capsys, monkeypatch):
+    """The banner, how long compiling takes, each row before its hooks' texts, once the pace."""
+    now = [0.0]
+    monkeypatch.setattr(job_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(
+        throughput_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0])
+    )
+
+    class Slow(Counter):
+        def __next__(self):
+            now[0] += 7.0  # reading is not compiling
+            return super().__next__()
+
+    setting.loader, step = Slow(), setting.step
+
+    def compiles(state, batch):
+        now[0] += 30.0 if batch == 1 else 600.0
+        return step(state, batch)
+
+    setting.step = compiles
+    with setting.open() as job:
+        setting.train(job, steps=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:6] == [
+        "model     1 parameters; none of 4 layers adapts",
+        f"devices   {jax.device_count()} x cpu, computing in float32",
+        "work      256 tokens a step (2 rows of 128), 13 steps, 3,328 tokens",
+        "memory    weights 0.0 MiB and optimizer state 0.0 MiB on each device",
+        "compiling the train step ...",
+        "compiled in 30.0 s",
+    ]
+    assert [line.split("  ")[0] for line in lines[6:]] == [
+        "step 1/13",
+        "step 2/13",
+        "losses of step 2",
+        lines[9],
+        "step 3/13",
+        "step 4/13",
+        "losses of step 4",
+    ]
+    assert lines[9].startswith(
+        "607 s a step, about 1.9 hours to go (without evaluations and saves)"
+    )
+    assert "memory" in lines[9]
+    samples = (setting.run_dir / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in samples] == [
+        {"step": 2, "text": "at 2"},
+        {"step": 4, "text": "at 4"},
+    ]
+
+
+def test_samples_after_the_checkpoint_are_written_again(setting):
+    def stop(step):
+        setting.stop.requested = step == 5
+
+    with setting.open() as job:
+        setting.train(job, before=stop)
+    path = setting.run_dir / "samples.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 6, "text": "of a start that was killed"}\n')
+    again = Setting(setting.run_dir.parents[1])
+    with again.open() as job:
+        again.train(job)
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == EVALUATED
+    assert "of a start" not in path.read_text()
 
 
 def test_documents_are_noted_at_every_step(setting):
@@ -302,6 +381,7 @@ def test_a_folder_that_is_gone_is_noticed_before_anything_is_recorded(setting):
             raise TrainingError("gone")
 
     setting.lock.check = gone
+    setting.hooks = [Hook(5, setting.probe)]
     with pytest.raises(TrainingError, match="gone"), setting.open() as job:
         setting.train(job)
     assert setting.steps_with("loss") == [1, 3]
@@ -315,16 +395,16 @@ def test_a_folder_that_is_gone_is_noticed_before_anything_is_recorded(setting):
 def test_the_signal_is_read_once_a_step(setting):
     """One that comes while a step is being recorded is for the next step."""
 
-    def probe(model):
+    def probe(step, model):
         setting.stop.requested = True
-        return {}
+        return Seen({})
 
     read = []
 
     def before(step):
         read.append(setting.stop.reads)
 
-    setting.heldout.probe = probe
+    setting.hooks = [Hook(6, probe)]
     with setting.open() as job:
         _, dues = setting.train(job, before=before)
     assert list(dues)[-1] == 7
@@ -448,9 +528,9 @@ def test_compiled_programs_are_sealed_after_the_first_step_and_the_evaluation(se
     monkeypatch.setattr(job_module, "open_cache", lambda config: (cache, []))
     with setting.open() as job:
         state, _ = setting.train(job)
-        assert sealed == [0], "the step is under way"
+        assert sealed == [0, 2, 6], "the step is under way; the first call of each hook"
         assert job.closing_evaluation(state.model) == REPORT
-    assert sealed == [0, STEPS]
+    assert sealed == [0, 2, 6, STEPS]
 
 
 def test_the_report_makes_a_run_a_finished_one(setting, capsys):
@@ -504,7 +584,7 @@ def test_what_is_measured_beside_the_steps_is_no_training_time(setting, monkeypa
 
     fake = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(throughput_module, "time", fake)
-    setting.heldout.probe = lambda model: takes(1000) or {}
+    setting.hooks = [Hook(2, lambda step, model: takes(1000) or Seen({}))]
     with setting.open() as job:
         setting.train(job, before=lambda step: takes(2))
     speeds = [row["tokens_per_second"] for row in setting.rows if "tokens_per_second" in row]

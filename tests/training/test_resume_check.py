@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ttt_jax.config import Config, fields_help, replace, resume_fields
-from ttt_jax.config.resume_fields import FIELDS, FREE, MEASURED, REFUSED, ROUNDING
+from ttt_jax.config import Config, field_names, replace, resume_fields
+from ttt_jax.config.resume_fields import FIELDS, FREE, MEASURED, RAISED, REFUSED, ROUNDING
 from ttt_jax.errors import CheckpointError, DataError
 from ttt_jax.run.folder import prepare_run_dir, read_run_config
-from ttt_jax.training.resume_check import changed_fields, check_resume
+from ttt_jax.training.optimizer import learning_rate
+from ttt_jax.training.resume_check import changed_fields, check_resume, raised_steps
 
-FIELD_NAMES = [name for name, _, _ in fields_help()]
+FIELD_NAMES = field_names()
 # A schedule on which every field of it counts, and steps enough for a warm-up that differs.
 BASE = replace(Config(), {"optimizer.schedule": "wsd", "steps": 1000})
 
@@ -75,7 +76,11 @@ def test_a_changed_field_is_refused_said_or_free(tmp_path, field):
     if field in ("name", "runs_dir"):  # the folder is moved along
         changed.run_dir.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(config.run_dir, changed.run_dir)
-    if FIELDS[field] == REFUSED:
+    if FIELDS[field] == RAISED:
+        assert len(raised_steps(config, changed, 7)) == 1
+        assert prepare_run_dir(changed) is True
+        changed, config = config, changed  # and back again
+    if FIELDS[field] in (RAISED, REFUSED):
         with pytest.raises(CheckpointError) as error:
             prepare_run_dir(changed)
         shown = field.replace("warmup_ratio", "warmup_steps")
@@ -100,11 +105,31 @@ def test_the_table_in_the_documentation_says_the_same():
     section = text.partition("## Settings that change between two starts")[2].partition("\n## ")[0]
     table = {}
     for line in section.splitlines():
-        if match := re.match(r"\| (refused|said once|free)[^|]*\|([^|]*)\|", line):
+        if match := re.match(r"\| (raised|refused|said once|free)[^|]*\|([^|]*)\|", line):
             for name in re.findall(r"`([a-z0-9_.]+)`", match[2]):
                 table[name] = match[1]
     shown = {ROUNDING: "said once", MEASURED: "said once"}
     assert table == {name: shown.get(kind, kind) for name, kind in FIELDS.items()}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_what_more_steps_do_to_the_learning_rate_is_said(schedule):
+    before = replace(
+        Config(),
+        {"optimizer.schedule": schedule, "optimizer.lr": 1e-3, "optimizer.warmup_steps": 10},
+    )
+    now = replace(before, {"steps": 200})
+    (line,) = raised_steps(before, now, 100)
+    rate = learning_rate(now.optimizer, 200)(100)
+    if schedule == "constant":
+        assert line == "steps 100 -> 200: the learning rate goes on with 0.001"
+    else:
+        assert line == (
+            "steps 100 -> 200: from step 100 on the learning rate is that of a run of 200 steps "
+            f"({schedule}), {rate:.3g} where it would be 0.0001"
+        )
+        assert float(rate) == pytest.approx(1e-3 if schedule == "wsd" else 5.84e-4, rel=1e-2)
+    assert raised_steps(before, before, 100) == raised_steps(now, before, 100) == []
 
 
 class StubLoader:

@@ -259,18 +259,17 @@ def test_a_removal_that_is_cut_short_leaves_no_half_of_a_step(run, tmp_path, mon
     copy(run)
     write_step(run, 8)
 
-    def first_only(place, names):
-        place._store.rm_file(f"{place.root}/{next(iter(names))}")
+    def killed(place, name):
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_copy._Place, "remove", first_only)
+        patch.setattr(run_copy._Place, "remove_folder", killed)
         with pytest.raises(TrainingError, match="killed"):
             copy(run)
     assert not (tmp_path / "copies/a/checkpoints/4" / CHECKSUMS).exists()
     assert (tmp_path / "copies/a/checkpoints/4/model/d/0").exists()
     copy(run)
-    assert not (tmp_path / "copies/a/checkpoints/4/model/d/0").exists()
+    assert [path.name for path in (tmp_path / "copies/a/checkpoints").iterdir()] == ["8"]
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "checksums"])

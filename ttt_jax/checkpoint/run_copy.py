@@ -14,11 +14,12 @@ Orbax itself writes to gs:// only: of s3:// it says that the path is not absolut
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,16 @@ class _Place:
     def size(self, name: str) -> int:
         return int(_guarded(lambda: self._store.info(f"{self.root}/{name}"))["size"])
 
-    def remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            path = f"{self.root}/{name}"
-            _guarded(lambda path=path: self._store.exists(path) and self._store.rm_file(path))
+    def remove(self, name: str) -> None:
+        _guarded(lambda: self._store.rm_file(f"{self.root}/{name}"))
+
+    def remove_folder(self, name: str) -> None:
+        def remove() -> None:
+            self._store.invalidate_cache()
+            self._store.rm(f"{self.root}/{name}", recursive=True)
+
+        with contextlib.suppress(FileNotFoundError):  # of a store, when nothing is below it
+            _guarded(remove)
 
     def steps(self) -> dict[int, list[str]]:
         """Map the numbers of steps, complete or not, to their files."""
@@ -153,7 +160,7 @@ def _fetch(config: Config) -> list[str]:
     try:
         place = _Place(target, config.name)
         place.put_bytes(b"", _PROBE)
-        place.remove([_PROBE])
+        place.remove(_PROBE)
         names, steps = place.names(), place.steps()
         others = [name for name in names if _is_copied(name)]
         if CONFIG_FILE in others:
@@ -369,5 +376,6 @@ class RunCopy:
         kept = complete[-self._config.checkpoint.keep :]
         for step, names in there.items():
             if step not in kept and step < newest:
-                names = sorted(names, key=lambda name: name != CHECKSUMS)
-                place.remove(f"{CHECKPOINT_FOLDER}/{step}/{name}" for name in names)
+                if CHECKSUMS in names:
+                    place.remove(f"{CHECKPOINT_FOLDER}/{step}/{CHECKSUMS}")
+                place.remove_folder(f"{CHECKPOINT_FOLDER}/{step}")

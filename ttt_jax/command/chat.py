@@ -31,7 +31,7 @@ from ttt_jax.command.options import (
     sampling_options,
 )
 from ttt_jax.errors import NotFiniteError
-from ttt_jax.process.interrupts import HeldBack
+from ttt_jax.process.interrupts import HeldBack, Interrupt
 from ttt_jax.process.output_lock import one_writer
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _ctrl_c() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         found = signal.getsignal(signal.SIGINT)
         if getattr(found, "interrupts", False):
-            before = signal.signal(signal.SIGINT, signal.default_int_handler)
+            before = signal.signal(signal.SIGINT, Interrupt())
     try:
         yield
     finally:

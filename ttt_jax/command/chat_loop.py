@@ -278,7 +278,10 @@ class Chat:
 
         talk = self.talk
         if not talk.whole:
-            raise UserError("/html: a session file holds no texts; it shows chats from their start")
+            raise UserError(
+                "/html: the session's stream was no chat from its start, and its tokens are not "
+                "known; begin a new session"
+            )
         if len(talk.ids) < 2:
             raise UserError("/html: there is nothing to show yet; say something first")
         self._check_new(path, "/html")

@@ -3,6 +3,7 @@
 Imports no jax, so that every `--help` is quick.
 """
 
+from ttt_jax.config.describe import field_names, fields_help, help_text
 from ttt_jax.config.fields import (
     REMAT_NAMES,
     CheckpointConfig,
@@ -16,11 +17,11 @@ from ttt_jax.config.fields import (
     OptimizerConfig,
     ParamGroup,
     RopeConfig,
+    SampleConfig,
     TTTConfig,
 )
 from ttt_jax.config.loading import (
     dump_yaml,
-    fields_help,
     from_dict,
     load_config,
     make_config,
@@ -46,11 +47,14 @@ __all__ = [
     "OptimizerConfig",
     "ParamGroup",
     "RopeConfig",
+    "SampleConfig",
     "TTTConfig",
     "Written",
     "dump_yaml",
+    "field_names",
     "fields_help",
     "from_dict",
+    "help_text",
     "load_config",
     "make_config",
     "parse_overrides",

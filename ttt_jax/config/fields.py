@@ -4,6 +4,8 @@ A run is described by one `Config`. It is read from a YAML file (`load_config`),
 overrides (`--model.ttt.chunk_size 512`) and checked completely before anything is compiled.
 pydantic does the type checks; rules that span several fields are in the `validate` functions. This
 module imports no jax, so that `--help` is instant.
+
+`--help` shows the comment of each field, beside it or in the lines above it (describe.py).
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ class TTTConfig:
     layers: Layers = ()
     # C, tokens between two updates; packed documents start at its multiples, also without layers
     chunk_size: Positive = 4096
-    lr: float = 3.0  # inner learning rate; in a file or an override also `auto`: by the shape
+    # inner learning rate, the size of what a chunk writes; in a file or an override also `auto`: by
+    # a rule (docs/writes.md)
+    lr: float = 3.0
     # source of the target: MLP input or embeddings
     target: Literal["hidden_states", "input_embed"] = "hidden_states"
     proj: bool = True  # multiply the convolved source by W_target
@@ -75,40 +79,43 @@ class TTTConfig:
 class RopeConfig:
     """Rotary position embedding; the scaled kinds follow Hugging Face's `rope_scaling` fields."""
 
-    kind: Literal["default", "llama3", "yarn"] = "default"
-    base: PositiveFloat = 10000.0
-    factor: PositiveFloat = 1.0
+    kind: Literal["default", "llama3", "yarn"] = "default"  # how it is scaled; default: not
+    base: PositiveFloat = 10000.0  # theta, of the wavelengths
+    factor: PositiveFloat = 1.0  # by which the scaled kinds lengthen the context
     # context length of the unscaled model (llama3, yarn)
     original_max_positions: Positive | None = None
-    low_freq_factor: PositiveFloat = 1.0  # llama3
-    high_freq_factor: PositiveFloat = 4.0  # llama3
-    beta_fast: PositiveFloat = 32.0  # yarn
-    beta_slow: PositiveFloat = 1.0  # yarn
-    attention_factor: PositiveFloat | None = None  # yarn; None: 0.1 ln(factor) + 1
+    # llama3: longer wavelengths than original_max_positions / this are scaled whole
+    low_freq_factor: PositiveFloat = 1.0
+    # llama3: shorter wavelengths than original_max_positions / this are left alone
+    high_freq_factor: PositiveFloat = 4.0
+    beta_fast: PositiveFloat = 32.0  # yarn: more turns than this within the context: left alone
+    beta_slow: PositiveFloat = 1.0  # yarn: fewer turns than this within the context: scaled whole
+    # yarn: factor on queries and keys; None: 0.1 ln(factor) + 1
+    attention_factor: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """A decoder-only Transformer of the LLaMA / Qwen family with In-Place TTT on some layers."""
 
-    vocab_size: Positive = 257
-    d_model: Positive = 256
-    num_layers: Positive = 4
-    num_heads: Positive = 4
-    num_kv_heads: Positive = 4
-    head_dim: Positive = 64
-    d_ff: Positive = 768
-    norm_eps: PositiveFloat = 1e-6
-    max_positions: Positive = 32768
+    vocab_size: Positive = 257  # token ids, at least the tokenizer's
+    d_model: Positive = 256  # D, the hidden size: width of the residual stream
+    num_layers: Positive = 4  # Transformer blocks
+    num_heads: Positive = 4  # query heads
+    num_kv_heads: Positive = 4  # key and value heads; divides num_heads
+    head_dim: Positive = 64  # size of a head; even
+    d_ff: Positive = 768  # F, the intermediate size: width of the MLP
+    norm_eps: PositiveFloat = 1e-6  # epsilon of RMSNorm
+    max_positions: Positive = 32768  # longest row that the model is made for, tokens
     rope: RopeConfig = RopeConfig()
     qk_norm: bool = False  # Qwen3: RMSNorm on every query and key head
-    qkv_bias: bool = False  # Qwen2.5
-    o_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = True
-    sliding_window: Positive | None = None  # tokens a query sees, itself included
+    qkv_bias: bool = False  # Qwen2.5: biases of the query, key and value projections
+    o_bias: bool = False  # bias of attention's output projection
+    mlp_bias: bool = False  # biases of the MLP's projections
+    tie_embeddings: bool = True  # the output matrix is the embedding
+    sliding_window: Positive | None = None  # tokens a query sees, itself included; None: all
     full_attention_layers: Layers = ()  # layers that ignore `sliding_window`
-    init_std: PositiveFloat = 0.02
+    init_std: PositiveFloat = 0.02  # standard deviation of new weights
     ttt: TTTConfig = TTTConfig()
 
     @property
@@ -127,8 +134,11 @@ class DataConfig:
 
     # files, folders, or URLs of them on s3:// and gs://; "stdlib": Python's own source
     train: Names = ("stdlib",)
-    heldout: Names = ()  # (): hold out documents of `train`, or the end of a single one
+    # the same to evaluate on; (): hold out documents of `train`, or the end of a single one
+    heldout: Names = ()
+    # share of the documents of `train`, or of a single one, that is held out
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    # what the files hold; auto: by their names
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord", "npy"] = "auto"
     text_field: str = "text"  # field or column that holds the text (JSONL, Parquet)
     # "bytes", a tokenizer.json or a folder that holds one, or a model of the Hugging Face Hub; with
@@ -136,13 +146,13 @@ class DataConfig:
     tokenizer: str = "bytes"
     # end every text with the tokenizer's end-of-text token; token ids are taken as they are
     eos: bool = True
-    seq_len: Positive = 2048  # T
+    seq_len: Positive = 2048  # context length of training: T, tokens of a row
     batch_size: Positive = 8  # B, rows per step over all hosts
     min_document: NonNegative = 0  # shorter documents (tokens) are dropped
     # several documents per row, each starting on a chunk boundary; False: one document per row
     pack: bool = True
-    shuffle: bool = True
-    workers: NonNegative = 0  # grain worker processes
+    shuffle: bool = True  # documents in an order that `seed` makes; False: as they come
+    workers: NonNegative = 0  # grain worker processes that read data; 0: this one
     # share of malformed records that are left out and listed; more of them stop the run
     max_bad_records: Fraction = 0.01
     max_record_bytes: Positive = 1 << 30  # a longer record is malformed
@@ -154,9 +164,9 @@ class ParamGroup:
     group counts.
     """
 
-    pattern: str
-    lr_multiplier: NonNegativeFloat = 1.0
-    frozen: bool = False
+    pattern: str  # regular expression, searched in dotted paths such as groups.0.blocks.1.mlp.down
+    lr_multiplier: NonNegativeFloat = 1.0  # factor on the learning rate
+    frozen: bool = False  # not trained, and without moments
     weight_decay: bool | None = None  # None: decay matrices, not vectors
     optional: bool = False  # it may match no parameter, as in presets for models of any kind
 
@@ -165,24 +175,29 @@ class ParamGroup:
 class OptimizerConfig:
     """optax AdamW on float32 master weights."""
 
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = 3e-4  # learning rate after the warm-up, the highest
+    # of the learning rate: falling from the warm-up on, only at the end (wsd), or not
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    # None: warmup_ratio * steps; so is a preset's that is not shorter than the run
+    # steps in which the learning rate rises from 0; None: warmup_ratio * steps; so is a preset's
+    # that is not shorter than the run
     warmup_steps: NonNegative | None = None
-    warmup_ratio: Fraction = 0.02
+    warmup_ratio: Fraction = 0.02  # share of the steps in the warm-up, without `warmup_steps`
     decay_ratio: Fraction = 0.2  # wsd: share of the steps in the final decay
-    final_lr_ratio: Fraction = 0.1
-    b1: Fraction = 0.9
-    b2: Fraction = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat | None = 1.0  # global gradient norm
-    accumulate: Positive = 1  # micro-batches per step; divides data.batch_size
+    final_lr_ratio: Fraction = 0.1  # share of `lr` that the last step has
+    b1: Fraction = 0.9  # decay of Adam's first moment
+    b2: Fraction = 0.95  # decay of Adam's second moment
+    eps: PositiveFloat = 1e-8  # epsilon of Adam
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, of matrices
+    clip_norm: PositiveFloat | None = 1.0  # largest global norm of the gradients; None: any
+    # gradient accumulation: micro-batches per step; divides data.batch_size
+    accumulate: Positive = 1
     # raise the inner learning rate linearly from 0 over these steps
     ttt_lr_warmup_steps: NonNegative = 0
     # share of the steps, at random, that train with TTT off: a model that works both ways
     ttt_drop: Fraction = 0.0
-    groups: tuple[ParamGroup, ...] = ()
+    groups: tuple[
+        ParamGroup, ...
+    ] = ()  # other settings for some parameters; the first match counts
 
     def warmup(self, steps: int) -> int:
         """Return the length of the learning rate's warm-up in a run of `steps` steps."""
@@ -193,17 +208,19 @@ class OptimizerConfig:
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1 (what is left)."""
 
-    data: int = 1
-    fsdp: int = -1
-    context: int = 1
-    tensor: int = 1
+    data: int = 1  # copies of the model, each on rows of its own
+    fsdp: int = -1  # devices that share parameters and optimizer state, each on rows of its own
+    context: int = 1  # devices that share the tokens of a row
+    tensor: int = 1  # devices that share heads and MLP columns
 
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointConfig:
+    """When a run is saved, and how many of its checkpoints stay."""
+
     every: NonNegative = 500  # steps between checkpoints; 0: only at the end
-    keep: Positive = 2
-    async_save: bool = True
+    keep: Positive = 2  # checkpoints that stay, the newest ones
+    async_save: bool = True  # write while training goes on
     wait_for_space: NonNegative = 600  # seconds for which the end of a run waits for disk space
     # where a copy of the run goes: s3://BUCKET/PATH, gs://BUCKET/PATH or a folder (docs/data.md)
     copy_to: str | None = None
@@ -227,12 +244,14 @@ class GuardConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class LogConfig:
-    every: Positive = 10
+    """What a run tells while it trains, and where."""
+
+    every: Positive = 10  # steps between two rows of metrics
     documents: bool = False  # write which documents each step held to documents.jsonl
     # steps between two measurements of TTT on held-out rows (docs/telemetry.md); 0: never
     probe_every: NonNegative = 100
-    tensorboard: bool = True
-    wandb: str | None = None  # project name; None: off
+    tensorboard: bool = True  # write for TensorBoard, into the run folder
+    wandb: str | None = None  # project name at Weights & Biases; None: off
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -241,27 +260,38 @@ class EvalConfig:
     steps).
     """
 
-    every: NonNegative = 0
+    every: NonNegative = 0  # steps between two evaluations; 0: only at the end
     rows: Positive = 16  # held-out rows used
     buckets: Positive = 8  # position buckets of equal length
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SampleConfig:
+    """Text that the model writes while it trains, with TTT on and off (docs/telemetry.md)."""
+
+    every: NonNegative = 0  # steps between two samples; 0: never
+    # text that is continued; None: the first half of the first held-out row
+    prompt: str | None = None
+    tokens: Positive = 64  # new tokens, at most
+    temperature: NonNegativeFloat = 0.0  # 0: always the most likely token
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
     """One training run."""
 
-    name: str = "default"
-    runs_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
-    steps: Positive = 100
+    name: str = "default"  # folder of the run, below `runs_dir`
+    runs_dir: str = "runs"  # folder of all runs
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # of new weights and of the data's order
+    steps: Positive = 100  # updates of the run in all; a finished run goes on when it is raised
     # where compiled programs are kept: "run": in the run folder; a folder; null: nowhere
     compile_cache: str | None = "run"
     # Hugging Face, converted or run folder to start from, or a model of the Hugging Face Hub;
     # what of `model` is not written is its own, and its tokenizer. None: from scratch
     init_from: str | None = None
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Which activations the backward pass keeps (see REMAT_NAMES); () recomputes all, None keeps
-    # all.
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights are float32
+    # activations that the backward pass keeps, of attention, qkv, attention_out, mlp_gate, mlp_up,
+    # mlp_hidden, ttt_target; (): none, all are computed again; None: all
     remat_save: Names | None = ()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -271,13 +301,8 @@ class Config:
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
 
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
-
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-# --------------------------------------------------------------------------------------- validation

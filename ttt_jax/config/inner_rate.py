@@ -51,7 +51,8 @@ def inner_rate(config: Config) -> float:
             "config field model.ttt.lr = auto: needs targets of a known size; give a number, or "
             "set model.ttt.normalize_source true"
         )
-    return float(f"{SUM / (key_square(config.model) * _held(T, ttt.chunk_size, ttt.decay)):.2g}")
+    tokens = held_tokens(T, ttt.chunk_size, ttt.decay)
+    return float(f"{SUM / (key_square(config.model) * tokens):.2g}")
 
 
 def describe_rate(config: Config) -> list[str]:
@@ -64,7 +65,7 @@ def describe_rate(config: Config) -> list[str]:
     return [f"model.ttt.lr = {ttt.lr:g}, by the rule for this model and row"] * ruled
 
 
-def _held(T: int, C: int, decay: float) -> float:
+def held_tokens(T: int, C: int, decay: float) -> float:
     """Count the tokens in S at the end of a row, each with what decay has left of it."""
     return T if decay == 1 else C * (1 - decay ** (T / C)) / (1 - decay)
 

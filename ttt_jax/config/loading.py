@@ -6,7 +6,6 @@ Every mistake is a `ConfigError` of one line that names the field, the value and
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
 import re
@@ -18,15 +17,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ttt_jax.config.describe import field_names, nearest_fields
 from ttt_jax.config.fields import Config
 from ttt_jax.config.inner_rate import inner_rate
 from ttt_jax.config.presets import find_config, is_preset, place_of_run, same_preset
 from ttt_jax.config.validate import validate
-from ttt_jax.config.written import AUTO, Written, merged, name_auto_layers, value_at
+from ttt_jax.config.written import AUTO, RATE, Written, name_auto_layers, value_at, without
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, NULLS, parse_yaml
 from ttt_jax.errors import ConfigError
 
-RATE = "model.ttt.lr"
 T = typing.TypeVar("T")
 
 
@@ -82,22 +81,18 @@ def read_written(path: str | Path | None, overrides: typing.Sequence[str] = ()) 
 
 def make_config(written: Written, base: dict[str, Any] | None = None) -> Config:
     """Make the config of what is written; what nobody wrote comes from `base`, then from the
-    defaults. Raises ConfigError, one line.
+    defaults.
 
-    Where `model.ttt.lr` is `auto`, it is the rate of `base` if there is one; else the rule's, which
-    has to be measured on a checkpoint (training/inner_rate.py) or is known from the shape.
+    `model.ttt.lr: auto` is the rule's (inner_rate.py). With `init_from` and `sum` it is measured on
+    the checkpoint (training/measured_rate.py), and has its default here.
+
+    Raises ConfigError, one line.
     """
-    base = base or {}
-    tree = name_auto_layers(written.over(base))
+    tree = name_auto_layers(written.over(base or {}))
     auto = value_at(tree, RATE) == AUTO
-    if auto:
-        known = value_at(base, RATE)
-        tree = merged(tree, {"model": {"ttt": {"lr": Config().model.ttt.lr}}})
-        if known is not None:
-            tree, auto = merged(tree, {"model": {"ttt": {"lr": known}}}), False
-    config = from_dict(Config, tree)
+    config = from_dict(Config, without(tree, RATE) if auto else tree)
     validate(config)
-    if not auto or (base and config.model.ttt.write != "ridge"):
+    if not auto or (config.init_from is not None and config.model.ttt.write != "ridge"):
         return config
     return replace(config, {RATE: inner_rate(config)})
 
@@ -139,7 +134,7 @@ def _refuse_switches(kind: Any, value: Any, name: str) -> None:
         fix = (
             "write null for none, or the word in quotes"
             if _takes(kind, type(None))
-            else "the field is none"
+            else "give a value of the field's own kind"
         )
         raise ConfigError(
             f"config field {name} = {str(value).lower()}: a switch (yes, no, on, off, true, "
@@ -223,25 +218,13 @@ def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tup
             )
         key, equals, value = word[2:].partition("=")
         if not equals:
-            if not rest:
-                raise ConfigError(f"argument {word!r} has no value: write {word} VALUE")
+            if not rest or rest[0].startswith("--"):
+                also = f", or {word}=VALUE for one that begins with --" if rest else ""
+                raise ConfigError(f"argument {word!r} has no value: write {word} VALUE{also}")
             value = rest.pop(0)
         key = key.replace("-", "_")
         pairs.append((key, _scalar(key, value, cls)))
     return pairs
-
-
-def fields_help(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """List `(dotted name, type, default)` for every field below `cls`, for `--help`."""
-    rows = []
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(hints[field.name]):
-            rows += fields_help(hints[field.name], name + ".")
-        else:
-            rows.append((name, str(field.type), repr(field.default)))
-    return rows
 
 
 def _scalar(key: str, word: str, cls: type) -> Any:
@@ -305,6 +288,19 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
+def _meant(cls: type, name: str, key: str) -> str:
+    """Say what to write instead of an unknown field."""
+    if ":" in key:
+        return f"in {key!r} a space is missing behind the colon"
+    if near := nearest_fields(name, cls):
+        return f"did you mean {' or '.join(near)}?"
+    return "see --help for the known fields"
+
+
+def _below(cls: type, group: str) -> list[str]:
+    return [name for name in field_names(cls) if name.startswith(f"{group}.")]
+
+
 def _explain(cls: type, error: ValidationError) -> str:
     """Tell the first pydantic error in one line; unknown fields get the nearest known name."""
     errors = error.errors(include_url=False, include_context=False)
@@ -320,11 +316,16 @@ def _explain(cls: type, error: ValidationError) -> str:
     ]
     name = ".".join(where) or cls.__name__
     if first["type"] in unknown:
-        known = [row[0] for row in fields_help(cls)]
-        groups = sorted({row.rpartition(".")[0] for row in known} - {""})
-        near = difflib.get_close_matches(name, known + groups, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]}?" if near else "see --help for the known fields"
-        return f"config field {name}: unknown; {fix}"
+        value = first["input"]
+        while isinstance(value, dict) and len(value) == 1:  # a path into a group that is not there
+            ((key, value),) = value.items()
+            name = f"{name}.{key}"
+        return f"config field {name}: unknown; {_meant(cls, name, str(first['loc'][-1]))}"
+    if first["type"] == "dataclass_type" and (inner := _below(cls, name)):
+        return (
+            f"config field {name} = {str(first['input'])[:60]}: is a group of fields; set one of "
+            f"them, such as {inner[0]}"
+        )
     value = str(first["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
     return f"config field {name} = {value}: {first['msg'].lower()}"

@@ -1,6 +1,7 @@
 """Which fields of a config may change when a run continues: every field is named here, and a test
 sees to that.
 
+raised     accepted when it grows, and said once; refused when it falls
 refused    the curve would be another one
 rounding   accepted, and said once: the same arithmetic in another order
 measured   accepted, and said once: the curve stays, held-out figures cannot be compared
@@ -9,11 +10,12 @@ free       accepted: where, how often and how safely, not what is computed
 
 from __future__ import annotations
 
-REFUSED, ROUNDING, MEASURED, FREE = "refused", "rounding", "measured", "free"
+RAISED, REFUSED, ROUNDING, MEASURED, FREE = "raised", "refused", "rounding", "measured", "free"
 
 _NAMES = {
+    RAISED: "steps",
     REFUSED: (
-        "seed steps init_from compute_dtype "
+        "seed init_from compute_dtype "
         "model.vocab_size model.d_model model.num_layers model.num_heads model.num_kv_heads "
         "model.head_dim model.d_ff model.norm_eps model.max_positions model.rope.kind "
         "model.rope.base model.rope.factor model.rope.original_max_positions "
@@ -41,7 +43,8 @@ _NAMES = {
         "checkpoint.every checkpoint.keep checkpoint.async_save checkpoint.wait_for_space "
         "checkpoint.copy_to "
         "guard.skips guard.rollbacks guard.min_state_ratio guard.max_state_ratio "
-        "log.every log.documents log.probe_every log.tensorboard log.wandb eval.every"
+        "log.every log.documents log.probe_every log.tensorboard log.wandb eval.every "
+        "sample.every sample.prompt sample.tokens sample.temperature"
     ),
 }
 FIELDS: dict[str, str] = {name: kind for kind, names in _NAMES.items() for name in names.split()}

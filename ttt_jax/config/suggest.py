@@ -1,6 +1,7 @@
 """What a run from a checkpoint does where nobody has said anything: rows, TTT layers, chunks.
 
-The inner learning rate needs the checkpoint's activations; training/inner_rate.py has its rule.
+The inner learning rate needs the checkpoint's activations; training/measured_rate.py has the
+rule for it.
 
 Letters: T tokens of a row, C chunk.
 """
@@ -40,8 +41,6 @@ def suggested_chunk(T: int, shards: int = 1) -> int:
 def suggestions(written: Written, model: ModelConfig) -> dict[str, Any]:
     """Return a tree for a checkpoint with this model: `data.seq_len`, and TTT layers where it has
     none.
-
-    `model.ttt.lr` is missing where it has to be measured.
     """
     ttt = model.ttt
     positions, T = _number(written, "model.max_positions"), written.get("data.seq_len")
@@ -51,10 +50,8 @@ def suggestions(written: Written, model: ModelConfig) -> dict[str, Any]:
     tree: dict[str, Any] = {"data": {"seq_len": T}}
     if ttt.layers or type(T) is not int:
         return tree
-    fields: dict[str, Any] = {"layers": AUTO, "normalize_source": True}
+    fields: dict[str, Any] = {"layers": AUTO, "lr": AUTO, "normalize_source": True}
     fields["chunk_size"] = suggested_chunk(T, _number(written, "mesh.context") or 1)
-    if written.get("model.ttt.write") == "ridge":
-        fields["lr"] = 1.0  # least squares itself (docs/writes.md)
     return tree | {"model": {"ttt": fields}}
 
 

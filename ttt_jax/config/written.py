@@ -12,6 +12,7 @@ from typing import Any
 from ttt_jax.config.fields import Config, ModelConfig
 
 AUTO = "auto"
+RATE = "model.ttt.lr"
 EVERY = 6  # layers from one TTT layer to the next
 
 
@@ -40,6 +41,10 @@ class Written:
     def over(self, base: dict[str, Any]) -> dict[str, Any]:
         """Put both over `base`, the user's last."""
         return merged(merged(base, self._fitting_preset()), self.user)
+
+    def without(self, field: str) -> Written:
+        """Return the same as if nobody had written a dotted field."""
+        return Written(without(self.preset, field), without(self.user, field))
 
     def remarks(self) -> tuple[str, ...]:
         """Return lines for the user about values of the preset that yield."""
@@ -72,6 +77,15 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             value = merged(before, value)
         tree[key] = value
     return tree
+
+
+def without(tree: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return nested dictionaries without what stands at a dotted field."""
+    first, _, rest = field.partition(".")
+    if not rest:
+        return {key: value for key, value in tree.items() if key != first}
+    group = tree.get(first)
+    return tree | {first: without(group, rest)} if isinstance(group, dict) else tree
 
 
 def value_at(tree: Any, field: str) -> Any:

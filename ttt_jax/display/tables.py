@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Literal, NamedTuple
 
 from rich.console import Console
@@ -50,6 +51,13 @@ def print_tables(
         for row in table.rows:
             rich.add_row(*map(_plain, row))
         console.print(rich)
+
+
+def table_text(table: Table, first: Literal["left", "right"] = "left") -> str:
+    """Lay a table out as lines, for a place that takes text only."""
+    file = io.StringIO()
+    print_tables([table], Console(file=file, width=_WIDTH), first)
+    return file.getvalue().rstrip()
 
 
 def _plain(text: str) -> Text:

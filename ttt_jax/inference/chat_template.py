@@ -211,7 +211,8 @@ class ChatTemplate:
 
 def _unusable(reason: str) -> UserError:
     return UserError(
-        f"chat template: cannot be rendered ({reason}); fix the template, or drop --chat"
+        f"chat template: cannot be rendered ({reason}); fix the template, or do without it "
+        "(drop --chat; in chat: --no-template)"
     )
 
 

@@ -71,7 +71,8 @@ class Conversation:
 
     Fields:
       messages: all turns, {"role", "content"}.
-      ids: tokens of this conversation since it was made or loaded.
+      ids: tokens of this conversation, documents included; since it was loaded, where a stream was
+        loaded that has no tokens of its own.
       whole: `ids` is all that the stream holds.
     """
 
@@ -93,18 +94,33 @@ class Conversation:
             self.messages = [{"role": "system", "content": system}]
 
     def _resume(self, stored: dict[str, Any], system: str | None) -> None:
-        messages, rendered, end = (stored.get(k) for k in ("messages", "rendered", "end"))
+        messages, rendered, end, ids = (
+            stored.get(k) for k in ("messages", "rendered", "end", "ids")
+        )
         if (
             not isinstance(messages, list)
             or not all(_is_message(m) for m in messages)
             or not isinstance(rendered, str)
             or not (end is None or type(end) is int)
+            or not (ids is None or self._is_stream(ids))
         ):
             raise UserError("session: its conversation is damaged; restore the file from a copy")
         begun = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         if system is not None and system != begun:
             raise UserError("--system: the session's conversation has begun without it; drop it")
         self.messages, self.rendered, self._end = list(messages), rendered, end
+        if ids is not None:  # files of older versions have none
+            self.ids, self.whole = ids, True
+
+    def _is_stream(self, ids: Any) -> bool:
+        """Say whether `ids` may be all tokens of the stream; its unread ones are known."""
+        vocab_size, unread = self.session.model.config.vocab_size, self.session.unread[0].tolist()
+        return (
+            isinstance(ids, list)
+            and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+            and len(ids) == sum(self.tokens)
+            and ids[len(ids) - len(unread) :] == unread
+        )
 
     # ------------------------------------------------------------------------------------- reading
 
@@ -279,6 +295,7 @@ class Conversation:
     def save(self, path: Any) -> None:
         """Save the session with its turns. Raises as `Session.save`."""
         turns = {"messages": self.messages, "rendered": self.rendered, "end": self._end}
+        turns |= {"ids": self.ids} if self.whole else {}
         self.session.save(path, turns)
 
     # ----------------------------------------------------------------------------------- what it is

@@ -18,7 +18,7 @@ from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.memory.memory import Memory
-from ttt_jax.pretrained.export import copy_companions
+from ttt_jax.pretrained.companions import copy_companions
 from ttt_jax.pretrained.fingerprint import tensors_fingerprint
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import check_tensors, tensor_shapes

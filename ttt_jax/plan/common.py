@@ -120,15 +120,6 @@ def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
     }
 
 
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's share of abstract arrays with shardings."""
-    import jax
-
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
 def notes(config: Config, sizes: dict[str, int], prefill: int | None) -> list[str]:
     """Remarks on what is legal, and perhaps not meant."""
     if prefill is None:

@@ -32,7 +32,6 @@ from ttt_jax.plan.common import (
     abstract_batch,
     advice,
     notes,
-    shard_bytes,
     workload,
 )
 
@@ -43,7 +42,7 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
     """Raises: ConfigError when the config does not fit the number of devices."""
     from jax.sharding import AbstractMesh, AxisType
 
-    from ttt_jax.flops import model_flops_per_token
+    from ttt_jax.flops import model_flops_per_token, shard_bytes
     from ttt_jax.parallel.mesh import AXES, mesh_shape
     from ttt_jax.training.step import abstract_state
 

@@ -20,7 +20,6 @@ from ttt_jax.plan.common import (
     abstract_batch,
     advice,
     notes,
-    shard_bytes,
     workload,
 )
 
@@ -89,7 +88,7 @@ def compile_plan(config: Config, topology: Topology, prefill: int | None = None)
       UserError: libtpu is missing or does not know the topology.
       ConfigError: the config does not fit the number of devices.
     """
-    from ttt_jax.flops import model_flops_per_token
+    from ttt_jax.flops import model_flops_per_token, shard_bytes
     from ttt_jax.parallel.mesh import make_mesh
 
     mesh = make_mesh(config.mesh, tpu_devices(topology))

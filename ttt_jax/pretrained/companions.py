@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ttt_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import (
     MAX_TOKENIZER_BYTES,
@@ -116,6 +116,15 @@ def _companions(source: str | Path) -> dict[str, Path]:
             if not path.is_dir() or path.suffix:  # folders of further templates are left out
                 found[name] = path
     return found
+
+
+def companions_of(tokenizer: Any) -> Path | None:
+    """Return the folder that a model's tokenizer was read from, or the lone file; its chat template
+    and generation config lie there. None: it has none, or the built-in one.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        return None
+    return tokenizer.path.parent if tokenizer.path.name == TOKENIZER else tokenizer.path
 
 
 def tokenizer_of_run(run: Path, config: Config) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ttt_jax.checkpoint.checksums import write_checksums
-from ttt_jax.data.tokenizer import JsonTokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.companions import TOKENIZER, carry_companions, write_end_tokens
+from ttt_jax.pretrained.companions import carry_companions, companions_of, write_end_tokens
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import write_model
 from ttt_jax.pretrained.safetensors_io import tensor_file_names
@@ -47,7 +46,7 @@ def save_pretrained(
             f"output {folder}: exists already; choose another folder or delete it"
         )
     dtype = dtype or _dtype(model)
-    carry_from = carry_from if carry_from is not None else _tokenizer_of(model)
+    carry_from = carry_from if carry_from is not None else companions_of(model.tokenizer)
     if carry_from is not None and not Path(carry_from).expanduser().exists():
         raise CheckpointError(
             f"output {folder}: {carry_from}, whose tokenizer belongs to the model, is gone; "
@@ -67,14 +66,6 @@ def save_pretrained(
         raise CheckpointError(
             f"output {folder}: could not be written ({error}); free space or choose another folder"
         ) from None
-
-
-def _tokenizer_of(model: Transformer) -> Path | None:
-    """Return the folder (or lone file) of the tokenizer that the model was loaded with."""
-    if not isinstance(model.tokenizer, JsonTokenizer):
-        return None
-    path = model.tokenizer.path
-    return path.parent if path.name == TOKENIZER else path
 
 
 def _dtype(model: Transformer) -> str:

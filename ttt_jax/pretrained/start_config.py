@@ -23,7 +23,7 @@ from ttt_jax.config import (
     to_dict,
 )
 from ttt_jax.config.suggest import suggestions
-from ttt_jax.config.written import AUTO, merged, value_at
+from ttt_jax.config.written import AUTO, RATE, merged, value_at
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.pretrained.model_changes import compare_models
 from ttt_jax.run.folder import CONFIG_FILE, read_run_config
@@ -55,7 +55,11 @@ def load_start(path: str | Path | None, overrides: Sequence[str]) -> Start:
         path = DEFAULT if given is None else CONTINUAL
     written = read_written(path, overrides)
     running = _of_running(written)
-    return _start(written, *(_of_source(written) if running is None else (running, None)))
+    if running is None:
+        return _start(written, *_of_source(written))
+    if written.get(RATE) == AUTO:  # it was measured when the run began
+        written = written.without(RATE)
+    return _start(written, running, None)
 
 
 def load_start_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -68,24 +72,26 @@ def load_start_config(path: str | Path, overrides: Sequence[str] = ()) -> Config
     return _start(written, *_of_source(written, weights=False)).config
 
 
+def config_to_show(path: str | Path) -> Config:
+    """Read a preset for its `--help`: the model is the checkpoint's where that is known or there,
+    else the defaults.
+    """
+    try:
+        return load_start_config(path)
+    except CheckpointError:
+        return make_config(read_written(path).without("init_from"))
+
+
 def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) -> Start:
     config = make_config(written, base)
     if found is not None:
         assert config.init_from is not None
         compare_models(config.model, found, config.init_from)  # before any data is read
-    open_rate = bool(base and config.model.ttt.layers and _rate_is_open(written, base, config))
+    auto = config.init_from is not None and value_at(written.over(base), RATE) == AUTO
+    open_rate = auto and bool(config.model.ttt.layers) and config.model.ttt.write != "ridge"
     if open_rate:
         _check_rule(config)
     return Start(config, open_rate, written.remarks())
-
-
-def _rate_is_open(written: Written, base: dict[str, Any], config: Config) -> bool:
-    """Say whether nobody has named an inner rate, or only `auto`, which ridge writes need not
-    measure.
-    """
-    rate = value_at(written.over(base), "model.ttt.lr")
-    by_rule = rate == AUTO and value_at(base, "model.ttt.lr") is None
-    return rate is None or (by_rule and config.model.ttt.write != "ridge")
 
 
 def _check_rule(config: Config) -> None:
@@ -97,8 +103,8 @@ def _check_rule(config: Config) -> None:
     ):
         if value != known:
             raise ConfigError(
-                f"config field model.ttt.lr: there is no rule for it with model.ttt.{name} = "
-                f"{str(value).lower()}; set it (docs/writes.md)"
+                f"config field {RATE} = auto: there is no rule for it with model.ttt.{name} = "
+                f"{str(value).lower()}; give a number (docs/writes.md)"
             )
 
 
@@ -145,8 +151,6 @@ def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], 
             "of; give a run folder, or write every field of model"
         )
     fields = to_dict(model)
-    if not model.ttt.layers:
-        del fields["ttt"]
     base = {"model": fields, "data": {"tokenizer": tokenizer}}
     return merged(base, suggestions(written, model)), model
 

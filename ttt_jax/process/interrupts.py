@@ -13,14 +13,25 @@ SIGNALS = tuple(
 )
 
 
+class Interrupt:
+    """A handler for Ctrl-C of a program that goes on afterwards: it raises KeyboardInterrupt, and
+    never in the middle of a step, however often it comes.
+    """
+
+    interrupts = waits = True
+
+    def __call__(self, number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+
 class HeldBack:
     """A context manager that holds the first signal back until its block is left, and hands it on
     then.
 
     The block looks at `requested` where it can stop, and stops. A second signal is handed on at
-    once. Only handlers that raise KeyboardInterrupt are replaced: Python's own, and those with an
-    attribute `interrupts`. All others stay as they are, and so does everything outside the main
-    thread.
+    once, in the middle of a step, unless its handler has an attribute `waits`. Only handlers that
+    raise KeyboardInterrupt are replaced: Python's own, and those with an attribute `interrupts`.
+    All others stay as they are, and so does everything outside the main thread.
     """
 
     def __init__(self) -> None:
@@ -50,5 +61,5 @@ class HeldBack:
 
     def _handle(self, number: int, frame: Any) -> None:
         again, self.requested, self._number = self.requested, True, number
-        if again:
+        if again and not getattr(self._before[number], "waits", False):
             self._before[number](number, frame)

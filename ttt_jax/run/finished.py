@@ -46,6 +46,8 @@ def only_writer(config: Config, stop: StopSignal) -> Iterator[RunLock | None]:
         if on_first_process(lambda: show_if_finished(config)):
             yield None  # finished by the process that had the lock until now
             return
+        if main and (remark := _finished_report(config)[1]):
+            print(remark, flush=True)
         with failures_in_one_line(config.run_dir if main else None):
             yield lock
 
@@ -61,16 +63,8 @@ def show_if_finished(config: Config) -> bool:
     """
     if not check_run_dir(config):
         return False
-    report = _read_report(config)
+    report, _ = _finished_report(config)
     if report is None:
-        return False
-    if report["steps"] < config.steps:
-        print(
-            f"run folder {config.run_dir}: was finished with {report['steps']} steps and goes on "
-            f"to {config.steps}; the report "
-            "is then made anew",
-            flush=True,
-        )
         return False
     done = f"finished ({report['steps']} steps); nothing is done, nothing in it changes"
     print(f"run folder {config.run_dir}: {done}", flush=True)
@@ -85,19 +79,22 @@ def show_if_finished(config: Config) -> bool:
     return True
 
 
-def _read_report(config: Config) -> dict[str, Any] | None:
-    """Read the report; None when there is none. A damaged one is no report: the closing evaluation
-    makes it again.
+def _finished_report(config: Config) -> tuple[dict[str, Any] | None, str]:
+    """Read the report of a run that has the steps that are asked for.
+
+    Returns: the report, or None and what to say of the one that is there: it has fewer steps, or is
+      damaged, which is no report: the closing evaluation makes it again.
     """
     path = config.run_dir / REPORT_FILE
     try:
         if path.stat().st_size > _MAX_BYTES:
-            return None
+            return None, ""
         report = json.loads(path.read_text(encoding="utf-8"))
         print_report(report, config.run_dir, Console(file=io.StringIO()))
-        return report if isinstance(report["steps"], int) else None
+        if not isinstance(report["steps"], int):
+            return None, ""
     except FileNotFoundError:
-        return None
+        return None, ""
     except (
         OSError,
         ValueError,
@@ -107,12 +104,16 @@ def _read_report(config: Config) -> dict[str, Any] | None:
         ArithmeticError,
         RecursionError,
     ) as error:
-        print(
+        return None, (
             f"warning: {path}: not readable ({type(error).__name__}); the closing evaluation is "
-            "done again",
-            flush=True,
+            "done again"
         )
-        return None
+    if report["steps"] < config.steps:
+        return None, (
+            f"run folder {config.run_dir}: was finished with {report['steps']} steps and goes on "
+            f"to {config.steps}; the report is then made anew"
+        )
+    return report, ""
 
 
 def _without_effect(config: Config, report: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ nothing is written. This module imports no jax, unless several processes have to
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 
 from ttt_jax.config import Config, dump_yaml, from_dict, to_dict
 from ttt_jax.config.presets import RUN_CONFIG
-from ttt_jax.config.resume_fields import REFUSED, on_resume
+from ttt_jax.config.resume_fields import RAISED, REFUSED, on_resume
 from ttt_jax.config.yaml_text import MAX_YAML_BYTES, parse_yaml
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import read_bounded
@@ -123,6 +124,11 @@ def check_same_curve(run_dir: Path, config: Config) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or choose another name") from None
     old, new = _curve_fields(before), _curve_fields(config)
+    if config.steps > before.steps:  # goes on, as a run of so many steps (docs/resume.md)
+        old = _curve_fields(dataclasses.replace(before, steps=config.steps))
+        warmup = "optimizer.warmup_steps"
+        if new[warmup] == before.optimizer.warmup(before.steps):
+            old[warmup] = new[warmup]  # the warm-up that was done
     for field in [*new, *(key for key in old if key not in new)]:
         if old.get(field) != new.get(field):
             raise CheckpointError(
@@ -138,7 +144,9 @@ def _curve_fields(config: Config) -> dict[str, Any]:
     their effective form.
     """
     fields = {
-        key: value for key, value in flatten(to_dict(config)).items() if on_resume(key) == REFUSED
+        key: value
+        for key, value in flatten(to_dict(config)).items()
+        if on_resume(key) in (RAISED, REFUSED)
     }
     optimizer = config.optimizer
     # a ratio means a number of steps

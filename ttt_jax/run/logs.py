@@ -1,8 +1,9 @@
 """Files of JSON lines in the run folder that survive kills and full disks: metrics, events,
-documents.
+samples, documents.
 
 metrics.jsonl     the training curve; a resumed run drops the lines after the step it goes on from
 events.jsonl      what went wrong and what was done about it, with the time; only ever grows
+samples.jsonl     with sample.every: what the model wrote while it trained
 documents.jsonl   with log.documents: what each step held (documents.I.jsonl for process I > 0)
 """
 
@@ -19,6 +20,7 @@ from ttt_jax.files.text import LineFile, atomic_write_text
 from ttt_jax.terminal import printable
 
 EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 
 
@@ -103,6 +105,28 @@ class DocumentLog:
         self._file.append(
             {"step": step, "documents": [[p.file, p.document, p.start, p.tokens] for p in pieces]}
         )
+
+
+class SampleLog:
+    """What the model wrote while it trained: a line for each text, see inference/samples.py."""
+
+    def __init__(self, run_dir: Path, start_step: int, enabled: bool = True) -> None:
+        self._file = None
+        if enabled:
+            truncate_metrics(run_dir / SAMPLES_FILE, start_step)
+            self._file = LineFile(run_dir / SAMPLES_FILE)
+
+    def __enter__(self) -> SampleLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, sample: dict[str, Any]) -> None:
+        """Record one text; nothing on a process that does not write."""
+        if self._file is not None:
+            self._file.append(sample)
 
 
 def truncate_metrics(path: Path, start_step: int) -> None:

@@ -2,45 +2,47 @@
 no network.
 
 Everything is read from the run folder: `config.yaml`, `metrics.jsonl`, and where they are there
-`environment.json`, `report.json`, `events.jsonl` and `quarantine.jsonl`. Nothing in them is
-trusted: texts are escaped, sizes are limited, and a line that is damaged is counted and left out.
+`environment.json`, `report.json`, `events.jsonl`, `samples.jsonl` and `quarantine.jsonl`. Nothing
+in them is trusted: texts are escaped, sizes are limited, and a line that is damaged is counted and
+left out.
 """
 
 from __future__ import annotations
 
 import collections
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ttt_jax.config import Config, dump_yaml
 from ttt_jax.data.quarantine import QUARANTINE_FILE
 from ttt_jax.display.html_page import (
-    COLOURS,
-    MARKERS,
     code,
     data_table,
     details,
     escape,
     facts_table,
-    figure_of,
     html_page,
     image,
     note,
-    tidy,
 )
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES
 from ttt_jax.files.text import atomic_write_text, shorten
+from ttt_jax.run.curves import Curves, curves_of, pictures
 from ttt_jax.run.folder import ENVIRONMENT_FILE, METRICS_FILE, read_run_config
+from ttt_jax.run.logs import EVENTS_FILE, SAMPLES_FILE
+from ttt_jax.run.positions import (
+    checked_heldout,
+    heldout_of_scalars,
+    position_figure,
+    position_table,
+)
 
 PAGE_FILE = "report.html"
 _MAX_LINES_BYTES = 512 << 20
-_POINTS = 2000  # of a curve
 _SHOWN = 50  # events, and quarantined records
+_SAMPLES = 12  # texts that were written while the run trained
 _EXCERPT = 300  # characters of a text
 
 
@@ -54,6 +56,7 @@ class RunFiles(NamedTuple):
     report: dict[str, Any]
     events: list[dict[str, Any]]
     quarantine: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
     damaged: dict[str, int]  # file -> lines that could not be read
 
 
@@ -82,25 +85,29 @@ def read_run(run_dir: str | Path) -> RunFiles:
     folder = Path(run_dir)
     config = read_run_config(folder)
     damaged: dict[str, int] = {}
-    metrics, events, quarantine = (
-        _lines(folder / n, damaged) for n in (METRICS_FILE, "events.jsonl", QUARANTINE_FILE)
+    metrics, events, quarantine, samples = (
+        _lines(folder / name, damaged)
+        for name in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE, SAMPLES_FILE)
     )
     environment, report = (
         _object(folder / name, damaged) for name in (ENVIRONMENT_FILE, "report.json")
     )
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
-    return RunFiles(folder, config, metrics, environment, report, events, quarantine, damaged)
+    return RunFiles(
+        folder, config, metrics, environment, report, events, quarantine, samples, damaged
+    )
 
 
 def run_page(run: RunFiles) -> str:
     """Make the page's HTML."""
-    curves = _curves(run.metrics)
+    curves = curves_of(run.metrics)
     title = f"Run {run.config.name}"
     body = [f"<h1>{escape(title)}</h1>", _facts(run, curves), _warnings(run)]
-    body += [image(*picture) for picture in _pictures(curves)]
+    body += [_by_position(run)]
+    body += [image(*picture) for picture in pictures(curves)]
     if not curves:
         body.append(note("No metrics yet."))
-    body += [_latest(curves), _quarantine(run)]
+    body += [_written(run), _latest(curves), _quarantine(run)]
     if environment := (
         run.environment
         or {key: run.report.get(key) for key in ("date", "commit", "hardware", "versions")}
@@ -154,150 +161,10 @@ def _json_object(data: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _curves(metrics: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Collect name -> (steps, values) of every scalar; what is not a finite number is left out."""
-    points: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
-    for row in metrics:
-        step = row["step"]
-        for name, value in row.items():
-            number = (
-                isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and abs(value) < 1e300
-            )
-            if name != "step" and number and abs(step) < 1 << 53 and math.isfinite(value):
-                points[name].append((step, float(value)))
-    return {
-        name: (np.array([s for s, _ in p]), np.array([v for _, v in p]))
-        for name, p in sorted(points.items())
-    }
-
-
-# ----------------------------------------------------------------------------------------- pictures
-
-_Curves = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def _pictures(curves: _Curves) -> list[tuple[Any, str]]:
-    """Draw (figure, description) of what has been measured."""
-    made = [_loss_picture(curves)] if "loss" in curves else []
-    for title, panels in (
-        ("Fast weights by step", _layer_panels(curves)),
-        (
-            "Optimisation by step",
-            _panels(curves, {"grad_norm": "gradient norm", "learning_rate": "learning rate"}),
-        ),
-        (
-            "Speed by step",
-            _panels(
-                curves,
-                {
-                    "tokens_per_second": "tokens/s",
-                    "mfu": "MFU (share of peak)",
-                    "time/input_wait": "waiting for input (share)",
-                    "time/checkpoint": "held up by saving (s)",
-                    "memory_bytes": "device memory, peak (GiB)",
-                    "host_memory_bytes": "host memory, peak (GiB)",
-                },
-            ),
-        ),
-    ):
-        made += [(_row_of_panels(panels[i : i + 3]), title) for i in range(0, len(panels), 3)]
-    return made
-
-
-def _loss_picture(curves: _Curves) -> tuple[Any, str]:
-    figure = figure_of(11, 3.6)
-    training, probe, gain = figure.subplots(1, 3)
-    _draw(training, curves["loss"], color="#555555", label="training")
-    for axes, source in ((training, "heldout"), (probe, "probe")):
-        for mode in ("off", "on"):
-            if (name := f"{source}/ttt_{mode}") in curves:
-                label = f"held-out, TTT {mode}" if source == "heldout" else f"TTT {mode}"
-                _draw(axes, curves[name], color=COLOURS[mode], label=label, marker=MARKERS[mode])
-        axes.legend(frameon=False)
-    if "probe/gain" in curves:
-        _draw(gain, curves["probe/gain"], color=COLOURS["on"], marker="o")
-        gain.axhline(0, color="black", linewidth=0.8)
-    else:
-        probe.set_visible(False)
-        gain.set_visible(False)
-    training.set(title="Loss", xlabel="step", ylabel="nats per token")
-    probe.set(title="Probe rows, same weights", xlabel="step")
-    gain.set(title="Gain of TTT (off - on)", xlabel="step")
-    for axes in (training, probe, gain):
-        tidy(axes)
-    return figure, "Loss by step"
-
-
-def _layer_panels(curves: _Curves) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Collect (title, [(label, curve)]): one panel for each quantity, one line for each layer."""
-    panels = []
-    for prefix, quantity, title in (
-        ("ttt", "state_ratio", "||S|| / ||W|| after a row"),
-        ("ttt", "update_norm", "norm of the last update"),
-        ("probe", "update_cosine", "cosine of successive updates"),
-    ):
-        names = [
-            name
-            for name in curves
-            if name.startswith(f"{prefix}/layer_") and name.endswith(f"/{quantity}")
-        ]
-        if names:
-            panels.append(
-                (title, [(name.split("/")[1].replace("_", " "), curves[name]) for name in names])
-            )
-    return panels
-
-
-def _panels(curves: _Curves, titles: dict[str, str]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    unit = lambda title: 2.0**30 if title.endswith("(GiB)") else 1.0
-    return [
-        (title, [("", (curves[name][0], curves[name][1] / unit(title)))])
-        for name, title in titles.items()
-        if name in curves
-    ]
-
-
-def _row_of_panels(panels: list[tuple[str, list[tuple[str, Any]]]]) -> Any:
-    figure = figure_of(11, 3.2)
-    for axes, (title, lines) in zip(
-        figure.subplots(1, 3), panels + [("", [])] * (3 - len(panels)), strict=True
-    ):
-        if not lines:
-            axes.set_visible(False)
-        for n, (label, curve) in enumerate(lines):
-            shade = n / max(len(lines) - 1, 1)
-            _draw(axes, curve, color=(0.9 * shade, 0.45, 0.7 - 0.6 * shade), label=label or None)
-        axes.set(title=title, xlabel="step")
-        tidy(axes)
-        if len(lines) <= 8 and any(label for label, _ in lines):
-            axes.legend(frameon=False, fontsize="small")
-    return figure
-
-
-def _draw(
-    axes: Any, curve: tuple[np.ndarray, np.ndarray], *, marker: str = "", **style: Any
-) -> None:
-    """Draw a line through at most `_POINTS` means of neighbouring points."""
-    steps, values = curve
-    if len(steps) > _POINTS:
-        parts = np.array_split(np.arange(len(steps)), _POINTS)
-        steps, values = (np.array([x[part].mean() for part in parts]) for x in (steps, values))
-    axes.plot(
-        steps,
-        values,
-        linewidth=1.6,
-        marker=marker or ("." if len(steps) < 3 else ""),
-        markersize=4,
-        **style,
-    )
-
-
 # ------------------------------------------------------------------------------------------- tables
 
 
-def _facts(run: RunFiles, curves: _Curves) -> str:
+def _facts(run: RunFiles, curves: Curves) -> str:
     facts: dict[str, Any] = {"folder": run.folder.absolute()}
     last = int(max((steps[-1] for steps, _ in curves.values()), default=0))
     facts["steps"] = f"{last} of {run.config.steps}" + (" (finished)" if run.report else "")
@@ -330,6 +197,37 @@ def _warnings(run: RunFiles) -> str:
     return "<h2>Warnings</h2><ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
+def _by_position(run: RunFiles) -> str:
+    """Show the newest losses by position: the report's, or those of a later evaluation."""
+    found, step = checked_heldout(run.report.get("heldout")), run.report.get("steps")
+    for row in reversed(run.metrics):
+        if later := heldout_of_scalars(row):
+            if found is None or not isinstance(step, int) or row["step"] > step:
+                found, step = later, row["step"]
+            break
+    if found is None:
+        return ""
+    ttt = bool(run.config.model.ttt.layers)
+    table = position_table(found, ttt)
+    both = ", TTT on and off on the same weights; gain: off minus on" if ttt else ""
+    text = note(f"Nats per token on held-out rows after {_short(step, 20)} steps{both}.")
+    picture = image(position_figure(found, ttt), table.title)
+    return f"<h2>{table.title}</h2>{text}{data_table(table.headings, table.rows)}{picture}"
+
+
+def _written(run: RunFiles) -> str:
+    """Show the newest samples of text."""
+    rows = [
+        [_short(sample.get(key, "?"), size) for key, size in (("step", 20), ("ttt", 20))]
+        + [str(sample.get("prompt", ""))[-_EXCERPT:], _short(sample.get("text", ""))]
+        for sample in run.samples[-_SAMPLES:]
+    ]
+    if not rows:
+        return ""
+    table = data_table(["step", "TTT", "end of the prompt", "what was written"], rows, of_text=True)
+    return f"<h2>Samples</h2>{note(f'The last {len(rows)}; {SAMPLES_FILE} has them all.')}{table}"
+
+
 def _quarantine(run: RunFiles) -> str:
     if not run.quarantine:
         return "<h2>Quarantined records</h2>" + note("None.")
@@ -353,7 +251,7 @@ def _quarantine(run: RunFiles) -> str:
     return f"<h2>Quarantined records</h2>{_table(counts)}{table}"
 
 
-def _latest(curves: _Curves) -> str:
+def _latest(curves: Curves) -> str:
     if not curves:
         return ""
     rows = {

@@ -18,9 +18,10 @@ import numpy as np
 from rich.console import Console
 
 from ttt_jax.config import Config, dump_yaml, to_dict
-from ttt_jax.display.html_page import COLOURS, MARKERS, figure_of, tidy
+from ttt_jax.display.html_page import COLOURS, figure_of, tidy
 from ttt_jax.display.tables import Table, number, print_tables
 from ttt_jax.files.text import atomic_write_text
+from ttt_jax.run.positions import gains, position_figure, position_table
 from ttt_jax.run.provenance import provenance
 from ttt_jax.terminal import printable
 
@@ -59,15 +60,15 @@ def write_report(
         raise ValueError(
             f"heldout: {len(positions)} positions, {len(on)} ttt_on and {len(off)} ttt_off losses"
         )
+    modes = {"ttt_on": on, "ttt_off": off}
     summary = {key: _plain(value) for key, value in summary.items()}
-    gain = [None if a is None or b is None else b - a for a, b in zip(on, off, strict=True)]
     report = {
         "name": config.name,
         "steps": losses[-1][0] if losses else 0,
         "tokens_per_second": None,
         "loss_first": losses[0][1] if losses else None,
         "loss_last": losses[-1][1] if losses else None,
-        "heldout": {**heldout, "positions": positions, "ttt_on": on, "ttt_off": off, "gain": gain},
+        "heldout": {**heldout, "positions": positions, **modes, "gain": gains(modes)},
         **summary,
         **provenance(),
         "config": to_dict(config),
@@ -95,19 +96,7 @@ def print_report(
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """Make the table of the losses by position; without TTT layers there is one loss, not two equal
-    ones.
-    """
-    columns = {"TTT off": ("ttt_off", ".4f"), "TTT on": ("ttt_on", ".4f"), "gain": ("gain", "+.4f")}
-    if not report["config"]["model"]["ttt"]["layers"]:
-        columns = {"loss": ("ttt_off", ".4f")}
-    heldout = report["heldout"]
-    cells = [[f"{start} to {stop - 1}" for start, stop in heldout["positions"]] + ["mean"]]
-    for key, form in columns.values():
-        values = [*heldout[key], _mean([value for value in heldout[key] if value is not None])]
-        cells.append([number(value, form, digits=4) for value in values])
-    rows = [list(row) for row in zip(*cells, strict=True)]
-    return Table("Held-out loss by position", "", ["positions", *columns], rows)
+    return position_table(report["heldout"], bool(report["config"]["model"]["ttt"]["layers"]))
 
 
 def _sentence(report: dict[str, Any]) -> str:
@@ -163,10 +152,6 @@ def _markdown(
     return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
 def _number(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
@@ -187,7 +172,7 @@ def _draw(
     if losses:
         names.append(_save(_loss_curve(losses), run_dir, "loss_curve.png"))
     if heldout["positions"]:
-        names.append(_save(_loss_by_position(heldout, ttt), run_dir, "loss_by_position.png"))
+        names.append(_save(position_figure(heldout, ttt), run_dir, "loss_by_position.png"))
     return names
 
 
@@ -219,35 +204,6 @@ def _loss_curve(losses: list[tuple[int, float]]) -> Figure:
         axes.legend(frameon=False)
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title="Training loss")
     tidy(axes)
-    return figure
-
-
-def _loss_by_position(heldout: dict[str, Any], ttt: bool) -> Figure:
-    """Draw the losses with TTT on and off, and below them the gain; one curve without TTT."""
-    figure = figure_of(7, 5.5 if ttt else 4)
-    upper, *below = np.atleast_1d(
-        figure.subplots(1 + ttt, 1, sharex=True, height_ratios=(2, 1)[: 1 + ttt])
-    )
-    centres = [(start + stop) / 2 for start, stop in heldout["positions"]]
-    widths = [0.8 * (stop - start) for start, stop in heldout["positions"]]
-    # None -> nan
-    on, off, gain = (np.array(heldout[key], np.float64) for key in ("ttt_on", "ttt_off", "gain"))
-    style: dict[str, dict[str, Any]] = {
-        mode: {"color": COLOURS[mode], "marker": MARKERS[mode], "linewidth": 2}
-        for mode in ("on", "off")
-    }
-    upper.plot(centres, off, label="TTT off", **style["off"])
-    title = "Held-out loss by position" + (", same weights" if ttt else "")
-    upper.set(ylabel="loss (nats per token)", title=title)
-    for lower in below:
-        upper.plot(centres, on, label="TTT on", **style["on"])
-        upper.legend(frameon=False)
-        lower.bar(centres, gain, width=widths, color=COLOURS["on"])
-        lower.axhline(0, color="black", linewidth=0.8)
-        lower.set(ylabel="gain (off - on)")
-    [upper, *below][-1].set(xlabel="position in the row (tokens)")
-    for axes in (upper, *below):
-        tidy(axes)
     return figure
 
 

@@ -16,9 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from ttt_jax.config import Config
 from ttt_jax.data import Tokenizer, heldout_rows
+from ttt_jax.display.tables import table_text
 from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.parallel.mesh import Batch, batch_sharding, replicated
+from ttt_jax.run.positions import TITLE, position_scalars, position_table
+from ttt_jax.training.hooks import Hook, Seen
 
 # (model, batch, ttt_scale) -> (nll_BT, stats)
 PositionNll = Callable[[Transformer, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -47,6 +50,20 @@ class Heldout:
         """Measure the first rows, see `make_probe`; after `place`."""
         assert self._probe is not None
         return self._probe(model)
+
+    def hooks(self, config: Config) -> list[Hook]:
+        """Return what `log.probe_every` and `eval.every` ask for."""
+        ttt = bool(config.model.ttt.layers)
+
+        def probe(step: int, model: Transformer) -> Seen:
+            return Seen(self.probe(model))
+
+        def evaluate(step: int, model: Transformer) -> Seen:
+            losses = self.by_position(model)
+            table = position_table(losses, ttt, f"{TITLE}, step {step}")
+            return Seen(position_scalars(losses), table_text(table, first="right"))
+
+        return [Hook(config.log.probe_every, probe), Hook(config.eval.every, evaluate)]
 
     def by_position(
         self, model: Transformer, before_each: Callable[[], None] | None = None

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
@@ -34,14 +34,16 @@ from ttt_jax.process.multihost import any_process, on_first_process
 from ttt_jax.process.signals import Stopped, StopSignal
 from ttt_jax.run.compile_cache import CompileCache, open_cache
 from ttt_jax.run.folder import METRICS_FILE, prepare_run_dir
-from ttt_jax.run.logs import DocumentLog, EventLog
+from ttt_jax.run.logs import DocumentLog, EventLog, SampleLog
 from ttt_jax.run.metrics import MetricsLogger, read_curve
 from ttt_jax.run.provenance import write_environment
 from ttt_jax.run.report import print_report, write_report
 from ttt_jax.run.timing import StepTimer, host_memory_bytes
 from ttt_jax.terminal import printable
+from ttt_jax.training.banner import banner, pace
 from ttt_jax.training.guard import Guard
 from ttt_jax.training.heldout import Heldout
+from ttt_jax.training.hooks import Hook
 from ttt_jax.training.recovery import Recovery
 from ttt_jax.training.saver import Saver
 from ttt_jax.training.step import TrainState
@@ -53,6 +55,7 @@ class Due(NamedTuple):
 
     Attributes:
       anything: whether `Job.log` and `Job.save` are to be called.
+      hooks: those that look at this step.
       stopping: a signal has come, to this process or to another one.
       last: no step follows.
     """
@@ -60,8 +63,7 @@ class Due(NamedTuple):
     anything: bool
     log: bool
     save: bool
-    probe: bool
-    evaluate: bool
+    hooks: tuple[Hook, ...]
     roll_back: bool
     stopping: bool
     last: bool
@@ -81,6 +83,7 @@ def open_job(
     tokenizer: Tokenizer,
     loader: Loader,
     heldout: Heldout,
+    hooks: Sequence[Hook],
     abstract: TrainState,
     fresh: Callable[[], TrainState],
     changes: list[str],
@@ -91,6 +94,7 @@ def open_job(
       stop: is asked after each step.
       lock: of the run folder, held.
       timer: runs since the process began.
+      hooks: look at the model while it trains.
       abstract: shapes, dtypes and shardings of the state.
       fresh: makes the state that the run begins with.
       changes: lines for the user, see `check_resume`.
@@ -112,7 +116,7 @@ def open_job(
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
         warnings += heldout_remarks(config, tokenizer)
     with contextlib.ExitStack() as stack:
-        job = Job(config, stop, lock, timer, loader, heldout, cache, warnings, stack)
+        job = Job(config, stop, lock, timer, loader, heldout, hooks, cache, warnings, stack)
         job.open_checkpoints(abstract, fresh)
         yield job
 
@@ -135,20 +139,24 @@ class Job:
         timer: StepTimer,
         loader: Loader,
         heldout: Heldout,
+        hooks: Sequence[Hook],
         cache: CompileCache | None,
         warnings: list[str],
         stack: contextlib.ExitStack,
     ) -> None:
         self._config, self._stop, self._lock, self._timer = config, stop, lock, timer
-        self._loader, self._heldout, self._cache = loader, heldout, cache
+        self._loader, self._heldout, self._hooks, self._cache = loader, heldout, hooks, cache
         self._warnings, self._stack = warnings, stack
         self._main = jax.process_index() == 0
         self._show: Callable[[str], None] = functools.partial(print, flush=True)
         self.step = self._start = 0
+        self._compiling_since = 0.0
+        self._unsealed = set(hooks)  # not called yet: what they compile has no seal
+        self._pace_said = False
 
     def open_checkpoints(self, abstract: TrainState, fresh: Callable[[], TrainState]) -> None:
         """Open the log of events and the folder of checkpoints."""
-        config = self._config
+        config, self._abstract = self._config, abstract
         self._events = self._stack.enter_context(
             EventLog(config.run_dir, self._tell, enabled=self._main)
         )
@@ -182,8 +190,9 @@ class Job:
             self._events(text, kind="start", step=self.step)
         if self.step:
             self._tell(f"continuing {self._config.run_dir} from step {self.step}")
-        if jax.process_count() > 1:
-            self._tell(f"{jax.process_count()} processes, {jax.device_count()} devices")
+        if self.step < self._config.steps:
+            for line in banner(self._config, self._abstract, self.step):
+                self._tell(line)
         self._throughput = Throughput(self._config, self.step)
         return state
 
@@ -198,6 +207,9 @@ class Job:
                 enabled=self._main,
             )
         )
+        self._samples = self._stack.enter_context(
+            SampleLog(config.run_dir, self.step, enabled=self._main and bool(config.sample.every))
+        )
         self._documents = self._stack.enter_context(
             DocumentLog(
                 config.run_dir, self.step, jax.process_index(), enabled=config.log.documents
@@ -209,7 +221,11 @@ class Job:
 
     def fetch(self, batches: Iterator[Batch]) -> Batch:
         """Take the next batch, and count the time that the device waits for it."""
-        return self._timer.fetch(lambda: next(batches))
+        batch = self._timer.fetch(lambda: next(batches))
+        if self.step == self._start:
+            self._tell("compiling the train step ...")
+            self._compiling_since = time.perf_counter()
+        return batch
 
     def after_step(self, metrics: dict[str, jax.Array]) -> Due:
         """Count a step that is under way, note its documents, look at the one before, and decide
@@ -218,17 +234,18 @@ class Job:
         Raises: TrainingError: the run folder is gone, or another job's by now.
         """
         self._timer.dispatched(metrics["loss"])
-        if self.step == self._start and self._cache:
-            self._cache.seal()
+        if self.step == self._start:
+            self._tell(f"compiled in {time.perf_counter() - self._compiling_since:.1f} s")
+            if self._cache:
+                self._cache.seal()
         self.step += 1
         self._events.step = self.step
         if self._documents.enabled:
             self._documents.write(self.step, self._loader.documents(self._loader.pieces))
         self._guard.watch(self.step, metrics, self._loader.pieces)
         due = self._decide()
-        if due.save or due.log:
+        if due.save or due.log or due.hooks:
             self._lock.check()
-        if due.save or due.probe or due.log:
             self._guard.settle()
         if not due.anything:
             self._metrics.advance(self.step)
@@ -239,10 +256,9 @@ class Job:
         log, last = _every(config.log.every, step), step == config.steps
         stopping = self._asked_to_stop(log)
         save = self._saver.due(step) or stopping or last
-        probe = _every(config.log.probe_every, step)
-        anything = log or save or probe or step == 1
-        evaluate = anything and _every(config.eval.every, step)
-        return Due(anything, log, save, probe, evaluate, False, stopping, last)
+        hooks = tuple(hook for hook in self._hooks if _every(hook.every, step))
+        anything = log or save or bool(hooks) or step == 1
+        return Due(anything, log, save, hooks, False, stopping, last)
 
     def _asked_to_stop(self, log: bool) -> bool:
         """Read the signal, once a step: one that comes later is for the next step.
@@ -265,7 +281,7 @@ class Job:
         return state
 
     def log(self, due: Due, metrics: dict[str, jax.Array], model: Any) -> None:
-        """Record the step's metrics, speed and memory, and what is measured on held-out rows."""
+        """Record the step's metrics, speed and memory, and what the hooks see."""
         scalars = {name: float(x) for name, x in jax.device_get(metrics).items()}
         del scalars["skipped"]
         scalars |= self._throughput.scalars(self.step)
@@ -273,13 +289,21 @@ class Job:
             scalars["memory_bytes"] = memory
         self._guard.check_fast_weights(self.step, scalars)
         scalars |= {**self._timer.scalars(), "host_memory_bytes": host_memory_bytes()}
-        if due.probe:
-            scalars |= self._heldout.probe(model)
-        if due.evaluate:
-            losses = self._heldout.by_position(model)
-            for name in ("ttt_on", "ttt_off"):
-                scalars[f"heldout/{name}"] = float(np.mean(losses[name]))
+        seen = [hook.look(self.step, model) for hook in due.hooks]
+        for each in seen:
+            scalars |= each.scalars
         self._metrics.log(self.step, scalars)
+        for each in seen:
+            if each.text:
+                self._tell(each.text)
+            for sample in each.samples:
+                self._samples.append({"step": self.step, **sample})
+        if not self._pace_said and "tokens_per_second" in scalars and not due.last:
+            self._tell(pace(self._config, self.step, scalars["tokens_per_second"]))
+            self._pace_said = True
+        if self._cache and self._unsealed.intersection(due.hooks):
+            self._unsealed.difference_update(due.hooks)
+            self._cache.seal()
 
     def save(self, due: Due, state: TrainState) -> None:
         """Save if that is due, or if an earlier save failed and can be tried again."""

@@ -7,6 +7,8 @@ machine and its switches.
 
 from __future__ import annotations
 
+import numpy as np
+
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER, finished_steps
 from ttt_jax.checkpoint.trees import DamagedError, read_json
 from ttt_jax.config import Config, to_dict
@@ -16,6 +18,7 @@ from ttt_jax.errors import CheckpointError
 from ttt_jax.process.multihost import on_first_process
 from ttt_jax.run.environment import brief
 from ttt_jax.run.folder import check_same_curve, flatten, read_run_config
+from ttt_jax.training.optimizer import learning_rate
 
 
 def check_resume(config: Config, loader: Loader) -> list[str]:
@@ -37,6 +40,7 @@ def _check_resume(config: Config, loader: Loader) -> list[str]:
         check_same_curve(config.run_dir, config)
     except CheckpointError:  # no run yet, or one that `prepare_run_dir` refuses
         return []
+    steps = []
     try:
         steps = finished_steps(config.run_dir / CHECKPOINT_FOLDER)
         if steps:
@@ -44,7 +48,26 @@ def _check_resume(config: Config, loader: Loader) -> list[str]:
             loader.check_state(read_json(newest, "data_state"))
     except (DamagedError, OSError):  # the restore takes another one, and says so
         pass
-    return changed_fields(before, config)
+    return raised_steps(before, config, max(steps, default=0)) + changed_fields(before, config)
+
+
+def raised_steps(before: Config, now: Config, step: int) -> list[str]:
+    """Say what more steps do to the learning rate of a run that goes on after `step` steps: from
+    there on it is that of a run that was started with so many.
+    """
+    if now.steps <= before.steps:
+        return []
+    was, will = (
+        float(np.asarray(learning_rate(config.optimizer, config.steps)(step)))
+        for config in (before, now)
+    )
+    rate = (
+        f"the learning rate goes on with {will:.3g}"
+        if was == will
+        else f"from step {step} on the learning rate is that of a run of {now.steps} steps "
+        f"({now.optimizer.schedule}), {will:.3g} where it would be {was:.3g}"
+    )
+    return [f"steps {before.steps} -> {now.steps}: {rate}"]
 
 
 def changed_fields(before: Config, now: Config) -> list[str]:

@@ -1,11 +1,14 @@
 """The inverse of a Cholesky factor: (A + shift I)^-1 = M^T M with M lower triangular.
 
-B rows of M chunks with a matrix of C x C each, N = B M. On one NVIDIA GPU the kernel of
-`kernels_pallas/inverse_root.py` where it can run; elsewhere, and on a mesh that the compiler
-partitions, matmuls, which every device does well.
+B rows of M chunks with a matrix of C x C each, N = B M. By halves, in matmuls, down to a leaf. On
+one NVIDIA GPU the leaf is the kernel of `kernels_pallas/inverse_root.py` where it can run;
+elsewhere, and on a mesh that the compiler partitions, it is an elimination.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,48 +16,60 @@ import jax.numpy as jnp
 from ttt_jax.ops import platform
 from ttt_jax.ops.numerics import dot
 
-LEAF = 32  # size from which on a matrix is inverted element by element
+
+class Leaf(NamedTuple):
+    """What inverts matrices of up to `largest` rows. Sizes are halved to a multiple of `unit`."""
+
+    invert: Callable[[jax.Array, jax.Array], jax.Array]
+    largest: int
+    unit: int
 
 
 def inverse_root(a_BMCC, shift_BM):
     """Make M for symmetric positive definite A + shift I, in A's dtype: float32 or float64."""
     a_NCC, shift_N = a_BMCC.reshape(-1, *a_BMCC.shape[2:]), shift_BM.reshape(-1)
+    leaf = _leaf(a_NCC.dtype, a_NCC.shape[1])
+    return by_halves(a_NCC, shift_N, leaf).reshape(a_BMCC.shape)
+
+
+def _leaf(dtype, C: int) -> Leaf:
     if platform.compiled_for() in ("gpu", "cuda") and platform.on_one_device():
         from ttt_jax.kernels_pallas import inverse_root as kernel
 
-        if kernel.why_not(a_NCC.dtype, a_NCC.shape[1]) is None:
-            return kernel.inverse_root_gpu(a_NCC, shift_N).reshape(a_BMCC.shape)
-    eye_1CC = jnp.eye(a_NCC.shape[1], dtype=a_NCC.dtype)[None]
-    return by_halves(a_NCC + shift_N[:, None, None] * eye_1CC).reshape(a_BMCC.shape)
+        if kernel.why_not(dtype, C) is None:
+            return Leaf(kernel.inverse_root_gpu, kernel.LARGEST, kernel.BLOCK)
+    return Leaf(swept, 32, 1)
 
 
-def by_halves(a_NCC):
-    """M for symmetric positive definite A, by halves.
+def by_halves(a_NCC, shift_N, leaf: Leaf):
+    """M for symmetric positive definite A + shift I, by halves.
 
     With A = [[P, Q^T], [Q, R]], P^-1 = H^T H and L = Q H^T, the Schur complement is R - L L^T,
     symmetric whatever rounding does. An inverse by halves of inverses is not: what was skew in its
     error grew from half to half, and with 512 keys, many of them the same token's, A^-1 v came out
     200 times too large.
     """
-    C = a_NCC.shape[1]
-    if C <= LEAF:
-        return _swept(a_NCC)
-    half, acc = C // 2, a_NCC.dtype
+    C, acc = a_NCC.shape[1], a_NCC.dtype
+    if leaf.largest >= C:
+        return leaf.invert(a_NCC, shift_N)
+    half = C // 2 // leaf.unit * leaf.unit
     product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH = by_halves(a_NCC[:, :half, :half])
+    first_NHH = by_halves(a_NCC[:, :half, :half], shift_N, leaf)
     below_NLH = product("nlh,nkh->nlk", a_NCC[:, half:, :half], first_NHH)
-    last_NLL = by_halves(a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH))
+    schur_NLL = a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH)
+    last_NLL = by_halves(schur_NLL, shift_N, leaf)
     below_NLH = -product("nlm,nmh->nlh", last_NLL, product("nlk,nkh->nlh", below_NLH, first_NHH))
     above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
     return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
 
 
-def _swept(a_NCC):
+def swept(a_NCC, shift_N):
     """The same by elimination: what takes A to L^T takes the identity to L^-1. Positive definite
     matrices need no pivots.
     """
     C = a_NCC.shape[1]
-    place_C = jnp.arange(C)
+    place_C, eye_CC = jnp.arange(C), jnp.eye(C, dtype=a_NCC.dtype)
+    a_NCC = a_NCC + shift_N[:, None, None] * eye_CC[None]
 
     def sweep(k, both_NCX):
         row_NX = jax.lax.dynamic_index_in_dim(both_NCX, k, 1, keepdims=False)
@@ -65,5 +80,5 @@ def _swept(a_NCC):
         both_NCX = both_NCX - below_NC[:, :, None] * row_NX[:, None]
         return jnp.where((place_C == k)[None, :, None], row_NX[:, None], both_NCX)
 
-    eye_NCC = jnp.broadcast_to(jnp.eye(C, dtype=a_NCC.dtype), a_NCC.shape)
+    eye_NCC = jnp.broadcast_to(eye_CC, a_NCC.shape)
     return jax.lax.fori_loop(0, C, sweep, jnp.concatenate([a_NCC, eye_NCC], axis=2))[:, :, C:]

@@ -1,7 +1,7 @@
 """Transform the targets of a chunk before the ordinary update S += lr v^T z.
 
-B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, N = B M.
-Z is a chunk's keys (C F), V its targets (C D), G = Z Z^T (C C).
+B batch, T tokens, D model width, F MLP width, C chunk size, M chunks, X = C times the number of
+arrays that a matrix is the sum of. Z is a chunk's keys (C F), V its targets (C D), G = Z Z^T (C C).
 
     sum        V^T Z                                      the paper's rule; similar keys add up
     ridge      V^T Z (Z^T Z + lambda m I)^-1              least squares: z U^T closest to v
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,9 +53,10 @@ def transformed(
     if write == "sum":
         return v_BTD
     z_BMCF, v_BMCD = (x.reshape(B, T // chunk_size, chunk_size, -1) for x in (z_BTF, v_BTD))
+    out_BMCD: Any
     with jax.named_scope(f"ttt_write_{write}"):
         if write == "ridge":
-            out_BMCD = least_squares(z_BMCF, v_BMCD, ridge, root)
+            out_BMCD: jax.Array = least_squares(z_BMCF, v_BMCD, ridge, root)
         else:
             out_BMCD = _spectral(z_BMCF, v_BMCD, unit)
     return out_BMCD.astype(v_BTD.dtype).reshape(B, T, D)
@@ -70,11 +72,16 @@ def _smallest(dtype):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def least_squares(z_BMCF, v_BMCD, ridge: float, root=inverse_root):
-    """Compute A^-1 v with A = G + lambda m I. One inverse serves the backward, too.
+    """Compute A^-1 v with A = G + lambda m I, in v's dtype. One inverse serves the backward, too,
+    and is kept where the backward keeps targets.
 
     Where a chunk's keys are alike, A^-1 is the identity less a matrix of nearly the same size, and
     in bfloat16 nothing true would be left of the difference. So it is found in float32 at least,
-    and then a bfloat16 model computes with it as a sum of two bfloat16 arrays, 16 bits.
+    and a bfloat16 model then computes with it as a sum of two bfloat16 arrays, 16 bits.
+
+    Args:
+      z_BMCF, v_BMCD: float64, float32 or bfloat16, one dtype.
+      ridge, root: as in `transformed`.
     """
     return _least_squares_forward(z_BMCF, v_BMCD, ridge, root)[0]
 

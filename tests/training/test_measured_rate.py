@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.hf_folders import make_folder
 
-import ttt_jax.training.inner_rate
+import ttt_jax.training.measured_rate
 from ttt_jax.config import replace
 from ttt_jax.config.inner_rate import SUM
 from ttt_jax.errors import ConfigError
@@ -14,7 +14,7 @@ from ttt_jax.model.layers import rope_tables
 from ttt_jax.model.stack import Context, Runtime
 from ttt_jax.pretrained.hf_weights import load_hf
 from ttt_jax.pretrained.start_config import load_start
-from ttt_jax.training.inner_rate import rate_of, settled
+from ttt_jax.training.measured_rate import rate_of, settled
 
 RAW = {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "num_hidden_layers": 7}
 T = 48
@@ -66,7 +66,7 @@ def test_the_rate_is_the_rule_s_for_the_layer_with_the_largest_keys(folder, caps
     assert config == replace(start.config, {"model.ttt.lr": config.model.ttt.lr})
     line = capsys.readouterr().out
     layer = start.config.model.ttt.layers[int(np.argmax(medians))]
-    assert f"model.ttt.lr is {config.model.ttt.lr:g}, 1,500 / (m T) with m = " in line
+    assert f"model.ttt.lr is {config.model.ttt.lr:g}, 1,000 / (m T) with m = " in line
     assert (
         f"{float(max(medians)):.3g}, the median ||z||^2 of held-out tokens in layer {layer}" in line
     )
@@ -74,21 +74,29 @@ def test_the_rate_is_the_rule_s_for_the_layer_with_the_largest_keys(folder, caps
 
 
 def test_a_rate_that_is_written_is_kept(folder, monkeypatch):
-    monkeypatch.setattr(ttt_jax.training.inner_rate, "initial_model", None)
+    monkeypatch.setattr(ttt_jax.training.measured_rate, "initial_model", None)
     start = load_start(None, [f"--init_from={folder}", "--data.train=x", "--model.ttt.lr=0.3"])
     assert settled(start, rows()) is start.config
 
 
 def test_a_model_that_is_too_large_to_measure_is_one_line(folder, monkeypatch):
-    monkeypatch.setattr(ttt_jax.training.inner_rate, "too_large", lambda model, dtype: "its 9 GiB")
+    monkeypatch.setattr(ttt_jax.training.measured_rate, "too_large", lambda *_: "its 9 GiB")
     start = load_start(None, [f"--init_from={folder}", "--data.train=x"])
     with pytest.raises(
-        ConfigError, match=r"^config field model\.ttt\.lr: not set, .*: its 9 GiB; set"
+        ConfigError, match=r"^config field model\.ttt\.lr = auto: .*: its 9 GiB; set"
     ):
         settled(start, rows())
 
 
+@pytest.mark.parametrize("square", [0.0, float("nan"), float("inf")])
+def test_keys_without_a_scale_are_one_line(folder, square, monkeypatch):
+    monkeypatch.setattr(ttt_jax.training.measured_rate, "_key_squares", lambda *_: {"0": square})
+    start = load_start(None, [f"--init_from={folder}", "--data.train=x"])
+    with pytest.raises(ConfigError, match=r"model\.ttt\.lr = auto: .* no scale for it"):
+        settled(start, rows())
+
+
 def test_the_rule():
-    assert rate_of(100.0, 1500) == 0.01
+    assert rate_of(100.0, 1000) == 0.01
     assert rate_of(123.0, 4096) == pytest.approx(SUM / (123 * 4096), rel=0.02)
-    assert rate_of(200.0, 1500) < rate_of(100.0, 1500)
+    assert rate_of(200.0, 1000) < rate_of(100.0, 1000)

@@ -9,6 +9,7 @@ Letters: R rows, T tokens, C chunk, F MLP width, N layers of a run.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.config import Config, replace
-from ttt_jax.config.inner_rate import SUM
+from ttt_jax.config.inner_rate import SUM, held_tokens
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import abstract_transformer
@@ -29,8 +30,8 @@ from ttt_jax.training.source_size import too_large
 _ROWS, _TOKENS = 2, 1024  # that are read
 
 
-def rate_of(square: float, T: int) -> float:
-    """Return lr for keys of mean squared norm `square` in rows of T tokens, to two digits."""
+def rate_of(square: float, T: float) -> float:
+    """Return lr for keys of mean squared norm `square` and T tokens in S, to two digits."""
     return float(f"{SUM / (square * T):.1e}")
 
 
@@ -40,19 +41,25 @@ def settled(start: Start, rows: Batch) -> Config:
     Args:
       rows: held-out rows [R, T]; the first ones are read, with TTT off.
 
-    Raises: ConfigError, one line, when the checkpoint is too large for one device; as of
-      `initial_model`.
+    Raises: ConfigError, one line, when the checkpoint is too large for one device, or its keys are
+      zero or not finite; as of `initial_model`.
     """
     config = start.config
     if not start.open_rate:
         return config
     squares = on_first_process(lambda: _key_squares(config, rows))
     layer = max(squares, key=lambda layer: squares[layer])
-    T, m = config.data.seq_len, squares[layer]
+    ttt, m = config.model.ttt, squares[layer]
+    T = held_tokens(config.data.seq_len, ttt.chunk_size, ttt.decay)
+    if not 0 < m < math.inf:
+        raise ConfigError(
+            f"config field model.ttt.lr = auto: {config.init_from} gives no scale for it "
+            f"(||z||^2 is {m:g} in layer {layer}); check the checkpoint, or set it"
+        )
     lr = rate_of(m, T)
     line = (
         f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {SUM:,.0f} / (m T) with m = "
-        f"{m:.3g}, the median ||z||^2 of held-out tokens in layer {layer}, and T = {T}"
+        f"{m:.3g}, the median ||z||^2 of held-out tokens in layer {layer}, and T = {T:.0f}"
     )
     say_on_first_process([line])
     return replace(config, {"model.ttt.lr": lr})
@@ -64,7 +71,7 @@ def _key_squares(config: Config, rows: Batch) -> dict[str, float]:
     """
     if reason := too_large(config.model, config.compute_dtype):
         raise ConfigError(
-            f"config field model.ttt.lr: not set, and cannot be measured on {config.init_from}: "
+            f"config field model.ttt.lr = auto: cannot be measured on {config.init_from}: "
             f"{reason}; set it (docs/writes.md)"
         )
     ids_RT = np.asarray(rows["ids"])[:_ROWS, :_TOKENS]
