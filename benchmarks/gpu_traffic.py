@@ -7,6 +7,7 @@ traffic outside of matmuls.
         --model.ttt.implementation=xla
     python benchmarks/gpu_traffic.py --preset qwen3_4b_longct_32k --chunk 1024 --seq 32768 \\
         --batch 8 --devices 8
+    python benchmarks/gpu_traffic.py --preset books --seq 16384 --batch 8 --packed
 
 Compiles ahead of time for a description of the GPU, on any machine that has the libraries (`pip
 install 'jax[cuda13]'`). "Passes" are all kernels but matmuls and attention: elementwise work,
@@ -92,13 +93,15 @@ def devices(count: int) -> list:
     )
 
 
-def train_step(config: config_lib.Config, found: list):
-    """The traced step, as `benchmarks/train_step.py` times it."""
+def train_step(config: config_lib.Config, found: list, packed: bool):
+    """The traced step, as `benchmarks/train_step.py` times it, or with documents."""
     mesh = make_mesh(config.mesh, found)
     state, tx = abstract_state(config, mesh)
     shape = config.data.batch_size, config.data.seq_len
     rows = NamedSharding(mesh, P(("data", "fsdp"), "context"))
     kinds = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if packed:
+        kinds |= {"segment_ids": jnp.int32, "positions": jnp.int32}
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in kinds.items()
     }
@@ -276,6 +279,7 @@ def main() -> None:
         help="the first piece of a prompt of so many tokens instead of a training step",
     )
     parser.add_argument("--chunk", type=int, help="TTT chunk size")
+    parser.add_argument("--packed", action="store_true", help="rows of several documents")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--only", choices=["on", "off"], help="TTT on or off alone")
     parser.add_argument("--rows", type=int, default=0, help="list so many of the largest passes")
@@ -294,7 +298,7 @@ def main() -> None:
     for name in ("off", "on") if args.only is None else (args.only,):
         config = on if name == "on" else config_lib.replace(on, {"model.ttt.layers": []})
         traced = (
-            train_step(config, found)
+            train_step(config, found, args.packed)
             if args.prefill is None
             else prefill(on, found, args.prefill, name == "on")
         )

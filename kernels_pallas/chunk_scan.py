@@ -10,13 +10,15 @@ fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiproc
 computes one chunk, or several where it can make their tiles wait for each other.
 
     forward    o_i = base_i + z_i R^T    S += u_i^T z_i    R = bf16(S)      base = z W^T; u is lr v
+    fused      o_i = z_i R^T             S += u_i^T z_i    R = bf16(W + S)  instead of forward
     replay     dz_i = do_i R             S += u_i^T z_i    R = bf16(W + S)  forward in time again
     reverse    dv_i = lr z_i R^T         G += do_i^T z_i   R = bf16(G)
                dz_i += u_i R
 
 An update writes S and R in one pass over the float32 state, which nothing else touches. R has two
-slots: chunk i reads one and writes the other. Where a document starts, `keep` is 0 and the update
-before it leaves zeros. `live` is 0 for chunks that read zeros, whose apply is skipped.
+slots: chunk i reads one and writes the other. Where a document ends, `keep` is 0 and the update
+drops the state before it. `live` is 0 for sequences without an initial state, whose first apply is
+skipped.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Scalars(NamedTuple):
     i: jax.Array  # [1] int32: the launch's first chunk
     row: jax.Array  # [1] int32: where it starts in `base`
     lr: jax.Array  # [1] float32
-    keep_BM: jax.Array  # [B, M] float32: what an update multiplies its state by, last thing
+    keep_BM: jax.Array  # [B, M] float32: what an update multiplies the state before it by
     live_BM: jax.Array  # [B, M] int32: 0 where R is zero
 
 
@@ -66,6 +68,12 @@ class Launches(Protocol):
         """
         ...
 
+    def fused(
+        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF
+    ) -> tuple[Any, Any, Any]:
+        """Return o, S, R."""
+        ...
+
     def replay(
         self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
@@ -89,26 +97,35 @@ class Launches(Protocol):
     ) -> tuple[Any, Any, Any, Any, Any, Any]:
         """Return dz, dv, dW, G, R, and partial sums of <v, z R^T>, an array of any shape.
 
-        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects G wherever `keep` is 0; it
-        is None where the caller has no documents.
+        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects the G that is dropped
+        wherever `keep` is 0; it is None where the caller has no documents.
         """
         ...
 
 
 def in_place_ttt(
-    launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None
+    launches: Launches,
+    z_BTF,
+    v_BTD,
+    w_DF,
+    *,
+    lr,
+    chunk_size,
+    state_BDF,
+    keep_BM=None,
+    apply: str = "split",
 ):
     """Scan over the chunks with these launches. Same contract as `in_place_ttt_xla`.
 
     Args:
       z_BTF, v_BTD, w_DF: of one dtype.
-      lr, state_BDF, keep_BM: float32; keep is 0 where a document starts, None: no documents.
+      lr, state_BDF, keep_BM: float32; keep as there, None: no documents.
 
     Returns:
       o_BTD in that dtype, and the state after the last whole chunk, float32.
     """
     arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
-    results: Any = _in_place_ttt(launches, chunk_size, *arrays)
+    results: Any = _in_place_ttt(launches, chunk_size, apply == "fused", *arrays)
     return results
 
 
@@ -157,11 +174,8 @@ def _stretches(B: int, M: int, C: int) -> list[range]:
 
 
 def _factors(keep_BM, B, M):
-    """keep of every chunk and of what follows the last whole one: [B, M + 1]."""
-    if keep_BM is None:
-        return jnp.ones((B, M + 1), jnp.float32)
-    keep_BM = keep_BM.astype(jnp.float32)
-    return jnp.concatenate([keep_BM, jnp.ones((B, M + 1 - keep_BM.shape[1]), jnp.float32)], axis=1)
+    """keep of every whole chunk."""
+    return jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM[:, :M].astype(jnp.float32)
 
 
 def _slots(R_BDF):
@@ -174,44 +188,48 @@ def _scalars(i, row, lr, keep_BM, live_BM):
     return Scalars(i, row, lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_place_ttt(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
-def _enter(state_BDF, factors_BM):
-    """The state that the first chunk reads, and which chunks read anything at all."""
-    S_BDF = factors_BM[:, 0, None, None] * state_BDF
-    live_B = jnp.any(S_BDF != 0, axis=(1, 2))
-    return S_BDF, jnp.concatenate([live_B[:, None], factors_BM[:, 1:-1] != 0], axis=1)
-
-
-def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
     z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
     v_whole_BTD, _ = _split(v_BTD, M * C)
     factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_whole_BTD, lr)
-    S_BDF, live_BM = _enter(state_BDF, factors_BM)
+    live_B1 = jnp.any(state_BDF != 0, axis=(1, 2))[:, None]
+    live_BM = jnp.concatenate([live_B1, jnp.ones((B, max(M - 1, 0)), bool)], axis=1)
     most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
-    def step(base_BTD, first, carry, i, n):
+    def fused_step(carry, i, n):
         with jax.named_scope("ttt_forward"):
-            scalars = _scalars(i, (i - first) * C, lr, factors_BM[:, 1:], live_BM)
+            scalars = _scalars(i, 0, lr, factors_BM, live_BM)
+            results = launches.fused(C, n, scalars, z_whole_BTF, u_BTD, w_DF, *carry)
+            return varying_like(z_BTF, results)
+
+    def split_step(base_BTD, first, carry, i, n):
+        with jax.named_scope("ttt_forward"):
+            scalars = _scalars(i, (i - first) * C, lr, factors_BM, live_BM)
             results = launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
             return varying_like(z_BTF, results)
 
-    carry = jnp.zeros_like(v_whole_BTD), S_BDF, _slots(S_BDF.astype(dtype))
+    read_BDF = _sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
+    carry = jnp.zeros_like(v_whole_BTD), state_BDF, _slots(read_BDF)
     carry = varying_like(z_BTF, carry)
-    for chunks in _stretches(B, M, C):
+    if fused:
+        carry = _scan(fused_step, carry, range(M), most)
+    for chunks in [] if fused else _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
             w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
         base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
-        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks, most)
+        carry = _scan(functools.partial(split_step, base_BTD, chunks.start), carry, chunks, most)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
-        o_BCD = slow_apply(z_tail_BCF, w_DF) + _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), residuals
 
@@ -233,11 +251,17 @@ class _Whole(NamedTuple):
     do_BTD: Any
     w_DF: Any
     lr: Any
-    factors_BM: Any  # [B, M + 1]
+    factors_BM: Any
     live_BM: Any
 
 
-def _backward(launches, C, residuals, cotangents):
+def _sum_of(w_DF, S_BDF, dtype):
+    """W + S, rounded once."""
+    return (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)
+
+
+def _backward(launches, C, fused, residuals, cotangents):
+    del fused  # gradients tolerate the rounding of W + S anyway
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BTD, G_BDF = cotangents
     B, T, _ = z_BTF.shape
@@ -256,11 +280,6 @@ def _backward(launches, C, residuals, cotangents):
     if tail:
         dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
         G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
-        # Where a document starts G returns to zero. What it held is the share of dW of the tokens
-        # from there on.
-        keep_B11 = factors_BM[:, M, None, None]
-        dw_DF = dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0)
-        G_BDF = keep_B11 * G_BDF
 
     collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
     dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr = _reverse(
@@ -282,14 +301,12 @@ def _replay(launches, C, most, whole, state_BDF):
 
     def step(carry, i, n):
         with jax.named_scope("ttt_replay"):
-            scalars = _scalars(i, 0, whole.lr, whole.factors_BM[:, 1:], whole.live_BM)
+            scalars = _scalars(i, 0, whole.lr, whole.factors_BM, whole.live_BM)
             results = launches.replay(C, n, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
             return varying_like(z_BTF, results)
 
-    S_BDF, _ = _enter(state_BDF, whole.factors_BM)
-    # Gradients tolerate the rounding of W + S.
-    weight_BDF = (w_DF.astype(jnp.float32)[None] + S_BDF).astype(z_BTF.dtype)
-    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), S_BDF, _slots(weight_BDF)))
+    weight_BDF = _sum_of(w_DF, state_BDF, z_BTF.dtype)
+    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), state_BDF, _slots(weight_BDF)))
     dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C), most)
     return dz_BTF, R_2BDF
 
@@ -301,7 +318,7 @@ def _reverse(launches, C, most, whole, dz_BTF, collected_BDF, G_BDF):
     def step(carry, i, n):
         *carry, dlr = carry
         with jax.named_scope("ttt_reverse"):
-            scalars = _scalars(i, 0, whole.lr, whole.factors_BM[:, :-1], whole.live_BM)
+            scalars = _scalars(i, 0, whole.lr, whole.factors_BM, whole.live_BM)
             results = launches.reverse(C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, *carry)
             *carry, partial_dlr = varying_like(z_BTF, results)
             return (*carry, dlr + partial_dlr.sum())

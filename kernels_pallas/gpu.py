@@ -31,6 +31,7 @@ from ttt_jax.kernels_pallas.gpu_products import (
     Sizes,
     Staging,
     forward_products,
+    fused_products,
     replay_products,
     reverse_products,
 )
@@ -86,7 +87,9 @@ def why_not(platform: str, dtype, C: int, D: int, F: int) -> str | None:
     return None
 
 
-def in_place_ttt_gpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
+def in_place_ttt_gpu(
+    z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
+):
     """Apply and update the fast weight: section 3 of arXiv 2604.06169, o_i = z_i (W + S_i)^T.
 
     Same contract as `in_place_ttt_xla`. C, D and F are multiples of 256; `why_not` says what else
@@ -97,7 +100,7 @@ def in_place_ttt_gpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
       lr: float32 scalar.
       chunk_size: C.
       state_BDF: float32, S_0.
-      keep_BM: float32, 0 where a document starts; None: no documents.
+      keep_BM: float32, 0 where the state before an update is dropped; None: no documents.
 
     Returns:
       o_BTD bfloat16, and the state after the last whole chunk, float32.
@@ -112,6 +115,7 @@ def in_place_ttt_gpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
         chunk_size=chunk_size,
         state_BDF=state_BDF,
         keep_BM=keep_BM,
+        apply=apply,
     )
 
 
@@ -145,6 +149,12 @@ class MosaicLaunches:
         sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
         operands, in_place = (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF)
         return self._call("ttt_forward", forward_products, sizes, n, scalars, operands, in_place)
+
+    def fused(self, C, n, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
+        """See `chunk_scan.Launches`."""
+        sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
+        operands, in_place = (z_BTF, u_BTD, w_DF), (o_BTD, S_BDF, R_2BDF)
+        return self._call("ttt_fused", fused_products, sizes, n, scalars, operands, in_place)
 
     def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         """See `chunk_scan.Launches`."""

@@ -77,7 +77,7 @@ class Chunk:
         self.staging: Any = staging
 
     def keep(self, b):
-        """What the update multiplies the state by, last thing."""
+        """What the update multiplies the state before it by."""
         return self.keep_BM[b * self.M + self.i]
 
     def live(self, b):
@@ -111,6 +111,22 @@ def forward_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, base_BTD, o_BTD, 
     return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr)]
 
 
+def fused_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
+    """o = z R^T, and S += lr v^T z, with R a copy of W + S."""
+    C, D, F = sizes
+    apply = Product(
+        "nt",
+        rows=C,
+        columns=D,
+        length=F,
+        left=chunk.tokens(z_BTF),
+        right=chunk.fast_weight(R_2BDF),
+        epilogue=functools.partial(_write_rows, chunk, o_BTD),
+        epilogue_inputs=lambda b: (None, None),
+    )
+    return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
+
+
 def replay_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
     """dz = do R, and S += lr v^T z, with R a copy of W + S."""
     C, D, F = sizes
@@ -121,7 +137,7 @@ def replay_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, do_BTD, w_DF, dz_B
         length=D,
         left=chunk.tokens(do_BTD),
         right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_dz, chunk, dz_BTF),
+        epilogue=functools.partial(_write_rows, chunk, dz_BTF),
         epilogue_inputs=lambda b: (None, None),
     )
     return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
@@ -178,7 +194,7 @@ def _update(
     w=None,
     collected: Any = None,
 ) -> Product:
-    """keep (state + scale left^T right), and its copy R, with W added where there is one."""
+    """keep state + scale left^T right, and its copy R, with W added where there is one."""
     return Product(
         "tn",
         rows=sizes.D,
@@ -207,9 +223,9 @@ def _write_o(chunk, o_BTD, b, m0, n0):
     return write
 
 
-def _write_dz(chunk, dz_BTF, b, m0, n0):
+def _write_rows(chunk, y_BTX, b, m0, n0):
     def write(k, columns, sums, _, __):
-        chunk.staging.write(k, (dz_BTF.at[b, _rows(chunk.token + m0), columns], sums))
+        chunk.staging.write(k, (y_BTX.at[b, _rows(chunk.token + m0), columns], sums))
 
     return write
 
@@ -240,16 +256,15 @@ def _write_state(chunk, state_BDF, R_2BDF, scale, w, collected_BDF, b, m0, n0):
 
     def write(k, columns, sums, before, w_part):
         part = b, _rows(m0), columns
-        total = before + scale * sums
-        value = keep * total
+        value = keep * before + scale * sums
         copy = value if w is None else value + w_part.astype(jnp.float32)
         chunk.staging.write(
             k, (state_BDF.at[part], value), (R_2BDF.at[chunk.write_slot, *part], copy)
         )
-        if collected_BDF is not None:  # where a document starts, G is the whole of its share of dW
+        if collected_BDF is not None:  # where a document ends, G is the later ones' share of dW
 
             @pl.when(keep != 1)
             def _():
-                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * total
+                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * before
 
     return write

@@ -9,7 +9,7 @@ sequence go by, in time order or in reverse:
 
     y_i = a_i (W + X)^T            [C, bP]     sums over Q, so blocks of Q are streamed through a
                                                float32 accumulator
-    X  += p_i^T q_i                [bP, bQ]    block by block, in the same step that has just
+    X   = keep_i X + p_i^T q_i     [bP, bQ]    block by block, in the same step that has just
                                                applied the block
 
 Tiles of P need nothing from each other. X costs HBM traffic only where a sequence starts and ends;
@@ -28,8 +28,8 @@ the tiles wait for each other, so that v5p's second core has nothing to do. At D
 could hide behind the matmuls on v5e (10TDF, then), and could not on v6e (docs/performance.md).
 
 In the forward W and S are applied by two products in one float32 accumulator, so that an update
-that is small next to W survives bf16. Where only a gradient is at stake (replay), W + S is rounded
-and one product serves both.
+that is small next to W survives bf16. Where only a gradient is at stake (replay), and where the
+caller says so (fused), W + S is rounded and one product serves both.
 
     tpu.py         what can run, padding, and the gradient: which sweep computes what
     tpu_sweep.py   one sweep: its blocks, and a step of its grid
@@ -50,6 +50,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ttt_jax.kernels_pallas.tpu_sweep import run_sweep
 from ttt_jax.kernels_pallas.tpu_tiles import (
     FORWARD,
+    FUSED,
     LANES,
     REPLAY,
     REVERSE_DV,
@@ -116,7 +117,9 @@ def why_not(platform: str, dtype, C: int, D: int, F: int, T: int) -> str | None:
     return None
 
 
-def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
+def in_place_ttt_tpu(
+    z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
+):
     """Apply and update the fast weight: section 3 of arXiv 2604.06169, o_i = z_i (W + S_i)^T.
 
     Same contract as `in_place_ttt_xla`. Sizes that do not fill tiles are padded with zeros, which
@@ -128,7 +131,7 @@ def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
       lr: float32 scalar.
       chunk_size: C.
       state_BDF: float32, S_0.
-      keep_BM: float32, 0 where a document starts; None: no documents.
+      keep_BM: float32, 0 where the state before an update is dropped; None: no documents.
 
     Returns:
       o_BTD in the dtype of z, and the state after the last whole chunk, float32.
@@ -147,7 +150,8 @@ def in_place_ttt_tpu(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=N
     keep_BM = jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM
     w_DF, state_BDF = _pad(w_DF, (Dp, Fp)), _pad(state_BDF, (B, Dp, Fp))
     arrays = chunks(z_BTF, Fp), chunks(v_BTD, Dp), w_DF, lr, state_BDF, keep_BM
-    results: Any = _in_place_ttt(_core(), *varying_alike(*arrays))
+    forward = FORWARD if apply == "split" else FUSED
+    results: Any = _in_place_ttt(_core(), forward, *varying_alike(*arrays))
     o_BMCD, S_BDF = results
     return o_BMCD[:, :, :C, :D].reshape(B, M * C, D)[:, :T], S_BDF[:, :D, :F]
 
@@ -158,19 +162,20 @@ def _pad(x, shape):
     return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_place_ttt(core, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(core, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_place_ttt(core, forward, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(core, forward, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
-def _forward(core, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM):
+def _forward(core, forward, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM):
     o_BMCD, S_BDF = run_sweep(
-        FORWARD, core, lr, keep_BM, state_BDF, a=z_BMCF, p=v_BMCD, q=z_BMCF, w_PQ=w_DF
+        forward, core, lr, keep_BM, state_BDF, a=z_BMCF, p=v_BMCD, q=z_BMCF, w_PQ=w_DF
     )
     return (o_BMCD, S_BDF), (z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM)
 
 
-def _backward(core, residuals, cotangents):
+def _backward(core, forward, residuals, cotangents):
+    del forward
     z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BMCD, G_BDF = cotangents
     # The transpose of W is one small copy per call; inside it would be one per chunk and tile.

@@ -224,17 +224,15 @@ def _step(
     _start(sweep, t, k, x_init, p, X, pT, acc)
 
     x_PQ = X[k]
-    if not sweep.reverse:  # a document starts before its first chunk reads
-        x_PQ = keep * x_PQ
-
     y_CP = _apply(sweep, q if a is None else a, w, x_PQ)
     acc[...] += y_CP
 
     if sweep.gradients:
-        x_new_PQ = _updated(sweep, lr, x_PQ, pT, q)
-        _collect(x_new_PQ, x_PQ, keep, b, t, k, B, last_t, X=X, dW=dW, dw=dw, x_final=x_final)
+        _collect(x_PQ, keep, b, t, k, dW=dW)
+        X[k] = _updated(sweep, lr, keep, x_PQ, pT, q)
+        _finish(b, t, k, B, last_t, X=X, dW=dW, dw=dw, x_final=x_final)
     elif sweep.final:
-        X[k] = _updated(sweep, lr, x_PQ, pT, q)
+        X[k] = _updated(sweep, lr, keep, x_PQ, pT, q)
 
         @pl.when(t == last_t)
         def _():
@@ -243,8 +241,7 @@ def _step(
 
         @pl.when(t < last_t)
         def _():
-            x_new_PQ = _updated(sweep, lr, x_PQ, pT, q)
-            X[k] = keep * x_new_PQ if sweep.reverse else x_new_PQ
+            X[k] = _updated(sweep, lr, keep, x_PQ, pT, q)
 
     @pl.when(k == last_k)
     def _():
@@ -289,10 +286,10 @@ def _apply(sweep, a, w, x_PQ):
     return y_CP
 
 
-def _updated(sweep, lr, x_PQ, pT, q):
-    """X + lr p^T q of a block, or G + p^T q, float32."""
+def _updated(sweep, lr, keep, x_PQ, pT, q):
+    """Keep X + lr p^T q of a block, or keep G + p^T q, float32."""
     step_PQ = _dot(pT[...], q[...], ((1,), (0,)))
-    return x_PQ + (step_PQ if sweep.reverse else lr * step_PQ)
+    return keep * x_PQ + (step_PQ if sweep.reverse else lr * step_PQ)
 
 
 def _write_y(sweep, lr, acc, v, base, y, dlr):
@@ -308,11 +305,11 @@ def _write_y(sweep, lr, acc, v, base, y, dlr):
     y[...] = y_CP.astype(y.dtype)
 
 
-def _collect(g_PQ, before_PQ, keep, b, t, k, B, last_t, *, X, dW, dw, x_final):
-    """Let G leave the chunk, and read dW = sum do^T z over all chunks off it.
+def _collect(before_PQ, keep, b, t, k, *, dW):
+    """Read dW = sum do^T z over all chunks off G.
 
-    Where a document starts, G returns to zero, and what it held is the share of the tokens from
-    there on. The rest is in it at the end, less what it began with.
+    Where a document ends, G returns to zero, and what it held is the share of the tokens behind.
+    The rest is in it at the end, less what it began with.
     """
 
     @pl.when((t == 0) & (b == 0))
@@ -325,9 +322,11 @@ def _collect(g_PQ, before_PQ, keep, b, t, k, B, last_t, *, X, dW, dw, x_final):
 
     @pl.when(keep != 1)
     def _():
-        dW[k] += (1 - keep) * g_PQ
+        dW[k] += (1 - keep) * before_PQ
 
-    X[k] = keep * g_PQ
+
+def _finish(b, t, k, B, last_t, *, X, dW, dw, x_final):
+    """After the last chunk, add what is left in G to dW; write both."""
 
     @pl.when(t == last_t)
     def _():

@@ -49,6 +49,7 @@ class Sweep:
 
 
 FORWARD = Sweep("ttt_forward", reverse=False, transposed=False, weight="separate", final=True)
+FUSED = dataclasses.replace(FORWARD, name="ttt_fused", weight="folded")
 REPLAY = Sweep("ttt_replay", reverse=False, transposed=True, weight="folded")
 REVERSE_DV = Sweep(
     "ttt_reverse_dv", reverse=True, transposed=False, weight="none", gradients=True, final=True

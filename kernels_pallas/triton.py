@@ -39,12 +39,14 @@ class Tile:
 BF16, FLOAT32 = Tile(128, 256, 64, 8, 3), Tile(64, 64, 32, 4, 2)
 
 
-def why_not(platform: str, dtype) -> str | None:
+def why_not(platform: str, dtype, apply: str = "split") -> str | None:
     """Say why these inputs cannot run here, or None."""
     if platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, and the platform is {platform}"
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         return f"it computes in float32 and bfloat16, not in {jnp.dtype(dtype)}"
+    if apply != "split":
+        return f"it applies W and S in two products (apply='split'), not apply={apply!r}"
     missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed (pip install 'ttt-jax[gpu]')"
@@ -63,7 +65,7 @@ def in_place_ttt_triton(
       lr: float32 scalar.
       chunk_size: C.
       state_BDF: float32, S_0.
-      keep_BM: float32, 0 where a document starts; None: no documents.
+      keep_BM: float32, 0 where the state before an update is dropped; None: no documents.
       tile: None: the one of the dtype.
 
     Returns:
@@ -110,6 +112,10 @@ class TritonLaunches:
             "T_BASE": base_BTD.shape[1],
         }
         return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
+
+    def fused(self, C, n, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
+        """Not built; `why_not` says so before."""
+        raise NotImplementedError
 
     def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         """Return dz, S, R."""

@@ -76,21 +76,16 @@ def _update(
     C: tl.constexpr, D: tl.constexpr, F: tl.constexpr, WEIGHT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keep (S + left^T right), and of its copy R, with W added where it has one.
-
-    Returns the tile before keep, and where it is.
-    """
+    """A tile of keep S + left^T right, and of its copy R, with W added where it has one."""
     m0, n0 = _tile_of(index, D, F, BM, BN)
     at, inside = _inside(m0, n0, D, F, BM, BN)
     # The sum starts with S: added later, it would need as many registers again.
-    S = tl.load(S_in + at, mask=inside, other=0.0)
+    S = keep * tl.load(S_in + at, mask=inside, other=0.0)
     S = _product(S, left, right, m0, n0, D, F, C, 1, D, F, 1, BM, BN, BK, PRECISION)
-    kept = keep * S
-    tl.store(S_out + at, kept, mask=inside)
+    tl.store(S_out + at, S, mask=inside)
     if WEIGHT:
-        kept += tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(R_out + at, kept.to(R_out.dtype.element_ty), mask=inside)
-    return S, at, inside
+        S += tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(R_out + at, S.to(R_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -212,11 +207,14 @@ def reverse(
         kept = tl.load(keep + b * M + chunk)
         state = b * D * F
         other = ((1 - slot) * B + b) * D * F
-        whole, at, inside = _update(
+        if COLLECT:  # noqa: SIM102 (known when compiled, the other one is not)
+            if kept != 1.0:  # a document ends with this chunk: G is the later ones' share of dW
+                m0, n0 = _tile_of(pid % writes, D, F, BM, BN)
+                at, inside = _inside(m0, n0, D, F, BM, BN)
+                dropped = (1.0 - kept) * tl.load(G_in + state + at, mask=inside, other=0.0)
+                collected = tl.load(dw_in + state + at, mask=inside, other=0.0)
+                tl.store(dw + state + at, collected + dropped, mask=inside)
+        _update(
             pid % writes, do + first * D, z + first * F, kept, G_in + state, G + state, R + other,
             G_in, C, D, F, False, BM, BN, BK, PRECISION,
         )  # fmt: skip
-        if COLLECT:  # noqa: SIM102 (known when compiled, the other one is not)
-            if kept != 1.0:  # a document starts at this chunk: G is the whole of its share of dW
-                collected = tl.load(dw_in + state + at, mask=inside, other=0.0)
-                tl.store(dw + state + at, collected + (1.0 - kept) * whole, mask=inside)

@@ -2,6 +2,8 @@
 tests/gpu -m gpu
 """
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from ttt_jax.kernels_pallas import gpu, inverse_root
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.ttt import writes
 
+registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA device"),
@@ -32,6 +35,19 @@ def test_kernels_match_the_float64_reference(implementation, dtype, D, F, C, doc
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, C), (2, T))
     check(*make_inputs(T=T, D=D, F=F), dtype, implementation, chunk_size=C, segment_ids=ids)
+
+
+@pytest.mark.parametrize("documents", ["none", "boundaries"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_product_and_pairs_of_chunks(monkeypatch, documents, n):
+    """Documents that start inside a pair, too."""
+    C, T = 256, 7 * 256 + 17
+    kernel = registry._FAST["pallas_gpu"]._replace(block=lambda call: n)
+    monkeypatch.setitem(registry._FAST, "pallas_gpu", kernel)
+    ids = None if documents == "none" else np.broadcast_to((np.arange(T) // C + 1) // 3, (2, T))
+    for apply in ("split", "fused"):
+        options = {"chunk_size": C, "segment_ids": ids, "apply": apply}
+        check(*make_inputs(T=T, D=512, F=1024), BF16, "pallas_gpu", **options)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "triton"])

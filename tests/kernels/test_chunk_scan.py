@@ -38,6 +38,12 @@ class PlainLaunches:
             o, S, R = self._forward(C, self._later(scalars, k, C), *operands, o, S, R)
         return o, S, R
 
+    def fused(self, C, n, scalars, *arrays):
+        *operands, o, S, R = arrays
+        for k in range(n):
+            o, S, R = self._fused(C, self._later(scalars, k, C), *operands, o, S, R)
+        return o, S, R
+
     def replay(self, C, n, scalars, *arrays):
         *operands, dz, S, R = arrays
         for k in range(n):
@@ -61,6 +67,11 @@ class PlainLaunches:
         S, R = self._update(scalars, self._lr(scalars), u_i, z_i, S, R)
         return o.at[:, i * C + jnp.arange(C)].set(base_i + sums), S, R
 
+    def _fused(self, C, scalars, z, u, w, o, S, R):
+        i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
+        o = o.at[:, i * C + jnp.arange(C)].set(dot("bcf,bdf->bcd", z_i, R[i % 2]))
+        return o, *self._update(scalars, self._lr(scalars), u_i, z_i, S, R, w[None])
+
     def _replay(self, C, scalars, z, u, do, w, dz, S, R):
         i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
         at = i * C + jnp.arange(C)
@@ -74,7 +85,7 @@ class PlainLaunches:
         dz = dz.at[:, at].add(self._lr(scalars) * dot("bcd,bdf->bcf", u_i, R[i % 2]))
         keep = scalars.keep_BM[:, i, None, None]
         if dw is not None:
-            dw = dw + (1 - keep) * (G + dot("bcd,bcf->bdf", do[:, at], z_i))
+            dw = dw + (1 - keep) * G
         G, R = self._update(scalars, 1, do[:, at], z_i, G, R)
         return dz, dv.at[:, at].set(scalars.lr[0] * sums), dw, G, R, v[:, at] * sums
 
@@ -86,18 +97,23 @@ class PlainLaunches:
         return i, scalars.row[0], scalars.live_BM[:, i, None, None] != 0, z[:, at], u[:, at]
 
     def _update(self, scalars, scale, left, right, S, R, w=0.0):
-        S = scalars.keep_BM[:, scalars.i[0], None, None] * (
-            S + scale * dot("bcd,bcf->bdf", left, right)
-        )
+        keep = scalars.keep_BM[:, scalars.i[0], None, None]
+        S = keep * S + scale * dot("bcd,bcf->bdf", left, right)
         return S, R.at[(scalars.i[0] + 1) % 2].set(S + w)
 
 
 @pytest.fixture
-def plain(monkeypatch, scaled, most):
+def n():
+    """Chunks of a block."""
+    return 1
+
+
+@pytest.fixture
+def plain(monkeypatch, scaled, most, n):
     """The name of an implementation that runs such launches."""
-    name = f"plain-{scaled}-{most}"
+    name = f"plain-{scaled}-{most}-{n}"
     run = functools.partial(chunk_scan.in_place_ttt, PlainLaunches(scaled, most))
-    implementation = registry._Implementation(lambda call: None, run)
+    implementation = registry._Implementation(lambda call: None, run, block=lambda call: n)
     monkeypatch.setattr(registry, "_FAST", registry._FAST | {name: implementation})
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, name))
     return name
@@ -119,6 +135,30 @@ def test_the_last_document_starts_with_the_partial_chunk(plain):
     ids = np.broadcast_to(DOCUMENTS["boundaries"](35, 8), (2, 35))
     assert ids[0, 31] != ids[0, 32]
     check(*make_inputs(T=35), F32, plain, chunk_size=8, segment_ids=ids)
+
+
+@pytest.mark.parametrize(("scaled", "most", "n"), [(True, 1, 2), (False, 3, 4)])
+def test_documents_start_inside_blocks(plain):
+    """Nine whole chunks: blocks whose state is dropped by an update that writes, too."""
+    ids = np.stack([np.arange(75) // 24, (np.arange(75) >= 8) + (np.arange(75) >= 40)])
+    for fresh in (False, True):
+        check(*make_inputs(T=75), F32, plain, chunk_size=8, segment_ids=ids, fresh=fresh)
+
+
+@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
+def test_decay(plain):
+    """Every update collects what it drops of G."""
+    ids = np.stack([np.arange(43) // 24, np.zeros(43, int) + 1])
+    check(*make_inputs(T=43), F32, plain, chunk_size=8, segment_ids=ids, decay=0.7)
+
+
+@pytest.mark.parametrize(("scaled", "most", "n"), [(True, 1, 1), (False, 3, 2)])
+@pytest.mark.parametrize("T", [5 * 8 + 3, 4 * 8, 5])
+def test_one_product_matches_the_float64_reference(plain, T):
+    ids = np.broadcast_to(DOCUMENTS["boundaries"](T, 8), (2, T))
+    for fresh in (False, True):
+        options = {"segment_ids": ids, "apply": "fused", "fresh": fresh}
+        check(*make_inputs(T=T), F32, plain, chunk_size=8, **options)
 
 
 @pytest.mark.parametrize(("scaled", "most"), [(False, 1), (False, 2)])

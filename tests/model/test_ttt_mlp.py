@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
-from support.tolerance import TOLERANCE, assert_close
+from support.tolerance import TOLERANCE, assert_close, relative_rms
 
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import ConfigError
@@ -212,6 +212,22 @@ def test_the_state_accumulates_in_float32_under_bfloat16():
         jnp.float32,
         jnp.bfloat16,
     )
+
+
+def test_one_product_or_two():
+    """`apply: fused` leaves out z W^T of all tokens; the results are the same to rounding."""
+    x = jax.random.normal(jax.random.key(3), (1, 12, 6), jnp.float32)
+    run = lambda mlp: mlp(x, context(x, keep_state=True), None)[0]
+    outputs, products = {}, {}
+    for word in ("split", "fused"):
+        mlp = small_mlp(apply=word)
+        mlp.target.conv.set_value(jnp.ones_like(mlp.target.conv[...]))  # or nothing is written
+        outputs[word] = jit(run)(mlp)
+        products[word] = str(jax.make_jaxpr(run)(mlp)).count("f32[1,12,6] = dot_general")
+    assert_close("y", outputs["fused"], outputs["split"], TOLERANCE["float32"])
+    without = jit(lambda mlp: mlp(x, context(x, ttt_scale=0.0), None)[0])(mlp)
+    assert relative_rms(outputs["split"], without) > 1e-2
+    assert products["split"] == products["fused"] + 1  # the target's projection is another one
 
 
 # ------------------------------------------------------------------------------------ layer indices

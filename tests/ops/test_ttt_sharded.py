@@ -2,6 +2,8 @@
 and keeps.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,20 @@ def test_equals_one_device_exactly(x64, sizes, implementation):
     got = value_and_gradients(
         parallel(**sizes).in_place_ttt, x, do, dS, **options, implementation=implementation
     )
+    for name, value in got.items():
+        assert_close(name, value, want[name], TOLERANCE["float64"])
+
+
+def test_blocks_of_chunks_and_one_product_in_shards(x64, monkeypatch):
+    """Documents start inside of blocks, and at other chunks on each shard."""
+    registry = importlib.import_module("ttt_jax.ops.ttt.api")
+    in_blocks = registry._FAST["xla"]._replace(block=lambda call: 2)
+    monkeypatch.setitem(registry._FAST, "xla", in_blocks)
+    x, do, dS = arrays(2, 8 * C, 5, 8, "float64")
+    options = {"chunk_size": C, "segment_ids": segments(2, 8 * C, "inside")}
+    want = value_and_gradients(in_place_ttt, x, do, dS, **options, implementation="reference")
+    op = parallel(context=2, tensor=2).in_place_ttt
+    got = value_and_gradients(op, x, do, dS, **options, apply="fused", implementation="xla")
     for name, value in got.items():
         assert_close(name, value, want[name], TOLERANCE["float64"])
 

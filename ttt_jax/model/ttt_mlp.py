@@ -167,6 +167,7 @@ class MLP(nnx.Module):
             decay=ttt.decay,
             whole_chunks=whole_B,
             clip_norm=ttt.clip_norm,
+            apply=ttt.apply,
             implementation=ttt.implementation,
         )
 

@@ -74,6 +74,7 @@ class Devices(abc.ABC):
         decay=1.0,
         whole_chunks=None,
         clip_norm=None,
+        apply="split",
         implementation=None,
     ) -> tuple[Any, Any]:
         """Call `ttt_jax.ops.in_place_ttt`; same arguments and results.

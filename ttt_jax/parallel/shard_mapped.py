@@ -104,6 +104,7 @@ class Parallel(Devices):
         decay=1.0,
         whole_chunks=None,
         clip_norm=None,
+        apply="split",
         implementation=None,
     ):
         """Split rows, tokens and F. The state lies as W_down does: its rows over the context axis,
@@ -130,6 +131,7 @@ class Parallel(Devices):
                 "decay": decay,
                 "whole_chunks_B": whole_B,
                 "clip_norm": clip_norm,
+                "apply": apply,
                 "implementation": implementation,
             }
             sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None

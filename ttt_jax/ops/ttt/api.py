@@ -6,6 +6,8 @@ fast weight (D F).
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops import platform
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
-from ttt_jax.ops.ttt.chunk_updates import decay_before, decay_behind, fold_clip, fold_segments
+from ttt_jax.ops.ttt.chunk_updates import decay_factors, fold_clip, fold_segments
 from ttt_jax.ops.ttt.reference import in_place_ttt_reference
 from ttt_jax.ops.ttt.xla import in_place_ttt_xla
 
@@ -31,7 +33,8 @@ class _Call(NamedTuple):
     D: int
     F: int
     C: int
-    documents: bool  # segment_ids are given
+    documents: bool = False  # segment_ids are given
+    apply: str = "split"
 
 
 class _Implementation(NamedTuple):
@@ -75,7 +78,7 @@ def _run_pallas_gpu(*args, **kwargs):
 def _why_not_triton(call: _Call) -> str | None:
     from ttt_jax.kernels_pallas import triton
 
-    return triton.why_not(call.platform, call.dtype)
+    return triton.why_not(call.platform, call.dtype, call.apply)
 
 
 def _run_triton(*args, **kwargs):
@@ -85,20 +88,24 @@ def _run_triton(*args, **kwargs):
 
 
 def _pallas_gpu_pays(call: _Call) -> bool:
-    """Measured faster than XLA on an H100 at every shape that was tried: C = 1024 from D, F = 1024,
-    3072 to 5120, 17408, and to C = 4096 at 2560, 9728; C = 256 at 2560, 9728 and 512 from 2048,
-    6144 on, in blocks or not (docs/performance.md). Not measured beside collectives, which take
-    multiprocessors away from a kernel that has divided its work among all of them.
+    """Measured faster than XLA on an H100 or H200 at every shape that was tried: C = 1024 from D, F
+    = 1024, 3072 to 5120, 17408, and to C = 4096 at 2560, 9728; C = 512 from 768, 2048 on; C = 256
+    at 2560, 9728 (docs/performance.md). Not measured beside collectives, which take multiprocessors
+    away from a kernel that has divided its work among all of them.
     """
-    smallest = 1024 * 3072 if call.C >= 1024 else 2048 * 6144 if call.C >= 512 else 2560 * 9728
+    smallest = 768 * 2048 if call.C >= 512 else 2560 * 9728
     return call.C <= call.T and smallest <= call.D * call.F and not platform.one_of_several()
 
 
 def _pallas_gpu_block(call: _Call) -> int:
-    """Blocks of 1024 tokens were the fastest where they were tried. Documents cannot be computed in
-    blocks.
+    """Blocks of 1024 tokens were the fastest where they were tried, and chunk by chunk at small
+    shapes, whose states cost less to move than blocks cost to multiply. Packed rows were tried at
+    C = 512 only, and gain less.
     """
-    if call.documents or call.D * call.F < 2048 * 6144:
+    size, smallest = call.D * call.F, 2048 * 6144
+    if call.documents:
+        smallest = 2560 * 9728 if call.C >= 512 else math.inf
+    if size < smallest:
         return 1
     return max(1, min(1024, 1 << (call.T.bit_length() - 1)) // call.C)
 
@@ -128,6 +135,7 @@ def in_place_ttt(
     decay: float = 1.0,
     whole_chunks: Int[Array, " B"] | None = None,
     clip_norm: float | None = None,
+    apply: str = "split",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D F"]]:
     """Apply a fast weight and update it chunk by chunk (In-Place TTT,
@@ -158,6 +166,9 @@ def in_place_ttt(
         stays as it is in the others, whose v must be zero. None: all chunks.
       clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4,
         evaluation).
+      apply: "split" applies W and S in two products, so that an update that is small beside W is
+        not lost in bfloat16; "fused" rounds W + S once a chunk, for 4TDF FLOPs instead of 6TDF
+        (docs/numerics.md says when). The same thing to "reference", which rounds nothing.
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F
         in multiples of 256), "triton" (NVIDIA, jax-triton), or None for the fastest that supports
         the platform and shapes. A named one that cannot run raises; it never falls back. Kernels
@@ -170,14 +181,15 @@ def in_place_ttt(
       continue the stream with.
 
     Raises:
-      UserError: shapes do not fit together, a chunk size below 1, or an implementation that is
-        unknown or cannot run here.
+      UserError: shapes do not fit together, a chunk size below 1, another word for `apply`, or an
+        implementation that is unknown or cannot run here.
     """
     _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    if apply not in ("split", "fused"):
+        raise UserError(f'in_place_ttt: apply = {apply!r}: must be "split" or "fused"')
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    call = _Call(
-        platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, segment_ids is not None
-    )
+    documents = segment_ids is not None
+    call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, documents, apply)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
@@ -199,19 +211,18 @@ def in_place_ttt(
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
-    if decay == 1:
-        if keep_BM is None:
-            return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options)
-        return fast.run(z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
-    behind_BM = decay_behind(decay, (B, T), chunk_size, segment_ids, whole_chunks, acc)
-    o_BTD, S_BDF = fast.run(
-        z_BTF,
-        v_BTD,
-        w_DF,
-        **options | {"lr": lr / decay},
-        keep_BM=decay_before(behind_BM, keep_BM),
-    )
-    return o_BTD, behind_BM[:, -1:, None] * S_BDF
+    decay_BM = None
+    if decay != 1:
+        decay_BM = decay_factors(decay, (B, T), chunk_size, segment_ids, whole_chunks, acc)
+    # Inside of a block every chunk would need another power of the decay.
+    n = fast.block(call) if decay == 1 else 1
+    factors = {"keep_BM": keep_BM, "decay_BM": decay_BM}
+    return in_blocks(_applying(fast.run, apply), n, z_BTF, v_BTD, w_DF, **options, **factors)
+
+
+@functools.cache  # one function each, which jax knows again
+def _applying(run, apply: str):
+    return run if apply == "split" else functools.partial(run, apply=apply)
 
 
 def _choose(implementation: str | None, call: _Call) -> str:

@@ -83,9 +83,9 @@ def _documents(segment_ids_BT, C):
     return first_BM, (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
 
 
-def decay_behind(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc):
-    """The factor on S behind each chunk, a trailing partial one included, [B, M]: `decay` where
-    the chunk is written, else 1.
+def decay_factors(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc):
+    """What each chunk's update multiplies the state before it by, a trailing partial chunk
+    included, [B, M]: `decay` where the chunk is written, else 1.
     """
     B, T = shape_BT
     place_M = jnp.arange(-(-T // C), dtype=jnp.int32)[None]
@@ -95,21 +95,6 @@ def decay_behind(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc):
     if segment_ids_BT is not None:
         written_BM &= _documents(segment_ids_BT, C)[1]
     return jnp.where(written_BM, jnp.asarray(decay, acc), 1)
-
-
-def decay_before(behind_BM, keep_BM, first_B1=None):
-    """Decay as factors on S at the start of each chunk, as implementations take them, [B, M].
-
-    They multiply what the chunk before has written, too, so its rate has to be divided by `decay`;
-    and what is left at the end has still to be multiplied by the last factor behind.
-
-    Args:
-      keep_BM: 0 where a document starts; None: no documents.
-      first_B1: the factor behind the chunk before the first one; None: there is none.
-    """
-    first_B1 = jnp.ones_like(behind_BM[:, :1]) if first_B1 is None else first_B1
-    before_BM = jnp.concatenate([first_B1, behind_BM[:, :-1]], axis=1)
-    return before_BM if keep_BM is None else before_BM * keep_BM
 
 
 def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from ttt_jax.errors import UserError
 from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.api import in_place_ttt
-from ttt_jax.ops.ttt.chunk_updates import decay_before, decay_behind, fold_clip, fold_segments
+from ttt_jax.ops.ttt.chunk_updates import decay_factors, fold_clip, fold_segments
 
 
 def in_place_ttt_shard(
@@ -55,6 +55,7 @@ def in_place_ttt_shard(
     whole_chunks_B=None,
     clip_norm: float | None = None,
     sum_F: Callable[[Any], Any] | None = None,
+    apply: str = "split",
     implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """The op on one shard of a sequence; see `ttt_jax.ops.ttt.api` for what is not listed.
@@ -84,21 +85,17 @@ def in_place_ttt_shard(
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
     if axis is None:
-        options = {"segment_ids": segment_ids_BT, "implementation": implementation}
+        options = {"segment_ids": segment_ids_BT, "apply": apply, "implementation": implementation}
         options |= {"decay": decay, "whole_chunks": whole_chunks_B}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
-    last_B1 = None
+    decay_BM = None
     if decay != 1:
         if whole_chunks_B is not None:
             whole_chunks_B = whole_chunks_B - jax.lax.axis_index(axis) * (T // C)
         shape_BT = z_BTF.shape[:2]
-        behind_BM = decay_behind(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc)
-        last_B1 = behind_BM[:, -1:]
-        first_B1 = _from_before(last_B1, axis, shards)
-        first_B1 = jnp.where(jax.lax.axis_index(axis) == 0, 1, first_B1)
-        keep_BM = decay_before(behind_BM, keep_BM, first_B1)
-    static = _Static(C, axis, shards, implementation, state_BXF is None, decay)
-    w_DF, chunks = w_DF.astype(z_BTF.dtype), (keep_BM, segment_ids_BT, whole_chunks_B, last_B1)
+        decay_BM = decay_factors(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc)
+    static = _Static(C, axis, shards, apply, implementation, state_BXF is None, decay)
+    w_DF, chunks = w_DF.astype(z_BTF.dtype), (keep_BM, decay_BM, segment_ids_BT, whole_chunks_B)
     out: Any = _sharded(static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks)
     return out
 
@@ -112,6 +109,7 @@ class _Static(NamedTuple):
     chunk_size: int
     axis: str
     shards: int
+    apply: str
     implementation: str | None
     from_zero: bool  # there is no initial state
     decay: float
@@ -121,14 +119,10 @@ def _continues(segment_ids_BT, C: int, axis: str, shards: int):
     """Whether each row's first chunk goes on with the document that the last chunk before this
     shard starts with, bool [B].
     """
-    before_B = _from_before(segment_ids_BT[:, -C], axis, shards)
+    forward = [(p, p + 1) for p in range(shards - 1)]
+    before_B = jax.lax.ppermute(segment_ids_BT[:, -C], axis, forward)
     # The initial state belongs to the first document, whatever its number.
     return (before_B == segment_ids_BT[:, 0]) | (jax.lax.axis_index(axis) == 0)
-
-
-def _from_before(x, axis: str, shards: int):
-    """The shard before this one's x; zeros on the first."""
-    return jax.lax.ppermute(x, axis, [(p, p + 1) for p in range(shards - 1)])
 
 
 def _sum_of_products(x_BTD, z_BTF, factor_BM, C, acc):
@@ -188,17 +182,11 @@ def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks) -> Any:
 
 
 def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks):
-    C, axis, shards, implementation, _, decay = static
-    # With decay, keep holds it, and the prefix runs over states that the last chunk behind them has
-    # not decayed yet (`decay_before`).
-    keep_BM, segment_ids_BT, whole_chunks_B, last_B1 = chunks
+    C, axis, shards, apply, implementation, _, decay = static
+    keep_BM, _, segment_ids_BT, whole_chunks_B = chunks
     acc, dtype = lr.dtype, z_BTF.dtype
-    later_BM = kept_B = None
-    if keep_BM is not None:
-        from_here_BM = jnp.flip(jnp.cumprod(jnp.flip(keep_BM, 1), axis=1), 1)
-        later_BM = jnp.concatenate([from_here_BM[:, 1:], jnp.ones_like(keep_BM[:, :1])], axis=1)
-        kept_B = from_here_BM[:, 0]
-    scaled_BTD = (lr / decay * v_BTD.astype(acc)).astype(dtype)
+    later_BM, kept_B, _ = _factors(*chunks[:2])
+    scaled_BTD = (lr * v_BTD.astype(acc)).astype(dtype)
     delta_BDF = _sum_of_products(scaled_BTD, z_BTF, later_BM, C, acc)
     S_BDF, end_BXF = exclusive_prefix(delta_BDF, kept_B, state_BXF, axis=axis, shards=shards)
     # the op below takes a state for its first document, so the shard's first reset is applied here
@@ -216,36 +204,42 @@ def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks):
             segment_ids=segment_ids_BT,
             decay=decay,
             whole_chunks=whole_chunks_B,
+            apply=apply,
             implementation=implementation,
         )
 
     (o_BTD, _), pull = jax.vjp(op, z_BTF, v_BTD, w_DF, lr, S_BDF)
-    if last_B1 is not None:
-        end_BXF = _of_last(last_B1, axis)[:, :, None] * end_BXF
     return (o_BTD, end_BXF), (pull, z_BTF, chunks)
 
 
-def _of_last(last_B1, axis: str):
-    """The last shard's factor behind its last chunk, on every shard."""
-    return jax.lax.all_gather(last_B1, axis)[-1]
+def _factors(keep_BM, decay_BM):
+    """What documents and decay leave, inside of this shard; None where there is neither.
+
+    Returns: of what each chunk writes, in the state at the end, [B, M]; of the state that comes in,
+    at the end, [B]; and of it, in what each chunk reads, [B, M].
+    """
+    if keep_BM is None and decay_BM is None:
+        return None, None, None
+    keep_BM = jnp.ones_like(decay_BM) if keep_BM is None else keep_BM
+    # A document that starts with a chunk drops the state there; the chunk's update decays it.
+    both_BM = keep_BM if decay_BM is None else keep_BM * decay_BM
+    one_B1 = jnp.ones_like(keep_BM[:, :1])
+    from_here_BM = jnp.flip(jnp.cumprod(jnp.flip(both_BM, 1), axis=1), 1)
+    so_far_BM = jnp.concatenate([one_B1, jnp.cumprod(both_BM, axis=1)[:, :-1]], axis=1)
+    later_BM = jnp.concatenate([from_here_BM[:, 1:], one_B1], axis=1)
+    return later_BM, from_here_BM[:, 0], so_far_BM * keep_BM
 
 
 def _backward(static: _Static, residuals, cotangents):
-    C, axis, shards, _, from_zero, _ = static
+    C, axis, shards, _, _, from_zero, _ = static
     pull, z_BTF, chunks = residuals
-    keep_BM, _, _, last_B1 = chunks
     do_BTD, dend_BXF = cotangents
     acc = dend_BXF.dtype
-    if last_B1 is not None:
-        dend_BXF = _of_last(last_B1, axis)[:, :, None] * dend_BXF
-    so_far_BM = None if keep_BM is None else jnp.cumprod(keep_BM, axis=1)
-    kept_B = None if so_far_BM is None else so_far_BM[:, -1]
+    _, kept_B, so_far_BM = _factors(*chunks[:2])
     gamma_BDF = _sum_of_products(do_BTD, z_BTF, so_far_BM, C, acc)
     G_BDF, dstate_BXF = exclusive_prefix(
         gamma_BDF, kept_B, dend_BXF, axis=axis, shards=shards, reverse=True
     )
-    if last_B1 is not None:  # the op's final state is decayed, the prefix's is not
-        G_BDF = G_BDF / last_B1[:, :, None]
     # S_p's gradient is what the prefix has carried already
     dz_BTF, dv_BTD, dw_DF, dlr, _ = pull((do_BTD, G_BDF))
     return dz_BTF, dv_BTD, dw_DF, dlr, None if from_zero else dstate_BXF, None

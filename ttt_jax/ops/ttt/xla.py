@@ -5,19 +5,19 @@ B batch, T tokens, D model width, F MLP width, C chunk size, M whole chunks, S a
 the fast weight (D F), G its gradient (D F).
 
     forward    o_i = z_i W^T + z_i S_i^T
-               S_{i+1} = keep_{i+1} (S_i + lr v_i^T z_i)
+               S_{i+1} = keep_i S_i + lr v_i^T z_i
     backward   dz_i = do_i (W + S_i) + lr v_i G_i
                dv_i = lr z_i G_i^T
-               G_{i-1} = keep_i (G_i + do_i^T z_i)
+               G_{i-1} = keep_i G_i + do_i^T z_i
                dW = sum_i do_i^T z_i, which G has accumulated already: it is collected where G is
                reset and at the end
 
-W and S are applied by two matmuls, not as one bf16 matrix W + S: rounding the sum to bf16 would
-swallow an update that is small beside W (docs/numerics.md). Only z, v, W and the initial state are
-kept for the backward, which runs the states forward again; its temporary memory does not depend on
-the number of chunks (arXiv 2604.06169, section 3; docs/design.md). What is known to be zero is not
-computed with: no initial state is nothing to apply to the first chunk, and where no gradient
-reaches the final state, G is nothing to the last one.
+W and S are applied by two matmuls, not as one bf16 matrix W + S, unless `apply` is "fused":
+rounding the sum to bf16 swallows an update that is small beside W (docs/numerics.md). Only z, v, W
+and the initial state are kept for the backward, which runs the states forward again; its temporary
+memory does not depend on the number of chunks (arXiv 2604.06169, section 3; docs/design.md). What
+is known to be zero is not computed with: no initial state is nothing to apply to the first chunk,
+and where no gradient reaches the final state, G is nothing to the last one.
 """
 
 from __future__ import annotations
@@ -31,16 +31,21 @@ from jax.custom_derivatives import SymbolicZero
 from ttt_jax.ops.numerics import dot
 
 
-def in_place_ttt_xla(z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None):
+def in_place_ttt_xla(
+    z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
+):
     """Apply and update chunk by chunk; see `ttt_jax.ops.ttt.api`.
 
     Args:
       state_BDF: None is zero.
-      keep_BM: float, what the state is multiplied by at the start of each chunk (a trailing partial
-        one included): 0 at a document's first chunk, else 1. None means all ones. Rows of v that
-        must not be written are zero already.
+      keep_BM: float, what each chunk's update multiplies the state before it by: 0 where that
+        state's document ends, else 1. None means all ones. A trailing partial chunk has no update;
+        if there is a factor for it, it is not read. Rows of v that must not be written are zero
+        already.
+      apply: "split", or "fused"; a single token is applied in two products all the same.
     """
-    return _in_place_ttt(chunk_size, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    fused = apply == "fused" and z_BTF.shape[1] > 1
+    return _in_place_ttt(chunk_size, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
 def _chunk(x_BTX, i, C, size=None):
@@ -51,14 +56,16 @@ def _put(x_BTX, i, C, piece_BCX):
     return jax.lax.dynamic_update_slice_in_dim(x_BTX, piece_BCX.astype(x_BTX.dtype), i * C, axis=1)
 
 
-def _factor(keep_BM, i):
-    """[B, 1, 1] factors on the state at the start of chunk i."""
-    return jax.lax.dynamic_slice_in_dim(keep_BM, i, 1, axis=1)[:, :, None]
+def _kept(x_BDF, keep_BM, i):
+    """S or G, less what the update of chunk i drops. No x is zero."""
+    if x_BDF is None or keep_BM is None:
+        return x_BDF
+    return jax.lax.dynamic_slice_in_dim(keep_BM, i, 1, axis=1)[:, :, None] * x_BDF
 
 
-def _enter(S_BDF, keep_BM, i):
-    """The state that chunk i reads."""
-    return S_BDF if keep_BM is None else _factor(keep_BM, i) * S_BDF
+def _sum_of(w_DF, S_BDF, dtype):
+    """W + S, rounded once."""
+    return (w_DF.astype(S_BDF.dtype)[None] + S_BDF).astype(dtype)
 
 
 def scaled(v_BCD, lr):
@@ -89,24 +96,29 @@ def _scan(step, carry, start, stop, reverse=False):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_place_ttt(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_place_ttt(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
-def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+def _forward(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     acc, dtype = lr.dtype, z_BTF.dtype
     M, tail = divmod(T, C)
-    with jax.named_scope("ttt_apply_slow"):
-        # One matmul over all tokens fills the machine better than one per chunk.
-        base_BTD = dot("btf,df->btd", z_BTF, w_DF, acc)
+    slow = lambda z_BTF: dot("btf,df->btd", z_BTF, w_DF, acc)
     if state_BDF is None and M == 0:
-        return base_BTD.astype(dtype), jnp.zeros((B, D, F), acc)
+        return slow(z_BTF).astype(dtype), jnp.zeros((B, D, F), acc)
+    if not fused:
+        with jax.named_scope("ttt_apply_slow"):
+            # One matmul over all tokens fills the machine better than one per chunk.
+            base_BTD = slow(z_BTF)
 
     def apply(o_BTD, S_BDF, i, size):
         with jax.named_scope("ttt_apply"):
             z_BCF = _chunk(z_BTF, i, C, size)
+            if fused:
+                weight_BDF = _sum_of(w_DF, S_BDF, dtype)
+                return _put(o_BTD, i, C, dot("bcf,bdf->bcd", z_BCF, weight_BDF, acc))
             if size == 1:  # decoding is bound by reading S: a matmul would cast a copy of it first
                 fast_BCD = jnp.sum(S_BDF * z_BCF.astype(acc), axis=-1)[:, None]
             else:
@@ -115,28 +127,28 @@ def _forward(C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
 
     def step(carry, i):
         o_BTD, S_BDF = carry
-        S_BDF = _enter(S_BDF, keep_BM, i)
         return apply(o_BTD, S_BDF, i, C), _write(
-            S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
+            _kept(S_BDF, keep_BM, i), _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
         )
 
     o_BTD, S_BDF, start = jnp.zeros((B, T, D), dtype), state_BDF, 0
     if S_BDF is None:
-        o_BTD = _put(o_BTD, 0, C, _chunk(base_BTD, 0, C))
+        first_BCD = slow(_chunk(z_BTF, 0, C)) if fused else _chunk(base_BTD, 0, C)
+        o_BTD = _put(o_BTD, 0, C, first_BCD)
         S_BDF, start = _write(None, _chunk(v_BTD, 0, C), _chunk(z_BTF, 0, C), lr), 1
     o_BTD, S_BDF = _scan(step, (o_BTD, S_BDF), start, M)
     if tail:  # the trailing partial chunk reads the state and does not write it
-        S_BDF = _enter(S_BDF, keep_BM, M)
         o_BTD = apply(o_BTD, S_BDF, M, tail)
     return o_BTD, S_BDF
 
 
-def _forward_rule(C, *args):
+def _forward_rule(C, fused, *args):
     args = jax.tree.map(lambda primal: primal.value, args)
-    return _forward(C, *args), args
+    return _forward(C, fused, *args), args
 
 
-def _backward(C, residuals, cotangents):
+def _backward(C, fused, residuals, cotangents):
+    del fused  # gradients tolerate the rounding of W + S anyway
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BTD, G_BDF = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     do_BTD = jnp.zeros(v_BTD.shape, z_BTF.dtype) if do_BTD is None else do_BTD
@@ -155,22 +167,18 @@ def _backward_of_reads(C, residuals, do_BTD):
     M, tail = divmod(z_BTF.shape[1], C)
 
     def read_grad(dz_BTF, S_BDF, i, size):
-        # Gradients tolerate the rounding of W + S, so one matmul serves both.
+        # One matmul serves W and S.
         with jax.named_scope("ttt_grad_apply"):
             do_BCD = _chunk(do_BTD, i, C, size)
             if S_BDF is None:
                 return _put(dz_BTF, i, C, dot("bcd,df->bcf", do_BCD, w_DF, acc))
-            weight_BDF = (w_DF.astype(acc)[None] + S_BDF).astype(dtype)
+            weight_BDF = _sum_of(w_DF, S_BDF, dtype)
             return _put(dz_BTF, i, C, dot("bcd,bdf->bcf", do_BCD, weight_BDF, acc))
-
-    def enter(S_BDF, i):
-        return None if S_BDF is None else _enter(S_BDF, keep_BM, i)
 
     def replay(carry, i):
         dz_BTF, S_BDF = carry
-        S_BDF = enter(S_BDF, i)
         return read_grad(dz_BTF, S_BDF, i, C), _write(
-            S_BDF, _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
+            _kept(S_BDF, keep_BM, i), _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
         )
 
     # Nothing reads the state after the last token, so the update before it need not be replayed.
@@ -179,7 +187,7 @@ def _backward_of_reads(C, residuals, do_BTD):
     if state_BDF is None and last > 0:
         carry, start = replay(carry, 0), 1
     dz_BTF, S_BDF = _scan(replay, carry, start, last)
-    return read_grad(dz_BTF, enter(S_BDF, last), last, size)
+    return read_grad(dz_BTF, S_BDF, last, size)
 
 
 def _backward_of_writes(C, residuals, do_BTD, G_BDF, dz_BTF):
@@ -195,25 +203,24 @@ def _backward_of_writes(C, residuals, do_BTD, G_BDF, dz_BTF):
     acc, dtype = lr.dtype, z_BTF.dtype
     M, tail = divmod(z_BTF.shape[1], C)
 
+    def collect(G_BDF, i, size=C):
+        with jax.named_scope("ttt_grad_state"):
+            z_BCF, do_BCD = _chunk(z_BTF, i, C, size), _chunk(do_BTD, i, C, size)
+            return _add(G_BDF, dot("bcd,bcf->bdf", do_BCD, z_BCF, acc))
+
     def leave(dw_DF, G_BDF, i):
-        """Where a document starts G returns to zero; what it held is the share of dW of the tokens
-        from there on.
+        """Where a document ends G returns to zero; what it held is the share of dW of the tokens
+        behind.
         """
         if keep_BM is None:
             return dw_DF, G_BDF
-        keep_B11 = _factor(keep_BM, i)
-        reset = lambda: (dw_DF + (G_BDF - keep_B11 * G_BDF).sum(axis=0), keep_B11 * G_BDF)
-        return jax.lax.cond(jnp.any(keep_B11 != 1), reset, lambda: (dw_DF, G_BDF))
-
-    def collect(dw_DF, G_BDF, i, size=C):
-        with jax.named_scope("ttt_grad_state"):
-            z_BCF, do_BCD = _chunk(z_BTF, i, C, size), _chunk(do_BTD, i, C, size)
-            return leave(dw_DF, _add(G_BDF, dot("bcd,bcf->bdf", do_BCD, z_BCF, acc)), i)
+        kept_BDF = _kept(G_BDF, keep_BM, i)
+        return dw_DF + (G_BDF - kept_BDF).sum(axis=0), kept_BDF
 
     # What G starts with is not the slow weight's.
     dw_DF = jnp.zeros(w_DF.shape, acc) if G_BDF is None else -G_BDF.sum(axis=0)
     if tail:
-        dw_DF, G_BDF = collect(dw_DF, G_BDF, M, tail)
+        G_BDF = collect(G_BDF, M, tail)
 
     def reverse(carry, i):
         dz_BTF, dv_BTD, dlr, dw_DF, G_BDF = carry
@@ -226,14 +233,15 @@ def _backward_of_writes(C, residuals, do_BTD, G_BDF, dz_BTF):
             dz_BCF = _chunk(dz_BTF, i, C) + dot(
                 "bcd,bdf->bcf", scaled(v_BCD, lr), G_cast_BDF, dtype
             )
-        dw_DF, G_BDF = collect(dw_DF, G_BDF, i)
+        dw_DF, G_BDF = leave(dw_DF, G_BDF, i)
+        G_BDF = collect(G_BDF, i)
         dlr = dlr + jnp.sum(v_BCD.astype(acc) * dv_BCD)
         return _put(dz_BTF, i, C, dz_BCF), _put(dv_BTD, i, C, lr * dv_BCD), dlr, dw_DF, G_BDF
 
     stop = M
     if G_BDF is None:  # the last chunk's update reached nothing
         stop = M - 1
-        dw_DF, G_BDF = collect(dw_DF, None, stop)
+        G_BDF = collect(None, stop)
     carry = (dz_BTF, jnp.zeros_like(v_BTD), jnp.zeros((), acc), dw_DF, G_BDF)
     return _scan(reverse, carry, 0, stop, reverse=True)
 
