@@ -216,8 +216,8 @@ def in_place_ttt(
         decay_BM = decay_factors(decay, (B, T), chunk_size, segment_ids, whole_chunks, acc)
     # Inside of a block every chunk would need another power of the decay.
     n = fast.block(call) if decay == 1 else 1
-    factors = {"keep_BM": keep_BM, "decay_BM": decay_BM}
-    return in_blocks(_applying(fast.run, apply), n, z_BTF, v_BTD, w_DF, **options, **factors)
+    options |= {"keep_BM": keep_BM, "decay_BM": decay_BM}
+    return in_blocks(_applying(fast.run, apply), n, z_BTF, v_BTD, w_DF, **options)
 
 
 @functools.cache  # one function each, which jax knows again

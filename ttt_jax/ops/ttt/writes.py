@@ -56,7 +56,7 @@ def transformed(
     out_BMCD: Any
     with jax.named_scope(f"ttt_write_{write}"):
         if write == "ridge":
-            out_BMCD: jax.Array = least_squares(z_BMCF, v_BMCD, ridge, root)
+            out_BMCD = least_squares(z_BMCF, v_BMCD, ridge, root)
         else:
             out_BMCD = _spectral(z_BMCF, v_BMCD, unit)
     return out_BMCD.astype(v_BTD.dtype).reshape(B, T, D)
