@@ -16,7 +16,7 @@ part=$2
 seconds=${3:-560}
 out=${OUT:-/tmp/candidates}
 cores=${CORES:-2}
-processes=$(($(getconf _NPROCESSORS_ONLN) / cores))
+processes=${PROCESSES:-$(($(getconf _NPROCESSORS_ONLN) / cores))}
 work=${WORK:-/tmp/candidates-work}/$part
 seeds=${SEEDS:-0 1 2}
 export PYTHONUNBUFFERED=1
@@ -42,7 +42,7 @@ for base in ${BASES:-ridge sum}; do
   [ "$base" = ridge ] && settings=$ridge
   [ "$base" = sum ] && [ "$part" = books ] && settings="--model.ttt.lr 0.002"
   [ "${SKIPBASE:-}" ] || arms+=(--arm "$base: $settings")
-  for name in $names; do
+  for name in ${NAMES:-$( [ "$base" = ridge ] && echo $names || echo ${SUMNAMES:-$names})}; do
     [ "$base$name" = ridgekeys ] || arms+=(--arm "$base+$name: $settings ${change[$name]}")
   done
 done
