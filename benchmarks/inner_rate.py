@@ -4,8 +4,8 @@
 
 Trains the default run's model at three widths, row lengths and chunk sizes, with 0.1 to 3 times
 the rate of the rule (ttt_jax/config/inner_rate.py), through benchmarks/study.py. The tokens of a
-step stay the same. In the table every shape has four rows: the rule holds where the same factor is the
-best, or as good as the best, in all of them. Other options go to study.py (--seeds, --seconds).
+step stay the same. In the table every shape has four rows: the rule holds where the same factor is
+the best, or as good as the best, in all of them. Other options go to study.py (--seeds, --seconds).
 """
 
 from __future__ import annotations

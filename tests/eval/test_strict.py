@@ -21,7 +21,8 @@ from ttt_jax.inference.prefill import Frozen
 from ttt_jax.model.param_path import param_path
 
 C, L, K = 4, 32, 8
-KINDS = [{}, {"sliding_window": 3, **RIDGE}]
+# without decay, which S has and W has not
+KINDS = [{}, {"sliding_window": 3, **RIDGE, "ttt.decay": 1.0}]
 
 
 @functools.cache

@@ -182,6 +182,41 @@ def test_documents(implementation, documents, T, C):
         )
 
 
+@pytest.mark.parametrize(
+    ("implementation", "documents", "T", "C"),
+    [*cases(("padding", 45, 8), ("none", 41, 8), ("boundaries", 48, 8), ("none", 5, 8))],
+)
+def test_decay(implementation, documents, T, C):
+    """Also behind a chunk with padding, which writes nothing, and before a trailing partial one."""
+    ids = None
+    if documents != "none":
+        rows = [DOCUMENTS[documents](T, C), DOCUMENTS["boundaries"](T, C)]
+        ids = jnp.asarray(np.stack(rows), jnp.int32)
+    arguments, cotangents = make_inputs(T=T, **SIZES.get(implementation, {}))
+    for dtype in DTYPES[implementation][:2] if implementation not in KERNELS else (F32,):
+        options = {"chunk_size": C, "segment_ids": ids, "decay": 0.6}
+        check(arguments, cotangents, dtype, implementation, **options)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_decay_in_rows_that_end_early(implementation, best):
+    """A row that has read fewer chunks keeps its state: as if it had been read alone."""
+    dtype, tolerance = best
+    (z, v, w, lr, state), _ = make_inputs(B=3, T=32)
+    z, v, w, state = (jnp.asarray(x, dtype) for x in (z, v, w, state))
+    whole_B = np.array([4, 1, 0], np.int32)
+    v = jnp.where((np.arange(32) // 8)[None, :, None] < whole_B[:, None, None], v, 0)
+    run = functools.partial(
+        in_place_ttt, lr=lr, chunk_size=8, decay=0.5, implementation=implementation
+    )
+    o, final = jit(run)(z, v, w, state=state, whole_chunks=jnp.asarray(whole_B))
+    for b, whole in enumerate(whole_B):
+        T = 8 * whole or 5  # of 5 tokens nothing is written
+        o_alone, alone = run(z[b : b + 1, :T], v[b : b + 1, :T], w, state=state[b : b + 1])
+        np.testing.assert_allclose(o[b : b + 1, :T], o_alone, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(final[b : b + 1], alone, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("T", [40, 43, 5])
 @pytest.mark.parametrize(("implementation", "clip_norm"), [*cases(0.5, 1e-6, 2.0, 1e6)])
 def test_clip(implementation, clip_norm, T):
@@ -231,7 +266,8 @@ def test_future_tokens_have_no_gradient(implementation, best):
 def test_pieces_on_chunk_boundaries_equal_the_whole(implementation, cuts, best):
     dtype, tolerance = best
     (z, v, w, lr, state), _ = make_inputs(T=37)
-    run = jit(functools.partial(in_place_ttt, lr=lr, chunk_size=8, implementation=implementation))
+    options = {"chunk_size": 8, "decay": 0.8, "implementation": implementation}
+    run = jit(functools.partial(in_place_ttt, lr=lr, **options))
     z, v, w, state = (jnp.asarray(x, dtype) for x in (z, v, w, state))
     o, final = run(z, v, w, state=state)
     pieces, start = [], 0

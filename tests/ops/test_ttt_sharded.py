@@ -121,6 +121,30 @@ def test_equals_one_device_exactly(x64, sizes, implementation):
         assert_close(name, value, want[name], TOLERANCE["float64"])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [({"context": 4}, "inside"), ({"context": 2, "tensor": 2}, "edges"), ({"context": 8}, None)],
+    ids=lambda x: name_of(x) if isinstance(x, dict) else str(x),
+)
+def test_decay_equals_one_device_exactly(x64, sizes, kind):
+    """float64; without documents also with rows of 5 and 9 of the 16 chunks, the others' targets
+    zero.
+    """
+    x, do, dS = arrays(2, 16 * C, 5, 8, "float64")
+    options = {"chunk_size": C, "segment_ids": segments(2, 16 * C, kind), "decay": 0.7}
+    if kind is None:
+        whole_B = jnp.asarray([5, 9], "int32")
+        options["whole_chunks"] = whole_B
+        written_BT = jnp.arange(16 * C, dtype="int32")[None] // C < whole_B[:, None]
+        x["v"] = jnp.where(written_BT[:, :, None], x["v"], 0)
+    want = value_and_gradients(in_place_ttt, x, do, dS, **options, implementation="reference")
+    got = value_and_gradients(parallel(**sizes).in_place_ttt, x, do, dS, **options)
+    for name, value in got.items():
+        if name == "dv" and kind is None:  # what is not written has a gradient of its own
+            value, want[name] = (jnp.where(x["v"] != 0, y, 0) for y in (value, want[name]))
+        assert_close(name, value, want[name], TOLERANCE["float64"])
+
+
 def test_bfloat16_keeps_a_small_update(x64):
     """The adaptation term against float64, beside the single device's error, with ||S|| / ||W||
     about 1e-3.

@@ -66,9 +66,12 @@ def test_official_checkpoints_come_back_byte_for_byte(golden_model, tmp_path, ma
 def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
     plain = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,)))
     own = dataclasses.replace(
-        SMALL, ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5)
+        SMALL,
+        ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5, decay=0.9),
     )
-    assert not {"ttt_normalize_source", "ttt_write", "ttt_ridge"} & config_to_hf(plain).keys()
+    names = {"ttt_normalize_source", "ttt_write", "ttt_ridge", "ttt_decay"}
+    assert not names & config_to_hf(plain).keys()
+    assert names <= config_to_hf(own).keys()
     for model in (plain, own):
         assert config_from_hf(config_to_hf(model)).ttt == model.ttt
 

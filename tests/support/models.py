@@ -35,7 +35,12 @@ BASE = ModelConfig(
 EMBED = {"ttt.target": "input_embed"}
 
 
-RIDGE = {"ttt.write": "ridge", "ttt.normalize_source": True, "ttt.lr": 2.0}
+RIDGE = {
+    "ttt.write": "ridge",
+    "ttt.normalize_source": True,
+    "ttt.lr": 2.0,
+    "ttt.decay": 0.8,
+}
 
 
 SPECTRAL = {"ttt.write": "spectral", "ttt.normalize_source": True}

@@ -14,7 +14,7 @@ import pytest
 from support.small_training import SMALL, batch, bits
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
-from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config
+from ttt_jax.config import CheckpointConfig, GuardConfig, from_dict, load_config, replace
 from ttt_jax.config import Config as RunConfig
 from ttt_jax.data import Piece, load_tokenizer, make_loader
 from ttt_jax.data.corpus import load_corpus, locate
@@ -94,7 +94,6 @@ def test_skipped_steps_are_named_and_counted_in_a_row(tmp_path):
 def test_fast_weights_out_of_range_are_named_once(tmp_path):
     shown = []
     guard = guard_of(tmp_path, shown, min_state_ratio=1e-3, max_state_ratio=2.0)
-    guard._lr = 0.01
     for step, ratio in enumerate(
         [0.0, 1e-4, 0.5, 2.5, 3.0, 1.0, 2.1, float("nan"), 0.5, 1e-5, 0.0, 0.5], 1
     ):
@@ -105,32 +104,48 @@ def test_fast_weights_out_of_range_are_named_once(tmp_path):
         (10, "layer_01"),
     ]
     assert (
-        "above guard.max_state_ratio = 2: it explodes; lower model.ttt.lr (here 0.002 would give "
-        "0.5) or set" in shown[0]
+        "above guard.max_state_ratio = 2: it explodes; lower model.ttt.lr (now 3), or set "
+        "model.ttt.write ridge" in shown[0]
     )
     assert "below guard.min_state_ratio = 0.001: it collapses" in shown[2]
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advice"),
+    ("ttt", "advice"),
     [
-        (2.5, "lower model.ttt.lr (here 0.002 would give 0.5)"),
-        (1e9, "lower model.ttt.lr (now 0.01; try a tenth)"),
-        (float("inf"), "lower model.ttt.lr (now 0.01; try a tenth)"),
-        (float("nan"), "lower model.ttt.lr (now 0.01; try a tenth)"),
+        ({}, "lower model.ttt.lr (now 3), or set model.ttt.write ridge with lr 1"),
+        ({"normalize_source": True, "lr": 1e7}, "set model.ttt.lr auto (250000 here, now 1e+07)"),
+        ({"normalize_source": True, "lr": 0.1}, "lower model.ttt.lr (now 0.1), or"),
+        ({"write": "ridge"}, "set model.ttt.lr auto (1 here, now 3), or set model.ttt.clip_norm"),
+        ({"write": "ridge", "clip_norm": 1, "lr": 0.5}, "explodes; lower model.ttt.lr (now 0.5)"),
     ],
 )
-def test_a_ratio_without_end_is_a_warning_with_a_usable_advice(tmp_path, ratio, advice):
-    """JSON has no infinity; and 0 is no learning rate to advise."""
+def test_the_advice_about_a_state_that_explodes_names_the_rule_where_there_is_one(
+    tmp_path, ttt, advice
+):
+    shown, config = (
+        [],
+        replace(
+            from_dict(RunConfig, SMALL), {f"model.ttt.{name}": value for name, value in ttt.items()}
+        ),
+    )
+    guard = Guard(config, EventLog(tmp_path, shown.append), list)
+    guard.check_fast_weights(4, {"ttt/layer_01/state_ratio": 5.0})
+    assert advice in shown[0]
+    assert ("clip_norm, which" in shown[0]) == ("clip_norm" not in ttt)
+
+
+@pytest.mark.parametrize("ratio", [1e9, float("inf"), float("nan")])
+def test_a_ratio_without_end_is_a_warning(tmp_path, ratio):
+    """JSON has no infinity."""
     shown = []
     guard = guard_of(tmp_path, shown, min_state_ratio=1e-3, max_state_ratio=2.0)
-    guard._lr = 0.01
     guard.check_fast_weights(3, {"ttt/layer_01/state_ratio": 0.5})
     guard.check_fast_weights(4, {"ttt/layer_01/state_ratio": ratio})
     (text,), (event,) = shown, read_events(tmp_path)
     assert (
         f"||S||/||W|| = {ratio:.3g} at step 4, above guard.max_state_ratio = 2: it explodes; "
-        f"{advice} or set" in text
+        "lower" in text
     )
     assert (event["step"], event["ratio"]) == (4, ratio if np.isfinite(ratio) else str(ratio))
 

@@ -60,16 +60,10 @@ class TTTConfig:
     write: Literal["sum", "ridge", "spectral"] = "sum"
     # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
     ridge: PositiveFloat = 1.0
+    # factor on what is there before a chunk is written: 0.9 remembers about ten chunks
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # rescale each chunk's update to this Frobenius norm when it exceeds it
     clip_norm: PositiveFloat | None = None
-    # EXPERIMENTAL candidates, training path only
-    decay: PositiveFloat = 1.0  # factor on S per chunk
-    learn_decay: bool = False
-    learn_lr: bool = False
-    gate: bool = False
-    stop_source: bool = False
-    normalize_keys: bool = False  # targets of `sum` divided by the chunk's mean ||z||^2
-    max_update: PositiveFloat | None = None  # clip_norm relative to ||W||
     # None: the fastest
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None
 

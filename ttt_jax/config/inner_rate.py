@@ -2,17 +2,18 @@
 
 T tokens of a row, C chunk size, D model width, F MLP width, m mean squared norm of the keys z.
 
-What is read back from S is z S^T. With writes S = lr sum_t v_t z_t^T over the T tokens of a row, and
-keys that are all alike, that is (lr m T) times the mean target. So lr m T has no unit: it says the
-same for every row length, width and chunk (docs/writes.md):
+What is read back from S is z S^T. With S = lr sum_t v_t z_t^T over the T tokens of a row, and keys
+that are all alike, that is (lr m T) times the mean target. So lr m T has no unit: it says the same
+for every row length, width and chunk (docs/writes.md):
 
     sum        lr = SUM / (m T)
     ridge      lr = 1           the write is a solution: it has no unit of keys, and hardly any of T
-    spectral   lr = SPECTRAL C / T                 every chunk writes singular values of one size
+
+With decay, T is the tokens that S holds at the end of a row, C (1 - decay^M) / (1 - decay).
 
 At the start of training m follows from the config: the MLP's input has rms 1, so z = silu(g) u with
 g and u ~ N(0, s^2), s^2 = D init_std^2, and m = F s^2 E[silu(g)^2]. A checkpoint's keys are not
-known from its config; there `sum` and `spectral` need a number.
+known from its config; there `sum` needs a number. So does `spectral`, for which no rule was tested.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from ttt_jax.errors import ConfigError
 
 AUTO = "auto"
 SUM = 1000.0  # lr m T
-SPECTRAL = 5.0  # lr times the number of chunks
 
 
 def inner_rate(config: Config) -> float:
@@ -36,20 +36,38 @@ def inner_rate(config: Config) -> float:
     ttt, T = config.model.ttt, config.data.seq_len
     if ttt.write == "ridge":
         return 1.0
+    if ttt.write != "sum":
+        raise ConfigError(
+            f"config field model.ttt.lr = auto: there is no rule for model.ttt.write {ttt.write}; "
+            "give a number"
+        )
     if config.init_from is not None:
         raise ConfigError(
-            f"config field model.ttt.lr = auto: the rate of write {ttt.write} follows from "
-            "init_std, which says nothing of the weights of init_from; give a number, or set "
-            "model.ttt.write ridge"
+            "config field model.ttt.lr = auto: the rule takes the size of the keys from init_std, "
+            "and the weights of init_from are not of that size; give a number (for the weights of "
+            "a run, that of its config.yaml), or set model.ttt.write ridge, whose rate has no unit"
         )
     if not ttt.normalize_source:
         raise ConfigError(
             "config field model.ttt.lr = auto: needs targets of a known size; give a number, or "
             "set model.ttt.normalize_source true"
         )
-    if ttt.write == "spectral":
-        return _two_digits(SPECTRAL * ttt.chunk_size / T)
-    return _two_digits(SUM / (key_square(config.model) * T))
+    return float(f"{SUM / (key_square(config.model) * _held(T, ttt.chunk_size, ttt.decay)):.2g}")
+
+
+def describe_rate(config: Config) -> list[str]:
+    """Say in one line which rate the rule has given; no line where the rate is another one."""
+    ttt = config.model.ttt
+    try:
+        ruled = bool(ttt.layers) and ttt.lr == inner_rate(config)
+    except ConfigError:  # there is no rule for this model
+        ruled = False
+    return [f"model.ttt.lr = {ttt.lr:g}, by the rule for this model and row"] * ruled
+
+
+def _held(T: int, C: int, decay: float) -> float:
+    """Count the tokens in S at the end of a row, each with what decay has left of it."""
+    return T if decay == 1 else C * (1 - decay ** (T / C)) / (1 - decay)
 
 
 def key_square(model: ModelConfig) -> float:
@@ -64,7 +82,3 @@ def _silu_square(s: float) -> float:
     weights = [math.exp(-x * x / 2) for x in points]
     silu = [s * x / (1 + math.exp(-max(s * x, -700.0))) for x in points]
     return sum(w * y * y for w, y in zip(weights, silu, strict=True)) / sum(weights)
-
-
-def _two_digits(rate: float) -> float:
-    return float(f"{rate:.2g}")

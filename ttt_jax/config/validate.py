@@ -30,6 +30,11 @@ def validate(config: Config) -> None:
             f"config field optimizer.accumulate = {config.optimizer.accumulate}: "
             f"must divide data.batch_size = {data.batch_size}"
         )
+    if ttt.layers and ttt.write == "spectral" and config.init_from is None:
+        raise ConfigError(
+            "config field model.ttt.write = spectral: never writes in training from scratch: new "
+            "targets are zero, and its write of zero is zero without a gradient; use sum or ridge"
+        )
     if ttt.layers and data.pack and data.seq_len % ttt.chunk_size:
         raise ConfigError(
             f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it "

@@ -19,8 +19,7 @@ from ttt_jax.config import ModelConfig
 from ttt_jax.model import ttt_stream
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
-from ttt_jax.ops.numerics import accumulator, dot, precision_for
-from ttt_jax.ops.ttt.chunk_updates import fold_clip, fold_segments
+from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.writes import transformed
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
@@ -44,33 +43,6 @@ def unit_rms(x_BTD: jax.Array) -> jax.Array:
     x = x_BTD.astype(accumulator(x_BTD.dtype))
     square_BT1 = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(square_BT1 + _TINY)).astype(x_BTD.dtype)
-
-
-def decayed_ttt(z_BTF, v_BTD, w_DF, lr, decay, C: int, keep_BM):
-    """EXPERIMENTAL: S_{i+1} = decay S_i + lr v_i^T z_i by automatic differentiation of a scan."""
-    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
-    acc, M, tail = lr.dtype, T // C, T % C
-    base_BTD = dot("btf,df->btd", z_BTF, w_DF.astype(z_BTF.dtype), acc)
-    chunked = lambda x: jnp.moveaxis(x[:, : M * C].reshape(B, M, C, x.shape[2]), 1, 0)
-    keep_MB = jnp.ones((M + 1, B), acc) if keep_BM is None else keep_BM.T
-
-    @jax.checkpoint
-    def step(S_BDF, xs):
-        z_BCF, v_BCD, keep_B = xs
-        S_BDF = keep_B[:, None, None] * S_BDF
-        o_BCD = dot("bcf,bdf->bcd", z_BCF, S_BDF.astype(z_BCF.dtype), acc)
-        u_BCD = (lr * v_BCD.astype(acc)).astype(v_BCD.dtype)
-        return decay * S_BDF + dot("bcd,bcf->bdf", u_BCD, z_BCF, acc), o_BCD
-
-    S_BDF, o_MBCD = jax.lax.scan(
-        step, jnp.zeros((B, D, F), acc), (chunked(z_BTF), chunked(v_BTD), keep_MB[:M])
-    )
-    fast_BTD = jnp.moveaxis(o_MBCD, 0, 1).reshape(B, M * C, D)
-    if tail:
-        S_BDF = keep_MB[M][:, None, None] * S_BDF
-        o_BCD = dot("bcf,bdf->bcd", z_BTF[:, M * C :], S_BDF.astype(z_BTF.dtype), acc)
-        fast_BTD = jnp.concatenate([fast_BTD, o_BCD], axis=1)
-    return (base_BTD + fast_BTD).astype(z_BTF.dtype), S_BDF
 
 
 class Target(nnx.Module):
@@ -133,15 +105,6 @@ class MLP(nnx.Module):
         self.up_bias = bias(F, "mlp") if cfg.mlp_bias else None
         self.down_bias = bias(D, "embed") if cfg.mlp_bias else None
         self.target = Target(cfg, key=keys[3]) if ttt else None
-        # EXPERIMENTAL
-        number = lambda: nnx.Param(jnp.zeros((), jnp.float32), axes=())
-        self.log_rate = number() if ttt and cfg.ttt.learn_lr else None
-        self.log_decay = number() if ttt and cfg.ttt.learn_decay else None
-        self.strength = (
-            nnx.Param(jnp.zeros((D,), jnp.float32), axes=("embed",))
-            if ttt and cfg.ttt.gate
-            else None
-        )
 
     def __call__(self, x_BTD, ctx: Context, state: TTTState | None):
         """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
@@ -157,12 +120,7 @@ class MLP(nnx.Module):
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
         source_BTD = x_BTD if self.cfg.ttt.target == "hidden_states" else ctx.embed_BTD
-        if self.cfg.ttt.stop_source:
-            source_BTD = jax.lax.stop_gradient(source_BTD)
-        if self._experimental:
-            assert state is None and not ctx.keep_state, "candidates run in training only"
-            y_BTD, stats = self._experiment(x_BTD, z_BTF, source_BTD, ctx)
-        elif state is None or ctx.at_chunk_start:
+        if state is None or ctx.at_chunk_start:
             y_BTD, state, stats = self._from_boundary(z_BTF, source_BTD, ctx, state)
         elif z_BTF.shape[1] == 1:
             y_BTD, state, stats = ttt_stream.append_token(self, z_BTF, source_BTD, ctx, state)
@@ -184,8 +142,19 @@ class MLP(nnx.Module):
     def inner_rate(self, ctx: Context, acc) -> jax.Array:
         return jnp.asarray(self.cfg.ttt.lr, acc) * jnp.asarray(ctx.ttt_scale, acc)
 
-    def op(self, z_BTF, v_BTD, lr, S_BDF, segment_ids_BT=None, devices: Devices = ONE_DEVICE):
-        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings."""
+    def op(
+        self,
+        z_BTF,
+        v_BTD,
+        lr,
+        S_BDF,
+        whole_B=None,
+        segment_ids_BT=None,
+        devices: Devices = ONE_DEVICE,
+    ):
+        """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings.
+        `whole_B`: the chunks of each row that are written; None: all.
+        """
         ttt = self.cfg.ttt
         return devices.in_place_ttt(
             z_BTF,
@@ -195,51 +164,14 @@ class MLP(nnx.Module):
             chunk_size=ttt.chunk_size,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            decay=ttt.decay,
+            whole_chunks=whole_B,
             clip_norm=ttt.clip_norm,
             implementation=ttt.implementation,
         )
 
-    @property
-    def _experimental(self) -> bool:
-        ttt = self.cfg.ttt
-        return (
-            ttt.decay != 1 or ttt.learn_decay or ttt.learn_lr or ttt.gate or bool(ttt.max_update)
-        )
-
-    def _experiment(self, x_BTD, z_BTF, source_BTD, ctx: Context):
-        """EXPERIMENTAL: decay, learnt rate, gate, cap; as `_from_boundary` without a state."""
-        ttt, C, acc = self.cfg.ttt, self.chunk_size, accumulator(z_BTF.dtype)
-        lr = self.inner_rate(ctx, acc)
-        if self.log_rate is not None:
-            lr = lr * jnp.exp(10 * self.log_rate[...].astype(acc))
-        strength_BT1 = None
-        if self.strength is not None:
-            score_BT = jnp.einsum("btd,d->bt", x_BTD.astype(acc), self.strength[...].astype(acc))
-            strength_BT1 = 2 * jax.nn.sigmoid(score_BT)[:, :, None]
-        v_BTD = self.targets(z_BTF, source_BTD, None, ctx.pin, strength_BT1)
-        stats_v_BTD = v_BTD
-        v_BTD, keep_BM = fold_segments(v_BTD, ctx.segment_ids_BT, C, acc)
-        if ttt.max_update:
-            cap = ttt.max_update * self._slow_norm(acc)
-            v_BTD = fold_clip(z_BTF, v_BTD, lr, C, cap, acc)
-        decay = jnp.asarray(ttt.decay, acc)
-        if self.log_decay is not None:
-            # the number of chunks that S remembers is what is scaled
-            decay = jnp.exp(jnp.log(decay) * jnp.exp(-10 * self.log_decay[...].astype(acc)))
-        y_BTD, S_BDF = decayed_ttt(z_BTF, v_BTD, self.down[...], lr, decay, C, keep_BM)
-        stats = self.stats(S_BDF, ONE_DEVICE.last_update_norm(z_BTF, stats_v_BTD, lr, C))
-        if ctx.probe:
-            cosine = ONE_DEVICE.update_cosine(z_BTF, stats_v_BTD, C, ctx.segment_ids_BT)
-            stats["update_cosine_B"] = jnp.broadcast_to(cosine, (z_BTF.shape[0],))
-        return y_BTD, stats
-
     def targets(
-        self,
-        z_BTF,
-        source_BTD,
-        whole_B=None,
-        pin: Callable[[jax.Array], jax.Array] = lambda x: x,
-        strength_BT1=None,
+        self, z_BTF, source_BTD, whole_B=None, pin: Callable[[jax.Array], jax.Array] = lambda x: x
     ):
         """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the
         chunks of each row.
@@ -250,15 +182,6 @@ class MLP(nnx.Module):
         if self.target is None or M == 0:
             return jnp.zeros_like(source_BTD)
         v_BTD = self.target(source_BTD[:, : M * C], C, pin)
-        if strength_BT1 is not None:
-            v_BTD = (v_BTD * strength_BT1[:, : M * C]).astype(v_BTD.dtype)
-        if ttt.normalize_keys:
-            acc = accumulator(v_BTD.dtype)
-            z_BMCF = z_BTF[:, : M * C].astype(acc).reshape(-1, M, C, z_BTF.shape[2])
-            mean_BM = jnp.maximum(jnp.mean(jnp.sum(z_BMCF**2, axis=3), axis=2), _TINY)
-            v_BTD = (v_BTD.astype(acc) / jnp.repeat(mean_BM, C, axis=1)[:, :, None]).astype(
-                v_BTD.dtype
-            )
         if ttt.write != "sum":
             # The length of a row of W.
             unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])
@@ -292,7 +215,7 @@ class MLP(nnx.Module):
         v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.pin)
         devices = ctx.parallel if ctx.parallel.splits(T, C) else ONE_DEVICE
         S_BDF = None if state is None else state.S_BDF
-        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, ctx.segment_ids_BT, devices)
+        y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
         stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
         if ctx.probe:
             cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)

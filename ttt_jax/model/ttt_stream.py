@@ -45,7 +45,7 @@ class AdaptiveLayer(Protocol):
 
     def targets(self, z_BTF, source_BTD, whole_B=None) -> jax.Array: ...
 
-    def op(self, z_BTF, v_BTD, lr, S_BDF) -> tuple[jax.Array, jax.Array]: ...
+    def op(self, z_BTF, v_BTD, lr, S_BDF, whole_B=None) -> tuple[jax.Array, jax.Array]: ...
 
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]: ...
 
@@ -103,7 +103,7 @@ def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTSta
     z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
     whole_B = (pending_B + length_B) // C
     v_BLD = layer.targets(z_BLF, source_BLD, whole_B)
-    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF)
+    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B)
     new = lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0)
     y_BTD = jax.vmap(new)(y_BLD, pending_B)
     stats = layer.stats(S_BDF, ONE_DEVICE.last_update_norm(z_BLF, v_BLD, lr, C))
@@ -130,8 +130,9 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
     complete_B = (pending_B == C - 1) & (read_B > 0)
 
     def update(S_BDF):
-        v_BCD = layer.targets(z_BCF, source_BCD, complete_B.astype(jnp.int32))
-        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF)[1]
+        whole_B = complete_B.astype(jnp.int32)
+        v_BCD = layer.targets(z_BCF, source_BCD, whole_B)
+        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF, whole_B)[1]
         return S_BDF, ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
 
     def skip(S_BDF):

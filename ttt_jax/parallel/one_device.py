@@ -70,6 +70,8 @@ class Devices(abc.ABC):
         chunk_size,
         state=None,
         segment_ids=None,
+        decay=1.0,
+        whole_chunks=None,
         clip_norm=None,
         implementation=None,
     ) -> tuple[Any, Any]:

@@ -100,6 +100,8 @@ class Parallel(Devices):
         chunk_size,
         state=None,
         segment_ids=None,
+        decay=1.0,
+        whole_chunks=None,
         clip_norm=None,
         implementation=None,
     ):
@@ -120,10 +122,12 @@ class Parallel(Devices):
         # The slow weight is cast before it is gathered.
         w_DF, lr = w_DF.astype(z_BTF.dtype), jnp.asarray(lr, accumulator(z_BTF.dtype))
 
-        def local(z_BTF, v_BTD, w_DF, lr, state_BXF, ids_BT):
+        def local(z_BTF, v_BTD, w_DF, lr, state_BXF, ids_BT, whole_B):
             options = {
                 "lr": lr,
                 "chunk_size": chunk_size,
+                "decay": decay,
+                "whole_chunks_B": whole_B,
                 "clip_norm": clip_norm,
                 "implementation": implementation,
             }
@@ -141,10 +145,11 @@ class Parallel(Devices):
             P(),
             state_spec,
             P(rows, tokens),
+            P(rows),
         )
         out_specs = (P(wide, rows, tokens, None), state_spec)
         o_YBTD, S_BXF = self._map(local, in_specs, out_specs)(
-            z_BTF, v_BTD, w_DF, lr, state, segment_ids
+            z_BTF, v_BTD, w_DF, lr, state, segment_ids, whole_chunks
         )
         return (o_YBTD.sum(axis=0) if wide else o_YBTD[0]), S_BXF[:, :D]
 

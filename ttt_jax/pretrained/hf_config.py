@@ -41,6 +41,7 @@ _OWN_TTT_FIELDS = {
     "ttt_normalize_source": "normalize_source",
     "ttt_write": "write",
     "ttt_ridge": "ridge",
+    "ttt_decay": "decay",
 }
 
 

@@ -16,15 +16,14 @@ from typing import Any
 import jax
 
 from ttt_jax.config import Config
-from ttt_jax.errors import TrainingError
+from ttt_jax.config.inner_rate import inner_rate
+from ttt_jax.errors import ConfigError, TrainingError
 from ttt_jax.files.text import atomic_write_text
 from ttt_jax.process.multihost import from_all_processes
 from ttt_jax.run.logs import EventLog, read_events
 
 ROLLBACKS_FILE = "rollbacks.json"
 FAILURE_FILE = "failure.md"
-GOOD_RATIO = 0.5  # of S to W, from scratch (docs/results.md)
-_NEAR = 1000.0  # ratio up to which S is taken to be proportional to the inner learning rate
 _NAMED = 4  # documents in a line on the terminal; events.jsonl has all
 
 
@@ -59,7 +58,7 @@ class Guard:
         in_a_row: int = 0,
     ) -> None:
         self._config, self._events, self._describe = config.guard, events, describe
-        self._clip_norm, self._lr = config.model.ttt.clip_norm, config.model.ttt.lr
+        self._fix_explosion = _smaller_state(config)
         self.in_a_row = in_a_row
         self._unseen: tuple[int, Any, Any] | None = None
         # layer -> where its ratio was last: "in", "below" or "above" its range
@@ -128,7 +127,7 @@ class Guard:
             if place == before or place == "in":
                 continue
             verdict, fix = (
-                (f"above guard.max_state_ratio = {high:g}: it explodes", self._lower_lr(ratio))
+                (f"above guard.max_state_ratio = {high:g}: it explodes", self._fix_explosion)
                 if place == "above"
                 else (
                     f"below guard.min_state_ratio = {low:g}: it collapses",
@@ -144,18 +143,23 @@ class Guard:
                 text, kind="fast_weights", step=step, layer=layer, ratio=ratio, low=low, high=high
             )
 
-    def _lower_lr(self, ratio: float) -> str:
-        """Say what to do about S that is too large."""
-        clip = (
-            ""
-            if self._clip_norm
-            else " or set model.ttt.clip_norm, which limits each chunk's update"
-        )
-        how = f"now {self._lr:g}; try a tenth"
-        # S is a sum of updates, each in proportion to lr; far out, S has changed what it is made of
-        if ratio <= _NEAR:
-            how = f"here {self._lr * GOOD_RATIO / ratio:.1g} would give {GOOD_RATIO:g}"
-        return f"lower model.ttt.lr ({how}){clip}"
+
+def _smaller_state(config: Config) -> str:
+    """Say what to do about S that is too large."""
+    ttt, fixes = config.model.ttt, []
+    try:
+        rule = inner_rate(config)
+    except ConfigError:  # there is no rule for this model
+        rule = ttt.lr
+    if rule < ttt.lr:
+        fixes.append(f"set model.ttt.lr auto ({rule:g} here, now {ttt.lr:g})")
+    else:
+        fixes.append(f"lower model.ttt.lr (now {ttt.lr:g})")
+    if ttt.write != "ridge":
+        fixes.append("set model.ttt.write ridge with lr 1 (docs/writes.md)")
+    if ttt.clip_norm is None:
+        fixes.append("set model.ttt.clip_norm, which limits each chunk's update")
+    return ", or ".join(fixes)
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:

@@ -15,6 +15,7 @@ import numpy as np
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
 from ttt_jax.config import Config
+from ttt_jax.config.inner_rate import describe_rate
 from ttt_jax.data import (
     Loader,
     Tokenizer,
@@ -95,6 +96,8 @@ def open_job(
     cache, warnings = open_cache(config)
     warnings += changes
     if jax.process_index() == 0:
+        for line in describe_rate(config):
+            print(line, flush=True)
         parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
         warnings += write_environment(config.run_dir, parameters=parameters)
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))

@@ -16,7 +16,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.ops import platform
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
-from ttt_jax.ops.ttt.chunk_updates import fold_clip, fold_segments
+from ttt_jax.ops.ttt.chunk_updates import decay_before, decay_behind, fold_clip, fold_segments
 from ttt_jax.ops.ttt.reference import in_place_ttt_reference
 from ttt_jax.ops.ttt.xla import in_place_ttt_xla
 
@@ -125,6 +125,8 @@ def in_place_ttt(
     chunk_size: int,
     state: Float[Array, "B D F"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    decay: float = 1.0,
+    whole_chunks: Int[Array, " B"] | None = None,
     clip_norm: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D F"]]:
@@ -133,7 +135,7 @@ def in_place_ttt(
 
     For chunk i of `chunk_size` tokens:
 
-        o_i = z_i (W + S_i)^T    then    S_{i+1} = S_i + lr * v_i^T z_i
+        o_i = z_i (W + S_i)^T    then    S_{i+1} = decay * S_i + lr * v_i^T z_i
 
     A trailing partial chunk is applied with the current S and updates nothing. Each sequence of the
     batch has its own S. Nothing of chunk i reaches the outputs of chunk i, so v may look ahead
@@ -151,6 +153,9 @@ def in_place_ttt(
       segment_ids: document of each token, 0 for padding. S returns to zero where a new document
         starts; documents must start on chunk boundaries. A chunk that holds padding updates
         nothing.
+      decay: factor on S, 0 < decay <= 1, wherever a chunk is written (1 is the paper's rule).
+      whole_chunks: of rows that are padded at the right, how many chunks each of them writes: S
+        stays as it is in the others, whose v must be zero. None: all chunks.
       clip_norm: rescale each chunk's update to this Frobenius norm where it exceeds it (section 4,
         evaluation).
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" (Hopper, bfloat16, C, D and F
@@ -181,15 +186,32 @@ def in_place_ttt(
     options = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}
     if implementation == "reference":
         return in_place_ttt_reference(
-            z_BTF, v_BTD, w_DF, **options, segment_ids_BT=segment_ids, clip_norm=clip_norm
+            z_BTF,
+            v_BTD,
+            w_DF,
+            **options,
+            segment_ids_BT=segment_ids,
+            clip_norm=clip_norm,
+            decay=decay,
+            whole_chunks_B=whole_chunks,
         )
     v_BTD, keep_BM = fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
-    if keep_BM is None:
-        return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options)
-    return fast.run(z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
+    if decay == 1 or T < chunk_size:  # nothing is written
+        if keep_BM is None:
+            return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options)
+        return fast.run(z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
+    behind_BM = decay_behind(decay, (B, T), chunk_size, segment_ids, whole_chunks, acc)
+    o_BTD, S_BDF = fast.run(
+        z_BTF,
+        v_BTD,
+        w_DF,
+        **options | {"lr": lr / decay},
+        keep_BM=decay_before(behind_BM, keep_BM),
+    )
+    return o_BTD, behind_BM[:, -1:, None] * S_BDF
 
 
 def _choose(implementation: str | None, call: _Call) -> str:

@@ -66,14 +66,50 @@ def fold_segments(v_BTD, segment_ids_BT, C, acc):
     """
     if segment_ids_BT is None:
         return v_BTD, None
+    (B, T), (first_BM, whole_BM) = segment_ids_BT.shape, _documents(segment_ids_BT, C)
+    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
+    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
+    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+
+
+def _documents(segment_ids_BT, C):
+    """Each chunk's first document, and whether the chunk is whole and of that document alone; a
+    trailing partial chunk is not.
+    """
     B, T = segment_ids_BT.shape
     M = -(-T // C)
     ids_BMC = jnp.pad(segment_ids_BT, ((0, 0), (0, M * C - T))).reshape(B, M, C)
     first_BM = ids_BMC[:, :, 0]
-    whole_BM = (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
-    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
-    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
-    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+    return first_BM, (ids_BMC == first_BM[:, :, None]).all(2) & (first_BM != 0)
+
+
+def decay_behind(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc):
+    """The factor on S behind each chunk, a trailing partial one included, [B, M]: `decay` where
+    the chunk is written, else 1.
+    """
+    B, T = shape_BT
+    place_M = jnp.arange(-(-T // C), dtype=jnp.int32)[None]
+    written_BM = jnp.broadcast_to(place_M < T // C, (B, place_M.shape[1]))
+    if whole_chunks_B is not None:
+        written_BM &= place_M < whole_chunks_B[:, None]
+    if segment_ids_BT is not None:
+        written_BM &= _documents(segment_ids_BT, C)[1]
+    return jnp.where(written_BM, jnp.asarray(decay, acc), 1)
+
+
+def decay_before(behind_BM, keep_BM, first_B1=None):
+    """Decay as factors on S at the start of each chunk, as implementations take them, [B, M].
+
+    They multiply what the chunk before has written, too, so its rate has to be divided by `decay`;
+    and what is left at the end has still to be multiplied by the last factor behind.
+
+    Args:
+      keep_BM: 0 where a document starts; None: no documents.
+      first_B1: the factor behind the chunk before the first one; None: there is none.
+    """
+    first_B1 = jnp.ones_like(behind_BM[:, :1]) if first_B1 is None else first_B1
+    before_BM = jnp.concatenate([first_B1, behind_BM[:, :-1]], axis=1)
+    return before_BM if keep_BM is None else before_BM * keep_BM
 
 
 def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):

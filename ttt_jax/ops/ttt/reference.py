@@ -15,7 +15,17 @@ import jax.numpy as jnp
 
 
 def in_place_ttt_reference(
-    z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, segment_ids_BT=None, clip_norm=None
+    z_BTF,
+    v_BTD,
+    w_DF,
+    *,
+    lr,
+    chunk_size,
+    state_BDF,
+    segment_ids_BT=None,
+    clip_norm=None,
+    decay=1.0,
+    whole_chunks_B=None,
 ):
     """See `ttt_jax.ops.ttt.api`; same arguments and results, `state_BDF` required."""
     acc = state_BDF.dtype
@@ -32,6 +42,8 @@ def in_place_ttt_reference(
             end = min(start + C, T)
             z_BCF, v_BCD = z_BTF[:, start:end], v_BTD[:, start:end]
             whole_B = jnp.full(z_BTF.shape[:1], end - start == C)
+            if whole_chunks_B is not None:
+                whole_B &= start // C < whole_chunks_B
             if segment_ids_BT is not None:
                 ids_BC = segment_ids_BT[:, start:end]
                 # the initial state belongs to the first document, later ones start from zero
@@ -51,5 +63,5 @@ def in_place_ttt_reference(
                     clipped_B, clip_norm * jax.lax.rsqrt(jnp.where(clipped_B, square_B, 1)), 1
                 )
                 delta_BDF = scale_B[:, None, None] * delta_BDF
-            S_BDF = S_BDF + jnp.where(whole_B[:, None, None], delta_BDF, 0)
+            S_BDF = jnp.where(whole_B[:, None, None], decay * S_BDF + delta_BDF, S_BDF)
     return jnp.concatenate(o_parts, axis=1).astype(out_dtype), S_BDF

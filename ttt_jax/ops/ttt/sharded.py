@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from ttt_jax.errors import UserError
 from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.api import in_place_ttt
-from ttt_jax.ops.ttt.chunk_updates import fold_clip, fold_segments
+from ttt_jax.ops.ttt.chunk_updates import decay_before, decay_behind, fold_clip, fold_segments
 
 
 def in_place_ttt_shard(
@@ -51,6 +51,8 @@ def in_place_ttt_shard(
     shards: int,
     state_BXF=None,
     segment_ids_BT=None,
+    decay: float = 1.0,
+    whole_chunks_B=None,
     clip_norm: float | None = None,
     sum_F: Callable[[Any], Any] | None = None,
     implementation: str | None = None,
@@ -62,6 +64,7 @@ def in_place_ttt_shard(
         partial chunk at the end is fine then). Shards lie in the order of the sequence.
       state_BXF: this device's slice of S_0: rows p X .. (p + 1) X of S_0 padded to P X rows. None
         is zero.
+      whole_chunks_B: counts the chunks of the whole sequence, not of this shard.
       sum_F: sums over the devices that split F; None when F is whole. Only clipping needs it.
 
     Returns: o_BTD (a partial sum where F is split) and this device's slice of the final state, [B,
@@ -82,11 +85,21 @@ def in_place_ttt_shard(
         v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
     if axis is None:
         options = {"segment_ids": segment_ids_BT, "implementation": implementation}
+        options |= {"decay": decay, "whole_chunks": whole_chunks_B}
         return in_place_ttt(z_BTF, v_BTD, w_DF, lr=lr, chunk_size=C, state=state_BXF, **options)
-    static = _Static(C, axis, shards, implementation, state_BXF is None)
-    out: Any = _sharded(
-        static, z_BTF, v_BTD, w_DF.astype(z_BTF.dtype), lr, state_BXF, keep_BM, segment_ids_BT
-    )
+    last_B1 = None
+    if decay != 1:
+        if whole_chunks_B is not None:
+            whole_chunks_B = whole_chunks_B - jax.lax.axis_index(axis) * (T // C)
+        shape_BT = z_BTF.shape[:2]
+        behind_BM = decay_behind(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc)
+        last_B1 = behind_BM[:, -1:]
+        first_B1 = _from_before(last_B1, axis, shards)
+        first_B1 = jnp.where(jax.lax.axis_index(axis) == 0, 1, first_B1)
+        keep_BM = decay_before(behind_BM, keep_BM, first_B1)
+    static = _Static(C, axis, shards, implementation, state_BXF is None, decay)
+    w_DF, chunks = w_DF.astype(z_BTF.dtype), (keep_BM, segment_ids_BT, whole_chunks_B, last_B1)
+    out: Any = _sharded(static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks)
     return out
 
 
@@ -101,16 +114,21 @@ class _Static(NamedTuple):
     shards: int
     implementation: str | None
     from_zero: bool  # there is no initial state
+    decay: float
 
 
 def _continues(segment_ids_BT, C: int, axis: str, shards: int):
     """Whether each row's first chunk goes on with the document that the last chunk before this
     shard starts with, bool [B].
     """
-    forward = [(p, p + 1) for p in range(shards - 1)]
-    before_B = jax.lax.ppermute(segment_ids_BT[:, -C], axis, forward)
+    before_B = _from_before(segment_ids_BT[:, -C], axis, shards)
     # The initial state belongs to the first document, whatever its number.
     return (before_B == segment_ids_BT[:, 0]) | (jax.lax.axis_index(axis) == 0)
+
+
+def _from_before(x, axis: str, shards: int):
+    """The shard before this one's x; zeros on the first."""
+    return jax.lax.ppermute(x, axis, [(p, p + 1) for p in range(shards - 1)])
 
 
 def _sum_of_products(x_BTD, z_BTF, factor_BM, C, acc):
@@ -165,19 +183,22 @@ def exclusive_prefix(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT) -> Any:
-    return _forward(static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT)[0]
+def _sharded(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks) -> Any:
+    return _forward(static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks)[0]
 
 
-def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segment_ids_BT):
-    C, axis, shards, implementation, _ = static
+def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, chunks):
+    C, axis, shards, implementation, _, decay = static
+    # With decay, keep holds it, and the prefix runs over states that the last chunk behind them has
+    # not decayed yet (`decay_before`).
+    keep_BM, segment_ids_BT, whole_chunks_B, last_B1 = chunks
     acc, dtype = lr.dtype, z_BTF.dtype
     later_BM = kept_B = None
     if keep_BM is not None:
         from_here_BM = jnp.flip(jnp.cumprod(jnp.flip(keep_BM, 1), axis=1), 1)
         later_BM = jnp.concatenate([from_here_BM[:, 1:], jnp.ones_like(keep_BM[:, :1])], axis=1)
         kept_B = from_here_BM[:, 0]
-    scaled_BTD = (lr * v_BTD.astype(acc)).astype(dtype)
+    scaled_BTD = (lr / decay * v_BTD.astype(acc)).astype(dtype)
     delta_BDF = _sum_of_products(scaled_BTD, z_BTF, later_BM, C, acc)
     S_BDF, end_BXF = exclusive_prefix(delta_BDF, kept_B, state_BXF, axis=axis, shards=shards)
     # the op below takes a state for its first document, so the shard's first reset is applied here
@@ -193,28 +214,41 @@ def _forward(static: _Static, z_BTF, v_BTD, w_DF, lr, state_BXF, keep_BM, segmen
             chunk_size=C,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            decay=decay,
+            whole_chunks=whole_chunks_B,
             implementation=implementation,
         )
 
     (o_BTD, _), pull = jax.vjp(op, z_BTF, v_BTD, w_DF, lr, S_BDF)
-    return (o_BTD, end_BXF), (pull, z_BTF, keep_BM)
+    if last_B1 is not None:
+        end_BXF = _of_last(last_B1, axis)[:, :, None] * end_BXF
+    return (o_BTD, end_BXF), (pull, z_BTF, chunks)
+
+
+def _of_last(last_B1, axis: str):
+    """The last shard's factor behind its last chunk, on every shard."""
+    return jax.lax.all_gather(last_B1, axis)[-1]
 
 
 def _backward(static: _Static, residuals, cotangents):
-    C, axis, shards, _, from_zero = static
-    pull, z_BTF, keep_BM = residuals
+    C, axis, shards, _, from_zero, _ = static
+    pull, z_BTF, chunks = residuals
+    keep_BM, _, _, last_B1 = chunks
     do_BTD, dend_BXF = cotangents
     acc = dend_BXF.dtype
+    if last_B1 is not None:
+        dend_BXF = _of_last(last_B1, axis)[:, :, None] * dend_BXF
     so_far_BM = None if keep_BM is None else jnp.cumprod(keep_BM, axis=1)
     kept_B = None if so_far_BM is None else so_far_BM[:, -1]
     gamma_BDF = _sum_of_products(do_BTD, z_BTF, so_far_BM, C, acc)
     G_BDF, dstate_BXF = exclusive_prefix(
         gamma_BDF, kept_B, dend_BXF, axis=axis, shards=shards, reverse=True
     )
+    if last_B1 is not None:  # the op's final state is decayed, the prefix's is not
+        G_BDF = G_BDF / last_B1[:, :, None]
     # S_p's gradient is what the prefix has carried already
     dz_BTF, dv_BTD, dw_DF, dlr, _ = pull((do_BTD, G_BDF))
-    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    return dz_BTF, dv_BTD, dw_DF, dlr, None if from_zero else dstate_BXF, dkeep_BM, None
+    return dz_BTF, dv_BTD, dw_DF, dlr, None if from_zero else dstate_BXF, None
 
 
 _sharded.defvjp(_forward, _backward)
