@@ -2,8 +2,8 @@
 
     python benchmarks/inner_rate.py --out rates --parallel 16 --cores 2
 
-Trains the default run's model at three widths, row lengths and chunk sizes, with 1/3, 1 and 3
-times the rate of the rule (ttt_jax/config/inner_rate.py), through benchmarks/study.py. The tokens of a
+Trains the default run's model at three widths, row lengths and chunk sizes, with 1/3, 1 and 3 times
+the rate of the rule (ttt_jax/config/inner_rate.py), through benchmarks/study.py. The tokens of a
 step stay the same. In the table every shape has three rows: the rule holds where the same factor is
 the best, or as good as the best, in all of them. Other options go to study.py (--seeds, --seconds).
 """

@@ -1,4 +1,4 @@
-"""`model.ttt.lr: auto`: the rule, the size of the keys that it rests on, and where it says nothing."""
+"""`model.ttt.lr: auto`: the rule, the size of the keys that it rests on, and where it is silent."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,9 @@ def test_the_rule_keeps_lr_m_T():
 def test_decay_shortens_what_counts_as_the_row():
     """0.5 leaves 2 chunks of 64 tokens, whatever the row."""
     short = load_config("default", [*SUM_WRITE, "--model.ttt.decay", "0.5"])
-    long = load_config("default", [*SUM_WRITE, "--model.ttt.decay", "0.5", "--data.seq_len", "1024"])
+    long = load_config(
+        "default", [*SUM_WRITE, "--model.ttt.decay", "0.5", "--data.seq_len", "1024"]
+    )
     assert short.model.ttt.lr == long.model.ttt.lr
     product = short.model.ttt.lr * key_square(short.model) * 128
     assert product == pytest.approx(SUM, rel=0.05)
@@ -66,16 +68,16 @@ def test_ridge_has_no_unit():
     ],
 )
 def test_where_the_rule_says_nothing(preset, words, line):
-    with pytest.raises(ConfigError, match="config field model.ttt.lr = auto: ") as caught:
+    with pytest.raises(ConfigError, match=r"config field model\.ttt\.lr = auto: ") as caught:
         load_config(preset, [*SUM_WRITE, *words])
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_what_comes_after_reading_sees_a_number():
-    assert rate() == pytest.approx(0.053, rel=0.01)
+    assert rate() == pytest.approx(0.016, rel=0.01)
     assert load_config("default", [*AUTO, "--model.ttt.lr", "0.25"]).model.ttt.lr == 0.25
-    with pytest.raises(ConfigError, match="model.ttt.lr = automatic"):
+    with pytest.raises(ConfigError, match=r"model\.ttt\.lr = automatic"):
         load_config("default", ["--model.ttt.lr", "automatic"])
 
 

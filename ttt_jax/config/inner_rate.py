@@ -24,7 +24,7 @@ from ttt_jax.config.fields import Config, ModelConfig
 from ttt_jax.errors import ConfigError
 
 AUTO = "auto"
-SUM = 500.0  # lr m T
+SUM = 300.0  # lr m T
 
 
 def inner_rate(config: Config) -> float:

@@ -199,7 +199,7 @@ def in_place_ttt(
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
-    if decay == 1 or T < chunk_size:  # nothing is written
+    if decay == 1 or chunk_size > T:  # nothing is written
         if keep_BM is None:
             return in_blocks(fast.run, fast.block(call), z_BTF, v_BTD, w_DF, **options)
         return fast.run(z_BTF, v_BTD, w_DF, **options, keep_BM=keep_BM)
