@@ -2,9 +2,9 @@
 
     python benchmarks/inner_rate.py --out rates --parallel 16 --cores 2
 
-Trains the default run's model at three widths, row lengths and chunk sizes, with 0.1 to 3 times
+Trains the default run's model at three widths, row lengths and chunk sizes, with 1/3, 1 and 3 times
 the rate of the rule (ttt_jax/config/inner_rate.py), through benchmarks/study.py. The tokens of a
-step stay the same. In the table every shape has four rows: the rule holds where the same factor is
+step stay the same. In the table every shape has three rows: the rule holds where the same factor is
 the best, or as good as the best, in all of them. Other options go to study.py (--seeds, --seconds).
 """
 
@@ -46,8 +46,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--writes", nargs="+", default=["sum", "ridge"])
-    parser.add_argument("--factors", type=float, nargs="+", default=[0.1, 1 / 3, 1, 3])
+    parser.add_argument("--writes", nargs="+", default=["ridge", "sum"])
+    parser.add_argument("--factors", type=float, nargs="+", default=[1 / 3, 1, 3])
     parser.add_argument("--steps", type=int, default=120)
     args, rest = parser.parse_known_args()
     arms = []

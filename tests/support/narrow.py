@@ -17,15 +17,15 @@ from ttt_jax.training.step import abstract_state, init_state, make_train_step
 def narrow(preset: str, width: int, chunk: int, *words: str) -> Config:
     """The preset with everything that makes it large cut, and what decides ||S||/||W|| kept.
 
-    Widths are cut in proportion, `init_std` and the outer rate grow with the root of the cut: so
-    projections keep their scale, and steps their relative size. Chunk, window and row are cut in
-    proportion, so the number of chunks stays. Layers, TTT layers, MLP's shape and write stay. One
-    row of bytes a step, and a warm-up of four steps, so that few steps show what happens. The inner
-    rate is by the rule (`auto`); `words` are further overrides.
+    Widths are cut in proportion. `init_std` and the outer rate grow with the root of the cut, so
+    that projections keep their scale and steps their relative size. Chunk, window and row are cut
+    in proportion, so that the number of chunks stays. Layers, write, decay and the inner rate's
+    rule stay. One row of bytes a step, and a warm-up of ten steps, so that few steps show what
+    happens.
     """
     config = load_config(preset)
     model, C = config.model, config.model.ttt.chunk_size
-    cut = math.sqrt(model.d_model / width)
+    root = math.sqrt(model.d_model / width)
     T = config.data.seq_len * chunk // C
     fields = {
         "model.vocab_size": 257,
@@ -34,15 +34,15 @@ def narrow(preset: str, width: int, chunk: int, *words: str) -> Config:
         "model.num_heads": 2,
         "model.num_kv_heads": 2,
         "model.head_dim": width // 2,
-        "model.init_std": model.init_std * cut,
+        "model.init_std": model.init_std * root,
         "model.sliding_window": max(2, (model.sliding_window or 0) * chunk // C),
         "model.ttt.chunk_size": chunk,
         "model.ttt.lr": "auto",
         "data.seq_len": T,
         "data.batch_size": 1,
         "data.tokenizer": "bytes",
-        "optimizer.lr": config.optimizer.lr * cut,
-        "optimizer.warmup_steps": 4,
+        "optimizer.lr": config.optimizer.lr * root,
+        "optimizer.warmup_steps": 10,
         "optimizer.schedule": "constant",
         "optimizer.accumulate": 1,
         "compute_dtype": "float32",

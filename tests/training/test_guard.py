@@ -115,7 +115,7 @@ def test_fast_weights_out_of_range_are_named_once(tmp_path):
     ("ttt", "advice"),
     [
         ({}, "lower model.ttt.lr (now 3), or set model.ttt.write ridge with lr 1"),
-        ({"normalize_source": True, "lr": 1e7}, "set model.ttt.lr auto (250000 here, now 1e+07)"),
+        ({"normalize_source": True, "lr": 1e7}, "set model.ttt.lr auto (76000 here, now 1e+07)"),
         ({"normalize_source": True, "lr": 0.1}, "lower model.ttt.lr (now 0.1), or"),
         ({"write": "ridge"}, "set model.ttt.lr auto (1 here, now 3), or set model.ttt.clip_norm"),
         ({"write": "ridge", "clip_norm": 1, "lr": 0.5}, "explodes; lower model.ttt.lr (now 0.5)"),

@@ -66,7 +66,7 @@ def test_the_rate_is_the_rule_s_for_the_layer_with_the_largest_keys(folder, caps
     assert config == replace(start.config, {"model.ttt.lr": config.model.ttt.lr})
     line = capsys.readouterr().out
     layer = start.config.model.ttt.layers[int(np.argmax(medians))]
-    assert f"model.ttt.lr is {config.model.ttt.lr:g}, 1,000 / (m T) with m = " in line
+    assert f"model.ttt.lr is {config.model.ttt.lr:g}, {SUM:,.0f} / (m T) with m = " in line
     assert (
         f"{float(max(medians)):.3g}, the median ||z||^2 of held-out tokens in layer {layer}" in line
     )

@@ -23,7 +23,7 @@ import math
 from ttt_jax.config.fields import Config, ModelConfig
 from ttt_jax.errors import ConfigError
 
-SUM = 1000.0  # lr m T
+SUM = 300.0  # lr m T
 
 
 def inner_rate(config: Config) -> float:

@@ -212,7 +212,7 @@ def in_place_ttt(
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
     decay_BM = None
-    if decay != 1:
+    if decay != 1 and chunk_size <= T:  # else nothing is written
         decay_BM = decay_factors(decay, (B, T), chunk_size, segment_ids, whole_chunks, acc)
     # Inside of a block every chunk would need another power of the decay.
     n = fast.block(call) if decay == 1 else 1

@@ -1,0 +1,106 @@
+"""||S||/||W|| in the first steps of training: the rule for the inner rate over shapes, and no
+preset explodes.
+
+A new model has S = 0, since its targets are zero. So the ratio rises from 0, and is looked at from
+below at the end only.
+"""
+
+import jax
+import numpy as np
+import pytest
+from support.awake import new_target
+from support.narrow import narrow, ratios
+
+from ttt_jax.config import load_config, preset_names, replace
+from ttt_jax.model import ttt_mlp
+from ttt_jax.model.param_path import param_path
+from ttt_jax.model.transformer import Transformer
+
+LOW, HIGH = 0.05, 2.0
+FROM_SCRATCH = [name for name in preset_names() if load_config(name).init_from is None]
+
+
+@pytest.fixture(autouse=True)
+def real_start(monkeypatch):
+    """The start of real models: a zero convolution and a diagonal W_target."""
+    monkeypatch.setattr(ttt_mlp, "initial_target", new_target)
+
+
+def of_shape(D, T, C, *words):
+    """Two layers of the default run's MLP, one of them with TTT, at other sizes. `init_std` keeps
+    the scale of projections.
+    """
+    sizes = {
+        "model.d_model": D,
+        "model.d_ff": 2 * D,
+        "model.head_dim": D // 2,
+        "model.num_layers": 2,
+        "model.ttt.layers": [1],
+        "model.init_std": 0.06 * (96 / D) ** 0.5,
+        "model.sliding_window": 16,
+        "model.ttt.chunk_size": C,
+        "model.ttt.lr": "auto",
+        "data.seq_len": T,
+        "data.batch_size": 1,
+        "optimizer.warmup_steps": 10,
+        "optimizer.schedule": "constant",
+    }
+    return load_config("default", [f"--{name}={value}" for name, value in sizes.items()] + [*words])
+
+
+@pytest.mark.parametrize(
+    ("words", "T", "steps", "apart"),
+    [
+        (["--model.ttt.write", "sum", "--model.ttt.decay", "1"], 256, 12, 2),
+        pytest.param(
+            *(["--model.ttt.write", "ridge", "--model.ttt.decay", "0.9"], 512, 30, 4),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["sum", "ridge"],
+)
+def test_one_setting_serves_every_row_chunk_and_width(words, T, steps, apart):
+    """Rows, widths and chunks of half and twice the size. `apart`: by what factor rows and chunks
+    may differ (a rate that knew nothing of the row would give 4 with `sum`).
+    """
+    found, base, widths = {}, (64, T, 16), [(32, T, 16), (128, T, 16)]
+    rows_and_chunks = [base, (64, T // 2, 16), (64, 2 * T, 16), (64, T, 8)]
+    for shape in (*rows_and_chunks, *widths):
+        ratio = ratios(of_shape(*shape, *words), steps)
+        assert ratio.max() < HIGH, shape
+        found[shape] = ratio[-4:].mean()
+        assert found[shape] > LOW, shape
+    same_width = [found[shape] for shape in rows_and_chunks]
+    assert max(same_width) < apart * min(same_width), found
+
+
+@pytest.mark.parametrize("preset", FROM_SCRATCH)
+def test_no_preset_explodes_or_stays_away(preset):
+    ratio = ratios(narrow(preset, 48, 16), 40)
+    assert ratio.shape[1] == len(load_config(preset).model.ttt.layers)
+    assert ratio.max() < HIGH
+    assert ratio[-6:].mean() > LOW
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FROM_SCRATCH)
+def test_no_preset_explodes_in_a_longer_run(preset):
+    ratio = ratios(narrow(preset, 96, 32, "--optimizer.warmup_steps", "20"), 80)
+    assert ratio.max() < HIGH
+    assert ratio[40:].min() > LOW
+
+
+@pytest.mark.parametrize(("write", "awake"), [("spectral", False), ("ridge", True)])
+def test_a_spectral_write_has_no_start(write, awake):
+    """Why training from scratch refuses it: the targets are zero, and get no gradient."""
+    cfg = replace(of_shape(32, 64, 16).model, {"ttt.write": write, "ttt.lr": 1.0})
+    model = Transformer(cfg, key=jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (1, 64), 0, 257)
+    gradients = jax.jit(jax.grad(lambda model: model.hidden(ids)[0][:, :, ::3].sum()))(model)
+    convolutions = [
+        np.asarray(x)
+        for path, x in jax.tree_util.tree_flatten_with_path(gradients)[0]
+        if param_path(path).endswith("target.conv")
+    ]
+    assert len(convolutions) == 1
+    assert np.any(convolutions[0]) == awake
