@@ -97,6 +97,6 @@ def test_keys_without_a_scale_are_one_line(folder, square, monkeypatch):
 
 
 def test_the_rule():
-    assert rate_of(100.0, 1000) == 0.01
+    assert rate_of(100.0, 300) == 0.01
     assert rate_of(123.0, 4096) == pytest.approx(SUM / (123 * 4096), rel=0.02)
     assert rate_of(200.0, 1000) < rate_of(100.0, 1000)
