@@ -59,9 +59,7 @@ def test_what_the_check_finds():
     text = "    ttt-jax score --model DIR \\\n        --texts FILE --no-ttt  # --gone\n"
     assert list(commands(text)) == [("score", " --model DIR --texts FILE --no-ttt")]
     assert unknown(text) == ["--texts"]
-    text = (
-        "```bash\npip x && .venv/bin/python train.py --model.d_mode 3 --steps=4\n```\nttt-jax x\n"
-    )
+    text = "```bash\npip x && .venv/bin/python train.py --model.d_mode 3 --steps=4\n```\nttt-jax\n"
     assert unknown(text) == ["--model.d_mode"]
     assert unknown("    $ ttt-jax chatt --model DIR\n") == ["chatt"]
     assert unknown("    ttt-jax convert A B --ttt.layers 0 --ttt.chunk 3\n") == ["--ttt.chunk"]
