@@ -4,6 +4,7 @@ the weights are those of a run that nothing happened to.
 
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +75,16 @@ def listed(target: str) -> dict[str, bytes]:
     return {path.partition("/a/")[2]: store.cat_file(path) for path in store.find(f"{target}/a")}
 
 
+def wait_for_a_step(target: str) -> None:
+    store = fsspec.filesystem(target.partition("://")[0] if "://" in target else "file")
+    for _ in range(1000):
+        store.invalidate_cache()
+        if any(store.exists(f"{target}/a/checkpoints/{step}/{CHECKSUMS}") for step in (4, 8)):
+            return
+        time.sleep(0.05)
+    raise AssertionError("nothing is copied")
+
+
 def copied_part(run_dir: Path) -> dict[str, bytes]:
     return {
         name: data
@@ -100,17 +111,18 @@ def test_a_run_whose_disk_is_lost_goes_on_elsewhere(
 
     def until_the_machine_goes(loader):
         if loader.batches_done == 11:
-            for _ in range(3000):
-                if any(name.endswith(f"/{CHECKSUMS}") for name in listed(target)):
-                    raise TrainingError("the machine is gone")
-                time.sleep(0.02)
+            wait_for_a_step(target)
+            raise TrainingError("the machine is gone")
         return following(loader)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loader, "__next__", until_the_machine_goes)
         assert train.main([*words, f"--runs_dir={tmp_path / 'first'}"]) == 1
+    for thread in threading.enumerate():  # a machine that is gone copies nothing any more
+        if thread.name.startswith("copy"):
+            thread.join(60)
     shutil.rmtree(tmp_path / "first")
-    capsys.readouterr()
+    assert capsys.readouterr().err == "error: the machine is gone\n"
     assert train.main([*words, f"--runs_dir={tmp_path / 'second'}"]) == 0
     said = f"config field checkpoint.copy_to = {target!r}: fetched step "
     assert said in capsys.readouterr().out
@@ -361,6 +373,50 @@ def test_a_copy_that_fails_is_said_once_and_tried_again(run, tmp_path, monkeypat
         copier.follow()
     assert events[1:] == ["step 4 is copied: copying works again"]
     assert (tmp_path / "copies/a/checkpoints/4" / CHECKSUMS).exists()
+
+
+def test_a_step_that_the_run_removes_is_copied_all_the_same(run, tmp_path, monkeypatch):
+    """An upload may take longer than the run keeps a step."""
+    run = replace(run, {"checkpoint.keep": 1})
+    source = write_step(run, 4)
+    expected = files_of(source)
+    put, began, removed = run_copy._Place.put, threading.Event(), threading.Event()
+
+    def slowly(place, path, name):
+        began.set()
+        assert removed.wait(60)
+        put(place, path, name)
+
+    monkeypatch.setattr(run_copy._Place, "put", slowly)
+    with RunCopy(run, lambda text, **details: pytest.fail(text)) as copier:
+        copier.follow()
+        assert began.wait(60)
+        write_step(run, 8)
+        shutil.rmtree(source)
+        removed.set()
+        copier._pending.result(timeout=60)
+        assert files_of(tmp_path / "copies/a/checkpoints/4") == expected
+        copier.finish()
+    assert [path.name for path in (tmp_path / "copies/a/checkpoints").iterdir()] == ["8"]
+    assert not (run.run_dir / ".copy").exists()
+
+
+def test_a_part_of_a_step_is_not_copied(run, tmp_path, monkeypatch):
+    write_step(run, 4)
+    copy(run)
+    write_step(run, 8)
+    link = run_copy._link
+
+    def fails(source, target):
+        if source.endswith("d/1"):
+            raise OSError(28, "No space left on device")
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_copy, "_link", fails)
+        with pytest.raises(TrainingError, match="could not be kept for the copy"):
+            copy(run)
+    assert [path.name for path in (tmp_path / "copies/a/checkpoints").iterdir()] == ["4"]
 
 
 def test_names_that_leave_the_folder_are_not_fetched(run, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ from ttt_jax.run.folder import CONFIG_FILE, check_same_curve
 
 _NOT_COPIED = (CHECKPOINT_FOLDER, "compile_cache", "tensorboard")
 _PROBE = ".can_be_written"
+_HELD = ".copy"  # of the run folder: links to the files of the step that is being copied
 _AT_ONCE = 8  # files
 _PAUSE = 30.0  # seconds after a failed copy
 _MAX_FILE_BYTES = 1 << 30  # of a file beside the checkpoints, when it is fetched
@@ -121,6 +122,15 @@ def _guarded(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:
         raise store_error(error) from None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def _is_copied(name: str) -> bool:
@@ -259,6 +269,8 @@ class RunCopy:
         self._pending: concurrent.futures.Future[None] | None = None
         self._step = self._copied = 0  # being copied; copied by this start
         self._failed, self._again = False, 0.0
+        if self._main:
+            shutil.rmtree(config.run_dir / _HELD, ignore_errors=True)  # of a start that was killed
 
     def follow(self) -> None:
         """Look for a new step to copy, and at what has become of the last one. Returns at once."""
@@ -271,7 +283,7 @@ class RunCopy:
         newest = self._newest()
         if newest and newest != self._copied and time.monotonic() >= self._again:
             self._step = newest
-            self._pending = self._pool.submit(self._copy, newest)
+            self._pending = self._pool.submit(self._copy, newest, self._hold(newest))
 
     def finish(self) -> None:
         """Copy the newest step and wait for it. All processes together.
@@ -287,7 +299,7 @@ class RunCopy:
             newest = self._newest()
             try:
                 if newest and newest != self._copied:
-                    self._copy(newest)
+                    self._copy(newest, self._hold(newest))
                     self._copied = newest
             except OSError as error:
                 reason = self._problem(newest, error)
@@ -344,17 +356,36 @@ class RunCopy:
             f"{self._config.run_dir} but could not be copied ({reason_of(error)})"
         )
 
-    def _copy(self, step: int) -> None:
-        """Copy a step. Raises OSError."""
+    def _hold(self, step: int) -> Path:
+        """Keep the files of a step for the copy, by hard links: the run may remove the step before
+        it is copied. Returns their folder. If that fails, there is none, and
+        `_copy_held` says so.
+        """
+        held = self._config.run_dir / _HELD / str(step)
+        shutil.rmtree(held, ignore_errors=True)
+        source = self._config.run_dir / CHECKPOINT_FOLDER / str(step)
+        try:
+            shutil.copytree(source, held, copy_function=_link)
+        except OSError:  # a part of a step must not pass for one
+            shutil.rmtree(held, ignore_errors=True)
+        return held
+
+    def _copy(self, step: int, source: Path) -> None:
+        """Copy a step from the folder that holds it, which is removed. Raises OSError."""
+        try:
+            self._copy_held(step, source)
+        finally:
+            shutil.rmtree(source.parent, ignore_errors=True)
+
+    def _copy_held(self, step: int, source: Path) -> None:
         assert self._target is not None
         place = _Place(self._target, self._config.name)
-        source = self._config.run_dir / CHECKPOINT_FOLDER / str(step)
         there = place.steps()
         if CHECKSUMS not in there.get(step, ()):
             found = [path for path in source.rglob("*") if path.is_file()]
             names = [path.relative_to(source).as_posix() for path in found]
             if CHECKSUMS not in names:
-                raise StoreError(f"{source} has no {CHECKSUMS}")
+                raise StoreError(f"it has no {CHECKSUMS}, or could not be kept for the copy")
             names.remove(CHECKSUMS)
             below = f"{CHECKPOINT_FOLDER}/{step}"
             with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
