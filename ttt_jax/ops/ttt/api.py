@@ -195,7 +195,7 @@ def in_place_ttt(
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
         state = jnp.zeros((B, D, F), acc)
     state, lr = None if state is None else state.astype(acc), jnp.asarray(lr, acc)
-    options = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}
+    options: dict[str, Any] = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}
     if implementation == "reference":
         return in_place_ttt_reference(
             z_BTF,
@@ -216,8 +216,8 @@ def in_place_ttt(
         decay_BM = decay_factors(decay, (B, T), chunk_size, segment_ids, whole_chunks, acc)
     # Inside of a block every chunk would need another power of the decay.
     n = fast.block(call) if decay == 1 else 1
-    factors = {"keep_BM": keep_BM, "decay_BM": decay_BM}
-    return in_blocks(_applying(fast.run, apply), n, z_BTF, v_BTD, w_DF, **options, **factors)
+    options |= {"keep_BM": keep_BM, "decay_BM": decay_BM}
+    return in_blocks(_applying(fast.run, apply), n, z_BTF, v_BTD, w_DF, **options)
 
 
 @functools.cache  # one function each, which jax knows again
