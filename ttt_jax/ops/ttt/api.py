@@ -195,7 +195,7 @@ def in_place_ttt(
     if state is None and implementation != "xla":  # that one knows what not to do with zeros
         state = jnp.zeros((B, D, F), acc)
     state, lr = None if state is None else state.astype(acc), jnp.asarray(lr, acc)
-    options = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}
+    options: dict[str, Any] = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}
     if implementation == "reference":
         return in_place_ttt_reference(
             z_BTF,
