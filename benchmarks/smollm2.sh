@@ -15,7 +15,7 @@ out=/tmp/smollm2_out
 runs=/tmp/smollm2_runs
 mkdir -p "$out" "$runs" "${OUT:=/tmp/smollm2_packed}"
 started=$SECONDS
-target=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 10}]")
+target=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 100}]")
 
 for arm in "$@"; do
   name=${arm%%:*}
@@ -28,7 +28,7 @@ for arm in "$@"; do
     ridge10) words=("${target[@]}" --model.ttt.layers=[2,5,8,11,14,17,20,23,26,29]) ;;
     decay) words=("${target[@]}" --model.ttt.decay 0.9) ;;
     ridge3) words=("${target[@]}" --model.ttt.lr 3) ;;
-    slow) words=() ;; # the target's parameters at the others' rate
+    slow) words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 10}]") ;;
     sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
     steps*) words=("${target[@]}" --steps "${name#steps}") ;;
     none-steps*) words=(--model.ttt.layers=[] --steps "${name#none-steps}") ;;
@@ -47,9 +47,13 @@ for arm in "$@"; do
   grep -E "init_from|error|mean|tokens/s" "$out/$run.log" | tail -6 | sed "s/^/$run: /"
   lengths=8k,32k
   [[ $name == full ]] && lengths=8k
-  timeout $((seconds - SECONDS + started)) python3 -m ttt_jax eval --model "$runs/$run" \
+  modes=both
+  [[ $name == none* || $name == full ]] && modes=off
+  left=$((seconds - SECONDS + started))
+  ((left < 20)) && echo "$arm: not evaluated, the time is up" && continue
+  timeout "$left" python3 -m ttt_jax eval --model "$runs/$run" \
     --perplexity "$data/books_heldout.jsonl.xz" --lengths $lengths --documents 20 --block 2048 \
-    --batch-size 4 --dtype bfloat16 --out "$out/$run-eval" > "$out/$run-eval.log" 2>&1
+    --batch-size 4 --dtype bfloat16 --ttt $modes --out "$out/$run-eval" > "$out/$run-eval.log" 2>&1
   tail -12 "$out/$run-eval.log" | sed "s/^/$run: /"
   cp "$out/$run-eval/results.json" "$out/$run.json" 2> /dev/null
 done
