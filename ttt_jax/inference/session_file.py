@@ -172,7 +172,10 @@ def fingerprint(model: Transformer) -> str:
         stacked = leaf.reshape(len(names[ours]), -1)
         for name, pair in zip(names[ours], np.asarray(_checksums(stacked)).tolist(), strict=True):
             sums[name] = [str(leaf.dtype), *pair]
-    text = json.dumps([to_dict(model.config), sums], sort_keys=True)
+    config = to_dict(model.config)
+    if config["ttt"]["decay"] == 1:  # sessions written before there was this field go on
+        del config["ttt"]["decay"]
+    text = json.dumps([config, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
