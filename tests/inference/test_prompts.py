@@ -145,7 +145,7 @@ def test_one_line_says_what_to_pass(chatty, name):
 
 def test_messages_without_a_template():
     model = make(config(num_layers=1, **{"ttt.layers": (0,)}), "float32")
-    with pytest.raises(UserError, match=r"the model has none \(was not loaded from a folder\)"):
+    with pytest.raises(UserError, match=r"the model has none \(its tokenizer is from no folder\)"):
         token_rows(model, ASKED)
 
 

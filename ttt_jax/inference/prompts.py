@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ttt_jax.errors import UserError
 from ttt_jax.inference.chat_template import template_of
 from ttt_jax.inference.prefill import check_ids
 from ttt_jax.model.transformer import Transformer
+from ttt_jax.pretrained.companions import companions_of
 
 _FORMS = "give a text, chat messages, token ids, or a list of those"
 
@@ -100,10 +100,10 @@ def _render(model: Transformer, messages: Any) -> str:
                 raise UserError(
                     f"prompt: message {i}: {key} = {message.get(key)!r:.80}; it must be a string"
                 )
-    folder = model.companions
-    template = None if folder is None else template_of(Path(folder))
+    folder = companions_of(model.tokenizer)
+    template = None if folder is None else template_of(folder)
     if template is None:
-        where = "was not loaded from a folder" if folder is None else f"folder {folder}"
+        where = "its tokenizer is from no folder" if folder is None else f"folder {folder}"
         raise UserError(
             f"prompt: messages need a chat template and the model has none ({where}); pass a text"
         )

@@ -64,7 +64,6 @@ class Transformer(nnx.Module):
         self.config, self.runtime = cfg, runtime
         self.tokenizer: Any = None  # `load_pretrained` puts the folder's here, for convenience
         self.eos_ids: tuple[int, ...] = ()  # end tokens of the generation config, likewise
-        self.companions: str | None = None  # where tokenizer and templates lie, likewise
         k_embed, k_head, k_layers = jax.random.split(key, 3)
         self.embed = param(k_embed, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"), cfg.init_std)
         groups, first = [], 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,17 @@ def fingerprint(model: Transformer) -> str:
         for leaf, named in _named_sums(model, lambda x: x)
         for name, pair in named
     }
-    text = json.dumps([to_dict(model.config), sums], sort_keys=True)
+    text = json.dumps([_config(model), sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _config(model: Transformer) -> dict[str, Any]:
+    """The config, without fields that are younger than sessions and say nothing new."""
+    fields = to_dict(model.config)
+    for name, value in (("decay", 1), ("apply", "split")):
+        if fields["ttt"][name] == value:
+            del fields["ttt"][name]
+    return fields
 
 
 def weights_fingerprint(model: Transformer) -> str:

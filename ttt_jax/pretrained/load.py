@@ -63,7 +63,7 @@ def load_pretrained(
         eos_ids = read_eos_ids(path, read_config(path).vocab_size)
         tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
         model = load_hf(path, runtime, dtype=dtype)
-        model.tokenizer, model.eos_ids, model.companions = tokenizer, eos_ids, str(path)
+        model.tokenizer, model.eos_ids = tokenizer, eos_ids
         return model
     else:
         beside = run_folder(path) or path
@@ -76,7 +76,7 @@ def load_pretrained(
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     model = load_model_params(path, abstract)
     model = model if runtime.scan_layers else unstacked(model)
-    model.tokenizer, model.eos_ids, model.companions = loaded_tokenizer, eos_ids, str(path)
+    model.tokenizer, model.eos_ids = loaded_tokenizer, eos_ids
     return model
 
 

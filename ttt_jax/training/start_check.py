@@ -134,7 +134,7 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
 
 def _new_layers(ttt: TTTConfig) -> str:
     """Describe TTT layers that the source does not have."""
-    names = "chunk_size", "lr", "target", "proj", "normalize_source", "write"
+    names = "chunk_size", "lr", "target", "proj", "normalize_source", "write", "decay"
     fields = ", ".join(f"{name} {str(getattr(ttt, name)).lower()}" for name in names)
     return f"new TTT layers {list(ttt.layers)}, which start at zero: {fields}"
 
