@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.streams import model_of, prompts
 
+from ttt_jax.config import replace
 from ttt_jax.errors import CheckpointError
 from ttt_jax.inference.generation import Session
 from ttt_jax.model.param_path import param_path
@@ -53,6 +54,12 @@ def test_values_that_change_places_make_another_model():
     names = [param_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]]
     for name in ("embed", next(name for name in names if name.endswith("mlp.down"))):
         assert fingerprint(exchange(name)) != first, name
+
+
+def test_another_decay_is_another_model():
+    model, other = model_of(), jax.tree.map(lambda x: x, model_of())
+    other.config = replace(model.config, {"ttt.decay": 0.5})
+    assert fingerprint(other) != fingerprint(model)
 
 
 @pytest.fixture(scope="module")
