@@ -12,6 +12,7 @@ from support.tolerance import relative_rms
 
 from ttt_jax import Session, load_pretrained, score
 from ttt_jax.command.cli import main
+from ttt_jax.inference.conversation import Conversation, render_plain
 from ttt_jax.memory.memory import Memory
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
@@ -213,6 +214,19 @@ def test_score_generate_and_chat_begin_with_memories(saved, folder, monkeypatch)
         code, _, err = saved(*words, *first)
         assert code == 2
         assert f"--memory a.m: {command}.s has its own fast weights" in err
+
+
+def test_ttt_off_in_a_chat_puts_the_memory_away(saved, folder):
+    """The last question is answered again with neither the memory nor what was learnt since."""
+    model, memory = load_pretrained(folder), Memory.load("a.m")
+    for ttt in (True, False):
+        talk = Conversation(Session(model, ttt=ttt, memory=memory), render_plain)
+        talk.ask("hello", max_new_tokens=2)
+        copy, question = talk.again(False)
+        again = copy.ask(question, max_new_tokens=4)
+        plain = Conversation(Session(model, ttt=False), render_plain)
+        assert again.text == plain.ask("hello", max_new_tokens=4).text
+        assert talk.session.adapts == (ttt or "frozen")
 
 
 def test_eval_has_a_mode_for_memories(saved, folder, tmp_path):
