@@ -1,4 +1,4 @@
-"""Draw held-out loss by position for arms of `benchmarks/study.py`, means over seeds with intervals.
+"""Draw held-out loss by position for arms of `benchmarks/study.py`, over seeds with intervals.
 
     python benchmarks/books_chart.py docs/books_ttt.png docs/results/2026-11-24-books-*.jsonl \\
         --arm "none: trained without TTT" --arm "sum: TTT, the paper's write" \\
