@@ -260,8 +260,8 @@ def frozen_in(model, memory):
 
 @pytest.mark.parametrize(
     ("make", "changes"),
-    [(model_of, {}), (one_layer_model, {"sliding_window": 3})],
-    ids=["full", "window"],
+    [(model_of, {}), (one_layer_model, {"sliding_window": 3}), (model_of, {"ttt.decay": 0.5})],
+    ids=["full", "window", "decay"],
 )
 def test_a_frozen_memory_is_a_model_of_W_plus_dW(make, changes):
     model, (ids,) = make(**changes), prompts([19], seed=3)

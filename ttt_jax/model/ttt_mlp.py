@@ -156,6 +156,11 @@ class MLP(nnx.Module):
         `whole_B`: the chunks of each row that are written; None: all.
         """
         ttt = self.cfg.ttt
+        if ttt.decay != 1 and S_BDF is not None:
+            # At a rate of 0, as for a memory that is only applied, nothing is written or decays.
+            B, M = z_BTF.shape[0], z_BTF.shape[1] // ttt.chunk_size
+            written_B = jnp.full((B,), M, jnp.int32) if whole_B is None else whole_B
+            whole_B = jnp.where(lr == 0, 0, written_B)
         return devices.in_place_ttt(
             z_BTF,
             v_BTD,
