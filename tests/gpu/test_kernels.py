@@ -34,7 +34,9 @@ def test_kernels_match_the_float64_reference(implementation, dtype, D, F, C, doc
     T = 4 * C + tail
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, C), (2, T))
-    check(*make_inputs(T=T, D=D, F=F), dtype, implementation, chunk_size=C, segment_ids=ids)
+    options = {"chunk_size": C, "segment_ids": ids}
+    check(*make_inputs(T=T, D=D, F=F), dtype, implementation, **options)
+    check(*make_inputs(T=T, D=D, F=F), dtype, implementation, **options, decay=0.6)
 
 
 @pytest.mark.parametrize("documents", ["none", "boundaries"])

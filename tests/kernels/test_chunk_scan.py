@@ -130,6 +130,15 @@ def test_the_scan_matches_the_float64_reference(plain, documents, T):
     check(*make_inputs(T=T), F32, plain, chunk_size=8, segment_ids=ids)
 
 
+@pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 1), (False, 3)])
+@pytest.mark.parametrize(("documents", "T"), [("padding", 45), ("none", 40), ("none", 43)])
+def test_decay(plain, documents, T):
+    """Factors between 0 and 1, which documents alone never give."""
+    segment_ids = DOCUMENTS[documents]
+    ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 8), (2, T))
+    check(*make_inputs(T=T), F32, plain, chunk_size=8, segment_ids=ids, decay=0.6)
+
+
 @pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
 def test_the_last_document_starts_with_the_partial_chunk(plain):
     ids = np.broadcast_to(DOCUMENTS["boundaries"](35, 8), (2, 35))

@@ -85,9 +85,9 @@ def test_no_preset_explodes_or_stays_away(preset):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", FROM_SCRATCH)
 def test_no_preset_explodes_in_a_longer_run(preset):
-    ratio = ratios(narrow(preset, 96, 32, "--optimizer.warmup_steps", "20"), 80)
+    ratio = ratios(narrow(preset, 48, 16), 120)
     assert ratio.max() < HIGH
-    assert ratio[40:].min() > LOW
+    assert ratio[40:].mean(axis=1).min() > LOW
 
 
 @pytest.mark.parametrize(("write", "awake"), [("spectral", False), ("ridge", True)])
