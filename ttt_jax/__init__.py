@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ttt_jax.inference.generation import Session, generate
     from ttt_jax.inference.scoring import score
+    from ttt_jax.memory.memory import Memory
     from ttt_jax.ops import in_place_ttt
     from ttt_jax.pretrained.export import save_pretrained
     from ttt_jax.pretrained.load import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
+    "Memory",
     "Session",
     "__version__",
     "generate",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Memory": "ttt_jax.memory.memory",
     "Session": "ttt_jax.inference.generation",
     "generate": "ttt_jax.inference.generation",
     "in_place_ttt": "ttt_jax.ops",
