@@ -9,13 +9,13 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from support.hf_folders import make_folder
 from support.models import config, make
 from support.streams import one_layer_model
 
 import ttt_jax
 from ttt_jax import Session, generate, load_pretrained, score
-from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import UserError
 from ttt_jax.inference.prompts import token_rows
 
@@ -30,14 +30,25 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-    """A loaded model with the tokenizer of bytes and a chat template."""
+    """A loaded model with a chat template and a tokenizer.json in which an id is a byte."""
     folder = tmp_path_factory.mktemp("chatty") / "model"
     make_folder(folder, {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 257})
     settings = {"eos_token": "<end>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    model = load_pretrained(folder)
-    model.tokenizer = ByteTokenizer()
-    return model
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=bytes_of_bpe(), merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_pretrained(folder)
+
+
+def bytes_of_bpe():
+    """Byte-level BPE's letter for each byte -> the byte."""
+    encode = tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str
+    plain = {encode(chr(b))[0][0]: b for b in range(128)}
+    rest = sorted(set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - set(plain))
+    return plain | {letter: 128 + n for n, letter in enumerate(rest)}
 
 
 def as_lists(rows):

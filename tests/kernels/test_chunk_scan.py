@@ -155,7 +155,7 @@ def test_documents_start_inside_blocks(plain):
 
 
 @pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
-def test_decay(plain):
+def test_decay_where_documents_end(plain):
     """Every update collects what it drops of G."""
     ids = np.stack([np.arange(43) // 24, np.zeros(43, int) + 1])
     check(*make_inputs(T=43), F32, plain, chunk_size=8, segment_ids=ids, decay=0.7)
