@@ -160,7 +160,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a"]}), path)
-    (file,) = find_files((str(path),), field="data.train", format="auto")
+    (file,) = find_files((str(path),), field="data.train", format="auto").files
     assert len(list(read_documents(file, text_field="text", max_bytes=100))) == 1
     for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)

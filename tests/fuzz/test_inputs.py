@@ -46,8 +46,9 @@ from ttt_jax.inference.generation import Session
 from ttt_jax.inference.session_file import load_session
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.run import compile_cache
+from ttt_jax.run.curves import curves_of
 from ttt_jax.run.folder import read_run_config
-from ttt_jax.run.page import _curves, _facts, _quarantine, _warnings, read_run
+from ttt_jax.run.page import _facts, _quarantine, _warnings, read_run
 
 TEXTS = ["first document", "naïve café", "日本語のテキスト", "x" * 50] * 3
 JSONL = (
@@ -282,7 +283,7 @@ def run_folder(folder, examples):
 
     def action():
         run = read_run(folder)
-        curves = _curves(run.metrics)
+        curves = curves_of(run.metrics)
         assert all(math.isfinite(value) for _, values in curves.values() for value in values)
         page = _facts(run, curves) + _warnings(run) + _quarantine(run)
         assert "<script" not in page

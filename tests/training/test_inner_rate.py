@@ -11,13 +11,13 @@ import pytest
 from support.awake import new_target
 from support.narrow import narrow, ratios
 
-from ttt_jax.config import load_config, preset_names, replace
+from ttt_jax.config import load_config, preset_names, read_written, replace
 from ttt_jax.model import ttt_mlp
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 
 LOW, HIGH = 0.05, 2.0
-FROM_SCRATCH = [name for name in preset_names() if load_config(name).init_from is None]
+FROM_SCRATCH = [name for name in preset_names() if not read_written(name).get("init_from")]
 
 
 @pytest.fixture(autouse=True)

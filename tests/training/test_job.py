@@ -319,7 +319,9 @@ def test_what_a_run_shows_while_it_trains(setting, capsys, monkeypatch):
     setting.step = compiles
     with setting.open() as job:
         setting.train(job, steps=4)
-    lines = capsys.readouterr().out.splitlines()
+    read, held_out, *lines = capsys.readouterr().out.splitlines()
+    assert "reads 40 files" in read
+    assert "holds out" in held_out
     assert lines[:6] == [
         "model     1 parameters; none of 4 layers adapts",
         f"devices   {jax.device_count()} x cpu, computing in float32",

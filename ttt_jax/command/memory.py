@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ttt_jax.command.memory_export import lora, merge
-from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, examples
+from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, Group, examples
 from ttt_jax.errors import UserError
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
@@ -348,6 +348,14 @@ def _write(memory: Memory, out: Path) -> None:
     print(printable(f"{memory}: {out}"))
 
 
-@click.group(commands=[read, info, add, sub, scale, truncate, diff, merge, lora])
+@click.group(
+    cls=Group,
+    commands=[read, info, add, sub, scale, truncate, diff, merge, lora],
+    epilog=examples(
+        "ttt-jax memory read runs/books a.txt --out a.memory",
+        "ttt-jax memory sub all.memory a.memory --out others.memory",
+        "ttt-jax memory lora runs/books a.memory adapter --rank 32",
+    ),
+)
 def memory() -> None:
     """What texts teach, as files: read, info, add, sub, scale, truncate, diff, merge, lora."""

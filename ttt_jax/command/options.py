@@ -11,14 +11,22 @@ if TYPE_CHECKING:
     from ttt_jax.inference.sampling import Sampling
 
 
-class Command(click.Command):
-    """A command whose help keeps the line breaks of its examples."""
+class _Examples(click.Command):
+    """Its help keeps the line breaks of its examples."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.epilog:
             with formatter.section("Examples"):
                 for line in self.epilog.splitlines():
                     formatter.write(f"  {line}\n")
+
+
+class Command(_Examples):
+    """A command with examples."""
+
+
+class Group(_Examples, click.Group):
+    """A group of commands with examples."""
 
 
 def examples(*lines: str) -> str:
