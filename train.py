@@ -79,8 +79,6 @@ def train(start: Start, stop: StopSignal) -> None:
         if lock is None:  # finished
             return
         from ttt_jax.checkpoint.run_copy import fetch_run
-
-        say_on_first_process(start.remarks)
         from ttt_jax.data import load_tokenizer, make_loader
         from ttt_jax.inference.samples import sample_hooks
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
@@ -92,6 +90,7 @@ def train(start: Start, stop: StopSignal) -> None:
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step
 
+        say_on_first_process(start.remarks)
         fetched = fetch_run(config)
         mesh = make_mesh(config.mesh)
         tokenizer = load_tokenizer(training_tokenizer(config))
