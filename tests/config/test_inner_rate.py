@@ -60,11 +60,6 @@ def test_ridge_has_no_unit():
     ("preset", "words", "line"),
     [
         ("default", ["--model.ttt.normalize_source", "no"], "set model.ttt.normalize_source true"),
-        (
-            "qwen3_0p6b",
-            ["--model.ttt.write", "spectral"],
-            "with model.ttt.write = spectral; give",
-        ),
         ("qwen3_0p6b", [], "with model.ttt.normalize_source = false; give"),
     ],
 )
