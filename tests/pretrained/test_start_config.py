@@ -116,7 +116,9 @@ def test_what_does_not_fit_is_one_line(sources, more, message):
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "nothing", "a/b/c", "../x", "CHECKPOINT"])
-def test_a_missing_source_is_one_line(source):
+def test_a_missing_source_is_one_line(source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(CheckpointError, match=r"field init_from = .*: no such folder; give"):
         load_start(None, words(source))
 
