@@ -354,7 +354,7 @@ def _write(memory: Memory, out: Path) -> None:
     epilog=examples(
         "ttt-jax memory read runs/books a.txt --out a.memory",
         "ttt-jax memory sub all.memory a.memory --out others.memory",
-        "ttt-jax memory lora runs/books a.memory adapter --rank 32",
+        "ttt-jax memory lora a.memory adapter --rank 32",
     ),
 )
 def memory() -> None:
