@@ -61,7 +61,7 @@ def of_shape(D, T, C, *words):
 )
 def test_one_setting_serves_every_row_chunk_and_width(words, T, steps, apart):
     """Rows, widths and chunks of half and twice the size. `apart`: by what factor rows and chunks
-    may differ (a rate that knew nothing of the row would give 4 with `sum`). Over widths the rule is
+    may differ (without the row in the rule it would be 4 with `sum`). Over widths the rule is
     half right: they differ by 4.4 (docs/writes.md).
     """
     found, base, widths = {}, (64, T, 16), [(32, T, 16), (128, T, 16)]
