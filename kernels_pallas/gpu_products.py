@@ -113,33 +113,13 @@ def forward_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, base_BTD, o_BTD, 
 
 def fused_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
     """o = z R^T, and S += lr v^T z, with R a copy of W + S."""
-    C, D, F = sizes
-    apply = Product(
-        "nt",
-        rows=C,
-        columns=D,
-        length=F,
-        left=chunk.tokens(z_BTF),
-        right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_rows, chunk, o_BTD),
-        epilogue_inputs=lambda b: (None, None),
-    )
+    apply = _plain_apply(sizes, chunk, "nt", z_BTF, R_2BDF, o_BTD)
     return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
 
 
 def replay_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
     """dz = do R, and S += lr v^T z, with R a copy of W + S."""
-    C, D, F = sizes
-    apply = Product(
-        "nn",
-        rows=C,
-        columns=F,
-        length=D,
-        left=chunk.tokens(do_BTD),
-        right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_rows, chunk, dz_BTF),
-        epilogue_inputs=lambda b: (None, None),
-    )
+    apply = _plain_apply(sizes, chunk, "nn", do_BTD, R_2BDF, dz_BTF)
     return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
 
 
@@ -181,6 +161,22 @@ def reverse_products(
         row=chunk.token,
     )
     return [to_v, to_z, _update(sizes, chunk, do_BTD, z_BTF, G_BDF, R_2BDF, collected=dw_BDF)]
+
+
+def _plain_apply(sizes: Sizes, chunk: Chunk, layout: str, left_BTX, R_2BDF, out_BTX) -> Product:
+    """out = left R^T ("nt") or left R ("nn"), written as it is."""
+    C, D, F = sizes
+    columns, length = (D, F) if layout == "nt" else (F, D)
+    return Product(
+        layout,
+        rows=C,
+        columns=columns,
+        length=length,
+        left=chunk.tokens(left_BTX),
+        right=chunk.fast_weight(R_2BDF),
+        epilogue=functools.partial(_write_rows, chunk, out_BTX),
+        epilogue_inputs=lambda b: (None, None),
+    )
 
 
 def _update(

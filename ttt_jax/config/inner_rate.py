@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 
-from ttt_jax.config.fields import Config, ModelConfig
+from ttt_jax.config.fields import Config, ModelConfig, TTTConfig
 from ttt_jax.errors import ConfigError
 
 SUM = 300.0  # lr m T
@@ -29,30 +29,37 @@ SUM = 300.0  # lr m T
 def inner_rate(config: Config) -> float:
     """Compute the rate that `auto` stands for, to two digits.
 
-    Raises: ConfigError where the rule says nothing: the norm of the keys, or of the source, is not
-    known from the config.
+    Raises: ConfigError where the rule says nothing (`check_rule`), or the norm of the keys is not
+    known from the config: that of a checkpoint is measured (training/measured_rate.py).
     """
     ttt, T = config.model.ttt, config.data.seq_len
     if ttt.write == "ridge":
         return 1.0
-    if ttt.write != "sum":
-        raise ConfigError(
-            f"config field model.ttt.lr = auto: there is no rule for model.ttt.write {ttt.write}; "
-            "give a number"
-        )
+    check_rule(ttt)
     if config.init_from is not None:
         raise ConfigError(
-            "config field model.ttt.lr = auto: the rule takes the size of the keys from init_std, "
-            "and the weights of init_from are not of that size; give a number (for the weights of "
-            "a run, that of its config.yaml), or set model.ttt.write ridge, whose rate has no unit"
-        )
-    if not ttt.normalize_source:
-        raise ConfigError(
-            "config field model.ttt.lr = auto: needs targets of a known size; give a number, or "
-            "set model.ttt.normalize_source true"
+            "config field model.ttt.lr = auto: is measured on init_from, and follows from init_std "
+            "in new models only; give a number"
         )
     tokens = held_tokens(T, ttt.chunk_size, ttt.decay)
     return float(f"{SUM / (key_square(config.model) * tokens):.2g}")
+
+
+def check_rule(ttt: TTTConfig) -> None:
+    """Raise ConfigError unless the rule of `sum` speaks of these writes: it needs targets of a
+    known size.
+    """
+    for name, value, known in (
+        ("write", ttt.write, "sum"),
+        ("normalize_source", ttt.normalize_source, True),
+    ):
+        if value != known:
+            field = f"model.ttt.{name}"
+            raise ConfigError(
+                f"config field model.ttt.lr = auto: there is no rule for it with {field} = "
+                f"{str(value).lower()}; give a number, or set {field} {str(known).lower()} "
+                "(docs/writes.md)"
+            )
 
 
 def describe_rate(config: Config) -> list[str]:

@@ -24,7 +24,7 @@ from ttt_jax.data.digests import digest_rows, digest_tokens
 from ttt_jax.data.document_keys import document_keys, find_documents
 from ttt_jax.data.progress import TokenProgress
 from ttt_jax.data.quarantine import BadRecord, Rejected, Rejects
-from ttt_jax.data.source_files import SourceFile, find_files
+from ttt_jax.data.source_files import Found, SourceFile, find_files
 from ttt_jax.data.sources import Record, open_npy, read_documents
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
@@ -98,9 +98,24 @@ class Corpus:
         return find_documents(list(self.files), key_K)
 
 
-def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.train") -> Corpus:
+def files_of(config: Config, field: str) -> Found:
+    """Find the files of `data.train` or `data.heldout`. Raises DataError."""
+    entries = getattr(config.data, field.rpartition(".")[2])
+    return find_files(entries, field=field, format=config.data.format)
+
+
+def load_corpus(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    field: str = "data.train",
+    found: Found | None = None,
+) -> Corpus:
     """Load all documents of `data.train` or `data.heldout` that have at least `data.min_document`
     tokens.
+
+    Args:
+      found: `files_of` the field; None: they are looked for.
 
     Tokenised documents end with the end token if `data.eos`; pre-tokenised ones are taken as they
     are.
@@ -111,7 +126,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer, *, field: str = "data.trai
     """
     data = config.data
     entries = getattr(data, field.rpartition(".")[2])
-    files, remarks = find_files(entries, field=field, format=data.format)
+    files, remarks = found or files_of(config, field)
     settings = [*_text_settings(config, tokenizer), data.min_document, data.max_bad_records]
     key = _key(files, [field, *settings, remarks])
     if key not in _recent:

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ttt_jax.config import Config
-from ttt_jax.data.corpus import Corpus, load_corpus
-from ttt_jax.data.source_files import STDLIB, find_files
+from ttt_jax.data.corpus import Corpus, files_of, load_corpus
+from ttt_jax.data.source_files import STDLIB, SourceFile
 from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 from ttt_jax.files.reading import show
@@ -36,8 +36,6 @@ from ttt_jax.files.text import reason_of
 
 LONG = 4096  # tokens
 SHARE = 0.01
-
-
 MOST = 0.25  # share of all tokens that whole documents may take
 SHORTEST = 64  # tokens of an end that is held out
 
@@ -61,11 +59,15 @@ def split(config: Config, tokenizer: Tokenizer) -> Split:
         training documents.
     """
     held_out = None
+    fields = ("data.train", "data.heldout") if config.data.heldout else ("data.train",)
+    found = {field: files_of(config, field) for field in fields}
     if config.data.heldout:
-        _refuse_shared_files(config)
-    train = load_corpus(config, tokenizer, field="data.train")
-    if config.data.heldout:
-        heldout = load_corpus(config, tokenizer, field="data.heldout")
+        _refuse_shared_files(config, *(files for files, _ in found.values()))
+    train, *named = (
+        load_corpus(config, tokenizer, field=field, found=files) for field, files in found.items()
+    )
+    if named:
+        (heldout,) = named
         copy_N = _copies(train, heldout)
         if copy_N.any():
             _refuse(train, heldout, copy_N)
@@ -87,13 +89,11 @@ def split(config: Config, tokenizer: Tokenizer) -> Split:
     return Split(train, _without(heldout, copy_N.tobytes()), remark, held_out)
 
 
-def _refuse_shared_files(config: Config) -> None:
+def _refuse_shared_files(
+    config: Config, train: list[SourceFile], heldout: list[SourceFile]
+) -> None:
     """Raise DataError when a file is named by both fields: by the same path, or by a link."""
-    data = config.data
-    train, heldout = (
-        find_files(entries, field=field, format=data.format).files
-        for field, entries in (("data.train", data.train), ("data.heldout", data.heldout))
-    )
+    entries = ", ".join(map(repr, config.data.train))
     try:
         known = {file.identity(): file for file in train}
         shared = [file for file in heldout if file.identity() in known]
@@ -102,8 +102,8 @@ def _refuse_shared_files(config: Config) -> None:
         twin = known[shared[0].identity()]
     except OSError as error:
         raise DataError(
-            f"config field data.train = {', '.join(map(repr, data.train))}: a file has vanished "
-            f"({reason_of(error)}); restore it"
+            f"config field data.train = {entries}: a file has vanished ({reason_of(error)}); "
+            "restore it"
         ) from None
     count = "" if len(shared) == 1 else f" ({len(shared)} files are)"
     raise shared[0].error(

@@ -86,10 +86,7 @@ def _read(
 
 def _layer_indices(model: Transformer) -> list[int]:
     """List the layer numbers in the order in which `measure` returns them."""
-    runs = [
-        (group, i) for group in model.groups for i, run in enumerate(group.pattern) if run.kind.ttt
-    ]
-    return [layer for group, i in runs for layer in group.layer_indices(i)]
+    return [layer for _, _, layers in model.ttt_runs() for layer in layers]
 
 
 @program(())

@@ -311,16 +311,14 @@ class Conversation:
         found: dict[int, float] = {}
         if state is None:
             return found
-        for g, group in enumerate(model.groups):
-            for r, (run, block) in enumerate(zip(group.pattern, group.blocks, strict=True)):
-                layer = state.layers[g][r].ttt
-                if not run.kind.ttt or layer is None:
-                    continue
-                norm = lambda x, axes: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axes))
-                fast = norm(layer.S_BDF[:, :, 0], (2, 3)).reshape(-1)
-                slow = norm(block.mlp.down[...], (2, 3)).reshape(-1)
-                ratios = (fast / slow).tolist()
-                found |= dict(zip(group.layer_indices(r), ratios, strict=True))
+        norm = lambda x, axes: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axes))
+        for g, r, layers in model.ttt_runs():
+            ttt = state.layers[g][r].ttt
+            if ttt is None:  # it was read with TTT off
+                continue
+            fast = norm(ttt.S_BDF[:, :, 0], (2, 3)).reshape(-1)
+            slow = norm(model.groups[g].blocks[r].mlp.down[...], (2, 3)).reshape(-1)
+            found |= dict(zip(layers, (fast / slow).tolist(), strict=True))
         return dict(sorted(found.items()))
 
 

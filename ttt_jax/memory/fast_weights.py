@@ -63,20 +63,13 @@ def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | N
       memory: of this model (`check_belongs`).
       capacity: tokens that full-attention caches can hold; None when no layer has one.
     """
-    fresh = model.init_state(batch, capacity or 1)
-    groups = []
-    for group, runs in zip(model.groups, fresh.layers, strict=True):
-        new = []
-        for at, layer in enumerate(runs):
-            if layer.ttt is not None:
-                S_RNBDF = layer.ttt.S_BDF
-                dW = [memory.dW(index) for index in group.layer_indices(at)]
-                S_RN1DF = np.stack(dW).reshape(*S_RNBDF.shape[:2], 1, memory.D, memory.F)
-                S_RNBDF = jnp.broadcast_to(jnp.asarray(S_RN1DF, S_RNBDF.dtype), S_RNBDF.shape)
-                layer = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
-            new.append(layer)
-        groups.append(tuple(new))
-    return State(fresh.position_B, tuple(groups), capacity)
+
+    def S_of(fresh_RNBDF, g, r, layers):
+        S_RN1DF = np.stack([memory.dW(layer) for layer in layers])
+        S_RN1DF = S_RN1DF.reshape(*fresh_RNBDF.shape[:2], 1, memory.D, memory.F)
+        return jnp.broadcast_to(jnp.asarray(S_RN1DF, fresh_RNBDF.dtype), fresh_RNBDF.shape)
+
+    return _fresh_but(S_of, model, batch, capacity)
 
 
 def only_fast_weights(
@@ -87,38 +80,45 @@ def only_fast_weights(
     Args:
       capacity: tokens that full-attention caches can hold; None when no layer has one.
     """
+
+    def S_of(fresh_RNBDF, g, r, layers):
+        return fresh_RNBDF if state is None else state.layers[g][r].ttt.S_BDF
+
+    return _fresh_but(S_of, model, batch, capacity)
+
+
+def _fresh_but(S_of, model: Transformer, batch: int, capacity: int | None) -> State:
+    """Make the state of streams that have read nothing, with the fast weights that `S_of` gives for
+    (those of a fresh state, group, run, layers).
+    """
     fresh = model.init_state(batch, capacity or 1)
-    if state is None:
-        return State(fresh.position_B, fresh.layers, capacity)
-
-    def keep(new, old):
-        if new.ttt is None:
-            return new
-        return new._replace(ttt=new.ttt._replace(S_BDF=old.ttt.S_BDF))
-
-    layers = tuple(tuple(map(keep, *runs)) for runs in zip(fresh.layers, state.layers, strict=True))
-    return State(fresh.position_B, layers, capacity)
+    groups = [list(runs) for runs in fresh.layers]
+    for g, r, layers in model.ttt_runs():
+        layer = groups[g][r]
+        assert layer.ttt is not None
+        S_RNBDF = S_of(layer.ttt.S_BDF, g, r, layers)
+        groups[g][r] = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
+    return State(fresh.position_B, tuple(map(tuple, groups)), capacity)
 
 
 def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
-    for group, runs in zip(model.groups, state.layers, strict=True):
-        for at, layer in enumerate(runs):
-            if layer.ttt is not None:
-                S_LDF = layer.ttt.S_BDF.reshape(-1, *layer.ttt.S_BDF.shape[2:])[:, row]
-                rows = np.asarray(S_LDF).astype(np.float32)
-                found |= dict(zip(group.layer_indices(at), rows, strict=True))
+    for g, r, layers in model.ttt_runs():
+        ttt = state.layers[g][r].ttt
+        assert ttt is not None, "a stream that was read with TTT off has no memory"
+        S_RNBDF = ttt.S_BDF
+        S_LDF = S_RNBDF.reshape(-1, *S_RNBDF.shape[2:])[:, row]
+        found |= dict(zip(layers, np.asarray(S_LDF).astype(np.float32), strict=True))
     return found
 
 
 def _slow_norms(model: Transformer) -> Mapping[int, float]:
     """||W||_F of every TTT layer."""
     found = {}
-    for group in model.groups:
-        for at, (run, block) in enumerate(zip(group.pattern, group.blocks, strict=True)):
-            if run.kind.ttt:
-                norms = np.asarray(_norms(block.mlp.down[...])).reshape(-1).astype(float)
-                found |= dict(zip(group.layer_indices(at), norms.tolist(), strict=True))
+    for g, r, layers in model.ttt_runs():
+        down_RNDF = model.groups[g].blocks[r].mlp.down[...]
+        norms = np.asarray(_norms(down_RNDF)).reshape(-1).astype(float)
+        found |= dict(zip(layers, norms.tolist(), strict=True))
     return found
 
 

@@ -206,6 +206,15 @@ class Transformer(nnx.Module):
                 precision=precision_for(h_BTD.dtype),
             )
 
+    def ttt_runs(self) -> list[tuple[int, int, list[int]]]:
+        """List the runs of TTT layers: group, run of its pattern, and the numbers of its layers."""
+        return [
+            (g, r, group.layer_indices(r))
+            for g, group in enumerate(self.groups)
+            for r, run in enumerate(group.pattern)
+            if run.kind.ttt
+        ]
+
     def init_state(self, batch_size: int, capacity: int) -> State:
         """An empty state whose full-attention caches hold `capacity` tokens."""
         dtype = jnp.dtype(self.runtime.dtype)

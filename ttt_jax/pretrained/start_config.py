@@ -22,6 +22,7 @@ from ttt_jax.config import (
     read_written,
     to_dict,
 )
+from ttt_jax.config.inner_rate import check_rule
 from ttt_jax.config.suggest import suggestions
 from ttt_jax.config.validate import refuse_dead_write
 from ttt_jax.config.written import AUTO, RATE, merged, value_at
@@ -93,22 +94,8 @@ def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) ->
     auto = config.init_from is not None and value_at(written.over(base), RATE) == AUTO
     open_rate = auto and bool(config.model.ttt.layers) and config.model.ttt.write != "ridge"
     if open_rate:
-        _check_rule(config)
+        check_rule(config.model.ttt)
     return Start(config, open_rate, written.remarks())
-
-
-def _check_rule(config: Config) -> None:
-    """Raise ConfigError unless the rule for the inner learning rate speaks of these writes."""
-    ttt = config.model.ttt
-    for name, value, known in (
-        ("write", ttt.write, "sum"),
-        ("normalize_source", ttt.normalize_source, True),
-    ):
-        if value != known:
-            raise ConfigError(
-                f"config field {RATE} = auto: there is no rule for it with model.ttt.{name} = "
-                f"{str(value).lower()}; give a number (docs/writes.md)"
-            )
 
 
 def _of_running(written: Written) -> dict[str, Any] | None:

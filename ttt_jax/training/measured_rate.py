@@ -90,13 +90,10 @@ def _key_squares(config: Config, rows: Batch) -> dict[str, float]:
     def squares(model: Any, ids_RT: jax.Array) -> dict[int, jax.Array]:
         _, state, _ = model.hidden(ids_RT, keep_state=True, capacity=ids_RT.shape[1])
         found = {}
-        for group, states in zip(model.groups, state.layers, strict=True):
-            for run, layer in enumerate(states):
-                if layer.ttt is None:
-                    continue
-                z = layer.ttt.z_BCF.astype(jnp.float32)
-                square = jnp.square(z).sum(-1).reshape(-1, *z.shape[2:4])
-                found |= dict(zip(group.layer_indices(run), square, strict=True))
+        for g, r, layers in model.ttt_runs():
+            z = state.layers[g][r].ttt.z_BCF.astype(jnp.float32)
+            square = jnp.square(z).sum(-1).reshape(-1, *z.shape[2:4])
+            found |= dict(zip(layers, square, strict=True))
         return found
 
     device = jax.local_devices()[0]
