@@ -168,7 +168,8 @@ class Study:
         loss = self.loss(self.config)
         base_R = loss(none)
         self.note(base_R, base_R, what="window")
-        self.note(base_R, self.loss(plain)(none), what="full attention")
+        if self.args.model is None:
+            self.note(base_R, self.loss(plain)(none), what="full attention")
         best = dict.fromkeys(range(L), (0.0, 0.0))
         coarse = [*range(L - 1, -1, -3), *range(L - 2, -1, -3), *range(L - 3, -1, -3)]
         for layer in coarse:
