@@ -3,6 +3,7 @@ statistics.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,23 @@ def test_one_product_or_two():
     without = jit(lambda mlp: mlp(x, context(x, ttt_scale=0.0), None)[0])(mlp)
     assert relative_rms(outputs["split"], without) > 1e-2
     assert products["split"] == products["fused"] + 1  # the target's projection is another one
+
+
+def test_the_step_that_completes_a_chunk_does_not_apply_it_again():
+    """Its tokens were applied one by one. Of a kernel the compiler cannot leave out an apply that
+    nobody reads, so none may be asked for.
+    """
+    mlp, B, C, D = small_mlp(), 2, 4, 6
+    x = jax.random.normal(jax.random.key(3), (B, 1, D), jnp.float32)
+    state = mlp.init_state(B, jnp.float32)
+
+    def step(mlp, state, **options):
+        ctx = context(x, start=jnp.full((B,), C - 1, jnp.int32), **options)
+        return mlp(x, ctx, state)[1].S_BDF
+
+    text = str(jax.make_jaxpr(functools.partial(step, ends_chunk=True))(mlp, state))
+    assert text.count(f"f32[{B},{C},{D}] = dot_general") == 1, "the target's projection"
+    assert text.count(f"f32[{B},{D},{mlp.cfg.d_ff}] = dot_general") == 1, "the write"
 
 
 # ------------------------------------------------------------------------------------ layer indices

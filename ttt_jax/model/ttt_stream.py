@@ -47,6 +47,8 @@ class AdaptiveLayer(Protocol):
 
     def op(self, z_BTF, v_BTD, lr, S_BDF, whole_B=None) -> tuple[jax.Array, jax.Array]: ...
 
+    def write(self, z_BCF, v_BCD, lr, S_BDF, whole_B) -> jax.Array: ...
+
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]: ...
 
 
@@ -132,7 +134,7 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
     def update(S_BDF):
         whole_B = complete_B.astype(jnp.int32)
         v_BCD = layer.targets(z_BCF, source_BCD, whole_B)
-        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF, whole_B)[1]
+        S_BDF = layer.write(z_BCF, v_BCD, lr, S_BDF, whole_B)
         return S_BDF, ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
 
     def skip(S_BDF):
