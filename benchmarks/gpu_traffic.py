@@ -35,6 +35,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.train_step import room_for
 from ttt_jax import config as config_lib
 from ttt_jax import jax_internals
 from ttt_jax.inference import prefill as reading
@@ -290,10 +291,11 @@ def main() -> None:
         f"--data.seq_len={args.seq}",
         f"--data.batch_size={args.batch}",
     ]
-    words += [f"--model.max_positions={max(args.seq, args.prefill or 0)}", *overrides]
+    path = ROOT / "configs" / f"{args.preset}.yaml"
+    words += [*room_for(path, max(args.seq, args.prefill or 0)), *overrides]
     if args.chunk:
         words.append(f"--model.ttt.chunk_size={args.chunk}")
-    on = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    on = load_start_config(path, words)
     found = devices(args.devices)
     for name in ("off", "on") if args.only is None else (args.only,):
         config = on if name == "on" else config_lib.replace(on, {"model.ttt.layers": []})

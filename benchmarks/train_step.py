@@ -58,6 +58,12 @@ def timed(run, repeats: int) -> float:
     return float(np.median(seconds))
 
 
+def room_for(path: Path, tokens: int) -> list[str]:
+    """The override that lets a preset's model take rows of so many tokens; none if it does."""
+    most = load_start_config(path).model.max_positions
+    return [f"--model.max_positions={tokens}"] if tokens > most else []
+
+
 def measure(config: config_lib.Config, steps: int) -> dict:
     mesh = make_mesh(config.mesh)
     abstract, tx = abstract_state(config, mesh)
@@ -127,13 +133,13 @@ def main() -> None:
     ):
         if value is not None:
             words.append(f"--{field}={value}")
-    if args.seq:
-        words.append(f"--model.max_positions={args.seq}")
+    path = ROOT / "configs" / f"{args.preset}.yaml"
+    words += room_for(path, args.seq or 0)
     if args.remat_save is not None:
         words.append(
             f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}"
         )
-    on = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    on = load_start_config(path, words)
     off = config_lib.replace(on, {"model.ttt.layers": []})
     rate = matmul_rate(on.compute_dtype)
     device = jax.devices()[0].device_kind
