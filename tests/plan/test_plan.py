@@ -24,9 +24,10 @@ from ttt_jax.errors import UserError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan.collectives import nbytes, read_collectives
 from ttt_jax.plan.common import Topology, advice, parse_topology
-from ttt_jax.plan.gpu import activations, estimate
+from ttt_jax.plan.gpu import estimate
 from ttt_jax.plan.make import describe
 from ttt_jax.plan.tpu import out_of_memory
+from ttt_jax.training.step_memory import activations
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_8B = str(ROOT / "configs/qwen3_8b_longct.yaml")
