@@ -9,8 +9,12 @@ import pytest
 from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
+from ttt_jax.config import MeshConfig
 from ttt_jax.model import loss
 from ttt_jax.model.loss import cross_entropy, token_nll, token_nll_and_hit
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.parallel.one_device import ONE_DEVICE
+from ttt_jax.parallel.shard_mapped import make_parallel
 
 B, T, D, V = 2, 13, 6, 17
 
@@ -152,6 +156,28 @@ def test_tokens_of_weight_zero_count_for_nothing():
     assert nothing[1] == 0
     assert not nothing[2].any()
     assert not nothing[3].any()
+
+
+def test_on_a_mesh_it_is_the_loss_of_one_device(monkeypatch):
+    """Every device cuts its own tokens into blocks, some of them padding: rows over data, tokens
+    over context and tensor.
+    """
+    cut(monkeypatch, "float32", 2, 1)
+    h, w, targets, weights = (x if x.shape[0] == V else x[:, :12] for x in make_inputs("float32"))
+    arguments = jnp.asarray(h, jnp.float32), jnp.asarray(w, jnp.float32)
+
+    def run(devices):
+        def total(h, w):
+            tokens = h, w, jnp.asarray(targets), jnp.asarray(weights)
+            return devices.over_tokens(cross_entropy, *tokens, total=True)
+
+        return jit(jax.value_and_grad(total, (0, 1)))(*arguments)
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))
+    expected, got = run(ONE_DEVICE), run(make_parallel(mesh))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+    for name, x, y in zip(("dh", "dw"), got[1], expected[1], strict=True):
+        assert_close(name, x, y, TOLERANCE["float32"])
 
 
 def test_float32_master_weights_under_bfloat16_compute():
