@@ -30,6 +30,7 @@ from ttt_jax.flops import model_flops_per_token
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
+from ttt_jax.training.step_memory import settled_remat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +141,7 @@ def main() -> None:
             f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}"
         )
     on = load_start_config(path, words)
+    on = settled_remat(on, make_mesh(on.mesh))  # the same with TTT off
     off = config_lib.replace(on, {"model.ttt.layers": []})
     rate = matmul_rate(on.compute_dtype)
     device = jax.devices()[0].device_kind

@@ -240,7 +240,7 @@ def test_what_has_changed_is_said_once_the_logs_are_open(setting, capsys, monkey
     assert written["parameters"] == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:5] == [read, held_out, *(f"warning: {text}" for text in said)]
-    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory"]
+    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory", "kept"]
     assert setting.calls == ["fresh", "place"]
 
 
@@ -343,7 +343,7 @@ def test_what_a_run_shows_while_it_trains(setting, capsys, monkeypatch):
     assert lines[10].startswith(
         "607 s a step, about 1.9 hours to go (without evaluations and saves)"
     )
-    assert "memory" in lines[9]
+    assert "memory" in lines[10]
     samples = (setting.run_dir / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in samples] == [
         {"step": 2, "text": "at 2"},
