@@ -396,6 +396,7 @@ def test_qwen3_8b_at_128k_fits_a_v5p_128():
         "--model.max_positions=131072",
         "--data.batch_size=8",
         "--optimizer.accumulate=1",
+        "--remat_save=[attention,ttt_target]",
     ]
     plan = plan_json(QWEN3_8B, "v5p:4x4x4", *words, "--mesh.context=8", timeout=2400)
     assert plan["mesh"] == {"data": 1, "fsdp": 8, "context": 8, "tensor": 1}
