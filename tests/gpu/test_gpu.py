@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.models import config, make, tokens
 from support.tolerance import TOLERANCE, assert_close
 
+from ttt_jax.model import layer_scan, loss
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.attention import cached as kv_cache
 from ttt_jax.ops.attention.api import self_attention
@@ -109,3 +111,55 @@ def test_op_on_the_device(dtype, T, C):
         assert_close(
             name, np.asarray(x, np.float32), np.asarray(y), TOLERANCE[jnp.dtype(dtype).name]
         )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+def test_loss_on_the_device(monkeypatch, dtype):
+    """In one pass over logits as large as 60, in blocks and groups with padding, by float64."""
+    B, T, D, V = 2, 300, 64, 5003
+    monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * V * 128)
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", 4 * V * 256)
+    keys = jax.random.split(jax.random.key(3), 4)
+    h = (8 * jax.random.normal(keys[0], (B, T, D))).astype(dtype)
+    w = (jax.random.normal(keys[1], (V, D)) / 8).astype(dtype)
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = (jax.random.uniform(keys[3], (B, T)) > 0.2).astype(jnp.float32) / (B * T)
+    value, grads = jax.jit(jax.value_and_grad(loss.cross_entropy, (0, 1)))(h, w, targets, weights)
+
+    h64, w64 = (np.asarray(x.astype(jnp.float32), np.float64) for x in (h, w))
+    logits = np.einsum("btd,vd->btv", h64, w64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
+    picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)
+    nll = (np.log(total) + logits.max(-1, keepdims=True) - picked)[..., 0]
+    d = p / total
+    np.put_along_axis(
+        d,
+        np.asarray(targets)[..., None],
+        np.take_along_axis(d, np.asarray(targets)[..., None], -1) - 1,
+        -1,
+    )
+    d *= np.asarray(weights, np.float64)[..., None]
+    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    assert abs(float(value) / (nll * np.asarray(weights)).sum() - 1) <= tolerance
+    expected = np.einsum("btv,vd->btd", d, w64), np.einsum("btv,btd->vd", d, h64)
+    for name, x, y in zip(("dh", "dw"), grads, expected, strict=True):
+        assert_close(name, np.asarray(x.astype(jnp.float32)), y, tolerance)
+
+
+def test_stacks_that_start_unwritten_on_the_device(monkeypatch):
+    """Gradients of scanned layers are those of stacks that start with zeros."""
+    keep = ("attention", "mlp_gate", "mlp_up")
+    ids = tokens(2, 40)
+
+    def gradients():
+        model = make(config(num_layers=6, **{"ttt.layers": (0, 3)}), "float32", remat_save=keep)
+        assert len(model.groups) < 6, "stacked"
+        run = lambda model: jnp.sum(jnp.sin(model.hidden(ids)[0]))
+        return jax.tree.leaves(jax.jit(jax.grad(run))(model))
+
+    got = gradients()
+    monkeypatch.setattr(layer_scan, "_unwritten", jnp.zeros)
+    for x, y in zip(got, gradients(), strict=True):
+        assert np.isfinite(x).all()
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(np.abs(y).max()))
