@@ -142,8 +142,8 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
     def one_row(S_BDF):
         b = jnp.argmax(complete_B)
         row = lambda x_BXY: jax.lax.dynamic_slice_in_dim(x_BXY, b, 1, axis=0)
-        rows = (row(x) for x in (S_BDF, z_BCF, source_BCD))
-        S_1DF, norm_1 = write(*rows, jnp.ones((1,), jnp.int32))
+        one_1 = jnp.ones((1,), jnp.int32)
+        S_1DF, norm_1 = write(row(S_BDF), row(z_BCF), row(source_BCD), one_1)
         S_BDF = jax.lax.dynamic_update_slice_in_dim(S_BDF, S_1DF, b, axis=0)
         # The norm is that of the first row.
         return S_BDF, jnp.broadcast_to(jnp.where(b == 0, norm_1, 0), complete_B.shape)
