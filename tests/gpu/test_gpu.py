@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import config, make, tokens
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.model import layer_scan, loss
+from ttt_jax.model import loss
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.attention import cached as kv_cache
 from ttt_jax.ops.attention.api import self_attention
@@ -145,21 +144,3 @@ def test_loss_on_the_device(monkeypatch, dtype):
     expected = np.einsum("btv,vd->btd", d, w64), np.einsum("btv,btd->vd", d, h64)
     for name, x, y in zip(("dh", "dw"), grads, expected, strict=True):
         assert_close(name, np.asarray(x.astype(jnp.float32)), y, tolerance)
-
-
-def test_stacks_that_start_unwritten_on_the_device(monkeypatch):
-    """Gradients of scanned layers are those of stacks that start with zeros."""
-    keep = ("attention", "mlp_gate", "mlp_up")
-    ids = tokens(2, 40)
-
-    def gradients():
-        model = make(config(num_layers=6, **{"ttt.layers": (0, 3)}), "float32", remat_save=keep)
-        assert len(model.groups) < 6, "stacked"
-        run = lambda model: jnp.sum(jnp.sin(model.hidden(ids)[0]))
-        return jax.tree.leaves(jax.jit(jax.grad(run))(model))
-
-    got = gradients()
-    monkeypatch.setattr(layer_scan, "_unwritten", jnp.zeros)
-    for x, y in zip(got, gradients(), strict=True):
-        assert np.isfinite(x).all()
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(np.abs(y).max()))

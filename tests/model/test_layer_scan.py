@@ -105,9 +105,6 @@ def gradient(model, ids, **options):
 
 @pytest.mark.parametrize("changes", [{}, EMBED], ids=["hidden", "embed"])
 def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
-    """Also where a stack that is not written yet holds anything, as on one GPU."""
-    anything = lambda shape, dtype: jnp.full(shape, jnp.nan, dtype)
-    monkeypatch.setattr("ttt_jax.model.layer_scan._unwritten", anything)
     model, ids = make(config(**SEVEN | changes), remat_save=None), tokens(2, 11)
     assert [[run.count for run in group.pattern] for group in model.groups] == [[1, 2], [1]]
     segment_ids = jnp.asarray([[1] * 8 + [2] * 3, [1] * 4 + [2] * 4 + [0] * 3], jnp.int32)

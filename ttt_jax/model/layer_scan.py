@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from ttt_jax.ops import platform
-
 # (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
 Layer = Callable[..., tuple[jax.Array, Any]]
 
@@ -99,7 +97,7 @@ def _forward(layers, stacks, h_BTD, source_BTD, rest):
             return recipe.saved(leaves), recipe
 
         saved, recipe = jax.eval_shape(trace, one, h_BTD, source_BTD, rest)
-        empty.append([_unwritten((*_counts(stack), *x.shape), x.dtype) for x in saved])
+        empty.append([jnp.zeros((*_counts(stack), *x.shape), x.dtype) for x in saved])
         recipes.append(recipe)
     h_BTD, stats, kept = _loops(layer, stacks, h_BTD, tuple(empty))
     return (h_BTD, stats), (stacks, source_BTD, rest, kept, tuple(recipes))
@@ -116,9 +114,9 @@ def _backward(layers, residuals, cotangents):
         dparams, dh_BTD, dsource = jax.tree.unflatten(recipes[i].treedef, leaves)(dh_BTD)
         return (dh_BTD, dsource_BTD + dsource), None, _put(dstack, r, n, dparams)
 
-    empty = jax.tree.map(lambda x: _unwritten(x.shape, x.dtype), stacks)
+    zeros = jax.tree.map(jnp.zeros_like, stacks)
     carry, _, dstacks = _loops(
-        layer, stacks, (dh_BTD, jnp.zeros_like(source_BTD)), empty, reverse=True
+        layer, stacks, (dh_BTD, jnp.zeros_like(source_BTD)), zeros, reverse=True
     )
     return dstacks, *carry, None
 
@@ -170,13 +168,6 @@ def _loops(layer, stacks, carry, per_run: tuple[Any, ...], reverse: bool = False
 
     (carry, per_run), stats = scan(repeat, (carry, per_run), _counts(stacks[0])[0])
     return carry, stats, per_run
-
-
-def _unwritten(shape, dtype):
-    """A stack whose every layer is written before it is read. On one GPU or TPU its memory is not
-    touched; the partitioner of a mesh would give each device the whole of such an array.
-    """
-    return jax.lax.empty(shape, dtype) if platform.on_one_device() else jnp.zeros(shape, dtype)
 
 
 def _counts(stack) -> tuple[int, int]:
