@@ -89,6 +89,7 @@ def train(start: Start, stop: StopSignal) -> None:
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step
+        from ttt_jax.training.step_memory import settled_remat
 
         say_on_first_process(start.remarks)
         fetched = fetch_run(config)
@@ -98,7 +99,7 @@ def train(start: Start, stop: StopSignal) -> None:
         loader = make_loader(config, tokenizer=tokenizer, rows=local_rows(mesh, batch_shape))
         batches = (put_batch(batch, mesh, config.data.batch_size) for batch in loader)
         heldout = Heldout(config, mesh, tokenizer)
-        config = settled(start, heldout.rows)
+        config = settled_remat(settled(start, heldout.rows), mesh)
         abstract, optimizer = abstract_state(config, mesh)
         fresh = checked_beginning(config, abstract, optimizer, heldout.rows, mesh)
         changes = fetched + check_resume(config, loader)

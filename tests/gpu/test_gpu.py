@@ -12,6 +12,7 @@ from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.config import ModelConfig, TTTConfig, replace
 from ttt_jax.inference.prefill import Frozen, read_piece
+from ttt_jax.model import loss
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.ops import in_place_ttt
@@ -154,3 +155,37 @@ def with_a_tap(path, x):
     """Parameters in bfloat16, and a convolution that is not zero."""
     name = jax.tree_util.keystr(path)
     return jnp.ones(x.shape, jnp.bfloat16) if "conv" in name else x.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+def test_loss_on_the_device(monkeypatch, dtype):
+    """In one pass over logits as large as 60, in blocks and groups with padding, by float64."""
+    B, T, D, V = 2, 300, 64, 5003
+    monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * V * 128)
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", 4 * V * 256)
+    keys = jax.random.split(jax.random.key(3), 4)
+    h = (8 * jax.random.normal(keys[0], (B, T, D))).astype(dtype)
+    w = (jax.random.normal(keys[1], (V, D)) / 8).astype(dtype)
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = (jax.random.uniform(keys[3], (B, T)) > 0.2).astype(jnp.float32) / (B * T)
+    value, grads = jax.jit(jax.value_and_grad(loss.cross_entropy, (0, 1)))(h, w, targets, weights)
+
+    h64, w64 = (np.asarray(x.astype(jnp.float32), np.float64) for x in (h, w))
+    logits = np.einsum("btd,vd->btv", h64, w64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
+    picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)
+    nll = (np.log(total) + logits.max(-1, keepdims=True) - picked)[..., 0]
+    d = p / total
+    np.put_along_axis(
+        d,
+        np.asarray(targets)[..., None],
+        np.take_along_axis(d, np.asarray(targets)[..., None], -1) - 1,
+        -1,
+    )
+    d *= np.asarray(weights, np.float64)[..., None]
+    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    assert abs(float(value) / (nll * np.asarray(weights)).sum() - 1) <= tolerance
+    expected = np.einsum("btv,vd->btd", d, w64), np.einsum("btv,btd->vd", d, h64)
+    for name, x, y in zip(("dh", "dw"), grads, expected, strict=True):
+        assert_close(name, np.asarray(x.astype(jnp.float32)), y, tolerance)

@@ -240,7 +240,7 @@ def test_what_has_changed_is_said_once_the_logs_are_open(setting, capsys, monkey
     assert written["parameters"] == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:5] == [read, held_out, *(f"warning: {text}" for text in said)]
-    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory"]
+    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory", "kept"]
     assert setting.calls == ["fresh", "place"]
 
 
@@ -322,27 +322,28 @@ def test_what_a_run_shows_while_it_trains(setting, capsys, monkeypatch):
     read, held_out, *lines = capsys.readouterr().out.splitlines()
     assert "reads 40 files" in read
     assert "holds out" in held_out
-    assert lines[:6] == [
+    assert lines[:7] == [
         "model     1 parameters; none of 4 layers adapts",
         f"devices   {jax.device_count()} x cpu, computing in float32",
         "work      256 tokens a step (2 rows of 128), 13 steps, 3,328 tokens",
         "memory    weights 0.0 MiB and optimizer state 0.0 MiB on each device",
+        "kept      no activations for the backward pass; the rest is computed again (remat_save)",
         "compiling the train step ...",
         "compiled in 30.0 s",
     ]
-    assert [line.split("  ")[0] for line in lines[6:]] == [
+    assert [line.split("  ")[0] for line in lines[7:]] == [
         "step 1/13",
         "step 2/13",
         "losses of step 2",
-        lines[9],
+        lines[10],
         "step 3/13",
         "step 4/13",
         "losses of step 4",
     ]
-    assert lines[9].startswith(
+    assert lines[10].startswith(
         "607 s a step, about 1.9 hours to go (without evaluations and saves)"
     )
-    assert "memory" in lines[9]
+    assert "memory" in lines[10]
     samples = (setting.run_dir / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in samples] == [
         {"step": 2, "text": "at 2"},
