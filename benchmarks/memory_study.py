@@ -11,6 +11,7 @@ the same tokens with no memory and with the next book's:
     scale       the longest reading's memory times a factor
     sums        the sum of n books' memories, the scored book's among them, by factor, against the
                 book's own memory times the same factor
+    common      the mean of all other books' memories, and what is left of a book's own without it
     rank        the best factors of a rank: gain kept, size
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
     author      another book's memory by the same author (`author` of the JSON records)
@@ -89,6 +90,7 @@ def main() -> None:
         "amount": study.by_amount,
         "scale": study.by_scale,
         "sums": study.by_sum,
+        "common": study.by_origin,
         "rank": lambda: study.by_rank([int(r) for r in args.ranks.split(",")]),
         "tokens": study.by_token,
         "author": study.by_author,
@@ -216,6 +218,7 @@ class Study:
             start = time.perf_counter()
             ids_BP = self.ids_BT[:, T - tokens :]
             state = reader.read(ids_BP, 0, tokens, state, T, ttt=True)
+            assert state is not None
             found.append([x.ttt.S_BDF for x in runs_of(state)])
             jax.block_until_ready(found[-1])
             seconds = time.perf_counter() - start
@@ -294,6 +297,14 @@ class Study:
                 row["alone"] = mean_with_interval(none - own(factor))
                 rows.append(row | {"lost": mean_with_interval(got - own(factor))})
         return rows
+
+    def by_origin(self) -> list[dict[str, Any]]:
+        """What every book writes, and what only this one does."""
+        whole, B = self.best(), len(self.books)
+        mean = [(jnp.sum(S, axis=2, keepdims=True) - S) / (B - 1) for S in whole]
+        rest = [S - m for S, m in zip(whole, mean, strict=True)]
+        parts = {"own": whole, "mean of the others": mean, "own without that mean": rest}
+        return [{"memory": name} | self.compared(fast) for name, fast in parts.items()]
 
     def by_rank(self, ranks: list[int]) -> list[dict[str, Any]]:
         cfg, whole = self.model.config, self.best()

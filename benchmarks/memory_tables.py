@@ -59,6 +59,11 @@ def _sums(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     return _table(heads, [[str(r["books"]), f"{r['factor']:.3f}", *numbers(r)] for r in rows])
 
 
+def _common(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    note = f"Memories times {results['factor']:g}.\n\n"
+    return note + _table(["memory", *_COMPARED], [[r["memory"], *_compared(r)] for r in rows])
+
+
 def _rank(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     heads = ["rank", "MB", "squared norm", "gain kept", *_COMPARED]
     start = lambda r: [str(r["rank"]), *(f"{r[k]:.3f}" for k in ("mb", "energy", "kept"))]
@@ -94,6 +99,7 @@ _PARTS = {
     "amount": _amount,
     "scale": _scale,
     "sums": _sums,
+    "common": _common,
     "rank": _rank,
     "tokens": _tokens,
     "author": _author,
