@@ -4,9 +4,9 @@
 #   bash benchmarks/memory_gpu.sh RUN HELDOUT OUT [SECONDS [OPTIONS OF THE STUDY]]
 #
 # RUN is a run of configs/books.yaml, HELDOUT its held-out books (books_heldout.jsonl.xz). The study
-# comes first and writes OUT/study after each of its parts. Then, as long as there is time: strict
-# mode and recall of `eval`, all books read by `memory read` with its rate, and what merge, lora and
-# a session's file weigh.
+# comes first and writes OUT/study after each of its parts. Then, as long as there is time: all books
+# read by `memory read` with its rate, what merge and lora write and weigh, recall and strict mode of
+# `eval`.
 set -u
 run=$1 heldout=$2 out=$3 seconds=${4:-240}
 mkdir -p "$out"
@@ -23,13 +23,13 @@ step() { # NAME COMMAND...: what is left of the time is its limit
 ttt_jax() { step "$1" python3 -m ttt_jax "${@:2}"; }
 
 LINES_SHOWN=200 step study python3 benchmarks/memory_study.py "$run" "$heldout" --out "$out/study" "${@:5}"
-ttt_jax strict eval --model "$run" --perplexity "$heldout" --lengths 8k,16k,32k --block 4096 \
-  --documents 20 --batch-size 20 --strict --no-shuffled --out "$out/strict"
 ttt_jax read memory read "$run" "$heldout" --each --out "$big/each" --batch-size 30
 first=$(find "$big/each" -name '*.memory' | sort | head -n 1)
 ttt_jax info memory info "$first"
 ttt_jax merge memory merge "$run" "$first" "$big/merged" --dtype bfloat16
 ttt_jax lora memory lora "$first" "$big/adapter" --rank 16
+du -sk "$big"/* "$first"
 ttt_jax recall eval --model "$run" --recall "$heldout" --lengths 8k,16k --documents 20 \
   --batch-size 20 --out "$out/recall"
-du -sk "$big"/* "$first"
+ttt_jax strict eval --model "$run" --perplexity "$heldout" --lengths 8k,32k --block 4096 \
+  --documents 20 --batch-size 20 --strict --no-shuffled --out "$out/strict"
