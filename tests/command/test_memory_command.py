@@ -67,6 +67,11 @@ def test_texts_become_memories_that_add_up(run, folder):
     assert run("memory", "read", "model", "a.npy", *TEXTS, "--each", "--out", "each")[0] == 0
     each = sorted(path.name for path in Path("each").iterdir())
     assert each == ["0000-a.npy.memory", *(f"000{i}-{n}.memory" for i, n in enumerate(TEXTS, 1))]
+    long = Path("ä" * 125 + ".txt")
+    long.write_text(TEXTS["a.txt"])
+    assert run("memory", "read", "model", long, "--each", "--out", "long")[0] == 0
+    (found,) = Path("long").iterdir()
+    assert Memory.load(found).sources[0].name == long.name
     again = ("memory", "read", "model", *TEXTS, "--each", "--out", "each")
     assert run(*again)[0] == 2
     assert len(list(Path("each").iterdir())) == 4

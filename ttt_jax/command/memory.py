@@ -165,7 +165,9 @@ def _save_each(found: Iterator[tuple[int, Memory]], out: Path, overwrite: bool) 
         with new_folder(out, overwrite) as folder:
             for i, memory in found:
                 told[i] = _about(memory)
-                memory.save(folder / f"{i:04d}-{memory.sources[0].name}{SUFFIX}")
+                # A file's name has 255 bytes at most.
+                name = os.fsencode(memory.sources[0].name)[:200].decode("utf-8", "ignore")
+                memory.save(folder / f"{i:04d}-{name}{SUFFIX}")
     except OSError as error:
         raise UserError(
             f"--out {out}: could not be written ({error}); free space or choose another folder"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ def merge(
     Raises: UserError for a memory of another model; CheckpointError, ConfigError, one line.
     """
     folder, source = Path(folder), open_source(model)
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         raise CheckpointError(f"output {folder}: exists already; choose another one or delete it")
     raw = _plain_config(source, dtype)
     check_tensors(source.abstract, source.tensors, str(model))
