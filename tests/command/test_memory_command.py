@@ -148,6 +148,10 @@ def test_info_and_diff(saved):
     code, out, _ = saved("memory", "info", "ab")
     assert code == 0
     assert "effective rank" in out
+    assert "can be taken out bit for bit." in out
+    assert "of a term cannot" not in out
+    (a + 2 * b).collapse().save("one")
+    assert "of a term cannot" in " ".join(saved("memory", "info", "one")[1].split())
     assert "session" in out
     code, out, _ = saved("memory", "diff", "a.m", "ab", "--json")
     about = json.loads(out)
