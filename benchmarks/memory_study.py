@@ -15,6 +15,7 @@ the same tokens with no memory and with the next book's:
     rank        the best factors of a rank: gain kept, size
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
     author      another book's memory by the same author (`author` of the JSON records)
+    parts       the longest reading in pieces that are read apart and added up
     no decay    amount and scale, read with `decay: 1` instead of the model's
 
 Two programs are compiled, one that reads and one that scores, and one more for the reading without
@@ -28,11 +29,10 @@ import argparse
 import dataclasses
 import functools
 import json
-import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,18 +41,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import memory_tables
-from ttt_jax.eval.documents import open_documents
+from benchmarks.memory_books import CHAPTER, Book, load_books
 from ttt_jax.eval.reader import Reader, score_frozen_piece
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.inference.prefill import check_ids, needs_capacity
+from ttt_jax.inference.prefill import needs_capacity
 from ttt_jax.memory.fast_weights import only_fast_weights
 from ttt_jax.model.transformer import State, Transformer, abstract_transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
 
-CHAPTER = r"^[ \t]*((CHAPTER|Chapter|BOOK|PART|LETTER|STAVE)\b.*|[IVXLC]+\.?[ \t]*)$"
 FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
-_SEARCH = 16384  # tokens in which the next chapter must begin
 Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
 
 
@@ -94,6 +92,7 @@ def main() -> None:
         "rank": lambda: study.by_rank([int(r) for r in args.ranks.split(",")]),
         "tokens": study.by_token,
         "author": study.by_author,
+        "parts": study.by_parts,
         "no_decay": study.without_decay,
     }
     for name, part in parts.items():
@@ -105,81 +104,6 @@ def main() -> None:
         text = memory_tables.of_part(name, results)
         print(f"{text}\n{results['seconds']:.0f} s after {name}\n", flush=True)
     memory_tables.chart(results["rank"], args.out / "rank.png")
-
-
-# ------------------------------------------------------------------------------------------- books
-
-
-class Book(NamedTuple):
-    """A book and two of its chapters.
-
-    Fields:
-      number: of the document.
-      author: None when the file does not say.
-      near, far: tokens before the chapters.
-      read_T: the tokens before the first.
-      near_K1, far_K1: the chapters' first tokens, and a target behind them.
-    """
-
-    number: int
-    author: str | None
-    near: int
-    far: int
-    read_T: np.ndarray
-    near_K1: np.ndarray
-    far_K1: np.ndarray
-
-
-def load_books(model: Transformer, args, read: int) -> list[Book]:
-    """The first books that are long enough and have chapters where they are needed."""
-    corpus = open_documents(model, args.books, "books")
-    authors, found = authors_of(args.books), []
-    for i, length in enumerate(corpus.length_N.tolist()):
-        tokens = lambda start, count, i=i: np.asarray(corpus.tokens(i, start, count))
-        next_chapter = lambda start, tokens=tokens, length=length: chapter_after(
-            model, tokens(start, min(_SEARCH, length - start)), args.chapter
-        )
-        places = []
-        for start in (read, args.far):
-            start += places[-1] if places else 0
-            step = next_chapter(start) if length > start else None
-            places += [] if step is None else [start + step]
-        if len(places) < 2 or places[1] + args.score + 1 > length:
-            continue
-        rows = [tokens(places[0] - read, read), *(tokens(p, args.score + 1) for p in places)]
-        author = authors[i] if len(authors) == len(corpus) else None
-        found.append(Book(i, author, *places, *check_ids(rows, model.config.vocab_size)))
-        if len(found) == args.count:
-            break
-    if len(found) < 2:
-        sys.exit(f"{args.books}: fewer than two books are long enough; lower --read and --far")
-    print(f"{len(found)} books", flush=True)
-    return found
-
-
-def chapter_after(model: Transformer, ids_T: np.ndarray, pattern: str) -> int | None:
-    """How many of these tokens stand before the first line of a chapter; None: there is none."""
-    assert model.tokenizer is not None
-    decode = lambda n: model.tokenizer.decode(ids_T[:n].tolist())
-    # The first line may be the rest of one.
-    heading = re.search(r"\n+" + pattern, decode(len(ids_T)), re.MULTILINE)
-    if heading is None:
-        return None
-    low, high = 0, len(ids_T)  # decode(low) ends before the heading's first character
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(decode(middle)) <= heading.start() else (low, middle)
-    return low
-
-
-def authors_of(path: Path) -> list[str | None]:
-    """The field `author` of the records of a JSON-lines file; empty for other files."""
-    import lzma
-
-    if ".jsonl" not in path.name or path.suffix not in (".jsonl", ".xz"):
-        return []
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line).get("author") for line in file]
 
 
 # ------------------------------------------------------------------------------------------- study
@@ -200,24 +124,24 @@ class Study:
             "near": np.stack([book.near_K1 for book in books]),
             "far": np.stack([book.far_K1 for book in books]),
         }
+        self.last = [self.ids_BT[:, -n:] for n in amounts]
         self.reader, self.sizes, self.factor = Reader(model, args.piece), {}, 1.0
-        self.memories = self.read(self.reader)
+        self.memories = self.read(self.reader, self.last)
         self.whole = self.memories[-1]
         nothing = [jnp.zeros_like(S) for S in self.whole]
         self.none = {place: self.losses(nothing, place) for place in self.places}
         self.own_by_factor: dict[float, np.ndarray] = {}
 
-    def read(self, reader: Reader) -> list[Fast]:
-        """S after the last tokens before the first chapter, one for each amount."""
+    def read(self, reader: Reader, texts: list[np.ndarray]) -> list[Fast]:
+        """S after each text of every book [B, tokens], from a fresh state."""
         B, T = self.ids_BT.shape
         found = []
-        for tokens in self.amounts:
+        for ids_BP in texts:
             # Not None, so that the first piece runs the program of the others.
             capacity = T if needs_capacity(self.model) else None
             state = only_fast_weights(self.model, None, B, capacity)
             start = time.perf_counter()
-            ids_BP = self.ids_BT[:, T - tokens :]
-            state = reader.read(ids_BP, 0, tokens, state, T, ttt=True)
+            state = reader.read(ids_BP, 0, ids_BP.shape[1], state, T, ttt=True)
             assert state is not None
             found.append([x.ttt.S_BDF for x in runs_of(state)])
             jax.block_until_ready(found[-1])
@@ -227,7 +151,7 @@ class Study:
         self.sizes = {
             "memory_mb": 4 * len(cfg.ttt.layers) * cfg.d_model * cfg.d_ff / 1e6,
             "session_mb": sum(x.nbytes for x in jax.tree.leaves(state)) / B / 1e6,
-            "read_tokens_per_second": B * self.amounts[-1] / seconds,
+            "read_tokens_per_second": texts[-1].size / seconds,
         }
         return found
 
@@ -306,6 +230,21 @@ class Study:
         parts = {"own": whole, "mean of the others": mean, "own without that mean": rest}
         return [{"memory": name} | self.compared(fast) for name, fast in parts.items()]
 
+    def by_parts(self) -> list[dict[str, Any]]:
+        """The longest reading in pieces, each from a fresh state, and the pieces' memories added
+        up: nothing is forgotten by decay, and every piece can be taken out again.
+        """
+        rows, T = [], self.ids_BT.shape[1]
+        for n in (2, 4, 8):
+            if T % (n * self.model.config.ttt.chunk_size):
+                continue
+            parts = self.read(self.reader, np.split(self.ids_BT, n, axis=1))
+            for factor in (1 / n, n**-0.5, 1.0):
+                total = [factor * sum(Ss) for Ss in zip(*parts, strict=True)]
+                row = {"parts": n, "factor": factor}
+                rows += [row | {"place": p} | self.compared(total, p) for p in self.places]
+        return rows
+
     def by_rank(self, ranks: list[int]) -> list[dict[str, Any]]:
         cfg, whole = self.model.config, self.best()
         layers, full = len(cfg.ttt.layers), min(cfg.d_model, cfg.d_ff)
@@ -376,7 +315,7 @@ class Study:
         cfg = dataclasses.replace(self.model.config, ttt=dataclasses.replace(ttt, decay=1.0))
         tree = jax.tree.structure(abstract_transformer(cfg, self.model.runtime))
         other = jax.tree.unflatten(tree, jax.tree.leaves(self.model))
-        memories = self.read(Reader(other, self.args.piece))
+        memories = self.read(Reader(other, self.args.piece), self.last)
         return {"amount": self.by_amount(memories), "scale": self.by_scale(memories[-1])}
 
 

@@ -88,6 +88,12 @@ def _author(found: dict[str, Any], results: dict[str, Any]) -> str:
     return _table(heads, [[str(found["books"]), *map(_interval, gains)]])
 
 
+def _parts(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    heads = ["parts", "factor", "chapter", *_COMPARED]
+    start = lambda r: [str(r["parts"]), f"{r['factor']:.3f}", r["place"]]
+    return _table(heads, [[*start(r), *_compared(r)] for r in rows])
+
+
 def _no_decay(found: dict[str, Any], results: dict[str, Any]) -> str:
     if not found:
         return "The model has no decay.\n"
@@ -103,6 +109,7 @@ _PARTS = {
     "rank": _rank,
     "tokens": _tokens,
     "author": _author,
+    "parts": _parts,
     "no_decay": _no_decay,
 }
 
