@@ -166,6 +166,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(saved, folder, tmp_pat
     other = byte_model(tmp_path / "other", d_ff=16)
     taught(other, TEXTS["a.txt"]).save("other.m")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe not text")
+    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
@@ -175,6 +176,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(saved, folder, tmp_pat
         (("memory", "read", "model", "none.txt", *out), "FILE none.txt"),
         (("memory", "read", "none", "a.txt", *out), "model none: no such folder"),
         (("memory", "read", "model", "bad.txt", *out), "bad.txt"),
+        (("memory", "read", "model", "empty.txt", *out), "or more; give longer documents"),
         (("memory", "read", "model", "a.txt", "--context", 3, *out), "context = 3: must be a mult"),
         (("memory", "read", "model", "a.txt", "--each", "--collapse", *out), "--collapse is for"),
         (("memory", "read", "model", "a.txt", "--out", "taken"), "--out taken: exists already"),
