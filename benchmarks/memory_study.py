@@ -128,6 +128,8 @@ class Study:
         self.reader, self.sizes, self.factor = Reader(model, args.piece), {}, 1.0
         self.memories = self.read(self.reader, self.last)
         self.whole = self.memories[-1]
+        if not any(bool(jnp.any(S)) for S in self.whole):
+            sys.exit("every memory is zero: reading wrote nothing, and there is nothing to measure")
         nothing = [jnp.zeros_like(S) for S in self.whole]
         self.none = {place: self.losses(nothing, place) for place in self.places}
         self.own_by_factor: dict[float, np.ndarray] = {}

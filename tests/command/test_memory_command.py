@@ -11,7 +11,7 @@ from support.byte_models import byte_model
 from support.hf_folders import read_folder
 from support.tolerance import relative_rms
 
-from ttt_jax import Session, load_pretrained, score
+from ttt_jax import Session, load_pretrained, save_pretrained, score
 from ttt_jax.command.cli import main
 from ttt_jax.inference.conversation import Conversation, render_plain
 from ttt_jax.memory.memory import Memory
@@ -282,3 +282,17 @@ def test_eval_has_a_mode_for_memories(saved, folder, tmp_path):
     assert saved(*words, "--ttt", "off", "--out", "off")[0] == 0
     part = json.loads((tmp_path / "off" / "results.json").read_text())["perplexity"]
     assert part["modes"] == ["off", "memory"]
+
+
+@pytest.mark.filterwarnings("ignore")  # the model itself is warned of, too
+def test_a_memory_of_zeros_is_said(run, folder, tmp_path):
+    """As a model gives that was never trained with TTT, or a kernel that loses what it writes."""
+    model = load_pretrained(folder)
+    for block in model.groups[0].blocks:
+        if block.mlp.target is not None:
+            block.mlp.target.conv[...] = 0 * block.mlp.target.conv[...]
+    save_pretrained(model, tmp_path / "idle", dtype="float32")
+    Path("idle/tokenizer.json").write_bytes(Path("model/tokenizer.json").read_bytes())
+    code, out, _ = run("memory", "read", "idle", "a.txt", "--out", "zero")
+    assert code == 0
+    assert "NOTHING WAS WRITTEN, every dW is zero" in out

@@ -183,6 +183,8 @@ def _about(memory: Memory) -> str:
     told = f"{source.name}: {source.tokens:,} tokens, {source.written:,} of them in whole chunks"
     if not source.written:
         told += "; shorter than a chunk, it writes nothing"
+    elif not ratio:
+        told += "; NOTHING WAS WRITTEN, every dW is zero"
     return f"{told}; largest ||dW||/||W|| {ratio:.3g}"
 
 
