@@ -16,7 +16,6 @@ from ttt_jax.inference.prefill import check_ids
 from ttt_jax.model.transformer import Transformer
 
 CHAPTER = r"^[ \t]*((CHAPTER|Chapter|BOOK|PART|LETTER|STAVE)\b.*|[IVXLC]+\.?[ \t]*)$"
-_SEARCH = 16384  # tokens in which the next chapter must begin
 
 
 class Book(NamedTuple):
@@ -46,7 +45,7 @@ def load_books(model: Transformer, args, read: int) -> list[Book]:
     for i, length in enumerate(corpus.length_N.tolist()):
         tokens = lambda start, count, i=i: np.asarray(corpus.tokens(i, start, count))
         next_chapter = lambda start, tokens=tokens, length=length: chapter_after(
-            model, tokens(start, min(_SEARCH, length - start)), args.chapter
+            model, tokens(start, min(args.search, length - start)), args.chapter
         )
         places = []
         for start in (read, args.far):

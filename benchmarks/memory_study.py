@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--far", type=int, default=16384, help="tokens to the later chapter")
     parser.add_argument("--score", type=int, default=4096, help="tokens scored of a chapter")
     parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128,256,512")
+    parser.add_argument("--search", type=int, default=16384, help="tokens to the next chapter")
     parser.add_argument("--chapter", default=CHAPTER, help="what a chapter's first line looks like")
     parser.add_argument("--piece", type=int, default=4096, help="tokens of a row read at a time")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
