@@ -8,6 +8,8 @@ table.
 Processes train one run after the other, `--parallel` of them. Runs that are there already are not
 repeated, so that a study can go on. On CPUs `--cores 2` gives each process two cores of its own.
 An arm named `BASE+WHAT` is compared with the arm `BASE`, seed by seed, in a second table.
+`--taps 2` in an arm is no field of the config: it trains that tap of the target's convolution alone
+(target_taps.py).
 On one GPU `--parallel 2` lets one run compile while another trains; tokens a second mean nothing
 then.
 """
@@ -28,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
 def run(
@@ -81,11 +83,17 @@ def train(words: list[str], log: Path) -> int:
     """Run `train.py` in this process, which has imported jax and read the data for the run
     before.
     """
+    from target_taps import only_taps
+
     from train import main
 
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--taps", type=int, nargs="+")
+    args, words = ours.parse_known_args(words)
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            return main(words)
+            with only_taps(args.taps and tuple(args.taps)):
+                return main(words)
         except Exception:
             traceback.print_exc()
             return 1
