@@ -55,6 +55,10 @@ def run(
         v for row in rows for k, v in row.items() if k.endswith("state_ratio") and v is not None
     ]
     result = {
+        "card": report["hardware"]["device"],
+        "jax": report["versions"]["jax"],
+        "commit": (report["commit"] or "")[:7],
+        "date": report["date"][:10],
         "arm": arm,
         "seed": seed,
         "overrides": overrides,
@@ -155,14 +159,19 @@ def head(names: list[str]) -> list[str]:
     return ["| arm | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval by Student's t."""
+def mean_and_half(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half of its 95 % interval by Student's t; None for a single value."""
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
-        return f"{mean:.5g}"
+        return mean, None
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return f"{mean:.5g} +- {quantile.get(n, 2.26) * deviation / math.sqrt(n):.2g}"
+    return mean, quantile.get(n, 2.26) * deviation / math.sqrt(n)
+
+
+def interval(values: list[float]) -> str:
+    mean, half = mean_and_half(values)
+    return f"{mean:.5g}" if half is None else f"{mean:.5g} +- {half:.2g}"
 
 
 def main() -> int:

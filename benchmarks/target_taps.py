@@ -32,8 +32,8 @@ def restricted(
         ours = param_path(keypath).endswith(".target.conv")
         return grad * kept_K.astype(grad.dtype) if ours else grad
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(jax.tree_util.tree_map_with_path(masked, grads), state, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(jax.tree_util.tree_map_with_path(masked, updates), state, params)
 
     return optax.GradientTransformation(tx.init, update)
 
