@@ -30,7 +30,7 @@ def restricted(
 
     def masked(keypath: tuple[Any, ...], grad: jax.Array) -> jax.Array:
         ours = param_path(keypath).endswith(".target.conv")
-        return grad * kept_K.astype(grad.dtype) if ours else grad
+        return grad * jnp.broadcast_to(kept_K.astype(grad.dtype), grad.shape) if ours else grad
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return tx.update(jax.tree_util.tree_map_with_path(masked, updates), state, params)
