@@ -27,9 +27,9 @@ layers2: --steps 358 --model.ttt.layers [5,11]
 noconv: --steps 358 --taps 2
 layers12: --steps 358 --model.ttt.layers [0,1,2,3,4,5,6,7,8,9,10,11]
 chunk2048: --steps 358 --model.ttt.chunk_size 2048 --model.ttt.decay 0.656
+drop: --steps 358 --optimizer.ttt_drop 0.2
 chunk128: --steps 358 --model.ttt.chunk_size 128 --model.ttt.decay 0.974
 noproj: --steps 358 --model.ttt.proj false
-drop: --steps 358 --optimizer.ttt_drop 0.2
 raw: --steps 358 --model.ttt.normalize_source false
 itself: --steps 358 --taps 2 --model.ttt.proj false
 layers4: --steps 358 --model.ttt.layers [2,5,8,11]

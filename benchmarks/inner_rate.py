@@ -55,13 +55,13 @@ def verdict(results: list[dict]) -> str:
     lines = [f"| write, shape | seeds | {' | '.join(names)} | rule less best |"]
     lines.append("|---" * (len(factors) + 3) + "|")
     for shape in dict.fromkeys(arm.rpartition(".x")[0] for arm in by_arm):
-        runs = [by_arm.get(f"{shape}.{name}", {}) for name in names]
-        seeds = set.intersection(*(set(found) for found in runs))
-        if not seeds:
+        tried = {f: by_arm[f"{shape}.x{f:g}"] for f in factors if f"{shape}.x{f:g}" in by_arm}
+        seeds = set.intersection(*(set(found) for found in tried.values()))
+        if not seeds or 1.0 not in tried:
             continue
-        means = [sum(found[seed] for seed in seeds) / len(seeds) for found in runs]
-        lost = means[factors.index(1.0)] - min(means)
-        cells = " | ".join(f"{mean:.4f}" for mean in means)
+        means = {f: sum(found[s] for s in seeds) / len(seeds) for f, found in tried.items()}
+        lost = means[1.0] - min(means.values())
+        cells = " | ".join(f"{means[f]:.4f}" if f in means else "" for f in factors)
         lines.append(f"| {shape} | {len(seeds)} | {cells} | {lost:.4f} |")
     return "\n".join(lines)
 
