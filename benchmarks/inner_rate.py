@@ -12,6 +12,7 @@ of the rates tried, mean over the seeds that all of them have. Other options go 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--writes", nargs="+", default=["ridge", "sum"])
-    parser.add_argument("--factors", type=float, nargs="+", default=[0.33, 1, 3])
+    parser.add_argument("--factors", type=float, nargs="+", default=[1, 3, 0.33])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path, default=Path("rates"))
@@ -85,14 +86,12 @@ def main() -> int:
         print(verdict(read(args.table)))
         return 0
     arms = []
-    for write in args.writes:
-        for shape in args.shapes:
-            words = overrides(write, *SHAPES[shape])
-            rate = load_config("default", words).model.ttt.lr
-            for factor in args.factors:
-                name = f"{write}.{shape}.x{factor:.2g}"
-                text = " ".join([*words, "--model.ttt.lr", f"{rate * factor:.4g}"])
-                arms += ["--arm", f"{name}: {text}"]
+    # The factor last: a study that is cut short has whole columns.
+    for factor, write, shape in itertools.product(args.factors, args.writes, args.shapes):
+        words = overrides(write, *SHAPES[shape])
+        rate = load_config("default", words).model.ttt.lr
+        text = " ".join([*words, "--model.ttt.lr", f"{rate * factor:.4g}"])
+        arms += ["--arm", f"{write}.{shape}.x{factor:g}: {text}"]
     base = (
         f"--steps {args.steps} --log.probe_every 0 --log.tensorboard false --compile_cache null "
         "--checkpoint.every 0"
