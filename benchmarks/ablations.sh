@@ -43,15 +43,15 @@ END
     choose <<'END'
 base:
 base+noconv: --taps 2
+base+next: --taps 3
+base+layers4: --model.ttt.layers [0,1,2,3]
 base+noproj: --model.ttt.proj false
-base+itself: --taps 2 --model.ttt.proj false
 base+raw: --model.ttt.normalize_source false
 base+layer1: --model.ttt.layers [3]
-base+layers4: --model.ttt.layers [0,1,2,3]
 base+chunk16: --model.ttt.chunk_size 16 --model.ttt.decay 0.974
 base+chunk256: --model.ttt.chunk_size 256 --model.ttt.decay 0.656
-base+next: --taps 3
 base+past: --taps 0 1 2
+base+itself: --taps 2 --model.ttt.proj false
 base+chunk32: --model.ttt.chunk_size 32 --model.ttt.decay 0.949
 base+chunk128: --model.ttt.chunk_size 128 --model.ttt.decay 0.81
 base+drop: --optimizer.ttt_drop 0.2
