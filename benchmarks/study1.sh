@@ -24,6 +24,7 @@ runs=( # seed, arm
   "2 decay358: --steps 358"
   "0 sum358: --steps 358 --model.ttt.write sum"
   "0 decay358: --steps 358"
+  "0 noproj: --steps 358 --model.ttt.proj false"
   "0 drop: --steps 358 --optimizer.ttt_drop 0.2"
   "0 noconv: --steps 358 --taps 2"
   "0 layers12: --steps 358 --model.ttt.layers [0,1,2,3,4,5,6,7,8,9,10,11]"
