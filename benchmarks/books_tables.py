@@ -7,8 +7,8 @@ benchmarks/books_eval.py (with `perplexity`). A block of docs/results.md and two
 made anew, between the lines `<!-- tables: NAME -->` and `<!-- tables: end -->`. So new results are
 put into docs/results/, and this is run. Needs no GPU and trains nothing. `--print` writes nothing.
 
-Intervals are 95 %. Over seeds: Student's t of differences seed by seed. Over books: bootstrap of
-differences book by book, each the mean over the seeds that both arms have.
+Intervals are 95 %. Over seeds, three or more: Student's t of differences seed by seed. Over books:
+bootstrap of differences book by book, each the mean over the seeds that both arms have.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def mean(row: dict[str, Any], mode: str = "ttt_on") -> float:
 
 
 def over_seeds(values: Sequence[float], form: str = ".3f") -> str:
-    """Write a mean and its interval; a mean alone for one seed, nothing for none."""
+    """Write a mean and its interval; a mean alone for one or two seeds, nothing for none."""
     if not values:
         return ""
     middle, half = mean_and_half(list(values))
-    if half is None:
+    if half is None or len(values) < 3:  # the interval of two says nothing: 12.7 deviations
         return f"{middle:{form}}"
     return f"{middle:{form}} ({middle - half:{form}} to {middle + half:{form}})"
 
@@ -88,7 +88,8 @@ def over_seeds(values: Sequence[float], form: str = ".3f") -> str:
 def short(values: Sequence[float]) -> str:
     """Write a difference and half of its interval."""
     middle, half = mean_and_half(list(values))
-    return f"{middle:+.3f}" if half is None else f"{middle:+.3f} ± {half:.3f}"
+    alone = half is None or len(values) < 3
+    return f"{middle:+.3f}" if alone else f"{middle:+.3f} ± {half:.3f}"
 
 
 def over_books(value_N: np.ndarray, form: str = ".3f") -> str:
@@ -161,7 +162,7 @@ def by_position(runs: Runs, pairs: Sequence[tuple[str, str]]) -> str:
                 for s in seeds
             ]
         )
-        rows.append([f"`{floor}` less `{arm}`", *(f"{x:.3f}" for x in gain_SP.mean(axis=0))])
+        rows.append([f"`{floor}` - `{arm}`", *(f"{x:.3f}" for x in gain_SP.mean(axis=0))])
     return table(["tokens from", *(f"{2 * n}k" for n in range(8))], rows) if rows else ""
 
 
