@@ -82,6 +82,15 @@ def summary(kept: dict) -> list[str]:
     return lines
 
 
+def adapts(kept: dict) -> bool:
+    """Whether TTT changed any loss at all; a model without TTT layers cannot be asked."""
+    part = kept["perplexity"]
+    if "on" not in part["modes"]:
+        return True
+    books = [entry["per_document"] for entry in part["positions"]]
+    return any(entry["on"] != entry["off"] for entry in books)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,6 +128,12 @@ def main() -> int:
         text = "".join(json.dumps(kept) + "\n" for kept in said)
         (args.out / "results.jsonl").write_text(text)
         print("\n".join(text for kept in said for text in summary(kept)))
+    for kept in said:
+        if not adapts(kept):
+            failed += 1
+            print(
+                f"{kept['arm']}-{kept['seed']}: on equals off to the last bit: S was never written"
+            )
     return 1 if failed or not said else 0
 
 

@@ -93,3 +93,12 @@ def test_taps_that_are_left_out_stay_at_zero_and_do_not_clip_the_others(script):
     expected[..., 1:3] = 0.5  # four gradients are left, of norm 1 together
     np.testing.assert_allclose(updates["mlp"]["target"]["conv"], expected, rtol=1e-6)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(("on", "adapts"), [([[2.0, 1.0]], False), ([[2.0, 0.9]], True)])
+def test_an_evaluation_in_which_nothing_was_written_is_told(script, on, adapts):
+    """It happened: a kernel wrote its state where nobody read it, and all modes were equal."""
+    positions = [{"per_document": {"on": losses, "off": [2.0, 1.0]}} for losses in on]
+    kept = {"perplexity": {"modes": ["off", "on"], "positions": positions}}
+    assert script("books_eval").adapts(kept) == adapts
+    assert script("books_eval").adapts({"perplexity": {"modes": ["off"], "positions": []}})
