@@ -84,7 +84,7 @@ def train(start: Start, stop: StopSignal) -> None:
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.pretrained.load import training_tokenizer
         from ttt_jax.training.heldout import Heldout
-        from ttt_jax.training.job import open_job
+        from ttt_jax.training.job import Parts, open_job
         from ttt_jax.training.measured_rate import settled
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
@@ -104,10 +104,10 @@ def train(start: Start, stop: StopSignal) -> None:
         changes = fetched + check_resume(config, loader)
         hooks = heldout.hooks(config) + sample_hooks(config, tokenizer, heldout.rows, abstract)
         train_step = make_train_step(config, optimizer)
-        # the first write: everything has been checked
-        with open_job(
+        parts = Parts(
             config, stop, lock, timer, tokenizer, loader, heldout, hooks, abstract, fresh, changes
-        ) as job:
+        )
+        with open_job(parts) as job:  # the first write: everything has been checked
             state = job.resume()
             while job.step < config.steps:
                 state, metrics = train_step(state, job.fetch(batches))
