@@ -125,8 +125,11 @@ def test_the_default_run_needs_no_repository(run, tmp_path):
     report = json.loads((tmp_path / "runs" / "default" / "report.json").read_text())
     assert report["steps"] == 2
     assert {"positions", "ttt_off", "ttt_on"} <= set(report["heldout"])
+    page = tmp_path / "runs" / "default" / "report.html"
+    assert "Held-out loss by position" in page.read_text()
+    page.unlink()
     run("report", "runs/default")
     words = ("--model", "runs/default", "--prompt", "def ", "--max-new-tokens", "4", "--json")
     assert json.loads(run("generate", *words).stdout)["text"]
     assert "fits" in run("plan", "--config", "qwen3_0p6b", "--topology", "h100:8").stdout
-    assert (tmp_path / "runs" / "default" / "report.html").is_file()
+    assert page.is_file()

@@ -2,7 +2,7 @@
 it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  events.jsonl  tensorboard/
-              report.json  report.md  *.png  report.html (`ttt-jax report`)
+              report.json  report.md  *.png  report.html
               environment.json  environments.jsonl  compile_cache/
               quarantine.jsonl (if records were malformed)
 
