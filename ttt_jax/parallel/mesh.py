@@ -153,6 +153,7 @@ def on_one_device(x: jax.Array) -> jax.Array:
     if len(x.sharding.device_set) == 1:
         return x
     assert isinstance(x.sharding, NamedSharding)
+    assert isinstance(x.sharding.mesh, Mesh)
     shards = jax.device_put(x, replicated(x.sharding.mesh)).addressable_shards
     return next(shard.data for shard in shards if shard.device == jax.local_devices()[0])
 
