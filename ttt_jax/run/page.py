@@ -25,6 +25,7 @@ from ttt_jax.display.html_page import (
     html_page,
     image,
     note,
+    side_by_side,
 )
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES
@@ -115,7 +116,7 @@ def run_page(run: RunFiles) -> str:
     title = f"Run {run.config.name}"
     body = [f"<h1>{escape(title)}</h1>", _facts(run, curves), _warnings(run)]
     body += [_by_position(run)]
-    body += [image(*picture) for picture in pictures(curves)]
+    body += [side_by_side(image(f, title) for f in figures) for title, figures in pictures(curves)]
     if not curves:
         body.append(note("No metrics yet."))
     body += [_written(run), _latest(curves), _quarantine(run)]
