@@ -53,8 +53,8 @@ def _command(argv: list[str], stop: StopSignal) -> int:
     has_preset = bool(words) and not words[0].startswith("-")
     preset, overrides = (words[0], words[1:]) if has_preset else (None, words)
     if words != argv:
-        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
         fields = help_text(config_to_show(preset or "default"))
+        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
         print(f"\nThe fields, with the values of {preset or 'default'}:\n\n{fields}")
         return 0
     start = load_start(preset, overrides)
