@@ -53,8 +53,8 @@ def _command(argv: list[str], stop: StopSignal) -> int:
     has_preset = bool(words) and not words[0].startswith("-")
     preset, overrides = (words[0], words[1:]) if has_preset else (None, words)
     if words != argv:
-        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
         fields = help_text(config_to_show(preset or "default"))
+        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
         print(f"\nThe fields, with the values of {preset or 'default'}:\n\n{fields}")
         return 0
     start = load_start(preset, overrides)
@@ -84,7 +84,7 @@ def train(start: Start, stop: StopSignal) -> None:
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.pretrained.load import training_tokenizer
         from ttt_jax.training.heldout import Heldout
-        from ttt_jax.training.job import open_job
+        from ttt_jax.training.job import Parts, open_job
         from ttt_jax.training.measured_rate import settled
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
@@ -105,10 +105,10 @@ def train(start: Start, stop: StopSignal) -> None:
         changes = fetched + check_resume(config, loader)
         hooks = heldout.hooks(config) + sample_hooks(config, tokenizer, heldout.rows, abstract)
         train_step = make_train_step(config, optimizer)
-        # the first write: everything has been checked
-        with open_job(
+        parts = Parts(
             config, stop, lock, timer, tokenizer, loader, heldout, hooks, abstract, fresh, changes
-        ) as job:
+        )
+        with open_job(parts) as job:  # the first write: everything has been checked
             state = job.resume()
             while job.step < config.steps:
                 state, metrics = train_step(state, job.fetch(batches))

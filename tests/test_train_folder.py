@@ -93,7 +93,7 @@ def test_a_finished_run_that_is_run_again_changes_nothing(finished, capsys, extr
     assert snapshot(run) == before
     assert f"run folder {run}: finished (3 steps); nothing is done" in out
     assert "Held-out loss by position" in out
-    assert out.endswith(f"report: {run / 'report.md'}\n")
+    assert out.endswith(f"report: {run / 'report.html'}\n")
     assert said in out if said else "without effect" not in out
 
 
