@@ -156,7 +156,7 @@ def _grow(model: Transformer, state: State, capacity: int) -> State:
                 layer = layer._replace(cache=kv_cache.grow(layer.cache, more))
             grown.append(layer)
         groups.append(tuple(grown))
-    return State(state.position_B, tuple(groups), capacity)
+    return model.laid(State(state.position_B, tuple(groups), capacity))
 
 
 # ----------------------------------------------------------------------------------------- programs
@@ -218,7 +218,7 @@ def read_piece(
     h_B1D = jax.vmap(lambda h_PD, n: jax.lax.dynamic_slice_in_dim(h_PD, n, 1, axis=0))(
         h_BPD, last_B
     )
-    new_BV = model.logits(h_B1D)[:, 0]
+    new_BV = model.runtime.parallel.lay(model.logits(h_B1D)[:, 0], (None, None))
     return state, jnp.where((lengths_B > 0)[:, None], new_BV, logits_BV), ratio_LB
 
 

@@ -32,6 +32,7 @@ from ttt_jax.memory.fast_weights import check_belongs, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.parallel.inference_mesh import warn_of_rows
 from ttt_jax.process.interrupts import HeldBack
 
 _ROUND_CAPACITY = 256  # KV slots: fewer shapes to compile for
@@ -77,6 +78,7 @@ class Streams:
         self.holds_memory = memory is not None
         self.learnt: tuple[Source, ...] = () if memory is None else memory.sources
         self.digests: list[IdsDigest | None] = [IdsDigest() for _ in range(batch_size)]
+        warn_of_rows(batch_size, model.runtime.parallel)
         self.frozen = Frozen(model)
         self.size = piece_size(model, piece)
         self.state: State | None = None

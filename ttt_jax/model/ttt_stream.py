@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ttt_jax.model.layers import Context
 from ttt_jax.ops.numerics import accumulator
-from ttt_jax.parallel.one_device import ONE_DEVICE
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 class TTTState(NamedTuple):
@@ -43,9 +43,20 @@ class AdaptiveLayer(Protocol):
 
     def inner_rate(self, ctx: Context, acc) -> jax.Array: ...
 
-    def targets(self, z_BTF, source_BTD, whole_B=None) -> jax.Array: ...
+    def targets(
+        self, z_BTF, source_BTD, whole_B=None, devices: Devices = ONE_DEVICE
+    ) -> jax.Array: ...
 
-    def op(self, z_BTF, v_BTD, lr, S_BDF, whole_B=None) -> tuple[jax.Array, jax.Array]: ...
+    def op(
+        self,
+        z_BTF,
+        v_BTD,
+        lr,
+        S_BDF,
+        whole_B=None,
+        segment_ids_BT=None,
+        devices: Devices = ONE_DEVICE,
+    ) -> tuple[jax.Array, jax.Array]: ...
 
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]: ...
 
@@ -102,11 +113,12 @@ def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTSta
 
     z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
     whole_B = (pending_B + length_B) // C
-    v_BLD = layer.targets(z_BLF, source_BLD, whole_B)
-    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B)
+    devices = ctx.parallel
+    v_BLD = layer.targets(z_BLF, source_BLD, whole_B, devices)
+    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B, devices=devices)
     new = lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0)
     y_BTD = jax.vmap(new)(y_BLD, pending_B)
-    stats = layer.stats(S_BDF, ONE_DEVICE.last_update_norm(z_BLF, v_BLD, lr, C))
+    stats = layer.stats(S_BDF, devices.last_update_norm(z_BLF, v_BLD, lr, C))
     z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BLF, source_BLD))
     return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
 
@@ -117,12 +129,12 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
 
     Returns: (y_B1D, state, stats), as `MLP.__call__`.
     """
-    C = layer.chunk_size
+    C, devices = layer.chunk_size, ctx.parallel
     lr = layer.inner_rate(ctx, state.S_BDF.dtype)
     pending_B = ctx.position_B % C
     read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
     # One token of a longer chunk: nothing is written.
-    y_B1D = layer.op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
+    y_B1D = layer.op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF, devices=devices)[0]
     slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
     put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
     z_BCF = put(state.z_BCF, z_B1F, slot_B)
@@ -131,9 +143,9 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
 
     def update(S_BDF):
         whole_B = complete_B.astype(jnp.int32)
-        v_BCD = layer.targets(z_BCF, source_BCD, whole_B)
-        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF, whole_B)[1]
-        return S_BDF, ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
+        v_BCD = layer.targets(z_BCF, source_BCD, whole_B, devices)
+        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF, whole_B, devices=devices)[1]
+        return S_BDF, devices.last_update_norm(z_BCF, v_BCD, lr, C)
 
     def skip(S_BDF):
         return S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype)

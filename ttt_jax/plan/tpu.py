@@ -225,16 +225,12 @@ def abstract_prefill(
     import jax.numpy as jnp
 
     from ttt_jax.model.transformer import Transformer
-    from ttt_jax.parallel.mesh import batch_sharding, model_shardings
+    from ttt_jax.parallel.mesh import abstract_parameters, batch_sharding
     from ttt_jax.training.step import runtime_of
 
     runtime, dtype = runtime_of(config, mesh), jnp.dtype(config.compute_dtype)
     model = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(0)))
-    model = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-        model,
-        model_shardings(model, mesh),
-    )
+    model = abstract_parameters(model, dtype, mesh)
     ids = jax.ShapeDtypeStruct(
         (rows, tokens), jnp.int32, sharding=batch_sharding(mesh, (rows, tokens))
     )

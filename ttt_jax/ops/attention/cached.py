@@ -56,6 +56,34 @@ def write(cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> 
     return KVCache(put(cache.k_BKLH, slot_BT, k_BTKH), put(cache.v_BKLH, slot_BT, v_BTKH))
 
 
+def attend(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    cache: KVCache,
+    start_B,
+    lengths_B,
+    *,
+    ring: bool,
+    implementation: str | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Write T new tokens into the cache, and attend from them to all that the cache holds.
+
+    Args:
+      cache: has room for the new tokens.
+      others: as in `write` and `extend`.
+
+    Returns: o_BTNH and the cache with the new tokens.
+    """
+    old, cache = cache, write(cache, k_BTKH, v_BTKH, start_B, lengths_B, ring=ring)
+    new = (q_BTNH, k_BTKH, v_BTKH)
+    if q_BTNH.shape[1] == 1:
+        return decode(q_BTNH, cache, start_B, ring=ring), cache
+    if ring:
+        return extend_window(*new, old, start_B, implementation=implementation), cache
+    return extend(*new, cache, start_B, implementation=implementation), cache
+
+
 def decode(q_B1NH, cache: KVCache, position_B, *, ring: bool) -> jax.Array:
     """Attention of one token per row, which the cache holds already, at `position_B`. Returns
     o_B1NH.
