@@ -17,7 +17,7 @@ depend on how the model stacks its layers.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -255,7 +255,7 @@ def _state(model: Transformer, tensors: dict[str, np.ndarray]) -> State:
             )
             runs.append(jax.tree.map(stack, *layers[g, r]))
         groups.append(tuple(runs))
-    return model.laid(State(tensors["position"], tuple(groups), capacity))
+    return model.laid(State(cast(Any, tensors["position"]), tuple(groups), capacity))
 
 
 # ------------------------------------------------------------------------------------------- checks

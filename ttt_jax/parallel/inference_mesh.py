@@ -71,18 +71,16 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
                 )
 
 
-def check_rows(rows: int, sizes: dict[str, int] | None, what: str) -> None:
+def check_rows(rows: int, data: int, what: str) -> None:
     """Raise UserError for rows that `data` does not divide: every device would compute all of them.
 
     Args:
-      sizes: of the mesh; None: one device.
-      what: the rows come from, for the message.
+      what: the rows are, for the message.
     """
-    data = 1 if sizes is None else sizes["data"]
     if rows % data:
         raise UserError(
-            f"mesh.data = {data}: does not divide {what} = {rows}; choose a divisor, or split the "
-            "model with mesh.tensor or mesh.fsdp"
+            f"mesh.data = {data}: does not divide the {rows} {what}; choose a divisor, or split "
+            "the model with mesh.tensor or mesh.fsdp"
         )
 
 

@@ -70,7 +70,7 @@ def load_pretrained(
         cfg, beside = about.model, path
         _check_mesh(cfg, mesh)
         tokenizer = about.tokenizer or (str(path) if has_tokenizer else None)
-        check_layout(path, abstract_transformer(cfg, runtime))
+        check_layout(path, abstract_transformer(cfg))
     elif find_companion(path, "config.json") is not None:
         # What is small is refused before what is large is read.
         cfg = read_config(path)
