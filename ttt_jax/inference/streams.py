@@ -78,7 +78,6 @@ class Streams:
         self.holds_memory = memory is not None
         self.learnt: tuple[Source, ...] = () if memory is None else memory.sources
         self.digests: list[IdsDigest | None] = [IdsDigest() for _ in range(batch_size)]
-        warn_of_rows(batch_size, model.runtime.parallel)
         self.frozen = Frozen(model)
         self.size = piece_size(model, piece)
         self.state: State | None = None
@@ -123,6 +122,7 @@ class Streams:
         Returns: logits [B, V] after each row's last token.
         """
         cfg, B = self.model.config, self.batch_size
+        warn_of_rows(B, self.model.runtime.parallel)
         start = time.perf_counter()
         rows = [ids[: len(ids) - keep] for ids in self.unread]
         logits_BV = jnp.zeros((B, cfg.vocab_size), jnp.float32)
