@@ -127,11 +127,13 @@ def test_equals_one_device_exactly(x64, sizes, implementation):
     "sizes", [{"fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}], ids=name_of
 )
 def test_devices_with_the_same_rows_split_D(x64, sizes):
-    """One row: `fsdp` has none to split. Clipped, with an initial state; no device holds all of
-    S.
-    """
+    """One row: `fsdp` has none to split. Some chunks are clipped; no device holds all of S."""
     x, do, dS = arrays(1, 8 * C, 8, 8, "float64")
-    options = {"chunk_size": C, "clip_norm": 3.0}
+    options = {"chunk_size": C, "clip_norm": 5.0}
+    v, z = (np.asarray(x[name]).reshape(8, C, 8) for name in "vz")
+    over_M = 0.3 * np.linalg.norm(np.einsum("mcd,mcf->mdf", v, z), axis=(1, 2)) > 5.0
+    assert over_M.any()
+    assert not over_M.all()
     want = value_and_gradients(in_place_ttt, x, do, dS, **options)
     devices = parallel(**sizes)
     got = value_and_gradients(devices.in_place_ttt, x, do, dS, **options)

@@ -23,7 +23,7 @@ from ttt_jax.config import load_config
 from ttt_jax.errors import UserError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan.collectives import nbytes, read_collectives
-from ttt_jax.plan.common import Topology, advice, parse_topology
+from ttt_jax.plan.common import Topology, Work, advice, parse_topology
 from ttt_jax.plan.gpu import activations, estimate
 from ttt_jax.plan.make import describe
 from ttt_jax.plan.tpu import out_of_memory
@@ -237,7 +237,7 @@ def test_the_estimate_counts_rows_that_do_not_split():
 
 
 def test_a_prefill_estimate():
-    plan = estimate(small(), parse_topology("h100:8"), prefill=512)
+    plan = estimate(small(), parse_topology("h100:8"), work=Work(prefill=512))
     # a row on each pair of devices of one context
     assert plan.bytes_by_kind["KV cache"] == 3 * 256 * 2 * 16 * 2
     assert plan.bytes_by_kind["fast weights"] == 64 * 64 * 4
@@ -245,7 +245,7 @@ def test_a_prefill_estimate():
     assert plan.program == "prefill of 512 tokens"
     assert plan.notes == ()
     (note,) = estimate(
-        small("--model.max_positions=256"), parse_topology("h100:8"), prefill=512
+        small("--model.max_positions=256"), parse_topology("h100:8"), work=Work(prefill=512)
     ).notes
     assert "--prefill 512: the config knows 256 positions" in note
 
@@ -254,7 +254,7 @@ def test_advice_names_the_knobs():
     config = small("--remat_save=null")
     kinds = {"parameters": 1e9, "optimizer state": 2e9}
     sizes = {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
-    tight = " ".join(advice(config, sizes, kinds, 4e9, None))
+    tight = " ".join(advice(config, sizes, kinds, 4e9, Work()))
     for knob in (
         "more devices",
         "optimizer.accumulate",
@@ -264,7 +264,7 @@ def test_advice_names_the_knobs():
     ):
         assert knob in tight
     roomy = " ".join(
-        advice(small("--remat_save=[]", "--optimizer.accumulate=4"), sizes, kinds, 1e11, None)
+        advice(small("--remat_save=[]", "--optimizer.accumulate=4"), sizes, kinds, 1e11, Work())
     )
     assert "more devices" not in roomy
     assert "remat_save" not in roomy

@@ -53,9 +53,10 @@ class State:
 
 
 # How the arrays of a layer's state lie on a mesh: heads and F are split as the weights that make
-# them, and S lies as W_down does.
+# them. S lies as W_down does, so that a step that reads one token moves neither.
 _SLOTS = ("batch", "kv_heads", "tokens", None)
-_S, _Z, _SOURCE = ("batch", "embed", "mlp"), ("batch", None, "mlp"), ("batch", None, None)
+_S = ("step_rows", "embed", "mlp")
+_Z, _SOURCE = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
 
 
 def map_state(function: Callable[[Any, tuple[str | None, ...]], Any], state: State) -> State:
@@ -220,13 +221,15 @@ class Transformer(nnx.Module):
         """float32 logits [B, T, V] (float64 for float64)."""
         acc = accumulator(h_BTD.dtype)
         with jax.named_scope("logits"):
-            return jnp.einsum(
+            logits_BTV = jnp.einsum(
                 "btd,vd->btv",
                 h_BTD,
                 self.output_weight.astype(h_BTD.dtype),
                 preferred_element_type=acc,
                 precision=precision_for(h_BTD.dtype),
             )
+            # Made where the weight lies, whoever wants all of them.
+            return self.runtime.parallel.pin(logits_BTV, "vocab")
 
     def ttt_runs(self) -> list[tuple[int, int, list[int]]]:
         """List the runs of TTT layers: group, run of its pattern, and the numbers of its layers."""
@@ -243,8 +246,13 @@ class Transformer(nnx.Module):
 
     def init_state(self, batch_size: int, capacity: int) -> State:
         """An empty state whose full-attention caches hold `capacity` tokens."""
+        abstract = self.abstract_state(batch_size, capacity)
+        return map_state(self.runtime.parallel.zeros, abstract)
+
+    def abstract_state(self, batch_size: int, capacity: int) -> State:
+        """`init_state` without its arrays: leaves are `jax.ShapeDtypeStruct` with their places."""
         empty = jax.eval_shape(lambda: self._empty_state(batch_size, capacity))
-        return map_state(self.runtime.parallel.zeros, empty)
+        return map_state(self.runtime.parallel.abstract, empty)
 
     def _empty_state(self, batch_size: int, capacity: int) -> State:
         dtype = jnp.dtype(self.runtime.dtype)

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -43,7 +44,7 @@ def inference_mesh(config: MeshConfig) -> Mesh:
     return make_mesh(config, devices if -1 in sizes.values() else devices[:wanted])
 
 
-def check_axes(sizes: dict[str, int]) -> None:
+def check_axes(sizes: Mapping[str, int]) -> None:
     """Raise ConfigError for an axis that inference does not use."""
     if sizes["context"] not in (1, -1):
         raise ConfigError(
@@ -52,11 +53,10 @@ def check_axes(sizes: dict[str, int]) -> None:
         )
 
 
-def check_model(model: ModelConfig, mesh: Mesh) -> None:
-    """Raise ConfigError for a model that the mesh would not split: heads, F or D that do not
-    divide.
+def check_model(model: ModelConfig, sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError for a model that a mesh of these sizes would not split: heads, F or D that
+    do not divide.
     """
-    sizes = dict(mesh.shape)
     check_axes(sizes)
     split = {
         "tensor": ("num_kv_heads", "num_heads", "d_ff"),

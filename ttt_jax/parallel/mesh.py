@@ -35,6 +35,8 @@ RULES: dict[str, tuple[str, ...]] = {
     # the rows of a step that reads one token each: weights stay where they are, and the few
     # activations move
     "step_rows": ("data",),
+    # activations of a pending chunk, of which such a step writes one token of every row
+    "pending_mlp": ("tensor", "fsdp"),
     "tokens": ("context",),
     # the loss has no heads and no F to split, so it splits the tokens further
     "loss_tokens": ("context", "tensor"),

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import Sharding
 
 from ttt_jax import ops
 from ttt_jax.ops.attention import cached
@@ -51,14 +53,30 @@ class Devices(abc.ABC):
         """
 
     @abc.abstractmethod
-    def lay(self, x, axes: tuple[str | None, ...]) -> jax.Array:
-        """Lay an array where its logical axes say (a stack's axes in front may be left out): move
-        it there, or tell the compiler inside of a program.
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Sharding | None:
+        """Say where an array with these logical axes lies (a stack's axes in front may be left
+        out); None on one device.
         """
 
-    @abc.abstractmethod
+    def lay(self, x, axes: tuple[str | None, ...]) -> jax.Array:
+        """Lay an array where its logical axes say: move it there, or tell the compiler inside of a
+        program.
+        """
+        sharding = self.sharding(x.shape, axes)
+        if sharding is None:
+            return jnp.asarray(x)
+        if isinstance(x, Tracer):
+            return jax.lax.with_sharding_constraint(x, sharding)
+        return jax.device_put(x, sharding)
+
     def zeros(self, like: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.Array:
         """Make zeros of a shape and dtype where the logical axes say."""
+        return jnp.zeros(like.shape, like.dtype, device=self.sharding(like.shape, axes))
+
+    def abstract(self, like, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        """Describe an array of a shape and dtype that lies where its logical axes say."""
+        sharding = self.sharding(like.shape, axes)
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
     @abc.abstractmethod
     def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
@@ -159,11 +177,8 @@ class OneDevice(Devices):
     def pin(self, x_BTX, *axes: str | None) -> jax.Array:
         return x_BTX
 
-    def lay(self, x, axes: tuple[str | None, ...]) -> jax.Array:
-        return jnp.asarray(x)
-
-    def zeros(self, like: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.Array:
-        return jnp.zeros(like.shape, like.dtype)
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+        return None
 
     def head_axes(self, N: int, K: int) -> tuple[None, None]:
         return None, None

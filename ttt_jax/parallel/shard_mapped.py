@@ -24,7 +24,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -67,15 +66,8 @@ class Parallel(Devices):
         sharding = NamedSharding(self.mesh, spec(axes, x_BTX.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x_BTX, sharding)
 
-    def lay(self, x, axes: tuple[str | None, ...]) -> jax.Array:
-        sharding = NamedSharding(self.mesh, spec(axes, x.shape, self.mesh))
-        if isinstance(x, Tracer):
-            return jax.lax.with_sharding_constraint(x, sharding)
-        return jax.device_put(x, sharding)
-
-    def zeros(self, like: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.Array:
-        sharding = NamedSharding(self.mesh, spec(axes, like.shape, self.mesh))
-        return jnp.zeros(like.shape, like.dtype, device=sharding)
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, spec(axes, shape, self.mesh))
 
     def embed(self, table_VD, ids_BT) -> jax.Array:
         """Look up where V lies: a token's row comes from the device that has it. Rows of the table
@@ -171,8 +163,8 @@ class Parallel(Devices):
         D, mesh = v_BTD.shape[2], self.mesh
         shards = self.shards if self.splits(z_BTF.shape[1], chunk_size) else 1
         axis, by_tokens = (self.axis, "tokens") if shards > 1 else (None, None)
-        rows, tokens, wide = spec(("batch", by_tokens, "mlp"), z_BTF.shape, mesh)
-        deep = _axes(spec(("batch", by_tokens, "embed"), v_BTD.shape, mesh)[2:])
+        rows, tokens, wide = spec((_rows(z_BTF), by_tokens, "mlp"), z_BTF.shape, mesh)
+        deep = _axes(spec((_rows(z_BTF), by_tokens, "embed"), v_BTD.shape, mesh)[2:])
         if D // math.prod(mesh.shape[name] for name in deep) % shards:
             deep = ()  # a context shard's slice of S would not be a slice of one device's D
         X = slice_rows(D, shards)

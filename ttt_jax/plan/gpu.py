@@ -29,30 +29,39 @@ from ttt_jax.config import Config
 from ttt_jax.plan.common import (
     Plan,
     Topology,
+    Work,
     abstract_batch,
     advice,
     notes,
     workload,
 )
+from ttt_jax.plan.inference import abstract_decode, decode_reads, model_flops, roofline
 
 _LOGITS = 1.5 * 2**30  # one block in float32 (loss.py) and its gradient in the compute dtype
 
 
-def estimate(config: Config, topology: Topology, prefill: int | None = None) -> Plan:
+def estimate(config: Config, topology: Topology, work: Work | None = None) -> Plan:
     """Raises: ConfigError when the config does not fit the number of devices."""
     from jax.sharding import AbstractMesh, AxisType
 
-    from ttt_jax.flops import model_flops_per_token, shard_bytes
+    from ttt_jax.flops import shard_bytes
     from ttt_jax.parallel.mesh import AXES, mesh_shape
     from ttt_jax.training.step import abstract_state
 
+    work = work or Work()
     shape = mesh_shape(config.mesh, topology.devices)
     sizes: dict[str, int] = dict(zip(AXES, shape, strict=True))
     mesh: Any = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    rows, tokens = workload(config, sizes, prefill)
-    state, _ = abstract_state(config, mesh)
-    parameters = float(shard_bytes(state.model))
-    if prefill is None:
+    rows, tokens = workload(config, sizes, work)
+    if work.decode is not None:
+        _, (model, streams, *_) = abstract_decode(config, mesh, rows, tokens)
+        logits = float(rows * config.model.vocab_size * 4)
+        by_kind = {"parameters": shard_bytes(model), "streams": shard_bytes(streams)}
+        by_kind = {name: float(size) for name, size in by_kind.items()} | {"logits": logits}
+        read = decode_reads(model, streams)
+    elif work.trains:
+        state, _ = abstract_state(config, mesh)
+        parameters, read = float(shard_bytes(state.model)), 0.0
         by_kind = {
             "parameters": parameters,
             "optimizer state": float(shard_bytes((state.opt_state, state.step))),
@@ -60,13 +69,13 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
             "gradients": parameters * (1 if config.optimizer.accumulate == 1 else 2),
         } | activations(config, sizes)
     else:
-        item = _itemsize(config)
-        by_kind = {"parameters": parameters / 4 * item} | _prefill(config, sizes, rows, tokens)
+        state, _ = abstract_state(config, mesh)
+        read = float(shard_bytes(state.model)) / 4 * _itemsize(config)
+        by_kind = {"parameters": read} | _prefill(config, sizes, rows, tokens)
     total = sum(by_kind.values())
-    flops_per_token = model_flops_per_token(config.model, tokens, training=prefill is None)
     fits = total <= topology.memory
     return Plan(
-        program="train step" if prefill is None else f"prefill of {tokens} tokens",
+        program=work.program,
         topology=topology.text,
         compiled=False,
         mesh=sizes,
@@ -76,9 +85,10 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
         bytes_by_kind=by_kind,
         total=total,
         fits=fits,
-        advice=() if fits else advice(config, sizes, by_kind, topology.memory, prefill),
-        notes=tuple(notes(config, sizes, prefill)),
-        model_flops=rows * tokens * flops_per_token,
+        advice=() if fits else advice(config, sizes, by_kind, topology.memory, work),
+        notes=tuple(notes(config, sizes, work)),
+        model_flops=model_flops(config, work, rows, tokens),
+        roofline=roofline(config, topology, work, rows, tokens, read),
     )
 
 
@@ -121,7 +131,8 @@ def activations(config: Config, sizes: dict[str, int]) -> dict[str, float]:
 
 def _prefill(config: Config, sizes: dict[str, int], rows: int, tokens: int) -> dict[str, float]:
     model, a = config.model, _itemsize(config)
-    b, t = rows // (sizes["data"] * sizes["fsdp"]), tokens // sizes["context"]
+    ways = sizes["data"] * sizes["fsdp"]
+    b, t = rows // ways if rows % ways == 0 else rows, tokens // sizes["context"]
     F, heads, kv, _ = _split(config, sizes)
     D, S = model.d_model, len(model.ttt.layers) * b * model.d_model * F * 4
     windowed = (

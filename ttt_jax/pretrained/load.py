@@ -98,7 +98,7 @@ def load_pretrained(
 
 def _check_mesh(cfg: ModelConfig, mesh: Mesh | None) -> None:
     if mesh is not None:
-        check_model(cfg, mesh)
+        check_model(cfg, mesh.shape)
 
 
 def load_model(
