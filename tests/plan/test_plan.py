@@ -407,3 +407,28 @@ def test_qwen3_8b_at_128k_fits_a_v5p_128():
     # All layers are counted: each gathers the keys and values of all tokens, in the forward and in
     # the backward pass.
     assert plan["collectives"]["all-gather"][1] >= 36 * 2 * 2 * 131072 * 8 * 128 * 2
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [(["--decode=32768", "--rows=4"], 500), (["--prefill=8192"], 5_000)],
+    ids=["decode", "prefill"],
+)
+def test_qwen3_8b_is_read_and_written_by_eight_v5e(words, least):
+    """Minutes. 16 GB a chip, and the parameters alone have 16.4: heads, F and S over all eight."""
+    mesh = ["--mesh.context=1", "--mesh.fsdp=1", "--mesh.tensor=8"]
+    plan = plan_json(QWEN3_8B, "v5e:2x4", *words, *mesh, timeout=2400)
+    assert plan["compiled"]
+    assert plan["fits"]
+    assert plan["total"] < 12e9
+    # bfloat16, over eight chips; W_target of the six TTT layers is whole on each
+    stored = 2 * (8.19e9 / 8 + 6 * 4096**2)
+    assert plan["bytes_by_kind"]["parameters"] == pytest.approx(stored, rel=0.02)
+    # Activations are summed over the chips; no parameter and no S is sent.
+    assert plan["collectives"].get("all-gather", (0, 0))[1] < 50e6
+    assert plan["loops_of_unknown_length"] == 0
+    assert least < plan["roofline"]["tokens_per_second"] < 100 * least
