@@ -90,10 +90,10 @@ def test_chat(run, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--mesh.tensor", 4), "mesh.tensor = 4: does not divide model.num_kv_heads = 2"),
-        (("--mesh.fsdp", 5), "mesh.fsdp = 5: does not divide model.d_model = 16"),
+        (("--mesh.tensor", 4), "mesh.tensor 4: does not divide model.num_kv_heads = 2"),
+        (("--mesh.fsdp", 5), "mesh.fsdp 5: does not divide model.d_model = 16"),
         (("--mesh.tensor", 16), "mesh.tensor 16: needs 16 devices, there are 8"),
-        (("--mesh.context", 2), "mesh.context = 2: inference does not split a stream's tokens"),
+        (("--mesh.context", 3), "mesh.context 3: does not divide model.d_model = 16"),
         (("--mesh.data", 3), "mesh.data = 3: does not divide the 1 prompts"),
     ],
 )

@@ -1,7 +1,8 @@
 """Inference on meshes of fake devices equals inference on one: token ids the same,
 log-probabilities within 1e-5, float32.
 
-`data` splits rows, `fsdp` parameters by D and rows where they divide, `tensor` heads and F.
+`data` splits rows, `fsdp` parameters by D and rows where they divide, `tensor` heads and F,
+`context` tokens and slots where they divide (a window of 4 does, one of 3 does not).
 """
 
 import functools
@@ -33,6 +34,8 @@ CASES = [
     (ALL, (3, 9, 30, 14), {}),
     ({"tensor": 2}, (19, 1, 26), WINDOW),
     ({"fsdp": 4, "tensor": 2}, (22,), {}),
+    ({"fsdp": 2, "context": 2}, (22, 5), WINDOW | {"sliding_window": 4}),
+    ({"context": 2, "tensor": 2}, (3, 27, 14), WINDOW),
 ]
 cases = pytest.mark.parametrize(
     ("sizes", "lengths", "changes"), CASES, ids=lambda x: "x".join(map(str, x))
@@ -134,7 +137,8 @@ def test_a_session_moves_between_meshes(tmp_path):
     whole = Session(one, 2)
     session = None
     places = [
-        both(sizes, WINDOW)[1] for sizes in ({"data": 2, "fsdp": 1, "tensor": 2}, {"fsdp": 4})
+        both(sizes, WINDOW)[1]
+        for sizes in ({"data": 2, "fsdp": 1, "tensor": 2}, {"fsdp": 2, "context": 2})
     ]
     for i, model in enumerate([*places, one, places[0]]):
         session = Session(model, 2) if session is None else Session.load(file, model)
@@ -217,10 +221,10 @@ def test_a_folder_is_read_onto_the_mesh(folders, kind, scan_layers, monkeypatch)
 @pytest.mark.parametrize(
     ("sizes", "changes", "words"),
     [
-        ({"tensor": 4}, {}, "mesh.tensor = 4: does not divide model.num_kv_heads = 2"),
-        ({"tensor": 2}, {"d_ff": 25}, "mesh.tensor = 2: does not divide model.d_ff = 25"),
-        ({"fsdp": 3}, {}, "mesh.fsdp = 3: does not divide model.d_model = 16"),
-        ({"context": 2}, {}, "mesh.context = 2: inference does not split a stream's tokens"),
+        ({"tensor": 4}, {}, "mesh.tensor 4: does not divide model.num_kv_heads = 2"),
+        ({"tensor": 2}, {"d_ff": 25}, "mesh.tensor 2: does not divide model.d_ff = 25"),
+        ({"fsdp": 3}, {}, "mesh.fsdp 3: does not divide model.d_model = 16"),
+        ({"fsdp": 2, "context": 4}, {"d_model": 28}, "mesh.fsdp 2 x mesh.context 4: does not div"),
         ({"fsdp": 3, "tensor": 4}, {}, "mesh.fsdp 3 x mesh.tensor 4: needs 12 devices, there are"),
     ],
     ids=lambda x: "",

@@ -299,8 +299,7 @@ def test_one_token_sees_what_is_before_it():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--decode", 64, "--mesh.context", 2), "mesh.context = 2: inference does not split"),
-        (("--decode", 64, "--mesh.tensor", 8), "mesh.tensor = 8: does not divide model.num_kv_"),
+        (("--decode", 64, "--mesh.tensor", 8), "mesh.tensor 8: does not divide model.num_kv_h"),
         (("--decode", 64, "--prefill", 64), "--prefill and --decode are two programs"),
         (("--rows", 2), "--rows is of --prefill or --decode"),
         (("--decode", 64, "--rows", 3, "--mesh.data", 2), "mesh.data = 2: does not divide the 3"),

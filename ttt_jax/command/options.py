@@ -67,7 +67,7 @@ MEMORY = click.option(
 _MESH = {
     "data": "Copies of the model, each on rows of its own.",
     "fsdp": "Devices that share the parameters, split by D.",
-    "context": "Devices that share a row's tokens: 1.",
+    "context": "Devices that share the tokens of a long prompt, and caches.",
     "tensor": "Devices that share heads, F and the fast weights.",
 }
 

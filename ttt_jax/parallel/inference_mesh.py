@@ -2,8 +2,9 @@
 
 B rows, D model width, F MLP width, N query heads, K KV heads.
 
-`tensor` splits heads and F, `fsdp` the parameters by D (and rows, where they divide), `data` rows.
-What lies where is said by `RULES` of mesh.py, as in training.
+`tensor` splits heads and F, `fsdp` the parameters by D (and rows, where they divide), `data` rows,
+`context` the tokens of long pieces, the slots of caches and, as `fsdp`, the parameters by D. What
+lies where is said by `RULES` of mesh.py, as in training.
 """
 
 from __future__ import annotations
@@ -30,11 +31,9 @@ def inference_mesh(config: MeshConfig) -> Mesh:
     Args:
       config: sizes; -1 is what is left of the devices.
 
-    Raises: ConfigError for more devices than there are, and for an axis that inference does not
-      split anything over.
+    Raises: ConfigError for more devices than there are.
     """
     devices, sizes = jax.local_devices(), dataclasses.asdict(config)
-    check_axes(sizes)
     wanted = math.prod(sizes.values())
     if wanted > len(devices):
         asked = " x ".join(f"mesh.{axis} {size}" for axis, size in sizes.items() if size > 1)
@@ -44,30 +43,22 @@ def inference_mesh(config: MeshConfig) -> Mesh:
     return make_mesh(config, devices if -1 in sizes.values() else devices[:wanted])
 
 
-def check_axes(sizes: Mapping[str, int]) -> None:
-    """Raise ConfigError for an axis that inference does not use."""
-    if sizes["context"] not in (1, -1):
-        raise ConfigError(
-            f"mesh.context = {sizes['context']}: inference does not split a stream's tokens; set "
-            "it 1, and split the model with mesh.tensor or mesh.fsdp"
-        )
-
-
 def check_model(model: ModelConfig, sizes: Mapping[str, int]) -> None:
     """Raise ConfigError for a model that a mesh of these sizes would not split: heads, F or D that
     do not divide.
     """
-    check_axes(sizes)
     split = {
-        "tensor": ("num_kv_heads", "num_heads", "d_ff"),
-        "fsdp": ("d_model",),
+        ("tensor",): ("num_kv_heads", "num_heads", "d_ff"),
+        ("fsdp", "context"): ("d_model",),
     }
-    for axis, fields in split.items():
+    for axes, fields in split.items():
+        ways = math.prod(sizes[axis] for axis in axes)
+        asked = " x ".join(f"mesh.{axis} {sizes[axis]}" for axis in axes if sizes[axis] > 1)
         for name in fields:
-            if getattr(model, name) % sizes[axis]:
+            if getattr(model, name) % ways:
                 raise ConfigError(
-                    f"mesh.{axis} = {sizes[axis]}: does not divide model.{name} = "
-                    f"{getattr(model, name)}; choose a divisor"
+                    f"{asked}: does not divide model.{name} = {getattr(model, name)}; choose a "
+                    "divisor"
                 )
 
 

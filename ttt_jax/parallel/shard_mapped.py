@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 from ttt_jax.ops.attention import cached
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.attention.cached import KVCache
+from ttt_jax.ops.attention.cached_shard import attend_shard
 from ttt_jax.ops.attention.sharded import attention_shard
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_updates import last_update_square, update_cosine
@@ -111,14 +112,22 @@ class Parallel(Devices):
         return self._map(local, (q, kv, kv, P(*q[:2])), q)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
     def cached_attention(self, q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B, **options):
-        """Split rows and heads. Every device holds all slots and all new tokens of its heads."""
-        q, kv = self._head_specs(q_BTNH, k_BTKH, None)
-        rows, slots = P(q[0]), P(q[0], kv[2], None, None)
-        run = self._map(
-            functools.partial(cached.attend, **options),
-            (q, kv, kv, slots, rows, rows),
-            (q, slots),
-        )
+        """Split rows, heads and slots, and many tokens. Where there is one token or their number
+        does not divide, every shard has all of them.
+        """
+        T, L = q_BTNH.shape[1], cache.k_BKLH.shape[2]
+        split = {
+            "split_tokens": self.shards > 1 and T > 1 and self.splits(T),
+            "split_slots": self.shards > 1 and self.splits(L),
+        }
+        q, kv = self._head_specs(q_BTNH, k_BTKH, "tokens" if split["split_tokens"] else None)
+        rows = P(q[0])
+        slots = P(q[0], kv[2], self.axis if split["split_slots"] else None, None)
+        attend = functools.partial(cached.attend, **options)
+        if self.axis is not None:
+            split |= {"axis": self.axis, "shards": self.shards}
+            attend = functools.partial(attend_shard, **split, **options)
+        run = self._map(attend, (q, kv, kv, slots, rows, rows), (q, slots))
         return run(q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B)
 
     def write_cache(self, cache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> KVCache:
