@@ -10,7 +10,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from support.models import config
+from support.models import RIDGE, config
 from support.streams import C, model_of, prompts
 
 from ttt_jax import Session, generate, load_pretrained, save_pretrained, score
@@ -33,7 +33,7 @@ ALL = {"data": 2, "fsdp": 2, "tensor": 2}
 CASES = [
     (ALL, (3, 9, 30, 14), {}),
     ({"tensor": 2}, (19, 1, 26), WINDOW),
-    ({"fsdp": 4, "tensor": 2}, (22,), {}),
+    ({"fsdp": 4, "tensor": 2}, (22,), RIDGE),
     ({"fsdp": 2, "context": 2}, (22, 5), WINDOW | {"sliding_window": 4}),
     ({"context": 2, "tensor": 2}, (3, 27, 14), WINDOW),
 ]
@@ -122,7 +122,7 @@ def assert_split(model, ways):
 
 
 def test_one_row_splits_fast_weights_over_all_devices():
-    _, model = both({"fsdp": 4, "tensor": 2}, {})
+    _, model = both({"fsdp": 4, "tensor": 2}, RIDGE)
     session = Session(model)
     session.extend(prompts((9,)))
     session.generate(4, eos_ids=())
