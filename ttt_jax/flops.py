@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ttt_jax.config import ModelConfig
@@ -55,18 +57,28 @@ def model_flops_per_token(model: ModelConfig, seq_len: int, training: bool) -> f
     What rematerialisation computes again, the closed-form backward's second scan over S included,
     does not count: this is the model's work, for MFU.
     """
+    return _forward_flops(model, functools.partial(_mean_context, seq_len)) * (3 if training else 1)
+
+
+def decode_flops(model: ModelConfig, position: int) -> float:
+    """The same of the one token behind so many."""
+    return _forward_flops(model, lambda window: float(min(position + 1, window or position + 1)))
+
+
+def _forward_flops(model: ModelConfig, context: Callable[[int | None], float]) -> float:
+    """Operations of one token, forward. `context`: the keys that it sees, by a layer's window."""
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
     total = 2.0 * model.d_model * model.vocab_size
     for layer in range(model.num_layers):
         window = None if layer in model.full_attention_layers else model.sliding_window
         total += 2 * model.d_model * (2 * heads + 2 * kv_heads)
-        total += 4 * heads * _mean_context(seq_len, window)
+        total += 4 * heads * context(window)
         total += 6 * model.d_model * model.d_ff
         if layer in model.ttt.layers:
             total += 2 * model.d_model * model.d_ff + 10 * model.d_model
             total += 2 * model.d_model**2 if model.ttt.proj else 0
-    return total * (3 if training else 1)
+    return total
 
 
 def _mean_context(seq_len: int, window: int | None) -> float:

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def loaded_once(folder, dtype, *, decodes):
+def loaded_once(folder, dtype, *, decodes, mesh=None):
     """Load a model once, so that its programs are compiled once."""
     assert dtype is None
     return load_pretrained(folder, dtype="float32")

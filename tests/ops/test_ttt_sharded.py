@@ -123,6 +123,25 @@ def test_equals_one_device_exactly(x64, sizes, implementation):
         assert_close(name, value, want[name], TOLERANCE["float64"])
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}], ids=name_of
+)
+def test_devices_with_the_same_rows_split_D(x64, sizes):
+    """One row: `fsdp` has none to split. Some chunks are clipped; no device holds all of S."""
+    x, do, dS = arrays(1, 8 * C, 8, 8, "float64")
+    options = {"chunk_size": C, "clip_norm": 5.0}
+    v, z = (np.asarray(x[name]).reshape(8, C, 8) for name in "vz")
+    over_M = 0.3 * np.linalg.norm(np.einsum("mcd,mcf->mdf", v, z), axis=(1, 2)) > 5.0
+    assert over_M.any()
+    assert not over_M.all()
+    want = value_and_gradients(in_place_ttt, x, do, dS, **options)
+    devices = parallel(**sizes)
+    got = value_and_gradients(devices.in_place_ttt, x, do, dS, **options)
+    for name, value in got.items():
+        assert_close(name, value, want[name], TOLERANCE["float64"])
+    assert np.prod(got["S"].sharding.shard_shape(got["S"].shape)) == 64 // devices.mesh.size
+
+
 def test_blocks_of_chunks_and_one_product_in_shards(x64, monkeypatch):
     """Documents start inside of blocks, and at other chunks on each shard."""
     registry = importlib.import_module("ttt_jax.ops.ttt.api")

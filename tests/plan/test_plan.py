@@ -21,10 +21,12 @@ from support.aot import TINY
 from ttt_jax.command.cli import main
 from ttt_jax.config import load_config
 from ttt_jax.errors import UserError
+from ttt_jax.flops import decode_flops, model_flops_per_token
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan.collectives import nbytes, read_collectives
-from ttt_jax.plan.common import Topology, advice, parse_topology
+from ttt_jax.plan.common import Topology, Work, advice, parse_topology
 from ttt_jax.plan.gpu import estimate
+from ttt_jax.plan.inference import model_flops, roofline
 from ttt_jax.plan.make import describe
 from ttt_jax.plan.tpu import out_of_memory
 from ttt_jax.training.step_memory import activations
@@ -238,7 +240,7 @@ def test_the_estimate_counts_rows_that_do_not_split():
 
 
 def test_a_prefill_estimate():
-    plan = estimate(small(), parse_topology("h100:8"), prefill=512)
+    plan = estimate(small(), parse_topology("h100:8"), work=Work(prefill=512))
     # a row on each pair of devices of one context
     assert plan.bytes_by_kind["KV cache"] == 3 * 256 * 2 * 16 * 2
     assert plan.bytes_by_kind["fast weights"] == 64 * 64 * 4
@@ -246,16 +248,76 @@ def test_a_prefill_estimate():
     assert plan.program == "prefill of 512 tokens"
     assert plan.notes == ()
     (note,) = estimate(
-        small("--model.max_positions=256"), parse_topology("h100:8"), prefill=512
+        small("--model.max_positions=256"), parse_topology("h100:8"), work=Work(prefill=512)
     ).notes
     assert "--prefill 512: the config knows 256 positions" in note
+
+
+def test_a_decode_estimate():
+    """Four rows over fsdp 4, heads and F over tensor 2; a step reads parameters, caches and S."""
+    words = ("--mesh.context=1", "--mesh.fsdp=4", "--mesh.tensor=2")
+    config = small(*words, "--model.tie_embeddings=false")
+    plan = estimate(config, parse_topology("h100:8"), Work(decode=512, rows=4))
+    model = config.model
+    D, F, V, C = model.d_model, model.d_ff, model.vocab_size, model.ttt.chunk_size
+    caches = model.num_layers * 512 * 2 * model.num_kv_heads * model.head_dim * 2 / 2  # one row
+    fast = 4 * D * F * 4 / 8
+    pending = 4 * C * (F / 8 + D / 4) * 2
+    positions = 4 * 4
+    assert plan.bytes_by_kind["streams"] == caches + fast + pending + positions
+    embedding = V * D * 2 / 8
+    read = plan.bytes_by_kind["parameters"] - embedding + caches + fast
+    assert (roof := plan.roofline) is not None
+    assert roof.memory == pytest.approx(read / 3350e9)
+    assert roof.compute == pytest.approx(4 * decode_flops(model, 512) / 8 / 989.4e12)
+    assert roof.seconds == max(roof.memory, roof.compute)
+    assert roof.tokens_per_second == pytest.approx(4 / roof.seconds)
+    assert plan.program == "decode step at 512 tokens"
+    assert "links not known" in describe(plan)
+    assert estimate(small(), parse_topology("h100:8")).roofline is None
+
+
+def test_rooflines_by_hand():
+    """A v5e: 197 TFLOP/s, 819 GB/s, 200 GB/s."""
+    config, topology = small(), parse_topology("v5e:2x4")
+    work = Work(prefill=1000, rows=2)
+    flops = model_flops(config, work, 2, 1000)
+    assert flops == 2000 * model_flops_per_token(config.model, 1000, training=False)
+    for read, sent, seconds in ((819e9, 0.0, 1.0), (1.0, 400e9, 2.0)):
+        roof = roofline(config, topology, work, 2, 1000, read, sent)
+        assert roof.compute == pytest.approx(flops / 8 / 197e12)
+        assert (roof.seconds, roof.tokens_per_second) == (seconds, 2000 / seconds)
+
+
+def test_one_token_sees_what_is_before_it():
+    """The mean over a row's tokens is what all its tokens need."""
+    for word in ("--model.sliding_window=null", "--model.sliding_window=16"):
+        model = small(word).model
+        each = [decode_flops(model, position) for position in range(64)]
+        assert np.mean(each) == pytest.approx(model_flops_per_token(model, 64, training=False))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--decode", 64, "--mesh.tensor", 8), "mesh.tensor 8: does not divide model.num_kv_h"),
+        (("--decode", 64, "--prefill", 64), "--prefill and --decode are two programs"),
+        (("--rows", 2), "--rows is of --prefill or --decode"),
+        (("--decode", 64, "--rows", 3, "--mesh.data", 2), "mesh.data = 2: does not divide the 3"),
+    ],
+)
+def test_bad_work(words, line, capsys):
+    mesh = ("--mesh.fsdp", -1)
+    words = ("plan", "--config", "default", "--topology", "h100:8", *mesh, *words)
+    assert main([str(word) for word in words]) == 2
+    assert line in capsys.readouterr().err
 
 
 def test_advice_names_the_knobs():
     config = small("--remat_save=null")
     kinds = {"parameters": 1e9, "optimizer state": 2e9}
     sizes = {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
-    tight = " ".join(advice(config, sizes, kinds, 4e9, None))
+    tight = " ".join(advice(config, sizes, kinds, 4e9, Work()))
     for knob in (
         "more devices",
         "optimizer.accumulate",
@@ -265,7 +327,7 @@ def test_advice_names_the_knobs():
     ):
         assert knob in tight
     roomy = " ".join(
-        advice(small("--remat_save=[]", "--optimizer.accumulate=4"), sizes, kinds, 1e11, None)
+        advice(small("--remat_save=[]", "--optimizer.accumulate=4"), sizes, kinds, 1e11, Work())
     )
     assert "more devices" not in roomy
     assert "remat_save" not in roomy
@@ -409,3 +471,28 @@ def test_qwen3_8b_at_128k_fits_a_v5p_128():
     # All layers are counted: each gathers the keys and values of all tokens, in the forward and in
     # the backward pass.
     assert plan["collectives"]["all-gather"][1] >= 36 * 2 * 2 * 131072 * 8 * 128 * 2
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
+@pytest.mark.parametrize(
+    ("words", "least"),
+    [(["--decode=32768", "--rows=4"], 500), (["--prefill=8192"], 5_000)],
+    ids=["decode", "prefill"],
+)
+def test_qwen3_8b_is_read_and_written_by_eight_v5e(words, least):
+    """Minutes. 16 GB a chip, and the parameters alone have 16.4: heads, F and S over all eight."""
+    mesh = ["--mesh.context=1", "--mesh.fsdp=1", "--mesh.tensor=8"]
+    plan = plan_json(QWEN3_8B, "v5e:2x4", *words, *mesh, timeout=2400)
+    assert plan["compiled"]
+    assert plan["fits"]
+    assert plan["total"] < 12e9
+    # bfloat16, over eight chips; W_target of the six TTT layers is whole on each
+    stored = 2 * (8.19e9 / 8 + 6 * 4096**2)
+    assert plan["bytes_by_kind"]["parameters"] == pytest.approx(stored, rel=0.02)
+    # Activations are summed over the chips; no parameter and no S is sent.
+    assert plan["collectives"].get("all-gather", (0, 0))[1] < 50e6
+    assert plan["loops_of_unknown_length"] == 0
+    assert least < plan["roofline"]["tokens_per_second"] < 100 * least

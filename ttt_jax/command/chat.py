@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ttt_jax.command.chat_loop import Chat
-from ttt_jax.command.io import check_memory, load_memories, read_text, saved_early
+from ttt_jax.command.io import check_memory, check_rows, load_memories, read_text, saved_early
 from ttt_jax.command.options import (
     DTYPE,
     EXISTING,
@@ -27,6 +27,7 @@ from ttt_jax.command.options import (
     PIECE,
     Command,
     examples,
+    mesh_options,
     sampling_of,
     sampling_options,
 )
@@ -35,6 +36,7 @@ from ttt_jax.process.interrupts import HeldBack, Interrupt
 from ttt_jax.process.output_lock import one_writer
 
 if TYPE_CHECKING:
+    from ttt_jax.config import MeshConfig
     from ttt_jax.inference.conversation import Conversation
     from ttt_jax.memory.memory import Memory
 
@@ -69,12 +71,25 @@ if TYPE_CHECKING:
 @MEMORY
 @DTYPE
 @PIECE
+@mesh_options
 def chat(
-    folder, documents, system, session, seed, no_template, no_ttt, memory, dtype, piece, **options
+    folder,
+    documents,
+    system,
+    session,
+    seed,
+    no_template,
+    no_ttt,
+    memory,
+    dtype,
+    piece,
+    mesh,
+    **options,
 ) -> None:
     """Talk with a model that adapts to what it reads and to what is said."""
     limit = options.pop("max_new_tokens")
     sampling = sampling_of(options)
+    check_rows(1, mesh, "streams of a chat")
     check_memory(session, memory)
     if session is not None:
         click.get_current_context().with_resource(one_writer(session, "--session"))
@@ -84,7 +99,9 @@ def chat(
     from ttt_jax.inference.watch import one_warning
 
     with one_warning():
-        talk = _conversation(folder, system, session, no_template, not no_ttt, dtype, piece, start)
+        talk = _conversation(
+            folder, system, session, no_template, not no_ttt, dtype, piece, start, mesh
+        )
         room = Chat(talk, sampling, limit, seed, session, str(folder))
         # Not before: an import is not to be interrupted.
         with _ctrl_c(room.interrupt), _saved(room, session):
@@ -102,6 +119,7 @@ def _conversation(
     dtype: str | None,
     piece: int | None,
     memory: Memory | None,
+    mesh: MeshConfig | None,
 ) -> Conversation:
     """Load the model, and begin a conversation or go on with a saved one."""
     from ttt_jax.command.io import open_session
@@ -110,7 +128,7 @@ def _conversation(
     from ttt_jax.pretrained.load import load_model
 
     template = None if no_template else template_of(folder)
-    model = load_model(folder, dtype, decodes=True)
+    model = load_model(folder, dtype, decodes=True, mesh=mesh)
     stream = open_session(model, 1, path, ttt, piece, memory)
     if template is None and not no_template:
         told = "no chat template in the model's folder: turns are written as 'User:', 'Assistant:'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, examples
+from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, examples, mesh_options
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
 
@@ -121,6 +121,7 @@ from ttt_jax.terminal import printable
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is a result folder.")
 @DTYPE
 @PIECE
+@mesh_options
 def evaluate(
     folder, perplexity, tasks, lengths, compare, more, out, overwrite, html, **options
 ) -> None:

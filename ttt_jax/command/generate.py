@@ -11,6 +11,7 @@ import click
 
 from ttt_jax.command.io import (
     check_memory,
+    check_rows,
     encode,
     load_memories,
     open_session,
@@ -29,6 +30,7 @@ from ttt_jax.command.options import (
     PIECE,
     Command,
     examples,
+    mesh_options,
     sampling_of,
     sampling_options,
 )
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
 @MEMORY
 @DTYPE
 @PIECE
+@mesh_options
 def generate(
     folder,
     prompt,
@@ -110,6 +113,7 @@ def generate(
     memory,
     dtype,
     piece,
+    mesh,
     **options,
 ) -> None:
     """Continue prompts, adapting while reading and writing."""
@@ -125,11 +129,12 @@ def generate(
     if chat:
         texts = _as_turns(folder, texts)
     rows = read_ids(ids, "--ids") if ids else None
+    check_rows(len(rows or texts), mesh, "prompts")
     start = load_memories(memory)
 
     from ttt_jax.pretrained.load import load_model
 
-    model = load_model(folder, dtype, decodes=True)
+    model = load_model(folder, dtype, decodes=True, mesh=mesh)
     rows = rows or [
         encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts
     ]

@@ -6,9 +6,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ttt_jax.errors import UserError
 from ttt_jax.terminal import for_stream, printable
+
+if TYPE_CHECKING:
+    from ttt_jax.config import MeshConfig
 
 _REASONS = {
     "eos": "end token",
@@ -88,6 +92,14 @@ def check_memory(session: Path | None, memory: str | None) -> None:
         )
 
 
+def check_rows(rows: int, mesh: MeshConfig | None, what: str) -> None:
+    """Raise UserError for rows that `--mesh.data` does not divide."""
+    if mesh is not None:
+        from ttt_jax.parallel.inference_mesh import check_rows
+
+        check_rows(rows, mesh.data, what)
+
+
 def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int | None, memory=None):
     """Go on with a saved session, or begin a new one. Raises UserError when it was read otherwise.
 
@@ -96,10 +108,13 @@ def open_session(model, streams: int, path: Path | None, ttt: bool, piece: int |
       memory: that a new session begins with.
     """
     from ttt_jax.inference.generation import Session
+    from ttt_jax.parallel.inference_mesh import check_rows, mesh_of
 
     if path is None or not path.exists():
         return Session(model, streams, ttt=ttt, piece=piece, memory=memory)
     session = Session.load(path, model, piece=piece)
+    if (mesh := mesh_of(model.runtime.parallel)) is not None:
+        check_rows(session.batch_size, mesh.shape["data"], f"streams of --session {path}")
     if session.ttt != ttt:
         wrong, fix = ("on", "pass --no-ttt") if ttt else ("off", "drop --no-ttt")
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +62,35 @@ MEMORY = click.option(
     metavar="M[,M...]",
     help="Fast weights to begin with, added up; with --no-ttt they stay as they are.",
 )
+
+
+_MESH = {
+    "data": "Copies of the model, each on rows of its own.",
+    "fsdp": "Devices that share the parameters, split by D.",
+    "context": "Devices that share the tokens of a long prompt, and caches.",
+    "tensor": "Devices that share heads, F and the fast weights.",
+}
+
+
+def mesh_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --mesh.data, --mesh.fsdp, --mesh.context and --mesh.tensor. The command gets `mesh`, a
+    `MeshConfig`; None where all are 1.
+    """
+
+    @functools.wraps(command)
+    def with_mesh(*args: Any, **options: Any) -> Any:
+        sizes = {axis: options.pop(f"mesh_{axis}") for axis in _MESH}
+        if all(size == 1 for size in sizes.values()):
+            return command(*args, mesh=None, **options)
+        from ttt_jax.config import MeshConfig
+
+        return command(*args, mesh=MeshConfig(**sizes), **options)
+
+    for axis, text in reversed(_MESH.items()):
+        with_mesh = click.option(
+            f"--mesh.{axis}", f"mesh_{axis}", type=click.IntRange(1), default=1, help=text
+        )(with_mesh)
+    return with_mesh
 
 
 def sampling_options(command):

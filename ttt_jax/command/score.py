@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ttt_jax.command.io import encode, load_memories, read_ids, read_text
+from ttt_jax.command.io import check_rows, encode, load_memories, read_ids, read_text
 from ttt_jax.command.options import (
     DTYPE,
     EXISTING,
@@ -19,6 +19,7 @@ from ttt_jax.command.options import (
     PIECE,
     Command,
     examples,
+    mesh_options,
 )
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.process.output_lock import one_writer
@@ -47,7 +48,8 @@ from ttt_jax.terminal import printable
 @MEMORY
 @DTYPE
 @PIECE
-def score(folder, ids, text, out, logits, overwrite, no_ttt, memory, dtype, piece) -> None:
+@mesh_options
+def score(folder, ids, text, out, logits, overwrite, no_ttt, memory, dtype, piece, mesh) -> None:
     """Log-probabilities of given tokens, any length, adapting while reading."""
     if (ids is None) == (text is None):
         raise click.UsageError("give the input by --ids FILE.npy or by --text FILE, one of them")
@@ -56,6 +58,7 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, memory, dtype, piec
         raise UserError(f"--out {out}: exists already; choose another file or pass --overwrite")
     rows = None if ids is None else read_ids(ids, "--ids")
     document = None if text is None else read_text(text, "--text")
+    check_rows(1 if rows is None else len(rows), mesh, "rows")
     start = load_memories(memory)
 
     import numpy as np
@@ -64,7 +67,7 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, memory, dtype, piec
     from ttt_jax.inference.scoring import score as score_rows
     from ttt_jax.pretrained.load import load_model
 
-    model = load_model(folder, dtype)
+    model = load_model(folder, dtype, mesh=mesh)
     if document is not None:
         rows = [encode(model, document, "--text")]
     assert rows is not None

@@ -16,6 +16,7 @@ from ttt_jax.eval.unfinished import Unfinished
 from ttt_jax.terminal import printable
 
 if TYPE_CHECKING:
+    from ttt_jax.config import MeshConfig
     from ttt_jax.memory.memory import Memory
     from ttt_jax.model.transformer import Transformer
 
@@ -35,6 +36,7 @@ class Options:
       tasks: harness tasks, and "synthetic". form, examples: of the synthetic suite.
       limit, fewshot, chat: of the harness.
       diagnostics, text_page: look at the first document; text_page colours it.
+      mesh: sizes of the mesh to split the model over; None: one device.
     """
 
     model: Path
@@ -61,6 +63,7 @@ class Options:
     diagnostics: bool = False
     text_page: bool = False
     html_tokens: int = 8192
+    mesh: MeshConfig | None = None
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
@@ -89,6 +92,10 @@ def check(options: Options) -> None:
         raise UserError(
             "nothing to evaluate: give --perplexity DATA, --recall DATA or --tasks TASKS"
         )
+    if options.mesh is not None:
+        from ttt_jax.parallel.inference_mesh import check_rows
+
+        check_rows(options.batch_size, options.mesh.data, "rows of --batch-size")
     if options.perplexity:
         check_lengths(options.lengths, options.block)
     if options.shuffled and (options.ttt != "both" or not options.perplexity):
@@ -192,7 +199,8 @@ def evaluate(
 def _load(options: Options) -> Transformer:
     from ttt_jax.pretrained.load import load_model
 
-    model = load_model(options.model, options.dtype, decodes=bool(harness_tasks(options)))
+    decodes = bool(harness_tasks(options))
+    model = load_model(options.model, options.dtype, decodes=decodes, mesh=options.mesh)
     if not model.config.ttt.layers and options.ttt != "off":
         raise UserError(
             "--ttt: the model has no TTT layers (model.ttt.layers is empty); pass --ttt off"

@@ -55,7 +55,7 @@ def decode_step(model, state: State, token_B, alive_B, seed_B, *, sampling, eos,
         ttt_scale=ttt_scale(ttt),
         ends_chunk=ends_chunk,
     )
-    logits_BV = model.logits(h_B1D)[:, 0]
+    logits_BV = model.runtime.parallel.lay(model.logits(h_B1D)[:, 0], (None, None))
     out = first_token(logits_BV, new_state.position_B, alive_B, seed_B, sampling=sampling, eos=eos)
     return new_state, (*out[:4], state_ratios(stats) if ends_chunk else None)
 
@@ -184,7 +184,8 @@ class Decoding:
             self.failure = error
         if self._synchronous:  # rows that the host has stopped stop on the device too
             still_B = np.array([not writer.finish_reason for writer in self.writers])
-            self._out = (*self._out[:3], jnp.asarray(still_B), self._out[4])
+            still_B = self.streams.model.runtime.parallel.lay(still_B, (None,))
+            self._out = (*self._out[:3], still_B, self._out[4])
 
     def _take(self, out, on_text: Callable[[int, str], None] | None) -> None:
         """Give each row that runs its token of one step, then show the text."""

@@ -98,9 +98,8 @@ class Session(Streams):
             layers = jax.tree.map(
                 lambda new, old: new.copy() if new is old else new, layers, self.state.layers
             )
-            new.state = State(
-                jnp.repeat(self.state.position_B, copies or 1), layers, self.state.capacity
-            )
+            position_B = jnp.repeat(self.state.position_B, copies or 1)
+            new.state = self.model.laid(State(position_B, layers, self.state.capacity))
         return new
 
     def memory(self, row: int | None = None, name: str = "session") -> Memory:

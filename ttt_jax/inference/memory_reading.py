@@ -29,7 +29,7 @@ from ttt_jax.memory.fast_weights import memory_of, no_memory, only_fast_weights
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
-from ttt_jax.parallel.mesh import mesh_axes, replicated
+from ttt_jax.parallel.mesh import mesh_axes, model_shardings
 from ttt_jax.parallel.shard_mapped import make_parallel
 
 
@@ -91,8 +91,10 @@ def read_texts(
 
 
 def on_mesh(model: Transformer, mesh: Mesh) -> Transformer:
-    """Copy the model to every device of a mesh, to read rows side by side on them."""
-    new = jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), model)
+    """Put the model on a mesh, to read rows side by side on its devices: a copy on each one of
+    `data`, split over the other axes.
+    """
+    new = jax.tree.map(jax.device_put, model, model_shardings(model, mesh))
     new.runtime = dataclasses.replace(model.runtime, parallel=make_parallel(mesh))
     return new
 

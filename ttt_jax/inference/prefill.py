@@ -45,10 +45,11 @@ class Piece(NamedTuple):
 
 def piece_size(model: Transformer, tokens: int | None) -> int:
     """Tokens per piece: about `tokens` (None: 8192 on accelerators, 2048 on CPUs), a multiple of
-    the chunk.
+    the chunk, on each device that shares a row's tokens.
     """
     wanted = tokens or (2048 if jax.default_backend() == "cpu" else 8192)
     C = model.config.ttt.chunk_size if model.config.ttt.layers else 1
+    C *= model.runtime.parallel.shards
     return max(wanted // C, 1) * C
 
 
@@ -156,7 +157,7 @@ def _grow(model: Transformer, state: State, capacity: int) -> State:
                 layer = layer._replace(cache=kv_cache.grow(layer.cache, more))
             grown.append(layer)
         groups.append(tuple(grown))
-    return State(state.position_B, tuple(groups), capacity)
+    return model.laid(State(state.position_B, tuple(groups), capacity))
 
 
 # ----------------------------------------------------------------------------------------- programs
@@ -218,7 +219,7 @@ def read_piece(
     h_B1D = jax.vmap(lambda h_PD, n: jax.lax.dynamic_slice_in_dim(h_PD, n, 1, axis=0))(
         h_BPD, last_B
     )
-    new_BV = model.logits(h_B1D)[:, 0]
+    new_BV = model.runtime.parallel.lay(model.logits(h_B1D)[:, 0], (None, None))
     return state, jnp.where((lengths_B > 0)[:, None], new_BV, logits_BV), ratio_LB
 
 

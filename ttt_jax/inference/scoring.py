@@ -25,6 +25,7 @@ from ttt_jax.inference.watch import Watch, not_finite, warn_of_zero_targets
 from ttt_jax.memory.fast_weights import check_belongs, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.model.transformer import Transformer
+from ttt_jax.parallel.inference_mesh import warn_of_rows
 
 
 class Scores(NamedTuple):
@@ -71,6 +72,7 @@ def score(
     ids = token_rows(model, rows)
     B, T = len(ids), max(len(row) for row in ids)
     warn_past_positions(model, T)
+    warn_of_rows(B, model.runtime.parallel)
     logprobs_BT = np.full((B, max(T - 1, 0)), np.nan, np.float32)
     logits_BTV = np.full((B, T, model.config.vocab_size), np.nan, np.float32) if logits else None
     scores = Scores(logprobs_BT, logits_BTV)

@@ -17,10 +17,9 @@ depend on how the model stacks its layers.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax.errors import CheckpointError
@@ -251,12 +250,12 @@ def _state(model: Transformer, tensors: dict[str, np.ndarray]) -> State:
     for g, group in enumerate(model.groups):
         runs = []
         for r, run in enumerate(group.pattern):
-            stack = lambda *xs, run=run, group=group: jnp.asarray(
-                np.stack(xs).reshape(group.repeats, run.count, *xs[0].shape)
+            stack = lambda *xs, run=run, group=group: np.stack(xs).reshape(
+                group.repeats, run.count, *xs[0].shape
             )
             runs.append(jax.tree.map(stack, *layers[g, r]))
         groups.append(tuple(runs))
-    return State(jnp.asarray(tensors["position"]), tuple(groups), capacity)
+    return model.laid(State(cast(Any, tensors["position"]), tuple(groups), capacity))
 
 
 # ------------------------------------------------------------------------------------------- checks

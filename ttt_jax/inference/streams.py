@@ -32,6 +32,7 @@ from ttt_jax.memory.fast_weights import check_belongs, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.parallel.inference_mesh import warn_of_rows
 from ttt_jax.process.interrupts import HeldBack
 
 _ROUND_CAPACITY = 256  # KV slots: fewer shapes to compile for
@@ -121,6 +122,7 @@ class Streams:
         Returns: logits [B, V] after each row's last token.
         """
         cfg, B = self.model.config, self.batch_size
+        warn_of_rows(B, self.model.runtime.parallel)
         start = time.perf_counter()
         rows = [ids[: len(ids) - keep] for ids in self.unread]
         logits_BV = jnp.zeros((B, cfg.vocab_size), jnp.float32)

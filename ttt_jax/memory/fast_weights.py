@@ -67,7 +67,7 @@ def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | N
     def S_of(fresh_RNBDF, g, r, layers):
         S_RN1DF = np.stack([memory.dW(layer) for layer in layers])
         S_RN1DF = S_RN1DF.reshape(*fresh_RNBDF.shape[:2], 1, memory.D, memory.F)
-        return jnp.broadcast_to(jnp.asarray(S_RN1DF, fresh_RNBDF.dtype), fresh_RNBDF.shape)
+        return np.broadcast_to(S_RN1DF.astype(fresh_RNBDF.dtype), fresh_RNBDF.shape)
 
     return _fresh_but(S_of, model, batch, capacity)
 
@@ -98,7 +98,7 @@ def _fresh_but(S_of, model: Transformer, batch: int, capacity: int | None) -> St
         assert layer.ttt is not None
         S_RNBDF = S_of(layer.ttt.S_BDF, g, r, layers)
         groups[g][r] = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
-    return State(fresh.position_B, tuple(map(tuple, groups)), capacity)
+    return model.laid(State(fresh.position_B, tuple(map(tuple, groups)), capacity))
 
 
 def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:

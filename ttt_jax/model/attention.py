@@ -91,22 +91,23 @@ class Attention(nnx.Module):
             return KVCache(jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2))
         empty = self.init_cache(B, ctx.capacity or T, k_BTKH.dtype)
         start_B = jnp.zeros((B,), jnp.int32)
-        return kv_cache.write(
+        return ctx.parallel.write_cache(
             empty, k_BTKH, v_BTKH, start_B, ctx.lengths_B, ring=self.window is not None
         )
 
     def _continue(
         self, q_BTNH, k_BTKH, v_BTKH, ctx: Context, cache: KVCache, implementation: str | None
     ):
-        T, start_B, ring = q_BTNH.shape[1], ctx.position_B, self.window is not None
+        ring = self.window is not None
         if not ring and ctx.capacity is None:  # a cache without a capacity grows
-            cache = kv_cache.grow(cache, T)
-        old, cache = cache, kv_cache.write(cache, k_BTKH, v_BTKH, start_B, ctx.lengths_B, ring=ring)
-        new = (q_BTNH, k_BTKH, v_BTKH)
-        if T == 1:
-            o_BTNH = kv_cache.decode(q_BTNH, cache, start_B, ring=ring)
-        elif ring:
-            o_BTNH = kv_cache.extend_window(*new, old, start_B, implementation=implementation)
-        else:
-            o_BTNH = kv_cache.extend(*new, cache, start_B, implementation=implementation)
-        return o_BTNH, cache
+            cache = kv_cache.grow(cache, q_BTNH.shape[1])
+        return ctx.parallel.cached_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            cache,
+            ctx.position_B,
+            ctx.lengths_B,
+            ring=ring,
+            implementation=implementation,
+        )

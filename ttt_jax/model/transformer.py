@@ -10,6 +10,7 @@ time do not grow with depth. Read top down: `Transformer.__call__` -> `Group` ->
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,8 +31,9 @@ from ttt_jax.model.stack import (
     find_groups,
     layer_kinds,
 )
+from ttt_jax.model.ttt_stream import TTTState
+from ttt_jax.ops.attention.cached import KVCache
 from ttt_jax.ops.numerics import accumulator, precision_for
-from ttt_jax.parallel.one_device import ONE_DEVICE
 
 
 @struct.dataclass
@@ -48,6 +50,29 @@ class State:
     position_B: jax.Array
     layers: tuple[tuple[LayerState, ...], ...]
     capacity: int | None = struct.field(pytree_node=False, default=None)
+
+
+# How the arrays of a layer's state lie on a mesh: heads and F are split as the weights that make
+# them. S lies as W_down does, so that a step that reads one token moves neither.
+_SLOTS = ("batch", "kv_heads", "tokens", None)
+_S = ("step_rows", "embed", "mlp")
+_Z, _SOURCE = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
+
+
+def map_state(function: Callable[[Any, tuple[str | None, ...]], Any], state: State) -> State:
+    """Call `function` with every array of a state and its logical axes, those of the layers' stacks
+    left out. Returns the state of the results.
+    """
+
+    def on_layer(layer: LayerState) -> LayerState:
+        cache = KVCache(*(function(x, _SLOTS) for x in layer.cache))
+        if layer.ttt is None:
+            return LayerState(cache, None)
+        arrays = zip(layer.ttt, (_S, _Z, _SOURCE), strict=True)
+        return LayerState(cache, TTTState(*(function(x, axes) for x, axes in arrays)))
+
+    layers = tuple(tuple(map(on_layer, runs)) for runs in state.layers)
+    return State(function(state.position_B, (None,)), layers, state.capacity)
 
 
 class Transformer(nnx.Module):
@@ -152,9 +177,7 @@ class Transformer(nnx.Module):
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
             positions = start_B1 + jnp.arange(T, dtype=jnp.int32)[None]
         with jax.named_scope("embed"):
-            # The few tokens of a stream that is read on are not split.
-            devices = self.runtime.parallel if state is None else ONE_DEVICE
-            embed_BTD = devices.embed(self.embed[...], ids_BT).astype(dtype)
+            embed_BTD = self.runtime.parallel.embed(self.embed[...], ids_BT).astype(dtype)
         ctx = Context(
             rope=rope_tables(cfg.rope, cfg.head_dim, positions),
             start_B=None if state is None else state.position_B,
@@ -175,7 +198,7 @@ class Transformer(nnx.Module):
             return h_BTD, None, stats
         read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         position_B = read_B if state is None else state.position_B + read_B
-        return h_BTD, State(position_B, layers, ctx.capacity), stats
+        return h_BTD, self.laid(State(position_B, layers, ctx.capacity)), stats
 
     def _through_layers(self, ctx: Context, state: State | None):
         """Apply all layers to the embeddings. Returns h_BTD, the layers' states, and the stats by
@@ -198,13 +221,15 @@ class Transformer(nnx.Module):
         """float32 logits [B, T, V] (float64 for float64)."""
         acc = accumulator(h_BTD.dtype)
         with jax.named_scope("logits"):
-            return jnp.einsum(
+            logits_BTV = jnp.einsum(
                 "btd,vd->btv",
                 h_BTD,
                 self.output_weight.astype(h_BTD.dtype),
                 preferred_element_type=acc,
                 precision=precision_for(h_BTD.dtype),
             )
+            # Made where the weight lies, whoever wants all of them.
+            return self.runtime.parallel.pin(logits_BTV, "vocab")
 
     def ttt_runs(self) -> list[tuple[int, int, list[int]]]:
         """List the runs of TTT layers: group, run of its pattern, and the numbers of its layers."""
@@ -215,8 +240,21 @@ class Transformer(nnx.Module):
             if run.kind.ttt
         ]
 
+    def laid(self, state: State) -> State:
+        """The state as the programs leave it on the devices (`Devices.lay`)."""
+        return map_state(self.runtime.parallel.lay, state)
+
     def init_state(self, batch_size: int, capacity: int) -> State:
         """An empty state whose full-attention caches hold `capacity` tokens."""
+        abstract = self.abstract_state(batch_size, capacity)
+        return map_state(self.runtime.parallel.zeros, abstract)
+
+    def abstract_state(self, batch_size: int, capacity: int) -> State:
+        """`init_state` without its arrays: leaves are `jax.ShapeDtypeStruct` with their places."""
+        empty = jax.eval_shape(lambda: self._empty_state(batch_size, capacity))
+        return map_state(self.runtime.parallel.abstract, empty)
+
+    def _empty_state(self, batch_size: int, capacity: int) -> State:
         dtype = jnp.dtype(self.runtime.dtype)
         layers = []
         for group in self.groups:

@@ -225,11 +225,11 @@ class MLP(nnx.Module):
 
     def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
         """Every row starts, or stands at the start of a chunk (or reads nothing)."""
-        B, T, C = *z_BTF.shape[:2], self.chunk_size
+        B, C = z_BTF.shape[0], self.chunk_size
         lr = self.inner_rate(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
         v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.parallel)
-        devices = ctx.parallel if ctx.parallel.splits(T, C) else ONE_DEVICE
+        devices = ctx.parallel
         S_BDF = None if state is None else state.S_BDF
         y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
         stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ttt_jax.model.layers import Context
 from ttt_jax.ops.numerics import accumulator
-from ttt_jax.parallel.one_device import ONE_DEVICE
+from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 class TTTState(NamedTuple):
@@ -43,9 +43,20 @@ class AdaptiveLayer(Protocol):
 
     def inner_rate(self, ctx: Context, acc) -> jax.Array: ...
 
-    def targets(self, z_BTF, source_BTD, whole_B=None) -> jax.Array: ...
+    def targets(
+        self, z_BTF, source_BTD, whole_B=None, devices: Devices = ONE_DEVICE
+    ) -> jax.Array: ...
 
-    def op(self, z_BTF, v_BTD, lr, S_BDF, whole_B=None) -> tuple[jax.Array, jax.Array]: ...
+    def op(
+        self,
+        z_BTF,
+        v_BTD,
+        lr,
+        S_BDF,
+        whole_B=None,
+        segment_ids_BT=None,
+        devices: Devices = ONE_DEVICE,
+    ) -> tuple[jax.Array, jax.Array]: ...
 
     def write(self, z_BCF, v_BCD, lr, S_BDF, whole_B) -> jax.Array: ...
 
@@ -61,6 +72,13 @@ def empty(batch: int, chunk_size: int, D: int, F: int, dtype) -> TTTState:
     )
 
 
+def written(S_BDF: jax.Array) -> jax.Array:
+    """Fast weights that go into a state. XLA may not fuse the kernel that makes them with a scan's
+    write into its stack: on TPU that fusion does not fit VMEM.
+    """
+    return jax.lax.optimization_barrier(S_BDF)
+
+
 def state_behind(
     z_BTF, source_BTD, S_BDF, chunk_size: int, lengths_B=None, before: TTTState | None = None
 ) -> TTTState:
@@ -71,7 +89,7 @@ def state_behind(
       lengths_B: how many of the T tokens each row has read; None: all.
       before: the state before them, for rows that have read nothing.
     """
-    (B, T), C = z_BTF.shape[:2], chunk_size
+    (B, T), C, S_BDF = z_BTF.shape[:2], chunk_size, written(S_BDF)
     if lengths_B is None and T % C == 0:  # nothing is pending
         return TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD)))
     whole_B = jnp.full((B,), T // C, jnp.int32) if lengths_B is None else lengths_B // C
@@ -104,13 +122,14 @@ def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTSta
 
     z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
     whole_B = (pending_B + length_B) // C
-    v_BLD = layer.targets(z_BLF, source_BLD, whole_B)
-    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B)
+    devices = ctx.parallel
+    v_BLD = layer.targets(z_BLF, source_BLD, whole_B, devices)
+    y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B, devices=devices)
     new = lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0)
     y_BTD = jax.vmap(new)(y_BLD, pending_B)
-    stats = layer.stats(S_BDF, ONE_DEVICE.last_update_norm(z_BLF, v_BLD, lr, C))
+    stats = layer.stats(S_BDF, devices.last_update_norm(z_BLF, v_BLD, lr, C))
     z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BLF, source_BLD))
-    return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
+    return y_BTD, TTTState(written(S_BDF), z_BCF, source_BCD), stats
 
 
 def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: TTTState):
@@ -119,12 +138,12 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
 
     Returns: (y_B1D, state, stats), as `MLP.__call__`.
     """
-    C = layer.chunk_size
+    C, devices = layer.chunk_size, ctx.parallel
     lr = layer.inner_rate(ctx, state.S_BDF.dtype)
     pending_B = ctx.position_B % C
     read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
     # One token of a longer chunk: nothing is written.
-    y_B1D = layer.op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF)[0]
+    y_B1D = layer.op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF, devices=devices)[0]
     slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
     put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
     z_BCF = put(state.z_BCF, z_B1F, slot_B)
@@ -132,8 +151,8 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
     complete_B = (pending_B == C - 1) & (read_B > 0)
 
     def write(S_BDF, z_BCF, source_BCD, whole_B):
-        v_BCD = layer.targets(z_BCF, source_BCD, whole_B)
-        norm_B = ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
+        v_BCD = layer.targets(z_BCF, source_BCD, whole_B, devices)
+        norm_B = devices.last_update_norm(z_BCF, v_BCD, lr, C)
         return layer.write(z_BCF, v_BCD, lr, S_BDF, whole_B), norm_B
 
     def all_rows(S_BDF):

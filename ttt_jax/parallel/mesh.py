@@ -32,6 +32,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "batch": ("data", "fsdp"),
+    # the rows of a step that reads one token each: weights stay where they are, and the few
+    # activations move
+    "step_rows": ("data",),
+    # activations of a pending chunk, of which such a step writes one token of every row
+    "pending_mlp": ("tensor", "fsdp"),
     "tokens": ("context",),
     # the loss has no heads and no F to split, so it splits the tokens further
     "loss_tokens": ("context", "tensor"),
@@ -130,6 +135,19 @@ def model_shardings(model: Any, mesh: Mesh) -> Any:
         )
 
     return jax.tree.map(place, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def abstract_parameters(model: Any, dtype: Any, mesh: Mesh | None) -> Any:
+    """A model-shaped tree of what its arrays will be: shape, `dtype`, and where they lie on the
+    mesh (None: on one device).
+    """
+    if mesh is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding),
+        model,
+        model_shardings(model, mesh),
+    )
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

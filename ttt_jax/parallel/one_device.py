@@ -15,9 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import Sharding
 
 from ttt_jax import ops
+from ttt_jax.ops.attention import cached
 from ttt_jax.ops.attention.api import self_attention
+from ttt_jax.ops.attention.cached import KVCache
 from ttt_jax.ops.ttt.inverse_root import inverse_root
 
 
@@ -49,6 +53,32 @@ class Devices(abc.ABC):
         """
 
     @abc.abstractmethod
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Sharding | None:
+        """Say where an array with these logical axes lies (a stack's axes in front may be left
+        out); None on one device.
+        """
+
+    def lay(self, x, axes: tuple[str | None, ...]) -> jax.Array:
+        """Lay an array where its logical axes say: move it there, or tell the compiler inside of a
+        program.
+        """
+        sharding = self.sharding(x.shape, axes)
+        if sharding is None:
+            return jnp.asarray(x)
+        if isinstance(x, Tracer):
+            return jax.lax.with_sharding_constraint(x, sharding)
+        return jax.device_put(x, sharding)
+
+    def zeros(self, like: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.Array:
+        """Make zeros of a shape and dtype where the logical axes say."""
+        return jnp.zeros(like.shape, like.dtype, device=self.sharding(like.shape, axes))
+
+    def abstract(self, like, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        """Describe an array of a shape and dtype that lies where its logical axes say."""
+        sharding = self.sharding(like.shape, axes)
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+    @abc.abstractmethod
     def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
         """Logical axes of N query and K KV heads; None for heads that are not split."""
 
@@ -59,6 +89,27 @@ class Devices(abc.ABC):
     @abc.abstractmethod
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, **options) -> jax.Array:
         """Call `self_attention`; same arguments and result."""
+
+    @abc.abstractmethod
+    def cached_attention(
+        self,
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        cache: KVCache,
+        start_B,
+        lengths_B,
+        *,
+        ring: bool,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Call `attend` of ops/attention/cached.py; same arguments and results."""
+
+    @abc.abstractmethod
+    def write_cache(
+        self, cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool
+    ) -> KVCache:
+        """Call `write` of ops/attention/cached.py; same arguments and result."""
 
     @abc.abstractmethod
     def in_place_ttt(
@@ -79,7 +130,7 @@ class Devices(abc.ABC):
     ) -> tuple[Any, Any]:
         """Call `ttt_jax.ops.in_place_ttt`; same arguments and results.
 
-        Raises: UserError as that does; ValueError for T that does not split (`splits`).
+        Raises: UserError as that does.
         """
 
     @abc.abstractmethod
@@ -126,6 +177,9 @@ class OneDevice(Devices):
     def pin(self, x_BTX, *axes: str | None) -> jax.Array:
         return x_BTX
 
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+        return None
+
     def head_axes(self, N: int, K: int) -> tuple[None, None]:
         return None, None
 
@@ -134,6 +188,12 @@ class OneDevice(Devices):
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, **options) -> jax.Array:
         return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
+
+    def cached_attention(self, q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B, **options):
+        return cached.attend(q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B, **options)
+
+    def write_cache(self, cache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> KVCache:
+        return cached.write(cache, k_BTKH, v_BTKH, start_B, lengths_B, ring=ring)
 
     def in_place_ttt(self, z_BTF, v_BTD, w_DF, **options) -> tuple[Any, Any]:
         return ops.in_place_ttt(z_BTF, v_BTD, w_DF, **options)

@@ -27,7 +27,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ttt_jax.ops.attention import cached
 from ttt_jax.ops.attention.api import self_attention
+from ttt_jax.ops.attention.cached import KVCache
+from ttt_jax.ops.attention.cached_shard import attend_shard
 from ttt_jax.ops.attention.sharded import attention_shard
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_updates import last_update_square, update_cosine
@@ -60,36 +63,90 @@ class Parallel(Devices):
         parameters, or gather all tokens for a weight's gradient.
         """
         axes = axes or (None,) * (x_BTX.ndim - 2)
-        sharding = NamedSharding(
-            self.mesh, spec(("batch", "tokens", *axes), x_BTX.shape, self.mesh)
-        )
+        axes = (_rows(x_BTX), "tokens", *axes)
+        sharding = NamedSharding(self.mesh, spec(axes, x_BTX.shape, self.mesh))
         return jax.lax.with_sharding_constraint(x_BTX, sharding)
 
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, spec(axes, shape, self.mesh))
+
     def embed(self, table_VD, ids_BT) -> jax.Array:
-        """Gather the table first: GSPMD would look up with D split and then gather all tokens."""
-        tokens = spec(("batch", "tokens"), ids_BT.shape, self.mesh)
-        local = lambda table_VD, ids_BT: jnp.take(table_VD, ids_BT, axis=0)
-        return self._map(local, (P(None, None), tokens), P(*tokens, None))(table_VD, ids_BT)
+        """Look up where V lies: a token's row comes from the device that has it. Rows of the table
+        are whole for devices that have tokens of their own; GSPMD would look up with D split and
+        then gather all tokens.
+        """
+        V, D = table_VD.shape
+        rows, tokens, deep = spec((_rows(ids_BT), "tokens", "embed"), (*ids_BT.shape, D), self.mesh)
+        (high,) = spec(("vocab",), (V,), self.mesh)
+
+        def local(table_VD, ids_BT):
+            if high is None:
+                return jnp.take(table_VD, ids_BT, axis=0)[None]
+            ids_BT = jnp.where(ids_BT < 0, ids_BT + V, ids_BT)  # as `jnp.take` counts
+            here_BT = ids_BT - jax.lax.axis_index(high) * table_VD.shape[0]
+            own_BT = (here_BT >= 0) & (here_BT < table_VD.shape[0])
+            x_BTD = jnp.take(table_VD, jnp.where(own_BT, here_BT, 0), axis=0)
+            lost_BT = (ids_BT < 0) | (ids_BT >= V)
+            other_BT1 = jnp.where(lost_BT, jnp.nan, 0).astype(x_BTD.dtype)[..., None]
+            return jnp.where(own_BT[..., None], x_BTD, other_BT1)[None]
+
+        in_specs, out_specs = (P(high, deep), P(rows, tokens)), P(high, rows, tokens, deep)
+        x_YBTD = self._map(local, in_specs, out_specs)(table_VD, ids_BT)
+        return x_YBTD.sum(axis=0) if high else x_YBTD[0]
 
     def attention(self, q_BTNH, k_BTKH, v_BTKH, *, segment_ids_BT=None, **options) -> jax.Array:
-        """Split rows, tokens and heads. Lengths that do not divide go to GSPMD."""
-        if not self.splits(q_BTNH.shape[1]):
-            return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=segment_ids_BT, **options)
-        heads = self.head_axes(q_BTNH.shape[2], k_BTKH.shape[2])
-        q, kv = (
-            spec(("batch", "tokens", h, None), x.shape, self.mesh)
-            for h, x in zip(heads, (q_BTNH, k_BTKH), strict=True)
-        )
+        """Split rows, tokens and heads; every shard computes all of a length that does not
+        divide.
+        """
+        axis = self.axis if self.splits(q_BTNH.shape[1]) else None
+        q, kv = self._head_specs(q_BTNH, k_BTKH, None if axis is None else "tokens")
 
         def local(q_BTNH, k_BTKH, v_BTKH, ids_BT):
-            if self.axis is None:
+            if axis is None:
                 return self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, **options)
-            split = {"axis": self.axis, "shards": self.shards}
+            split = {"axis": axis, "shards": self.shards}
             return attention_shard(
                 q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, **split, **options
             )
 
         return self._map(local, (q, kv, kv, P(*q[:2])), q)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+    def cached_attention(self, q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B, **options):
+        """Split rows, heads and slots, and many tokens. Where there is one token or their number
+        does not divide, every shard has all of them.
+        """
+        T, L = q_BTNH.shape[1], cache.k_BKLH.shape[2]
+        split = {
+            "split_tokens": self.shards > 1 and T > 1 and self.splits(T),
+            "split_slots": self.shards > 1 and self.splits(L),
+        }
+        q, kv = self._head_specs(q_BTNH, k_BTKH, "tokens" if split["split_tokens"] else None)
+        rows = P(q[0])
+        slots = P(q[0], kv[2], self.axis if split["split_slots"] else None, None)
+        attend = functools.partial(cached.attend, **options)
+        if self.axis is not None:
+            split |= {"axis": self.axis, "shards": self.shards}
+            attend = functools.partial(attend_shard, **split, **options)
+        run = self._map(attend, (q, kv, kv, slots, rows, rows), (q, slots))
+        return run(q_BTNH, k_BTKH, v_BTKH, cache, start_B, lengths_B)
+
+    def write_cache(self, cache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> KVCache:
+        """Split rows and heads: left alone, GSPMD may gather a cache to write into it."""
+        _, kv = self._head_specs(k_BTKH, k_BTKH, None)
+        rows, slots = P(kv[0]), P(kv[0], kv[2], None, None)
+        run = self._map(
+            functools.partial(cached.write, ring=ring), (slots, kv, kv, rows, rows), slots
+        )
+        return run(cache, k_BTKH, v_BTKH, start_B, lengths_B)
+
+    def _head_specs(self, q_BTNH, k_BTKH, tokens: str | None) -> tuple[P, P]:
+        """How queries lie, and keys and values."""
+        heads = self.head_axes(q_BTNH.shape[2], k_BTKH.shape[2])
+        q, kv = (
+            spec(("batch", tokens, h, None), x.shape, self.mesh)
+            for h, x in zip(heads, (q_BTNH, k_BTKH), strict=True)
+        )
+        return q, kv
 
     def in_place_ttt(
         self,
@@ -107,20 +164,23 @@ class Parallel(Devices):
         apply="split",
         implementation=None,
     ):
-        """Split rows, tokens and F. The state lies as W_down does: its rows over the context axis,
-        its columns over F's.
+        """Split rows, tokens and F, and D over devices that hold the same rows and tokens: W, S, v
+        and o split by it, and nothing else knows of it. The state lies as W_down does.
+
+        Tokens that do not give every shard the same whole chunks are whole on all of them.
         """
-        if not self.splits(z_BTF.shape[1], chunk_size):
-            raise ValueError(
-                f"{z_BTF.shape[1]} tokens do not give {self.shards} shards whole chunks of "
-                f"{chunk_size}"
-            )
         D, mesh = v_BTD.shape[2], self.mesh
-        X = slice_rows(D, self.shards)
-        rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, mesh)
-        state_spec = P(rows, self.axis, wide)
+        shards = self.shards if self.splits(z_BTF.shape[1], chunk_size) else 1
+        axis, by_tokens = (self.axis, "tokens") if shards > 1 else (None, None)
+        rows, tokens, wide = spec((_rows(z_BTF), by_tokens, "mlp"), z_BTF.shape, mesh)
+        deep = _axes(spec((_rows(z_BTF), by_tokens, "embed"), v_BTD.shape, mesh)[2:])
+        if D // math.prod(mesh.shape[name] for name in deep) % shards:
+            deep = ()  # a context shard's slice of S would not be a slice of one device's D
+        X = slice_rows(D, shards)
+        state_spec = P(rows, (*deep, *_axes((axis,))) or None, wide)
+        deep = deep or None
         if state is not None:
-            state = jnp.pad(state, ((0, 0), (0, self.shards * X - D), (0, 0)))
+            state = jnp.pad(state, ((0, 0), (0, shards * X - D), (0, 0)))
         # The slow weight is cast before it is gathered.
         w_DF, lr = w_DF.astype(z_BTF.dtype), jnp.asarray(lr, accumulator(z_BTF.dtype))
 
@@ -134,8 +194,9 @@ class Parallel(Devices):
                 "apply": apply,
                 "implementation": implementation,
             }
-            sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None
-            split = {"axis": self.axis, "shards": self.shards, "sum_F": sum_F}
+            over = _axes((wide, deep))
+            sum_DF = functools.partial(jax.lax.psum, axis_name=over) if over else None
+            split = {"axis": axis, "shards": shards, "sum_DF": sum_DF}
             o_BTD, S_BXF = in_place_ttt_shard(
                 z_BTF, v_BTD, w_DF, state_BXF=state_BXF, segment_ids_BT=ids_BT, **split, **options
             )
@@ -143,14 +204,14 @@ class Parallel(Devices):
 
         in_specs = (
             P(rows, tokens, wide),
-            P(rows, tokens, None),
-            P(None, wide),
+            P(rows, tokens, deep),
+            P(deep, wide),
             P(),
             state_spec,
             P(rows, tokens),
             P(rows),
         )
-        out_specs = (P(wide, rows, tokens, None), state_spec)
+        out_specs = (P(wide, rows, tokens, deep), state_spec)
         o_YBTD, S_BXF = self._map(local, in_specs, out_specs)(
             z_BTF, v_BTD, w_DF, lr, state, segment_ids, whole_chunks
         )
@@ -163,7 +224,8 @@ class Parallel(Devices):
         return run(a_BMCC, shift_BM)
 
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
-        if z_BTF.shape[1] % chunk_size or not z_BTF.shape[1]:
+        whole_chunks = z_BTF.shape[1] and z_BTF.shape[1] % chunk_size == 0
+        if not whole_chunks or not self.splits(z_BTF.shape[1], chunk_size):
             return ONE_DEVICE.last_update_norm(z_BTF, v_BTD, lr, chunk_size)
         rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
         split = _axes((rows, tokens, wide))
@@ -182,7 +244,8 @@ class Parallel(Devices):
         return jnp.broadcast_to(norm, z_BTF.shape[:1])
 
     def update_cosine(self, z_BTF, v_BTD, chunk_size: int, segment_ids_BT=None) -> jax.Array:
-        rows, tokens, wide = spec(("batch", "tokens", "mlp"), z_BTF.shape, self.mesh)
+        by_tokens = "tokens" if self.splits(z_BTF.shape[1], chunk_size) else None
+        rows, tokens, wide = spec(("batch", by_tokens, "mlp"), z_BTF.shape, self.mesh)
         sum_F = functools.partial(jax.lax.psum, axis_name=wide) if wide else None
 
         def local(z_BTF, v_BTD, ids_BT):
@@ -220,6 +283,11 @@ class Parallel(Devices):
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
         )
+
+
+def _rows(x_BTX) -> str:
+    """The logical axis of the rows of activations."""
+    return "batch" if x_BTX.shape[1] > 1 else "step_rows"
 
 
 def _axes(parts) -> tuple[str, ...]:

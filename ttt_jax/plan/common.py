@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from ttt_jax.config import Config
 from ttt_jax.errors import ConfigError, UserError
@@ -18,6 +18,42 @@ GB = 1e9
 # usable size when it refuses.
 TPU_MEMORY = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 GPU_MEMORY = {"h100": 80, "h200": 141}
+
+
+class Rates(NamedTuple):
+    """What one jax device can do a second at most, vendors' figures: bfloat16 FLOPs, bytes of its
+    memory, bytes that it sends to others of its slice or host.
+    """
+
+    flops: float
+    memory: float
+    links: float
+
+
+RATES = {
+    "v4": Rates(275e12, 1228e9, 300e9),
+    "v5e": Rates(197e12, 819e9, 200e9),
+    "v5p": Rates(459e12, 2765e9, 600e9),
+    "v6e": Rates(918e12, 1640e9, 400e9),
+    "h100": Rates(989.4e12, 3350e9, 450e9),
+    "h200": Rates(989.4e12, 4800e9, 450e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """How fast a program of inference can be, see inference.py. Seconds are of one call.
+
+    Fields:
+      tokens_per_second: of all rows together.
+      compute, memory, links: seconds of each bound; links None: not known.
+    """
+
+    tokens_per_second: float
+    seconds: float
+    compute: float
+    memory: float
+    links: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +94,32 @@ class Plan:
     collectives: dict[str, tuple[int, int]] | None = None
     loops_of_unknown_length: int = 0
     compile_seconds: float | None = None
+    roofline: Roofline | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is planned: a train step, or one program of inference.
+
+    Fields:
+      prefill: tokens that are read at once. decode: tokens of the streams of which a step writes
+        one. At most one of them; without, a train step.
+      rows: of inference; None: one on each group of devices that shares one.
+    """
+
+    prefill: int | None = None
+    decode: int | None = None
+    rows: int | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.prefill is None and self.decode is None
+
+    @property
+    def program(self) -> str:
+        if self.decode is not None:
+            return f"decode step at {self.decode} tokens"
+        return "train step" if self.prefill is None else f"prefill of {self.prefill} tokens"
 
 
 def parse_topology(text: str) -> Topology:
@@ -87,11 +149,20 @@ def _dimensions(kind: str) -> int:
     return 3 if kind in ("v4", "v5p") else 2
 
 
-def workload(config: Config, sizes: dict[str, int], prefill: int | None) -> tuple[int, int]:
-    """(rows, tokens of a row). A prefill reads one row on each group of devices that shares one.
+def workload(config: Config, sizes: dict[str, int], work: Work) -> tuple[int, int]:
+    """(rows, tokens of a row). Inference has one row on each group of devices that shares one, if
+    nothing else is asked for.
 
-    Raises: ConfigError when the tokens do not split over the context axis in whole chunks.
+    Raises: ConfigError when the tokens do not split over the context axis in whole chunks, and for
+    a mesh that decoding does not use or that does not suit the model.
     """
+    prefill, rows = work.prefill, work.rows or sizes["data"] * sizes["fsdp"]
+    if work.decode is not None:
+        from ttt_jax.parallel.inference_mesh import check_model, check_rows
+
+        check_model(config.model, sizes)
+        check_rows(rows, sizes["data"], "--rows")
+        return rows, work.decode
     if prefill is None:
         return config.data.batch_size, config.data.seq_len
     shards = sizes["context"] * (config.model.ttt.chunk_size if config.model.ttt.layers else 1)
@@ -100,7 +171,7 @@ def workload(config: Config, sizes: dict[str, int], prefill: int | None) -> tupl
             f"--prefill {prefill}: must be a multiple of mesh.context * model.ttt.chunk_size = "
             f"{shards}"
         )
-    return sizes["data"] * sizes["fsdp"], prefill
+    return rows, prefill
 
 
 def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
@@ -120,9 +191,10 @@ def abstract_batch(config: Config, mesh: Any) -> dict[str, Any]:
     }
 
 
-def notes(config: Config, sizes: dict[str, int], prefill: int | None) -> list[str]:
+def notes(config: Config, sizes: dict[str, int], work: Work) -> list[str]:
     """Remarks on what is legal, and perhaps not meant."""
-    if prefill is None:
+    name, tokens = ("prefill", work.prefill) if work.prefill else ("decode", work.decode)
+    if tokens is None:
         micro = config.data.batch_size // config.optimizer.accumulate
         ways = sizes["data"] * sizes["fsdp"]
         if micro % ways == 0:
@@ -132,10 +204,10 @@ def notes(config: Config, sizes: dict[str, int], prefill: int | None) -> list[st
             f"data x fsdp = {ways} devices: rows are computed more than once; change "
             "data.batch_size or move devices from mesh.fsdp to mesh.context"
         ]
-    if prefill <= (known := config.model.known_positions):
+    if tokens <= (known := config.model.known_positions):
         return []
     return [
-        f"--prefill {prefill}: the config knows {known} positions (model.max_positions, "
+        f"--{name} {tokens}: the config knows {known} positions (model.max_positions, "
         "model.rope); RoPE extrapolates"
     ]
 
@@ -145,7 +217,7 @@ def advice(
     sizes: dict[str, int],
     by_kind: dict[str, float],
     memory: float,
-    prefill: int | None,
+    work: Work,
 ) -> tuple[str, ...]:
     """What to change so that it fits, the most effective first."""
     stored = by_kind["parameters"] + by_kind.get("optimizer state", 0.0)
@@ -156,7 +228,9 @@ def advice(
             "mesh.tensor); or freeze some "
             "with optimizer.groups, which drops their moments"
         )
-    if prefill is not None:
+    if work.decode is not None:
+        return (*lines, "fewer --rows, a larger mesh.tensor (heads, F), or mesh.fsdp (D, rows)")
+    if work.prefill is not None:
         return (
             *lines,
             f"a larger mesh.context than {sizes['context']} (tokens of a device), or read in "

@@ -13,39 +13,48 @@ from ttt_jax.config import Config
 from ttt_jax.plan.common import (
     Plan,
     Topology,
+    Work,
     abstract_batch,
     advice,
     notes,
     workload,
 )
+from ttt_jax.plan.inference import abstract_decode, decode_reads, model_flops, roofline
 
 
-def estimate(config: Config, topology: Topology, prefill: int | None = None) -> Plan:
+def estimate(config: Config, topology: Topology, work: Work | None = None) -> Plan:
     """Raises: ConfigError when the config does not fit the number of devices."""
     from jax.sharding import AbstractMesh, AxisType
 
-    from ttt_jax.flops import model_flops_per_token, shard_bytes
+    from ttt_jax.flops import shard_bytes
     from ttt_jax.parallel.mesh import AXES, mesh_shape
     from ttt_jax.training.step import abstract_state
     from ttt_jax.training.step_memory import itemsize, keep_what_fits, step_bytes
 
+    work = work or Work()
     shape = mesh_shape(config.mesh, topology.devices)
     sizes: dict[str, int] = dict(zip(AXES, shape, strict=True))
     mesh: Any = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    rows, tokens = workload(config, sizes, prefill)
+    rows, tokens = workload(config, sizes, work)
     config, kept = keep_what_fits(config, mesh, topology.memory)
-    state, _ = abstract_state(config, mesh)
-    if prefill is None:
-        by_kind = step_bytes(config, sizes, state)
+    if work.decode is not None:
+        _, (model, streams, *_) = abstract_decode(config, mesh, rows, tokens)
+        logits = float(rows * config.model.vocab_size * 4)
+        by_kind = {"parameters": shard_bytes(model), "streams": shard_bytes(streams)}
+        by_kind = {name: float(size) for name, size in by_kind.items()} | {"logits": logits}
+        read = decode_reads(model, streams)
+    elif work.trains:
+        state, _ = abstract_state(config, mesh)
+        by_kind, read = step_bytes(config, sizes, state), 0.0
         by_kind["batch"] = float(shard_bytes(abstract_batch(config, mesh)))
     else:
-        parameters = shard_bytes(state.model) / 4 * itemsize(config)
-        by_kind = {"parameters": parameters} | _prefill(config, sizes, rows, tokens)
+        state, _ = abstract_state(config, mesh)
+        read = float(shard_bytes(state.model)) / 4 * itemsize(config)
+        by_kind = {"parameters": read} | _prefill(config, sizes, rows, tokens)
     total = sum(by_kind.values())
-    flops_per_token = model_flops_per_token(config.model, tokens, training=prefill is None)
     fits = total <= topology.memory
     return Plan(
-        program="train step" if prefill is None else f"prefill of {tokens} tokens",
+        program=work.program,
         topology=topology.text,
         compiled=False,
         mesh=sizes,
@@ -55,9 +64,10 @@ def estimate(config: Config, topology: Topology, prefill: int | None = None) -> 
         bytes_by_kind=by_kind,
         total=total,
         fits=fits,
-        advice=() if fits else advice(config, sizes, by_kind, topology.memory, prefill),
-        notes=(*notes(config, sizes, prefill), *kept),
-        model_flops=rows * tokens * flops_per_token,
+        advice=() if fits else advice(config, sizes, by_kind, topology.memory, work),
+        notes=(*notes(config, sizes, work), *kept),
+        model_flops=model_flops(config, work, rows, tokens),
+        roofline=roofline(config, topology, work, rows, tokens, read),
     )
 
 
@@ -65,7 +75,8 @@ def _prefill(config: Config, sizes: dict[str, int], rows: int, tokens: int) -> d
     from ttt_jax.training.step_memory import itemsize, split
 
     model, a = config.model, itemsize(config)
-    b, t = rows // (sizes["data"] * sizes["fsdp"]), tokens // sizes["context"]
+    ways = sizes["data"] * sizes["fsdp"]
+    b, t = rows // ways if rows % ways == 0 else rows, tokens // sizes["context"]
     F, heads, kv, _ = split(config, sizes)
     D, S = model.d_model, len(model.ttt.layers) * b * model.d_model * F * 4
     windowed = (

@@ -11,19 +11,20 @@ import math
 
 from ttt_jax.config import Config
 from ttt_jax.plan import gpu, tpu
-from ttt_jax.plan.common import GB, GPU_MEMORY, Plan, Topology
+from ttt_jax.plan.common import GB, GPU_MEMORY, Plan, Topology, Work
 
 
-def make_plan(config: Config, topology: Topology, prefill: int | None = None) -> Plan:
-    """Compile, or estimate, one program. May take minutes.
+def make_plan(config: Config, topology: Topology, work: Work | None = None) -> Plan:
+    """Compile, or estimate, one program; None: the train step. May take minutes.
 
     Raises:
       UserError: libtpu is missing or does not know the topology.
       ConfigError: the config does not fit the number of devices.
     """
+    work = work or Work()
     if topology.kind in GPU_MEMORY:
-        return gpu.estimate(config, topology, prefill)
-    return tpu.compile_plan(config, topology, prefill)
+        return gpu.estimate(config, topology, work)
+    return tpu.compile_plan(config, topology, work)
 
 
 def describe(plan: Plan) -> str:
@@ -62,6 +63,12 @@ def describe(plan: Plan) -> str:
                 f"  ({plan.loops_of_unknown_length} loops of unknown length counted once, as in "
                 "the program's text)"
             )
+    if (roof := plan.roofline) is not None:
+        links = "links not known" if roof.links is None else f"links {roof.links * 1e3:.3g} ms"
+        lines.append(
+            f"roofline: {roof.tokens_per_second:,.0f} tokens/s ({roof.seconds * 1e3:.3g} ms: "
+            f"compute {roof.compute * 1e3:.3g} ms, memory {roof.memory * 1e3:.3g} ms, {links})"
+        )
     if plan.compile_seconds is not None:
         lines.append(f"compiled in {plan.compile_seconds:.1f} s")
     lines += [f"note: {note}" for note in plan.notes]

@@ -17,10 +17,18 @@ from ttt_jax.plan.common import (
     GB,
     Plan,
     Topology,
+    Work,
     abstract_batch,
     advice,
     notes,
     workload,
+)
+from ttt_jax.plan.inference import (
+    abstract_decode,
+    abstract_prefill,
+    decode_reads,
+    model_flops,
+    roofline,
 )
 
 
@@ -81,34 +89,33 @@ def out_of_memory(message: str, arguments: float) -> tuple[float, float] | None:
     return need if whole else need + arguments, usable
 
 
-def compile_plan(config: Config, topology: Topology, prefill: int | None = None) -> Plan:
-    """Compile the train step, or a prefill of so many tokens. May take minutes.
+def compile_plan(config: Config, topology: Topology, work: Work) -> Plan:
+    """Compile the train step, a prefill or a decode step. May take minutes.
 
     Raises:
       UserError: libtpu is missing or does not know the topology.
       ConfigError: the config does not fit the number of devices.
     """
-    from ttt_jax.flops import model_flops_per_token, shard_bytes
+    from ttt_jax.flops import shard_bytes
     from ttt_jax.parallel.mesh import make_mesh
     from ttt_jax.training.step_memory import keep_what_fits
 
     mesh = make_mesh(config.mesh, tpu_devices(topology))
     sizes = {name: int(size) for name, size in mesh.shape.items()}
-    rows, tokens = workload(config, sizes, prefill)
+    rows, tokens = workload(config, sizes, work)
     config, kept = keep_what_fits(config, mesh, topology.memory)
-    remarks = [*notes(config, sizes, prefill), *kept]
-    function, args, kinds = _program(config, mesh, rows, tokens, prefill)
+    remarks = [*notes(config, sizes, work), *kept]
+    function, args, kinds = _program(config, mesh, rows, tokens, work)
     by_kind = {name: float(shard_bytes(tree)) for name, tree in kinds.items()}
-    flops_per_token = model_flops_per_token(config.model, tokens, training=prefill is None)
     common = {
-        "program": "train step" if prefill is None else f"prefill of {tokens} tokens",
+        "program": work.program,
         "topology": topology.text,
         "compiled": True,
         "mesh": sizes,
         "rows": rows,
         "tokens": tokens,
         "memory": topology.memory,
-        "model_flops": rows * tokens * flops_per_token,
+        "model_flops": model_flops(config, work, rows, tokens),
     }
     begin = time.perf_counter()
     compiled = _compile(function.lower(*args), sum(by_kind.values()))
@@ -122,23 +129,26 @@ def compile_plan(config: Config, topology: Topology, prefill: int | None = None)
             bytes_by_kind=by_kind,
             total=need,
             fits=False,
-            advice=advice(config, sizes, by_kind, usable, prefill),
+            advice=advice(config, sizes, by_kind, usable, work),
             notes=(*remarks, refused),
         )
     by_kind |= _compiled_bytes(compiled.memory, sum(by_kind.values()))
     total = sum(by_kind.values())
     fits = total <= topology.memory
     traffic = read_collectives(compiled.text)
+    sent = float(sum(t.nbytes for t in traffic.kinds.values()))
+    read = by_kind["parameters"] if work.decode is None else decode_reads(args[0], args[1])
     return Plan(
         **common,
         bytes_by_kind=by_kind,
         total=total,
         fits=fits,
-        advice=() if fits else advice(config, sizes, by_kind, topology.memory, prefill),
+        advice=() if fits else advice(config, sizes, by_kind, topology.memory, work),
         notes=tuple(remarks),
         program_flops=compiled.flops,
         collectives={kind: (t.count, t.nbytes) for kind, t in traffic.kinds.items()},
         loops_of_unknown_length=traffic.loops_of_unknown_length,
+        roofline=roofline(config, topology, work, rows, tokens, read, sent),
     )
 
 
@@ -158,12 +168,15 @@ class _Compiled(NamedTuple):
 
 
 def _program(
-    config: Config, mesh: Any, rows: int, tokens: int, prefill: int | None
+    config: Config, mesh: Any, rows: int, tokens: int, work: Work
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A jitted function, its abstract arguments, and these by kind."""
     from ttt_jax.training.step import abstract_state, make_train_step
 
-    if prefill is not None:
+    if work.decode is not None:
+        function, args = abstract_decode(config, mesh, rows, tokens)
+        return function, args, {"parameters": args[0], "streams": args[1], "tokens": args[2:]}
+    if work.prefill is not None:
         function, args = abstract_prefill(config, mesh, rows, tokens)
         return function, args, {"parameters": args[0], "tokens": args[1]}
     state, optimizer = abstract_state(config, mesh)
@@ -215,34 +228,3 @@ def _dumped_text(folder: str) -> str | None:
         Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size
     )
     return found[-1].read_text(encoding="utf-8") if found else None
-
-
-def abstract_prefill(
-    config: Config, mesh: Any, rows: int, tokens: int
-) -> tuple[Any, tuple[Any, Any]]:
-    """A jitted `(model, ids) -> (logits of the last token, state)` and its abstract arguments, in
-    the compute dtype.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from ttt_jax.model.transformer import Transformer
-    from ttt_jax.parallel.mesh import batch_sharding, model_shardings
-    from ttt_jax.training.step import runtime_of
-
-    runtime, dtype = runtime_of(config, mesh), jnp.dtype(config.compute_dtype)
-    model = jax.eval_shape(lambda: Transformer(config.model, runtime, key=jax.random.key(0)))
-    model = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-        model,
-        model_shardings(model, mesh),
-    )
-    ids = jax.ShapeDtypeStruct(
-        (rows, tokens), jnp.int32, sharding=batch_sharding(mesh, (rows, tokens))
-    )
-
-    def prefill(model: Transformer, ids_BT):
-        h_BTD, state, _ = model.hidden(ids_BT, keep_state=True)
-        return model.logits(h_BTD[:, -1:]), state
-
-    return jax.jit(prefill), (model, ids)

@@ -73,21 +73,24 @@ def _named_sums(model: Transformer, seen):
     names = tensor_names(model)
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
         own = names[param_path(path)]
-        sums = np.asarray(_checksums(seen(leaf.reshape(len(own), -1)))).tolist()
+        stack = leaf.shape[: 2 * param_path(path).startswith("groups.")]
+        layers = leaf.reshape(len(own), *leaf.shape[len(stack) :])
+        sums = np.asarray(_checksums(seen(layers))).tolist()
         yield leaf, list(zip(own, sums, strict=True))
 
 
 @jax.jit
 def _checksums(x_LX):
-    """Two uint32 sums over the bits of each row: plain, and weighted by place. Exact whatever the
-    order of summation.
+    """Two uint32 sums over the bits of each layer: plain, and weighted by place. Exact whatever the
+    order of summation, and wherever the parts of a layer lie: it is never made one row.
     """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x_LX.dtype.itemsize]
-    bits_LX = (
-        jax.lax.bitcast_convert_type(x_LX, unsigned).astype(jnp.uint32).reshape(x_LX.shape[0], -1)
-    )
-    place_LX = jax.lax.broadcasted_iota(jnp.uint32, bits_LX.shape, 1) * jnp.uint32(2) + jnp.uint32(
-        1
-    )
-    total = lambda x: jnp.sum(x, axis=1, dtype=jnp.uint32)
+    bits_LX = jax.lax.bitcast_convert_type(x_LX, unsigned).astype(jnp.uint32)
+    place_LX, stride = jnp.zeros(x_LX.shape, jnp.uint32), 1
+    for axis in reversed(range(1, x_LX.ndim)):
+        step = jnp.uint32(stride % 2**32)
+        place_LX += jax.lax.broadcasted_iota(jnp.uint32, x_LX.shape, axis) * step
+        stride *= x_LX.shape[axis]
+    place_LX = place_LX * jnp.uint32(2) + jnp.uint32(1)
+    total = lambda x: jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.uint32)
     return jnp.stack([total(bits_LX), total(bits_LX * place_LX)], axis=1)

@@ -24,6 +24,8 @@ from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
 from ttt_jax.model.ttt_mlp import KERNEL
+from ttt_jax.parallel.inference_mesh import mesh_of
+from ttt_jax.parallel.mesh import abstract_parameters
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.safetensors_io import TensorFiles, TensorSource, TensorSpec, write_tensors
 
@@ -121,8 +123,8 @@ def load_hf(
     files = TensorFiles(folder)
     abstract = abstract_model(cfg, files, str(folder), runtime)
     check_tensors(abstract, files, str(folder))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
-    return fill(abstract, files.read)
+    mesh = mesh_of(abstract.runtime.parallel)
+    return fill(abstract_parameters(abstract, dtype, mesh), files.read)
 
 
 def abstract_model(

@@ -9,16 +9,20 @@ import os
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
 from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params
-from ttt_jax.config import Config, ModelConfig, validate_model
+from ttt_jax.config import Config, MeshConfig, ModelConfig, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import companion_fields, excerpt, find_companion
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.parallel.inference_mesh import check_model, inference_mesh, mesh_of
+from ttt_jax.parallel.mesh import abstract_parameters
+from ttt_jax.parallel.shard_mapped import make_parallel
 from ttt_jax.pretrained.companions import TOKENIZER, tokenizer_of_run
 from ttt_jax.pretrained.hf_config import read_config
 from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, load_into, tensor_names
@@ -32,7 +36,11 @@ MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at ev
 
 
 def load_pretrained(
-    path: str | Path, *, dtype: str = "float32", runtime: Runtime | None = None
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    runtime: Runtime | None = None,
+    mesh: Mesh | None = None,
 ) -> Transformer:
     """Load a model for inference.
 
@@ -42,12 +50,16 @@ def load_pretrained(
         `checkpoints/STEP`.
       dtype: dtype of the parameters.
       runtime: how to compute; None computes in `dtype`.
+      mesh: devices to split the model over (`inference_mesh`); None: one device. Every device gets
+        its share of each parameter and no more.
 
     Returns: a `Transformer` with `.config` and `.tokenizer` (None when the folder has no
     tokenizer.json). Raises: CheckpointError or ConfigError, one line, when the folder is missing,
-    incomplete or not supported.
+    incomplete or not supported, or the mesh does not suit the model.
     """
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
+    if mesh is not None:
+        runtime = dataclasses.replace(runtime, parallel=make_parallel(mesh))
     if not path.is_dir():
         raise CheckpointError(
             f"model {path}: {'a file, no' if path.is_file() else 'no such'} folder; give a Hugging "
@@ -57,11 +69,14 @@ def load_pretrained(
     if is_model_folder(path):
         about = read_description(path)
         cfg, beside = about.model, path
+        _check_mesh(cfg, mesh)
         tokenizer = about.tokenizer or (str(path) if has_tokenizer else None)
-        check_layout(path, abstract_transformer(cfg, runtime))
+        check_layout(path, abstract_transformer(cfg))
     elif find_companion(path, "config.json") is not None:
         # What is small is refused before what is large is read.
-        eos_ids = read_eos_ids(path, read_config(path).vocab_size)
+        cfg = read_config(path)
+        _check_mesh(cfg, mesh)
+        eos_ids = read_eos_ids(path, cfg.vocab_size)
         tokenizer = load_tokenizer(str(path)) if has_tokenizer else None
         model = load_hf(path, runtime, dtype=dtype)
         model.tokenizer, model.eos_ids = tokenizer, eos_ids
@@ -75,19 +90,29 @@ def load_pretrained(
             )
         config = read_run_config(beside)
         cfg, tokenizer = config.model, tokenizer_of_run(beside, config)
+        _check_mesh(cfg, mesh)
     eos_ids = read_eos_ids(beside, cfg.vocab_size)
     loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     stacked = dataclasses.replace(runtime, scan_layers=True)  # as train.py and convert write them
     abstract = abstract_transformer(cfg, stacked)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+    abstract = abstract_parameters(abstract, dtype, mesh_of(runtime.parallel))
     model = load_model_params(path, abstract)
     model = model if runtime.scan_layers else unstacked(model)
     model.tokenizer, model.eos_ids = loaded_tokenizer, eos_ids
     return model
 
 
+def _check_mesh(cfg: ModelConfig, mesh: Mesh | None) -> None:
+    if mesh is not None:
+        check_model(cfg, mesh.shape)
+
+
 def load_model(
-    folder: str | Path, dtype: str | None = None, *, decodes: bool = False
+    folder: str | Path,
+    dtype: str | None = None,
+    *,
+    decodes: bool = False,
+    mesh: MeshConfig | None = None,
 ) -> Transformer:
     """Load a model as the commands compute it.
 
@@ -95,11 +120,14 @@ def load_model(
       dtype: of the parameters and the computation; None: float32 on CPUs, bfloat16 elsewhere.
       decodes: it will write token by token. On an accelerator that wants layers with arrays of
         their own; on a CPU the scan's shorter compile time wins.
+      mesh: sizes of the mesh to split it over; None: one device. Raises ConfigError where they do
+        not fit.
     """
+    devices = None if mesh is None else inference_mesh(mesh)
     on_cpu = jax.default_backend() == "cpu"
     dtype = dtype or ("float32" if on_cpu else "bfloat16")
     runtime = Runtime(dtype=dtype, scan_layers=on_cpu or not decodes)
-    return load_pretrained(folder, dtype=dtype, runtime=runtime)
+    return load_pretrained(folder, dtype=dtype, runtime=runtime, mesh=devices)
 
 
 def unstacked(model: Transformer) -> Transformer:
@@ -109,9 +137,14 @@ def unstacked(model: Transformer) -> Transformer:
     arrays, names = {}, tensor_names(model)
     for path, x in jax.tree_util.tree_flatten_with_path(model)[0]:
         own = names[param_path(path)]
-        arrays |= {name: x.reshape(len(own), -1)[n] for n, name in enumerate(own)}
-    names = tensor_names(target)
-    leaf = lambda path, struct: arrays[names[param_path(path)][0]].reshape(struct.shape)
+        if param_path(path).startswith("groups."):
+            x = x.reshape(len(own), 1, 1, *x.shape[2:])
+            arrays |= {name: x[n] for n, name in enumerate(own)}
+        else:
+            arrays[own[0]] = x
+    names, mesh = tensor_names(target), mesh_of(runtime.parallel)
+    target = abstract_parameters(target, model.embed[...].dtype, mesh)
+    leaf = lambda path, struct: jax.device_put(arrays[names[param_path(path)][0]], struct.sharding)
     return jax.tree_util.tree_map_with_path(leaf, target)
 
 

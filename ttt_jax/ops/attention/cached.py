@@ -29,6 +29,18 @@ class KVCache(NamedTuple):
     v_BKLH: jax.Array
 
 
+class Slots(NamedTuple):
+    """Which slots of a cache a shard holds (cached_shard.py).
+
+    Fields:
+      first: its first one, int32. total: those of all shards. axis: the mesh axis.
+    """
+
+    first: jax.Array
+    total: int
+    axis: str
+
+
 def empty(batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
     shape = (batch, heads, slots, head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -39,9 +51,23 @@ def grow(cache: KVCache, slots: int) -> KVCache:
     return KVCache(*(jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, slots), (0, 0))) for x in cache))
 
 
-def write(cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> KVCache:
-    """Put the first `lengths_B` (None: all) of T tokens at positions start_B, start_B + 1, ..."""
-    T, L = k_BTKH.shape[1], cache.k_BKLH.shape[2]
+def write(
+    cache: KVCache,
+    k_BTKH,
+    v_BTKH,
+    start_B,
+    lengths_B,
+    *,
+    ring: bool,
+    slots: Slots | None = None,
+) -> KVCache:
+    """Put the first `lengths_B` (None: all) of T tokens at positions start_B, start_B + 1, ...
+
+    Args:
+      slots: those that the cache holds; None: all.
+    """
+    T, here = k_BTKH.shape[1], cache.k_BKLH.shape[2]
+    L = here if slots is None else slots.total
     t_1T = jnp.arange(T, dtype=jnp.int32)[None]
     slot_BT = start_B[:, None] + t_1T
     length_B1 = jnp.full_like(start_B, T)[:, None] if lengths_B is None else lengths_B[:, None]
@@ -49,16 +75,53 @@ def write(cache: KVCache, k_BTKH, v_BTKH, start_B, lengths_B, *, ring: bool) -> 
     if ring:  # only the last L tokens stay, so no slot is written twice
         used_BT &= t_1T >= length_B1 - L
         slot_BT = slot_BT % L
-    slot_BT = jnp.where(used_BT, slot_BT, L)  # out of bounds: dropped
+    if slots is not None:
+        slot_BT = slot_BT - slots.first
+        used_BT &= slot_BT >= 0
+    slot_BT = jnp.where(used_BT, slot_BT, here)  # out of bounds: dropped
     put = jax.vmap(
         lambda x_KLH, slot_T, y_TKH: x_KLH.at[:, slot_T].set(jnp.swapaxes(y_TKH, 0, 1), mode="drop")
     )
     return KVCache(put(cache.k_BKLH, slot_BT, k_BTKH), put(cache.v_BKLH, slot_BT, v_BTKH))
 
 
-def decode(q_B1NH, cache: KVCache, position_B, *, ring: bool) -> jax.Array:
-    """Attention of one token per row, which the cache holds already, at `position_B`. Returns
-    o_B1NH.
+def attend(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    cache: KVCache,
+    start_B,
+    lengths_B,
+    *,
+    ring: bool,
+    implementation: str | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Write T new tokens into the cache, and attend from them to all that the cache holds.
+
+    Args:
+      cache: has room for the new tokens.
+      others: as in `write` and `extend`.
+
+    Returns: o_BTNH and the cache with the new tokens.
+    """
+    old, cache = cache, write(cache, k_BTKH, v_BTKH, start_B, lengths_B, ring=ring)
+    new = (q_BTNH, k_BTKH, v_BTKH)
+    if q_BTNH.shape[1] == 1:
+        return decode(q_BTNH, cache, start_B, ring=ring), cache
+    if ring:
+        return extend_window(*new, old, start_B, implementation=implementation), cache
+    return extend(*new, cache, start_B, implementation=implementation), cache
+
+
+def decode(
+    q_B1NH, cache: KVCache, position_B, *, ring: bool, slots: Slots | None = None
+) -> jax.Array:
+    """Attention of one token per row, which the cache holds already, at `position_B`.
+
+    Args:
+      slots: those that the cache holds; None: all.
+
+    Returns: o_B1NH, of all slots.
     """
     (B, _, N, H), (K, L) = q_B1NH.shape, cache.k_BKLH.shape[1:3]
     acc = accumulator(q_B1NH.dtype)
@@ -67,16 +130,21 @@ def decode(q_B1NH, cache: KVCache, position_B, *, ring: bool) -> jax.Array:
     )
     # A ring holds the window and nothing else; before it is full, the slots after the position are
     # empty.
-    seen_BL = (jnp.arange(L, dtype=jnp.int32)[None] <= position_B[:, None]) | (
-        ring & (position_B[:, None] >= L)
-    )
+    slot_1L, total = jnp.arange(L, dtype=jnp.int32)[None], L
+    if slots is not None:
+        slot_1L, total = slot_1L + slots.first, slots.total
+    seen_BL = (slot_1L <= position_B[:, None]) | (ring & (position_B[:, None] >= total))
     q_BKGH = q_B1NH.reshape(B, K, N // K, H)
     logits_BKGL = dot("bkgh,bklh->bkgl", q_BKGH, cache.k_BKLH) / math.sqrt(H)
     logits_BKGL = jnp.where(
         jnp.broadcast_to(seen_BL[:, None, None], logits_BKGL.shape), logits_BKGL, MASKED
     )
-    p_BKGL = jax.nn.softmax(logits_BKGL, axis=-1).astype(q_B1NH.dtype)
-    return dot("bkgl,bklh->bkgh", p_BKGL, cache.v_BKLH).astype(q_B1NH.dtype).reshape(B, 1, N, H)
+    over = (lambda x, _: x) if slots is None else (lambda x, reduce: reduce(x, slots.axis))
+    top_BKG1 = over(logits_BKGL.max(axis=-1, keepdims=True), jax.lax.pmax)
+    p_BKGL = jnp.exp(logits_BKGL - top_BKG1)
+    p_BKGL = p_BKGL / over(p_BKGL.sum(axis=-1, keepdims=True), jax.lax.psum)
+    o_BKGH = dot("bkgl,bklh->bkgh", p_BKGL.astype(q_B1NH.dtype), cache.v_BKLH)
+    return over(o_BKGH, jax.lax.psum).astype(q_B1NH.dtype).reshape(B, 1, N, H)
 
 
 def extend(

@@ -97,11 +97,11 @@ def decay_factors(decay, shape_BT, C, segment_ids_BT, whole_chunks_B, acc):
     return jnp.where(written_BM, jnp.asarray(decay, acc), 1)
 
 
-def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
+def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_DF=None):
     """Clipping as a per-chunk factor on v. Differentiable; the recomputation keeps one chunk's
     update in memory.
 
-    `sum_F` adds up the squares of the devices that split F (sharded.py).
+    `sum_DF` adds up the squares of the devices that split D or F (sharded.py).
     """
     T = z_BTF.shape[1]
 
@@ -109,7 +109,7 @@ def fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F=None):
     def clipped(i):
         z_BCF, v_BCD = (jax.lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in (z_BTF, v_BTD))
         square_B = _update_square(z_BCF, v_BCD, lr)
-        square_B = square_B if sum_F is None else sum_F(square_B)
+        square_B = square_B if sum_DF is None else sum_DF(square_B)
         over_B = square_B > clip_norm**2
         scale_B = jnp.where(over_B, clip_norm * jax.lax.rsqrt(jnp.where(over_B, square_B, 1)), 1)
         return (scale_B[:, None, None] * v_BCD.astype(acc)).astype(v_BCD.dtype)

@@ -54,7 +54,7 @@ def in_place_ttt_shard(
     decay: float = 1.0,
     whole_chunks_B=None,
     clip_norm: float | None = None,
-    sum_F: Callable[[Any], Any] | None = None,
+    sum_DF: Callable[[Any], Any] | None = None,
     apply: str = "split",
     implementation: str | None = None,
 ) -> tuple[Any, Any]:
@@ -66,7 +66,8 @@ def in_place_ttt_shard(
       state_BXF: this device's slice of S_0: rows p X .. (p + 1) X of S_0 padded to P X rows. None
         is zero.
       whole_chunks_B: counts the chunks of the whole sequence, not of this shard.
-      sum_F: sums over the devices that split F; None when F is whole. Only clipping needs it.
+      sum_DF: sums over the devices that split D or F; None when both are whole. Only clipping needs
+        it: in all else rows of D know nothing of each other.
 
     Returns: o_BTD (a partial sum where F is split) and this device's slice of the final state, [B,
     X, F]. Raises: UserError when the shard does not hold whole chunks.
@@ -83,7 +84,7 @@ def in_place_ttt_shard(
     if keep_BM is not None and axis is not None:
         keep_BM = keep_BM.at[:, 0].set(_continues(segment_ids_BT, C, axis, shards).astype(acc))
     if clip_norm is not None:
-        v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_F)
+        v_BTD = fold_clip(z_BTF, v_BTD, lr, C, clip_norm, acc, sum_DF)
     if axis is None:
         options = {"segment_ids": segment_ids_BT, "apply": apply, "implementation": implementation}
         options |= {"decay": decay, "whole_chunks": whole_chunks_B}
