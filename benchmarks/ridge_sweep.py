@@ -183,7 +183,7 @@ def kernel_leaf(block, warps, stages, precision):
     return leaf
 
 
-def by_products(a, shift, leaf, largest, tile):
+def by_products(a, shift, leaf, largest, tile, tf32=False):
     """`by_halves` with products of bfloat16 terms in the kernel."""
     C = a.shape[1]
     if largest >= C:
@@ -191,13 +191,14 @@ def by_products(a, shift, leaf, largest, tile):
     half = C // 2
     size = min(half, tile.BM)
     t = tp.Tile(size, size, min(tile.BK, half), tile.warps, tile.stages)
-    P = tp.Product
-    first = by_products(a[:, :half, :half], shift, leaf, largest, tile)
+    P = functools.partial(tp.Product, tf32=tf32)
+    THREE = globals()["ONE" if tf32 else "THREE"]
+    first = by_products(a[:, :half, :half], shift, leaf, largest, tile, tf32)
     (below,) = tp.multiply((a[:, half:, :half],), (first,), P("nt", THREE), t)
     (schur,) = tp.multiply(
         (below,), (below,), P("nt", THREE, symmetric=True, negative=True), t, start=a[:, half:, half:]
     )  # fmt: skip
-    last = by_products(schur, shift, leaf, largest, tile)
+    last = by_products(schur, shift, leaf, largest, tile, tf32)
     (lh,) = tp.multiply((below,), (first,), P("nn", THREE), t)
     (below,) = tp.multiply((last,), (lh,), P("nn", THREE, negative=True), t)
     above = jnp.pad(first, ((0, 0), (0, 0), (0, C - half)))
@@ -225,6 +226,14 @@ def sweep_roots(shape, repeats: int) -> None:
         leaf = kernel_leaf(64, warps, 1, TF32)
         variants[f"leaf {largest} w{warps}, products {BM}"] = functools.partial(
             by_products, leaf=leaf, largest=largest, tile=tp.Tile(BM, BM, 32, 4, 3)
+        )
+    for BM, w in ((128, 8), (64, 4)):
+        variants[f"leaf 64 w4, tf32x3 products {BM}"] = functools.partial(
+            by_products,
+            leaf=kernel_leaf(64, 4, 1, TF32),
+            largest=64,
+            tile=tp.Tile(BM, BM, 32, w, 2),
+            tf32=True,
         )
     variants["leaf 64 b32 w1, products 128"] = functools.partial(
         by_products, leaf=kernel_leaf(32, 1, 1, TF32), largest=64, tile=tp.Tile(128, 128, 32, 4, 3)

@@ -49,6 +49,7 @@ class Product:
     lower: bool = False
     negative: bool = False
     out: tuple[str, ...] = ("float32",)
+    tf32: bool = False
 
 
 def split(x):
@@ -97,7 +98,7 @@ def _tile(what: Product, tile: Tile, K, count_x, count_y, has_start, has_scale, 
 
     def terms(refs, at):
         found = [ref[at] for ref in refs]
-        return split(found[0]) if found[0].dtype == jnp.float32 else found
+        return split(found[0]) if found[0].dtype == jnp.float32 and not what.tf32 else found
 
     def step(k, acc):
         ks = pl.ds(k * BK, BK)
@@ -109,7 +110,12 @@ def _tile(what: Product, tile: Tile, K, count_x, count_y, has_start, has_scale, 
                 x_ = x_.T
             if what.form == "nt":
                 y_ = y_.T
-            acc += jnp.dot(x_, y_, preferred_element_type=jnp.float32)
+            acc += jnp.dot(
+                x_,
+                y_,
+                preferred_element_type=jnp.float32,
+                precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if what.tf32 else None,
+            )
         return acc
 
     def run():
