@@ -165,13 +165,15 @@ def sweep_products(shape, only, repeats: int) -> None:
     print(f"  at {elapsed():.0f} s", flush=True)
 
 
-def kernel_leaf(block, warps, stages, precision):
+def kernel_leaf(block, warps, stages, precision, swept=None):
     def leaf(a, shift):
         N, C = a.shape[:2]
         b = min(block, C)
         matrix = pl.BlockSpec((None, C, C), lambda n: (n, 0, 0))
         return pl.pallas_call(
-            functools.partial(root_kernel._by_rows, C // b, b, precision, plgpu.debug_barrier),
+            functools.partial(
+                root_kernel._by_rows, C // b, b, precision, plgpu.debug_barrier, swept=swept
+            ),
             grid=(N,),
             in_specs=[matrix, pl.BlockSpec((1,), lambda n: (n,))],
             out_specs=matrix,
@@ -235,6 +237,15 @@ def sweep_roots(shape, repeats: int) -> None:
             tile=tp.Tile(BM, BM, 32, w, 2),
             tf32=True,
         )
+    for b, w in ((64, 1), (64, 2), (64, 4), (16, 1)):
+        rows = root_kernel._swept_by_rows
+        variants[f"leaf 64 b{b} w{w} one sum, products 128"] = functools.partial(
+            by_products,
+            leaf=kernel_leaf(b, w, 1, TF32, rows),
+            largest=64,
+            tile=tp.Tile(128, 128, 32, 4, 3),
+        )
+    variants["one kernel, one sum"] = kernel_leaf(64, 4, 1, TF32, root_kernel._swept_by_rows)
     variants["leaf 64 b32 w1, products 128"] = functools.partial(
         by_products, leaf=kernel_leaf(32, 1, 1, TF32), largest=64, tile=tp.Tile(128, 128, 32, 4, 3)
     )

@@ -70,7 +70,7 @@ def _call(a_NCC, shift_N, b: int, precision, barrier: Callable[[], None], interp
     )(a_NCC, shift_N)
 
 
-def _by_rows(count: int, b: int, precision, barrier, a_CC, shift_1, m_CC):
+def _by_rows(count: int, b: int, precision, barrier, a_CC, shift_1, m_CC, swept=None):
     """Fill M row by row of blocks.
 
     With H the rows so far and Q the row of A left of its corner R: L = Q H^T, the corner M_ii is
@@ -104,7 +104,7 @@ def _by_rows(count: int, b: int, precision, barrier, a_CC, shift_1, m_CC):
         jax.lax.fori_loop(0, i, fill_l, None)
         barrier()
         corner_bb = a_CC[at(i, i)] + jnp.where(diagonal_bb, shift_1[0], 0.0)
-        corner_bb = _swept(jax.lax.fori_loop(0, i, subtract_square, corner_bb))
+        corner_bb = (swept or _swept)(jax.lax.fori_loop(0, i, subtract_square, corner_bb))
         jax.lax.fori_loop(0, i, fill_left, None)
         m_CC[at(i, i)] = corner_bb
         jax.lax.fori_loop(i + 1, count, fill_above, None)
@@ -128,6 +128,23 @@ def _swept(x_bb):
         scale = jax.lax.rsqrt(jnp.sum(jnp.where(i_b == k, row_b, 0.0)))
         row_b = jnp.where(i_b == k, 1.0, row_b) * scale
         below_b = jnp.where(i_b > k, column_b, 0.0) * scale
+        x_bb = jnp.where(j_bb == k, 0.0, x_bb) - below_b[:, None] * row_b[None, :]
+        return jnp.where(i_bb == k, jnp.where(j_bb <= k, row_b[None, :], 0.0), x_bb)
+
+    return jax.lax.fori_loop(0, b, sweep, x_bb)
+
+
+def _swept_by_rows(x_bb):
+    """The same with one sum a step: what is left of A is symmetric, so its column is its row."""
+    b = x_bb.shape[0]
+    i_bb, j_bb = _index(b, 0), _index(b, 1)
+    i_b = jax.lax.broadcasted_iota(jnp.int32, (b,), 0)
+
+    def sweep(k, x_bb):
+        row_b = jnp.sum(jnp.where(i_bb == k, x_bb, 0.0), axis=0)
+        scale = jax.lax.rsqrt(jnp.sum(jnp.where(i_b == k, row_b, 0.0)))
+        row_b = jnp.where(i_b == k, 1.0, row_b) * scale
+        below_b = jnp.where(i_b > k, row_b, 0.0)
         x_bb = jnp.where(j_bb == k, 0.0, x_bb) - below_b[:, None] * row_b[None, :]
         return jnp.where(i_bb == k, jnp.where(j_bb <= k, row_b[None, :], 0.0), x_bb)
 
