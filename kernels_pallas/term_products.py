@@ -58,6 +58,7 @@ def split(x):
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+@functools.partial(jax.jit, static_argnames=("what", "tile", "interpret"))
 def multiply(xs, ys, what: Product, tile: Tile, *, start=None, scale_N=None, interpret=False):
     """Compute scale * start + or - the sum of products of terms.
 
