@@ -26,8 +26,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from ttt_jax.kernels_pallas import inverse_root as root_kernel
 from ttt_jax.kernels_pallas import term_products as tp
+from ttt_jax.ops.ttt import chunk_products, writes
 from ttt_jax.ops.ttt import inverse_root as halves
-from ttt_jax.ops.ttt import writes
 
 START = time.perf_counter()
 TILES = {
@@ -51,29 +51,27 @@ def joined(x):
     return sum(t.astype(jnp.float32) for t in x)
 
 
+XLA = chunk_products.Matmuls(jnp.dtype("bfloat16"))
+
+
 def gram_xla(z):
-    return (writes.dot("ncf,nkf->nck", z, z, jnp.float32),)
+    return (XLA.gram(z),)
 
 
 def square_xla(m):
-    root = writes._terms(m[None], jnp.bfloat16)
-    inverse = writes.dot("bmkc,bmkl->bmcl", root[0], root[0], jnp.float32)
-    cross = writes.dot("bmkc,bmkl->bmcl", root[0], root[1], jnp.float32)
-    return writes._terms((inverse + cross + jnp.swapaxes(cross, 2, 3))[0], jnp.bfloat16)
+    return XLA.square(m)
 
 
 def applied_xla(h, l, y):
-    return (writes._applied(jnp.concatenate([h, l], 2)[None], y[None])[0],)
+    return (XLA.apply((h, l), y),)
 
 
 def outer_xla(do, v):
-    o = writes.dot("ncd,nkd->nck", do, v, jnp.float32)
-    return writes._terms(o + jnp.swapaxes(o, 1, 2), jnp.bfloat16)
+    return XLA.outer(do, v)
 
 
 def half_xla(h, l, a, b):
-    out = writes._product((h[None], l[None]), (a[None], b[None]))[0]
-    return writes._terms(out, jnp.bfloat16)
+    return XLA._terms(XLA._product((h, l), (a, b)))
 
 
 def products(shape):
@@ -217,7 +215,9 @@ def sweep_roots(shape, repeats: int) -> None:
     exact_a += np.asarray(mean[:4], np.float64)[:, None, None] * np.eye(shape.C)
     exact = np.linalg.inv(exact_a)
     TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    variants = {"now": lambda a, s: halves.inverse_root(a[None], s[None])[0]}
+    variants = {
+        "now": lambda a, s: halves.inverse_root(a, s, chunk_products.Matmuls(jnp.dtype("float32")))
+    }
     for largest, warps, BM in (
         (64, 1, 128),
         (64, 2, 128),
@@ -276,6 +276,26 @@ def sweep_roots(shape, repeats: int) -> None:
         print(f"  root {name}: {ms:.3f} ms, error of the inverse {errors[name]:.1e}", flush=True)
 
 
+def whole(shape, repeats: int) -> None:
+    """A write with its gradients, in matmuls and in kernels."""
+    four, arrays = shapes.chunk_arrays(shape)
+    runs = {}
+    choices = {"matmuls": XLA, "kernels": tp.Kernels()}
+    for tile in ("128x256x64 w8 s3", "128x128x64 w4 s2", "128x128x32 w4 s4"):
+        choices[f"kernels {tile}"] = tp.Kernels(TILES[tile], tp.Tile(128, 128, 32, 4, 3))
+    for name, chosen in choices.items():
+        writes.products_for = lambda *_, chosen=chosen: chosen
+        try:
+            run = shapes.with_gradients("ridge", shape.C, 1.0)
+            print(f"  {name}, at {elapsed():.0f} s")
+            if shapes.right(run, shape, four, arrays, 1.0):
+                runs[name] = run, arrays
+        except Exception as error:
+            print(f"  {name}: FAILED {str(error)[:150]!r}", flush=True)
+    for name, ms in milliseconds(runs, repeats).items():
+        print(f"  with gradients, {name}: {ms:.3f} ms", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=100)
@@ -285,6 +305,7 @@ def main() -> int:
     few = ("128x256x64 w8 s3", "128x128x64 w8 s3")
     steps = [
         ("books products", lambda: sweep_products(shapes.SHAPES["books"], None, args.repeats)),
+        ("books whole", lambda: whole(shapes.SHAPES["books"], args.repeats)),
         ("books root", lambda: sweep_roots(shapes.SHAPES["books"], args.repeats)),
         ("4b root", lambda: sweep_roots(shapes.SHAPES["4b"], args.repeats)),
         ("4b products", lambda: sweep_products(shapes.SHAPES["4b"], few, args.repeats)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +144,65 @@ def _tile(what: Product, tile: Tile, K, count_x, count_y, has_start, has_scale, 
 
 def _mirror(out, columns, rows, result):
     out[columns, rows] = result.T.astype(out.dtype)
+
+
+TERMS = ("bfloat16", "bfloat16")
+THREE = ((0, 0), (0, 1), (1, 0))  # of two terms and two, without the product of the small ones
+
+
+def why_not(dtype, *sizes: int) -> str | None:
+    """Say why chunks of such sizes cannot run on the GPUs here, or None."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    if capability.partition(".")[0] != "9":
+        return f"its tiles are for compute capability 9, not {capability}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it computes in bfloat16, not in {jnp.dtype(dtype)}"
+    unit = 64
+    return (
+        None if all(size % unit == 0 for size in sizes) else f"{sizes} are no multiples of {unit}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """`Products` of ttt_jax/ops/ttt/chunk_products.py in bfloat16."""
+
+    tile: Tile = Tile(128, 128, 64, 8, 3)
+    block_tile: Tile = Tile(128, 128, 32, 4, 3)
+    interpret: bool = False
+
+    def gram(self, z_NCF):
+        return self._run((z_NCF,), (z_NCF,), Product("nt", ((0, 0),), symmetric=True))[0]
+
+    def square(self, m_NCC):
+        what = Product("tn", THREE, symmetric=True, mirrored=True, lower=True, out=TERMS)
+        return self._run((m_NCC,), (m_NCC,), what)
+
+    def outer(self, x_NCD, y_NCD):
+        what = Product("nt", ((0, 0), (1, 1)), symmetric=True, mirrored=True, out=TERMS)
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), what)
+
+    def sandwich(self, a, b):
+        half = self._run(a, b, Product("nn", THREE, out=TERMS))
+        what = Product("nn", THREE, symmetric=True, mirrored=True, negative=True, out=TERMS)
+        return self._run(half, a, what)
+
+    def apply(self, a, y_NCS, shift_N=None):
+        what = Product("nn", ((0, 0), (1, 0)), out=("bfloat16",))
+        start = None if shift_N is None else y_NCS
+        return self._run(a, (y_NCS,), what, start=start, scale_N=shift_N)[0]
+
+    def block(self, form, x_NPQ, y_NQR, minus_from=None):
+        what = Product(form, THREE, symmetric=x_NPQ is y_NQR, negative=minus_from is not None)
+        return self._run((x_NPQ,), (y_NQR,), what, self.block_tile, start=minus_from)[0]
+
+    def _run(self, xs, ys, what, tile=None, **options):
+        tile = tile or self.tile
+        R = xs[0].shape[2 if what.form == "tn" else 1]
+        S = ys[0].shape[1 if what.form == "nt" else 2]
+        fit = lambda most, size: most if size % most == 0 else math.gcd(most, size)
+        BM, BN = fit(tile.BM, R), fit(tile.BN, S)
+        if what.symmetric:
+            BN = BM
+        tile = dataclasses.replace(tile, BM=BM, BN=BN)
+        return tuple(multiply(xs, ys, what, tile, interpret=self.interpret, **options))

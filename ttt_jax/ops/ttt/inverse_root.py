@@ -1,6 +1,6 @@
 """The inverse of a Cholesky factor: (A + shift I)^-1 = M^T M with M lower triangular.
 
-B rows of M chunks with a matrix of C x C each, N = B M. By halves, in matmuls, down to a leaf. On
+N matrices of C x C. By halves, in matmuls, down to a leaf. On
 one NVIDIA GPU the leaf is the kernel of `kernels_pallas/inverse_root.py` where it can run;
 elsewhere, and on a mesh that the compiler partitions, it is an elimination.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.ops import platform
-from ttt_jax.ops.numerics import dot
+from ttt_jax.ops.ttt.chunk_products import Products
 
 
 class Leaf(NamedTuple):
@@ -25,11 +25,9 @@ class Leaf(NamedTuple):
     unit: int
 
 
-def inverse_root(a_BMCC, shift_BM):
+def inverse_root(a_NCC, shift_N, products: Products):
     """Make M for symmetric positive definite A + shift I, in A's dtype: float32 or float64."""
-    a_NCC, shift_N = a_BMCC.reshape(-1, *a_BMCC.shape[2:]), shift_BM.reshape(-1)
-    leaf = _leaf(a_NCC.dtype, a_NCC.shape[1])
-    return by_halves(a_NCC, shift_N, leaf).reshape(a_BMCC.shape)
+    return by_halves(a_NCC, shift_N, _leaf(a_NCC.dtype, a_NCC.shape[1]), products)
 
 
 def _leaf(dtype, C: int) -> Leaf:
@@ -41,7 +39,7 @@ def _leaf(dtype, C: int) -> Leaf:
     return Leaf(swept, 32, 1)
 
 
-def by_halves(a_NCC, shift_N, leaf: Leaf):
+def by_halves(a_NCC, shift_N, leaf: Leaf, products: Products):
     """M for symmetric positive definite A + shift I, by halves.
 
     With A = [[P, Q^T], [Q, R]], P^-1 = H^T H and L = Q H^T, the Schur complement is R - L L^T,
@@ -49,16 +47,15 @@ def by_halves(a_NCC, shift_N, leaf: Leaf):
     error grew from half to half, and with 512 keys, many of them the same token's, A^-1 v came out
     200 times too large.
     """
-    C, acc = a_NCC.shape[1], a_NCC.dtype
+    C = a_NCC.shape[1]
     if leaf.largest >= C:
         return leaf.invert(a_NCC, shift_N)
     half = C // 2 // leaf.unit * leaf.unit
-    product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH = by_halves(a_NCC[:, :half, :half], shift_N, leaf)
-    below_NLH = product("nlh,nkh->nlk", a_NCC[:, half:, :half], first_NHH)
-    schur_NLL = a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH)
-    last_NLL = by_halves(schur_NLL, shift_N, leaf)
-    below_NLH = -product("nlm,nmh->nlh", last_NLL, product("nlk,nkh->nlh", below_NLH, first_NHH))
+    first_NHH = by_halves(a_NCC[:, :half, :half], shift_N, leaf, products)
+    below_NLH = products.block("nt", a_NCC[:, half:, :half], first_NHH)
+    schur_NLL = products.block("nt", below_NLH, below_NLH, minus_from=a_NCC[:, half:, half:])
+    last_NLL = by_halves(schur_NLL, shift_N, leaf, products)
+    below_NLH = -products.block("nn", last_NLL, products.block("nn", below_NLH, first_NHH))
     above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
     return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
 
