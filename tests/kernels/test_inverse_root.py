@@ -11,7 +11,8 @@ from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.kernels_pallas import inverse_root as kernel
 from ttt_jax.ops import platform
-from ttt_jax.ops.ttt.inverse_root import inverse_root
+from ttt_jax.ops.ttt.chunk_products import Matmuls
+from ttt_jax.ops.ttt.inverse_root import inverse_root as inverse_root_by
 
 
 def grams(C, seed=0):
@@ -22,6 +23,10 @@ def grams(C, seed=0):
     z_NCF[2] = rng.standard_normal((21, 24))[np.minimum(rng.zipf(1.3, C), 20)]
     a_NCC = z_NCF @ z_NCF.transpose(0, 2, 1)
     return a_NCC, np.trace(a_NCC, axis1=1, axis2=2) / C
+
+
+def inverse_root(a_NCC, shift_N):
+    return inverse_root_by(a_NCC, shift_N, Matmuls(a_NCC.dtype))
 
 
 def oracle(a_NCC, shift_N):
@@ -57,10 +62,9 @@ def on_a_gpu(monkeypatch):
 
 def test_one_gpu_takes_the_kernel(on_a_gpu):
     a, shift = grams(64)
-    rows = lambda x: jnp.stack([jnp.asarray(x, "float32")] * 2)
-    got = jax.jit(inverse_root)(rows(a), rows(shift))
-    assert on_a_gpu == [(6, 64, 64)]
-    assert_close("root", got, np.stack([oracle(a, shift)] * 2), TOLERANCE["float32"])
+    got = jax.jit(inverse_root)(jnp.asarray(a, "float32"), jnp.asarray(shift, "float32"))
+    assert on_a_gpu == [(3, 64, 64)]
+    assert_close("root", got, oracle(a, shift), TOLERANCE["float32"])
 
 
 def test_large_matrices_are_halved_to_the_kernel(on_a_gpu, monkeypatch):
@@ -70,26 +74,24 @@ def test_large_matrices_are_halved_to_the_kernel(on_a_gpu, monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 32)
     monkeypatch.setattr(kernel, "LARGEST", 64)
     a, shift = grams(160)
-    got = jax.jit(inverse_root)(
-        jnp.asarray(a[None], "float32"), jnp.asarray(shift[None], "float32")
-    )
+    got = jax.jit(inverse_root)(jnp.asarray(a, "float32"), jnp.asarray(shift, "float32"))
     assert on_a_gpu == [(3, 64, 64), (3, 32, 32), (3, 64, 64)]
-    assert_close("root", got[0], oracle(a, shift), TOLERANCE["float32"])
+    assert_close("root", got, oracle(a, shift), TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(("C", "dtype"), [(72, "float32"), (64, "float64")])
 def test_what_the_kernel_cannot_run_are_matmuls(on_a_gpu, C, dtype, x64):
     a, shift = grams(C)
-    got = inverse_root(jnp.asarray(a[None], dtype), jnp.asarray(shift[None], dtype))
+    got = inverse_root(jnp.asarray(a, dtype), jnp.asarray(shift, dtype))
     assert not on_a_gpu
-    assert_close("root", got[0], oracle(a, shift), TOLERANCE[dtype])
+    assert_close("root", got, oracle(a, shift), TOLERANCE[dtype])
 
 
 def test_a_mesh_of_several_devices_takes_matmuls(monkeypatch):
     """The compiler cannot partition a kernel."""
     monkeypatch.setattr(platform, "compiled_for", lambda: "gpu")
-    a, shift = (jnp.asarray(x[None], "float32") for x in grams(64))
-    assert "pallas_call" not in str(jax.make_jaxpr(inverse_root)(a, shift))
+    a, shift = (jnp.asarray(x, "float32") for x in grams(64))
+    assert "pallas_call" not in str(jax.make_jaxpr(lambda *x: inverse_root(*x))(a, shift))
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
