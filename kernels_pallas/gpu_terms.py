@@ -76,14 +76,25 @@ class Sums:
         return np.asarray(rows, np.int32)
 
 
-def multiply(xs, ys, sums: Sums, *, start=None, shift_N=None, stages: int = 4, interpret: Any = None):
+@functools.partial(jax.jit, static_argnames=("sums", "stages", "buffers", "interpret"))
+def multiply(
+    xs,
+    ys,
+    sums: Sums,
+    *,
+    start=None,
+    shift_N=None,
+    stages: int = 4,
+    buffers: int = 1,
+    interpret: Any = None,
+):
     """Compute the sum of the products of terms, plus shift times `start`.
 
     Args:
       xs, ys: terms, bfloat16 [N, ., .]. R and S are multiples of 256, K of 64.
       start: bfloat16 [N, R, S], or None.
       shift_N: float32.
-      stages: of the ring.
+      stages, buffers: of the ring, and of results on their way to device memory.
       interpret: None, or `plgpu.InterpretGPUParams`.
 
     Returns: the result, or its terms, as a list.
@@ -93,9 +104,9 @@ def multiply(xs, ys, sums: Sums, *, start=None, shift_N=None, stages: int = 4, i
     table = sums.tiles(R, S)
     clusters = (4 if interpret else _multiprocessors()) // BLOCKS
     extra = () if start is None else (shift_N, start)
-    body = functools.partial(_body, sums, (R, S, K), N, clusters, len(xs), len(ys), stages)
-    staging = CONSUMERS, 1, CONSUMER_ROWS, EPILOGUE_COLUMNS
-    # The interpreter watches a union as a whole, and takes the use of one stage for that of another.
+    body = functools.partial(_body, sums, (R, S, K), N, clusters, len(xs), len(ys), stages, buffers)
+    staging = CONSUMERS, buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
+    # The interpreter takes the use of one stage of a union for that of another.
     one_ring = (lambda *views: views) if interpret else plgpu.RefUnion
 
     def operands(rows):
@@ -133,7 +144,7 @@ def multiply(xs, ys, sums: Sums, *, start=None, shift_N=None, stages: int = 4, i
     return run(*xs, *ys, jnp.asarray(table), *extra)
 
 
-def _body(sums, sizes, N, clusters, count_x, count_y, stages, *arrays):
+def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
     """What a warpgroup runs: consumers first, then the producer."""
     *arrays, left, right, full, empty, staged = arrays
     xs, ys, (table, *arrays) = (
@@ -145,7 +156,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, stages, *arrays):
     shift_N, start = arrays[: -len(sums.out)] or (None, None)
     ring = Ring(stages, left, (*right, None), full, empty)
     field = "float32" if sums.out[0] == "float32" else "bfloat16"
-    staging = Staging(1, **{field: staged})
+    staging = Staging(buffers, **{field: staged})
     product = Product(
         sums.kind,
         *sizes,
@@ -227,3 +238,67 @@ def _write(sums, outs, staging, shift_N, n, m0, n0):
             total -= total.astype(out.dtype).astype(jnp.float32)
 
     return write
+
+
+def why_not(dtype, *sizes: int) -> str | None:
+    """Say why chunks of such sizes (C, D, F) cannot run on the GPUs here, or None."""
+    # Compiling ahead of time, there is no device to ask.
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    if not capability.startswith("9."):
+        return f"it needs a Hopper GPU (compute capability 9.0), and this one has {capability}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it computes in bfloat16, not in {jnp.dtype(dtype)}"
+    if any(size % TILE for size in sizes):
+        return f"{sizes} are not all multiples of {TILE}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """`Products` of ttt_jax/ops/ttt/chunk_products.py.
+
+    Attributes:
+      stages, buffers, interpret: as in `multiply`.
+    """
+
+    stages: int = 4
+    buffers: int = 1
+    interpret: Any = None
+    dtype: Any = jnp.bfloat16
+
+    def terms(self, x_NCC):
+        high = jax.lax.reduce_precision(x_NCC, 8, 7)  # XLA takes a cast there and back for nothing
+        return high.astype(jnp.bfloat16), (x_NCC - high).astype(jnp.bfloat16)
+
+    def product(self, kind, xs, ys):
+        return self._run(xs, ys, Sums(kind, OF_FOUR, ("float32",)))[0]
+
+    def gram(self, z_NCF):
+        return self._run((z_NCF,), (z_NCF,), Sums("nt", ONE, ("float32",), lower=True))[0]
+
+    def square(self, m):
+        return self._run(m, m, Sums("tn", OF_FOUR, triangular=True))
+
+    def outer(self, x_NCD, y_NCD):
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), Sums("nt", ((0, 0), (1, 1))))
+
+    def sandwich(self, a, b):
+        half = self._run(a, b, Sums("nn", OF_FOUR))
+        return self._run(half, a, Sums("nn", OF_FOUR, negative=True))
+
+    def apply(self, a, y_NCS, shift_N=None):
+        start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
+        return self._run(a, (y_NCS,), Sums("nn", OF_TWO, ("bfloat16",)), **start)[0]
+
+    def _run(self, xs, ys, sums, **options):
+        return tuple(
+            multiply(
+                xs,
+                ys,
+                sums,
+                stages=self.stages,
+                buffers=self.buffers,
+                interpret=self.interpret,
+                **options,
+            )
+        )

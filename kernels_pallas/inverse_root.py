@@ -25,6 +25,7 @@ BLOCK = 64
 # Rows of a matrix. A program has one multiprocessor, and its time grows with C^3: 5.5 ms at 1024
 # rows (H200).
 LARGEST = 512
+UNIT = 256  # what larger ones are halved to a multiple of: the tile of `gpu_terms.py`
 
 
 def why_not(dtype, C: int) -> str | None:

@@ -14,32 +14,36 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.ops import platform
-from ttt_jax.ops.ttt.chunk_products import Products
+from ttt_jax.ops.ttt.chunk_products import Matmuls, Products, Terms
 
 
 class Leaf(NamedTuple):
     """What inverts matrices of up to `largest` rows. Sizes are halved to a multiple of `unit`."""
 
-    invert: Callable[[jax.Array, jax.Array], jax.Array]
+    invert: Callable[[jax.Array, jax.Array], Terms]
     largest: int
     unit: int
 
 
-def inverse_root(a_NCC, shift_N, products: Products):
-    """Make M for symmetric positive definite A + shift I, in A's dtype: float32 or float64."""
-    return by_halves(a_NCC, shift_N, _leaf(a_NCC.dtype, a_NCC.shape[1]), products)
+def inverse_root(a_NCC, shift_N, products: Products) -> Terms:
+    """Make M for symmetric positive definite A + shift I.
 
-
-def _leaf(dtype, C: int) -> Leaf:
+    Args:
+      a_NCC: float32 or float64. Of a kernel's matrices only the lower triangle is read.
+      products: of the compute dtype, of which M is a sum of terms.
+    """
     if platform.compiled_for() in ("gpu", "cuda") and platform.on_one_device():
         from ttt_jax.kernels_pallas import inverse_root as kernel
 
-        if kernel.why_not(dtype, C) is None:
-            return Leaf(kernel.inverse_root_gpu, kernel.LARGEST, kernel.BLOCK)
-    return Leaf(swept, 32, 1)
+        if kernel.why_not(products.dtype, a_NCC.shape[1]) is None:
+            leaf = Leaf(kernel.inverse_root_gpu, kernel.LARGEST, kernel.UNIT)
+            return by_halves(a_NCC, shift_N, leaf, products)
+    leaf = Leaf(lambda *arrays: (swept(*arrays),), 32, 1)
+    (root_NCC,) = by_halves(a_NCC, shift_N, leaf, Matmuls(a_NCC.dtype))
+    return products.terms(root_NCC)
 
 
-def by_halves(a_NCC, shift_N, leaf: Leaf, products: Products):
+def by_halves(a_NCC, shift_N, leaf: Leaf, products: Products) -> Terms:
     """M for symmetric positive definite A + shift I, by halves.
 
     With A = [[P, Q^T], [Q, R]], P^-1 = H^T H and L = Q H^T, the Schur complement is R - L L^T,
@@ -51,12 +55,17 @@ def by_halves(a_NCC, shift_N, leaf: Leaf, products: Products):
     if leaf.largest >= C:
         return leaf.invert(a_NCC, shift_N)
     half = C // 2 // leaf.unit * leaf.unit
-    first_NHH = by_halves(a_NCC[:, :half, :half], shift_N, leaf, products)
-    below_NLH = products.block("nt", a_NCC[:, half:, :half], first_NHH)
-    schur_NLL = products.block("nt", below_NLH, below_NLH, minus_from=a_NCC[:, half:, half:])
-    last_NLL = by_halves(schur_NLL, shift_N, leaf, products)
-    below_NLH = -products.block("nn", last_NLL, products.block("nn", below_NLH, first_NHH))
-    above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
+    product, terms = products.product, products.terms
+    first = by_halves(a_NCC[:, :half, :half], shift_N, leaf, products)
+    below = terms(product("nt", terms(a_NCC[:, half:, :half]), first))
+    schur_NLL = a_NCC[:, half:, half:] - product("nt", below, below)
+    last = by_halves(schur_NLL, shift_N, leaf, products)
+    below = terms(-product("nn", last, terms(product("nn", below, first))))
+    return tuple(map(_joined, first, below, last))
+
+
+def _joined(first_NHH, below_NLH, last_NLL):
+    above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, last_NLL.shape[1])))
     return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
 
 
