@@ -202,9 +202,9 @@ def main() -> int:
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", flush=True)
     books, large = shapes.SHAPES["books"], shapes.SHAPES["4b"]
     steps = [
+        ("books, write", lambda: whole(books, [512, 256], args.repeats)),
         ("books, products", lambda: sweep_products(books, KERNELS, args.repeats)),
         ("books, root", lambda: sweep_roots(books, ROOTS, args.repeats)),
-        ("books, write", lambda: whole(books, [512, 256], args.repeats)),
         ("4b, root", lambda: sweep_roots(large, ROOTS[::4] + ROOTS[-1:], args.repeats)),
         ("4b, write", lambda: whole(large, [512, 256], args.repeats)),
         ("4b, products", lambda: sweep_products(large, ["4 stages"], args.repeats)),
