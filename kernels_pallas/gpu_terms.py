@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_jax.kernels_pallas.gpu import _multiprocessors, _shared_memory
+from ttt_jax.kernels_pallas.gpu import count_multiprocessors, shared_memory
 from ttt_jax.kernels_pallas.gpu_products import Staging
 from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE
 from ttt_jax.kernels_pallas.gpu_tiles import (
@@ -102,7 +102,7 @@ def multiply(
     N = xs[0].shape[0]
     R, S, K = sums.sizes(xs[0], ys[0])
     table = sums.tiles(R, S)
-    clusters = (4 if interpret else _multiprocessors()) // BLOCKS
+    clusters = (4 if interpret else count_multiprocessors()) // BLOCKS
     extra = () if start is None else (shift_N, start)
     body = functools.partial(_body, sums, (R, S, K), N, clusters, len(xs), len(ys), stages, buffers)
     staging = CONSUMERS, buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
@@ -111,7 +111,7 @@ def multiply(
 
     def operands(rows):
         shapes = (stages, rows, BLOCK_K), (stages, BLOCK_K, rows)
-        return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
+        return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
     scratch = (
         one_ring(*operands(BLOCK_ROWS)),
@@ -120,7 +120,7 @@ def multiply(
         plgpu.ClusterBarrier(
             collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages
         ),
-        _shared_memory(staging, jnp.dtype(sums.out[0])),
+        shared_memory(staging, jnp.dtype(sums.out[0])),
     )
 
     def scoped(*arrays):
