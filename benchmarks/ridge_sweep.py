@@ -184,7 +184,7 @@ def whole(shape, largest: list[int], repeats: int) -> None:
         writes.products_for = lambda *_, chosen=chosen: chosen
         root_kernel.LARGEST = rows
         try:
-            run = shapes.with_gradients("ridge", shape.C, 1.0)
+            run = jax.jit(shapes.with_gradients(shape.C, 1.0))
             print(f"  {name}, at {elapsed():.0f} s")
             if shapes.right(run, shape, four, arrays, 1.0):
                 runs[name] = run, arrays
