@@ -1,5 +1,5 @@
-"""The Hopper kernels of ridge writes without a GPU: which tiles they compute, lowering for CUDA, and
-(slow) Mosaic's interpreter. tests/gpu has them on a device.
+"""The Hopper kernels of ridge writes without a GPU: which tiles they compute, lowering for CUDA,
+and (slow) Mosaic's interpreter. tests/gpu has them on a device.
 """
 
 import jax
