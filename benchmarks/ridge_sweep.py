@@ -29,9 +29,10 @@ from ttt_jax.ops.ttt import chunk_products, inverse_root, writes
 START = time.perf_counter()
 MATMULS = chunk_products.Matmuls(jnp.bfloat16)
 KERNELS = {
-    "4 stages": gpu_terms.Kernels(),
-    "3 stages": gpu_terms.Kernels(stages=3),
-    "2 buffers": gpu_terms.Kernels(buffers=2),
+    "half": gpu_terms.Kernels(),
+    "3 stages": gpu_terms.Kernels(stages=3, by_half=False),
+    "2 buffers": gpu_terms.Kernels(buffers=2, by_half=False),
+    "whole": gpu_terms.Kernels(by_half=False),
 }
 # rows of the largest leaf, warps, stages
 ROOTS = [(512, 4, 2), (512, 4, 1), (512, 4, 3), (512, 8, 2)]
@@ -123,7 +124,8 @@ def sweep_products(shape, names, repeats: int) -> None:
         for kind in list(runs):
             try:
                 got = runs[kind][0](*arguments)
-                errors[kind] = float(difference(got, want, name == "gram"))
+                lower = name in ("gram", "square", "outer", "sandwich")
+                errors[kind] = float(difference(got, want, lower))
             except Exception as error:
                 print(f"  {name} {kind}: FAILED {str(error)[:200]!r}", flush=True)
                 del runs[kind]
@@ -174,12 +176,14 @@ def sweep_roots(shape, roots, repeats: int) -> None:
         )
 
 
-def whole(shape, largest: list[int], repeats: int) -> None:
+def whole(shape, largest: list[int], halves: list[bool], repeats: int) -> None:
     """A write with its gradients, in matmuls and in kernels."""
     four, arrays = shapes.chunk_arrays(shape)
     runs = {}
     choices = [("matmuls", MATMULS, 512)]
-    choices += [(f"kernels, leaf {rows}", gpu_terms.Kernels(), rows) for rows in largest]
+    for half in halves:
+        kernels = gpu_terms.Kernels(by_half=half)
+        choices += [(f"kernels{', half' * half}, leaf {rows}", kernels, rows) for rows in largest]
     for name, chosen, rows in choices:
         writes.products_for = lambda *_, chosen=chosen: chosen
         root_kernel.LARGEST = rows
@@ -198,17 +202,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--part", default="1")
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", flush=True)
     books, large = shapes.SHAPES["books"], shapes.SHAPES["4b"]
-    steps = [
-        ("books, write", lambda: whole(books, [512, 256], args.repeats)),
-        ("books, products", lambda: sweep_products(books, KERNELS, args.repeats)),
-        ("books, root", lambda: sweep_roots(books, ROOTS, args.repeats)),
-        ("4b, root", lambda: sweep_roots(large, ROOTS[::4] + ROOTS[-1:], args.repeats)),
-        ("4b, write", lambda: whole(large, [512, 256], args.repeats)),
-        ("4b, products", lambda: sweep_products(large, ["4 stages"], args.repeats)),
-    ]
+    whole_first = [False]
+    steps = {
+        "1": [
+            ("books, write", lambda: whole(books, [512, 256], whole_first, args.repeats)),
+            ("books, root", lambda: sweep_roots(books, ROOTS, args.repeats)),
+            ("4b, root", lambda: sweep_roots(large, ROOTS[::4] + ROOTS[-1:], args.repeats)),
+            ("4b, write", lambda: whole(large, [512, 256], whole_first, args.repeats)),
+        ],
+        "2": [
+            ("books, products", lambda: sweep_products(books, KERNELS, args.repeats)),
+            ("books, write", lambda: whole(books, [512], [False, True], args.repeats)),
+            ("4b, products", lambda: sweep_products(large, ["half", "whole"], args.repeats)),
+        ],
+    }[args.part]
     for name, step in steps:
         if elapsed() > args.seconds * 0.85:
             print(f"{name}: no time left", flush=True)

@@ -32,6 +32,8 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     Product,
     Ring,
     consume,
+    consume_k_step,
+    finish,
 )
 
 ONE = ((0, 0),)
@@ -48,7 +50,9 @@ class Sums:
       kind: as in `gpu_tiles.py`: "nn" X Y, "nt" X Y^T, "tn" X^T Y, of the arrays as they lie.
       pairs: terms (i of X, j of Y) whose products are summed.
       out: dtypes of the result, or of its terms.
-      lower: only tiles that touch the lower triangle are computed; the others hold anything.
+      lower: only tiles that touch the lower triangle are computed; the others hold anything. So it
+        is with symmetric results.
+      symmetric: X and Y are, each or not, and are read so.
       triangular: X and Y are lower triangular, and what is zero is left out.
       negative: minus the sum.
     """
@@ -57,6 +61,7 @@ class Sums:
     pairs: tuple[tuple[int, int], ...]
     out: tuple[str, ...] = TERMS
     lower: bool = False
+    symmetric: tuple[bool, bool] = (False, False)
     triangular: bool = False
     negative: bool = False
 
@@ -64,6 +69,28 @@ class Sums:
         """R, S and K."""
         R, K = x.shape[:0:-1] if self.kind == "tn" else x.shape[1:]
         return R, y.shape[1 if self.kind == "nt" else 2], K
+
+    def ranges(self, K_steps: int, m0, n0, first):
+        """Ranges of k-steps of a tile, in order, and of which kind they are: of symmetric matrices
+        what lies above the diagonal is read below it, transposed.
+        """
+        if not any(self.symmetric):
+            return [(self.kind, first, K_steps)]
+        # X is transposed from `x` on, Y before `y`.
+        x = (m0 + TILE) // BLOCK_K if self.symmetric[0] else jnp.int32(K_steps)
+        y = n0 // BLOCK_K if self.symmetric[1] else jnp.int32(0)
+        found = [
+            ("nt", 0, jnp.minimum(x, y)),
+            ("nn", y, jnp.maximum(x, y)),
+            ("tt", x, jnp.maximum(x, y)),
+            ("tn", jnp.maximum(x, y), K_steps),
+        ]
+        of_y, of_x = ("nt", "tt"), ("tt", "tn")
+        return [
+            (kind, start, stop)
+            for kind, start, stop in found
+            if (self.symmetric[1] or kind not in of_y) and (self.symmetric[0] or kind not in of_x)
+        ]
 
     def tiles(self, R: int, S: int) -> np.ndarray:
         """First row, first column and first k-step of each tile of a matrix."""
@@ -169,7 +196,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
     tiles, K_steps = table.shape[0], sizes[2] // BLOCK_K
 
     def visit(compute):
-        """Call `compute(place, first k-step)` for each tile; the k-steps of all."""
+        """Call `compute(place, first k-step, ranges)` for each tile; the k-steps of all."""
 
         def one(j, k_step):
             t = pair + j * clusters
@@ -177,7 +204,8 @@ def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
             m0 = pl.multiple_of(table[i, 0] + block * BLOCK_ROWS, BLOCK_ROWS)
             n0, first = pl.multiple_of(table[i, 1], TILE), table[i, 2]
             k_steps = len(sums.pairs) * (K_steps - first)
-            compute(Place(n, m0, n0, k_step, k_steps), first)
+            ranges = sums.ranges(K_steps, table[i, 0], table[i, 1], first)
+            compute(Place(n, m0, n0, k_step, k_steps), first, ranges)
             return k_step + k_steps + product.epilogue_steps
 
         count = jax.lax.div(N * tiles - pair + clusters - 1, jnp.int32(clusters))
@@ -186,7 +214,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        visit(lambda place, _: consume(ring, wg, product, place))
+        visit(functools.partial(_consume, ring, wg, product, sums, K_steps))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == CONSUMERS)
@@ -195,24 +223,37 @@ def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
         ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start, K_steps)))
 
 
-def _produce(ring, sums, xs, ys, start, K_steps, place, first):
+def _consume(ring, wg, product, sums, K_steps, place, first, ranges):
+    """Sum a tile in the order in which `_produce` copies."""
+
+    def accumulate(ring, product, place, own_rows, total):
+        for p in range(len(sums.pairs)):
+            before = p * (K_steps - first) - first
+            for kind, start, stop in ranges:
+                step = functools.partial(consume_k_step, ring, kind, place, own_rows, total)
+                jax.lax.fori_loop(before + start, before + stop, step, None)
+        return finish(ring, place, total)
+
+    consume(ring, wg, product, place, accumulate)
+
+
+def _produce(ring, sums, xs, ys, start, K_steps, place, first, ranges):
     """Copy a tile's operands into the ring, one pair of terms after the other; then `start`."""
-    n, rows = place.b, pl.ds(place.m0, BLOCK_ROWS)
+    n, rows, columns = place.b, pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
+
+    def copy(i, j, before, kind, s, _):
+        stage = ring.wait_empty(before + s)
+        ks = pl.ds(pl.multiple_of(s * BLOCK_K, BLOCK_K), BLOCK_K)
+        x = xs[i].at[n, ks, rows] if kind[0] == "t" else xs[i].at[n, rows, ks]
+        y = ys[j].at[n, columns, ks] if kind[1] == "t" else ys[j].at[n, ks, columns]
+        left, right = ring.left[kind[0] == "t"], ring.right[kind[1] != "t"]
+        plgpu.copy_gmem_to_smem(x, left.at[stage], ring.full.at[stage])
+        plgpu.copy_gmem_to_smem(y, right.at[stage], ring.full.at[stage], collective_axes="block")
+
     for p, (i, j) in enumerate(sums.pairs):
         before = place.first + p * (K_steps - first) - first
-
-        def copy(s, _, i=i, j=j, before=before):
-            stage = ring.wait_empty(before + s)
-            ks = pl.ds(pl.multiple_of(s * BLOCK_K, BLOCK_K), BLOCK_K)
-            columns = pl.ds(place.n0, TILE)
-            x = xs[i].at[n, ks, rows] if sums.kind == "tn" else xs[i].at[n, rows, ks]
-            y = ys[j].at[n, columns, ks] if sums.kind == "nt" else ys[j].at[n, ks, columns]
-            left = ring.left[sums.kind == "tn"].at[stage]
-            right = ring.right[sums.kind != "nt"].at[stage]
-            plgpu.copy_gmem_to_smem(x, left, ring.full.at[stage])
-            plgpu.copy_gmem_to_smem(y, right, ring.full.at[stage], collective_axes="block")
-
-        jax.lax.fori_loop(first, K_steps, copy, None)
+        for kind, begin, end in ranges:
+            jax.lax.fori_loop(begin, end, functools.partial(copy, i, j, before, kind), None)
     if start is None:
         return
     for k in range(TILE // BLOCK_K):
@@ -263,6 +304,7 @@ class Kernels:
 
     stages: int = 4
     buffers: int = 1
+    by_half: bool = True
     interpret: Any = None
     dtype: Any = jnp.bfloat16
 
@@ -277,20 +319,25 @@ class Kernels:
         return self._run((z_NCF,), (z_NCF,), Sums("nt", ONE, ("float32",), lower=True))[0]
 
     def square(self, m):
-        return self._run(m, m, Sums("tn", OF_FOUR, triangular=True))
+        return self._run(m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
 
     def outer(self, x_NCD, y_NCD):
-        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), Sums("nt", ((0, 0), (1, 1))))
+        sums = Sums("nt", ((0, 0), (1, 1)), lower=True)
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)
 
     def sandwich(self, a, b):
-        half = self._run(a, b, Sums("nn", OF_FOUR))
-        return self._run(half, a, Sums("nn", OF_FOUR, negative=True))
+        half = self._run(a, b, Sums("nn", OF_FOUR, symmetric=(True, True)))
+        sums = Sums("nn", OF_FOUR, lower=True, symmetric=(False, True), negative=True)
+        return self._run(half, a, sums)
 
     def apply(self, a, y_NCS, shift_N=None):
         start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
-        return self._run(a, (y_NCS,), Sums("nn", OF_TWO, ("bfloat16",)), **start)[0]
+        sums = Sums("nn", OF_TWO, ("bfloat16",), symmetric=(True, False))
+        return self._run(a, (y_NCS,), sums, **start)[0]
 
     def _run(self, xs, ys, sums, **options):
+        if not self.by_half and sums.out[0] != "float32":
+            sums = dataclasses.replace(sums, lower=False, symmetric=(False, False))
         return tuple(
             multiply(
                 xs,

@@ -74,10 +74,11 @@ def least_squares(z_BMCF, v_BMCD, ridge: float, over_chunks: Callable = all_chun
 
 
 def _least_squares_forward(z_BMCF, v_BMCD, ridge, over_chunks):
-    inverse = over_chunks(functools.partial(_inverse, ridge), z_BMCF, wide=(True,), wide_out=False)
+    arrays, wide = (z_BMCF, v_BMCD), (True, False)
+    inverse = over_chunks(functools.partial(_inverse, ridge), *arrays, wide=wide, wide_out=False)
     inverse = tuple(checkpoint_name(x_BMCC, TARGET) for x_BMCC in inverse)
-    narrow = (False,) * (1 + len(inverse))
-    out_BMCD = over_chunks(_applied, v_BMCD, *inverse, wide=narrow, wide_out=False)
+    narrow = (False,) * len(inverse)
+    out_BMCD = over_chunks(_applied, *arrays, *inverse, wide=(*wide, *narrow), wide_out=False)
     return out_BMCD, (z_BMCF, v_BMCD, inverse)
 
 
@@ -92,11 +93,14 @@ def _least_squares_backward(ridge, over_chunks, residuals, do_BMCD):
 least_squares.defvjp(_least_squares_forward, _least_squares_backward)
 
 
-def _inverse(ridge: float, sum_F: Callable, z_BMCF) -> Terms:
+# Each of these sees the shapes of all arrays, so that all three choose the same products: what one
+# makes of an inverse, another may not be able to read.
+
+
+def _inverse(ridge: float, sum_F: Callable, z_BMCF, v_BMCD) -> Terms:
     """A^-1. `sum_F` adds up what the devices that split F have."""
-    (z_NCF,) = _joined(z_BMCF)
+    (z_NCF,), products = _joined(z_BMCF), _products(z_BMCF, v_BMCD)
     C, acc = z_NCF.shape[1], accumulator(z_NCF.dtype)
-    products = products_for(z_NCF.dtype, *z_NCF.shape[1:])
     gram_NCC = sum_F(products.gram(z_NCF))
     mean_N = jnp.mean(jnp.diagonal(gram_NCC, axis1=1, axis2=2), axis=1)
     smallest = float(jnp.finfo(acc).tiny) ** 0.25  # far below any that matters
@@ -105,11 +109,10 @@ def _inverse(ridge: float, sum_F: Callable, z_BMCF) -> Terms:
     return tuple(x_NCC.reshape(*z_BMCF.shape[:2], C, C) for x_NCC in inverse)
 
 
-def _applied(sum_F: Callable, v_BMCD, *inverse_BMCC):
+def _applied(sum_F: Callable, z_BMCF, v_BMCD, *inverse_BMCC):
     del sum_F  # there is no F
     v_NCD, *inverse = _joined(v_BMCD, *inverse_BMCC)
-    out_NCD = products_for(v_NCD.dtype, *v_NCD.shape[1:]).apply(tuple(inverse), v_NCD)
-    return out_NCD.reshape(v_BMCD.shape)
+    return _products(z_BMCF, v_BMCD).apply(tuple(inverse), v_NCD).reshape(v_BMCD.shape)
 
 
 def _gradients(ridge: float, sum_F: Callable, z_BMCF, v_BMCD, do_BMCD, *inverse_BMCC):
@@ -119,13 +122,16 @@ def _gradients(ridge: float, sum_F: Callable, z_BMCF, v_BMCD, do_BMCD, *inverse_
     del sum_F  # each device has the gradient of its part of F
     z_NCF, v_NCD, do_NCD, *inverse = _joined(z_BMCF, v_BMCD, do_BMCD, *inverse_BMCC)
     inverse = tuple(inverse)
-    C, D, F, acc = *v_NCD.shape[1:], z_NCF.shape[2], accumulator(z_NCF.dtype)
-    products = products_for(z_NCF.dtype, C, D, F)
+    C, acc, products = z_NCF.shape[1], accumulator(z_NCF.dtype), _products(z_BMCF, v_BMCD)
     both = products.sandwich(inverse, products.outer(do_NCD, v_NCD))
     trace_N = sum(jnp.diagonal(x, axis1=1, axis2=2).astype(acc).sum(axis=1) for x in both)
     dz_NCF = products.apply(both, z_NCF, ridge / C * trace_N)
     dv_NCD = products.apply(inverse, do_NCD)
     return dz_NCF.reshape(z_BMCF.shape), dv_NCD.reshape(v_BMCD.shape)
+
+
+def _products(z_BMCF, v_BMCD):
+    return products_for(z_BMCF.dtype, *v_BMCD.shape[2:], z_BMCF.shape[3])
 
 
 def _joined(*arrays_BMCX):
