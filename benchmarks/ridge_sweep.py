@@ -28,15 +28,17 @@ from ttt_jax.ops.ttt import chunk_products, inverse_root, writes
 
 START = time.perf_counter()
 MATMULS = chunk_products.Matmuls(jnp.bfloat16)
-KERNELS = {
-    "half": gpu_terms.Kernels(),
-    "3 stages": gpu_terms.Kernels(stages=3, by_half=False),
-    "2 buffers": gpu_terms.Kernels(buffers=2, by_half=False),
-    "whole": gpu_terms.Kernels(by_half=False),
-}
-# rows of the largest leaf, warps, stages
-ROOTS = [(512, 4, 2), (512, 4, 1), (512, 4, 3), (512, 8, 2)]
-ROOTS += [(256, 4, 2), (256, 4, 3), (256, 8, 2), (128, 4, 2)]
+KERNELS = {"whole": gpu_terms.Kernels(by_half=False), "half": gpu_terms.Kernels()}
+# rows of the largest leaf, warps, stages, width
+ROOTS = [
+    (512, 4, 3, 1),
+    (512, 4, 2, 2),
+    (512, 4, 3, 2),
+    (512, 8, 2, 2),
+    (512, 4, 2, 4),
+    (512, 8, 2, 4),
+]
+LARGE_ROOTS = [(512, 4, 3, 1), (256, 4, 3, 1), (256, 4, 2, 2), (512, 4, 2, 2)]
 
 
 def elapsed() -> float:
@@ -138,12 +140,12 @@ def sweep_products(shape, names, repeats: int) -> None:
     print("  together: " + ", ".join(f"{k} {t:.2f} ms" for k, t in total.items()))
 
 
-def root_of(largest: int, warps: int, stages: int, a, shift):
+def root_of(largest: int, warps: int, stages: int, width: int, a, shift):
     """The root with another leaf."""
-    invert = functools.partial(root_kernel.inverse_root_gpu, warps=warps, stages=stages)
-    unit = min(root_kernel.UNIT, largest)
-    products = gpu_terms.Kernels() if largest >= 256 else MATMULS
-    return inverse_root.by_halves(a, shift, inverse_root.Leaf(invert, largest, unit), products)
+    options = {"warps": warps, "stages": stages, "width": width}
+    invert = functools.partial(root_kernel.inverse_root_gpu, **options)
+    leaf = inverse_root.Leaf(invert, largest, root_kernel.UNIT)
+    return inverse_root.by_halves(a, shift, leaf, gpu_terms.Kernels())
 
 
 def sweep_roots(shape, roots, repeats: int) -> None:
@@ -167,31 +169,26 @@ def sweep_roots(shape, roots, repeats: int) -> None:
             runs[name] = run, (gram, mean)
         except Exception as error:
             print(f"  {name}: FAILED {str(error)[:200]!r}", flush=True)
-    for (largest, warps, stages), ms in milliseconds(runs, repeats).items():
-        error = errors[largest, warps, stages]
-        print(
-            f"  root, leaf {largest}, {warps} warps, {stages} stages: {ms:.3f} ms, error of the "
-            f"inverse {error:.1e}",
-            flush=True,
-        )
+    for name, ms in milliseconds(runs, repeats).items():
+        print(f"  root {name}: {ms:.3f} ms, error of the inverse {errors[name]:.1e}", flush=True)
 
 
-def whole(shape, largest: list[int], halves: list[bool], repeats: int) -> None:
-    """A write with its gradients, in matmuls and in kernels."""
+def whole(shape, choices: dict, repeats: int) -> None:
+    """A write with its gradients. Choices: products, and rows of the root's largest leaf."""
     four, arrays = shapes.chunk_arrays(shape)
-    runs = {}
-    choices = [("matmuls", MATMULS, 512)]
-    for half in halves:
-        kernels = gpu_terms.Kernels(by_half=half)
-        choices += [(f"kernels{', half' * half}, leaf {rows}", kernels, rows) for rows in largest]
-    for name, chosen, rows in choices:
+    lowered, runs = {}, {}
+    for name, (chosen, rows) in choices.items():
         writes.products_for = lambda *_, chosen=chosen: chosen
         root_kernel.LARGEST = rows
+        lowered[name] = jax.jit(shapes.with_gradients(shape.C, 1.0)).lower(*arrays)
+    print(f"  lowered at {elapsed():.0f} s", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        programs = {name: pool.submit(x.compile) for name, x in lowered.items()}
+    for name, program in programs.items():
         try:
-            run = jax.jit(shapes.with_gradients(shape.C, 1.0))
-            print(f"  {name}, at {elapsed():.0f} s")
-            if shapes.right(run, shape, four, arrays, 1.0):
-                runs[name] = run, arrays
+            print(f"  {name}, at {elapsed():.0f} s", flush=True)
+            if shapes.right(program.result(), shape, four, arrays, 1.0):
+                runs[name] = program.result(), arrays
         except Exception as error:
             print(f"  {name}: FAILED {str(error)[:200]!r}", flush=True)
     for name, ms in milliseconds(runs, repeats).items():
@@ -202,24 +199,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--part", default="1")
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", flush=True)
     books, large = shapes.SHAPES["books"], shapes.SHAPES["4b"]
-    whole_first = [False]
-    steps = {
-        "1": [
-            ("books, write", lambda: whole(books, [512, 256], whole_first, args.repeats)),
-            ("books, root", lambda: sweep_roots(books, ROOTS, args.repeats)),
-            ("4b, root", lambda: sweep_roots(large, ROOTS[::4] + ROOTS[-1:], args.repeats)),
-            ("4b, write", lambda: whole(large, [512, 256], whole_first, args.repeats)),
-        ],
-        "2": [
-            ("books, products", lambda: sweep_products(books, KERNELS, args.repeats)),
-            ("books, write", lambda: whole(books, [512], [False, True], args.repeats)),
-            ("4b, products", lambda: sweep_products(large, ["half", "whole"], args.repeats)),
-        ],
-    }[args.part]
+    choices = {
+        "matmuls": (MATMULS, 512),
+        "kernels, whole": (KERNELS["whole"], 512),
+        "kernels, half": (KERNELS["half"], 512),
+    }
+    large_choices = {
+        "matmuls": (MATMULS, 512),
+        "kernels, half, leaf 512": (KERNELS["half"], 512),
+        "kernels, half, leaf 256": (KERNELS["half"], 256),
+    }
+    steps = [
+        ("books, write", lambda: whole(books, choices, args.repeats)),
+        ("books, root", lambda: sweep_roots(books, ROOTS, args.repeats)),
+        ("4b, root", lambda: sweep_roots(large, LARGE_ROOTS, args.repeats)),
+        ("4b, write", lambda: whole(large, large_choices, args.repeats)),
+        ("books, products", lambda: sweep_products(books, KERNELS, args.repeats)),
+    ]
     for name, step in steps:
         if elapsed() > args.seconds * 0.85:
             print(f"{name}: no time left", flush=True)

@@ -112,7 +112,7 @@ def multiply(
     start=None,
     shift_N=None,
     stages: int = 4,
-    buffers: int = 1,
+    buffers: int = 2,
     interpret: Any = None,
 ):
     """Compute the sum of the products of terms, plus shift times `start`.
@@ -303,7 +303,7 @@ class Kernels:
     """
 
     stages: int = 4
-    buffers: int = 1
+    buffers: int = 2
     by_half: bool = True
     interpret: Any = None
     dtype: Any = jnp.bfloat16

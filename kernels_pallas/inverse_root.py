@@ -44,29 +44,32 @@ def why_not(dtype, C: int) -> str | None:
     return None if C % BLOCK == 0 else f"C = {C} is not a multiple of {BLOCK}"
 
 
-def inverse_root_gpu(a_NCC, shift_N, warps: int = 4, stages: int = 2):
+def inverse_root_gpu(a_NCC, shift_N, warps: int = 4, stages: int = 3, width: int = 1):
     """Lower triangular M with (A + shift I)^-1 = M^T M, for symmetric positive definite A + shift
     I, float32. Only the lower triangle of A's blocks is read.
 
     Returns: the two terms of M, bfloat16.
     """
-    return _call(a_NCC, shift_N, BLOCK, plgpu.debug_barrier, False, warps, stages)
+    return _call(a_NCC, shift_N, BLOCK, plgpu.debug_barrier, False, warps, stages, width)
 
 
-def interpreted(a_NCC, shift_N, block: int):
+def interpreted(a_NCC, shift_N, block: int, width: int = 1):
     """The same in Pallas' interpreter, on any platform.
 
     Args:
       block: b, which divides C; a power of two.
     """
-    return _call(a_NCC, shift_N, block, lambda: None, True, 4, 1)
+    return _call(a_NCC, shift_N, block, lambda: None, True, 4, 1, width)
 
 
-def _call(a_NCC, shift_N, b: int, barrier: Callable[[], None], interpret: bool, warps, stages):
+def _call(
+    a_NCC, shift_N, b: int, barrier: Callable[[], None], interpret: bool, warps, stages, width
+):
     N, C = a_NCC.shape[:2]
+    width = width if C // b % width == 0 else 1
     matrix = pl.BlockSpec((None, C, C), lambda n: (n, 0, 0))
     return pl.pallas_call(
-        functools.partial(_by_rows, C // b, b, barrier),
+        functools.partial(_by_rows, C // b, b, width, barrier),
         grid=(N,),
         in_specs=[matrix, pl.BlockSpec((1,), lambda n: (n,))],
         out_specs=(matrix, matrix),
@@ -77,47 +80,61 @@ def _call(a_NCC, shift_N, b: int, barrier: Callable[[], None], interpret: bool, 
     )(a_NCC, shift_N)
 
 
-def _by_rows(count: int, b: int, barrier, a_CC, shift_1, high_CC, low_CC):
+def _by_rows(count: int, b: int, width: int, barrier, a_CC, shift_1, high_CC, low_CC):
     """Fill M row by row of blocks.
 
     With H the rows so far and Q the row of A left of its corner R: L = Q H^T, the corner M_ii is
     the inverse root of R - L L^T, and left of it is -M_ii L H. M's row holds L until it is
     overwritten, from the left: M_ij needs the L_ip from p = j on. That is two thirds of C^3
     multiplications and additions, no more than a factorisation and an inverse of its factor.
+
+    L and what is left of the corner are made `width` blocks at a time. Of the last ones some may
+    lie right of what is needed: what is made there is overwritten.
     """
+    wide = width * b
     at = lambda i, j: (pl.ds(i * b, b), pl.ds(j * b, b))
-    load = lambda i, j: (high_CC[at(i, j)], low_CC[at(i, j)])
-    zero_bb = jnp.zeros((b, b), jnp.float32)
+    across = lambda i, j: (pl.ds(i * b, b), pl.ds(j * wide, wide))
+    down = lambda i, j: (pl.ds(i * wide, wide), pl.ds(j * b, b))
+    zero_bb, zero_bw = jnp.zeros((b, b), jnp.float32), jnp.zeros((b, wide), jnp.float32)
     diagonal_bb = _index(b, 0) == _index(b, 1)
 
-    def store(i, j, x_bb):
-        high_CC[at(i, j)], low_CC[at(i, j)] = split(x_bb)
+    def load(part):
+        return high_CC[part], low_CC[part]
+
+    def store(part, x):
+        high_CC[part], low_CC[part] = split(x)
+
+    def transposed(terms):
+        return terms[0].T, terms[1].T
 
     def row(i, _):
-        def fill_l(p, _):
-            def add(q, acc_bb):
-                high_bb, low_bb = load(p, q)
-                return acc_bb + product(split(a_CC[at(i, q)]), (high_bb.T, low_bb.T))
+        groups = (i + width - 1) // width
 
-            store(i, p, jax.lax.fori_loop(0, p + 1, add, zero_bb))
+        def fill_l(p, _):
+            def add(q, acc_bw):
+                return acc_bw + product(split(a_CC[at(i, q)]), transposed(load(down(p, q))))
+
+            last = jnp.minimum((p + 1) * width, i)
+            store(across(i, p), jax.lax.fori_loop(0, last, add, zero_bw))
 
         def subtract_square(p, acc_bb):
-            high_bb, low_bb = load(i, p)
-            return acc_bb - product((high_bb, low_bb), (high_bb.T, low_bb.T))
+            l_bb = load(at(i, p))
+            return acc_bb - product(l_bb, transposed(l_bb))
 
         def fill_left(j, _):
-            add = lambda p, acc_bb: acc_bb + product(load(i, p), load(p, j))
-            lh_bb = jax.lax.fori_loop(j, i, add, zero_bb)
+            add = lambda p, acc_bw: acc_bw + product(load(at(i, p)), load(across(p, j)))
+            lh_bw = jax.lax.fori_loop(j * width, i, add, zero_bw)
             barrier()  # every thread has read L_ij
-            store(i, j, -product(split(corner_bb), split(lh_bb)))
+            store(across(i, j), -product(split(corner_bb), split(lh_bw)))
 
-        jax.lax.fori_loop(0, i, fill_l, None)
+        jax.lax.fori_loop(0, groups, fill_l, None)
         barrier()
         corner_bb = a_CC[at(i, i)] + jnp.where(diagonal_bb, shift_1[0], 0.0)
         corner_bb = _swept(jax.lax.fori_loop(0, i, subtract_square, corner_bb))
-        jax.lax.fori_loop(0, i, fill_left, None)
-        store(i, i, corner_bb)
-        jax.lax.fori_loop(i + 1, count, lambda j, _: store(i, j, zero_bb), None)
+        jax.lax.fori_loop(0, groups, fill_left, None)
+        barrier()  # of those blocks, what lies right of the corner's column
+        store(at(i, i), corner_bb)
+        jax.lax.fori_loop(i + 1, count, lambda j, _: store(at(i, j), zero_bb), None)
         barrier()
 
     jax.lax.fori_loop(0, count, row, None)
