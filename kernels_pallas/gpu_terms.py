@@ -214,31 +214,32 @@ def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        visit(functools.partial(_consume, ring, wg, product, sums, K_steps))
+        visit(functools.partial(_consume, ring, wg, product, sums))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == CONSUMERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start, K_steps)))
+        ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start)))
 
 
-def _consume(ring, wg, product, sums, K_steps, place, first, ranges):
+def _consume(ring, wg, product, sums, place, first, ranges):
     """Sum a tile in the order in which `_produce` copies."""
 
     def accumulate(ring, product, place, own_rows, total):
-        for p in range(len(sums.pairs)):
-            before = p * (K_steps - first) - first
-            for kind, start, stop in ranges:
-                step = functools.partial(consume_k_step, ring, kind, place, own_rows, total)
-                jax.lax.fori_loop(before + start, before + stop, step, None)
+        for kind, begin, end in ranges:
+            step = functools.partial(consume_k_step, ring, kind, place, own_rows, total)
+            pairs = len(sums.pairs)
+            jax.lax.fori_loop(pairs * (begin - first), pairs * (end - first), step, None)
         return finish(ring, place, total)
 
     consume(ring, wg, product, place, accumulate)
 
 
-def _produce(ring, sums, xs, ys, start, K_steps, place, first, ranges):
-    """Copy a tile's operands into the ring, one pair of terms after the other; then `start`."""
+def _produce(ring, sums, xs, ys, start, place, first, ranges):
+    """Copy a tile's operands into the ring: range by range, in it one pair of terms after the
+    other. Then `start`.
+    """
     n, rows, columns = place.b, pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
 
     def copy(i, j, before, kind, s, _):
@@ -250,9 +251,9 @@ def _produce(ring, sums, xs, ys, start, K_steps, place, first, ranges):
         plgpu.copy_gmem_to_smem(x, left.at[stage], ring.full.at[stage])
         plgpu.copy_gmem_to_smem(y, right.at[stage], ring.full.at[stage], collective_axes="block")
 
-    for p, (i, j) in enumerate(sums.pairs):
-        before = place.first + p * (K_steps - first) - first
-        for kind, begin, end in ranges:
+    for kind, begin, end in ranges:
+        for p, (i, j) in enumerate(sums.pairs):
+            before = place.first + len(sums.pairs) * (begin - first) + p * (end - begin) - begin
             jax.lax.fori_loop(begin, end, functools.partial(copy, i, j, before, kind), None)
     if start is None:
         return
