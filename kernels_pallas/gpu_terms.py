@@ -40,6 +40,8 @@ ONE = ((0, 0),)
 OF_TWO = ((0, 0), (1, 0))  # pairs of two terms of X and one of Y
 OF_FOUR = ((0, 0), (0, 1), (1, 0))  # of two and two, without that of the small ones
 TERMS = ("bfloat16", "bfloat16")
+STAGES = 4  # of the ring: three were slower
+BUFFERS = 2  # of results on their way to device memory: one was slower (H200)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,59 +105,69 @@ class Sums:
         return np.asarray(rows, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("sums", "stages", "buffers", "interpret"))
-def multiply(
-    xs,
-    ys,
-    sums: Sums,
-    *,
-    start=None,
-    shift_N=None,
-    stages: int = 4,
-    buffers: int = 2,
-    interpret: Any = None,
-):
+@functools.partial(jax.jit, static_argnames=("sums", "interpret"))
+def multiply(xs, ys, sums: Sums, start=None, shift_N=None, interpret: Any = None):
     """Compute the sum of the products of terms, plus shift times `start`.
 
     Args:
       xs, ys: terms, bfloat16 [N, ., .]. R and S are multiples of 256, K of 64.
       start: bfloat16 [N, R, S], or None.
       shift_N: float32.
-      stages, buffers: of the ring, and of results on their way to device memory.
       interpret: None, or `plgpu.InterpretGPUParams`.
 
     Returns: the result, or its terms, as a list.
     """
-    N = xs[0].shape[0]
-    R, S, K = sums.sizes(xs[0], ys[0])
-    table = sums.tiles(R, S)
-    clusters = (4 if interpret else count_multiprocessors()) // BLOCKS
     extra = () if start is None else (shift_N, start)
-    body = functools.partial(_body, sums, (R, S, K), N, clusters, len(xs), len(ys), stages, buffers)
-    staging = CONSUMERS, buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
+
+    # Under `jax.vmap` there are more products, and still one launch.
+    @jax.custom_batching.custom_vmap
+    def run(*arrays):
+        return _launch(sums, len(xs), len(ys), interpret, arrays)
+
+    @run.def_vmap
+    def _(size, batched, *arrays):
+        spread = [
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip(arrays, batched, strict=True)
+        ]
+        results = run(*(x.reshape(-1, *x.shape[2:]) for x in spread))
+        results = [x.reshape(size, -1, *x.shape[1:]) for x in results]
+        return results, [True] * len(results)
+
+    return run(*xs, *ys, *extra)
+
+
+def _launch(sums, count_x, count_y, interpret, arrays):
+    """`arrays`: terms of X and of Y, and, where there is one, shift and start."""
+    xs, ys, extra = _parts(arrays, count_x, count_y)
+    N, sizes = xs[0].shape[0], sums.sizes(xs[0], ys[0])
+    clusters = (4 if interpret else count_multiprocessors()) // BLOCKS
     # The interpreter takes the use of one stage of a union for that of another.
     one_ring = (lambda *views: views) if interpret else plgpu.RefUnion
 
     def operands(rows):
-        shapes = (stages, rows, BLOCK_K), (stages, BLOCK_K, rows)
+        shapes = (STAGES, rows, BLOCK_K), (STAGES, BLOCK_K, rows)
         return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
     scratch = (
         one_ring(*operands(BLOCK_ROWS)),
         one_ring(*operands(TILE)),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         plgpu.ClusterBarrier(
-            collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages
+            collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=STAGES
         ),
-        shared_memory(staging, jnp.dtype(sums.out[0])),
+        shared_memory(
+            (CONSUMERS, BUFFERS, CONSUMER_ROWS, EPILOGUE_COLUMNS), jnp.dtype(sums.out[0])
+        ),
     )
+    body = functools.partial(_body, sums, sizes, N, clusters, count_x, count_y)
 
     def scoped(*arrays):
         pl.run_scoped(functools.partial(body, *arrays), *scratch, collective_axes="wg")
 
     run = pl.kernel(
         scoped,
-        [jax.ShapeDtypeStruct((N, R, S), dtype) for dtype in sums.out],
+        [jax.ShapeDtypeStruct((N, *sizes[:2]), dtype) for dtype in sums.out],
         mesh=plgpu.Mesh(
             grid=(clusters,),
             grid_names=("pair",),
@@ -168,22 +180,23 @@ def multiply(
         interpret=interpret or False,
         name="ttt_terms",
     )
-    return run(*xs, *ys, jnp.asarray(table), *extra)
+    return run(*xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra)
 
 
-def _body(sums, sizes, N, clusters, count_x, count_y, stages, buffers, *arrays):
+def _parts(arrays, count_x, count_y):
+    end = count_x + count_y
+    return arrays[:count_x], arrays[count_x:end], arrays[end:]
+
+
+def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     """What a warpgroup runs: consumers first, then the producer."""
     *arrays, left, right, full, empty, staged = arrays
-    xs, ys, (table, *arrays) = (
-        arrays[:count_x],
-        arrays[count_x : count_x + count_y],
-        arrays[count_x + count_y :],
-    )
+    xs, ys, (table, *arrays) = _parts(arrays, count_x, count_y)
     outs = arrays[-len(sums.out) :]
     shift_N, start = arrays[: -len(sums.out)] or (None, None)
-    ring = Ring(stages, left, (*right, None), full, empty)
+    ring = Ring(STAGES, left, (*right, None), full, empty)
     field = "float32" if sums.out[0] == "float32" else "bfloat16"
-    staging = Staging(buffers, **{field: staged})
+    staging = Staging(BUFFERS, **{field: staged})
     product = Product(
         sums.kind,
         *sizes,
@@ -300,11 +313,9 @@ class Kernels:
     """`Products` of ttt_jax/ops/ttt/chunk_products.py.
 
     Attributes:
-      stages, buffers, interpret: as in `multiply`.
+      interpret: as in `multiply`.
     """
 
-    stages: int = 4
-    buffers: int = 2
     by_half: bool = True
     interpret: Any = None
     dtype: Any = jnp.bfloat16
@@ -339,14 +350,4 @@ class Kernels:
     def _run(self, xs, ys, sums, **options):
         if not self.by_half and sums.out[0] != "float32":
             sums = dataclasses.replace(sums, lower=False, symmetric=(False, False))
-        return tuple(
-            multiply(
-                xs,
-                ys,
-                sums,
-                stages=self.stages,
-                buffers=self.buffers,
-                interpret=self.interpret,
-                **options,
-            )
-        )
+        return tuple(multiply(xs, ys, sums, interpret=self.interpret, **options))

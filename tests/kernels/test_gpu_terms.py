@@ -94,6 +94,27 @@ def test_a_write_and_its_gradients_lower_for_cuda(monkeypatch):
     assert "dot_general" not in text
 
 
+def test_a_vmapped_product_is_one_launch():
+    """What it computes is tested with a launch that runs anywhere."""
+    x = jax.ShapeDtypeStruct((3, N, C, F), jnp.bfloat16)
+    traced = jax.jit(jax.vmap(gpu_terms.Kernels().gram)).trace(x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_a_vmapped_product_takes_what_is_not_mapped_for_each(monkeypatch):
+    def launch(sums, count_x, count_y, interpret, arrays):
+        return [jnp.einsum("nij,njk->nik", *arrays)]
+
+    monkeypatch.setattr(gpu_terms, "_launch", launch)
+    rng = np.random.default_rng(0)
+    x_3NCC, y_NCC = rng.standard_normal((3, N, 4, 4)), rng.standard_normal((N, 4, 4))
+    sums = gpu_terms.Sums("nn", gpu_terms.ONE, ("float32",))
+    with jax.disable_jit():
+        (got,) = jax.vmap(lambda x: gpu_terms.multiply((x,), (y_NCC,), sums))(jnp.asarray(x_3NCC))
+    np.testing.assert_allclose(got, x_3NCC @ y_NCC, rtol=1e-4)
+
+
 @pytest.mark.skipif(not HAS_INTERPRETER, reason="this jax does not offer the GPU interpreter")
 @pytest.mark.slow
 def test_a_write_and_its_gradients_match_float64_in_the_interpreter(monkeypatch, capfd):
