@@ -195,8 +195,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     outs = arrays[-len(sums.out) :]
     shift_N, start = arrays[: -len(sums.out)] or (None, None)
     ring = Ring(STAGES, left, (*right, None), full, empty)
-    field = "float32" if sums.out[0] == "float32" else "bfloat16"
-    staging = Staging(BUFFERS, **{field: staged})
+    staging = Staging(BUFFERS, bfloat16=staged, float32=staged)  # all results have one dtype
     product = Product(
         sums.kind,
         *sizes,
@@ -320,12 +319,12 @@ class Kernels:
     interpret: Any = None
     dtype: Any = jnp.bfloat16
 
-    def terms(self, x_NCC):
-        high = jax.lax.reduce_precision(x_NCC, 8, 7)  # XLA takes a cast there and back for nothing
-        return high.astype(jnp.bfloat16), (x_NCC - high).astype(jnp.bfloat16)
+    def terms(self, x_NPQ):
+        high = jax.lax.reduce_precision(x_NPQ, 8, 7)  # XLA takes a cast there and back for nothing
+        return high.astype(jnp.bfloat16), (x_NPQ - high).astype(jnp.bfloat16)
 
-    def product(self, kind, xs, ys):
-        return self._run(xs, ys, Sums(kind, OF_FOUR, ("float32",)))[0]
+    def product(self, kind, x, y):
+        return self._run(x, y, Sums(kind, OF_FOUR, ("float32",)))[0]
 
     def gram(self, z_NCF):
         return self._run((z_NCF,), (z_NCF,), Sums("nt", ONE, ("float32",), lower=True))[0]

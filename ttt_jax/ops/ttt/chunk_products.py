@@ -27,34 +27,45 @@ _SUMMED = {"nn": (2, 1), "nt": (2, 2), "tn": (1, 1)}  # axes of X and of Y
 
 
 class Products(Protocol):
-    """What a ridge write multiplies, in a compute dtype."""
+    """What a ridge write multiplies, in a compute dtype.
 
-    dtype: Any
+    What is symmetric may hold anything above the diagonal: those who made it know how to read it.
+    """
+
+    @property
+    def dtype(self) -> Any: ...
 
     def terms(self, x_NPQ) -> Terms:
         """The terms of what is in float32 (float64), the largest first."""
+        ...
 
     def product(self, kind: str, x: Terms, y: Terms) -> Any:
         """The product in float32 (float64). Kinds: "nn" X Y, "nt" X Y^T, "tn" X^T Y."""
+        ...
 
     def gram(self, z_NCF) -> Any:
-        """Z Z^T in float32 (float64), of which the lower triangle is sure to be there."""
+        """Z Z^T in float32 (float64)."""
+        ...
 
     def square(self, m: Terms) -> Terms:
         """M^T M of a lower triangular M."""
+        ...
 
     def outer(self, x_NCD, y_NCD) -> Terms:
         """X Y^T + Y X^T."""
+        ...
 
     def sandwich(self, a: Terms, b: Terms) -> Terms:
         """-A B A, for symmetric A and B."""
+        ...
 
     def apply(self, a: Terms, y_NCS, shift_N=None) -> Any:
         """(A + shift I) Y, in Y's dtype, rounded once."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Matmuls(Products):
+class Matmuls:
     """Matmuls of XLA. Terms stand side by side, so that one matmul sums them."""
 
     dtype: Any

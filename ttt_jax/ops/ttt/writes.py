@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,8 @@ def transformed(
         return v_BTD
     z_BMCF, v_BMCD = (x.reshape(B, T // chunk_size, chunk_size, -1) for x in (z_BTF, v_BTD))
     with jax.named_scope(f"ttt_write_{write}"):
-        return least_squares(z_BMCF, v_BMCD, ridge, over_chunks).reshape(B, T, D)
+        out_BMCD: Any = least_squares(z_BMCF, v_BMCD, ridge, over_chunks)
+    return out_BMCD.reshape(B, T, D)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
