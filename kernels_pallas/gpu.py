@@ -189,7 +189,7 @@ class MosaicLaunches:
         Returns: the arrays of `in_place`, updated.
         """
         B, M = scalars.keep_BM.shape
-        multiprocessors = self.multiprocessors or count_multiprocessors()
+        multiprocessors = self.multiprocessors or _multiprocessors()
         clusters = multiprocessors // BLOCKS
         # The shapes of the products do not depend on what they read.
         no_arrays = [None] * (len(operands) + len(in_place))
@@ -244,9 +244,9 @@ class MosaicLaunches:
 
         def operands(rows):
             shapes = (self.stages, rows, BLOCK_K), (self.stages, BLOCK_K, rows)
-            return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
+            return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
-        float32 = shared_memory((self.stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
+        float32 = _shared_memory((self.stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
         staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
         # The interpreter watches a union as a whole, and takes the use of one stage for that of
         # another.
@@ -258,8 +258,8 @@ class MosaicLaunches:
             plgpu.ClusterBarrier(
                 collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=self.stages
             ),
-            shared_memory(staging, jnp.bfloat16),
-            shared_memory(staging, jnp.float32),
+            _shared_memory(staging, jnp.bfloat16),
+            _shared_memory(staging, jnp.float32),
         )
 
 
@@ -280,7 +280,7 @@ def _body(products, sizes, n, B, M, stages, buffers, table, i, row, lr, keep, li
     run_block(products_of, table, finished, stages, left, right, full, empty)
 
 
-def shared_memory(shape, dtype):
+def _shared_memory(shape, dtype):
     """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
     itemsize = jnp.dtype(dtype).itemsize
     columns = min(shape[-1], 128 // itemsize)
@@ -288,5 +288,5 @@ def shared_memory(shape, dtype):
     return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
 
 
-def count_multiprocessors() -> int:
+def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)

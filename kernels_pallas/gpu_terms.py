@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_jax.kernels_pallas.gpu import count_multiprocessors, shared_memory
 from ttt_jax.kernels_pallas.gpu_products import Staging
 from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE
 from ttt_jax.kernels_pallas.gpu_tiles import (
@@ -32,8 +31,6 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     Product,
     Ring,
     consume,
-    consume_k_step,
-    finish,
 )
 
 ONE = ((0, 0),)
@@ -52,9 +49,7 @@ class Sums:
       kind: as in `gpu_tiles.py`: "nn" X Y, "nt" X Y^T, "tn" X^T Y, of the arrays as they lie.
       pairs: terms (i of X, j of Y) whose products are summed.
       out: dtypes of the result, or of its terms.
-      lower: only tiles that touch the lower triangle are computed; the others hold anything. So it
-        is with symmetric results.
-      symmetric: X and Y are, each or not, and are read so.
+      lower: only tiles that touch the lower triangle are computed; the others hold anything.
       triangular: X and Y are lower triangular, and what is zero is left out.
       negative: minus the sum.
     """
@@ -63,7 +58,6 @@ class Sums:
     pairs: tuple[tuple[int, int], ...]
     out: tuple[str, ...] = TERMS
     lower: bool = False
-    symmetric: tuple[bool, bool] = (False, False)
     triangular: bool = False
     negative: bool = False
 
@@ -71,28 +65,6 @@ class Sums:
         """R, S and K."""
         R, K = x.shape[:0:-1] if self.kind == "tn" else x.shape[1:]
         return R, y.shape[1 if self.kind == "nt" else 2], K
-
-    def ranges(self, K_steps: int, m0, n0, first):
-        """Ranges of k-steps of a tile, in order, and of which kind they are: of symmetric matrices
-        what lies above the diagonal is read below it, transposed.
-        """
-        if not any(self.symmetric):
-            return [(self.kind, first, K_steps)]
-        # X is transposed from `x` on, Y before `y`.
-        x = (m0 + TILE) // BLOCK_K if self.symmetric[0] else jnp.int32(K_steps)
-        y = n0 // BLOCK_K if self.symmetric[1] else jnp.int32(0)
-        found = [
-            ("nt", 0, jnp.minimum(x, y)),
-            ("nn", y, jnp.maximum(x, y)),
-            ("tt", x, jnp.maximum(x, y)),
-            ("tn", jnp.maximum(x, y), K_steps),
-        ]
-        of_y, of_x = ("nt", "tt"), ("tt", "tn")
-        return [
-            (kind, start, stop)
-            for kind, start, stop in found
-            if (self.symmetric[1] or kind not in of_y) and (self.symmetric[0] or kind not in of_x)
-        ]
 
     def tiles(self, R: int, S: int) -> np.ndarray:
         """First row, first column and first k-step of each tile of a matrix."""
@@ -141,13 +113,13 @@ def _launch(sums, count_x, count_y, interpret, arrays):
     """`arrays`: terms of X and of Y, and, where there is one, shift and start."""
     xs, ys, extra = _parts(arrays, count_x, count_y)
     N, sizes = xs[0].shape[0], sums.sizes(xs[0], ys[0])
-    clusters = (4 if interpret else count_multiprocessors()) // BLOCKS
+    clusters = (4 if interpret else _multiprocessors()) // BLOCKS
     # The interpreter takes the use of one stage of a union for that of another.
     one_ring = (lambda *views: views) if interpret else plgpu.RefUnion
 
     def operands(rows):
         shapes = (STAGES, rows, BLOCK_K), (STAGES, BLOCK_K, rows)
-        return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
+        return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
     scratch = (
         one_ring(*operands(BLOCK_ROWS)),
@@ -156,7 +128,7 @@ def _launch(sums, count_x, count_y, interpret, arrays):
         plgpu.ClusterBarrier(
             collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=STAGES
         ),
-        shared_memory(
+        _shared_memory(
             (CONSUMERS, BUFFERS, CONSUMER_ROWS, EPILOGUE_COLUMNS), jnp.dtype(sums.out[0])
         ),
     )
@@ -180,7 +152,21 @@ def _launch(sums, count_x, count_y, interpret, arrays):
         interpret=interpret or False,
         name="ttt_terms",
     )
-    return run(*xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra)
+    # XLA must not join a launch with slices of a scan's arrays: it is left alone.
+    arrays = jax.lax.optimization_barrier((*xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra))
+    return jax.lax.optimization_barrier(run(*arrays))
+
+
+def _shared_memory(shape, dtype):
+    """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    columns = min(shape[-1], 128 // itemsize)
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
+    return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
+
+
+def _multiprocessors() -> int:
+    return getattr(jax.devices()[0], "core_count", 132)
 
 
 def _parts(arrays, count_x, count_y):
@@ -208,7 +194,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     tiles, K_steps = table.shape[0], sizes[2] // BLOCK_K
 
     def visit(compute):
-        """Call `compute(place, first k-step, ranges)` for each tile; the k-steps of all."""
+        """Call `compute(place, first k-step)` for each tile; the k-steps of all."""
 
         def one(j, k_step):
             t = pair + j * clusters
@@ -216,8 +202,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
             m0 = pl.multiple_of(table[i, 0] + block * BLOCK_ROWS, BLOCK_ROWS)
             n0, first = pl.multiple_of(table[i, 1], TILE), table[i, 2]
             k_steps = len(sums.pairs) * (K_steps - first)
-            ranges = sums.ranges(K_steps, table[i, 0], table[i, 1], first)
-            compute(Place(n, m0, n0, k_step, k_steps), first, ranges)
+            compute(Place(n, m0, n0, k_step, k_steps), first)
             return k_step + k_steps + product.epilogue_steps
 
         count = jax.lax.div(N * tiles - pair + clusters - 1, jnp.int32(clusters))
@@ -226,47 +211,31 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        visit(functools.partial(_consume, ring, wg, product, sums))
+        visit(lambda place, _: consume(ring, wg, product, place))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == CONSUMERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start)))
+        ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start, K_steps)))
 
 
-def _consume(ring, wg, product, sums, place, first, ranges):
-    """Sum a tile in the order in which `_produce` copies."""
-
-    def accumulate(ring, product, place, own_rows, total):
-        for kind, begin, end in ranges:
-            step = functools.partial(consume_k_step, ring, kind, place, own_rows, total)
-            pairs = len(sums.pairs)
-            jax.lax.fori_loop(pairs * (begin - first), pairs * (end - first), step, None)
-        return finish(ring, place, total)
-
-    consume(ring, wg, product, place, accumulate)
-
-
-def _produce(ring, sums, xs, ys, start, place, first, ranges):
-    """Copy a tile's operands into the ring: range by range, in it one pair of terms after the
-    other. Then `start`.
-    """
+def _produce(ring, sums, xs, ys, start, K_steps, place, first):
+    """Copy a tile's operands into the ring, one pair of terms after the other; then `start`."""
     n, rows, columns = place.b, pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
 
-    def copy(i, j, before, kind, s, _):
+    def copy(i, j, before, s, _):
         stage = ring.wait_empty(before + s)
         ks = pl.ds(pl.multiple_of(s * BLOCK_K, BLOCK_K), BLOCK_K)
-        x = xs[i].at[n, ks, rows] if kind[0] == "t" else xs[i].at[n, rows, ks]
-        y = ys[j].at[n, columns, ks] if kind[1] == "t" else ys[j].at[n, ks, columns]
-        left, right = ring.left[kind[0] == "t"], ring.right[kind[1] != "t"]
+        x = xs[i].at[n, ks, rows] if sums.kind == "tn" else xs[i].at[n, rows, ks]
+        y = ys[j].at[n, columns, ks] if sums.kind == "nt" else ys[j].at[n, ks, columns]
+        left, right = ring.left[sums.kind == "tn"], ring.right[sums.kind != "nt"]
         plgpu.copy_gmem_to_smem(x, left.at[stage], ring.full.at[stage])
         plgpu.copy_gmem_to_smem(y, right.at[stage], ring.full.at[stage], collective_axes="block")
 
-    for kind, begin, end in ranges:
-        for p, (i, j) in enumerate(sums.pairs):
-            before = place.first + len(sums.pairs) * (begin - first) + p * (end - begin) - begin
-            jax.lax.fori_loop(begin, end, functools.partial(copy, i, j, before, kind), None)
+    for p, (i, j) in enumerate(sums.pairs):
+        before = place.first + p * (K_steps - first) - first
+        jax.lax.fori_loop(first, K_steps, functools.partial(copy, i, j, before), None)
     if start is None:
         return
     for k in range(TILE // BLOCK_K):
@@ -315,7 +284,6 @@ class Kernels:
       interpret: as in `multiply`.
     """
 
-    by_half: bool = True
     interpret: Any = None
     dtype: Any = jnp.bfloat16
 
@@ -330,23 +298,18 @@ class Kernels:
         return self._run((z_NCF,), (z_NCF,), Sums("nt", ONE, ("float32",), lower=True))[0]
 
     def square(self, m):
-        return self._run(m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
+        return self._run(m, m, Sums("tn", OF_FOUR, triangular=True))
 
     def outer(self, x_NCD, y_NCD):
-        sums = Sums("nt", ((0, 0), (1, 1)), lower=True)
-        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), Sums("nt", ((0, 0), (1, 1))))
 
     def sandwich(self, a, b):
-        half = self._run(a, b, Sums("nn", OF_FOUR, symmetric=(True, True)))
-        sums = Sums("nn", OF_FOUR, lower=True, symmetric=(False, True), negative=True)
-        return self._run(half, a, sums)
+        half = self._run(a, b, Sums("nn", OF_FOUR))
+        return self._run(half, a, Sums("nn", OF_FOUR, negative=True))
 
     def apply(self, a, y_NCS, shift_N=None):
         start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
-        sums = Sums("nn", OF_TWO, ("bfloat16",), symmetric=(True, False))
-        return self._run(a, (y_NCS,), sums, **start)[0]
+        return self._run(a, (y_NCS,), Sums("nn", OF_TWO, ("bfloat16",)), **start)[0]
 
     def _run(self, xs, ys, sums, **options):
-        if not self.by_half and sums.out[0] != "float32":
-            sums = dataclasses.replace(sums, lower=False, symmetric=(False, False))
         return tuple(multiply(xs, ys, sums, interpret=self.interpret, **options))

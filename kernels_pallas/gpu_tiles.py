@@ -308,16 +308,13 @@ def _prefetch(product, place, s):
                 plgpu.async_prefetch(array.at[rows, pl.ds(place.n0, TILE)])
 
 
-def consume(ring, wg, product, place, accumulate=None):
-    """Sum this consumer's 64 rows of a tile, and hand them to the product's epilogue.
-
-    `accumulate`: another order of k-steps (`gpu_terms.py`).
-    """
+def consume(ring, wg, product, place):
+    """Sum this consumer's 64 rows of a tile, and hand them to the product's epilogue."""
     own_rows = pl.ds(pl.multiple_of(wg * CONSUMER_ROWS, CONSUMER_ROWS), CONSUMER_ROWS)
     accumulator = plgpu.ACC(  # pyright: ignore[reportPrivateImportUsage]
         (CONSUMER_ROWS, TILE), jnp.float32
     )
-    accumulate = functools.partial(accumulate or _accumulate, ring, product, place, own_rows)
+    accumulate = functools.partial(_accumulate, ring, product, place, own_rows)
     sums: Any = pl.run_scoped(accumulate, accumulator)
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
     write = product.epilogue(place.b, m0, place.n0)
@@ -334,13 +331,8 @@ def consume(ring, wg, product, place, accumulate=None):
 
 def _accumulate(ring, product, place, own_rows, sums):
     """The whole sum, [64, 256] float32."""
-    step = functools.partial(consume_k_step, ring, product.kind, place, own_rows, sums)
+    step = functools.partial(_consume_k_step, ring, product, place, own_rows, sums)
     jax.lax.fori_loop(0, place.k_steps, step, None)
-    return finish(ring, place, sums)
-
-
-def finish(ring, place, sums):
-    """Wait for the last k-step, release its stage, and read the sums."""
     plgpu.wgmma_wait(0)
 
     @pl.when(place.k_steps > 0)
@@ -350,15 +342,15 @@ def finish(ring, place, sums):
     return sums[...]
 
 
-def consume_k_step(ring, kind, place, own_rows, sums, s, _):
+def _consume_k_step(ring, product, place, own_rows, sums, s, _):
     """Multiply the operands of one stage; release the stage before it."""
     stage = ring.stage(place.first + s)
     plgpu.barrier_wait(ring.full.at[stage])
-    if kind[0] == "t":
+    if product.kind == "tn":
         left = _transposed(ring.left[True].at[stage, :, own_rows])
     else:
         left = ring.left[False].at[stage, own_rows]
-    if kind[1] == "t":
+    if product.kind == "nt":
         right = _transposed(ring.right[False].at[stage])
     else:
         right = ring.right[True].at[stage]

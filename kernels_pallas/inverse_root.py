@@ -44,97 +44,81 @@ def why_not(dtype, C: int) -> str | None:
     return None if C % BLOCK == 0 else f"C = {C} is not a multiple of {BLOCK}"
 
 
-def inverse_root_gpu(a_NCC, shift_N, warps: int = 4, stages: int = 3, width: int = 1):
+def inverse_root_gpu(a_NCC, shift_N):
     """Lower triangular M with (A + shift I)^-1 = M^T M, for symmetric positive definite A + shift
     I, float32. Only the lower triangle of A's blocks is read.
 
     Returns: the two terms of M, bfloat16.
     """
-    return _call(a_NCC, shift_N, BLOCK, plgpu.debug_barrier, False, warps, stages, width)
+    return _call(a_NCC, shift_N, BLOCK, plgpu.debug_barrier, False)
 
 
-def interpreted(a_NCC, shift_N, block: int, width: int = 1):
+def interpreted(a_NCC, shift_N, block: int):
     """The same in Pallas' interpreter, on any platform.
 
     Args:
       block: b, which divides C; a power of two.
     """
-    return _call(a_NCC, shift_N, block, lambda: None, True, 4, 1, width)
+    return _call(a_NCC, shift_N, block, lambda: None, True)
 
 
-def _call(
-    a_NCC, shift_N, b: int, barrier: Callable[[], None], interpret: bool, warps, stages, width
-):
+def _call(a_NCC, shift_N, b: int, barrier: Callable[[], None], interpret: bool):
     N, C = a_NCC.shape[:2]
-    width = width if C // b % width == 0 else 1
     matrix = pl.BlockSpec((None, C, C), lambda n: (n, 0, 0))
     return pl.pallas_call(
-        functools.partial(_by_rows, C // b, b, width, barrier),
+        functools.partial(_by_rows, C // b, b, barrier),
         grid=(N,),
         in_specs=[matrix, pl.BlockSpec((1,), lambda n: (n,))],
         out_specs=(matrix, matrix),
         out_shape=(jax.ShapeDtypeStruct((N, C, C), jnp.bfloat16),) * 2,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        # Three stages were faster than two, and four warps than eight (H200).
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="ttt_inverse_root",
     )(a_NCC, shift_N)
 
 
-def _by_rows(count: int, b: int, width: int, barrier, a_CC, shift_1, high_CC, low_CC):
+def _by_rows(count: int, b: int, barrier, a_CC, shift_1, high_CC, low_CC):
     """Fill M row by row of blocks.
 
     With H the rows so far and Q the row of A left of its corner R: L = Q H^T, the corner M_ii is
     the inverse root of R - L L^T, and left of it is -M_ii L H. M's row holds L until it is
     overwritten, from the left: M_ij needs the L_ip from p = j on. That is two thirds of C^3
     multiplications and additions, no more than a factorisation and an inverse of its factor.
-
-    L and what is left of the corner are made `width` blocks at a time. Of the last ones some may
-    lie right of what is needed: what is made there is overwritten.
     """
-    wide = width * b
     at = lambda i, j: (pl.ds(i * b, b), pl.ds(j * b, b))
-    across = lambda i, j: (pl.ds(i * b, b), pl.ds(j * wide, wide))
-    down = lambda i, j: (pl.ds(i * wide, wide), pl.ds(j * b, b))
-    zero_bb, zero_bw = jnp.zeros((b, b), jnp.float32), jnp.zeros((b, wide), jnp.float32)
+    load = lambda i, j: (high_CC[at(i, j)], low_CC[at(i, j)])
+    zero_bb = jnp.zeros((b, b), jnp.float32)
     diagonal_bb = _index(b, 0) == _index(b, 1)
 
-    def load(part):
-        return high_CC[part], low_CC[part]
-
-    def store(part, x):
-        high_CC[part], low_CC[part] = split(x)
-
-    def transposed(terms):
-        return terms[0].T, terms[1].T
+    def store(i, j, x_bb):
+        high_CC[at(i, j)], low_CC[at(i, j)] = split(x_bb)
 
     def row(i, _):
-        groups = (i + width - 1) // width
-
         def fill_l(p, _):
-            def add(q, acc_bw):
-                return acc_bw + product(split(a_CC[at(i, q)]), transposed(load(down(p, q))))
+            def add(q, acc_bb):
+                high_bb, low_bb = load(p, q)
+                return acc_bb + product(split(a_CC[at(i, q)]), (high_bb.T, low_bb.T))
 
-            last = jnp.minimum((p + 1) * width, i)
-            store(across(i, p), jax.lax.fori_loop(0, last, add, zero_bw))
+            store(i, p, jax.lax.fori_loop(0, p + 1, add, zero_bb))
 
         def subtract_square(p, acc_bb):
-            l_bb = load(at(i, p))
-            return acc_bb - product(l_bb, transposed(l_bb))
+            high_bb, low_bb = load(i, p)
+            return acc_bb - product((high_bb, low_bb), (high_bb.T, low_bb.T))
 
         def fill_left(j, _):
-            add = lambda p, acc_bw: acc_bw + product(load(at(i, p)), load(across(p, j)))
-            lh_bw = jax.lax.fori_loop(j * width, i, add, zero_bw)
+            add = lambda p, acc_bb: acc_bb + product(load(i, p), load(p, j))
+            lh_bb = jax.lax.fori_loop(j, i, add, zero_bb)
             barrier()  # every thread has read L_ij
-            store(across(i, j), -product(split(corner_bb), split(lh_bw)))
+            store(i, j, -product(split(corner_bb), split(lh_bb)))
 
-        jax.lax.fori_loop(0, groups, fill_l, None)
+        jax.lax.fori_loop(0, i, fill_l, None)
         barrier()
         corner_bb = a_CC[at(i, i)] + jnp.where(diagonal_bb, shift_1[0], 0.0)
         corner_bb = _swept(jax.lax.fori_loop(0, i, subtract_square, corner_bb))
-        jax.lax.fori_loop(0, groups, fill_left, None)
-        barrier()  # of those blocks, what lies right of the corner's column
-        store(at(i, i), corner_bb)
-        jax.lax.fori_loop(i + 1, count, lambda j, _: store(at(i, j), zero_bb), None)
+        jax.lax.fori_loop(0, i, fill_left, None)
+        store(i, i, corner_bb)
+        jax.lax.fori_loop(i + 1, count, lambda j, _: store(i, j, zero_bb), None)
         barrier()
 
     jax.lax.fori_loop(0, count, row, None)

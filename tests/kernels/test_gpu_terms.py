@@ -34,25 +34,6 @@ def test_tiles_hold_all_that_is_asked_for(lower, triangular):
     assert (seen.sum() == 768**2) != lower
 
 
-@pytest.mark.parametrize("symmetric", [(True, False), (False, True), (True, True)])
-def test_symmetric_matrices_are_read_where_they_were_written(symmetric):
-    """Each k-step once, in order, and of tiles that touch the lower triangle only."""
-    sums = gpu_terms.Sums("nn", gpu_terms.OF_FOUR, symmetric=symmetric)
-    written = lambda row, column: row // 256 >= column // 256
-    for m, n, first in sums.tiles(768, 768):
-        steps = []
-        for kind, start, stop in sums.ranges(768 // 64, m, n, first):
-            for s in range(int(start), int(stop)):
-                steps.append(s)
-                x = (s * 64, m) if kind[0] == "t" else (m, s * 64)
-                y = (n, s * 64) if kind[1] == "t" else (s * 64, n)
-                assert written(*x) or not symmetric[0]
-                assert written(*y) or not symmetric[1]
-                assert kind[0] == "n" or symmetric[0]
-                assert kind[1] == "n" or symmetric[1]
-        assert steps == list(range(768 // 64))
-
-
 @pytest.mark.parametrize(
     ("sizes", "dtype", "reason"),
     [

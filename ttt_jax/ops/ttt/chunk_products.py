@@ -27,10 +27,7 @@ _SUMMED = {"nn": (2, 1), "nt": (2, 2), "tn": (1, 1)}  # axes of X and of Y
 
 
 class Products(Protocol):
-    """What a ridge write multiplies, in a compute dtype.
-
-    What is symmetric may hold anything above the diagonal: those who made it know how to read it.
-    """
+    """What a ridge write multiplies, in a compute dtype."""
 
     @property
     def dtype(self) -> Any: ...
@@ -44,7 +41,7 @@ class Products(Protocol):
         ...
 
     def gram(self, z_NCF) -> Any:
-        """Z Z^T in float32 (float64)."""
+        """Z Z^T in float32 (float64), of which the lower triangle is sure to be there."""
         ...
 
     def square(self, m: Terms) -> Terms:

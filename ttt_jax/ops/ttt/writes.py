@@ -95,8 +95,7 @@ def _least_squares_backward(ridge, over_chunks, residuals, do_BMCD):
 least_squares.defvjp(_least_squares_forward, _least_squares_backward)
 
 
-# Each of these sees the shapes of all arrays, so that all three choose the same products: what one
-# makes of an inverse, another may not be able to read.
+# Each of these sees the shapes of all arrays, so that all three choose the same products.
 
 
 def _inverse(ridge: float, sum_F: Callable, z_BMCF, v_BMCD) -> Terms:
