@@ -53,8 +53,8 @@ def _command(argv: list[str], stop: StopSignal) -> int:
     has_preset = bool(words) and not words[0].startswith("-")
     preset, overrides = (words[0], words[1:]) if has_preset else (None, words)
     if words != argv:
-        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
         fields = help_text(config_to_show(preset or "default"))
+        print(f"{__doc__}\npresets: {', '.join(preset_names())}")
         print(f"\nThe fields, with the values of {preset or 'default'}:\n\n{fields}")
         return 0
     start = load_start(preset, overrides)
@@ -84,11 +84,12 @@ def train(start: Start, stop: StopSignal) -> None:
         from ttt_jax.parallel.mesh import local_rows, make_mesh, put_batch
         from ttt_jax.pretrained.load import training_tokenizer
         from ttt_jax.training.heldout import Heldout
-        from ttt_jax.training.job import open_job
+        from ttt_jax.training.job import Parts, open_job
         from ttt_jax.training.measured_rate import settled
         from ttt_jax.training.resume_check import check_resume
         from ttt_jax.training.start_check import checked_beginning
         from ttt_jax.training.step import abstract_state, make_train_step
+        from ttt_jax.training.step_memory import settled_remat
 
         say_on_first_process(start.remarks)
         fetched = fetch_run(config)
@@ -98,16 +99,16 @@ def train(start: Start, stop: StopSignal) -> None:
         loader = make_loader(config, tokenizer=tokenizer, rows=local_rows(mesh, batch_shape))
         batches = (put_batch(batch, mesh, config.data.batch_size) for batch in loader)
         heldout = Heldout(config, mesh, tokenizer)
-        config = settled(start, heldout.rows)
+        config = settled_remat(settled(start, heldout.rows), mesh)
         abstract, optimizer = abstract_state(config, mesh)
         fresh = checked_beginning(config, abstract, optimizer, heldout.rows, mesh)
         changes = fetched + check_resume(config, loader)
         hooks = heldout.hooks(config) + sample_hooks(config, tokenizer, heldout.rows, abstract)
         train_step = make_train_step(config, optimizer)
-        # the first write: everything has been checked
-        with open_job(
+        parts = Parts(
             config, stop, lock, timer, tokenizer, loader, heldout, hooks, abstract, fresh, changes
-        ) as job:
+        )
+        with open_job(parts) as job:  # the first write: everything has been checked
             state = job.resume()
             while job.step < config.steps:
                 state, metrics = train_step(state, job.fetch(batches))

@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 from pathlib import Path
 
-QUANTILES = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+sys.path.insert(0, str(Path(__file__).parent))
+
+from study import mean_and_half
 
 
 def by_seed(files: list[Path], arm: str) -> dict[int, dict]:
     """Held-out losses of one arm by seed; of two results for a seed the last counts."""
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return {row["seed"]: row["heldout"] for row in rows if row["arm"] == arm and "heldout" in row}
-
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """Mean, and half of the interval's width."""
-    n, mean = len(values), sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    return mean, QUANTILES[n] * math.sqrt(variance / n)
 
 
 def draw(files: list[Path], arms: list[tuple[str, str]], path: Path) -> None:

@@ -35,6 +35,7 @@ from ttt_jax.parallel.mesh import make_mesh, put_batch
 from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.run.provenance import provenance
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
+from ttt_jax.training.step_memory import settled_remat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,6 +74,7 @@ def measure(
     config: config_lib.Config, every: list[int], saves: int, blocks: int, folder: Path
 ) -> dict:
     mesh = make_mesh(config.mesh)
+    config = settled_remat(config, mesh)
     abstract, tx = abstract_state(config, mesh)
     state, step = init_state(config, abstract, tx), make_train_step(config, tx)
     B, T = config.data.batch_size, config.data.seq_len

@@ -48,6 +48,7 @@ from ttt_jax.parallel.one_device import Devices
 from ttt_jax.parallel.shard_mapped import Parallel, make_parallel
 from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
+from ttt_jax.training.step_memory import settled_remat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +141,7 @@ def random_batch(config: config_lib.Config, mesh) -> dict:
 
 def prefill(config: config_lib.Config, mesh, repeats: int) -> tuple[float, float]:
     """Seconds of a forward pass that returns the stream's state, and GiB per device."""
+    config = settled_remat(config, mesh)
     abstract, _ = abstract_state(config, mesh)
     low = lambda model: jax.tree.map(lambda x: x.astype(config.compute_dtype), model)
     shardings = jax.tree.map(lambda x: x.sharding, abstract.model)
@@ -161,6 +163,7 @@ def prefill(config: config_lib.Config, mesh, repeats: int) -> tuple[float, float
 
 def train(config: config_lib.Config, mesh, repeats: int) -> tuple[float, float]:
     """Seconds of a training step, and GiB per device."""
+    config = settled_remat(config, mesh)
     abstract, tx = abstract_state(config, mesh)
     batch = random_batch(config, mesh)
     compiled = make_train_step(config, tx).lower(abstract, batch).compile()

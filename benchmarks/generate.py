@@ -340,11 +340,12 @@ def time_decoding(
                 flush=True,
             )
             if args.profile:
-                profile(model, batch, args.decode_context, ttt)
+                for ends in (False, True) if ttt and cfg.ttt.layers else (False,):
+                    profile(model, batch, args.decode_context, ttt, ends)
     return rows
 
 
-def profile(model: Transformer, batch: int, context: int, ttt: bool) -> None:
+def profile(model: Transformer, batch: int, context: int, ttt: bool, ends: bool) -> None:
     import collections
     import glob
     import tempfile
@@ -353,7 +354,7 @@ def profile(model: Transformer, batch: int, context: int, ttt: bool) -> None:
     zero_B, alive_B = jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool)
     frozen = Frozen(model)
     step = lambda state: decode_step(
-        frozen, state, zero_B, alive_B, zero_B, sampling=GREEDY, eos=(), ends_chunk=False, ttt=ttt
+        frozen, state, zero_B, alive_B, zero_B, sampling=GREEDY, eos=(), ends_chunk=ends, ttt=ttt
     )
     state, _ = step(state)
     with tempfile.TemporaryDirectory() as folder:
@@ -370,9 +371,8 @@ def profile(model: Transformer, batch: int, context: int, ttt: bool) -> None:
                 for event in line.events:
                     time_ms[event.name[:100]] += event.duration_ns / 1e6
                     count[event.name[:100]] += 1
-    print(
-        f"  kernels of one step: {sum(time_ms.values()):.2f} ms in {sum(count.values())} launches"
-    )
+    words = "a step that completes chunks" if ends else "one step"
+    print(f"  kernels of {words}: {sum(time_ms.values()):.2f} ms in {sum(count.values())} launches")
     for name, ms in time_ms.most_common(16):
         print(f"  {ms:8.3f} ms x{count[name]:<4} {name}")
 

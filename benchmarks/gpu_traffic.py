@@ -35,6 +35,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.train_step import room_for
 from ttt_jax import config as config_lib
 from ttt_jax import jax_internals
 from ttt_jax.inference import prefill as reading
@@ -46,6 +47,7 @@ from ttt_jax.plan import collectives as hlo
 from ttt_jax.plan.collectives import nbytes
 from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, make_train_step
+from ttt_jax.training.step_memory import keep_what_fits
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = """
@@ -64,6 +66,8 @@ dnn_version_info { major: 9  minor: 12 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+# What jax takes of that memory, if nothing else is said.
+USABLE_MEMORY = 0.75 * 84929347584
 OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 FREE = {
     "parameter",
@@ -96,6 +100,9 @@ def devices(count: int) -> list:
 def train_step(config: config_lib.Config, found: list, packed: bool):
     """The traced step, as `benchmarks/train_step.py` times it, or with documents."""
     mesh = make_mesh(config.mesh, found)
+    config, said = keep_what_fits(config, mesh, USABLE_MEMORY)
+    for line in said:
+        print(line, flush=True)
     state, tx = abstract_state(config, mesh)
     shape = config.data.batch_size, config.data.seq_len
     rows = NamedSharding(mesh, P(("data", "fsdp"), "context"))
@@ -290,10 +297,11 @@ def main() -> None:
         f"--data.seq_len={args.seq}",
         f"--data.batch_size={args.batch}",
     ]
-    words += [f"--model.max_positions={max(args.seq, args.prefill or 0)}", *overrides]
+    path = ROOT / "configs" / f"{args.preset}.yaml"
+    words += [*room_for(path, max(args.seq, args.prefill or 0)), *overrides]
     if args.chunk:
         words.append(f"--model.ttt.chunk_size={args.chunk}")
-    on = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    on = load_start_config(path, words)
     found = devices(args.devices)
     for name in ("off", "on") if args.only is None else (args.only,):
         config = on if name == "on" else config_lib.replace(on, {"model.ttt.layers": []})

@@ -1,24 +1,33 @@
-"""What memories hold: books read to a point, later parts of them scored with nothing but W + dW.
+"""What memories hold: chapters of held-out books are read, later ones scored with W + dW alone.
 
     python benchmarks/memory_study.py runs/books books_heldout.jsonl.xz --out memory_study
 
-Each book's first tokens are read with TTT on. Then keys, values and positions are dropped, and
-tokens further on in the same book are scored with the frozen memory (the mode "strict" of
-docs/evaluation.md, with a gap). Everything is compared on the same tokens with no memory and with
-the next book's:
+Of each book the last tokens before a chapter are read with TTT on. Then keys, values and positions
+are dropped, and two places are scored from a fresh context with the frozen memory: the chapter that
+begins there ("near"), and one that begins at least `--far` tokens later. Everything is compared on
+the same tokens with no memory and with the next book's:
 
     amount      by how much was read
-    scale       the longest reading's memory times a factor; the best one is kept from here on
-    sums        the sum of n books' memories, the scored book's among them, by factor
+    scale       the longest reading's memory times a factor
+    sums        the sum of n books' memories, the scored book's among them, by factor, against the
+                book's own memory times the same factor
+    common      the mean of all other books' memories, and what is left of a book's own without it
     rank        the best factors of a rank: gain kept, size
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
+    author      another book's memory by the same author (`author` of the JSON records)
+    parts       the longest reading in pieces that are read apart and added up
+    no decay    amount and scale, read with `decay: 1` instead of the model's
 
-Intervals: 95 %, bootstrap over books, paired by book. Writes results.json, tables.md and rank.png.
+Two programs are compiled, one that reads and one that scores, and one more for the reading without
+decay. Intervals: 95 %, bootstrap over books, paired by book. Every part is printed, and written to
+results.json and tables.md, when it is done; rank.png is drawn at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 import time
@@ -31,13 +40,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.eval.documents import open_documents
+from benchmarks import memory_tables
+from benchmarks.memory_books import CHAPTER, Book, load_books
 from ttt_jax.eval.reader import Reader, score_frozen_piece
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.inference.prefill import check_ids, needs_capacity
-from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.inference.prefill import needs_capacity
+from ttt_jax.memory.fast_weights import only_fast_weights
+from ttt_jax.model.transformer import State, Transformer, abstract_transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
+
+FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
+Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
 
 
 def main() -> None:
@@ -48,12 +62,13 @@ def main() -> None:
     parser.add_argument("books", type=Path, help="long documents, anything that train.py reads")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--count", type=int, default=20, help="books")
-    parser.add_argument("--read", default="8192,16384,32768,65536", help="tokens read, ascending")
-    parser.add_argument("--gap", type=int, default=2048, help="tokens between read and scored")
-    parser.add_argument("--score", type=int, default=4096, help="tokens scored")
-    parser.add_argument("--ranks", default="1,4,16,64,256")
+    parser.add_argument("--read", default="4096,8192,16384,32768", help="tokens read, ascending")
+    parser.add_argument("--far", type=int, default=16384, help="tokens to the later chapter")
+    parser.add_argument("--score", type=int, default=4096, help="tokens scored of a chapter")
+    parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128,256,512")
+    parser.add_argument("--search", type=int, default=16384, help="tokens to the next chapter")
+    parser.add_argument("--chapter", default=CHAPTER, help="what a chapter's first line looks like")
     parser.add_argument("--piece", type=int, default=4096, help="tokens of a row read at a time")
-    parser.add_argument("--batch-size", type=int, default=20, help="books read side by side")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -62,209 +77,249 @@ def main() -> None:
     C = model.config.ttt.chunk_size
     if sorted(set(amounts)) != amounts or any(n % C for n in amounts):
         sys.exit(f"--read {args.read}: give ascending multiples of the chunk, {C}")
-    ids_BT, chosen = load_books(model, args, amounts[-1] + args.gap + args.score + 1)
-    study = Study(model, ids_BT, amounts, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    books = load_books(model, args, amounts[-1])
+    study = Study(model, books, amounts, args)
     results: dict[str, Any] = {
         "arguments": {k: str(v) for k, v in vars(args).items()},
-        "books": chosen,
-        "sizes": study.sizes(),
-        "amount": study.by_amount(),
-        "scale": study.by_scale(),
-        "factor": study.factor,
-        "sums": study.by_sum(),
-        "rank": study.by_rank([int(r) for r in args.ranks.split(",")]),
-        "tokens": study.by_token(),
-        "seconds": time.perf_counter() - begin,
+        "books": [dict(zip(book._fields[:4], book[:4], strict=True)) for book in books],
         **provenance(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = tables(results)
-    (args.out / "tables.md").write_text(text)
-    chart(results, args.out / "rank.png")
-    print(text)
-    print(f"{results['seconds']:.0f} s: {args.out}")
+    parts = {
+        "amount": study.by_amount,
+        "scale": study.by_scale,
+        "sums": study.by_sum,
+        "common": study.by_origin,
+        "rank": lambda: study.by_rank([int(r) for r in args.ranks.split(",")]),
+        "tokens": study.by_token,
+        "author": study.by_author,
+        "parts": study.by_parts,
+        "no_decay": study.without_decay,
+    }
+    for name, part in parts.items():
+        results[name] = part()
+        results["sizes"], results["factor"] = study.sizes, study.factor
+        results["seconds"] = time.perf_counter() - begin
+        (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.out / "tables.md").write_text(memory_tables.of_all(results))
+        text = memory_tables.of_part(name, results)
+        print(f"{text}\n{results['seconds']:.0f} s after {name}\n", flush=True)
+    memory_tables.chart(results["rank"], args.out / "rank.png")
 
 
-def load_books(model: Transformer, args, tokens: int) -> tuple[np.ndarray, list[int]]:
-    """The first tokens of the first books that are long enough."""
-    corpus = open_documents(model, args.books, "books")
-    long = [int(i) for i in np.flatnonzero(corpus.length_N >= tokens)][: args.count]
-    if len(long) < 2:
-        sys.exit(f"{args.books}: fewer than two documents have {tokens} tokens; lower --read")
-    rows = [np.asarray(corpus.tokens(i, 0, tokens)) for i in long]
-    print(f"{len(long)} books of {tokens} tokens and more", flush=True)
-    return np.stack(check_ids(rows, model.config.vocab_size)), long
-
-
-RANK_HEADS = ["rank", "MB", "squared norm", "gain", "own over another's", "gain kept"]
-FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
-Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
+# ------------------------------------------------------------------------------------------- study
 
 
 class Study:
-    """The memories of all books after every amount, and losses with memories made of them."""
+    """The memories of all books after every amount, and losses with memories made of them.
 
-    def __init__(self, model: Transformer, ids_BT: np.ndarray, amounts: list[int], args) -> None:
-        self.model, self.ids, self.amounts, self.args = model, ids_BT, amounts, args
-        self.reader = Reader(model, args.piece)
-        self.first = amounts[-1] + args.gap  # the first input of the scored tokens
-        self.session_bytes = 0
-        B = len(ids_BT)
-        parts = [ids_BT[start : start + args.batch_size] for start in range(0, B, args.batch_size)]
-        marks = [self._read(part) for part in parts]  # [part][amount]
-        self.memories: list[Fast] = [
-            [jnp.concatenate(runs, axis=2) for runs in zip(*(m[n] for m in marks), strict=True)]
-            for n in range(len(amounts))
-        ]
-        self.whole, self.factor = self.memories[-1], 1.0
-        self.none_BK = self.losses([jnp.zeros_like(S) for S in self.whole])
-        self.own_BK = self.other_BK = self.none_BK  # of the whole memories, by `by_scale`
+    Fields:
+      whole: the memories of the longest reading.
+      factor: the best one of `by_scale`; what follows is about `whole` times it.
+    """
 
-    def _read(self, ids_BT: np.ndarray) -> list[Fast]:
-        """S after every amount."""
-        state, found, start = None, [], 0
-        for stop in self.amounts:
-            state = self.reader.read(ids_BT, start, stop, state, self.amounts[-1], ttt=True)
+    def __init__(self, model: Transformer, books: list[Book], amounts: list[int], args) -> None:
+        self.model, self.books, self.amounts, self.args = model, books, amounts, args
+        self.ids_BT = np.stack([book.read_T for book in books])
+        self.places = {
+            "near": np.stack([book.near_K1 for book in books]),
+            "far": np.stack([book.far_K1 for book in books]),
+        }
+        self.last = [self.ids_BT[:, -n:] for n in amounts]
+        self.reader, self.sizes, self.factor = Reader(model, args.piece), {}, 1.0
+        self.memories = self.read(self.reader, self.last)
+        self.whole = self.memories[-1]
+        if not any(bool(jnp.any(S)) for S in self.whole):
+            sys.exit("every memory is zero: reading wrote nothing, and there is nothing to measure")
+        nothing = [jnp.zeros_like(S) for S in self.whole]
+        self.none = {place: self.losses(nothing, place) for place in self.places}
+        self.own_by_factor: dict[float, np.ndarray] = {}
+
+    def read(self, reader: Reader, texts: list[np.ndarray]) -> list[Fast]:
+        """S after each text of every book [B, tokens], from a fresh state."""
+        B, T = self.ids_BT.shape
+        found = []
+        for ids_BP in texts:
+            # Not None, so that the first piece runs the program of the others.
+            capacity = T if needs_capacity(self.model) else None
+            state = only_fast_weights(self.model, None, B, capacity)
+            start = time.perf_counter()
+            state = reader.read(ids_BP, 0, ids_BP.shape[1], state, T, ttt=True)
             assert state is not None
-            found.append([jnp.copy(S) for S in fast_of(state)])
-            start = stop
-        self.session_bytes = sum(x.nbytes for x in jax.tree.leaves(state)) // len(ids_BT)
-        self.reader.watch.check("book")
+            found.append([x.ttt.S_BDF for x in runs_of(state)])
+            jax.block_until_ready(found[-1])
+            seconds = time.perf_counter() - start
+        reader.watch.check("book")
+        cfg = self.model.config
+        self.sizes = {
+            "memory_mb": 4 * len(cfg.ttt.layers) * cfg.d_model * cfg.d_ff / 1e6,
+            "session_mb": sum(x.nbytes for x in jax.tree.leaves(state)) / B / 1e6,
+            "read_tokens_per_second": texts[-1].size / seconds,
+        }
         return found
 
-    def losses(self, fast: Fast) -> np.ndarray:
-        """Losses [B, K] of the later tokens with frozen fast weights, a book's own in each row."""
-        found, size = [], self.args.batch_size
-        for start in range(0, len(self.ids), size):
-            rows = self.ids[start : start + size, self.first :]
-            found.append(self._losses(rows, [S[:, :, start : start + size] for S in fast]))
-        return np.concatenate(found)
-
-    def _losses(self, ids_BK1: np.ndarray, fast: Fast) -> np.ndarray:
+    def losses(self, fast: Fast, place: str = "near") -> np.ndarray:
+        """Losses [B, K] of a place's tokens with frozen fast weights, a book's own in each row."""
+        ids_BK1 = self.places[place]
         B, K = len(ids_BK1), ids_BK1.shape[1] - 1
         state, found = with_fast(self.model, fast, B, K), []
         for first in range(0, K, self.reader.size):
             last = min(first + self.reader.size, K)
-            lengths_B = np.full(B, last - first, np.int32)
-            targets = ids_BK1[:, first + 1 : last + 1]
             state, logprobs_BP, _ = score_frozen_piece(
-                self.reader.frozen, state, ids_BK1[:, first:last], targets, lengths_B
+                self.reader.frozen,
+                state,
+                ids_BK1[:, first:last],
+                ids_BK1[:, first + 1 : last + 1],
+                np.full(B, last - first, np.int32),
             )
             found.append(-np.asarray(logprobs_BP))
         return np.concatenate(found, axis=1)
 
-    def gain(self, losses_BK: np.ndarray) -> dict[str, Any]:
-        """No memory minus this, with an interval over books."""
-        losses = losses_BK.mean(axis=1, dtype=np.float64)
-        none = self.none_BK.mean(axis=1, dtype=np.float64)
-        return {"loss": float(losses.mean()), "gain": mean_with_interval(none - losses)}
-
-    # ------------------------------------------------------------------------------------ questions
-
-    def sizes(self) -> dict[str, Any]:
-        cfg = self.model.config
-        full = 4 * len(cfg.ttt.layers) * cfg.d_model * cfg.d_ff
-        ratios = [np.asarray(ratio(self.model, S, at)) for at, S in enumerate(self.whole)]
+    def compared(self, fast: Fast, place: str = "near") -> dict[str, Any]:
+        """A book's own memory and the next one's, against none and against each other."""
+        own, other = self.losses(fast, place), self.losses(rolled(fast), place)
+        none = book_means(self.none[place])
         return {
-            "memory_mb": full / 1e6,
-            "session_mb": self.session_bytes / 1e6,
-            "largest_ratio": float(max(r.max() for r in ratios)),
+            "none": float(none.mean()),
+            "own": mean_with_interval(none - book_means(own)),
+            "other": mean_with_interval(none - book_means(other)),
+            "own_over_other": mean_with_interval(book_means(other) - book_means(own)),
         }
 
-    def by_amount(self) -> list[dict[str, Any]]:
+    def by_amount(self, memories: list[Fast] | None = None) -> list[dict[str, Any]]:
         rows = []
-        for tokens, fast in zip(self.amounts, self.memories, strict=True):
-            own, other = self.losses(fast), self.losses(rolled(fast))
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "none": float(self.none_BK.mean(dtype=np.float64)),
-                    "own": self.gain(own),
-                    "other": self.gain(other),
-                    "own_over_other": mean_with_interval(book_means(other) - book_means(own)),
-                }
-            )
+        for tokens, fast in zip(self.amounts, memories or self.memories, strict=True):
+            ratios_RNB = [ratio(self.model, S, at) for at, S in enumerate(fast)]
+            ratio_LB = np.concatenate([np.asarray(r).reshape(-1, r.shape[-1]) for r in ratios_RNB])
+            row = {"tokens": tokens, "ratio": float(ratio_LB.mean()), "max": float(ratio_LB.max())}
+            rows += [row | {"place": at} | self.compared(fast, at) for at in self.places]
         return rows
 
-    def by_scale(self) -> list[dict[str, Any]]:
+    def by_scale(self, whole: Fast | None = None) -> list[dict[str, Any]]:
         rows = []
         for factor in FACTORS:
-            own = self.losses([factor * S for S in self.whole])
-            rows.append({"factor": factor, "own": self.gain(own)})
-        self.factor = max(rows, key=lambda row: row["own"]["gain"]["mean"])["factor"]
-        self.whole = [self.factor * S for S in self.whole]
-        self.own_BK, self.other_BK = self.losses(self.whole), self.losses(rolled(self.whole))
+            fast = [factor * S for S in whole or self.whole]
+            rows += [{"factor": factor, "place": p} | self.compared(fast, p) for p in self.places]
+        if whole is None:
+            near = [row for row in rows if row["place"] == "near"]
+            self.factor = max(near, key=lambda row: row["own"]["mean"])["factor"]
         return rows
 
+    def best(self) -> Fast:
+        return [self.factor * S for S in self.whole]
+
     def by_sum(self) -> list[dict[str, Any]]:
-        """n books' memories in one, the scored book's among them, times a factor."""
-        rows, B = [], len(self.ids)
-        for n in sorted({n for n in (2, 4, 8, B) if n <= B}):
+        """n books' memories in one, the scored book's among them, times a factor. A book stands at
+        every place in the sums, because they go round.
+        """
+        rows, B = [], len(self.books)
+        own = functools.cache(lambda f: book_means(self.losses([f * S for S in self.whole])))
+        none = book_means(self.none["near"])
+        for n in sorted({n for n in (2, 4, B) if n <= B}):
             total = [sum(jnp.roll(S, -i, axis=2) for i in range(n)) for S in self.whole]
-            for factor in (1.0, n**-0.5, 1 / n):
-                got = self.losses([factor * S for S in total])
-                lost = mean_with_interval(book_means(got) - book_means(self.own_BK))
-                rows.append({"books": n, "factor": factor, "own": self.gain(got), "lost": lost})
+            factors = (0.25, 0.5, 0.75, 1.0) if n == 2 else (1 / n, n**-0.5, 1.0)
+            for factor in factors:
+                got = book_means(self.losses([factor * S for S in total]))
+                row = {"books": n, "factor": factor, "gain": mean_with_interval(none - got)}
+                row["alone"] = mean_with_interval(none - own(factor))
+                rows.append(row | {"lost": mean_with_interval(got - own(factor))})
+        return rows
+
+    def by_origin(self) -> list[dict[str, Any]]:
+        """What every book writes, and what only this one does."""
+        whole, B = self.best(), len(self.books)
+        mean = [(jnp.sum(S, axis=2, keepdims=True) - S) / (B - 1) for S in whole]
+        rest = [S - m for S, m in zip(whole, mean, strict=True)]
+        parts = {"own": whole, "mean of the others": mean, "own without that mean": rest}
+        return [{"memory": name} | self.compared(fast) for name, fast in parts.items()]
+
+    def by_parts(self) -> list[dict[str, Any]]:
+        """The longest reading in pieces, each from a fresh state, and the pieces' memories added
+        up: nothing is forgotten by decay, and every piece can be taken out again.
+        """
+        rows, T = [], self.ids_BT.shape[1]
+        for n in (2, 4, 8):
+            if T % (n * self.model.config.ttt.chunk_size):
+                continue
+            parts = self.read(self.reader, np.split(self.ids_BT, n, axis=1))
+            for factor in (1 / n, n**-0.5, 1.0):
+                total = [factor * sum(Ss) for Ss in zip(*parts, strict=True)]
+                row = {"parts": n, "factor": factor}
+                rows += [row | {"place": p} | self.compared(total, p) for p in self.places]
         return rows
 
     def by_rank(self, ranks: list[int]) -> list[dict[str, Any]]:
-        cfg = self.model.config
+        cfg, whole = self.model.config, self.best()
         layers, full = len(cfg.ttt.layers), min(cfg.d_model, cfg.d_ff)
-        bases = [bases_of(S) for S in self.whole]
-        own, rows = self.gain(self.own_BK), []
-        for rank in [r for r in ranks if r < full]:
-            both = list(zip(self.whole, bases, strict=True))
-            short = [truncated(S, basis, rank) for S, basis in both]
-            energy = [
-                jnp.sum(jnp.square(x)) / jnp.sum(jnp.square(S))
-                for x, (S, _) in zip(short, both, strict=True)
-            ]
-            losses = self.losses(short)
-            found = self.gain(losses)
-            rows.append(
-                {
-                    "rank": rank,
-                    "mb": 4 * layers * rank * (cfg.d_model + cfg.d_ff) / 1e6,
-                    "energy": float(np.mean([float(e) for e in energy])),
-                    "own": found,
-                    "own_over_other": mean_with_interval(
-                        book_means(self.losses(rolled(short))) - book_means(losses)
-                    ),
-                    "kept": found["gain"]["mean"] / own["gain"]["mean"],
-                }
-            )
-        whole = {"rank": full, "mb": 4 * layers * cfg.d_model * cfg.d_ff / 1e6, "energy": 1.0}
-        over = mean_with_interval(book_means(self.other_BK) - book_means(self.own_BK))
-        return [*rows, whole | {"own": own, "own_over_other": over, "kept": 1.0}]
+        bases = [bases_of(S) for S in whole]
+        rows, kept = [], []
+        for rank in [*(r for r in ranks if r < full), full]:
+            pairs = zip(whole, bases, strict=True)
+            short = whole if rank == full else [truncated(S, U, rank) for S, U in pairs]
+            energy = [jnp.sum(x**2) / jnp.sum(S**2) for x, S in zip(short, whole, strict=True)]
+            numbers = rank * (cfg.d_model + cfg.d_ff) if rank < full else cfg.d_model * cfg.d_ff
+            row = {"rank": rank, "mb": 4 * layers * numbers / 1e6, "kept": 1.0}
+            row["energy"] = float(np.mean([float(e) for e in energy]))
+            rows.append(row | self.compared(short))
+            kept.append(book_means(self.none["near"]) - book_means(self.losses(short)))
+        for row, gain_B in zip(rows, kept, strict=True):
+            row["kept"] = float(gain_B.mean() / kept[-1].mean())
+        return rows
 
     def by_token(self) -> list[dict[str, Any]]:
         """Gain and gain over the other book's memory on classes of scored tokens."""
-        read, target = self.ids[:, : self.amounts[-1]], self.ids[:, self.first + 1 :]
-        repeated = np.stack(
-            [completes(row, self.ids[b, self.first :]) for b, row in enumerate(read)]
-        )
-        own_word = own_words(read, self.model.config.vocab_size)
-        own_word = np.stack([own_word[b][target[b]] for b in range(len(read))]) & ~repeated
+        later_BK1 = self.places["near"]
+        repeated = np.stack([completes(*x) for x in zip(self.ids_BT, later_BK1, strict=True)])
+        own_BV = own_words(self.ids_BT, self.model.config.vocab_size)
+        own_word = np.take_along_axis(own_BV, later_BK1[:, 1:].astype(int), axis=1) & ~repeated
         classes = {"repeated 4-grams": repeated, "the book's own words": own_word}
         classes["the rest"] = ~repeated & ~own_word
+        whole = self.best()
+        losses = (self.none["near"], self.losses(whole), self.losses(rolled(whole)))
         rows = []
         for name, chosen in classes.items():
-            kept = [b for b in range(len(read)) if chosen[b].any()]
-            mean = lambda x, kept=kept, chosen=chosen: np.array(
-                [x[b][chosen[b]].mean(dtype=np.float64) for b in kept]
+            kept = [b for b in range(len(self.books)) if chosen[b].any()]
+            none, own, other = (
+                np.array([x[b][chosen[b]].mean(dtype=np.float64) for b in kept]) for x in losses
             )
-            none, own, other = (mean(x) for x in (self.none_BK, self.own_BK, self.other_BK))
-            rows.append(
-                {
-                    "class": name,
-                    "share": float(chosen.mean()),
-                    "none": float(none.mean()) if kept else None,
-                    "gain": mean_with_interval(none - own),
-                    "own_over_other": mean_with_interval(other - own),
-                }
-            )
+            row = {"class": name, "share": float(chosen.mean())}
+            row["none"] = float(none.mean()) if kept else None
+            over = mean_with_interval(other - own)
+            rows.append(row | {"own": mean_with_interval(none - own), "own_over_other": over})
         return rows
+
+    def by_author(self) -> dict[str, Any]:
+        """For books with another by their author: the gain of its memory, and of a stranger's."""
+        mates = [
+            next((j for j, x in enumerate(self.books) if j != i and x.author == book.author), None)
+            for i, book in enumerate(self.books)
+        ]
+        kept = [i for i, j in enumerate(mates) if j is not None and self.books[i].author]
+        if not kept:
+            return {"books": 0}
+        order = np.array([i if j is None else j for i, j in enumerate(mates)])
+        far = np.roll(np.arange(len(order)), -3)
+        far = np.where(far == order, np.roll(far, -1), far)  # of another author
+        none, whole = book_means(self.none["near"]), self.best()
+        gain = lambda at: none - book_means(self.losses([jnp.take(S, at, axis=2) for S in whole]))
+        same, other = gain(order)[kept], gain(far)[kept]
+        return {
+            "books": len(kept),
+            "same": mean_with_interval(same),
+            "stranger": mean_with_interval(other),
+            "same_over_stranger": mean_with_interval(same - other),
+        }
+
+    def without_decay(self) -> dict[str, Any]:
+        """Amount and scale for memories that the same weights read with `decay: 1`."""
+        ttt = self.model.config.ttt
+        if ttt.decay == 1:
+            return {}
+        cfg = dataclasses.replace(self.model.config, ttt=dataclasses.replace(ttt, decay=1.0))
+        tree = jax.tree.structure(abstract_transformer(cfg, self.model.runtime))
+        other = jax.tree.unflatten(tree, jax.tree.leaves(self.model))
+        memories = self.read(Reader(other, self.args.piece), self.last)
+        return {"amount": self.by_amount(memories), "scale": self.by_scale(memories[-1])}
 
 
 def book_means(losses_BK: np.ndarray) -> np.ndarray:
@@ -274,8 +329,8 @@ def book_means(losses_BK: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- fast weights
 
 
-def fast_of(state: State) -> Fast:
-    return [x.ttt.S_BDF for runs in state.layers for x in runs if x.ttt is not None]
+def runs_of(state: State) -> list[Any]:
+    return [x for runs in state.layers for x in runs if x.ttt is not None]
 
 
 def with_fast(model: Transformer, fast: Fast, batch: int, tokens: int) -> State:
@@ -298,7 +353,7 @@ def rolled(fast: Fast) -> Fast:
 
 
 def ratio(model: Transformer, S_RNBDF, at: int):
-    """||dW|| / ||W|| of run number `at` of those that adapt."""
+    """||dW|| / ||W|| of run number `at` of those that adapt, [R, N, B]."""
     runs = [b for g in model.groups for r, b in zip(g.pattern, g.blocks, strict=True) if r.kind.ttt]
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)))
     return norm(S_RNBDF) / norm(runs[at].mlp.down[...])[:, :, None]
@@ -342,72 +397,6 @@ def own_words(read_BT: np.ndarray, vocab_size: int) -> np.ndarray:
     counts = np.stack([np.bincount(row, minlength=vocab_size) for row in read_BT])
     others = (counts.sum(axis=0) - counts) / max(len(counts) - 1, 1)
     return (counts >= 5) & (counts > 10 * others)
-
-
-# ------------------------------------------------------------------------------------------- output
-
-
-def interval(entry: dict[str, Any]) -> str:
-    if entry["mean"] is None:
-        return "-"
-    low = "" if entry["low"] is None else f" [{entry['low']:+.4f}, {entry['high']:+.4f}]"
-    return f"{entry['mean']:+.4f}{low}"
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---:"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def tables(results: dict[str, Any]) -> str:
-    sizes = results["sizes"]
-    text = [
-        f"{len(results['books'])} books. A memory: {sizes['memory_mb']:.1f} MB, its session: "
-        f"{sizes['session_mb']:.1f} MB; largest ||dW||/||W|| {sizes['largest_ratio']:.3f}.\n"
-    ]
-    rows = []
-    for r in results["amount"]:
-        gains = (r["own"]["gain"], r["other"]["gain"], r["own_over_other"])
-        rows.append([str(r["tokens"]), f"{r['none']:.4f}", *map(interval, gains)])
-    heads = ["tokens read", "no memory", "gain, own", "gain, another's", "own over another's"]
-    text.append(table(heads, rows))
-    rows = [[f"{r['factor']:g}", interval(r["own"]["gain"])] for r in results["scale"]]
-    text.append(table(["own memory times", "gain"], rows))
-    text.append(f"From here on memories are multiplied by {results['factor']:g}.\n")
-    rows = [
-        [str(r["books"]), f"{r['factor']:.3f}", interval(r["own"]["gain"]), interval(r["lost"])]
-        for r in results["sums"]
-    ]
-    text.append(table(["books in the sum", "factor", "gain", "loss over own alone"], rows))
-    rows = []
-    for r in results["rank"]:
-        size = [str(r["rank"]), f"{r['mb']:.2f}", f"{r['energy']:.3f}"]
-        gains = (r["own"]["gain"], r["own_over_other"])
-        rows.append([*size, *map(interval, gains), f"{r['kept']:.3f}"])
-    text.append(table(RANK_HEADS, rows))
-    rows = []
-    for r in results["tokens"]:
-        none = "-" if r["none"] is None else f"{r['none']:.4f}"
-        gains = (r["gain"], r["own_over_other"])
-        rows.append([r["class"], f"{r['share']:.3f}", none, *map(interval, gains)])
-    heads = ["tokens", "share", "no memory", "gain, own", "own over another's"]
-    return "\n".join([*text, table(heads, rows)])
-
-
-def chart(results: dict[str, Any], path: Path) -> None:
-    from ttt_jax.display.html_page import figure_of, tidy
-
-    figure = figure_of(6, 3.5)
-    axes = figure.subplots()
-    rows = results["rank"]
-    x = [r["rank"] for r in rows]
-    axes.plot(x, [r["kept"] for r in rows], marker="o", label="gain on the same book")
-    axes.plot(x, [r["energy"] for r in rows], marker="s", label="squared norm")
-    axes.set_xscale("log")
-    axes.set(xlabel="rank", ylabel="share kept", title="What a memory's best factors keep")
-    axes.legend(frameon=False)
-    tidy(axes)
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@
 #            Prediction: 4.50, 4.53, 4.52. Measure the step first (part steps), and choose the
 #            number of steps by it.
 #   fused    books with `apply: fused`, seed 0, 300 steps. Prediction: no difference in loss.
-#   layers   study 2: 2, 4, 12 layers, seed 0, 300 steps. Prediction: more are better, 12 by 0.05.
+#   study 2 has a script of its own: benchmarks/ablations.sh books DATA GPU SECONDS
 #   smollm2  study 3 with a hundred times the rate for the target's parameters. Prediction: 0.01
 #            below no TTT at 8k. One arm takes 100 s.
 #   memory   own and other books' memories of a books run in FOLDER/run.
@@ -35,14 +35,11 @@ case $part in
   steps) timeout "$seconds" python3 benchmarks/step_parts.py --seconds 150 \
     --variants pallas_gpu:1,pallas_gpu:1:fused --json "$out/parts.jsonl" \
     --ops 2560x9728:512:1:16384=pallas_gpu:1+pallas_gpu:2,1024x3072:512:8:8192=pallas_gpu:1 ;;
-  equal) SEEDS="0 1 2" books "ridge358: --steps 358" ;;
+  equal) SEEDS="0 1 2" books "decay358: --steps 358" ;;
   fused) books "fused: --steps 300 --model.ttt.apply fused" ;;
-  layers) books "layers2: --steps 300 --model.ttt.layers [5,11]" \
-    "layers4: --steps 300 --model.ttt.layers [2,5,8,11]" \
-    "layers12: --steps 300 --model.ttt.layers [0,1,2,3,4,5,6,7,8,9,10,11]" ;;
   smollm2) bash benchmarks/smollm2.sh "$data" "$gpu" "$seconds" none ridge decay full ;;
   memory) timeout "$seconds" python3 benchmarks/memory_study.py "$data/run" \
     "$data/books_heldout.jsonl.xz" --out "$out/memory" ;;
-  *) echo "PART is tests, steps, equal, fused, layers, smollm2 or memory" && exit 2 ;;
+  *) echo "PART is tests, steps, equal, fused, smollm2 or memory" && exit 2 ;;
 esac
 exit 0

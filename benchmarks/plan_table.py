@@ -64,6 +64,7 @@ def measure(model: str, tokens: int, topology: str, context: int, timeout: float
         f"--model.max_positions={tokens}",
         f"--data.batch_size={fsdp}",
         "--optimizer.accumulate=1",
+        "--remat_save=[attention,ttt_target]",
         f"--model.ttt.chunk_size={CHUNK}",
         "--mesh.fsdp=-1",
         f"--mesh.context={context}",

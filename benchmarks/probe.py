@@ -29,6 +29,7 @@ from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.run.provenance import provenance
 from ttt_jax.training.heldout import evaluate_by_position, make_position_nll, make_probe
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
+from ttt_jax.training.step_memory import settled_remat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +59,7 @@ def main() -> None:
 
 def measure(config: config_lib.Config, rounds: int) -> dict:
     mesh = make_mesh(config.mesh)
+    config = settled_remat(config, mesh)
     abstract, tx = abstract_state(config, mesh)
     state, step, nll = (
         init_state(config, abstract, tx),

@@ -20,6 +20,7 @@ target=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 100}]")
 for arm in "$@"; do
   name=${arm%%:*}
   seed=0
+  from=$data/smollm2
   [[ $arm == *:* ]] && seed=${arm##*:}
   case $name in
     none) words=("--model.ttt.layers=[]") ;;
@@ -29,6 +30,10 @@ for arm in "$@"; do
     decay) words=("${target[@]}" --model.ttt.decay 0.9) ;;
     ridge3) words=("${target[@]}" --model.ttt.lr 3) ;;
     slow) words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 10}]") ;;
+    start*) # from benchmarks/drop_in.py --out FOLDER, with the target's rate times the number
+      words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: ${name#start}}]" \
+        --model.ttt.layers "$(cat "$data/layers.json")")
+      from=$data/start ;;
     sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
     steps*) words=("${target[@]}" --steps "${name#steps}") ;;
     none-steps*) words=(--model.ttt.layers=[] --steps "${name#none-steps}") ;;
@@ -38,7 +43,7 @@ for arm in "$@"; do
   ((left < 60)) && echo "$arm: not started, the time is up" && continue
   run=$name-$seed
   if [[ ! -e $runs/$run/report.json ]]; then
-    timeout "$left" python3 train.py benchmarks/smollm2_books.yaml --init_from "$data/smollm2" \
+    timeout "$left" python3 train.py benchmarks/smollm2_books.yaml --init_from "$from" \
       --data.tokenizer "$data/smollm2" --data.train "$data/books_small.jsonl.xz" \
       --data.heldout "$data/books_heldout.jsonl.xz" --runs_dir "$runs" --name "$run" \
       --seed "$seed" --log.tensorboard false --log.probe_every 0 --compile_cache null "${words[@]}" \

@@ -44,6 +44,7 @@ from ttt_jax.ops import in_place_ttt
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.one_device import ONE_DEVICE
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
+from ttt_jax.training.step_memory import settled_remat
 
 ROOT = Path(__file__).resolve().parents[1]
 registry: Any = importlib.import_module("ttt_jax.ops.ttt.api")  # not the function
@@ -128,6 +129,7 @@ def step_programs(config, variants, pool):
     programs |= {f"step {v}": (v, {"model.ttt.apply": apply_of(v)}) for v in variants}
     for name, (variant, changes) in programs.items():
         changed = config_lib.replace(config, changes)
+        changed = settled_remat(changed, make_mesh(changed.mesh))
         abstract, tx = abstract_state(changed, make_mesh(changed.mesh))
         state = pool.submit(init_state, changed, abstract, tx)
         yield name, variant, make_train_step(changed, tx), (state, batch, abstract)

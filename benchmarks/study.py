@@ -8,6 +8,8 @@ table.
 Processes train one run after the other, `--parallel` of them. Runs that are there already are not
 repeated, so that a study can go on. On CPUs `--cores 2` gives each process two cores of its own.
 An arm named `BASE+WHAT` is compared with the arm `BASE`, seed by seed, in a second table.
+`--taps 2` in an arm is no field of the config: it trains that tap of the target's convolution alone
+(target_taps.py).
 On one GPU `--parallel 2` lets one run compile while another trains; tokens a second mean nothing
 then.
 """
@@ -28,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 
 def run(
@@ -53,6 +55,10 @@ def run(
         v for row in rows for k, v in row.items() if k.endswith("state_ratio") and v is not None
     ]
     result = {
+        "card": report["hardware"]["device"],
+        "jax": report["versions"]["jax"],
+        "commit": (report["commit"] or "")[:7],
+        "date": report["date"][:10],
         "arm": arm,
         "seed": seed,
         "overrides": overrides,
@@ -81,11 +87,17 @@ def train(words: list[str], log: Path) -> int:
     """Run `train.py` in this process, which has imported jax and read the data for the run
     before.
     """
+    from target_taps import only_taps
+
     from train import main
 
+    ours = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--taps", type=int, nargs="+")
+    args, words = ours.parse_known_args(words)
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            return main(words)
+            with only_taps(args.taps and tuple(args.taps)):
+                return main(words)
         except Exception:
             traceback.print_exc()
             return 1
@@ -147,14 +159,19 @@ def head(names: list[str]) -> list[str]:
     return ["| arm | seeds | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval by Student's t."""
+def mean_and_half(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half of its 95 % interval by Student's t; None for a single value."""
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
-        return f"{mean:.5g}"
+        return mean, None
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return f"{mean:.5g} +- {quantile.get(n, 2.26) * deviation / math.sqrt(n):.2g}"
+    return mean, quantile.get(n, 2.26) * deviation / math.sqrt(n)
+
+
+def interval(values: list[float]) -> str:
+    mean, half = mean_and_half(values)
+    return f"{mean:.5g}" if half is None else f"{mean:.5g} +- {half:.2g}"
 
 
 def main() -> int:

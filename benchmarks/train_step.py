@@ -30,6 +30,7 @@ from ttt_jax.flops import model_flops_per_token
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
+from ttt_jax.training.step_memory import settled_remat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,6 +57,12 @@ def timed(run, repeats: int) -> float:
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds))
+
+
+def room_for(path: Path, tokens: int) -> list[str]:
+    """The override that lets a preset's model take rows of so many tokens; none if it does."""
+    most = load_start_config(path).model.max_positions
+    return [f"--model.max_positions={tokens}"] if tokens > most else []
 
 
 def measure(config: config_lib.Config, steps: int) -> dict:
@@ -127,13 +134,14 @@ def main() -> None:
     ):
         if value is not None:
             words.append(f"--{field}={value}")
-    if args.seq:
-        words.append(f"--model.max_positions={args.seq}")
+    path = ROOT / "configs" / f"{args.preset}.yaml"
+    words += room_for(path, args.seq or 0)
     if args.remat_save is not None:
         words.append(
             f"--remat_save={[] if args.remat_save == 'none' else args.remat_save.split(',')}"
         )
-    on = load_start_config(ROOT / "configs" / f"{args.preset}.yaml", words)
+    on = load_start_config(path, words)
+    on = settled_remat(on, make_mesh(on.mesh))  # the same with TTT off
     off = config_lib.replace(on, {"model.ttt.layers": []})
     rate = matmul_rate(on.compute_dtype)
     device = jax.devices()[0].device_kind

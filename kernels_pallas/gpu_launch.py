@@ -12,6 +12,17 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
+def apart(kernel, in_place: int, *arrays):
+    """Results of a kernel that updates its first `in_place` arrays, between barriers.
+
+    Where such an array is a slice of a stack of layers, XLA's slice fusion takes the slice and the
+    custom call into one operation, and forgets that its results are its operands: the new state
+    went where nobody read it, and S stayed zero (jax 0.11.2).
+    """
+    held = jax.lax.optimization_barrier(arrays[:in_place])
+    return jax.lax.optimization_barrier(kernel(*held, *arrays[in_place:]))
+
+
 class Launch:
     """What a launch runs. Equal ones, of two layers say, are lowered once in a module.
 
@@ -48,7 +59,9 @@ def _lower(ctx, *arrays, launch, results):
 
     ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        lower = mlir.lower_fun(lambda *arrays: launch(*arrays), multiple_results=True)
+        lower = mlir.lower_fun(
+            lambda *arrays: apart(launch, results, *arrays), multiple_results=True
+        )
         return lower(ctx, *arrays)
 
 

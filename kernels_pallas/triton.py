@@ -153,6 +153,7 @@ class TritonLaunches:
         import jax_triton  # pyright: ignore[reportMissingImports]
 
         dtype, start = operands[len(chunk_scan.Scalars._fields)].dtype, len(operands) - in_place
+        operands = [*operands[:start], *jax.lax.optimization_barrier(tuple(operands[start:]))]
         out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[start:]] + list(extra)
         t = self.tile
         results = jax_triton.triton_call(
@@ -170,7 +171,7 @@ class TritonLaunches:
             BK=t.BK,
             PRECISION="ieee" if dtype == jnp.float32 else "tf32",
         )
-        return tuple(results)
+        return jax.lax.optimization_barrier(tuple(results))  # see gpu_launch.apart
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def settings():
 def test_the_navigation_names_documents_and_forgets_none():
     pages, config = load("pages"), settings()
     named = pages.named(config["nav"])
-    assert named <= set(pages.documents())
+    assert {*named, *config["extra_css"]} <= set(pages.documents())
     assert not any(name.startswith("docs/lab/") for name in named)
     whole = pages.on_config(config)["nav"]
     assert pages.named(whole) == {n for n in pages.documents() if n.endswith(".md")}

@@ -237,3 +237,22 @@ def test_the_workflow_runs_the_commands_of_the_readme():
     assert tests.endswith("pip install -q -e '.[dev]' && .venv/bin/python -m pytest -q -n 2")
     text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     assert all(f"run: python3 .ci/readme_line.py {n}" in text for n in (0, 1))
+
+
+def test_the_workflow_can_be_run_here():
+    """By .ci/workflow.py, which knows every step of it and refuses what it does not know."""
+    spec = importlib.util.spec_from_file_location("workflow", ROOT / ".ci/workflow.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.WORKFLOW.read_text(encoding="utf-8")
+    found = module.jobs(text)
+    assert [(name, version) for name, version, _ in found] == [
+        ("readme", "3.11"), ("readme", "3.12"), ("pinned", "3.11"), ("pinned", "3.12"),
+        ("site", "3.12"),
+    ]  # fmt: skip
+    for _, version, steps in found:
+        assert steps[:2] == [("checkout", ""), ("python", version)]
+        assert "${{" not in str(steps)
+    assert ("run", ".ci/run") in found[2][2]
+    with pytest.raises(ValueError, match="actions/cache"):
+        module.jobs(text.replace("actions/upload-artifact", "actions/cache"))

@@ -15,6 +15,7 @@ from ttt_jax.data import Loader
 from ttt_jax.errors import TrainingError
 from ttt_jax.process import failure
 from ttt_jax.process.lock import RunLock
+from ttt_jax.run.folder import read_run_config
 from ttt_jax.training import step as training
 from ttt_jax.training.optimizer import learning_rate
 
@@ -24,6 +25,7 @@ WORDS = [
     "--checkpoint.every=2",
     "--optimizer.schedule=constant",
     "--optimizer.warmup_steps=1",
+    "--remat_save=auto",
 ]
 
 
@@ -91,8 +93,14 @@ def test_a_finished_run_that_is_run_again_changes_nothing(finished, capsys, extr
     assert snapshot(run) == before
     assert f"run folder {run}: finished (3 steps); nothing is done" in out
     assert "Held-out loss by position" in out
-    assert out.endswith(f"report: {run / 'report.md'}\n")
+    assert out.endswith(f"report: {run / 'report.html'}\n")
     assert said in out if said else "without effect" not in out
+
+
+def test_what_is_kept_of_activations_is_written_down(finished):
+    """Not `auto`, which another device would take otherwise."""
+    _, run = finished
+    assert read_run_config(run).remat_save == ("attention", "ttt_target"), "on a CPU, the least"
 
 
 def test_more_steps_than_a_finished_run_has_are_said_and_done(copied, capsys):

@@ -13,18 +13,32 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
+from support.hf_folders import make_folder
+from support.tokenizers import TEMPLATE, write_tokenizer
 
 from ttt_jax.config import preset_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("ttt_jax", "configs", "kernels_pallas", "tests/support")
 FILES = ("train.py", "pyproject.toml", "README.md", "LICENSE")
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "num_hidden_layers": 7,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 
 
-def python(*words, folder, check=True, **env):
+def python(*words, folder, check=True, typed=None, **env):
     env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **env}
     done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True
+        [sys.executable, *map(str, words)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        input=typed,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -63,9 +77,9 @@ def installed(wheel):
 def run(installed, tmp_path):
     """A command of the installed copy in an empty folder."""
 
-    def run(*words, check=True):
+    def run(*words, **options):
         env = {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-        return python("-m", "ttt_jax", *words, folder=tmp_path, check=check, **env)
+        return python("-m", "ttt_jax", *words, folder=tmp_path, **options, **env)
 
     return run
 
@@ -118,6 +132,44 @@ def test_its_kernels_are_its_own(installed, tmp_path):
     assert out.stdout.split() == [file, *preset_names()]
 
 
+def write_text(folder):
+    """What a newcomer has: one file of text."""
+    (folder / "my.txt").write_text(
+        "".join(f"{n} to be, or not to be: {n**7}\n" for n in range(900))
+    )
+
+
+def test_the_first_commands_of_a_newcomer(run, tmp_path):
+    """A checkpoint and a text: train, and talk to what was trained. Nothing else is said."""
+    make_folder(tmp_path / "small", SMALL)
+    settings = {"eos_token": "<end>", "chat_template": TEMPLATE}
+    write_tokenizer(tmp_path / "small", tokenizer_config=settings)
+    write_text(tmp_path)
+    first = run("train", "--init_from", "small", "--data.train", "my.txt", "--steps", "2")
+    for part in ("TTT layers", "loss of the first held-out rows", "step 2/2", "Held-out loss by"):
+        assert part in first.stdout
+    folder = tmp_path / "runs" / "continual"
+    assert first.stdout.endswith("report: runs/continual/report.html\n")
+    assert "Held-out loss by position" in (folder / "report.html").read_text()
+    shutil.rmtree(tmp_path / "small")  # a run stands alone
+    (tmp_path / "part.txt").write_text("to be, or not to be\n" * 20)
+    said = run("chat", "--model", "runs/continual", typed="/read part.txt\nhello\n/stats\n")
+    assert said.stdout.strip()
+    assert "tokens/s" in said.stderr
+    assert "||S||/||W||" in said.stderr
+
+
+@pytest.mark.slow
+def test_a_text_alone(run, tmp_path):
+    """The default model, from scratch."""
+    write_text(tmp_path)
+    out = run("train", "--data.train", "my.txt").stdout
+    assert "holds out the end of my.txt" in out
+    assert "step 200/200" in out
+    said = run("chat", "--model", "runs/default", "--max-new-tokens", "8", typed="12 to be\n")
+    assert said.stdout.strip()
+
+
 @pytest.mark.slow
 def test_the_default_run_needs_no_repository(run, tmp_path):
     """It reads Python's own standard library; what it has trained is a model for the others."""
@@ -125,8 +177,11 @@ def test_the_default_run_needs_no_repository(run, tmp_path):
     report = json.loads((tmp_path / "runs" / "default" / "report.json").read_text())
     assert report["steps"] == 2
     assert {"positions", "ttt_off", "ttt_on"} <= set(report["heldout"])
+    page = tmp_path / "runs" / "default" / "report.html"
+    assert "Held-out loss by position" in page.read_text()
+    page.unlink()
     run("report", "runs/default")
     words = ("--model", "runs/default", "--prompt", "def ", "--max-new-tokens", "4", "--json")
     assert json.loads(run("generate", *words).stdout)["text"]
     assert "fits" in run("plan", "--config", "qwen3_0p6b", "--topology", "h100:8").stdout
-    assert (tmp_path / "runs" / "default" / "report.html").is_file()
+    assert page.is_file()

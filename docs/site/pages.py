@@ -25,6 +25,7 @@ PATTERNS = (
     "docs/lab/*.md",
     "docs/**/*.png",
     "docs/results/*.jsonl",
+    "docs/site/*.css",
     "examples/*.md",
     "examples/*.py",
     "examples/*.ipynb",

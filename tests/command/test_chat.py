@@ -260,7 +260,7 @@ def test_on_a_terminal(folder, tmp_path):
     terminal.type("again\r")
     terminal.until("model> ")
     terminal.until_there_are(50)
-    terminal.type("\x03")
+    terminal.type("\x03\x03")  # twice by haste: the chat goes on
     terminal.until("stopped")
     for line in ("Ctrl-C once more leaves", "interrupted"):
         terminal.until("you> ")

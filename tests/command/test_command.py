@@ -108,6 +108,40 @@ def test_the_first_signal_waits_for_the_end_of_the_block():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_blocks_inside_blocks():
+    """What came before the inner block is requested in it; SIGTERM is not lost behind Ctrl-C."""
+
+    class Ended(Exception):
+        pass
+
+    def end(*arguments):
+        raise Ended
+
+    done = []
+
+    def blocks(number):
+        with HeldBack() as outer:
+            send(signal.SIGINT)
+            try:
+                with HeldBack() as inner:
+                    done.append((outer.requested, inner.requested))
+            finally:
+                send(number)  # held
+                done.append("in order")
+
+    end.interrupts = True
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        for number, raised in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Ended)):
+            with pytest.raises(raised):
+                blocks(number)
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done == [(False, True), "in order"] * 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_handlers_that_do_something_else_are_left_alone():
     """Those that only note a signal, as a training loop's, and signals that are ignored or the
     system's.

@@ -175,6 +175,7 @@ BAD = {
         ["optimizer.warmup_steps", "100", "below steps = 100"],
     ),
     "activation": ("--remat_save mlp", ["remat_save", "'mlp'", "mlp_gate"]),
+    "auto and more": ("--remat_save auto,qkv", ["remat_save", "'auto'", "auto alone"]),
     "run name": ("--name ../x", ["name", "'../x'", "letters"]),
     "pattern": ('--optimizer.groups [{"pattern":"("}]', ["optimizer.groups", "'('"]),
     "group without a pattern": (

@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 from support.tolerance import TOLERANCE, assert_close
 
+from ttt_jax.config import ModelConfig, TTTConfig, replace
+from ttt_jax.inference.prefill import Frozen, read_piece
+from ttt_jax.model import loss
+from ttt_jax.model.stack import Runtime
+from ttt_jax.model.transformer import Transformer
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.attention import cached as kv_cache
 from ttt_jax.ops.attention.api import self_attention
@@ -109,3 +114,78 @@ def test_op_on_the_device(dtype, T, C):
         assert_close(
             name, np.asarray(x, np.float32), np.asarray(y), TOLERANCE[jnp.dtype(dtype).name]
         )
+
+
+@pytest.mark.parametrize("write", ["sum", "ridge"])
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_reading_a_scanned_model_writes_the_states_of_its_stacks(write, pieces):
+    """Evaluation and memories read models whose layers are scanned, piece by piece. XLA must not
+    take a launch that updates S in place and the slice of the stack into one (gpu_launch.apart).
+    """
+    C, T = 256, 4 * 256
+    ttt = TTTConfig(
+        layers=(1, 3), chunk_size=C, lr=0.3, write=write, decay=0.9, normalize_source=True
+    )
+    model_config = ModelConfig(
+        vocab_size=64, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64,
+        d_ff=512, max_positions=T, sliding_window=128, ttt=ttt,
+    )  # fmt: skip
+    ids_BT = jax.random.randint(jax.random.key(5), (3, T), 0, 64)
+
+    def states(implementation):
+        """S of both TTT layers, read in pieces by the programs of evaluation."""
+        cfg = replace(model_config, {"ttt.implementation": implementation})
+        model = Transformer(cfg, Runtime(dtype="bfloat16"), key=jax.random.key(0))
+        model = jax.tree_util.tree_map_with_path(with_a_tap, model)
+        frozen, state, logits = Frozen(model), None, jnp.zeros((3, 64))
+        for ids_BP in jnp.split(ids_BT, pieces, axis=1):
+            lengths_B = jnp.full((3,), T // pieces, jnp.int32)
+            options = {"capacity": None, "at_chunk_start": True, "ttt": True}
+            state, logits, _ = read_piece(frozen, state, logits, ids_BP, lengths_B, **options)
+        assert state is not None
+        ((group, run, _),) = model.ttt_runs()
+        return np.asarray(state.layers[group][run].ttt.S_BDF, np.float32)
+
+    got, oracle = states("pallas_gpu"), states("xla")
+    assert np.abs(oracle).max() > 0
+    assert_close("S", got, oracle, TOLERANCE["bfloat16"])
+
+
+def with_a_tap(path, x):
+    """Parameters in bfloat16, and a convolution that is not zero."""
+    name = jax.tree_util.keystr(path)
+    return jnp.ones(x.shape, jnp.bfloat16) if "conv" in name else x.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+def test_loss_on_the_device(monkeypatch, dtype):
+    """In one pass over logits as large as 60, in blocks and groups with padding, by float64."""
+    B, T, D, V = 2, 300, 64, 5003
+    monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * V * 128)
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", 4 * V * 256)
+    keys = jax.random.split(jax.random.key(3), 4)
+    h = (8 * jax.random.normal(keys[0], (B, T, D))).astype(dtype)
+    w = (jax.random.normal(keys[1], (V, D)) / 8).astype(dtype)
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = (jax.random.uniform(keys[3], (B, T)) > 0.2).astype(jnp.float32) / (B * T)
+    value, grads = jax.jit(jax.value_and_grad(loss.cross_entropy, (0, 1)))(h, w, targets, weights)
+
+    h64, w64 = (np.asarray(x.astype(jnp.float32), np.float64) for x in (h, w))
+    logits = np.einsum("btd,vd->btv", h64, w64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
+    picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)
+    nll = (np.log(total) + logits.max(-1, keepdims=True) - picked)[..., 0]
+    d = p / total
+    np.put_along_axis(
+        d,
+        np.asarray(targets)[..., None],
+        np.take_along_axis(d, np.asarray(targets)[..., None], -1) - 1,
+        -1,
+    )
+    d *= np.asarray(weights, np.float64)[..., None]
+    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    assert abs(float(value) / (nll * np.asarray(weights)).sum() - 1) <= tolerance
+    expected = np.einsum("btv,vd->btd", d, w64), np.einsum("btv,btd->vd", d, h64)
+    for name, x, y in zip(("dh", "dw"), grads, expected, strict=True):
+        assert_close(name, np.asarray(x.astype(jnp.float32)), y, tolerance)

@@ -10,6 +10,7 @@ from support.streams import one_layer_model
 from ttt_jax import Session, generate
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import NotFiniteError, UserError
+from ttt_jax.inference import streams
 from ttt_jax.inference.conversation import Conversation, render_plain
 from ttt_jax.process.interrupts import Interrupt
 
@@ -348,3 +349,68 @@ def test_refusals(model):
     model.tokenizer = None
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         talk_of(model)
+
+
+def consistent(talk):
+    """Says whether what the conversation knows is what its stream holds."""
+    unread = talk.session.unread[0].tolist()
+    return sum(talk.tokens) == len(talk.ids) and talk.ids[len(talk.ids) - len(unread) :] == unread
+
+
+def test_ctrl_c_while_a_text_is_taken_in_keeps_it_for_later(model, monkeypatch):
+    """It comes after the conversation has noted the text and before the stream has it."""
+    whole, talk = (Conversation(Session(model, piece=16), chatml) for _ in range(2))
+    check = streams.token_rows
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return check(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "token_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            talk.read("something to read")
+    whole.read("something to read")
+    assert talk.tokens == (0, len(whole.ids))
+    assert consistent(talk)
+    assert same(whole, talk)
+
+
+@pytest.mark.parametrize(("pieces", "tidies"), [(3, "_take_answer"), (0, "undo")])
+def test_ctrl_c_again_does_not_disturb_the_order_after_the_first(
+    model, monkeypatch, pieces, tidies
+):
+    """The second one comes in the middle of what the first one made necessary."""
+    talk, seen = Conversation(Session(model, piece=8), chatml), []
+    talk.read("something")
+    tidy = getattr(Conversation, tidies)
+
+    def show(text):
+        seen.append(text)
+        if len(seen) == pieces:
+            signal.raise_signal(signal.SIGINT)
+
+    def disturbed(self):
+        signal.raise_signal(signal.SIGINT)
+        return tidy(self)
+
+    monkeypatch.setattr(Conversation, tidies, disturbed)
+    if not pieces:
+        talk.session.on_read = lambda done: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("hello", max_new_tokens=40, on_text=show)
+    talk.session.on_read = None
+    assert [m["role"] for m in talk.messages] == (["user", "assistant"] if pieces else [])
+    assert consistent(talk)
+
+
+def test_ctrl_c_raises_once_until_it_is_asked_for_again():
+    interrupt, raised = Interrupt(), []
+    for turn in (1, 2):
+        for _ in range(3):
+            try:
+                interrupt(signal.SIGINT, None)
+            except KeyboardInterrupt:
+                raised.append(turn)
+        interrupt.ready = True
+    assert raised == [1, 2]

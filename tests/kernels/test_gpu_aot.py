@@ -176,3 +176,46 @@ def test_each_gpu_of_a_mesh_runs_the_kernels_of_ridge_writes():
     assert "bf16[6,256,256]" in printed
     assert "products 7" in printed  # the loss needs no v'
     assert "collectives []" in printed
+
+
+READING = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
+import gpu_traffic, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+whole = NamedSharding(Mesh(np.array(gpu_traffic.devices(1)), ("x",)), PartitionSpec())
+struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+# The ridge's own kernel wants to know the device.
+words = ["--model.num_layers=4", "--model.ttt.layers=[1,3]", "--model.ttt.write=sum"]
+config = gpu_traffic.load_start_config(gpu_traffic.ROOT / "configs/books.yaml", words).model
+runtime = gpu_traffic.Runtime(dtype="bfloat16")
+make = lambda: gpu_traffic.Transformer(config, runtime, key=jax.random.key(0))
+model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), jax.eval_shape(make))
+leaves, tree = jax.tree.flatten(jax.tree.map(struct, model))
+read_piece = gpu_traffic.reading.read_piece.__wrapped__
+options = dict(capacity=None, at_chunk_start=True, ttt=True)
+piece = lambda leaves, state, *arrays: read_piece(
+    jax.tree.unflatten(tree, leaves), state, *arrays, **options
+)
+arrays = [((2, config.vocab_size), jnp.float32), ((2, 512), jnp.int32), ((2,), jnp.int32)]
+arrays = [struct(jax.ShapeDtypeStruct(*x)) for x in arrays]
+first = jax.eval_shape(piece, leaves, None, *arrays)[0]
+for state in (None, jax.tree.map(struct, first)):
+    lowered = jax.jit(piece, donate_argnums=1).trace(leaves, state, *arrays).lower()
+    print(lowered.compile(gpu_traffic.OPTIONS).as_text())
+"""
+
+
+def test_reading_updates_the_states_of_a_stack():
+    """A launch inside of a fusion has lost that its results are its operands: with jax 0.11.2 the
+    slice of a layer's state and the launch became one, and S stayed zero.
+    """
+    root = str(SCRIPT.parents[1])
+    inside, launches = "", 0
+    for line in python("-c", READING.format(root=root)).splitlines():
+        if match := re.match(r"%?([\w.\-]+) \(.*\{$", line):
+            inside = match[1]
+        if 'custom_call_target="mosaic_gpu' in line:
+            launches += 1
+            assert "fusion" not in inside
+    assert launches == 2

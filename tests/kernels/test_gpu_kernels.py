@@ -129,6 +129,18 @@ def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
     assert "output_operand_alias" in text
 
 
+def test_mosaic_launches_stand_apart_from_slices_of_stacks():
+    """XLA's slice fusion would take the launch in, and write the new state where nobody reads it
+    (`test_gpu_aot.test_reading_updates_the_states_of_a_stack` looks at the compiled program).
+    """
+    lines = lowered("pallas_gpu", backward=False).splitlines()
+    barriers = [n for n, line in enumerate(lines) if "optimization_barrier" in line]
+    (launch,) = (n for n, line in enumerate(lines) if "custom_call @mosaic_gpu" in line)
+    held = lines[barriers[0]].split(":")[0].strip()  # the name of what it returns
+    assert all(f"{held}#{k}" in lines[launch] for k in range(3))
+    assert barriers[1] == launch + 1
+
+
 @pytest.mark.parametrize(("check_vma", "n"), [(False, 1), (True, 1), (True, 2)])
 def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
     """jax lets no ref vary over mesh axes; the launch is lowered as what it is, the program of one

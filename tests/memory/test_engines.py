@@ -138,8 +138,10 @@ def test_an_adapter_is_the_best_of_its_rank(tmp_path):
         )
     }
     assert half == jnp.bfloat16
-    with pytest.raises(CheckpointError, match="exists already"):
-        write_lora(memory, tmp_path / "adapter", rank=3)
+    (tmp_path / "nowhere").symlink_to("gone")
+    for taken in ("adapter", "nowhere"):
+        with pytest.raises(CheckpointError, match="exists already"):
+            write_lora(memory, tmp_path / taken, rank=3)
     with pytest.raises(UserError, match="rank 33: must be from 1 to 32"):
         write_lora(memory, tmp_path / "none", rank=33)
     assert not (tmp_path / "none").exists()

@@ -72,6 +72,7 @@ def crc32(tensors):
         ({"d_model": 4}, r"not float32 \[4, 5\]|not float32 \[4, 2\]"),
         ({"d_ff": True}, "d_model and d_ff are no widths"),
         ({"d_ff": 10**30}, "d_model and d_ff are no widths"),
+        ({"d_model": 2**16, "d_ff": 2**16}, "a dW of 65536 x 65536 is larger than any model's"),
         ({"slow_norms": {"1": 1.0}}, "is unknown"),
         ({"slow_norms": {"1": 1.0, "12": float("nan")}}, "no norms"),
         ({"slow_norms": {"1": 1.0, "012": 1.0}}, "no norms"),

@@ -9,8 +9,12 @@ import pytest
 from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
+from ttt_jax.config import MeshConfig
 from ttt_jax.model import loss
 from ttt_jax.model.loss import cross_entropy, token_nll, token_nll_and_hit
+from ttt_jax.parallel.mesh import make_mesh
+from ttt_jax.parallel.one_device import ONE_DEVICE
+from ttt_jax.parallel.shard_mapped import make_parallel
 
 B, T, D, V = 2, 13, 6, 17
 
@@ -52,21 +56,36 @@ def computed(h, w, targets, weights, dtype, g):
         return float(alone), float(value), np.asarray(dh, np.float64), np.asarray(dw, np.float64)
 
 
+def cut(monkeypatch, dtype, tokens, blocks=1):
+    """Hold the logits of so many tokens at a time, and the gradients of so many blocks."""
+    monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * V * tokens)
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", jnp.dtype(dtype).itemsize * V * tokens * blocks)
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(loss.platform, "compiled_for", lambda: "gpu")
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 @pytest.mark.parametrize(
-    ("dtype", "rows"),
+    ("dtype", "tokens", "blocks"),
     [
-        ("float64", None),
-        ("float64", 1),
-        ("float64", 4),
-        ("float64", 12),
-        ("float32", 5),
-        ("bfloat16", 5),
+        ("float64", None, None),
+        ("float64", 1, 1),
+        ("float64", 8, 1),
+        ("float64", 4, 2),
+        ("float64", 2, 4),
+        ("float64", 16, 4),
+        ("float32", 4, 2),
+        ("bfloat16", 4, 2),
     ],
 )
-def test_value_and_gradients(monkeypatch, dtype, rows):
-    """`rows`: tokens whose logits are held at a time (the last block is padded)."""
-    if rows is not None:
-        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+def test_value_and_gradients(monkeypatch, dtype, tokens, blocks, one_pass):
+    """26 tokens in blocks and groups of blocks, whose last ones are padded."""
+    if tokens is not None:
+        cut(monkeypatch, dtype, tokens, blocks)
+    if one_pass:
+        as_on_a_gpu(monkeypatch)
     inputs = make_inputs(dtype)
     value, dh, dw = oracle(*inputs, g=0.7)
     alone, with_gradient, got_dh, got_dw = computed(*inputs, dtype, g=0.7)
@@ -78,6 +97,29 @@ def test_value_and_gradients(monkeypatch, dtype, rows):
     assert_close("dw", got_dw, dw, tolerance)
 
 
+@pytest.mark.parametrize(
+    ("N", "V", "sizes"),
+    [
+        (32768, 151936, (1024, 4)),
+        (131072, 16384, (8192, 4)),
+        (8192, 259, (8192, 1)),
+        (1000, 151936, (1000, 1)),
+        (5000, 151936, (840, 3)),
+        (1, 151936, (1, 1)),
+        (26, 10**9, (1, 1)),
+    ],
+)
+def test_sizes_of_blocks(N, V, sizes):
+    """In bfloat16: powers of two where the tokens are one, multiples of 8 else; never fewer than
+    one token.
+    """
+    Q, n = loss._block_sizes(N, V, jnp.bfloat16)
+    assert (Q, n) == sizes
+    if V < 10**9:
+        assert 4 * V * Q <= loss._LOGITS_BYTES
+        assert 2 * V * Q * n <= loss._GRADIENT_BYTES
+
+
 def test_a_cotangent_of_one_keeps_float64_gradients():
     inputs = make_inputs()
     _, dh, dw = oracle(*inputs, g=1.0)
@@ -86,8 +128,11 @@ def test_a_cotangent_of_one_keeps_float64_gradients():
     assert_close("dw", got_dw, dw, TOLERANCE["float64"])
 
 
-def test_large_logits(monkeypatch):
-    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * 3)
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_large_logits(monkeypatch, one_pass):
+    cut(monkeypatch, "float32", 4, 2)
+    if one_pass:
+        as_on_a_gpu(monkeypatch)
     h, w, targets, weights = make_inputs("float32", scale=300.0)
     value, _, _ = oracle(h, w, targets, weights, g=1.0)
     _, got, got_dh, got_dw = computed(h, w, targets, weights, "float32", g=1.0)
@@ -113,6 +158,28 @@ def test_tokens_of_weight_zero_count_for_nothing():
     assert not nothing[3].any()
 
 
+def test_on_a_mesh_it_is_the_loss_of_one_device(monkeypatch):
+    """Every device cuts its own tokens into blocks, some of them padding: rows over data, tokens
+    over context and tensor.
+    """
+    cut(monkeypatch, "float32", 2, 1)
+    h, w, targets, weights = (x if x.shape[0] == V else x[:, :12] for x in make_inputs("float32"))
+    arguments = jnp.asarray(h, jnp.float32), jnp.asarray(w, jnp.float32)
+
+    def run(devices):
+        def total(h, w):
+            tokens = h, w, jnp.asarray(targets), jnp.asarray(weights)
+            return devices.over_tokens(cross_entropy, *tokens, total=True)
+
+        return jit(jax.value_and_grad(total, (0, 1)))(*arguments)
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))
+    expected, got = run(ONE_DEVICE), run(make_parallel(mesh))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+    for name, x, y in zip(("dh", "dw"), got[1], expected[1], strict=True):
+        assert_close(name, x, y, TOLERANCE["float32"])
+
+
 def test_float32_master_weights_under_bfloat16_compute():
     """h in bf16 and w in float32: w's gradient comes back in float32, not rounded to bf16."""
     h, w, targets, weights = make_inputs("bfloat16")
@@ -133,10 +200,10 @@ def test_float32_master_weights_under_bfloat16_compute():
     assert (np.asarray(dw) != np.asarray(dw.astype(jnp.bfloat16).astype(jnp.float32))).any()
 
 
-@pytest.mark.parametrize("rows", [None, 1, 5, 12])
-def test_token_nll(monkeypatch, rows, x64):
-    if rows is not None:
-        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+@pytest.mark.parametrize("tokens", [None, 1, 4, 16])
+def test_token_nll(monkeypatch, tokens, x64):
+    if tokens is not None:
+        cut(monkeypatch, "float64", tokens)
     h, w, targets, _ = make_inputs()
     logits = np.einsum("btd,vd->btv", h, w)
     expected = (
@@ -150,12 +217,12 @@ def test_token_nll(monkeypatch, rows, x64):
     assert half.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("rows", [None, 4])
-def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, rows):
+@pytest.mark.parametrize("tokens", [None, 8])
+def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, tokens):
     """Of equal logits the lowest id, as argmax: rows 2 and 9 of the weights are the same, and all
     logits of a zero state are."""
-    if rows is not None:
-        monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * B * V * rows)
+    if tokens is not None:
+        cut(monkeypatch, "float32", tokens)
     h, w, targets, _ = make_inputs("float32")
     w[9] = w[2] = 4 * h[0, 0]  # the most likely ones of that token
     h[1, 3] = 0
@@ -173,7 +240,8 @@ def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, rows):
 
 def test_logits_are_held_block_by_block(monkeypatch):
     """Temporaries of the loss and its gradient do not grow with the number of blocks."""
-    monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 2048 * 16)
+    monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * 2048 * 16)
+    monkeypatch.setattr(loss, "_GRADIENT_BYTES", 4 * 2048 * 32)
 
     def temporary_bytes(length):
         shapes = [

@@ -141,7 +141,9 @@ def test_growing_caches(x64):
     assert_same_state(state, final)
 
 
-@pytest.mark.parametrize("changes", [EMBED, WINDOW], ids=["full", "window"])
+@pytest.mark.parametrize(
+    "changes", [EMBED, WINDOW | {"ttt.decay": 0.8}], ids=["full", "window, decay"]
+)
 def test_rows_of_different_lengths_continue_as_each_alone(changes, x64):
     """Padded prompts, a padded piece, single tokens with and without lengths; what lies in the
     padding is noise.

@@ -3,6 +3,7 @@ statistics.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,57 @@ def test_one_product_or_two():
     without = jit(lambda mlp: mlp(x, context(x, ttt_scale=0.0), None)[0])(mlp)
     assert relative_rms(outputs["split"], without) > 1e-2
     assert products["split"] == products["fused"] + 1  # the target's projection is another one
+
+
+def test_the_step_that_completes_a_chunk_does_not_apply_it_again():
+    """Its tokens were applied one by one. Of a kernel the compiler cannot leave out an apply that
+    nobody reads, so none may be asked for.
+    """
+    mlp, B, C, D = small_mlp(), 2, 4, 6
+    x = jax.random.normal(jax.random.key(3), (B, 1, D), jnp.float32)
+    state = mlp.init_state(B, jnp.float32)
+
+    def step(mlp, state, **options):
+        ctx = context(x, start=jnp.full((B,), C - 1, jnp.int32), **options)
+        return mlp(x, ctx, state)[1].S_BDF
+
+    text = str(jax.make_jaxpr(functools.partial(step, ends_chunk=True))(mlp, state))
+    for rows in (B, 1):  # one row, taken out of the others
+        assert text.count(f"f32[{rows},{C},{D}] = dot_general") == 1, "the target's projection"
+    assert text.count(f"f32[{B},{D},{mlp.cfg.d_ff}] = dot_general") == 1, "the write"
+
+
+@pytest.mark.parametrize("complete", [(1,), (0,), (0, 2), (0, 1, 2)], ids=str)
+def test_rows_that_complete_a_chunk_write_it_alone(complete, x64):
+    """One of three rows is taken out of the others; what it writes is what all rows computed
+    together write, and the norm is the first row's.
+    """
+    mlp, B, C = small_mlp(write="ridge", decay=0.5), 3, 4
+    mlp.target.conv.set_value(jnp.ones_like(mlp.target.conv[...]))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((B, 1, 6)))
+    empty = mlp.init_state(B, jnp.float64)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), empty)
+    start_B = jnp.asarray([C - 1 if b in complete else 1 for b in range(B)], jnp.int32)
+    step = jit(lambda mlp, x, start, state: mlp(x, context(x, start, ends_chunk=True), state))
+    y, after, stats = step(mlp, x, start_B, state)
+    for b in range(B):
+        row = lambda leaf, b=b: leaf[b : b + 1]
+        alone = step(mlp, row(x), row(start_B), jax.tree.map(row, state))
+        np.testing.assert_allclose(row(y), alone[0], rtol=0, atol=1e-12)
+        jax.tree.map(
+            lambda got, expected, row=row: np.testing.assert_allclose(
+                row(got), expected, rtol=0, atol=1e-12
+            ),
+            after,
+            alone[1],
+        )
+        assert (after.S_BDF[b] == state.S_BDF[b]).all() == (b not in complete)
+        if b == 0:
+            np.testing.assert_allclose(
+                stats["update_norm_B"], [float(alone[2]["update_norm_B"][0])] * B, rtol=1e-12
+            )
+            assert (stats["update_norm_B"] > 0).all() == (0 in complete)
 
 
 # ------------------------------------------------------------------------------------ layer indices

@@ -21,7 +21,7 @@ from support.tolerance import TOLERANCE, assert_close, relative_rms
 
 from ttt_jax.errors import UserError
 from ttt_jax.kernels_pallas import tpu
-from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
+from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt, write_chunk
 
 # the others: test_gpu_kernels.py, tests/gpu
 HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]
@@ -170,6 +170,31 @@ def test_decay_in_rows_that_end_early(implementation, best):
         o_alone, alone = run(z[b : b + 1, :T], v[b : b + 1, :T], w, state=state[b : b + 1])
         np.testing.assert_allclose(o[b : b + 1, :T], o_alone, rtol=0, atol=tolerance)
         np.testing.assert_allclose(final[b : b + 1], alone, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decay": 0.5}, {"clip_norm": 0.5}, {"decay": 0.5, "clip_norm": 0.5}],
+    ids=["plain", "decay", "clip", "decay, clip"],
+)
+def test_write_chunk(options, dtype):
+    """The state that the whole op leaves, in float64; the second of three rows writes nothing."""
+    arguments, cotangents = make_inputs(B=3, T=8)
+    whole_B = np.array([1, 0, 1], np.int32)
+    options = options | {"whole_chunks": whole_B}
+    with jax.enable_x64(True):
+        (z, v, w, lr, state), _ = rounded(arguments, cotangents, dtype)
+        v = v * whole_B[:, None, None]
+        whole = {"chunk_size": 8, "implementation": "reference", **options}
+        _, expected = in_place_ttt(*map(jnp.asarray, (z, v, w)), lr=lr, state=state, **whole)
+    acc = F64 if dtype == F64 else F32
+    with jax.enable_x64(dtype == F64):
+        z, v, state = jnp.asarray(z, dtype), jnp.asarray(v, dtype), jnp.asarray(state, acc)
+        final = jit(functools.partial(write_chunk, lr=lr, **options))(z, v, state)
+        assert final.dtype == acc
+        assert_close("S", final, expected, TOLERANCE[dtype.name])
+        np.testing.assert_array_equal(final[1], state[1])
 
 
 @pytest.mark.parametrize("T", [40, 43, 5])

@@ -24,9 +24,10 @@ from ttt_jax.errors import UserError
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.plan.collectives import nbytes, read_collectives
 from ttt_jax.plan.common import Topology, advice, parse_topology
-from ttt_jax.plan.gpu import activations, estimate
+from ttt_jax.plan.gpu import estimate
 from ttt_jax.plan.make import describe
 from ttt_jax.plan.tpu import out_of_memory
+from ttt_jax.training.step_memory import activations
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_8B = str(ROOT / "configs/qwen3_8b_longct.yaml")
@@ -395,6 +396,7 @@ def test_qwen3_8b_at_128k_fits_a_v5p_128():
         "--model.max_positions=131072",
         "--data.batch_size=8",
         "--optimizer.accumulate=1",
+        "--remat_save=[attention,ttt_target]",
     ]
     plan = plan_json(QWEN3_8B, "v5p:4x4x4", *words, "--mesh.context=8", timeout=2400)
     assert plan["mesh"] == {"data": 1, "fsdp": 8, "context": 8, "tensor": 1}

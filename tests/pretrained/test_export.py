@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
+from support.streams import one_layer_model
 
 from ttt_jax.config import ModelConfig, RopeConfig, TTTConfig
+from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.export import save_pretrained
@@ -166,3 +168,18 @@ def test_end_tokens_are_kept_without_a_tokenizer(golden_model, tmp_path):
     assert model.eos_ids
     save_pretrained(model, tmp_path / "out")
     assert load_pretrained(tmp_path / "out").eos_ids == model.eos_ids
+
+
+@pytest.mark.parametrize("vocab_size", [256, 257, 300])
+def test_the_tokenizer_of_bytes_is_exported_as_a_file(tmp_path, vocab_size):
+    """So that an export of the default run reads text; ids and end token are the same."""
+    model = one_layer_model(vocab_size=vocab_size)
+    model.tokenizer = built_in = ByteTokenizer()
+    save_pretrained(model, tmp_path / "out")
+    tokenizer = load_pretrained(tmp_path / "out").tokenizer
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x3000 + 0xE000)))) + "  a\n\t b\r\n"
+    for text in (every, "<end>", " x", "\u00e4\U0001f600"):
+        ids = tokenizer.encode(text)
+        assert list(ids) == built_in.encode(text)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id == (256 if vocab_size > 256 else None)

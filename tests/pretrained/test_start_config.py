@@ -28,6 +28,7 @@ from ttt_jax.pretrained.load import training_tokenizer
 from ttt_jax.pretrained.start_config import config_to_show, load_start, load_start_config
 from ttt_jax.run.folder import prepare_run_dir
 from ttt_jax.training.step import abstract_state
+from ttt_jax.training.step_memory import settled_remat
 
 TTT = SMALL | {"vocab_size": 300, "max_position_embeddings": 100, "num_hidden_layers": 8}
 PLAIN = {name: value for name, value in TTT.items() if not name.startswith("ttt_")}
@@ -81,7 +82,8 @@ def test_only_what_is_written_differs(sources):
     assert start.config == replace(plain, changes)
     off = load_start(None, words(sources / "plain", "--model.ttt.layers=[]"))
     assert (off.open_rate, off.config.model.ttt.layers) == (False, ())
-    abstract_state(off.config, make_mesh(MeshConfig()))  # groups for TTT layers are no error
+    mesh = make_mesh(MeshConfig())
+    abstract_state(settled_remat(off.config, mesh), mesh)  # groups for TTT layers are no error
     ridge = load_start(None, words(sources / "plain", "--model.ttt.write=ridge"))
     assert (ridge.open_rate, ridge.config.model.ttt.lr) == (False, 1.0)
 

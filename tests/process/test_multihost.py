@@ -17,6 +17,7 @@ from support.compilation import CHEAP
 from support.jobs import TINY, curve, one_of_several, wait_for_step, write_corpus
 from support.tolerance import assert_close
 
+from ttt_jax import generate, load_pretrained
 from ttt_jax.errors import ConfigError
 from ttt_jax.process.multihost import initialize, read_explicit
 
@@ -82,10 +83,18 @@ def numbers(run_dir):
 def test_two_processes_train_as_one_and_one_goes_on(words, tmp_path):
     """Two processes stop half-way, one goes on with another mesh: the curve of one process."""
     runs, half = tmp_path / "runs", f"--steps={STEPS // 2}"
-    outputs = finish(start([*words, "--name=two", "--mesh.context=2", half], processes=2))
+    samples = [f"--sample.every={STEPS // 2}", "--sample.tokens=8"]
+    outputs = finish(start([*words, "--name=two", "--mesh.context=2", half, *samples], processes=2))
     assert "4 x cpu in 2 processes" in outputs[0]
     assert "step 1/" in outputs[0]
     assert "step " not in outputs[1], "only process 0 reports"
+    lines = (runs / "two" / "samples.jsonl").read_text().splitlines()
+    written = {sample["ttt"]: sample for sample in map(json.loads, lines)}
+    assert len(lines) == len(written) == 2
+    model = load_pretrained(runs / "two")
+    for mode, sample in written.items():
+        (again,) = generate(model, sample["prompt"], max_new_tokens=8, ttt=mode == "on")
+        assert sample["text"] == again.text, "of the weights of both processes"
     assert numbers(runs / "two").shape == (STEPS // 2, 2)
     finish(
         [

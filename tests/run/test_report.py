@@ -12,6 +12,8 @@ from rich.console import Console
 from support.reports import CONFIG, CURVE, HELDOUT, POSITIONS
 
 from ttt_jax.config import Config
+from ttt_jax.errors import UserError
+from ttt_jax.run import report as report_module
 from ttt_jax.run.report import print_report, write_report
 from ttt_jax.training.heldout import bucket_losses
 
@@ -68,8 +70,24 @@ def test_report_files(tmp_path):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "chunk_size: 4096" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "loss_by_position.png", "loss_curve.png", "report.json", "report.md"
+        "loss_by_position.png", "loss_curve.png", "report.html", "report.json", "report.md"
     ]  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>512 to 1023</td><td>2.5000</td><td>2.2500</td><td>+0.2500</td>" in page
+    assert "after 40 steps, TTT on and off" in page
+    assert "(finished)" in page, "it is written before report.json"
+    assert '<img alt="Held-out loss by position" src="data:image/svg' in page
+
+
+def test_a_page_that_cannot_be_made_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise UserError("run file metrics.jsonl: too large")
+
+    monkeypatch.setattr(report_module, "write_page", fail)
+    write_report(tmp_path, config=CONFIG, heldout=HELDOUT, curve=CURVE, summary={})
+    said = "warning: no report.html: run file metrics.jsonl: too large\n"
+    assert capsys.readouterr().out == said
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 40
 
 
 def test_report_of_a_run_without_curve_or_heldout(tmp_path):
@@ -102,7 +120,10 @@ def test_print_report(tmp_path):
     assert "512 to 1023" in out.getvalue()
     assert "+0.2500" in out.getvalue()
     assert "40 steps, training loss 3.0000 -> 0.0750, 1,234 tokens/s" in out.getvalue()
-    assert str(tmp_path / "report.md") in out.getvalue()
+    assert out.getvalue().endswith(f"report: {tmp_path / 'report.html'}\n")
+    (tmp_path / "report.html").unlink()  # of a run of before
+    print_report(report, tmp_path, Console(file=out, width=80))
+    assert out.getvalue().endswith(f"report: {tmp_path / 'report.md'}\n")
 
 
 def test_without_ttt_there_is_one_loss(tmp_path):

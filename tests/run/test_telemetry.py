@@ -178,7 +178,9 @@ def run(tmp_path):
 
 def test_page_is_self_contained_and_shows_everything(run):
     page = write_page(run).read_text()
-    assert page.count("data:image/svg+xml;base64,") == 4
+    assert page.count("data:image/svg+xml;base64,") == 9
+    groups = re.findall(r"<div class='figures'>(.*?)</div>", page, re.DOTALL)
+    assert [group.count("<img ") for group in groups] == [3, 2, 1, 3], "they wrap in a small window"
     for text in (
         "123,456",
         "60 of 100",

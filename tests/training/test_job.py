@@ -1,194 +1,23 @@
-"""The job around a step, without a model: the step is a sum, and loader, held-out rows, signal and
-lock note how they are used. Checkpoints, logs and guard are the real ones.
+"""The job around a step, without a model (support/job_setting.py): how it begins, what is due after
+a step and what is recorded, and how a signal stops it.
 """
 
 import json
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.job_setting import EVALUATED, LOGGED, STEPS, Counter, Setting
 
-from ttt_jax.config import Config, from_dict, replace
-from ttt_jax.data import ByteTokenizer, Piece
+from ttt_jax.config import replace
 from ttt_jax.errors import CheckpointError, TrainingError
-from ttt_jax.process.signals import Stopped, StopSignal
+from ttt_jax.process.signals import Stopped
 from ttt_jax.run.logs import read_events
-from ttt_jax.run.positions import position_scalars
-from ttt_jax.run.timing import StepTimer
 from ttt_jax.training import job as job_module
 from ttt_jax.training import throughput as throughput_module
-from ttt_jax.training.guard import Guard
 from ttt_jax.training.hooks import Hook, Seen
-from ttt_jax.training.job import open_job
-from ttt_jax.training.recovery import Recovery
 from ttt_jax.training.saver import Saver
-from ttt_jax.training.step import TrainState
-from ttt_jax.training.throughput import Throughput
-
-STEPS = 13
-SETTINGS = {
-    "steps": STEPS,
-    "compile_cache": None,
-    "data": {"seq_len": 128, "batch_size": 2},
-    "optimizer": {"warmup_steps": 0},
-    "log": {"every": 3, "probe_every": 6, "tensorboard": False},
-    "sample": {"every": 2},
-    "checkpoint": {"every": 4, "keep": 9, "async_save": False},
-    "guard": {"skips": 2},
-}
-LOGGED = [1, 2, 3, 4, 6, 8, 9, 10, 12, 13]
-EVALUATED = [2, 4, 6, 8, 10, 12]
-REPORT = {"positions": [[0, 64], [64, 128]], "ttt_on": [1.0, 2.0], "ttt_off": [2.0, 4.0]}
-
-
-class Signal(StopSignal):
-    """A signal that is set by hand, and counts how often it is read."""
-
-    reads = 0
-
-    @property
-    def requested(self):
-        self.reads += 1
-        return self._requested
-
-    @requested.setter
-    def requested(self, value):
-        self._requested = value
-
-
-class Counter:
-    """A loader of numbers: the batch of step n is n."""
-
-    def __init__(self):
-        self.batches = 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.batches += 1
-        return self.batches
-
-    @property
-    def pieces(self):
-        return self.batches
-
-    def documents(self, pieces):
-        return [Piece(0, "a.txt", pieces, 0, 9)]
-
-    def get_state(self):
-        return {"batches": self.batches}
-
-    def set_state(self, state):
-        self.batches = state["batches"]
-        return []
-
-
-class Setting:
-    """Everything that a job is opened with; `calls` has what was done to it, in order."""
-
-    def __init__(self, tmp_path, skipped=()):
-        corpus = tmp_path / "corpus"
-        corpus.mkdir(exist_ok=True)
-        for i in range(40):
-            (corpus / f"{i}.txt").write_text(f"text number {i} of the corpus")
-        data = SETTINGS["data"] | {"train": str(corpus)}
-        runs = {"runs_dir": str(tmp_path / "runs"), "name": "a"}
-        self.config = from_dict(Config, SETTINGS | {"data": data} | runs)
-        self.calls, self.skipped = [], set(skipped)
-        self.stop, self.loader = Signal(), Counter()
-        self.lock = types.SimpleNamespace(check=lambda: self.calls.append("lock"))
-        self.heldout = types.SimpleNamespace(
-            place=lambda: self.calls.append("place"), by_position=self.by_position
-        )
-        self.hooks = [Hook(6, self.probe), Hook(2, self.evaluate)]
-
-    def probe(self, step, model):
-        self.calls.append("probe")
-        return Seen({"probe/gain": float(model["w"])})
-
-    def evaluate(self, step, model):
-        """As Heldout does it, on losses that are given."""
-        return Seen(position_scalars(REPORT), f"losses of step {step}", ({"text": f"at {step}"},))
-
-    def by_position(self, model, before_each=None):
-        for _ in range(2):
-            if before_each is not None:
-                before_each()
-        return REPORT
-
-    def fresh(self):
-        self.calls.append("fresh")
-        return TrainState({"w": jnp.zeros(())}, {"m": jnp.zeros(())}, jnp.int32(0))
-
-    def open(self, changes=()):
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), self.fresh()
-        )
-        self.calls.clear()
-        return open_job(
-            self.config,
-            self.stop,
-            self.lock,
-            StepTimer(),
-            tokenizer=ByteTokenizer(),
-            loader=self.loader,
-            heldout=self.heldout,
-            hooks=self.hooks,
-            abstract=abstract,
-            fresh=self.fresh,
-            changes=list(changes),
-        )
-
-    def step(self, state, batch):
-        """Add the batch's number to the only weight; a step that is skipped adds nothing."""
-        skip = batch in self.skipped
-        added = 0.0 if skip else float(batch)
-        metrics = {
-            "loss": jnp.float32("nan" if skip else batch),
-            "grad_norm": jnp.float32(1),
-            "learning_rate": jnp.float32(0.5),
-            "skipped": jnp.float32(skip),
-            "skipped_steps": jnp.float32(0),
-        }
-        model = {"w": state.model["w"] + added}
-        return TrainState(model, state.opt_state, state.step + 1), metrics
-
-    def train(self, job, steps=STEPS, before=lambda step: None):
-        """The loop of train.py; returns the state, and what was due at each step."""
-        state, dues, batches = job.resume(), {}, iter(self.loader)
-        while job.step < steps:
-            before(job.step + 1)
-            state, metrics = self.step(state, job.fetch(batches))
-            due = dues[job.step] = job.after_step(metrics)
-            if due.roll_back:
-                state = job.roll_back(state)
-            if due.anything:
-                job.log(due, metrics, state.model)
-                job.save(due, state)
-            if due.stop:
-                job.say_stopped()
-                break
-        return state, dues
-
-    @property
-    def run_dir(self):
-        return self.config.run_dir
-
-    @property
-    def rows(self):
-        lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    @property
-    def saved(self):
-        return sorted(int(path.name) for path in (self.run_dir / "checkpoints").iterdir())
-
-    def steps_with(self, key):
-        return [row["step"] for row in self.rows if key in row]
 
 
 @pytest.fixture
@@ -240,7 +69,7 @@ def test_what_has_changed_is_said_once_the_logs_are_open(setting, capsys, monkey
     assert written["parameters"] == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[:5] == [read, held_out, *(f"warning: {text}" for text in said)]
-    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory"]
+    assert [line.split()[0] for line in lines[5:]] == ["model", "devices", "work", "memory", "kept"]
     assert setting.calls == ["fresh", "place"]
 
 
@@ -322,27 +151,28 @@ def test_what_a_run_shows_while_it_trains(setting, capsys, monkeypatch):
     read, held_out, *lines = capsys.readouterr().out.splitlines()
     assert "reads 40 files" in read
     assert "holds out" in held_out
-    assert lines[:6] == [
+    assert lines[:7] == [
         "model     1 parameters; none of 4 layers adapts",
         f"devices   {jax.device_count()} x cpu, computing in float32",
         "work      256 tokens a step (2 rows of 128), 13 steps, 3,328 tokens",
         "memory    weights 0.0 MiB and optimizer state 0.0 MiB on each device",
+        "kept      no activations for the backward pass; the rest is computed again (remat_save)",
         "compiling the train step ...",
         "compiled in 30.0 s",
     ]
-    assert [line.split("  ")[0] for line in lines[6:]] == [
+    assert [line.split("  ")[0] for line in lines[7:]] == [
         "step 1/13",
         "step 2/13",
         "losses of step 2",
-        lines[9],
+        lines[10],
         "step 3/13",
         "step 4/13",
         "losses of step 4",
     ]
-    assert lines[9].startswith(
+    assert lines[10].startswith(
         "607 s a step, about 1.9 hours to go (without evaluations and saves)"
     )
-    assert "memory" in lines[9]
+    assert "memory" in lines[10]
     samples = (setting.run_dir / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in samples] == [
         {"step": 2, "text": "at 2"},
@@ -465,152 +295,3 @@ def test_a_signal_at_the_last_step_ends_the_closing_evaluation(setting):
         with pytest.raises(Stopped):
             job.closing_evaluation(state.model)
     assert setting.saved[-1] == STEPS
-
-
-# --------------------------------------------------------------------------- skipped steps, retries
-
-
-def test_a_roll_back_takes_older_weights_and_goes_on_with_the_data(tmp_path, monkeypatch):
-    setting = Setting(tmp_path, skipped=[5, 6])
-
-    def note(owner, name):
-        call = getattr(owner, name)
-
-        def noted(*args):
-            setting.calls.append(name)
-            return call(*args)
-
-        monkeypatch.setattr(owner, name, noted)
-
-    note(Saver, "settle")
-    note(Recovery, "roll_back")
-    note(Guard, "rolled_back")
-    with setting.open() as job:
-        state, dues = setting.train(job)
-    assert [step for step, due in dues.items() if due.roll_back] == [6], "known at a logged step"
-    calls = [call for call in setting.calls if call not in ("lock", "probe")]
-    assert calls == ["fresh", "place", "settle", "roll_back", "rolled_back"]
-    assert setting.calls.index("rolled_back") < setting.calls.index("probe")
-    sixth = next(row for row in setting.rows if row["step"] == 6)
-    assert sixth["probe/gain"] == 10, "of the weights of step 4"
-    assert float(state.model["w"]) == sum(range(1, STEPS + 1)) - 5 - 6
-    assert setting.loader.batches == STEPS
-
-
-def test_no_checkpoint_is_made_among_skipped_steps(tmp_path):
-    setting = Setting(tmp_path, skipped=[8])
-    with setting.open() as job:
-        setting.train(job)
-    assert setting.saved == [4, 12, 13]
-    assert setting.steps_with("loss") == LOGGED
-
-
-def test_a_failed_save_is_tried_again_where_a_step_is_logged(setting, monkeypatch):
-    asked, saved = [], []
-
-    def retry_due(self):
-        asked.append(job.step)
-        return True
-
-    monkeypatch.setattr(Saver, "retry_due", retry_due)
-    monkeypatch.setattr(Saver, "save", lambda self, step, *what: saved.append(step))
-    monkeypatch.setattr(Saver, "save_surely", lambda self, step, *what, **how: saved.append(step))
-    with setting.open() as job:
-        setting.train(job)
-    assert asked == [3, 6, 9], "not where a save is due anyway"
-    assert saved == [3, 4, 6, 8, 9, 12, 13]
-
-
-# ---------------------------------------------------------------------------------------------- end
-
-
-def test_compiled_programs_are_sealed_after_the_first_step_and_the_evaluation(setting, monkeypatch):
-    sealed = []
-    cache = types.SimpleNamespace(seal=lambda: sealed.append(job.step))
-    monkeypatch.setattr(job_module, "open_cache", lambda config: (cache, []))
-    with setting.open() as job:
-        state, _ = setting.train(job)
-        assert sealed == [0, 2, 6], "the step is under way; the first call of each hook"
-        assert job.closing_evaluation(state.model) == REPORT
-    assert sealed == [0, 2, 6, STEPS]
-
-
-def test_the_report_makes_a_run_a_finished_one(setting, capsys):
-    with setting.open() as job:
-        state, _ = setting.train(job)
-        by_position = job.closing_evaluation(state.model)
-        assert not (setting.run_dir / "report.json").exists()
-    setting.calls.clear()
-    job.report(by_position)
-    assert setting.calls == ["lock"]
-    report = json.loads((setting.run_dir / "report.json").read_text())
-    assert report["steps"] == STEPS
-    assert report["heldout"]["ttt_on"] == REPORT["ttt_on"]
-    assert (report["loss_first"], report["loss_last"]) == (1, 13)
-    assert report["tokens_per_second"] == job._throughput.mean > 0
-    assert "evaluating held-out loss by position" in capsys.readouterr().out
-
-
-def test_a_report_after_a_restart_takes_its_speed_from_the_curve(setting):
-    with setting.open() as job:
-        setting.train(job)
-    speed = [row["tokens_per_second"] for row in setting.rows if "tokens_per_second" in row][-1]
-    again = Setting(setting.run_dir.parents[1])
-    with again.open() as job:
-        state, dues = again.train(job)
-        assert not dues
-        by_position = job.closing_evaluation(state.model)
-    job.report(by_position)
-    report = json.loads((setting.run_dir / "report.json").read_text())
-    assert report["tokens_per_second"] == speed
-
-
-def test_no_report_is_written_into_a_folder_that_is_gone(setting):
-    def gone():
-        raise TrainingError("gone")
-
-    with setting.open() as job:
-        state, _ = setting.train(job)
-        by_position = job.closing_evaluation(state.model)
-    setting.lock.check = gone
-    with pytest.raises(TrainingError, match="gone"):
-        job.report(by_position)
-    assert not (setting.run_dir / "report.json").exists()
-
-
-def test_what_is_measured_beside_the_steps_is_no_training_time(setting, monkeypatch):
-    now = [0.0]
-
-    def takes(seconds):
-        now[0] += seconds
-
-    fake = types.SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(throughput_module, "time", fake)
-    setting.hooks = [Hook(2, lambda step, model: takes(1000) or Seen({}))]
-    with setting.open() as job:
-        setting.train(job, before=lambda step: takes(2))
-    speeds = [row["tokens_per_second"] for row in setting.rows if "tokens_per_second" in row]
-    assert speeds == [2 * 128 / 2] * len(LOGGED[1:])
-
-
-def test_throughput(setting, monkeypatch):
-    """The first interval compiles, and what lies between an interval and the next is no step."""
-    now = [100.0]
-    fake = types.SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(throughput_module, "time", fake)
-    monkeypatch.setattr(throughput_module, "peak_flops", lambda device: 1e9)
-    monkeypatch.setattr(throughput_module, "model_flops_per_token", lambda *args, **kw: 1e6)
-    throughput = Throughput(setting.config, 7)
-    now[0] += 50
-    assert throughput.scalars(8) == {}
-    assert throughput.mean is None
-    now[0] += 1000  # an evaluation
-    throughput.restart(8)
-    now[0] += 4
-    tokens = 2 * 128
-    share = pytest.approx(2 * tokens * 1e6 / 4 / (1e9 * jax.device_count()))
-    assert throughput.scalars(10) == {"tokens_per_second": 2 * tokens / 4, "mfu": share}
-    throughput.restart(10)
-    now[0] += 1
-    throughput.scalars(11)
-    assert throughput.mean == 3 * tokens / 5

@@ -87,7 +87,7 @@ def chat(
         talk = _conversation(folder, system, session, no_template, not no_ttt, dtype, piece, start)
         room = Chat(talk, sampling, limit, seed, session, str(folder))
         # Not before: an import is not to be interrupted.
-        with _ctrl_c(), _saved(room, session):
+        with _ctrl_c(room.interrupt), _saved(room, session):
             for path, text in texts:
                 room.read(path, text)
             room.run()
@@ -146,13 +146,13 @@ def _save(chat: Chat, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ctrl_c() -> Iterator[None]:
+def _ctrl_c(interrupt: Interrupt) -> Iterator[None]:
     """Let Ctrl-C raise KeyboardInterrupt here, and not end the command: it may stop an answer."""
     before = None
     if threading.current_thread() is threading.main_thread():
         found = signal.getsignal(signal.SIGINT)
         if getattr(found, "interrupts", False):
-            before = signal.signal(signal.SIGINT, Interrupt())
+            before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:

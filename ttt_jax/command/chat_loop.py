@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ttt_jax.command.io import read_text
 from ttt_jax.errors import UserError
+from ttt_jax.process.interrupts import Interrupt
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import for_stream, printable
 
@@ -58,6 +59,7 @@ class Chat:
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
         self._colours = self.live and _terminal_has_colours()
         self._saved: set[Path] = set()  # files that this chat has written
+        self.interrupt = Interrupt()  # raises once a turn
 
     @property
     def talk(self) -> Conversation:
@@ -86,6 +88,7 @@ class Chat:
         self.note(f"chat with {self.model}; /help lists the commands, Ctrl-D leaves")
         warned = False
         while True:
+            self.interrupt.ready = True
             try:
                 text = self._typed()
             except EOFError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ttt_jax.command.memory_export import lora, merge
+from ttt_jax.command.memory_export import base, lora, merge
 from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, Group, examples
 from ttt_jax.errors import UserError
 from ttt_jax.process.output_lock import one_writer
@@ -81,14 +81,23 @@ def read(folder, files, out, each, collapse, context, batch_size, overwrite, dty
     model = _over_devices(model, len(texts))
     total, begin = sum(len(text.ids) for text in texts), time.perf_counter()
     options = {"batch_size": batch_size, "piece": piece, "context": context}
+    seen: list[tuple[int, float]] = []  # tokens that are read, and when
     with progress("reading", total, "tokens") as advance_to:
-        found = read_texts(model, texts, on_progress=advance_to, **options)
+
+        def note(tokens: int) -> None:
+            seen.append((tokens, time.perf_counter()))
+            advance_to(tokens)
+
+        found = read_texts(model, texts, on_progress=note, **options)
         told = _save_each(found, out, overwrite) if each else _save_sum(found, out, collapse)
-    seconds = time.perf_counter() - begin
+    end = time.perf_counter()
     for i in range(len(texts)):
         print(printable(told[i]))
-    rate = f"{total:,} tokens in {seconds:.1f} s, {total / seconds:,.0f} tokens/s with compilation"
-    print(printable(f"{rate}: {out}"))
+    rate = f"{total / (end - begin):,.0f} tokens/s with compilation"
+    if len(seen) > 1 and end > seen[0][1]:
+        after = (seen[-1][0] - seen[0][0]) / (end - seen[0][1])
+        rate += f", {after:,.0f} after the first piece"
+    print(printable(f"{total:,} tokens in {end - begin:.1f} s, {rate}: {out}"))
 
 
 def _texts(model: Transformer, path: Path) -> list[Text]:
@@ -156,7 +165,9 @@ def _save_each(found: Iterator[tuple[int, Memory]], out: Path, overwrite: bool) 
         with new_folder(out, overwrite) as folder:
             for i, memory in found:
                 told[i] = _about(memory)
-                memory.save(folder / f"{i:04d}-{memory.sources[0].name}{SUFFIX}")
+                # A file's name has 255 bytes at most.
+                name = os.fsencode(memory.sources[0].name)[:200].decode("utf-8", "ignore")
+                memory.save(folder / f"{i:04d}-{name}{SUFFIX}")
     except OSError as error:
         raise UserError(
             f"--out {out}: could not be written ({error}); free space or choose another folder"
@@ -172,6 +183,8 @@ def _about(memory: Memory) -> str:
     told = f"{source.name}: {source.tokens:,} tokens, {source.written:,} of them in whole chunks"
     if not source.written:
         told += "; shorter than a chunk, it writes nothing"
+    elif not ratio:
+        told += "; NOTHING WAS WRITTEN, every dW is zero"
     return f"{told}; largest ||dW||/||W|| {ratio:.3g}"
 
 
@@ -350,7 +363,7 @@ def _write(memory: Memory, out: Path) -> None:
 
 @click.group(
     cls=Group,
-    commands=[read, info, add, sub, scale, truncate, diff, merge, lora],
+    commands=[read, info, add, sub, scale, truncate, diff, merge, base, lora],
     epilog=examples(
         "ttt-jax memory read runs/books a.txt --out a.memory",
         "ttt-jax memory sub all.memory a.memory --out others.memory",
@@ -358,4 +371,4 @@ def _write(memory: Memory, out: Path) -> None:
     ),
 )
 def memory() -> None:
-    """What texts teach, as files: read, info, add, sub, scale, truncate, diff, merge, lora."""
+    """What texts teach, as files: read, change, compare, and take into other engines."""

@@ -1,4 +1,4 @@
-"""`ttt-jax memory merge` and `ttt-jax memory lora`: memories into other engines."""
+"""`ttt-jax memory merge`, `base` and `lora`: memories into other engines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ _DTYPE = click.option(
     default="float32",
     help="Of every tensor that is written.",
 )
+_SHARD = click.option(
+    "--shard-gb", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Of a file."
+)
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, vLLM 0.32
 
 
 @click.command(
@@ -30,9 +34,7 @@ _DTYPE = click.option(
 @click.argument("path", metavar="M", type=EXISTING)
 @_DST
 @_DTYPE
-@click.option(
-    "--shard-gb", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Of a file."
-)
+@_SHARD
 def merge(folder: Path, path: Path, output: Path, dtype: str, shard_gb: float) -> None:
     """Write MODEL's base architecture with W + dW: a plain Hugging Face folder without TTT."""
     from ttt_jax.display.tables import Table, print_tables
@@ -45,6 +47,26 @@ def merge(folder: Path, path: Path, output: Path, dtype: str, shard_gb: float) -
     rows = [[str(m.layer), f"{m.ratio:.3g}", f"{m.lost:.2e}"] for m in merged]
     note = f"lost: ||stored - (W + dW)|| / ||dW||, the error of rounding to {dtype}"
     print_tables([Table("Merged layers", note, ["layer", "||dW||/||W||", "lost"], rows)])
+    print(printable(f"{output}"))
+
+
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "ttt-jax memory base runs/books books-base --dtype bfloat16",
+        "ttt-jax memory lora book.memory book-adapter --rank 32 --base books-base",
+    ),
+)
+@click.argument("folder", metavar="MODEL", type=EXISTING)
+@_DST
+@_DTYPE
+@_SHARD
+def base(folder: Path, output: Path, dtype: str, shard_gb: float) -> None:
+    """Write MODEL's base architecture without TTT and without a memory: what adapters go on."""
+    from ttt_jax.memory.merge import merge as run
+
+    click.get_current_context().with_resource(one_writer(output, "DST"))
+    run(folder, None, output, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)))
     print(printable(f"{output}"))
 
 
@@ -67,4 +89,15 @@ def lora(path: Path, output: Path, rank: int, dtype: str, base: str | None) -> N
     rows = [[str(k.layer), f"{k.error:.3g}"] for k in kept]
     note = f"error: ||B A - dW|| / ||dW|| at rank {rank}, as stored"
     print_tables([Table("Adapted layers", note, ["layer", "error"], rows)])
+    print(_vllm(rank))
     print(printable(f"{output}"))
+
+
+def _vllm(rank: int) -> str:
+    """What vLLM has to be told to take an adapter of this rank."""
+    fits = [most for most in _VLLM_RANKS if most >= rank]
+    return (
+        f"vLLM: --enable-lora --max-lora-rank {fits[0]}"
+        if fits
+        else f"vLLM: refuses ranks above {_VLLM_RANKS[-1]}; give a smaller --rank, or merge"
+    )

@@ -5,6 +5,7 @@ Imports no jax, so that every `--help` is quick.
 
 from ttt_jax.config.describe import field_names, fields_help, help_text
 from ttt_jax.config.fields import (
+    OPEN_REMAT,
     REMAT_NAMES,
     CheckpointConfig,
     Config,
@@ -35,6 +36,7 @@ from ttt_jax.config.validate import validate, validate_context, validate_model
 from ttt_jax.config.written import Written
 
 __all__ = [
+    "OPEN_REMAT",
     "REMAT_NAMES",
     "CheckpointConfig",
     "Config",

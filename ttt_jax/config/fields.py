@@ -43,6 +43,7 @@ REMAT_NAMES = (
     "mlp_hidden",
     "ttt_target",
 )
+OPEN_REMAT = ("auto",)  # `remat_save: auto`
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -291,7 +292,8 @@ class Config:
     init_from: str | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights are float32
     # activations that the backward pass keeps, of attention, qkv, attention_out, mlp_gate, mlp_up,
-    # mlp_hidden, ttt_target; (): none, all are computed again; None: all
+    # mlp_hidden, ttt_target; (): none, all are computed again; None: all; "auto": what the device
+    # has room for
     remat_save: Names | None = ()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

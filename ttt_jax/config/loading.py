@@ -262,7 +262,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"config {path}: not valid YAML: {' '.join(str(error).split())}"
+            f"config {path}: not valid YAML: {' '.join(str(error).split())}{_text_to_read(path)}"
         ) from None
     except OSError as error:
         raise ConfigError(
@@ -273,8 +273,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(
             f"config {path}: the top level must be a mapping of fields, not {type(tree).__name__}"
+            f"{_text_to_read(path)}"
         )
     return tree
+
+
+def _text_to_read(path: Path) -> str:
+    """Make the end of the error line about a file that was hardly meant as a config."""
+    if path.suffix in (".yaml", ".yml"):
+        return ""
+    return f"; to train on this file write --data.train {path}"
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -36,6 +36,11 @@ def find_config(name: str | Path) -> Path:
     if is_path or os.path.isfile(path):  # False, not an error, for names that no system takes
         return path
     near, known = difflib.get_close_matches(word, names, n=3, cutoff=0.5), ", ".join(names)
+    if word and os.path.isdir(path):
+        raise ConfigError(
+            f"config {word}: a folder without {RUN_CONFIG}; give a run folder, a YAML file or a "
+            "preset, and data with --data.train"
+        )
     fix = f"did you mean {' or '.join(near)}? (presets: {known})" if near else f"presets: {known}"
     raise ConfigError(f"config {word}: no such file, and no preset of this name; {fix}")
 

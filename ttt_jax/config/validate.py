@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from ttt_jax.config.fields import REMAT_NAMES, Config, MeshConfig, ModelConfig
+from ttt_jax.config.fields import (
+    OPEN_REMAT,
+    REMAT_NAMES,
+    Config,
+    MeshConfig,
+    ModelConfig,
+)
 from ttt_jax.errors import ConfigError
 
 
@@ -13,12 +19,12 @@ def validate(config: Config) -> None:
     """Check every rule that spans several fields. Raises `ConfigError`; returns nothing."""
     validate_model(config.model)
     model, data, ttt = config.model, config.data, config.model.ttt
-    if config.remat_save is not None:
+    if config.remat_save is not None and config.remat_save != OPEN_REMAT:
         for name in config.remat_save:
             if name not in REMAT_NAMES:
                 raise ConfigError(
                     f"config field remat_save: unknown activation {name!r}; known: "
-                    f"{', '.join(REMAT_NAMES)}"
+                    f"{', '.join(REMAT_NAMES)}, or auto alone"
                 )
     if not re.fullmatch(r"[A-Za-z0-9._-]+", config.name) or config.name.startswith("."):
         raise ConfigError(

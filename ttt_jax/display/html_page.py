@@ -46,6 +46,9 @@ th { border-bottom: 2px solid #888; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 tbody tr:hover { background: #f4f7fa; }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.facts td:first-child { min-width: 7.5rem; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
 pre.json { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
 .legend span { padding: .1rem .5rem; margin-right: .2rem; }
@@ -82,10 +85,9 @@ def code(text: str) -> str:
 
 
 def facts_table(facts: Iterable[tuple[str, Any]]) -> str:
-    """Make a table of names and values; long values are wrapped."""
-    cell = "<td style='text-align:left;white-space:normal'>"
-    rows = (f"<tr><td>{escape(name)}</td>{cell}{escape(value)}</td></tr>" for name, value in facts)
-    return f"<table><tbody>{''.join(rows)}</tbody></table>"
+    """Make a table of names and values; both are wrapped where they are long."""
+    rows = (f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in facts)
+    return f"<table class='facts'><tbody>{''.join(rows)}</tbody></table>"
 
 
 def data_table(
@@ -126,6 +128,11 @@ def image(figure: Figure, alt: str) -> str:
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def side_by_side(html: Iterable[str]) -> str:
+    """Set pictures side by side, as many as the window has room for."""
+    return f"<div class='figures'>{''.join(html)}</div>"
 
 
 def tidy(axes: Axes) -> None:

@@ -40,9 +40,9 @@ def open_documents(model: Transformer, data: str | Path, option: str = "--perple
                 )
         corpus = load_corpus(config, model.tokenizer or ByteTokenizer())
     except DataError as error:
-        raise DataError(
-            str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"{option} {data}")
-        ) from None
+        text = str(error).replace(f"config field {_FIELD} = {str(data)!r}", f"{option} {data}")
+        fix = "give more data or lower data.min_document"
+        raise DataError(text.replace(fix, "give longer documents")) from None
     if corpus.has_text and model.tokenizer is None:
         raise DataError(
             f"{option} {data}: holds text and the model's folder has no tokenizer.json; add "

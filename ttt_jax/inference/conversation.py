@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.inference.generation import GREEDY, Session
 from ttt_jax.inference.sampling import Sampling
+from ttt_jax.process.interrupts import HeldBack
 
 Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]
@@ -132,9 +133,10 @@ class Conversation:
         ids = self._encode(document) if isinstance(document, str) else document
         if not ids:
             raise UserError("read: the text is empty; give at least one token")
-        if self._kept:
-            self._kept[-1].read.append(ids)
-        self._extend(ids, read=True)
+        with HeldBack():
+            if self._kept:
+                self._kept[-1].read.append(ids)
+            self._extend(ids, read=True)
 
     def ask(
         self,
@@ -153,28 +155,29 @@ class Conversation:
         Raises: UserError when the template fails, or rewrites turns that cannot be read again; the
         conversation is then as before. NotFiniteError.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        read_again = self._read_turn(messages)
-        session, self.messages = self.session, messages
-        try:
-            session.generate(
-                max_new_tokens,
-                sampling,
-                seed=seed,
-                stop=PLAIN_STOP if self.render is render_plain else (),
-                on_text=None if on_text is None else lambda _, piece: on_text(piece),
-            )
-        except NotFiniteError:
-            self.undo()
-            raise
-        except BaseException:
-            if session.written and session.written[0].token_ids:
-                self._take_answer()
-            else:
+        with HeldBack():  # one Ctrl-C stops the writing; what follows it is whole
+            messages = [*self.messages, {"role": "user", "content": text}]
+            read_again = self._read_turn(messages)
+            self.messages = messages
+            try:
+                self.session.generate(
+                    max_new_tokens,
+                    sampling,
+                    seed=seed,
+                    stop=PLAIN_STOP if self.render is render_plain else (),
+                    on_text=None if on_text is None else lambda _, piece: on_text(piece),
+                )
+            except NotFiniteError:
                 self.undo()
-            raise
-        reason = self._take_answer()
-        return Answer(self.messages[-1]["content"], reason, read_again)
+                raise
+            except BaseException:
+                if self.session.written and self.session.written[0].token_ids:
+                    self._take_answer()
+                else:
+                    self.undo()
+                raise
+            reason = self._take_answer()
+            return Answer(self.messages[-1]["content"], reason, read_again)
 
     def _take_answer(self) -> str:
         """Note what the session has written; returns why it stopped."""
@@ -260,10 +263,11 @@ class Conversation:
         """
         if not self._kept:
             raise UserError("undo: no state before a turn is kept; ask something first")
-        self._go_to(self._kept[-1])
-        last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
-        self.messages = self.messages[:last]
-        self._kept = self._kept[:-1]
+        with HeldBack():
+            self._go_to(self._kept[-1])
+            last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
+            self.messages = self.messages[:last]
+            self._kept = self._kept[:-1]
 
     def branch(self) -> Conversation:
         """A copy that goes its own way, with the state before its last turn."""

@@ -1,7 +1,8 @@
 """Text that a model writes while it trains: the same prompt each time, with TTT on and off.
 
 The train step's program stays as it is. The weights of the run are read by the programs of
-generation, on one device: on several devices they are copied there, which has to fit.
+generation, on one device of process 0: on several devices they are copied there, which has to fit.
+The other processes help to copy, and go on to the next step, where they wait.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ttt_jax.inference.generation import Session
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.parallel.mesh import Batch
+from ttt_jax.parallel.mesh import Batch, on_one_device
 from ttt_jax.terminal import printable
 from ttt_jax.training.hooks import Hook, Seen
 from ttt_jax.training.step import TrainState
@@ -90,10 +91,13 @@ class Samples:
         self._structure = jax.tree.structure(self._plain)
 
     def __call__(self, step: int, model: Any) -> Seen:
-        """Continue the prompt, with TTT on and off on the same weights."""
-        device, leaves = jax.local_devices()[0], jax.tree.leaves(model)
-        if jax.device_count() > 1:
-            leaves = [jax.device_put(leaf, device) for leaf in leaves]
+        """Continue the prompt, with TTT on and off on the same weights; on process 0."""
+        writes, leaves = jax.process_index() == 0, []
+        for leaf in jax.tree.leaves(model):
+            whole = on_one_device(leaf)
+            leaves += [whole] if writes else []
+        if not writes:
+            return Seen({})
         plain = jax.tree.unflatten(self._structure, leaves)
         modes = (True, False) if self._config.model.ttt.layers else (False,)
         written = {mode: self._write(plain, mode) for mode in modes}
@@ -132,11 +136,6 @@ def _check_devices(abstract: TrainState) -> None:
     """Raise ConfigError where one device cannot read the whole model beside its share of the
     state.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            "config field sample.every: text is written by jobs of one process only, and this one "
-            f"has {jax.process_count()}; set it 0"
-        )
     limit = device_memory_limit()
     if jax.device_count() == 1 or limit is None:
         return

@@ -70,9 +70,12 @@ def description_tables(about: dict[str, Any], name: str) -> list[Table]:
     for t in about["terms"]:
         rank = "-" if t["rank"] is None else str(t["rank"])
         terms.append([t["key"][:12], t["weight"], rank, str(t["sources"])])
+    exact = "A term can be taken out bit for bit."
+    if any(t["sources"] > 1 for t in about["terms"]):
+        exact += " One of several sources of a term cannot."
     made = [
         Table(f"{name}: {shape}", note, heads, layers),
-        Table("Terms", "Each can be taken out bit for bit.", heads_of_terms, terms),
+        Table("Terms", exact, heads_of_terms, terms),
     ]
     return [*made, _sources("Sources", [Source.from_json(raw) for raw in about["sources"]])]
 

@@ -7,6 +7,7 @@ D model width, F MLP width, R rank. dW = B A with `lora_alpha` = R, so that the 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def write_lora(
     Raises: UserError for a rank that there is not; CheckpointError.
     """
     folder = Path(folder)
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         raise CheckpointError(f"output {folder}: exists already; choose another one or delete it")
     tensors, kept = {}, []
     memory.check_rank(rank)

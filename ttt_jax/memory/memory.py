@@ -171,7 +171,10 @@ class Memory(Terms):
         """Read the files of `M,M,...` and add them up. Raises CheckpointError, and UserError for
         memories of two models.
         """
-        memories = [cls.load(path) for path in paths.split(",")]
+        names = paths.split(",")
+        if not all(names):
+            raise UserError(f"memory {paths}: a name is empty; give M or M,M,... without spaces")
+        memories = [cls.load(path) for path in names]
         return sum(memories[1:], memories[0])
 
 

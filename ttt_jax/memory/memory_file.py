@@ -25,6 +25,7 @@ from ttt_jax.memory.terms import Term, Terms, arrays
 
 KIND = SealedKind("memory", "ttt_jax memory 1", "a file that `ttt-jax memory` or Memory.save wrote")
 _MAX_SIZE = 2**24  # of D and F
+_MAX_ELEMENTS = 2**30  # of a dW; factors of a small file could claim any
 
 
 def save_terms(memory: Terms, path: Path) -> None:
@@ -125,6 +126,8 @@ def _described(manifest: dict[str, Any]) -> _Description:
         raise ValueError("model is no fingerprint")
     if not all(type(n) is int and 1 <= n <= _MAX_SIZE for n in (D, F)):
         raise ValueError("d_model and d_ff are no widths")
+    if D * F > _MAX_ELEMENTS:
+        raise ValueError(f"a dW of {D} x {F} is larger than any model's")
     if not isinstance(norms, dict) or not norms or not all(map(_is_layer, norms)):
         raise ValueError("slow_norms are no norms of layers")
     if not all(type(x) is float and 0 <= x < math.inf for x in norms.values()):

@@ -1,4 +1,4 @@
-"""A memory merged into the weights: a plain Hugging Face folder with W + dW, and no TTT.
+"""A plain Hugging Face folder without TTT: the base architecture with W, or W + dW of a memory.
 
 D model width, F MLP width.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Merged(NamedTuple):
 
 def merge(
     model: str | Path,
-    memory: Memory,
+    memory: Memory | None,
     folder: str | Path,
     *,
     dtype: str = "float32",
@@ -60,6 +61,7 @@ def merge(
 
     Args:
       model: the folder of the model that read: Hugging Face, converted, or of a run.
+      memory: None: W alone, which is what adapters go on.
       folder: must not exist; it appears when everything is written.
       dtype: of every tensor, "float32" or "bfloat16".
       on_bytes: called with the number of bytes written so far.
@@ -67,20 +69,21 @@ def merge(
     Raises: UserError for a memory of another model; CheckpointError, ConfigError, one line.
     """
     folder, source = Path(folder), open_source(model)
-    if folder.exists():
+    if os.path.lexists(folder):  # a link that leads nowhere, too
         raise CheckpointError(f"output {folder}: exists already; choose another one or delete it")
     raw = _plain_config(source, dtype)
     check_tensors(source.abstract, source.tensors, str(model))
-    if tensors_fingerprint(source.abstract, source.tensors) != memory.model:
+    if memory is not None and memory.model != tensors_fingerprint(source.abstract, source.tensors):
         raise UserError(f"memory: was not read by {model}; give the model that read it")
     target, merged, written = DTYPES[dtype], [], 0
     kept = {n: s for n, s in tensor_shapes(source.abstract).items() if ".mlp.ttt_" not in n}
-    layers = {f"model.layers.{i}.mlp.down_proj.weight": i for i in memory.layers}
+    adapting = () if memory is None else memory.layers
+    layers = {f"model.layers.{i}.mlp.down_proj.weight": i for i in adapting}
 
     def rows(spec: TensorSpec) -> Iterator[np.ndarray]:
         nonlocal written
         x = source.tensors.read(spec.name)
-        if spec.name in layers:
+        if memory is not None and spec.name in layers:
             x, about = _with(x, memory, layers[spec.name], target)
             merged.append(about)
         with np.errstate(over="ignore"):

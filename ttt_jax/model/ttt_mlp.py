@@ -19,6 +19,7 @@ from ttt_jax.config import ModelConfig
 from ttt_jax.model import ttt_stream
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
+from ttt_jax.ops import write_chunk
 from ttt_jax.ops.numerics import accumulator, precision_for
 from ttt_jax.ops.ttt.writes import TARGET, transformed
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
@@ -157,10 +158,9 @@ class MLP(nnx.Module):
         """
         ttt = self.cfg.ttt
         if ttt.decay != 1 and S_BDF is not None:
-            # At a rate of 0, as for a memory that is only applied, nothing is written or decays.
             B, M = z_BTF.shape[0], z_BTF.shape[1] // ttt.chunk_size
             written_B = jnp.full((B,), M, jnp.int32) if whole_B is None else whole_B
-            whole_B = jnp.where(lr == 0, 0, written_B)
+            whole_B = _written(written_B, lr)
         return devices.in_place_ttt(
             z_BTF,
             v_BTD,
@@ -174,6 +174,19 @@ class MLP(nnx.Module):
             clip_norm=ttt.clip_norm,
             apply=ttt.apply,
             implementation=ttt.implementation,
+        )
+
+    def write(self, z_BCF, v_BCD, lr, S_BDF, whole_B):
+        """Write one whole chunk of the rows whose `whole_B` is 1: `ttt_jax.ops.write_chunk`."""
+        ttt = self.cfg.ttt
+        return write_chunk(
+            z_BCF,
+            v_BCD,
+            S_BDF,
+            lr=lr,
+            decay=ttt.decay,
+            whole_chunks=_written(whole_B, lr),
+            clip_norm=ttt.clip_norm,
         )
 
     def targets(self, z_BTF, source_BTD, whole_B=None, devices: Devices = ONE_DEVICE):
@@ -225,3 +238,10 @@ class MLP(nnx.Module):
             return y_BTD, None, stats
         state = ttt_stream.state_behind(z_BTF, source_BTD, S_BDF, C, ctx.lengths_B, state)
         return y_BTD, state, stats
+
+
+def _written(whole_B, lr):
+    """The chunks of each row that are written. At a rate of 0, as for a memory that is only
+    applied, none is, and nothing decays.
+    """
+    return jnp.where(lr == 0, 0, whole_B)

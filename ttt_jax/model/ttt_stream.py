@@ -47,6 +47,8 @@ class AdaptiveLayer(Protocol):
 
     def op(self, z_BTF, v_BTD, lr, S_BDF, whole_B=None) -> tuple[jax.Array, jax.Array]: ...
 
+    def write(self, z_BCF, v_BCD, lr, S_BDF, whole_B) -> jax.Array: ...
+
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]: ...
 
 
@@ -129,11 +131,29 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
     source_BCD = put(state.source_BCD, source_B1D, slot_B)
     complete_B = (pending_B == C - 1) & (read_B > 0)
 
-    def update(S_BDF):
-        whole_B = complete_B.astype(jnp.int32)
+    def write(S_BDF, z_BCF, source_BCD, whole_B):
         v_BCD = layer.targets(z_BCF, source_BCD, whole_B)
-        S_BDF = layer.op(z_BCF, v_BCD, lr, S_BDF, whole_B)[1]
-        return S_BDF, ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
+        norm_B = ONE_DEVICE.last_update_norm(z_BCF, v_BCD, lr, C)
+        return layer.write(z_BCF, v_BCD, lr, S_BDF, whole_B), norm_B
+
+    def all_rows(S_BDF):
+        return write(S_BDF, z_BCF, source_BCD, complete_B.astype(jnp.int32))
+
+    def one_row(S_BDF):
+        b = jnp.argmax(complete_B)
+        row = lambda x_BXY: jax.lax.dynamic_slice_in_dim(x_BXY, b, 1, axis=0)
+        one_1 = jnp.ones((1,), jnp.int32)
+        S_1DF, norm_1 = write(row(S_BDF), row(z_BCF), row(source_BCD), one_1)
+        S_BDF = jax.lax.dynamic_update_slice_in_dim(S_BDF, S_1DF, b, axis=0)
+        # The norm is that of the first row.
+        return S_BDF, jnp.broadcast_to(jnp.where(b == 0, norm_1, 0), complete_B.shape)
+
+    def update(S_BDF):
+        # Rows of other lengths complete their chunks one by one. Split over devices, none is taken
+        # out of the others.
+        if S_BDF.shape[0] == 1 or ctx.parallel != ONE_DEVICE:
+            return all_rows(S_BDF)
+        return jax.lax.cond(complete_B.sum() == 1, one_row, all_rows, S_BDF)
 
     def skip(S_BDF):
         return S_BDF, jnp.zeros(S_BDF.shape[:1], S_BDF.dtype)

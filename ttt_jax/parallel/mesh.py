@@ -146,6 +146,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def on_one_device(x: jax.Array) -> jax.Array:
+    """The whole array on this process' first device. All processes together; for a moment each of
+    the mesh's devices holds all of it.
+    """
+    if len(x.sharding.device_set) == 1:
+        return x
+    assert isinstance(x.sharding, NamedSharding)
+    assert isinstance(x.sharding.mesh, Mesh)
+    shards = jax.device_put(x, replicated(x.sharding.mesh)).addressable_shards
+    return next(shard.data for shard in shards if shard.device == jax.local_devices()[0])
+
+
 Batch = dict[str, Any]
 
 

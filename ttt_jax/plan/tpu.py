@@ -90,11 +90,13 @@ def compile_plan(config: Config, topology: Topology, prefill: int | None = None)
     """
     from ttt_jax.flops import model_flops_per_token, shard_bytes
     from ttt_jax.parallel.mesh import make_mesh
+    from ttt_jax.training.step_memory import keep_what_fits
 
     mesh = make_mesh(config.mesh, tpu_devices(topology))
     sizes = {name: int(size) for name, size in mesh.shape.items()}
     rows, tokens = workload(config, sizes, prefill)
-    remarks = notes(config, sizes, prefill)
+    config, kept = keep_what_fits(config, mesh, topology.memory)
+    remarks = [*notes(config, sizes, prefill), *kept]
     function, args, kinds = _program(config, mesh, rows, tokens, prefill)
     by_kind = {name: float(shard_bytes(tree)) for name, tree in kinds.items()}
     flops_per_token = model_flops_per_token(config.model, tokens, training=prefill is None)

@@ -78,6 +78,28 @@ def write_end_tokens(ends: Any, folder: Path, fields: dict[str, Any] | None = No
     atomic_write_text(folder / GENERATION, text)
 
 
+def write_byte_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a `tokenizer.json` that does what the built-in tokenizer of bytes does, for folders
+    that other programs read. Only the text of its end token, <|end|>, is read otherwise.
+    """
+    import tokenizers  # a slow import that nothing else here needs
+    from tokenizers import decoders, models, pre_tokenizers
+
+    # The letters by which tokenizers names bytes: those that show, then others in their order.
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    letters |= {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if vocab_size > 256:
+        tokenizer.add_special_tokens(["<|end|>"])
+        settings = json.dumps({"eos_token": "<|end|>"}) + "\n"
+        atomic_write_text(folder / "tokenizer_config.json", settings)
+    atomic_write_text(folder / TOKENIZER, tokenizer.to_str())
+
+
 def keep_companions(source: str, run: Path, tokenizer: Tokenizer) -> None:
     """Give a run folder its own copy of what belongs to its tokenizer, unless it has that already.
 

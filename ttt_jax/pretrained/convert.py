@@ -24,7 +24,7 @@ from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.reading import list_names
 from ttt_jax.model.transformer import Transformer, abstract_transformer
-from ttt_jax.pretrained.companions import copy_companions
+from ttt_jax.pretrained.companions import copy_companions, write_byte_tokenizer
 from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import (
     abstract_model,
@@ -117,6 +117,8 @@ def convert(
             if work.source.tokenizer != "bytes":
                 # Without checksums, like config.json: people change them by hand.
                 copy_companions(work.source.tokenizer, folder)
+            elif to == "hf":
+                write_byte_tokenizer(folder, work.model.vocab_size)
             rms = _verify(work, folder, output) if verify else None
     except OSError as error:
         raise CheckpointError(

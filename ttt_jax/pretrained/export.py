@@ -9,10 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ttt_jax.checkpoint.checksums import write_checksums
+from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.model.transformer import Transformer
-from ttt_jax.pretrained.companions import carry_companions, companions_of, write_end_tokens
+from ttt_jax.pretrained.companions import (
+    carry_companions,
+    companions_of,
+    write_byte_tokenizer,
+    write_end_tokens,
+)
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import write_model
 from ttt_jax.pretrained.safetensors_io import tensor_file_names
@@ -62,6 +68,8 @@ def save_pretrained(
                 carry_companions(carry_from, parts)
             elif model.eos_ids:
                 write_end_tokens(model.eos_ids, parts)
+            if carry_from is None and isinstance(model.tokenizer, ByteTokenizer):
+                write_byte_tokenizer(parts, model.config.vocab_size)
     except OSError as error:
         raise CheckpointError(
             f"output {folder}: could not be written ({error}); free space or choose another folder"

@@ -50,7 +50,8 @@ def load_pretrained(
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if not path.is_dir():
         raise CheckpointError(
-            f"model {path}: no such folder; give a Hugging Face, converted or run folder"
+            f"model {path}: {'a file, no' if path.is_file() else 'no such'} folder; give a Hugging "
+            "Face, converted or run folder"
         )
     has_tokenizer = find_companion(path, "tokenizer.json") is not None
     if is_model_folder(path):
@@ -66,7 +67,12 @@ def load_pretrained(
         model.tokenizer, model.eos_ids = tokenizer, eos_ids
         return model
     else:
-        beside = run_folder(path) or path
+        beside = run_folder(path)
+        if beside is None:
+            raise CheckpointError(
+                f"model {path}: no config.json, and no {CONFIG_FILE} of a run; give a Hugging "
+                "Face, converted or run folder"
+            )
         config = read_run_config(beside)
         cfg, tokenizer = config.model, tokenizer_of_run(beside, config)
     eos_ids = read_eos_ids(beside, cfg.vocab_size)

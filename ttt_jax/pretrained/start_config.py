@@ -134,8 +134,8 @@ def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], 
         return {}, None  # parameters alone, of a model that the user describes
     if model is None:
         raise CheckpointError(
-            f"{FIELD} = {source!r}: holds parameters, but no config that says what model they are "
-            "of; give a run folder, or write every field of model"
+            f"{FIELD} = {source!r}: holds no config that says what model it is; give a Hugging "
+            "Face, converted or run folder, or write every field of model"
         )
     fields = to_dict(model)
     base = {"model": fields, "data": {"tokenizer": tokenizer}}

@@ -12,6 +12,7 @@ from ttt_jax.display.html_page import COLOURS, MARKERS, figure_of, tidy
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name of a scalar -> (steps, values)
 _POINTS = 2000  # of a curve
+_SIZE = 4.2, 3.0  # inches of a picture
 
 
 def curves_of(metrics: list[dict[str, Any]]) -> Curves:
@@ -33,57 +34,59 @@ def curves_of(metrics: list[dict[str, Any]]) -> Curves:
     }
 
 
-def pictures(curves: Curves) -> list[tuple[Any, str]]:
-    """Draw (figure, description) of what has been measured."""
-    made = [_loss_picture(curves)] if "loss" in curves else []
+def pictures(curves: Curves) -> list[tuple[str, list[Any]]]:
+    """Draw what has been measured: (what it is about, figures that stand side by side)."""
+    speed = {
+        "tokens_per_second": "tokens/s",
+        "mfu": "MFU (share of peak)",
+        "time/input_wait": "waiting for input (share)",
+        "time/checkpoint": "held up by saving (s)",
+        "memory_bytes": "device memory, peak (GiB)",
+        "host_memory_bytes": "host memory, peak (GiB)",
+    }
+    optimisation = {"grad_norm": "gradient norm", "learning_rate": "learning rate"}
+    made = [("Loss by step", _losses(curves))] if "loss" in curves else []
     for title, panels in (
         ("Fast weights by step", _layer_panels(curves)),
-        (
-            "Optimisation by step",
-            _panels(curves, {"grad_norm": "gradient norm", "learning_rate": "learning rate"}),
-        ),
-        (
-            "Speed by step",
-            _panels(
-                curves,
-                {
-                    "tokens_per_second": "tokens/s",
-                    "mfu": "MFU (share of peak)",
-                    "time/input_wait": "waiting for input (share)",
-                    "time/checkpoint": "held up by saving (s)",
-                    "memory_bytes": "device memory, peak (GiB)",
-                    "host_memory_bytes": "host memory, peak (GiB)",
-                },
-            ),
-        ),
+        ("Optimisation by step", _panels(curves, optimisation)),
+        ("Speed by step", _panels(curves, speed)),
     ):
-        made += [(_row_of_panels(panels[i : i + 3]), title) for i in range(0, len(panels), 3)]
+        made += [(title, [_panel(*panel) for panel in panels])] if panels else []
     return made
 
 
-def _loss_picture(curves: Curves) -> tuple[Any, str]:
-    figure = figure_of(11, 3.6)
-    training, probe, gain = figure.subplots(1, 3)
-    _draw(training, curves["loss"], color="#555555", label="training")
-    for axes, source in ((training, "heldout"), (probe, "probe")):
-        for mode in ("off", "on"):
-            if (name := f"{source}/ttt_{mode}") in curves:
-                label = f"held-out, TTT {mode}" if source == "heldout" else f"TTT {mode}"
-                _draw(axes, curves[name], color=COLOURS[mode], label=label, marker=MARKERS[mode])
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+def _losses(curves: Curves) -> list[Any]:
+    figures = [_of_modes(curves, "heldout", "Loss", "held-out, ", curves["loss"])]
+    figures[0].axes[0].set(ylabel="nats per token")
     if "probe/gain" in curves:
-        _draw(gain, curves["probe/gain"], color=COLOURS["on"], marker="o")
-        gain.axhline(0, color="black", linewidth=0.8)
-    else:
-        probe.set_visible(False)
-        gain.set_visible(False)
-    training.set(title="Loss", xlabel="step", ylabel="nats per token")
-    probe.set(title="Probe rows, same weights", xlabel="step")
-    gain.set(title="Gain of TTT (off - on)", xlabel="step")
-    for axes in (training, probe, gain):
-        tidy(axes)
-    return figure, "Loss by step"
+        figures.append(_of_modes(curves, "probe", "Probe rows, same weights"))
+        figures.append(_panel("Gain of TTT (off - on)", [("", curves["probe/gain"])]))
+        figures[-1].axes[0].axhline(0, color="black", linewidth=0.8)
+    return figures
+
+
+def _of_modes(
+    curves: Curves, source: str, title: str, prefix: str = "", training: Any = None
+) -> Any:
+    """Draw a source's losses with TTT on and off, below the one of training."""
+    figure, axes = _axes(title)
+    if training is not None:
+        _draw(axes, training, color="#555555", label="training")
+    for mode in ("off", "on"):
+        if (name := f"{source}/ttt_{mode}") in curves:
+            style = {"color": COLOURS[mode], "marker": MARKERS[mode]}
+            _draw(axes, curves[name], label=f"{prefix}TTT {mode}", **style)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    return figure
+
+
+def _axes(title: str) -> tuple[Any, Any]:
+    figure = figure_of(*_SIZE)
+    axes = figure.subplots()
+    axes.set(title=title, xlabel="step")
+    tidy(axes)
+    return figure, axes
 
 
 def _layer_panels(curves: Curves) -> list[tuple[str, list[tuple[str, Any]]]]:
@@ -115,20 +118,13 @@ def _panels(curves: Curves, titles: dict[str, str]) -> list[tuple[str, list[tupl
     ]
 
 
-def _row_of_panels(panels: list[tuple[str, list[tuple[str, Any]]]]) -> Any:
-    figure = figure_of(11, 3.2)
-    for axes, (title, lines) in zip(
-        figure.subplots(1, 3), panels + [("", [])] * (3 - len(panels)), strict=True
-    ):
-        if not lines:
-            axes.set_visible(False)
-        for n, (label, curve) in enumerate(lines):
-            shade = n / max(len(lines) - 1, 1)
-            _draw(axes, curve, color=(0.9 * shade, 0.45, 0.7 - 0.6 * shade), label=label or None)
-        axes.set(title=title, xlabel="step")
-        tidy(axes)
-        if len(lines) <= 8 and any(label for label, _ in lines):
-            axes.legend(frameon=False, fontsize="small")
+def _panel(title: str, lines: list[tuple[str, Any]]) -> Any:
+    figure, axes = _axes(title)
+    for n, (label, curve) in enumerate(lines):
+        shade = n / max(len(lines) - 1, 1)
+        _draw(axes, curve, color=(0.9 * shade, 0.45, 0.7 - 0.6 * shade), label=label or None)
+    if len(lines) <= 8 and any(label for label, _ in lines):
+        axes.legend(frameon=False, fontsize="small")
     return figure
 
 

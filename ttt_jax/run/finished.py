@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ttt_jax.config import Config, to_dict
+from ttt_jax.config import OPEN_REMAT, Config, to_dict
 from ttt_jax.process.failure import failures_in_one_line
 from ttt_jax.process.lock import RunLock
 from ttt_jax.process.multihost import on_first_process
@@ -119,6 +119,8 @@ def _finished_report(config: Config) -> tuple[dict[str, Any] | None, str]:
 def _without_effect(config: Config, report: dict[str, Any]) -> list[str]:
     """List the settings that differ from those of the report, as `field = value (was value)`."""
     before, now = flatten(report["config"]), flatten(json.loads(json.dumps(to_dict(config))))
+    if config.remat_save == OPEN_REMAT:  # the run's own choice is what it found
+        del now["remat_save"]
     differ = [
         field
         for field in now

@@ -2,7 +2,7 @@
 it.
 
     runs/NAME/config.yaml  checkpoints/STEP/  metrics.jsonl  events.jsonl  tensorboard/
-              report.json  report.md  *.png  report.html (`ttt-jax report`)
+              report.json  report.md  *.png  report.html
               environment.json  environments.jsonl  compile_cache/
               quarantine.jsonl (if records were malformed)
 
@@ -99,8 +99,9 @@ def read_run_config(run_dir: str | Path) -> Config:
     path = Path(run_dir) / CONFIG_FILE
     try:
         if not os.path.lexists(path):
+            what = f"no {CONFIG_FILE}" if os.path.isdir(run_dir) else "no such folder"
             raise CheckpointError(
-                f"run folder {run_dir}: no {CONFIG_FILE}; give the folder of a training run"
+                f"run folder {run_dir}: {what}; give the folder of a training run"
             )
         tree = parse_yaml(read_bounded(path, MAX_YAML_BYTES, CheckpointError).decode("utf-8"))
         return from_dict(Config, tree if isinstance(tree, dict) else {"config.yaml": tree})

@@ -1,5 +1,5 @@
-"""`ttt-jax report RUN`: one self-contained HTML page of a training run, finished or not; no script,
-no network.
+"""`report.html`: one self-contained page of a training run; no script, no network. It is written at
+the end of a run, and by `ttt-jax report RUN` of any run, finished or not.
 
 Everything is read from the run folder: `config.yaml`, `metrics.jsonl`, and where they are there
 `environment.json`, `report.json`, `events.jsonl`, `samples.jsonl` and `quarantine.jsonl`. Nothing
@@ -25,6 +25,7 @@ from ttt_jax.display.html_page import (
     html_page,
     image,
     note,
+    side_by_side,
 )
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import MAX_JSON_BYTES
@@ -60,8 +61,18 @@ class RunFiles(NamedTuple):
     damaged: dict[str, int]  # file -> lines that could not be read
 
 
-def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
+def write_page(
+    run_dir: str | Path,
+    out: str | Path | None = None,
+    *,
+    config: Config | None = None,
+    report: dict[str, Any] | None = None,
+) -> Path:
     """Write the page of a run; returns its path (by default `RUN/report.html`).
+
+    Args:
+      config, report: what `config.yaml` and `report.json` hold, or are about to; None: they are
+        read.
 
     Raises:
       CheckpointError: `run_dir` is not the folder of a run, or its files are too large or
@@ -69,7 +80,7 @@ def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
       UserError: the page cannot be written.
     """
     path = Path(out) if out is not None else Path(run_dir) / PAGE_FILE
-    text = run_page(read_run(run_dir))
+    text = run_page(read_run(run_dir, config, report))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text)
@@ -80,18 +91,19 @@ def write_page(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
-def read_run(run_dir: str | Path) -> RunFiles:
-    """Read everything that the page shows. Raises CheckpointError, one line."""
+def read_run(
+    run_dir: str | Path, config: Config | None = None, report: dict[str, Any] | None = None
+) -> RunFiles:
+    """Read everything that the page shows, but what is given. Raises CheckpointError, one line."""
     folder = Path(run_dir)
-    config = read_run_config(folder)
+    config = read_run_config(folder) if config is None else config
     damaged: dict[str, int] = {}
     metrics, events, quarantine, samples = (
         _lines(folder / name, damaged)
         for name in (METRICS_FILE, EVENTS_FILE, QUARANTINE_FILE, SAMPLES_FILE)
     )
-    environment, report = (
-        _object(folder / name, damaged) for name in (ENVIRONMENT_FILE, "report.json")
-    )
+    environment = _object(folder / ENVIRONMENT_FILE, damaged)
+    report = _object(folder / "report.json", damaged) if report is None else report
     metrics = [row for row in metrics if isinstance(row.get("step"), int)]
     return RunFiles(
         folder, config, metrics, environment, report, events, quarantine, samples, damaged
@@ -104,7 +116,7 @@ def run_page(run: RunFiles) -> str:
     title = f"Run {run.config.name}"
     body = [f"<h1>{escape(title)}</h1>", _facts(run, curves), _warnings(run)]
     body += [_by_position(run)]
-    body += [image(*picture) for picture in pictures(curves)]
+    body += [side_by_side(image(f, title) for f in figures) for title, figures in pictures(curves)]
     if not curves:
         body.append(note("No metrics yet."))
     body += [_written(run), _latest(curves), _quarantine(run)]

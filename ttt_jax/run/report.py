@@ -1,8 +1,9 @@
 """The closing report of a run: held-out loss by position with TTT on and off on the same weights,
 and the loss curve.
 
-`report.json` is for programs, `report.md` with two PNGs for people, `print_report` for the
-terminal. jax is asked only for the hardware, matplotlib is imported only to draw.
+`report.json` is for programs, `report.html` (page.py) and `report.md` with two PNGs for people,
+`print_report` for the terminal. jax is asked only for the hardware, matplotlib is imported only to
+draw.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from rich.console import Console
 from ttt_jax.config import Config, dump_yaml, to_dict
 from ttt_jax.display.html_page import COLOURS, figure_of, tidy
 from ttt_jax.display.tables import Table, number, print_tables
+from ttt_jax.errors import UserError
 from ttt_jax.files.text import atomic_write_text
+from ttt_jax.run.page import PAGE_FILE, write_page
 from ttt_jax.run.positions import gains, position_figure, position_table
 from ttt_jax.run.provenance import provenance
 from ttt_jax.terminal import printable
@@ -40,7 +43,8 @@ def write_report(
     curve: list[dict[str, Any]],
     summary: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `report.json`, `report.md`, `loss_curve.png` and `loss_by_position.png` into `run_dir`.
+    """Write `report.json`, `report.html`, `report.md`, `loss_curve.png` and `loss_by_position.png`
+    into `run_dir`. A page that cannot be made is a warning.
 
     Args:
       heldout: `positions` as of `bucket_losses`, and the losses `ttt_on` and `ttt_off`, all of one
@@ -75,6 +79,10 @@ def write_report(
     }
     pictures = _draw(run_dir, losses, report["heldout"], bool(config.model.ttt.layers))
     atomic_write_text(run_dir / "report.md", _markdown(report, config, summary, pictures))
+    try:
+        write_page(run_dir, config=config, report=report)
+    except UserError as error:
+        print(f"warning: no {PAGE_FILE}: {error}", flush=True)
     # Last: it is what makes a run a finished one.
     atomic_write_text(run_dir / REPORT_FILE, json.dumps(report, indent=2, default=_plain) + "\n")
     return report
@@ -88,7 +96,8 @@ def print_report(
     if report["heldout"]["positions"]:
         print_tables([_table(report)], console, first="right")
     console.print(_sentence(report), highlight=False, markup=False)
-    path = printable(f"report: {Path(run_dir) / 'report.md'}")
+    found = [Path(run_dir) / name for name in (PAGE_FILE, "report.md")]
+    path = printable(f"report: {next((p for p in found if p.is_file()), found[-1])}")
     console.print(path, highlight=False, markup=False, soft_wrap=True)
 
 

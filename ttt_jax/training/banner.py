@@ -13,7 +13,7 @@ _GIB = 2**30
 
 
 def banner(config: Config, abstract: TrainState, step: int) -> list[str]:
-    """Describe model, devices, work and memory, a line each.
+    """Describe model, devices, work, memory and what is kept, a line each.
 
     Args:
       abstract: shapes, dtypes and shardings of the state.
@@ -24,6 +24,7 @@ def banner(config: Config, abstract: TrainState, step: int) -> list[str]:
         f"devices   {_devices(config)}",
         f"work      {_work(config, step)}",
         f"memory    {_memory(abstract)}",
+        f"kept      {_kept(config)}",
     ]
 
 
@@ -83,6 +84,13 @@ def _memory(abstract: TrainState) -> str:
     limit = device_memory_limit()
     text = f"weights {_size(model)} and optimizer state {_size(state)} on each device"
     return f"{text}, of {_size(limit)}" if limit else text
+
+
+def _kept(config: Config) -> str:
+    names = config.remat_save
+    kept = "all activations" if names is None else ", ".join(names) or "no activations"
+    again = "" if names is None else "; the rest is computed again"
+    return f"{kept} for the backward pass{again} (remat_save)"
 
 
 def _size(nbytes: float) -> str:

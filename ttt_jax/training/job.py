@@ -5,6 +5,7 @@ saved, how it stops, and its report.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,23 +75,11 @@ class Due(NamedTuple):
         return self.stopping and not self.last
 
 
-@contextlib.contextmanager
-def open_job(
-    config: Config,
-    stop: StopSignal,
-    lock: RunLock,
-    timer: StepTimer,
-    tokenizer: Tokenizer,
-    loader: Loader,
-    heldout: Heldout,
-    hooks: Sequence[Hook],
-    abstract: TrainState,
-    fresh: Callable[[], TrainState],
-    changes: list[str],
-) -> Iterator[Job]:
-    """Write the run folder, after everything has been checked, and close it when the block is left.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a job is made of, all of it checked.
 
-    Args:
+    Fields:
       stop: is asked after each step.
       lock: of the run folder, held.
       timer: runs since the process began.
@@ -98,27 +87,44 @@ def open_job(
       abstract: shapes, dtypes and shardings of the state.
       fresh: makes the state that the run begins with.
       changes: lines for the user, see `check_resume`.
+    """
+
+    config: Config
+    stop: StopSignal
+    lock: RunLock
+    timer: StepTimer
+    tokenizer: Tokenizer
+    loader: Loader
+    heldout: Heldout
+    hooks: Sequence[Hook]
+    abstract: TrainState
+    fresh: Callable[[], TrainState]
+    changes: Sequence[str]
+
+
+@contextlib.contextmanager
+def open_job(parts: Parts) -> Iterator[Job]:
+    """Write the run folder, after everything has been checked, and close it when the block is left.
 
     Raises: CheckpointError, one line: the folder holds another run, or cannot be written.
     """
+    config, tokenizer = parts.config, parts.tokenizer
     source = training_tokenizer(config)
     prepare_run_dir(config)
     on_first_process(lambda: keep_companions(source, config.run_dir, tokenizer))
     cache, warnings = open_cache(config)
-    warnings += changes
+    warnings += parts.changes
     if jax.process_index() == 0:
         for line in describe_rate(config):
             print(line, flush=True)
-        parameters = sum(x.size for x in jax.tree.leaves(abstract.model))
+        parameters = sum(x.size for x in jax.tree.leaves(parts.abstract.model))
         remarks = data_remarks(config, tokenizer)
         print("\n".join(map(printable, remarks)), end="\n" if remarks else "", flush=True)
         warnings += write_environment(config.run_dir, parameters=parameters, data=remarks)
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
         warnings += heldout_remarks(config, tokenizer)
     with contextlib.ExitStack() as stack:
-        job = Job(config, stop, lock, timer, loader, heldout, hooks, cache, warnings, stack)
-        job.open_checkpoints(abstract, fresh)
-        yield job
+        yield Job(parts, cache, warnings, stack)
 
 
 class Job:
@@ -133,39 +139,29 @@ class Job:
 
     def __init__(
         self,
-        config: Config,
-        stop: StopSignal,
-        lock: RunLock,
-        timer: StepTimer,
-        loader: Loader,
-        heldout: Heldout,
-        hooks: Sequence[Hook],
+        parts: Parts,
         cache: CompileCache | None,
         warnings: list[str],
         stack: contextlib.ExitStack,
     ) -> None:
-        self._config, self._stop, self._lock, self._timer = config, stop, lock, timer
-        self._loader, self._heldout, self._hooks, self._cache = loader, heldout, hooks, cache
+        config = self._config = parts.config
+        self._stop, self._lock, self._timer = parts.stop, parts.lock, parts.timer
+        self._loader, self._heldout, self._hooks = parts.loader, parts.heldout, parts.hooks
+        self._abstract, self._cache = parts.abstract, cache
         self._warnings, self._stack = warnings, stack
         self._main = jax.process_index() == 0
         self._show: Callable[[str], None] = functools.partial(print, flush=True)
         self.step = self._start = 0
         self._compiling_since = 0.0
-        self._unsealed = set(hooks)  # not called yet: what they compile has no seal
+        self._unsealed = set(parts.hooks)  # not called yet: what they compile has no seal
         self._pace_said = False
-
-    def open_checkpoints(self, abstract: TrainState, fresh: Callable[[], TrainState]) -> None:
-        """Open the log of events and the folder of checkpoints."""
-        config, self._abstract = self._config, abstract
-        self._events = self._stack.enter_context(
-            EventLog(config.run_dir, self._tell, enabled=self._main)
-        )
-        self._checkpointer = self._stack.enter_context(
+        self._events = stack.enter_context(EventLog(config.run_dir, self._tell, enabled=self._main))
+        self._checkpointer = stack.enter_context(
             Checkpointer(config.run_dir / CHECKPOINT_FOLDER, config.checkpoint, self._events)
         )
-        self._copy = self._stack.enter_context(RunCopy(config, self._events))
+        self._copy = stack.enter_context(RunCopy(config, self._events))
         self._recovery = Recovery(
-            config, self._checkpointer, abstract, self._loader, fresh, self._events
+            config, self._checkpointer, parts.abstract, parts.loader, parts.fresh, self._events
         )
 
     def _tell(self, text: str) -> None:

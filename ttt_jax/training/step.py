@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ttt_jax.config import Config, validate_context
+from ttt_jax.config import OPEN_REMAT, Config, validate_context
 from ttt_jax.model.loss import cross_entropy
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer
@@ -44,6 +44,8 @@ class TrainState(NamedTuple):
 
 def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
     """Say how `config` computes; without a mesh, on one device."""
+    if config.remat_save == OPEN_REMAT:
+        raise ValueError("remat_save is open: settle it first (training/step_memory.py)")
     parallel = ONE_DEVICE if mesh is None else make_parallel(mesh)
     return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
 

@@ -20,7 +20,7 @@ from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
 from ttt_jax.ops.ttt.chunk_updates import decay_factors, fold_clip, fold_segments
 from ttt_jax.ops.ttt.reference import in_place_ttt_reference
-from ttt_jax.ops.ttt.xla import in_place_ttt_xla
+from ttt_jax.ops.ttt.xla import in_place_ttt_xla, kept, write
 
 
 class _Call(NamedTuple):
@@ -218,6 +218,36 @@ def in_place_ttt(
     n = fast.block(call) if decay == 1 else 1
     options |= {"keep_BM": keep_BM, "decay_BM": decay_BM}
     return in_blocks(_applying(fast.run, apply), n, z_BTF, v_BTD, w_DF, **options)
+
+
+def write_chunk(
+    z_BCF: Float[Array, "B C F"],
+    v_BCD: Float[Array, "B C D"],
+    state_BDF: Float[Array, "B D F"],
+    *,
+    lr: float | Float[Array, ""],
+    decay: float = 1.0,
+    whole_chunks: Int[Array, " B"] | None = None,
+    clip_norm: float | None = None,
+) -> Float[Array, "B D F"]:
+    """Write one whole chunk and apply nothing: the state that `in_place_ttt` leaves behind it.
+
+    One matmul that adds to the state in place, 2CDF FLOPs a row. A kernel of `in_place_ttt` applies
+    as well, 4CDF more, and the compiler cannot leave out what nobody reads of a kernel.
+
+    Args:
+      z_BCF, v_BCD: of the chunk's C tokens; float32, bfloat16 or float64.
+      state_BDF, lr, decay, whole_chunks, clip_norm: as `in_place_ttt`; a row of 0 whole chunks
+        keeps its state, and its v must be zero.
+
+    Returns: the new state, float32 (float64 with float64 inputs).
+    """
+    (B, C, _), acc = z_BCF.shape, accumulator(z_BCF.dtype)
+    v_BCD, lr = v_BCD.astype(z_BCF.dtype), jnp.asarray(lr, acc)
+    if clip_norm is not None:
+        v_BCD = fold_clip(z_BCF, v_BCD, lr, C, clip_norm, acc)
+    decay_B1 = None if decay == 1 else decay_factors(decay, (B, C), C, None, whole_chunks, acc)
+    return write(kept(state_BDF.astype(acc), decay_B1, 0), v_BCD, z_BCF, lr)
 
 
 @functools.cache  # one function each, which jax knows again

@@ -56,7 +56,7 @@ def _put(x_BTX, i, C, piece_BCX):
     return jax.lax.dynamic_update_slice_in_dim(x_BTX, piece_BCX.astype(x_BTX.dtype), i * C, axis=1)
 
 
-def _kept(x_BDF, keep_BM, i):
+def kept(x_BDF, keep_BM, i):
     """S or G, less what the update of chunk i drops. No x is zero."""
     if x_BDF is None or keep_BM is None:
         return x_BDF
@@ -72,7 +72,7 @@ def scaled(v_BCD, lr):
     return (lr * v_BCD.astype(lr.dtype)).astype(v_BCD.dtype)
 
 
-def _write(S_BDF, v_BCD, z_BCF, lr):
+def write(S_BDF, v_BCD, z_BCF, lr):
     """S + lr v^T z. The factor goes into v, so that the matmul can accumulate straight into S. No S
     is zero.
     """
@@ -127,15 +127,15 @@ def _forward(C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
 
     def step(carry, i):
         o_BTD, S_BDF = carry
-        return apply(o_BTD, S_BDF, i, C), _write(
-            _kept(S_BDF, keep_BM, i), _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
+        return apply(o_BTD, S_BDF, i, C), write(
+            kept(S_BDF, keep_BM, i), _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
         )
 
     o_BTD, S_BDF, start = jnp.zeros((B, T, D), dtype), state_BDF, 0
     if S_BDF is None:
         first_BCD = slow(_chunk(z_BTF, 0, C)) if fused else _chunk(base_BTD, 0, C)
         o_BTD = _put(o_BTD, 0, C, first_BCD)
-        S_BDF, start = _write(None, _chunk(v_BTD, 0, C), _chunk(z_BTF, 0, C), lr), 1
+        S_BDF, start = write(None, _chunk(v_BTD, 0, C), _chunk(z_BTF, 0, C), lr), 1
     o_BTD, S_BDF = _scan(step, (o_BTD, S_BDF), start, M)
     if tail:  # the trailing partial chunk reads the state and does not write it
         o_BTD = apply(o_BTD, S_BDF, M, tail)
@@ -177,8 +177,8 @@ def _backward_of_reads(C, residuals, do_BTD):
 
     def replay(carry, i):
         dz_BTF, S_BDF = carry
-        return read_grad(dz_BTF, S_BDF, i, C), _write(
-            _kept(S_BDF, keep_BM, i), _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
+        return read_grad(dz_BTF, S_BDF, i, C), write(
+            kept(S_BDF, keep_BM, i), _chunk(v_BTD, i, C), _chunk(z_BTF, i, C), lr
         )
 
     # Nothing reads the state after the last token, so the update before it need not be replayed.
@@ -214,7 +214,7 @@ def _backward_of_writes(C, residuals, do_BTD, G_BDF, dz_BTF):
         """
         if keep_BM is None:
             return dw_DF, G_BDF
-        kept_BDF = _kept(G_BDF, keep_BM, i)
+        kept_BDF = kept(G_BDF, keep_BM, i)
         return dw_DF + (G_BDF - kept_BDF).sum(axis=0), kept_BDF
 
     # What G starts with is not the slow weight's.

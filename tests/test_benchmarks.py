@@ -1,0 +1,104 @@
+"""The studies' scripts: tables that are in the documents, and the ablation of the convolution."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    "books": "docs/results.md",
+    "books, details": "docs/lab/2026-11-30-study1.md",
+    "ablations": "docs/lab/2026-11-30-ablations.md",
+}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a file of benchmarks/, which imports its neighbours as a script does."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    return importlib.import_module
+
+
+def study(arm, seed, losses, off=0.1):
+    heldout = {"ttt_on": losses, "ttt_off": [x + off for x in losses]}
+    return {"arm": arm, "seed": seed, "heldout": heldout, "ratio_last": [1.0], "date": "2026-11-30"}
+
+
+def test_tables_in_the_documents_are_those_of_the_results(script):
+    books_tables = script("books_tables")
+
+    made = books_tables.blocks(ROOT / "docs/results")
+    assert set(made) == set(PAGES)
+    for name, page in PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        block = text.split(f"<!-- tables: {name} -->\n", 1)[1].split("<!-- tables: end -->", 1)[0]
+        assert block.strip() == "\n\n".join(part for part in made[name] if part).strip(), (
+            f"{page} is out of date: run python benchmarks/books_tables.py"
+        )
+
+
+def test_differences_are_taken_seed_by_seed(script, tmp_path):
+    """Seeds differ by 1, the arms by 0.1, 0.2 and 0.3 within a seed: the interval is that of the
+    differences.
+    """
+    books_tables = script("books_tables")
+
+    rows = [study("none512", s, [9.0] * 7 + [5.0 + s]) for s in range(3)]
+    rows += [study("decay358", s, [9.0] * 7 + [5.0 + s - 0.1 * (s + 1)]) for s in range(4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "2026-books.jsonl").write_text(text)
+    runs = books_tables.read(tmp_path, "heldout", "*books*.jsonl")
+    line = books_tables.differences(runs, {}, [("none512", "decay358")]).splitlines()[-1]
+    # Student's t: 0.2 +- 4.30 * 0.1 / sqrt(3); seed 3 has no partner.
+    assert line.split("|")[2:4] == [" 3 ", " 0.200 (-0.048 to 0.448) "]
+
+
+def test_a_later_result_of_a_seed_counts(script, tmp_path):
+    books_tables = script("books_tables")
+
+    old, new = study("sum", 0, [2.0]) | {"date": "2026-11-24"}, study("sum", 0, [1.0])
+    (tmp_path / "a-books.jsonl").write_text(json.dumps(new) + "\n")
+    (tmp_path / "b-books.jsonl").write_text(json.dumps(old) + "\n")
+    runs = books_tables.read(tmp_path, "heldout", "*books*.jsonl")
+    assert runs["sum", 0]["heldout"]["ttt_on"] == [1.0]
+
+
+def test_a_document_without_its_block_is_left_alone(script, tmp_path):
+    books_tables = script("books_tables")
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tables: a -->\nold\n<!-- tables: end -->\nkept\n")
+    books_tables.put(page, "a", ["new", ""])
+    assert page.read_text() == "<!-- tables: a -->\n\nnew\n\n<!-- tables: end -->\nkept\n"
+    with pytest.raises(SystemExit, match="has no line <!-- tables: b -->"):
+        books_tables.put(page, "b", ["new"])
+    assert page.read_text().endswith("kept\n")
+
+
+def test_taps_that_are_left_out_stay_at_zero_and_do_not_clip_the_others(script):
+    restricted = script("target_taps").restricted
+
+    params = {"mlp": {"target": {"conv": jnp.zeros((2, 1, 5)), "proj": jnp.ones((2, 2))}}}
+    grads = {"mlp": {"target": {"conv": jnp.full((2, 1, 5), 3.0), "proj": jnp.zeros((2, 2))}}}
+    tx = restricted(optax.clip_by_global_norm(1.0), (1, 2))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    expected = np.zeros((2, 1, 5))
+    expected[..., 1:3] = 0.5  # four gradients are left, of norm 1 together
+    np.testing.assert_allclose(updates["mlp"]["target"]["conv"], expected, rtol=1e-6)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize(("on", "adapts"), [([[2.0, 1.0]], False), ([[2.0, 0.9]], True)])
+def test_an_evaluation_in_which_nothing_was_written_is_told(script, on, adapts):
+    """It happened: a kernel wrote its state where nobody read it, and all modes were equal."""
+    positions = [{"per_document": {"on": losses, "off": [2.0, 1.0]}} for losses in on]
+    kept = {"perplexity": {"modes": ["off", "on"], "positions": positions}}
+    assert script("books_eval").adapts(kept) == adapts
+    assert script("books_eval").adapts({"perplexity": {"modes": ["off"], "positions": []}})
