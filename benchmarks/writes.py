@@ -1,10 +1,10 @@
-"""Check the writes on this device against float64 on the CPU, then time them.
+"""Check the ridge write on this device against float64 on the CPU, then time them.
 
     python benchmarks/writes.py                # the shapes of `books` and of a 4B model
-    XLA_FLAGS=--xla_gpu_enable_triton_gemm=false python benchmarks/writes.py
 
 A result that is wrong, or not the same twice, is printed and not timed. "Targets" is the forward;
-"with gradients" is what a training step pays that keeps `ttt_target`.
+"with gradients" is what a training step pays that keeps `ttt_target`, in kernels where they run
+and, for comparison, in matmuls of XLA.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import statistics
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ttt_jax.ops.ttt import inverse_root
+from ttt_jax.ops.ttt import chunk_products, writes
+from ttt_jax.ops.ttt.inverse_root import inverse_root
 from ttt_jax.ops.ttt.writes import transformed
 
 KEYS = ("random", "shared", "tokens", "few")
@@ -75,14 +77,14 @@ def ridge_oracle(z_CF, v_CD, do_CD, ridge: float):
     return out_CD, dz_CF, dv_CD
 
 
-def with_gradients(write: str, C: int, ridge: float):
+def with_gradients(C: int, ridge: float):
     """A program that gives v' and the gradients of z and v."""
 
     def all_three(z, v, do):
-        out, vjp = jax.vjp(lambda z, v: transformed(write, z, v, C, ridge=ridge), z, v)
+        out, vjp = jax.vjp(lambda z, v: transformed("ridge", z, v, C, ridge=ridge), z, v)
         return out, *vjp(do)
 
-    return jax.jit(all_three)
+    return all_three
 
 
 def right(run, shape: Shape, four, arrays, ridge: float) -> bool:
@@ -117,22 +119,36 @@ def milliseconds(programs: dict, repeats: int) -> dict[str, float]:
     return {name: 1000 * statistics.median(found[1:]) for name, found in times.items()}
 
 
-def time_shape(name: str, shape: Shape, writes: list[str], args: argparse.Namespace) -> bool:
+def in_matmuls(function):
+    """The same program with products in matmuls of XLA; the root stays what it is."""
+    chosen = lambda dtype, *sizes: chunk_products.Matmuls(dtype)
+
+    def run(*arrays):
+        with unittest.mock.patch.object(writes, "products_for", chosen):
+            return function(*arrays)
+
+    return jax.jit(run)
+
+
+def time_shape(name: str, shape: Shape, args: argparse.Namespace) -> bool:
     four, arrays = chunk_arrays(shape)
     z, v, _ = arrays
     print(f"{name}: {shape}", flush=True)
-    gradients = with_gradients("ridge", shape.C, args.ridge)
-    if not right(gradients, shape, four, arrays, args.ridge):
+    gradients = with_gradients(shape.C, args.ridge)
+    if not right(jax.jit(gradients), shape, four, arrays, args.ridge):
         print("  wrong results: nothing is timed", flush=True)
         return False
-    programs = {"ridge, with gradients": (gradients, arrays)}
-    for write in writes:
-        run = functools.partial(transformed, write, chunk_size=shape.C, ridge=args.ridge)
-        programs[f"{write}, targets"] = jax.jit(lambda z, v, run=run: run(z, v)), (z, v)
-    z_MCF = z.reshape(1, shape.N, shape.C, shape.F)
-    gram = jax.jit(lambda z: jnp.einsum("bmcf,bmkf->bmck", z, z, preferred_element_type="float32"))
-    roots = (gram(z_MCF), jnp.full((1, shape.N), float(shape.F)))
-    programs["ridge, root"] = jax.jit(inverse_root.inverse_root), roots
+    targets = functools.partial(transformed, "ridge", chunk_size=shape.C, ridge=args.ridge)
+    z_NCF = z.reshape(shape.N, shape.C, shape.F)
+    products = chunk_products.products_for(z.dtype, shape.C, shape.D, shape.F)
+    gram_NCC = jax.jit(chunk_products.Matmuls(z.dtype).gram)(z_NCF)
+    root = lambda gram, shift: inverse_root(gram, shift, products)
+    programs = {
+        "with gradients": (jax.jit(gradients), arrays),
+        "with gradients, in matmuls": (in_matmuls(gradients), arrays),
+        "targets": (jax.jit(lambda z, v: targets(z, v)), (z, v)),
+        "root": (jax.jit(root), (gram_NCC, jnp.full(shape.N, float(shape.F)))),
+    }
     for what, ms in milliseconds(programs, args.repeats).items():
         print(f"  {what}: {ms:.2f} ms", flush=True)
     return True
@@ -143,12 +159,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--writes", nargs="*", default=["ridge"], choices=("ridge", "spectral"))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--ridge", type=float, default=1.0)
     args = parser.parse_args()
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}", flush=True)
-    done = [time_shape(name, SHAPES[name], args.writes, args) for name in args.shapes]
+    done = [time_shape(name, SHAPES[name], args) for name in args.shapes]
     return 0 if all(done) else 1
 
 

@@ -165,9 +165,9 @@ BAD = {
         "--optimizer.accumulate 3",
         ["optimizer.accumulate", "3", "data.batch_size = 8"],
     ),
-    "a write that starts dead": (
-        "--model.ttt.write spectral --model.ttt.layers 1",
-        ["model.ttt.write", "spectral", "use sum or ridge"],
+    "a write that was taken out": (
+        "--model.ttt.write spectral",
+        ["model.ttt.write", "spectral", "taken out", "docs/writes.md", "use sum or ridge"],
     ),
     "decay": ("--model.ttt.decay 1.5", ["model.ttt.decay", "1.5", "less than or equal to 1"]),
     "warm-up": (

@@ -146,29 +146,35 @@ def test_what_the_op_needs_beside_its_results(C, T, most):
     assert 0.1 < max(found) < most
 
 
-ROOT = """
+WRITE = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 import gpu_traffic, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from ttt_jax.config import MeshConfig
+from ttt_jax.ops.ttt.writes import transformed
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.shard_mapped import Parallel
 mesh = make_mesh(MeshConfig(context=2, fsdp=2, data=1), gpu_traffic.devices(4))
 split = NamedSharding(mesh, P("fsdp", "context"))
-arrays = [jax.ShapeDtypeStruct(x, "float32", sharding=split) for x in ((4, 6, 128, 128), (4, 6))]
-traced = jax.jit(Parallel(mesh).inverse_root).trace(*arrays)
+arrays = [jax.ShapeDtypeStruct((4, 6 * 256, x), "bfloat16", sharding=split) for x in (512, 256)]
+devices = Parallel(mesh)
+write = lambda z, v: transformed("ridge", z, v, 256, over_chunks=devices.over_chunks)
+loss = lambda z, v: write(z, v).astype("float32").sum()
+traced = jax.jit(jax.grad(loss, (0, 1))).trace(*arrays)
 program = traced.lower(lowering_platforms=("cuda",)).compile(gpu_traffic.OPTIONS).as_text()
 lines = [line.partition("backend_config")[0] for line in program.splitlines()]
-print("kernels", [line for line in lines if "gpu.triton" in line])
+print("roots", [line for line in lines if "gpu.triton" in line])
+print("products", len([line for line in lines if "mosaic_gpu" in line]))
 print("collectives", [line for line in lines if " all-" in line or " collective-" in line])
 """
 
 
-def test_each_gpu_of_a_mesh_runs_the_kernel_of_ridge_writes():
+def test_each_gpu_of_a_mesh_runs_the_kernels_of_ridge_writes():
     """On its own 2 x 3 chunks, without communication."""
-    printed = python("-c", ROOT.format(root=str(SCRIPT.parent.parent)))
-    assert "f32[6,128,128]" in printed
+    printed = python("-c", WRITE.format(root=str(SCRIPT.parent.parent)))
+    assert "bf16[6,256,256]" in printed
+    assert "products 7" in printed  # the loss needs no v'
     assert "collectives []" in printed
 
 

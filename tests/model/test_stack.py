@@ -21,7 +21,7 @@ from support.models import (
 from ttt_jax.config import REMAT_NAMES
 from ttt_jax.model.stack import LayerKind, find_groups, layer_kinds
 from ttt_jax.model.transformer import LayerRun
-from ttt_jax.parallel import one_device
+from ttt_jax.ops.ttt import writes
 
 REMAT_MODEL = {
     "num_layers": 1,
@@ -64,9 +64,9 @@ def test_what_is_kept_is_not_computed_again():
 
 def test_kept_targets_of_ridge_writes_keep_the_inverse(monkeypatch):
     """It is two thirds of the write's time to make again."""
-    root = one_device.inverse_root
-    named = lambda *arrays: checkpoint_name(root(*arrays), "root")
-    monkeypatch.setattr(one_device, "inverse_root", named)
+    root = writes.inverse_root
+    named = lambda *arguments: checkpoint_name(root(*arguments), "root")
+    monkeypatch.setattr(writes, "inverse_root", named)
 
     def times(save):
         model = make(config(**REMAT_MODEL | RIDGE), "float32", remat_save=save)

@@ -3,6 +3,8 @@
 B batch, T tokens, D model width, F MLP width, V vocabulary, C chunk size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from support.tolerance import assert_close
 
 from ttt_jax.config import MeshConfig
 from ttt_jax.model.loss import token_nll
+from ttt_jax.ops.ttt.writes import transformed
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.one_device import ONE_DEVICE
 from ttt_jax.parallel.shard_mapped import Parallel, make_parallel
@@ -28,13 +31,6 @@ def arrays(T):
     return {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
 
 
-def chunk_grams(z_BTF):
-    """Of whole chunks, and something to add to their diagonals."""
-    M = z_BTF.shape[1] // C
-    z_BMCF = z_BTF[:, : M * C].reshape(B, M, C, F)
-    return jnp.einsum("bmcf,bmkf->bmck", z_BMCF, z_BMCF), 1 + jnp.arange(B * M * 1.0).reshape(B, M)
-
-
 def answers(devices, T):
     x = arrays(T)
     ids_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) % V
@@ -42,8 +38,14 @@ def answers(devices, T):
 
     def run(z, v, w, table):
         o_BTD, S_BDF = devices.in_place_ttt(z, v, w, lr=lr, chunk_size=C)
-        roots = {"root": devices.inverse_root(*chunk_grams(z))} if T >= C else {}
-        return roots | {
+        end = T // C * C
+        ridge = functools.partial(
+            transformed, "ridge", chunk_size=C, over_chunks=devices.over_chunks
+        )
+        written, vjp = jax.vjp(ridge, z[:, :end], v[:, :end]) if end else (v, lambda _: ())
+        gradients = dict(zip(("dz", "dv"), vjp(v[:, :end]), strict=False))
+        return gradients | {
+            "written": written,
             "outputs": o_BTD,
             "state": S_BDF,
             "norm": devices.last_update_norm(z, v, lr, C),

@@ -125,6 +125,7 @@ def test_windows():
         ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale and truncate"),
         ({"vocab_size": "many"}, "vocab_size = many"),
         ({"ttt_mode": True, "ttt_target": "logits"}, r"ttt\.target = logits"),
+        ({"ttt_mode": True, "ttt_write": "spectral"}, r"ttt\.write = spectral: was taken out"),
     ],
 )
 def test_what_is_not_supported_is_said_in_one_line(change, words):

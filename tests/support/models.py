@@ -43,9 +43,6 @@ RIDGE = {
 }
 
 
-SPECTRAL = {"ttt.write": "spectral", "ttt.normalize_source": True}
-
-
 # shorter than most pieces, and a full layer in between
 WINDOW = {"sliding_window": 3, "full_attention_layers": (0, 2)}
 

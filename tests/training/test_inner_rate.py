@@ -5,16 +5,12 @@ A new model has S = 0, since its targets are zero. So the ratio rises from 0, an
 below at the end only.
 """
 
-import jax
-import numpy as np
 import pytest
 from support.awake import new_target
 from support.narrow import narrow, ratios
 
-from ttt_jax.config import load_config, preset_names, read_written, replace
+from ttt_jax.config import load_config, preset_names, read_written
 from ttt_jax.model import ttt_mlp
-from ttt_jax.model.param_path import param_path
-from ttt_jax.model.transformer import Transformer
 
 LOW, HIGH = 0.05, 2.0
 FROM_SCRATCH = [name for name in preset_names() if not read_written(name).get("init_from")]
@@ -88,19 +84,3 @@ def test_no_preset_explodes_in_a_longer_run(preset):
     ratio = ratios(narrow(preset, 48, 16), 120)
     assert ratio.max() < HIGH
     assert ratio[40:].mean(axis=1).min() > LOW
-
-
-@pytest.mark.parametrize(("write", "awake"), [("spectral", False), ("ridge", True)])
-def test_a_spectral_write_has_no_start(write, awake):
-    """Why training from scratch refuses it: the targets are zero, and get no gradient."""
-    cfg = replace(of_shape(32, 64, 16).model, {"ttt.write": write, "ttt.lr": 1.0})
-    model = Transformer(cfg, key=jax.random.key(0))
-    ids = jax.random.randint(jax.random.key(1), (1, 64), 0, 257)
-    gradients = jax.jit(jax.grad(lambda model: model.hidden(ids)[0][:, :, ::3].sum()))(model)
-    convolutions = [
-        np.asarray(x)
-        for path, x in jax.tree_util.tree_flatten_with_path(gradients)[0]
-        if param_path(path).endswith("target.conv")
-    ]
-    assert len(convolutions) == 1
-    assert np.any(convolutions[0]) == awake

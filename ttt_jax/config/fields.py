@@ -63,7 +63,7 @@ class TTTConfig:
     # divide the source by its rms, so that lr means the same for every model
     normalize_source: bool = False
     # what a chunk writes for its targets (docs/writes.md)
-    write: Literal["sum", "ridge", "spectral"] = "sum"
+    write: Literal["sum", "ridge"] = "sum"
     # lambda of the ridge write, relative to the mean squared norm of a chunk's keys
     ridge: PositiveFloat = 1.0
     # factor on what is there before a chunk is written: 0.9 remembers about ten chunks

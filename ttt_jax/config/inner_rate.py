@@ -13,7 +13,7 @@ With decay, T is the tokens that S holds at the end of a row, C (1 - decay^M) / 
 
 At the start of training m follows from the config: the MLP's input has rms 1, so z = silu(g) u with
 g and u ~ N(0, s^2), s^2 = D init_std^2, and m = F s^2 E[silu(g)^2]. A checkpoint's keys are not
-known from its config; there `sum` needs a number. So does `spectral`, for which no rule was tested.
+known from its config; there `sum` needs a number.
 """
 
 from __future__ import annotations

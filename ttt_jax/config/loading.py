@@ -336,4 +336,10 @@ def _explain(cls: type, error: ValidationError) -> str:
         )
     value = str(first["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
+    if name.endswith("ttt.write") and value == "spectral":  # runs of before may name it
+        return (
+            f"config field {name} = spectral: was taken out, because new layers could never start "
+            "to write with it (docs/writes.md); use sum or ridge for a new model, and commit "
+            "e9469e6 to read an old one"
+        )
     return f"config field {name} = {value}: {first['msg'].lower()}"

@@ -11,7 +11,6 @@ from ttt_jax.config.fields import (
     Config,
     MeshConfig,
     ModelConfig,
-    TTTConfig,
 )
 from ttt_jax.errors import ConfigError
 
@@ -38,8 +37,6 @@ def validate(config: Config) -> None:
             f"config field optimizer.accumulate = {config.optimizer.accumulate}: "
             f"must divide data.batch_size = {data.batch_size}"
         )
-    if config.init_from is None:
-        refuse_dead_write(ttt)
     if ttt.layers and data.pack and data.seq_len % ttt.chunk_size:
         raise ConfigError(
             f"config field data.seq_len = {data.seq_len}: packed rows hold whole chunks; make it "
@@ -111,15 +108,6 @@ def _validate_mesh(mesh: MeshConfig) -> None:
             )
     if sum(size == -1 for size in sizes.values()) > 1:
         raise ConfigError(f"config field mesh: only one axis may be -1, got {sizes}")
-
-
-def refuse_dead_write(ttt: TTTConfig) -> None:
-    """Raise ConfigError for new layers that could never begin to write."""
-    if ttt.layers and ttt.write == "spectral":
-        raise ConfigError(
-            "config field model.ttt.write = spectral: new layers would never write: their targets "
-            "are zero, and its write of zero is zero without a gradient; use sum or ridge"
-        )
 
 
 def validate_context(config: Config, shards: int) -> None:

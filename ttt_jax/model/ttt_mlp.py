@@ -200,9 +200,7 @@ class MLP(nnx.Module):
             return jnp.zeros_like(source_BTD)
         v_BTD = self.target(source_BTD[:, : M * C], C, devices.pin)
         if ttt.write != "sum":
-            # The length of a row of W.
-            unit = self._slow_norm(accumulator(v_BTD.dtype)) / math.sqrt(source_BTD.shape[2])
-            options = {"ridge": ttt.ridge, "unit": unit, "root": devices.inverse_root}
+            options = {"ridge": ttt.ridge, "over_chunks": devices.over_chunks}
             v_BTD = devices.pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, **options))
         if whole_B is not None:
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]

@@ -22,7 +22,7 @@ from ttt_jax import ops
 from ttt_jax.ops.attention import cached
 from ttt_jax.ops.attention.api import self_attention
 from ttt_jax.ops.attention.cached import KVCache
-from ttt_jax.ops.ttt.inverse_root import inverse_root
+from ttt_jax.ops.ttt.writes import all_chunks
 
 
 class Devices(abc.ABC):
@@ -134,8 +134,15 @@ class Devices(abc.ABC):
         """
 
     @abc.abstractmethod
-    def inverse_root(self, a_BMCC, shift_BM) -> jax.Array:
-        """Call `ttt_jax.ops.ttt.inverse_root` on matrices of M chunks of each row; same result."""
+    def over_chunks(self, function, *arrays_BMCX, wide: tuple[bool, ...], wide_out) -> Any:
+        """Call a function of M chunks of each row, whose results are such arrays, too.
+
+        Args:
+          function: (sum_F, *arrays_BMCX) -> array or tuple, each chunk for itself. `sum_F` adds up
+            arrays over the devices that split F.
+          wide: of each array whether X is F, which may be split; others have it whole.
+          wide_out: the same of the results.
+        """
 
     @abc.abstractmethod
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
@@ -198,8 +205,8 @@ class OneDevice(Devices):
     def in_place_ttt(self, z_BTF, v_BTD, w_DF, **options) -> tuple[Any, Any]:
         return ops.in_place_ttt(z_BTF, v_BTD, w_DF, **options)
 
-    def inverse_root(self, a_BMCC, shift_BM) -> jax.Array:
-        return inverse_root(a_BMCC, shift_BM)
+    def over_chunks(self, function, *arrays_BMCX, wide: tuple[bool, ...], wide_out) -> Any:
+        return all_chunks(function, *arrays_BMCX, wide=wide, wide_out=wide_out)
 
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
         B, T = z_BTF.shape[:2]

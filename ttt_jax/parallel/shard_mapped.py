@@ -34,7 +34,6 @@ from ttt_jax.ops.attention.cached_shard import attend_shard
 from ttt_jax.ops.attention.sharded import attention_shard
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.ops.ttt.chunk_updates import last_update_square, update_cosine
-from ttt_jax.ops.ttt.inverse_root import inverse_root
 from ttt_jax.ops.ttt.sharded import in_place_ttt_shard, slice_rows
 from ttt_jax.parallel.mesh import mesh_axes, spec
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
@@ -217,11 +216,20 @@ class Parallel(Devices):
         )
         return (o_YBTD.sum(axis=0) if wide else o_YBTD[0]), S_BXF[:, :D]
 
-    def inverse_root(self, a_BMCC, shift_BM) -> jax.Array:
-        """Split rows, and chunks as tokens are split."""
-        matrices = spec(("batch", "tokens", None, None), a_BMCC.shape, self.mesh)
-        run = self._map(inverse_root, (matrices, P(*matrices[:2])), matrices)
-        return run(a_BMCC, shift_BM)
+    def over_chunks(self, function, *arrays_BMCX, wide: tuple[bool, ...], wide_out):
+        """Split rows, chunks as tokens are split, and F. No gradient goes through."""
+        axes = "batch", "tokens", None, "mlp"
+        specs = [spec(axes, x.shape, self.mesh) for x in arrays_BMCX]
+        rows, tokens = specs[0][:2]
+        split_F = next((s[3] for s, is_wide in zip(specs, wide, strict=True) if is_wide), None)
+        sum_F = functools.partial(jax.lax.psum, axis_name=split_F) if split_F else lambda x: x
+        place = lambda is_wide: P(rows, tokens, None, split_F if is_wide else None)
+        run = self._map(
+            functools.partial(function, sum_F),
+            tuple(map(place, wide)),
+            jax.tree.map(place, wide_out),
+        )
+        return run(*arrays_BMCX)
 
     def last_update_norm(self, z_BTF, v_BTD, lr, chunk_size: int) -> jax.Array:
         whole_chunks = z_BTF.shape[1] and z_BTF.shape[1] % chunk_size == 0

@@ -24,7 +24,6 @@ from ttt_jax.config import (
 )
 from ttt_jax.config.inner_rate import check_rule
 from ttt_jax.config.suggest import suggestions
-from ttt_jax.config.validate import refuse_dead_write
 from ttt_jax.config.written import AUTO, RATE, merged, value_at
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.pretrained.model_changes import compare_models
@@ -89,8 +88,6 @@ def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) ->
     if found is not None:
         assert config.init_from is not None
         compare_models(config.model, found, config.init_from)  # before any data is read
-        if not found.ttt.layers:
-            refuse_dead_write(config.model.ttt)
     auto = config.init_from is not None and value_at(written.over(base), RATE) == AUTO
     open_rate = auto and bool(config.model.ttt.layers) and config.model.ttt.write != "ridge"
     if open_rate:

@@ -1,6 +1,6 @@
 """The inverse of a Cholesky factor: (A + shift I)^-1 = M^T M with M lower triangular.
 
-B rows of M chunks with a matrix of C x C each, N = B M. By halves, in matmuls, down to a leaf. On
+N matrices of C x C. By halves, in matmuls, down to a leaf. On
 one NVIDIA GPU the leaf is the kernel of `kernels_pallas/inverse_root.py` where it can run;
 elsewhere, and on a mesh that the compiler partitions, it is an elimination.
 """
@@ -14,34 +14,36 @@ import jax
 import jax.numpy as jnp
 
 from ttt_jax.ops import platform
-from ttt_jax.ops.numerics import dot
+from ttt_jax.ops.ttt.chunk_products import Matmuls, Products, Terms
 
 
 class Leaf(NamedTuple):
     """What inverts matrices of up to `largest` rows. Sizes are halved to a multiple of `unit`."""
 
-    invert: Callable[[jax.Array, jax.Array], jax.Array]
+    invert: Callable[[jax.Array, jax.Array], Terms]
     largest: int
     unit: int
 
 
-def inverse_root(a_BMCC, shift_BM):
-    """Make M for symmetric positive definite A + shift I, in A's dtype: float32 or float64."""
-    a_NCC, shift_N = a_BMCC.reshape(-1, *a_BMCC.shape[2:]), shift_BM.reshape(-1)
-    leaf = _leaf(a_NCC.dtype, a_NCC.shape[1])
-    return by_halves(a_NCC, shift_N, leaf).reshape(a_BMCC.shape)
+def inverse_root(a_NCC, shift_N, products: Products) -> Terms:
+    """Make M for symmetric positive definite A + shift I.
 
-
-def _leaf(dtype, C: int) -> Leaf:
+    Args:
+      a_NCC: float32 or float64. Of a kernel's matrices only the lower triangle is read.
+      products: of the compute dtype, of which M is a sum of terms.
+    """
     if platform.compiled_for() in ("gpu", "cuda") and platform.on_one_device():
         from ttt_jax.kernels_pallas import inverse_root as kernel
 
-        if kernel.why_not(dtype, C) is None:
-            return Leaf(kernel.inverse_root_gpu, kernel.LARGEST, kernel.BLOCK)
-    return Leaf(swept, 32, 1)
+        if kernel.why_not(products.dtype, a_NCC.shape[1]) is None:
+            leaf = Leaf(kernel.inverse_root_gpu, kernel.LARGEST, kernel.UNIT)
+            return by_halves(a_NCC, shift_N, leaf, products)
+    leaf = Leaf(lambda *arrays: (swept(*arrays),), 32, 1)
+    (root_NCC,) = by_halves(a_NCC, shift_N, leaf, Matmuls(a_NCC.dtype))
+    return products.terms(root_NCC)
 
 
-def by_halves(a_NCC, shift_N, leaf: Leaf):
+def by_halves(a_NCC, shift_N, leaf: Leaf, products: Products) -> Terms:
     """M for symmetric positive definite A + shift I, by halves.
 
     With A = [[P, Q^T], [Q, R]], P^-1 = H^T H and L = Q H^T, the Schur complement is R - L L^T,
@@ -49,17 +51,21 @@ def by_halves(a_NCC, shift_N, leaf: Leaf):
     error grew from half to half, and with 512 keys, many of them the same token's, A^-1 v came out
     200 times too large.
     """
-    C, acc = a_NCC.shape[1], a_NCC.dtype
+    C = a_NCC.shape[1]
     if leaf.largest >= C:
         return leaf.invert(a_NCC, shift_N)
     half = C // 2 // leaf.unit * leaf.unit
-    product = lambda subscripts, x, y: dot(subscripts, x, y, acc)
-    first_NHH = by_halves(a_NCC[:, :half, :half], shift_N, leaf)
-    below_NLH = product("nlh,nkh->nlk", a_NCC[:, half:, :half], first_NHH)
-    schur_NLL = a_NCC[:, half:, half:] - product("nlh,nmh->nlm", below_NLH, below_NLH)
-    last_NLL = by_halves(schur_NLL, shift_N, leaf)
-    below_NLH = -product("nlm,nmh->nlh", last_NLL, product("nlk,nkh->nlh", below_NLH, first_NHH))
-    above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, C - half)))
+    product, terms = products.product, products.terms
+    first = by_halves(a_NCC[:, :half, :half], shift_N, leaf, products)
+    below = terms(product("nt", terms(a_NCC[:, half:, :half]), first))
+    schur_NLL = a_NCC[:, half:, half:] - product("nt", below, below)
+    last = by_halves(schur_NLL, shift_N, leaf, products)
+    below = terms(-product("nn", last, terms(product("nn", below, first))))
+    return tuple(map(_joined, first, below, last))
+
+
+def _joined(first_NHH, below_NLH, last_NLL):
+    above_NHC = jnp.pad(first_NHH, ((0, 0), (0, 0), (0, last_NLL.shape[1])))
     return jnp.concatenate([above_NHC, jnp.concatenate([below_NLH, last_NLL], axis=2)], axis=1)
 
 
