@@ -1,7 +1,7 @@
 """Where the device time of a training step goes, kernel by kernel: what one step takes more than
 another.
 
-    python benchmarks/step_kernels.py                               # books: its own step less "none"
+    python benchmarks/step_kernels.py                    # books: its own step less "none"
     python benchmarks/step_kernels.py --steps 6+fused,6 --rows 40
 
 Steps are named as in `step_parts.py`, on the same packed rows. Each is compiled without command
@@ -42,7 +42,7 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\""
 
 def operations(text: str) -> dict[str, str]:
     """The operation of every instruction of a compiled program."""
-    return {name: operation for name, operation in INSTRUCTION.findall(text)}
+    return dict(INSTRUCTION.findall(text))
 
 
 def short(operation: str) -> str:

@@ -125,6 +125,8 @@ class MosaicLaunches:
 
     stages: int = 4  # of the ring
     buffers: int = 1  # of a consumer's results on their way from shared to device memory
+    together: int = 1 << 30  # sequences whose chunks go before those of others
+    latency: int = 0  # k-steps from a tile to those that wait for it
     multiprocessors: int | None = None  # None: as many as the device has
     interpret: Any = None
 
@@ -197,7 +199,7 @@ class MosaicLaunches:
             (p.rows, p.columns, p.length, p.updates)
             for p in products(sizes, Chunk(sizes.C), *no_arrays)
         )
-        table = jnp.asarray(schedule(shapes, B, clusters, abs(n)))
+        table = jnp.asarray(schedule(shapes, B, clusters, abs(n), self.together, self.latency))
         body = functools.partial(_body, products, sizes, n, B, M, self.stages, self.buffers)
         kernel = self._kernel(name, body, clusters)
         flat_scalars = tuple(x.reshape(-1) for x in scalars)

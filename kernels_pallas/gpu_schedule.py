@@ -56,13 +56,16 @@ class ProductShape(NamedTuple):
 
 
 @functools.cache
-def schedule(shapes, B: int, clusters: int, chunks: int = 1) -> np.ndarray:
+def schedule(
+    shapes, B: int, clusters: int, chunks: int = 1, together: int = 1 << 30, latency: int = 0
+) -> np.ndarray:
     """Order the tiles of a launch and share them out among clusters.
 
     The applies of a chunk read the copy of the state that the updates of the chunk before wrote.
     Its updates overwrite the copy that the applies of the chunk before read. Whenever a cluster is
     free in a simulated run, it takes the first tile of what is ready: the oldest chunk's, there
-    updates, for which the next chunk waits; in the last chunk the longest sums. In the order in
+    updates, for which the next chunk waits; in the last chunk the longest sums. Before that, it
+    prefers the sequences that go `together`, so that their states stay in L2. In the order in
     which tiles start there, nothing waits for what comes later, so no real run can block, however
     long its tiles take.
 
@@ -71,37 +74,43 @@ def schedule(shapes, B: int, clusters: int, chunks: int = 1) -> np.ndarray:
       B: sequences.
       clusters: of the launch.
       chunks: of the launch.
+      together: sequences that are preferred to those behind them.
+      latency: k-steps from the end of a group of tiles to the start of those that wait for it.
 
     Returns:
       [clusters, 1 + most tiles of a cluster, 8] int32: rows of `Tile`; the first row holds their
       count.
     """
     shapes = [ProductShape(*shape) for shape in shapes]
-    waiting = _Waiting(shapes, B, chunks)
+    waiting = _Waiting(shapes, B, chunks, together)
     queues: list[list] = [[] for _ in range(clusters)]
     free, running = list(range(clusters)), []  # running: (time, cluster, group of tiles)
+    finished: list = []  # (time, group of tiles)
     now = 0
-    while waiting.ready or running:
+    while waiting.ready or running or finished:
         while waiting.ready and free:
             cluster = heapq.heappop(free)
             chunk, k, b, row_column = waiting.take()
             queues[cluster].append((k, b, *row_column, chunk))
             group = chunk, b, shapes[k].updates
             heapq.heappush(running, (now + shapes[k].cost, cluster, group))
-        now = running[0][0]
+        now = min(heap[0][0] for heap in (running, finished) if heap)
         while running and running[0][0] == now:
             _, cluster, group = heapq.heappop(running)
             heapq.heappush(free, cluster)
-            waiting.finish(*group)
+            heapq.heappush(finished, (now + latency, group))
+        while finished and finished[0][0] == now:
+            waiting.finish(*heapq.heappop(finished)[1])
     return _table(queues, [shape.updates for shape in shapes])
 
 
 class _Waiting:
     """Tiles that no cluster has taken yet; those in `ready` may start."""
 
-    def __init__(self, shapes, B, chunks):
-        self.shapes, self.chunks = shapes, chunks
-        # (chunk, 0 for what goes first, -cost, product, b, tiles left, the next one last)
+    def __init__(self, shapes, B, chunks, together):
+        self.shapes, self.chunks, self.together = shapes, chunks, together
+        # (those that go together, chunk, 0 for what goes first, -cost, product, b, tiles left, the
+        # next one last)
         self.ready: list = []
         count = {
             updates: sum(len(shape.tiles) for shape in shapes if shape.updates == updates)
@@ -119,7 +128,7 @@ class _Waiting:
 
     def take(self):
         """Remove and return the first tile that may start: chunk, product, b, (row, column)."""
-        chunk, *_, k, b, left = self.ready[0]
+        _, chunk, *_, k, b, left = self.ready[0]
         tile = left.pop()
         if not left:
             heapq.heappop(self.ready)
@@ -132,8 +141,8 @@ class _Waiting:
         first = updates if chunk + 1 < self.chunks else not updates
         for k, shape in enumerate(self.shapes):
             if shape.updates == updates:
-                entry = (chunk, not first, -shape.cost, k, b, shape.tiles[::-1])
-                heapq.heappush(self.ready, entry)
+                order = b // self.together, chunk, not first, -shape.cost
+                heapq.heappush(self.ready, (*order, k, b, shape.tiles[::-1]))
 
     def finish(self, chunk, b, updates):
         """Count a finished tile, and release the groups that waited for its group only."""
