@@ -17,8 +17,9 @@ computes one chunk, or several where it can make their tiles wait for each other
 
 An update writes S and R in one pass over the float32 state, which nothing else touches. R has two
 slots: chunk i reads one and writes the other. Where a document ends, `keep` is 0 and the update
-drops the state before it. `live` is 0 for sequences without an initial state, whose first apply is
-skipped.
+drops the state before it; with decay it is less than 1 everywhere. dW is what G has summed; where G
+drops something, it is a product of its own. `live` is 0 for sequences without an initial state,
+whose first apply is skipped.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Scalars(NamedTuple):
 class Launches(Protocol):
     """The three kernels, each for n chunks from `scalars.i` on.
 
-    Arrays in the place of results are updated in place. `base_BTD`, S, G and dW are float32, the
+    Arrays in the place of results are updated in place. `base_BTD`, S and G are float32, the
     others are of the op's dtype.
     """
 
@@ -91,14 +92,12 @@ class Launches(Protocol):
         do_BTD,
         dz_BTF,
         dv_BTD,
-        dw_BDF,
         G_BDF,
         R_2BDF,
-    ) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """Return dz, dv, dW, G, R, and partial sums of <v, z R^T>, an array of any shape.
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        """Return dz, dv, G, R, and partial sums of <v, z R^T>, an array of any shape.
 
-        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects the G that is dropped
-        wherever `keep` is 0; it is None where the caller has no documents.
+        From chunk `scalars.i` backwards.
         """
         ...
 
@@ -276,18 +275,18 @@ def _backward(launches, C, fused, residuals, cotangents):
 
     dz_BTF, R_2BDF = _replay(launches, C, most, whole, state_BDF)
 
-    dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    if keep_BM is None:
+        dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    else:  # G drops something: one product costs less than to collect it chunk by chunk
+        with jax.named_scope("ttt_grad_slow"):
+            dw_DF = _dot("btd,btf->df", cotangents[0], residuals[0])
     if tail:
         dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
         G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
-    dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr = _reverse(
-        launches, C, most, whole, dz_BTF, collected_BDF, G_BDF
-    )
-    dw_DF = dw_DF + G_BDF.sum(axis=0)
-    if collected_BDF is not None:
-        dw_DF = dw_DF + collected_BDF.sum(axis=0)
+    dz_BTF, dv_BTD, G_BDF, dlr = _reverse(launches, C, most, whole, dz_BTF, G_BDF)
+    if keep_BM is None:
+        dw_DF = dw_DF + G_BDF.sum(axis=0)
     if tail:  # v of a partial chunk is never read
         dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
         dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
@@ -311,8 +310,8 @@ def _replay(launches, C, most, whole, state_BDF):
     return dz_BTF, R_2BDF
 
 
-def _reverse(launches, C, most, whole, dz_BTF, collected_BDF, G_BDF):
-    """Go backwards in time. Returns dz, dv, what dW collected (or None), G, and dlr."""
+def _reverse(launches, C, most, whole, dz_BTF, G_BDF):
+    """Go backwards in time. Returns dz, dv, G, and dlr."""
     z_BTF, u_BTD, v_BTD, do_BTD = whole[:4]
 
     def step(carry, i, n):
@@ -325,10 +324,10 @@ def _reverse(launches, C, most, whole, dz_BTF, collected_BDF, G_BDF):
 
     dv_BTD, dlr = jnp.zeros_like(v_BTD), jnp.zeros((), jnp.float32)
     R_2BDF = _slots(G_BDF.astype(z_BTF.dtype))  # chunk i reads slot i % 2
-    carry = varying_like(z_BTF, (dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr))
+    carry = varying_like(z_BTF, (dz_BTF, dv_BTD, G_BDF, R_2BDF, dlr))
     carry = _scan(step, carry, range(z_BTF.shape[1] // C), most, reverse=True)
-    dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
-    return dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr
+    dz_BTF, dv_BTD, G_BDF, _, dlr = carry
+    return dz_BTF, dv_BTD, G_BDF, dlr
 
 
 _in_place_ttt.defvjp(_forward, _backward)

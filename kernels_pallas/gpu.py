@@ -164,22 +164,15 @@ class MosaicLaunches:
         operands, in_place = (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF)
         return self._call("ttt_replay", replay_products, sizes, n, scalars, operands, in_place)
 
-    def reverse(
-        self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
-    ):
+    def reverse(self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, G_BDF, R_2BDF):
         """See `chunk_scan.Launches`. The partial sums of dlr are [B, D / 256, n C]."""
         (B, _, F), D = z_BTF.shape, v_BTD.shape[2]
         partial_dlr = jnp.zeros((B, D // TILE, n * C), jnp.float32)
         operands = z_BTF, v_BTD, do_BTD
         in_place = dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr
-        if dw_BDF is not None:
-            in_place = (*in_place, dw_BDF)
-        results = self._call(
+        return self._call(
             "ttt_reverse", reverse_products, Sizes(C, D, F), -n, scalars, operands, in_place
         )
-        dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *collected = results
-        dw_BDF = collected[0] if collected else None
-        return dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF, partial_dlr
 
     def _call(self, name, products, sizes, n, scalars, operands, in_place):
         """Launch |n| chunks, backwards where n is negative.

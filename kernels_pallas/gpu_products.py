@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_jax.kernels_pallas.gpu_schedule import TILE
-from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product, read
+from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product
 
 
 class Sizes(NamedTuple):
@@ -134,7 +134,6 @@ def reverse_products(
     G_BDF,
     R_2BDF,
     dlr,
-    dw_BDF=None,
 ):
     """dv = lr z R^T with rows of dlr = <v, z R^T>, dz += lr v R, and G += do^T z."""
     C, D, F = sizes
@@ -160,7 +159,7 @@ def reverse_products(
         epilogue_inputs=lambda b: (None, dz_BTF.at[b]),
         row=chunk.token,
     )
-    return [to_v, to_z, _update(sizes, chunk, do_BTD, z_BTF, G_BDF, R_2BDF, collected=dw_BDF)]
+    return [to_v, to_z, _update(sizes, chunk, do_BTD, z_BTF, G_BDF, R_2BDF)]
 
 
 def _plain_apply(sizes: Sizes, chunk: Chunk, layout: str, left_BTX, R_2BDF, out_BTX) -> Product:
@@ -188,7 +187,6 @@ def _update(
     R,
     scale: Any = 1.0,
     w=None,
-    collected: Any = None,
 ) -> Product:
     """keep state + scale left^T right, and its copy R, with W added where there is one."""
     return Product(
@@ -198,7 +196,7 @@ def _update(
         length=sizes.C,
         left=chunk.tokens(left_BTD),
         right=chunk.tokens(right_BTF),
-        epilogue=functools.partial(_write_state, chunk, state, R, scale, w, collected),
+        epilogue=functools.partial(_write_state, chunk, state, R, scale, w),
         epilogue_inputs=lambda b: (state.at[b], w),
     )
 
@@ -247,7 +245,7 @@ def _write_dv(chunk, C, dv_BTD, dlr, b, m0, n0):
     return write
 
 
-def _write_state(chunk, state_BDF, R_2BDF, scale, w, collected_BDF, b, m0, n0):
+def _write_state(chunk, state_BDF, R_2BDF, scale, w, b, m0, n0):
     keep = chunk.keep(b)
 
     def write(k, columns, sums, before, w_part):
@@ -257,10 +255,5 @@ def _write_state(chunk, state_BDF, R_2BDF, scale, w, collected_BDF, b, m0, n0):
         chunk.staging.write(
             k, (state_BDF.at[part], value), (R_2BDF.at[chunk.write_slot, *part], copy)
         )
-        if collected_BDF is not None:  # where a document ends, G is the later ones' share of dW
-
-            @pl.when(keep != 1)
-            def _():
-                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * before
 
     return write

@@ -126,21 +126,14 @@ class TritonLaunches:
             _kernels().replay, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1]
         )
 
-    def reverse(
-        self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
-    ):
-        """Return dz, dv, dW, G, R and dlr of each tile."""
+    def reverse(self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, G_BDF, R_2BDF):
+        """Return dz, dv, G, R and dlr of each tile."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(C, F), self._count(D, F)
-        collect = dw_BDF is not None
-        dw = dw_BDF if collect else jnp.zeros((1,), jnp.float32)
-        operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw, G_BDF, R_2BDF)
+        operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, G_BDF, R_2BDF)
         partial_dlr = jax.ShapeDtypeStruct((B * tiles[0],), jnp.float32)
-        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "COLLECT": collect}
-        dz, dv, dw, G, R, dlr = self._call(
-            _kernels().reverse, operands, 5, B, tiles, extra=(partial_dlr,), **sizes
-        )
-        return dz, dv, dw if collect else None, G, R, dlr
+        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1]}
+        return self._call(_kernels().reverse, operands, 4, B, tiles, extra=(partial_dlr,), **sizes)
 
     def _count(self, rows: int, columns: int) -> int:
         return -(-rows // self.tile.BM) * -(-columns // self.tile.BN)

@@ -78,16 +78,13 @@ class PlainLaunches:
         dz = dz.at[:, at].set(dot("bcd,bdf->bcf", do[:, at], R[i % 2]))
         return dz, *self._update(scalars, self._lr(scalars), u_i, z_i, S, R, w[None])
 
-    def _reverse(self, C, scalars, z, u, v, do, dz, dv, dw, G, R):
+    def _reverse(self, C, scalars, z, u, v, do, dz, dv, G, R):
         i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
         at = i * C + jnp.arange(C)
         sums = dot("bcf,bdf->bcd", z_i, R[i % 2])
         dz = dz.at[:, at].add(self._lr(scalars) * dot("bcd,bdf->bcf", u_i, R[i % 2]))
-        keep = scalars.keep_BM[:, i, None, None]
-        if dw is not None:
-            dw = dw + (1 - keep) * G
         G, R = self._update(scalars, 1, do[:, at], z_i, G, R)
-        return dz, dv.at[:, at].set(scalars.lr[0] * sums), dw, G, R, v[:, at] * sums
+        return dz, dv.at[:, at].set(scalars.lr[0] * sums), G, R, v[:, at] * sums
 
     def _lr(self, scalars):
         return 1.0 if self.scaled else scalars.lr[0]
@@ -156,7 +153,7 @@ def test_documents_start_inside_blocks(plain):
 
 @pytest.mark.parametrize(("scaled", "most"), [(True, 1), (False, 3)])
 def test_decay_where_documents_end(plain):
-    """Every update collects what it drops of G."""
+    """Every update drops some of G, which is some of dW."""
     ids = np.stack([np.arange(43) // 24, np.zeros(43, int) + 1])
     check(*make_inputs(T=43), F32, plain, chunk_size=8, segment_ids=ids, decay=0.7)
 
