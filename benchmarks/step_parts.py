@@ -5,20 +5,22 @@ themselves, all interleaved.
     python benchmarks/step_parts.py --steps none,6,6+fused,4+sum,6+xla:1 --skip op --seconds 100
     python benchmarks/step_parts.py --ops 2560x9728:512:1:16384=pallas_gpu:1+pallas_gpu:2
 
-A step is a list of words that change the preset: how many TTT layers (evenly spaced; "none"), the
-write, `model.ttt.apply`, decay=X, a variant. A variant is an implementation, the chunks of a block
-and, where it is not "split", what `model.ttt.apply` is (pallas_gpu:1:fused). Every variant's op is
-timed at the step's shape and decay, and those named at the shapes of --ops
-(DxF:C:B:T[:DECAY]=variants), in rows of one document and in packed rows, where a document starts
-every fifth chunk, at another chunk in each row. Packed rows of the steps hold two documents.
-Results of packed rows are compared with those of the shape's first variant; one that is off by more
-than 1e-2 relative RMS is not timed, and the exit code is 1.
+A step is a list of words that change the preset: how many TTT layers (evenly spaced; "none", or
+"on" for the preset's), the write, `model.ttt.apply`, decay=X, a variant. A variant is an
+implementation, the chunks of a block and, where it is not "split", what `model.ttt.apply` is
+(pallas_gpu:1:fused). Every variant's op is timed at the step's shape and decay, and those named at
+the shapes of --ops (DxF:C:B:T[:DECAY]=variants), in rows of one document and in packed rows, where
+a document starts every fifth chunk, at another chunk in each row. Packed rows of the steps hold two
+documents; with --documents 1 they are not packed. Results of packed rows are compared with those of
+the shape's first variant; one that is off by more than 1e-2 relative RMS is not timed, and the exit
+code is 1.
 
 Programs are traced one after the other and compiled side by side, in the order of their importance.
 What is not ready after 60 % of --seconds is left out, and named. Each round runs every program
 once, or several times where it is short, a matmul of 8192^3 among them; the table gives medians
-over the rounds, of ops also as multiples of 4TDF (forward) and 14TDF FLOPs (both) at the matmul's
-rate. With --json FILE one object a line is appended.
+over the rounds: ops also as multiples of 4TDF (forward) and 14TDF FLOPs (both) at the matmul's
+rate, steps also as MFU (model FLOPs, with no recomputation counted, over that rate). With --json
+FILE one object a line is appended.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ import numpy as np
 from ttt_jax import config as config_lib
 from ttt_jax.config.inner_rate import inner_rate
 from ttt_jax.errors import UserError
+from ttt_jax.flops import model_flops_per_token
 from ttt_jax.model.ttt_mlp import MLP
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.one_device import ONE_DEVICE
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,8 +125,8 @@ class Op:
                 yield f"{words}: forward", variant, forward, (ids, *self.arrays)
 
 
-def step_programs(config, steps, pool):
-    """Training steps on packed rows of random tokens."""
+def step_programs(config, steps, pool, documents: int = 2):
+    """Training steps on rows of random tokens."""
     T, B = config.data.seq_len, config.data.batch_size
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1)).astype(np.int32)
     batch = {
@@ -131,9 +135,10 @@ def step_programs(config, steps, pool):
         "weights": jnp.ones((B, T), jnp.float32),
     }
     C = config.model.ttt.chunk_size
-    batch["segment_ids"] = segment_ids(B, T, C, T // C)
-    starts = jnp.where(jnp.diff(batch["segment_ids"], axis=1, prepend=0) != 0, jnp.arange(T), 0)
-    batch["positions"] = (jnp.arange(T) - jax.lax.cummax(starts, axis=1)).astype(jnp.int32)
+    if documents > 1:
+        batch["segment_ids"] = segment_ids(B, T, C, 2 * T // C // documents)
+        starts = jnp.where(jnp.diff(batch["segment_ids"], axis=1, prepend=0) != 0, jnp.arange(T), 0)
+        batch["positions"] = (jnp.arange(T) - jax.lax.cummax(starts, axis=1)).astype(jnp.int32)
     for step in steps:
         changes, variant = step_changes(config, step)
         changed = config_lib.replace(config, changes)
@@ -148,6 +153,8 @@ def step_changes(config, step: str) -> tuple[dict[str, Any], str | None]:
     """Read the words of --steps: the config's changes, and a variant or None."""
     changes, variant = {}, None
     for word in step.split("+"):
+        if word == "on":
+            continue
         if word == "none":
             changes["model.ttt.layers"] = []
         elif word.isdigit():
@@ -162,6 +169,13 @@ def step_changes(config, step: str) -> tuple[dict[str, Any], str | None]:
         else:
             changes["model.ttt.write"] = word
     return changes, variant
+
+
+def flops_of(config, step: str) -> float:
+    """Model FLOPs of a training step."""
+    model = config_lib.replace(config, step_changes(config, step)[0]).model
+    T = config.data.seq_len
+    return config.data.batch_size * T * model_flops_per_token(model, T, training=True)
 
 
 def part_programs(config):
@@ -257,17 +271,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--variants", type=words, default=["pallas_gpu:1", "pallas_gpu:1:fused"])
     parser.add_argument("--ops", type=words, default=[], help="other shapes of the op")
     parser.add_argument("--skip", type=words, default=[], help="of step, op, parts")
+    parser.add_argument("--documents", type=int, default=2, help="of a row of the steps")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=190)
     parser.add_argument("--json", type=Path)
     args, overrides = parser.parse_known_args(argv)
     begun = time.perf_counter()
-    config = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", overrides)
+    config = load_start_config(
+        ROOT / "configs" / f"{args.preset}.yaml", ["--optimizer.accumulate=1", *overrides]
+    )
     shape = (config.model.d_model, config.model.d_ff, config.model.ttt.chunk_size)
     shape = (*shape, config.data.batch_size, config.data.seq_len)
     pool, sources, ops = concurrent.futures.ThreadPoolExecutor(12), [], []
     if "step" not in args.skip:
-        sources.append(step_programs(config, args.steps, pool))
+        sources.append(step_programs(config, args.steps, pool, args.documents))
     if "op" not in args.skip:
         ops.append(Op(*shape, config.model.ttt.decay))
         sources.append(ops[-1].programs(args.variants))
@@ -295,6 +312,7 @@ def main(argv: list[str]) -> int:
     concurrent.futures.wait([x for *_, x in waiting], max(0, limit - time.perf_counter()))
     print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
     programs, expected, wrong = [], {}, 0
+    work = {f"step {step}": flops_of(config, step) for step in args.steps}
     for name, arguments, future in waiting:
         if not future.done():
             print(f"not compiled in time: {name}", flush=True)
@@ -322,7 +340,10 @@ def main(argv: list[str]) -> int:
     print(f"{device}, jax {jax.__version__}, matmul {rate / 1e12:.0f} TFLOP/s")
     off = next((x.median for x in programs if x.name == "step none"), None)
     for timed in programs:
-        over = f"{timed.median / off - 1:+7.1%}" if off and timed.step else " " * 7
+        over = " " * 7
+        if timed.step:
+            over = f"{timed.median / off - 1:+7.1%}" if off else over
+            over += f"  MFU {work[timed.name] / timed.median * 1e3 / rate:5.1%}"
         for op in ops:
             if timed.name.startswith(f"{op.name} "):
                 bound = (4 if timed.name.endswith("forward") else 14) * op.work / rate * 1e3
