@@ -182,6 +182,11 @@ def _slots(R_BDF):
     return jnp.stack([R_BDF, R_BDF])
 
 
+def _empty_like(x_BTX):
+    """A result's memory, every part of which some launch writes."""
+    return jax.lax.empty(x_BTX.shape, x_BTX.dtype)
+
+
 def _scalars(i, row, lr, keep_BM, live_BM):
     i, row = (jnp.asarray(x, jnp.int32).reshape(1) for x in (i, row))
     return Scalars(i, row, lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
@@ -216,7 +221,7 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
             return varying_like(z_BTF, results)
 
     read_BDF = _sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
-    carry = jnp.zeros_like(v_whole_BTD), state_BDF, _slots(read_BDF)
+    carry = _empty_like(v_whole_BTD), state_BDF, _slots(read_BDF)
     carry = varying_like(z_BTF, carry)
     if fused:
         carry = _scan(fused_step, carry, range(M), most)
@@ -305,7 +310,7 @@ def _replay(launches, C, most, whole, state_BDF):
             return varying_like(z_BTF, results)
 
     weight_BDF = _sum_of(w_DF, state_BDF, z_BTF.dtype)
-    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), state_BDF, _slots(weight_BDF)))
+    carry = varying_like(z_BTF, (_empty_like(z_BTF), state_BDF, _slots(weight_BDF)))
     dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C), most)
     return dz_BTF, R_2BDF
 
@@ -322,7 +327,7 @@ def _reverse(launches, C, most, whole, dz_BTF, G_BDF):
             *carry, partial_dlr = varying_like(z_BTF, results)
             return (*carry, dlr + partial_dlr.sum())
 
-    dv_BTD, dlr = jnp.zeros_like(v_BTD), jnp.zeros((), jnp.float32)
+    dv_BTD, dlr = _empty_like(v_BTD), jnp.zeros((), jnp.float32)
     R_2BDF = _slots(G_BDF.astype(z_BTF.dtype))  # chunk i reads slot i % 2
     carry = varying_like(z_BTF, (dz_BTF, dv_BTD, G_BDF, R_2BDF, dlr))
     carry = _scan(step, carry, range(z_BTF.shape[1] // C), most, reverse=True)
