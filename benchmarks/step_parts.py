@@ -66,12 +66,22 @@ def taken(variant: str | None):
         return
     name, n, *_ = variant.split(":")
     before = registry._FAST
-    one = before[name]._replace(block=lambda call: int(n), pays=lambda call: True)
+    one = before["pallas_gpu" if name == "sweep" else name]
+    if name == "sweep":
+        one = one._replace(run=sweep)
+    one = one._replace(block=lambda call: int(n), pays=lambda call: True)
     registry._FAST = {name: one, **{key: x for key, x in before.items() if key != name}}
     try:
         yield
     finally:
         registry._FAST = before
+
+
+def sweep(*arrays, **options):
+    from ttt_jax.kernels_pallas import gpu_sweep
+    from ttt_jax.kernels_pallas.gpu_sweep_launches import SweepLaunches
+
+    return gpu_sweep.in_place_ttt(SweepLaunches(), *arrays, **options)
 
 
 def apply_of(variant: str) -> str:
@@ -114,9 +124,10 @@ class Op:
         o, pull = jax.vjp(functools.partial(self.forward, apply, ids), *arrays)
         return o, *pull(do)
 
-    def programs(self, variants):
+    def programs(self, variants, kinds=("packed", "one document")):
         for variant in variants:
-            for ids, rows in ((self.ids, "packed"), (None, "one document")):
+            for rows in kinds:
+                ids = self.ids if rows == "packed" else None
                 words = f"{self.name} {variant} {rows}"
                 both, forward = (
                     functools.partial(x, apply_of(variant)) for x in (self.both, self.forward)
@@ -270,6 +281,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=words, default=["none", "6", "6+fused"])
     parser.add_argument("--variants", type=words, default=["pallas_gpu:1", "pallas_gpu:1:fused"])
     parser.add_argument("--ops", type=words, default=[], help="other shapes of the op")
+    parser.add_argument("--rows", type=words, default=["packed", "one document"], help="of ops")
     parser.add_argument("--skip", type=words, default=[], help="of step, op, parts")
     parser.add_argument("--documents", type=int, default=2, help="of a row of the steps")
     parser.add_argument("--rounds", type=int, default=7)
@@ -287,14 +299,14 @@ def main(argv: list[str]) -> int:
         sources.append(step_programs(config, args.steps, pool, args.documents))
     if "op" not in args.skip:
         ops.append(Op(*shape, config.model.ttt.decay))
-        sources.append(ops[-1].programs(args.variants))
+        sources.append(ops[-1].programs(args.variants, args.rows))
     if "parts" not in args.skip:
         sources.append(part_programs(config))
     for text in args.ops:
         sizes, variants = text.split("=")
         sizes = sizes.replace("x", ":").split(":")
         ops.append(Op(*map(int, sizes[:5]), *map(float, sizes[5:])))
-        sources.append(ops[-1].programs(variants.split("+")))
+        sources.append(ops[-1].programs(variants.split("+"), args.rows))
     waiting = []
     limit = begun + 0.6 * args.seconds
     for name, variant, function, arguments in (x for source in sources for x in source):

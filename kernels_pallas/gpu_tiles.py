@@ -257,8 +257,13 @@ def _k_steps(products, tile):
 def produce(ring, product, place):
     """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's inputs."""
     operands = product.left(place.b), product.right(place.b)
-    copy = functools.partial(_produce_k_step, ring, product, place, *operands)
+    copy = functools.partial(produce_k_step, ring, product, place, *operands)
     jax.lax.fori_loop(0, place.k_steps, copy, None)
+    produce_epilogue_inputs(ring, product, place)
+
+
+def produce_epilogue_inputs(ring, product, place):
+    """Copy what the epilogue reads into the ring, 64 columns at a time, behind the operands."""
     for k in range(product.epilogue_steps):
         stage = ring.wait_empty(place.first + place.k_steps + k)
         rows = pl.ds(pl.multiple_of(product.row + place.m0, BLOCK_ROWS), BLOCK_ROWS)
@@ -271,7 +276,7 @@ def produce(ring, product, place):
                 plgpu.copy_gmem_to_smem(source, buffer.at[stage], ring.full.at[stage])
 
 
-def _produce_k_step(ring, product, place, left_operand, right_operand, s, _):
+def produce_k_step(ring, product, place, left_operand, right_operand, s, _):
     """Copy k-step s of both operands."""
     (left, left_row), (right, right_row) = left_operand, right_operand
     block_rows, tile_columns = pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
@@ -314,23 +319,27 @@ def consume(ring, wg, product, place):
     accumulator = plgpu.ACC(  # pyright: ignore[reportPrivateImportUsage]
         (CONSUMER_ROWS, TILE), jnp.float32
     )
-    accumulate = functools.partial(_accumulate, ring, product, place, own_rows)
-    sums: Any = pl.run_scoped(accumulate, accumulator)
+
+    def whole_sum(sums):
+        accumulate(ring, product, place, own_rows, sums)
+        return sums[...]
+
+    sums: Any = pl.run_scoped(whole_sum, accumulator)
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
     write = product.epilogue(place.b, m0, place.n0)
     inputs: list[Any] = [None, None]
     for k in range(TILE // EPILOGUE_COLUMNS):
         step, column = divmod(k * EPILOGUE_COLUMNS, BLOCK_K)
         if column == 0 and product.epilogue_steps:
-            inputs = _read_epilogue_inputs(ring, product, place, own_rows, step)
+            inputs = read_epilogue_inputs(ring, product, place, own_rows, step)
         first = pl.multiple_of(place.n0 + k * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
         part = sums[:, k * EPILOGUE_COLUMNS : (k + 1) * EPILOGUE_COLUMNS]
         parts = (None if x is None else x[:, column : column + EPILOGUE_COLUMNS] for x in inputs)
         write(k, pl.ds(first, EPILOGUE_COLUMNS), part, *parts)
 
 
-def _accumulate(ring, product, place, own_rows, sums):
-    """The whole sum, [64, 256] float32."""
+def accumulate(ring, product, place, own_rows, sums):
+    """Add the whole sum to an accumulator [64, 256] float32."""
     step = functools.partial(_consume_k_step, ring, product, place, own_rows, sums)
     jax.lax.fori_loop(0, place.k_steps, step, None)
     plgpu.wgmma_wait(0)
@@ -338,8 +347,6 @@ def _accumulate(ring, product, place, own_rows, sums):
     @pl.when(place.k_steps > 0)
     def _():
         ring.release(place.first + place.k_steps - 1)
-
-    return sums[...]
 
 
 def _consume_k_step(ring, product, place, own_rows, sums, s, _):
@@ -362,7 +369,7 @@ def _consume_k_step(ring, product, place, own_rows, sums, s, _):
         ring.release(place.first + s - 1)
 
 
-def _read_epilogue_inputs(ring, product, place, own_rows, step):
+def read_epilogue_inputs(ring, product, place, own_rows, step):
     """64 columns of both inputs [64, 64], or None, out of the ring."""
     stage = ring.stage(place.first + place.k_steps + step)
     plgpu.barrier_wait(ring.full.at[stage])

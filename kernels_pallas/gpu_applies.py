@@ -1,0 +1,123 @@
+"""The products of all chunks with their states, for Mosaic GPU launches, and their epilogues.
+
+Letters as in `gpu_sweep.py`. Each of a launch's chunks counts as a sequence of its own: a tile's
+`b` is a chunk of one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from ttt_jax.kernels_pallas.gpu_products import Sizes
+from ttt_jax.kernels_pallas.gpu_schedule import TILE
+from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product
+
+
+class Chunks(NamedTuple):
+    """The chunks of a launch among all chunks Q, sequence by sequence."""
+
+    n: int = 1  # of a sequence in the launch
+    M: int = 1  # of a sequence in all
+    base_M: int = 1  # of a sequence in `base`
+    first: Any = 0
+    base_first: Any = 0  # the first in `base`
+    lr: Any = None
+    staging: Any = None
+
+    def q(self, b):
+        """The chunk among all."""
+        return (b // self.n) * self.M + self.first + b % self.n
+
+    def in_base(self, b):
+        return (b // self.n) * self.base_M + self.first - self.base_first + b % self.n
+
+
+def forward_products(sizes: Sizes, chunks: Chunks, z_QCF, base_QCD, R_QDF, o_QCD):
+    """o = base + z R^T."""
+    inputs = lambda b: (base_QCD.at[chunks.in_base(b)], None)
+    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_o, o_QCD, inputs)]
+
+
+def fused_products(sizes: Sizes, chunks: Chunks, z_QCF, R_QDF, o_QCD):
+    """o = z R^T."""
+    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD)]
+
+
+def replay_products(sizes: Sizes, chunks: Chunks, do_QCD, R_QDF, dz_QCF):
+    """dz = do R."""
+    return [_apply("nn", sizes, chunks, do_QCD, R_QDF, _write_rows, dz_QCF)]
+
+
+def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, dv_QCD, dlr):
+    """dv = lr z R^T with rows of dlr = <v, z R^T>, and dz += lr v R."""
+    v_inputs = lambda b: (None, v_QCD.at[chunks.q(b)])
+    dz_inputs = lambda b: (None, dz_QCF.at[chunks.q(b)])
+    write_dv = functools.partial(_write_dv, dlr)
+    return [
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v_inputs),
+        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_dz, dz_QCF, dz_inputs),
+    ]
+
+
+def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, inputs=None) -> Product:
+    """left R^T ("nt") or left R ("nn")."""
+    C, D, F = sizes
+    columns, length = (D, F) if layout == "nt" else (F, D)
+    return Product(
+        layout,
+        rows=C,
+        columns=columns,
+        length=length,
+        left=lambda b: (left_QCX.at[chunks.q(b)], 0),
+        right=lambda b: (R_QDF.at[b], 0),
+        epilogue=functools.partial(write, chunks, out_QCX),
+        epilogue_inputs=inputs or (lambda b: (None, None)),
+    )
+
+
+# Epilogues. m0 and n0 are the first row and column of a consumer's part of the tile. What they
+# return writes 32 columns: their number k, the columns, the sums [64, 32] float32, and the same
+# part of the float32 and of the bfloat16 input.
+
+
+def _rows(first):
+    return pl.ds(pl.multiple_of(first, CONSUMER_ROWS), CONSUMER_ROWS)
+
+
+def _write_o(chunks, o_QCD, b, m0, n0):
+    def write(k, columns, sums, base, _):
+        chunks.staging.write(k, (o_QCD.at[chunks.q(b), _rows(m0), columns], base + sums))
+
+    return write
+
+
+def _write_rows(chunks, y_QCX, b, m0, n0):
+    def write(k, columns, sums, _, __):
+        chunks.staging.write(k, (y_QCX.at[chunks.q(b), _rows(m0), columns], sums))
+
+    return write
+
+
+def _add_to_dz(chunks, dz_QCF, b, m0, n0):
+    def write(k, columns, sums, _, before):
+        part = dz_QCF.at[chunks.q(b), _rows(m0), columns]
+        chunks.staging.write(k, (part, before.astype(jnp.float32) + chunks.lr * sums))
+
+    return write
+
+
+def _write_dv(dlr, chunks, dv_QCD, b, m0, n0):
+    by_row = []
+
+    def write(k, columns, sums, _, v):
+        by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
+        part = dv_QCD.at[chunks.q(b), _rows(m0), columns]
+        chunks.staging.write(k, (part, chunks.lr * sums))
+        if k == TILE // EPILOGUE_COLUMNS - 1:
+            dlr[b, n0 // TILE, _rows(m0)] = sum(by_row)
+
+    return write

@@ -1,0 +1,198 @@
+"""The launches of `gpu_sweep.py`: how sweeps and products are laid out on a Hopper GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ttt_jax.kernels_pallas import gpu_applies, gpu_states
+from ttt_jax.kernels_pallas.gpu_launch import Launch, launch_p
+from ttt_jax.kernels_pallas.gpu_products import Sizes, Staging
+from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE, schedule
+from ttt_jax.kernels_pallas.gpu_tiles import (
+    BLOCK_ROWS,
+    BLOCKS,
+    CONSUMER_ROWS,
+    CONSUMERS,
+    EPILOGUE_COLUMNS,
+    run_block,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepLaunches:
+    """How launches use the 227 KiB of shared memory."""
+
+    state_stages: int = 3  # of a sweep's ring, beside whole parts on their way to device memory
+    stages: int = 4  # of the ring of products
+    buffers: int = 1  # of a consumer's results on their way from shared to device memory
+    multiprocessors: int | None = None  # None: as many as the device has
+    interpret: Any = None
+
+    @property
+    def clusters(self) -> int:
+        """Pairs of multiprocessors."""
+        return (self.multiprocessors or _multiprocessors()) // BLOCKS
+
+    def states(self, C, chunks, backwards, right_BTF, left_BTD, keep_BM, w_DF, S_BDF):
+        """Sweep over `chunks`. Returns R [B, n, D, F] of these chunks, and the state behind."""
+        (B, D, F), M, n = S_BDF.shape, keep_BM.shape[1], len(chunks)
+        sweep = gpu_states.Sweep(B, C, D, F, M, n, backwards, carries=not self.interpret)
+        R_BNDF = jax.lax.empty((B, n, D, F), right_BTF.dtype)
+        names = ["first", "keep", "left_BTD", "right_BTF"]
+        operands = [_scalar(chunks.start), keep_BM.reshape(-1), left_BTD, right_BTF]
+        if w_DF is not None:
+            names, operands = [*names, "w_DF"], [*operands, w_DF]
+        names += ["S_BDF", "R_BNDF"]
+        body = functools.partial(_sweep, sweep, names, self.clusters, self.state_stages)
+        staging = CONSUMERS, gpu_states.PARTS, CONSUMER_ROWS, BLOCK_K
+        scratch = (*self._ring(self.state_stages), _shared_memory(staging, jnp.bfloat16))
+        key = "states", sweep
+        S_BDF, R_BNDF = self._launch("ttt_states", body, scratch, key, operands, [S_BDF, R_BNDF])
+        return R_BNDF, S_BDF
+
+    def forward(self, C, chunks, base_start, z_BTF, base_BTD, R_BNDF, o_BTD):
+        """Return o, with these chunks written. No base: R holds W."""
+        if base_BTD is None:
+            function, operands = gpu_applies.fused_products, (z_BTF, R_BNDF)
+            return self._applies(C, chunks, function, operands, (o_BTD,))[0]
+        operands = z_BTF, base_BTD, R_BNDF
+        options = {"base_M": base_BTD.shape[1] // C, "base_first": base_start}
+        function = gpu_applies.forward_products
+        return self._applies(C, chunks, function, operands, (o_BTD,), **options)[0]
+
+    def replay(self, C, chunks, do_BTD, R_BNDF, dz_BTF):
+        """Return dz, with these chunks written."""
+        function, operands = gpu_applies.replay_products, (do_BTD, R_BNDF)
+        return self._applies(C, chunks, function, operands, (dz_BTF,))[0]
+
+    def reverse(self, C, chunks, lr, z_BTF, v_BTD, R_BNDF, dz_BTF, dv_BTD):
+        """Return dz, dv, and partial sums of <v, z R^T>."""
+        (B, n), columns = R_BNDF.shape[:2], v_BTD.shape[2] // TILE
+        dlr = jax.lax.empty((B * n, columns, C), jnp.float32)
+        operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, dv_BTD, dlr)
+        return self._applies(C, chunks, gpu_applies.reverse_products, operands, in_place, lr=lr)
+
+    def _applies(self, C, chunks, products, operands, in_place, lr=0.0, **base):
+        """Launch products of these chunks. `in_place` and `operands` are [B, T, X], or R."""
+        (B, n, D, F), M = operands[-1].shape, operands[0].shape[1] // C
+        sizes = Sizes(C, D, F)
+        no_arrays = [None] * (len(operands) + len(in_place))
+        # The shapes of the products do not depend on what they read.
+        shapes = tuple(
+            (p.rows, p.columns, p.length, p.updates)
+            for p in products(sizes, gpu_applies.Chunks(), *no_arrays)
+        )
+        table = jnp.asarray(schedule(shapes, B * n, self.clusters))
+        by_chunk = lambda x_BTX: x_BTX.reshape(-1, C, x_BTX.shape[2])
+        *operands, R_BNDF = operands
+        operands = [*map(by_chunk, operands), R_BNDF.reshape(B * n, D, F)]
+        results = in_place
+        in_place = [x if x.dtype == jnp.float32 else by_chunk(x) for x in in_place]
+        scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
+        body = functools.partial(_products, products, sizes, n, M, base, self.stages, self.buffers)
+        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
+        scratch = (
+            *self._ring(self.stages),
+            _shared_memory(staging, jnp.bfloat16),
+            _shared_memory(staging, jnp.float32),
+        )
+        name = "ttt_" + products.__name__.removesuffix("_products")
+        key = name, sizes, n, M, tuple(base.items())
+        arrays = [*scalars, *operands]
+        written = self._launch(name, body, scratch, key, arrays, in_place)
+        return [x.reshape(y.shape) for x, y in zip(written, results, strict=True)]
+
+    def _ring(self, stages):
+        """Operands, as `gpu_tiles.run_block` takes them, and their barriers."""
+
+        def operands(rows):
+            shapes = (stages, rows, BLOCK_K), (stages, BLOCK_K, rows)
+            return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
+
+        float32 = _shared_memory((stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
+        # The interpreter watches a union as a whole, and takes the use of one stage for that of
+        # another.
+        one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
+        return (
+            one_ring(*operands(BLOCK_ROWS)),
+            one_ring(*operands(TILE), float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.ClusterBarrier(
+                collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages
+            ),
+        )
+
+    def _launch(self, name, body, scratch, key, operands, in_place):
+        """Run `body` in every warpgroup of every block. Returns `in_place`, updated."""
+        mesh = plgpu.Mesh(
+            grid=(self.clusters,),
+            grid_names=("pair",),
+            cluster=(BLOCKS,),
+            cluster_names=("block",),
+            num_threads=CONSUMERS + 1,
+            thread_name="wg",
+        )
+
+        def scoped(*arrays):
+            run = functools.partial(body, *arrays)
+            return pl.run_scoped(run, *scratch, collective_axes="wg")
+
+        kernel = pl.kernel(
+            scoped,
+            mesh=mesh,
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+            interpret=self.interpret or False,
+            name=name,
+        )
+
+        def launch(*arrays):
+            refs = [jax.new_ref(x) for x in arrays[: len(in_place)]]
+            kernel(*arrays[len(in_place) :], *refs)
+            return tuple(ref[...] for ref in refs)
+
+        arrays = (*in_place, *operands)
+        if self.interpret:
+            return launch(*arrays)
+        types = tuple((x.shape, x.dtype) for x in arrays)
+        program = Launch(launch, self, key, types)
+        return launch_p.bind(*arrays, launch=program, results=len(in_place))
+
+
+def _sweep(sweep, names, clusters, stages, *arrays):
+    """What a warpgroup of a sweep runs."""
+    arrays, scratch = arrays[: len(names)], arrays[len(names) :]
+    sweep = dataclasses.replace(sweep, **dict(zip(names, arrays, strict=True)))
+    gpu_states.run_block(sweep, clusters, stages, *scratch)
+
+
+def _products(products, sizes, n, M, base, stages, buffers, table, first, lr, *arrays):
+    """What a warpgroup of a launch of products runs."""
+    *arrays, left, right, full, empty, bfloat16, float32 = arrays
+    chunks = gpu_applies.Chunks(n=n, M=M, first=first[0], lr=lr[0])._replace(
+        staging=Staging(buffers, bfloat16, float32), **base
+    )
+    found = products(sizes, chunks, *arrays)
+    run_block(lambda step: found, table, None, stages, left, right, full, empty)
+
+
+def _scalar(x):
+    return jnp.asarray(x, jnp.int32).reshape(1)
+
+
+def _shared_memory(shape, dtype):
+    """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    columns = min(shape[-1], 128 // itemsize)
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
+    return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
+
+
+def _multiprocessors() -> int:
+    return getattr(jax.devices()[0], "core_count", 132)
