@@ -1,8 +1,9 @@
 """In-Place TTT on Hopper GPUs as sweeps over states and products of all chunks.
 
 Letters as in `chunk_scan.py`; n chunks of a stretch, whose states fit the memory that `STATES`
-grants; Q = B M chunks of all sequences. A sweep (`gpu_states.py`) keeps tiles of the state in registers and
-writes a copy R_i of what every chunk reads. The products that read it know nothing of each other:
+grants; Q = B M chunks of all sequences. A sweep (`gpu_states.py`) keeps tiles of the state in
+registers and writes a copy R_i of what every chunk reads. The products that read it know nothing of
+each other:
 
     forward    states of v and z: R = S          o_i = base_i + z_i R_i^T        base = z W^T
     fused      states of v and z: R = W + S      o_i = z_i R_i^T                 instead of forward
