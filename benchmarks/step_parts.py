@@ -66,22 +66,12 @@ def taken(variant: str | None):
         return
     name, n, *_ = variant.split(":")
     before = registry._FAST
-    one = before["pallas_gpu" if name == "sweep" else name]
-    if name == "sweep":
-        one = one._replace(run=sweep)
-    one = one._replace(block=lambda call: int(n), pays=lambda call: True)
+    one = before[name]._replace(block=lambda call: int(n), pays=lambda call: True)
     registry._FAST = {name: one, **{key: x for key, x in before.items() if key != name}}
     try:
         yield
     finally:
         registry._FAST = before
-
-
-def sweep(*arrays, **options):
-    from ttt_jax.kernels_pallas import gpu_sweep
-    from ttt_jax.kernels_pallas.gpu_sweep_launches import SweepLaunches
-
-    return gpu_sweep.in_place_ttt(SweepLaunches(), *arrays, **options)
 
 
 def apply_of(variant: str) -> str:

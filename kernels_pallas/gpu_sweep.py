@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ttt_jax.kernels_pallas.chunk_scan import _dot, _split, _sum_of, slow_apply
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
-STATES = 2**30  # bytes of R at one time
+STATES = 2**29  # bytes of R at one time
 
 
 def in_place_ttt(
@@ -65,13 +65,14 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     for chunks in _stretches(B, M, D, F):
         with jax.named_scope("ttt_forward"):
             sweep = z_whole_BTF, u_BTD, factors_BM, w_DF if fused else None, S_BDF
-            R_BNDF, S_BDF = launches.states(C, chunks, False, *sweep)
+            R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
         base_start = 0
         if not fused and B == 1:
             base_start = chunks.start
             base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
         with jax.named_scope("ttt_forward"):
-            o_BTD = launches.forward(C, chunks, base_start, z_whole_BTF, base_BTD, R_BNDF, o_BTD)
+            arrays = z_whole_BTF, base_BTD, R_BNDF, o_BTD
+            o_BTD = varying_like(z_BTF, launches.forward(C, chunks, base_start, *arrays))
     if tail:  # the trailing partial chunk reads the state and does not write it
         z_tail_BCF = z_BTF[:, M * C :]
         read_BDF = _sum_of(w_DF, S_BDF, dtype) if fused else S_BDF.astype(dtype)
@@ -101,8 +102,9 @@ def _backward(launches, C, fused, residuals, cotangents):
     for chunks in stretches:
         with jax.named_scope("ttt_replay"):
             sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
-            R_BNDF, S_BDF = launches.states(C, chunks, False, *sweep)
+            R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
             dz_BTF = launches.replay(C, chunks, do_whole_BTD, R_BNDF, dz_BTF)
+            dz_BTF = varying_like(z_BTF, dz_BTF)
 
     if keep_BM is None:
         dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
@@ -114,14 +116,15 @@ def _backward(launches, C, fused, residuals, cotangents):
         dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
         G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    dv_BTD, dlr = _empty(z_BTF, v_whole_BTD.shape, v_BTD.dtype), jnp.zeros((), jnp.float32)
+    dv_BTD = _empty(z_BTF, v_whole_BTD.shape, v_BTD.dtype)
+    dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
     for chunks in reversed(stretches):
         with jax.named_scope("ttt_reverse"):
             sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
-            R_BNDF, G_BDF = launches.states(C, chunks, True, *sweep)
-            dz_BTF, dv_BTD, partial_dlr = launches.reverse(
-                C, chunks, lr, z_whole_BTF, v_whole_BTD, R_BNDF, dz_BTF, dv_BTD
-            )
+            R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))
+            arrays = z_whole_BTF, v_whole_BTD, R_BNDF, dz_BTF, dv_BTD
+            results = varying_like(z_BTF, launches.reverse(C, chunks, lr, *arrays))
+            dz_BTF, dv_BTD, partial_dlr = results
             dlr = dlr + partial_dlr.sum()
     if keep_BM is None:
         dw_DF = dw_DF + G_BDF.sum(axis=0)
