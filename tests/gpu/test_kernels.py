@@ -10,7 +10,7 @@ import pytest
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.kernels_pallas import gpu, inverse_root, target_convolution
+from ttt_jax.kernels_pallas import gpu_sweep, inverse_root, target_convolution
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.ttt import targets, writes
 
@@ -79,8 +79,8 @@ def test_kernels_under_rematerialisation_and_a_scan_over_layers(implementation):
 
 @pytest.mark.parametrize("documents", ["none", "boundaries"])
 @pytest.mark.parametrize(("B", "D", "F"), [(1, 1024, 3072), (3, 256, 512)])
-def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B, D, F, documents):
-    """Bit for bit, again and again: its tiles read what other multiprocessors have just written."""
+def test_stretches_of_any_length_give_the_same(monkeypatch, B, D, F, documents):
+    """Bit for bit, again and again."""
     C, M = 256, 24
     ids = (
         None if documents == "none" else np.broadcast_to(DOCUMENTS[documents](M * C, C), (B, M * C))
@@ -98,7 +98,7 @@ def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B,
 
     compiled = {}
     for most in (1, 5, 64):
-        monkeypatch.setattr(gpu, "MOST_CHUNKS", most)
+        monkeypatch.setattr(gpu_sweep, "STATES", most * 2 * B * D * F)
         compiled[most] = jax.jit(lambda *arrays: both(*arrays)).lower(z, v, w, state).compile()
     expected = jax.tree.leaves(compiled[1](z, v, w, state))
     for most in (5, 64):
