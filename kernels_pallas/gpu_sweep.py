@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels_pallas.chunk_scan import _dot, _split, _sum_of, slow_apply
+from ttt_jax.kernels_pallas.chunk_scan import _dot, _split, _sum_of, scaled, slow_apply
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 STATES = 2**29  # bytes of R at one time
@@ -50,7 +50,7 @@ def _whole(C, z_BTF, v_BTD, lr, keep_BM):
     """Whole chunks: z, what a sweep reads of v, and factors of states."""
     B, M = z_BTF.shape[0], z_BTF.shape[1] // C
     with jax.named_scope("ttt_scaled"):
-        u_BTD = (lr * v_BTD[:, : M * C].astype(jnp.float32)).astype(v_BTD.dtype)
+        u_BTD = scaled(v_BTD[:, : M * C], lr)
     ones = jnp.ones((B, M), jnp.float32)
     keep_BM = ones if keep_BM is None else keep_BM[:, :M].astype(jnp.float32)
     return z_BTF[:, : M * C], u_BTD, keep_BM
