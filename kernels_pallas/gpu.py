@@ -125,12 +125,17 @@ class MosaicLaunches:
         return (self.multiprocessors or _multiprocessors()) // BLOCKS
 
     def states(self, C, chunks, backwards, right_BTF, left_BTD, keep_BM, w_DF, S_BDF):
-        """Sweep over `chunks`. Returns R [B, n, D, F] of these chunks, and the state behind."""
+        """Sweep over `chunks`, of which `left_BTD` holds all or these alone.
+
+        Returns R [B, n, D, F] of these chunks, and the state behind.
+        """
         (B, D, F), M, n = S_BDF.shape, keep_BM.shape[1], len(chunks)
         sweep = gpu_states.Sweep(B, C, D, F, M, n, backwards, carries=not self.interpret)
         R_BNDF = jax.lax.empty((B, n, D, F), right_BTF.dtype)
-        names = ["first", "keep", "left_BTD", "right_BTF"]
-        operands = [_scalar(chunks.start), keep_BM.reshape(-1), left_BTD, right_BTF]
+        left_first = 0 if left_BTD.shape[1] == right_BTF.shape[1] else chunks.start
+        names = ["first", "left_first", "keep", "left_BTD", "right_BTF"]
+        scalars = _scalar(chunks.start), _scalar(left_first), keep_BM.reshape(-1)
+        operands = [*scalars, left_BTD, right_BTF]
         if w_DF is not None:
             names, operands = [*names, "w_DF"], [*operands, w_DF]
         names += ["S_BDF", "R_BNDF"]

@@ -56,6 +56,7 @@ class Sweep:
     backwards: bool
     carries: bool  # whether accumulators can start from a state
     first: Any = None  # [1] int32: the launch's first chunk in time
+    left_first: Any = None  # [1] int32: the first chunk that `left` holds
     keep: Any = None  # [B M] float32
     left_BTD: Any = None
     right_BTF: Any = None
@@ -67,21 +68,19 @@ class Sweep:
         """The chunk of the launch that is visited in this step."""
         return self.n - 1 - step if self.backwards else step
 
-    def token(self, chunk):
-        return (self.first[0] + chunk) * self.C
-
     def keep_of(self, b, chunk):
         return self.keep[b * self.M + self.first[0] + chunk]
 
     def product(self, chunk) -> Product:
         """left^T right of a chunk, and behind it in the ring what is added to R."""
+        i = self.first[0] + chunk
         return Product(
             "tn",
             rows=self.D,
             columns=self.F,
             length=self.C,
-            left=lambda b: (self.left_BTD.at[b], self.token(chunk)),
-            right=lambda b: (self.right_BTF.at[b], self.token(chunk)),
+            left=lambda b: (self.left_BTD.at[b], (i - self.left_first[0]) * self.C),
+            right=lambda b: (self.right_BTF.at[b], i * self.C),
             epilogue=None,  # pyright: ignore[reportArgumentType]
             epilogue_inputs=lambda b: (None, self.w_DF),
         )

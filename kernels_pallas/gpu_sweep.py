@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels_pallas.chunk_scan import _dot, _split, _sum_of, scaled, slow_apply
+from ttt_jax.kernels_pallas.chunk_scan import _dot, _factors, _split, _sum_of, scaled, slow_apply
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
-STATES = 2**29  # bytes of R at one time
+STATES = 2**28  # bytes of R at one time
 
 
 def in_place_ttt(
@@ -46,30 +46,24 @@ def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
     return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
-def _whole(C, z_BTF, v_BTD, lr, keep_BM):
-    """Whole chunks: z, what a sweep reads of v, and factors of states."""
-    B, M = z_BTF.shape[0], z_BTF.shape[1] // C
-    with jax.named_scope("ttt_scaled"):
-        u_BTD = scaled(v_BTD[:, : M * C], lr)
-    ones = jnp.ones((B, M), jnp.float32)
-    keep_BM = ones if keep_BM is None else keep_BM[:, :M].astype(jnp.float32)
-    return z_BTF[:, : M * C], u_BTD, keep_BM
-
-
 def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
     M, tail = divmod(T, C)
-    z_whole_BTF, u_BTD, factors_BM = _whole(C, z_BTF, v_BTD, lr, keep_BM)
+    (z_whole_BTF, _), factors_BM = _split(z_BTF, M * C), _factors(keep_BM, B, M)
     S_BDF, o_BTD = state_BDF, _empty(z_BTF, (B, M * C, D), dtype)
     base_BTD = None if fused or B == 1 else slow_apply(z_whole_BTF, w_DF)
     for chunks in _stretches(B, M, D, F):
+        # One stretch at a time, lr v and z W^T included, which XLA prefers to compute all at once.
+        S_BDF, o_BTD, w_DF, lr = jax.lax.optimization_barrier((S_BDF, o_BTD, w_DF, lr))
+        tokens = slice(chunks.start * C, chunks.stop * C)
         with jax.named_scope("ttt_forward"):
+            u_BTD = scaled(v_BTD[:, tokens], lr)
             sweep = z_whole_BTF, u_BTD, factors_BM, w_DF if fused else None, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
         base_start = 0
         if not fused and B == 1:
             base_start = chunks.start
-            base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
+            base_BTD = slow_apply(z_whole_BTF[:, tokens], w_DF)
         with jax.named_scope("ttt_forward"):
             arrays = z_whole_BTF, base_BTD, R_BNDF, o_BTD
             o_BTD = varying_like(z_BTF, launches.forward(C, chunks, base_start, *arrays))
@@ -93,14 +87,16 @@ def _backward(launches, C, fused, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     M, tail = divmod(T, C)
-    z_whole_BTF, u_BTD, factors_BM = _whole(C, z_BTF, v_BTD, lr, keep_BM)
+    (z_whole_BTF, _), factors_BM = _split(z_BTF, M * C), _factors(keep_BM, B, M)
     do_whole_BTD, do_tail_BCD = _split(do_BTD, M * C)
     v_whole_BTD, _ = _split(v_BTD, M * C)
 
     stretches, S_BDF = _stretches(B, M, D, F), state_BDF
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
     for chunks in stretches:
+        S_BDF, dz_BTF, lr = jax.lax.optimization_barrier((S_BDF, dz_BTF, lr))
         with jax.named_scope("ttt_replay"):
+            u_BTD = scaled(v_BTD[:, chunks.start * C : chunks.stop * C], lr)
             sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
             dz_BTF = launches.replay(C, chunks, do_whole_BTD, R_BNDF, dz_BTF)
@@ -119,6 +115,7 @@ def _backward(launches, C, fused, residuals, cotangents):
     dv_BTD = _empty(z_BTF, v_whole_BTD.shape, v_BTD.dtype)
     dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
     for chunks in reversed(stretches):
+        G_BDF, dz_BTF = jax.lax.optimization_barrier((G_BDF, dz_BTF))
         with jax.named_scope("ttt_reverse"):
             sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
             R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))

@@ -26,7 +26,9 @@ class PlainLaunches:
         for i in reversed(chunks) if backwards else chunks:
             R[i - chunks.start] = S if w is None else S + w[None]
             at = slice(i * C, (i + 1) * C)
-            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, at], right[:, at])
+            first = 0 if left.shape[1] == right.shape[1] else chunks.start
+            local = slice((i - first) * C, (i - first + 1) * C)
+            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, local], right[:, at])
         return jnp.stack(R, axis=1), S
 
     def forward(self, C, chunks, base_start, z, base, R, o):
@@ -81,9 +83,9 @@ def test_sweeps_match_the_float64_reference(plain, documents, B, T):
 
 
 def test_stretches_are_few_and_about_equal():
-    """At the shape of 4B, 10 chunks of 50 MB at a time; of eight small rows 20."""
-    assert gpu_sweep._stretches(1, 32, 2560, 9728) == [range(k, k + 8) for k in range(0, 32, 8)]
-    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(16), range(16, 32)]
+    """At the shape of 4B, 5 chunks of 50 MB at a time; of eight small rows 10."""
+    assert gpu_sweep._stretches(1, 30, 2560, 9728) == [range(k, k + 5) for k in range(0, 30, 5)]
+    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(k, k + 8) for k in range(0, 32, 8)]
     assert gpu_sweep._stretches(1, 3, 768, 2048) == [range(3)]
     assert gpu_sweep._stretches(64, 3, 5120, 17408) == [range(k, k + 1) for k in range(3)]
     assert gpu_sweep._stretches(2, 0, 8, 8) == []
