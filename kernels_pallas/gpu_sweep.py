@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from ttt_jax.kernels_pallas.chunk_scan import _dot, _factors, _split, _sum_of, scaled, slow_apply
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
-STATES = 2**28  # bytes of R at one time
+# Bytes of R at one time, for each of at most so many sequences. Longer stretches are fewer launches.
+STATES, SEQUENCES = 2**28, 4
 
 
 def in_place_ttt(
@@ -36,7 +37,7 @@ def in_place_ttt(
 
 def _stretches(B: int, M: int, D: int, F: int) -> list[range]:
     """Cut M chunks into few stretches of about equal length."""
-    most = max(1, STATES // (2 * B * D * F))
+    most = max(1, STATES * min(B, SEQUENCES) // (2 * B * D * F))
     n = -(-M // max(1, -(-M // most)))
     return [range(first, min(first + n, M)) for first in range(0, M, n)] if M else []
 
@@ -54,16 +55,16 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     base_BTD = None if fused or B == 1 else slow_apply(z_whole_BTF, w_DF)
     for chunks in _stretches(B, M, D, F):
         # One stretch at a time, lr v and z W^T included, which XLA prefers to compute all at once.
-        S_BDF, o_BTD, w_DF, lr = jax.lax.optimization_barrier((S_BDF, o_BTD, w_DF, lr))
+        S_BDF, o_BTD, slow_DF, rate = jax.lax.optimization_barrier((S_BDF, o_BTD, w_DF, lr))
         tokens = slice(chunks.start * C, chunks.stop * C)
         with jax.named_scope("ttt_forward"):
-            u_BTD = scaled(v_BTD[:, tokens], lr)
-            sweep = z_whole_BTF, u_BTD, factors_BM, w_DF if fused else None, S_BDF
+            u_BTD = scaled(v_BTD[:, tokens], rate)
+            sweep = z_whole_BTF, u_BTD, factors_BM, slow_DF if fused else None, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
         base_start = 0
         if not fused and B == 1:
             base_start = chunks.start
-            base_BTD = slow_apply(z_whole_BTF[:, tokens], w_DF)
+            base_BTD = slow_apply(z_whole_BTF[:, tokens], slow_DF)
         with jax.named_scope("ttt_forward"):
             arrays = z_whole_BTF, base_BTD, R_BNDF, o_BTD
             o_BTD = varying_like(z_BTF, launches.forward(C, chunks, base_start, *arrays))
@@ -94,9 +95,9 @@ def _backward(launches, C, fused, residuals, cotangents):
     stretches, S_BDF = _stretches(B, M, D, F), state_BDF
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
     for chunks in stretches:
-        S_BDF, dz_BTF, lr = jax.lax.optimization_barrier((S_BDF, dz_BTF, lr))
+        S_BDF, dz_BTF, rate = jax.lax.optimization_barrier((S_BDF, dz_BTF, lr))
         with jax.named_scope("ttt_replay"):
-            u_BTD = scaled(v_BTD[:, chunks.start * C : chunks.stop * C], lr)
+            u_BTD = scaled(v_BTD[:, chunks.start * C : chunks.stop * C], rate)
             sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
             dz_BTF = launches.replay(C, chunks, do_whole_BTD, R_BNDF, dz_BTF)

@@ -83,9 +83,10 @@ def test_sweeps_match_the_float64_reference(plain, documents, B, T):
 
 
 def test_stretches_are_few_and_about_equal():
-    """At the shape of 4B, 5 chunks of 50 MB at a time; of eight small rows 10."""
+    """At the shape of 4B, 5 chunks of 50 MB at a time; of eight small rows 42."""
     assert gpu_sweep._stretches(1, 30, 2560, 9728) == [range(k, k + 5) for k in range(0, 30, 5)]
-    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(k, k + 8) for k in range(0, 32, 8)]
+    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(32)]
+    assert gpu_sweep._stretches(8, 50, 768, 2048) == [range(25), range(25, 50)]
     assert gpu_sweep._stretches(1, 3, 768, 2048) == [range(3)]
     assert gpu_sweep._stretches(64, 3, 5120, 17408) == [range(k, k + 1) for k in range(3)]
     assert gpu_sweep._stretches(2, 0, 8, 8) == []
