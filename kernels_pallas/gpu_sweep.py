@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from ttt_jax.kernels_pallas.chunk_scan import _dot, _factors, _split, _sum_of, scaled, slow_apply
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
-# Bytes of R at one time, for each of at most so many sequences. Longer stretches are fewer launches.
+# Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
 STATES, SEQUENCES = 2**28, 4
 
 

@@ -98,7 +98,7 @@ def test_stretches_of_any_length_give_the_same(monkeypatch, B, D, F, documents):
 
     compiled = {}
     for most in (1, 5, 64):
-        monkeypatch.setattr(gpu_sweep, "STATES", most * 2 * B * D * F)
+        monkeypatch.setattr(gpu_sweep, "STATES", most * 2 * D * F)
         compiled[most] = jax.jit(lambda *arrays: both(*arrays)).lower(z, v, w, state).compile()
     expected = jax.tree.leaves(compiled[1](z, v, w, state))
     for most in (5, 64):
