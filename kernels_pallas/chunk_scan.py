@@ -122,10 +122,10 @@ def scaled(v_BTD, lr):
 def slow_apply(z_BTF, w_DF):
     """Compute z W^T of many chunks in one matmul, float32."""
     with jax.named_scope("ttt_apply_slow"):
-        return _dot("btf,df->btd", z_BTF, w_DF)
+        return dot("btf,df->btd", z_BTF, w_DF)
 
 
-def _dot(subscripts, x, y):
+def dot(subscripts, x, y):
     precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize <= 2 else jax.lax.Precision.HIGHEST
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
 
@@ -151,7 +151,7 @@ def _stretches(B: int, M: int, C: int) -> list[range]:
     return [range(first, min(first + size, M)) for first in range(0, M, size)]
 
 
-def _factors(keep_BM, B, M):
+def factors(keep_BM, B, M):
     """keep of every whole chunk."""
     return jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM[:, :M].astype(jnp.float32)
 
@@ -180,9 +180,9 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
-    z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
-    v_whole_BTD, _ = _split(v_BTD, M * C)
-    factors_BM, u_BTD = _factors(keep_BM, B, M), scaled(v_whole_BTD, lr)
+    z_whole_BTF, z_tail_BCF = split(z_BTF, M * C)
+    v_whole_BTD, _ = split(v_BTD, M * C)
+    factors_BM, u_BTD = factors(keep_BM, B, M), scaled(v_whole_BTD, lr)
     live_B1 = jnp.any(state_BDF != 0, axis=(1, 2))[:, None]
     live_BM = jnp.concatenate([live_B1, jnp.ones((B, max(M - 1, 0)), bool)], axis=1)
 
@@ -198,7 +198,7 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
             results = launches.forward(C, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
             return varying_like(z_BTF, results)
 
-    read_BDF = _sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
+    read_BDF = sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
     carry = _empty_like(v_whole_BTD), state_BDF, _slots(read_BDF)
     carry = varying_like(z_BTF, carry)
     if fused:
@@ -210,13 +210,13 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
         carry = _scan(functools.partial(split_step, base_BTD, chunks.start), carry, chunks)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
-        o_BCD = _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
         o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), residuals
 
 
-def _split(x_BTX, size) -> tuple[Any, Any]:
+def split(x_BTX, size) -> tuple[Any, Any]:
     """Whole chunks, which launches read as an array of their own, and the rest.
 
     No copy where there is no rest.
@@ -237,7 +237,7 @@ class _Whole(NamedTuple):
     live_BM: Any
 
 
-def _sum_of(w_DF, S_BDF, dtype):
+def sum_of(w_DF, S_BDF, dtype):
     """W + S, rounded once."""
     return (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)
 
@@ -248,10 +248,10 @@ def _backward(launches, C, fused, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     B, T, _ = z_BTF.shape
     M, tail = divmod(T, C)
-    z_BTF, z_tail_BCF = _split(z_BTF, M * C)
-    do_BTD, do_tail_BCD = _split(do_BTD, M * C)
-    v_BTD, _ = _split(v_BTD, M * C)
-    factors_BM, u_BTD = _factors(keep_BM, B, M), scaled(v_BTD, lr)
+    z_BTF, z_tail_BCF = split(z_BTF, M * C)
+    do_BTD, do_tail_BCD = split(do_BTD, M * C)
+    v_BTD, _ = split(v_BTD, M * C)
+    factors_BM, u_BTD = factors(keep_BM, B, M), scaled(v_BTD, lr)
     live_BM = jnp.ones((B, M), jnp.int32)
     whole = _Whole(z_BTF, u_BTD, v_BTD, do_BTD, w_DF, lr, factors_BM, live_BM)
 
@@ -261,10 +261,10 @@ def _backward(launches, C, fused, residuals, cotangents):
         dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     else:  # G drops something: one product costs less than to collect it chunk by chunk
         with jax.named_scope("ttt_grad_slow"):
-            dw_DF = _dot("btd,btf->df", cotangents[0], residuals[0])
+            dw_DF = dot("btd,btf->df", cotangents[0], residuals[0])
     if tail:
-        dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
-        G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
+        dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
+        G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
     dz_BTF, dv_BTD, G_BDF, dlr = _reverse(launches, C, whole, dz_BTF, G_BDF)
     if keep_BM is None:
@@ -286,7 +286,7 @@ def _replay(launches, C, whole, state_BDF):
             results = launches.replay(C, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
             return varying_like(z_BTF, results)
 
-    weight_BDF = _sum_of(w_DF, state_BDF, z_BTF.dtype)
+    weight_BDF = sum_of(w_DF, state_BDF, z_BTF.dtype)
     carry = varying_like(z_BTF, (_empty_like(z_BTF), state_BDF, _slots(weight_BDF)))
     dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C))
     return dz_BTF, R_2BDF

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels_pallas.chunk_scan import _dot, _factors, _split, _sum_of, scaled, slow_apply
+from ttt_jax.kernels_pallas.chunk_scan import dot, factors, scaled, slow_apply, split, sum_of
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 # Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
@@ -50,7 +50,7 @@ def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
 def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
     M, tail = divmod(T, C)
-    (z_whole_BTF, _), factors_BM = _split(z_BTF, M * C), _factors(keep_BM, B, M)
+    (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     S_BDF, o_BTD = state_BDF, _empty(z_BTF, (B, M * C, D), dtype)
     base_BTD = None if fused or B == 1 else slow_apply(z_whole_BTF, w_DF)
     for chunks in _stretches(B, M, D, F):
@@ -70,8 +70,8 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
             o_BTD = varying_like(z_BTF, launches.forward(C, chunks, base_start, *arrays))
     if tail:  # the trailing partial chunk reads the state and does not write it
         z_tail_BCF = z_BTF[:, M * C :]
-        read_BDF = _sum_of(w_DF, S_BDF, dtype) if fused else S_BDF.astype(dtype)
-        o_BCD = _dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
+        read_BDF = sum_of(w_DF, S_BDF, dtype) if fused else S_BDF.astype(dtype)
+        o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
         o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
@@ -88,9 +88,9 @@ def _backward(launches, C, fused, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     M, tail = divmod(T, C)
-    (z_whole_BTF, _), factors_BM = _split(z_BTF, M * C), _factors(keep_BM, B, M)
-    do_whole_BTD, do_tail_BCD = _split(do_BTD, M * C)
-    v_whole_BTD, _ = _split(v_BTD, M * C)
+    (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
+    do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
+    v_whole_BTD, _ = split(v_BTD, M * C)
 
     stretches, S_BDF = _stretches(B, M, D, F), state_BDF
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
@@ -107,11 +107,11 @@ def _backward(launches, C, fused, residuals, cotangents):
         dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     else:  # G drops something: one product costs less than to collect it chunk by chunk
         with jax.named_scope("ttt_grad_slow"):
-            dw_DF = _dot("btd,btf->df", do_BTD, z_BTF)
+            dw_DF = dot("btd,btf->df", do_BTD, z_BTF)
     if tail:
-        z_tail_BCF, read_BDF = z_BTF[:, M * C :], _sum_of(w_DF, S_BDF, z_BTF.dtype)
-        dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
-        G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
+        z_tail_BCF, read_BDF = z_BTF[:, M * C :], sum_of(w_DF, S_BDF, z_BTF.dtype)
+        dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
+        G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
     dv_BTD = _empty(z_BTF, v_whole_BTD.shape, v_BTD.dtype)
     dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
