@@ -169,7 +169,7 @@ def _consume(sweep, ring, staging, wg, b, m0, n0, first):
         for k in range(PARTS):
             part = state[:, k * BLOCK_K : (k + 1) * BLOCK_K]
             if sweep.w_DF is not None:
-                _, w_part = read_epilogue_inputs(ring, product, added, own_rows, k)
+                w_part: Any = read_epilogue_inputs(ring, product, added, own_rows, k)[1]
                 part = part + w_part.astype(jnp.float32)
             staging[wg, k] = part.astype(staging.dtype)
             plgpu.commit_smem()

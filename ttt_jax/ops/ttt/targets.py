@@ -5,6 +5,8 @@ B batch, T tokens, D model width, C chunk size, M chunks, K taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -69,7 +71,7 @@ def _convolved_by_kernel(source_BTD, conv_D1K, C: int, normalize: bool):
     scale_BT = jnp.ones((B, T), jnp.float32)
     if normalize:
         scale_BT = _inverse_rms(source_BTD.astype(jnp.float32))[..., 0]
-    t_NCD = kernel.convolved(
+    t_NCD: Any = kernel.convolved(
         source_BTD.reshape(-1, C, D),
         scale_BT.reshape(-1, C),
         conv_D1K.astype(jnp.float32)[:, 0].T,
