@@ -9,6 +9,7 @@ import importlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import unwritten
 from support.op_checks import DOCUMENTS, F32, check, make_inputs
 
 from ttt_jax.kernels_pallas import chunk_scan
@@ -63,7 +64,8 @@ def n():
 
 @pytest.fixture
 def plain(monkeypatch, n):
-    """The name of an implementation that runs such launches."""
+    """With memory that starts as NaN: the name of an implementation that runs such launches."""
+    unwritten.show(monkeypatch)
     name = f"plain-{n}"
     run = functools.partial(chunk_scan.in_place_ttt, PlainLaunches())
     implementation = registry._Implementation(lambda call: None, run, block=lambda call: n)

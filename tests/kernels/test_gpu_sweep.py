@@ -9,6 +9,7 @@ import importlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import unwritten
 from support.op_checks import DOCUMENTS, F32, check, make_inputs
 
 from ttt_jax.kernels_pallas import gpu_sweep
@@ -59,7 +60,10 @@ class PlainLaunches:
 
 @pytest.fixture
 def plain(monkeypatch, chunks):
-    """The name of an implementation with stretches of so many chunks of the test's two rows."""
+    """The name of an implementation with stretches of so many chunks, and memory that starts as
+    NaN.
+    """
+    unwritten.show(monkeypatch)
     monkeypatch.setattr(gpu_sweep, "_stretches", functools.partial(stretches, chunks))
     run = functools.partial(gpu_sweep.in_place_ttt, PlainLaunches())
     implementation = registry._Implementation(lambda call: None, run)
