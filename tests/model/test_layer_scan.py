@@ -62,6 +62,7 @@ def toy():
 def test_values_and_gradients_are_those_of_the_plain_loop(x64, monkeypatch):
     unwritten.show(monkeypatch)
     monkeypatch.setattr(platform, "on_one_device", lambda: True)
+    monkeypatch.setattr(platform, "compiled_for", lambda: "gpu")
     layers = first, second
     stacks, h_BTD, source_BTD, rest = toy()
     weight_BTD = jnp.cos(h_BTD)

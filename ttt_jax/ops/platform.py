@@ -43,8 +43,9 @@ def may_be_one_device() -> bool:
 
 
 def empty(shape, dtype) -> jax.Array:
-    """Memory for what is written before it is read: of any content on one device, where zeros would
-    be a pass over it. On a mesh zeros, which the compiler splits; it keeps uninitialised memory
-    whole on every device.
+    """Memory for what is written before it is read: of any content on one GPU, where zeros would be
+    a pass over it. On a mesh zeros, which the compiler splits; it keeps uninitialised memory whole
+    on every device.
     """
-    return jax.lax.empty(shape, dtype) if on_one_device() else jnp.zeros(shape, dtype)
+    on_a_gpu = compiled_for() in ("gpu", "cuda") and on_one_device()
+    return jax.lax.empty(shape, dtype) if on_a_gpu else jnp.zeros(shape, dtype)
