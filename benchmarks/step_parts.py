@@ -2,20 +2,25 @@
 themselves, all interleaved.
 
     python benchmarks/step_parts.py                                  # books, on one GPU
-    python benchmarks/step_parts.py --variants xla:1,xla:4 --skip op --seconds 100
+    python benchmarks/step_parts.py --steps none,6,6+fused,4+sum,6+xla:1 --skip op --seconds 100
     python benchmarks/step_parts.py --ops 2560x9728:512:1:16384=pallas_gpu:1+pallas_gpu:2
 
-A variant is an implementation, the chunks of a block and, where it is not "split", what
-`model.ttt.apply` is (pallas_gpu:1:fused). Every variant's op is timed at the step's shape, and
-those named at the shapes of --ops (DxF:C:B:T=variants), in rows of one document and in packed rows,
-where a document starts every fifth chunk, at another chunk in each row. Packed rows of the steps
-hold two documents. Results of packed rows are compared with those of the shape's first variant; one
-that is off by more than 1e-2 relative RMS is not timed, and the exit code is 1.
+A step is a list of words that change the preset: how many TTT layers (evenly spaced; "none", or
+"on" for the preset's), the write, `model.ttt.apply`, decay=X, a variant. A variant is an
+implementation, the chunks of a block and, where it is not "split", what `model.ttt.apply` is
+(pallas_gpu:1:fused). Every variant's op is timed at the step's shape and decay, and those named at
+the shapes of --ops (DxF:C:B:T[:DECAY]=variants), in rows of one document and in packed rows, where
+a document starts every fifth chunk, at another chunk in each row. Packed rows of the steps hold two
+documents; with --documents 1 they are not packed. Results of packed rows are compared with those of
+the shape's first variant; one that is off by more than 1e-2 relative RMS is not timed, and the exit
+code is 1.
 
 Programs are traced one after the other and compiled side by side, in the order of their importance.
 What is not ready after 60 % of --seconds is left out, and named. Each round runs every program
-once, or several times where it is short; the table gives medians over the rounds. With --json FILE
-one object a line is appended.
+once, or several times where it is short, a matmul of 8192^3 among them; the table gives medians
+over the rounds: ops also as multiples of 4TDF (forward) and 14TDF FLOPs (both) at the matmul's
+rate, steps also as MFU (model FLOPs, with no recomputation counted, over that rate). With --json
+FILE one object a line is appended.
 """
 
 from __future__ import annotations
@@ -38,11 +43,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttt_jax import config as config_lib
+from ttt_jax.config.inner_rate import inner_rate
 from ttt_jax.errors import UserError
+from ttt_jax.flops import model_flops_per_token
 from ttt_jax.model.ttt_mlp import MLP
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.one_device import ONE_DEVICE
+from ttt_jax.pretrained.start_config import load_start_config
 from ttt_jax.training.step import abstract_state, init_state, make_train_step
 from ttt_jax.training.step_memory import settled_remat
 
@@ -52,8 +60,11 @@ TOLERANCE = 1e-2  # of two results in bfloat16
 
 
 @contextlib.contextmanager
-def taken(variant: str):
-    """Make `implementation=None` mean this variant while programs are traced."""
+def taken(variant: str | None):
+    """Make `implementation=None` mean this variant, if any, while programs are traced."""
+    if variant is None:
+        yield
+        return
     name, n, *_ = variant.split(":")
     before = registry._FAST
     one = before[name]._replace(block=lambda call: int(n), pays=lambda call: True)
@@ -82,8 +93,10 @@ def segment_ids(B: int, T: int, C: int, every: int):
 class Op:
     """The op's programs at one shape: forward, and forward + backward."""
 
-    def __init__(self, D: int, F: int, C: int, B: int, T: int):
+    def __init__(self, D: int, F: int, C: int, B: int, T: int, decay: float = 1.0):
         self.name, self.C = f"op {D}x{F} C={C} {B}x{T}", C
+        self.name += "" if decay == 1 else f" decay={decay:g}"
+        self.decay, self.work = decay, B * T * D * F
         self.arrays = (
             random((B, T, F), seed=1),
             random((B, T, D), seed=2),
@@ -95,15 +108,17 @@ class Op:
 
     def forward(self, apply, ids, *arrays):
         options = {"lr": self.lr, "chunk_size": self.C, "segment_ids": ids, "apply": apply}
+        options["decay"] = self.decay
         return in_place_ttt(*arrays, **options)[0]
 
     def both(self, apply, ids, do, *arrays):
         o, pull = jax.vjp(functools.partial(self.forward, apply, ids), *arrays)
         return o, *pull(do)
 
-    def programs(self, variants):
+    def programs(self, variants, kinds=("packed", "one document")):
         for variant in variants:
-            for ids, rows in ((self.ids, "packed"), (None, "one document")):
+            for rows in kinds:
+                ids = self.ids if rows == "packed" else None
                 words = f"{self.name} {variant} {rows}"
                 both, forward = (
                     functools.partial(x, apply_of(variant)) for x in (self.both, self.forward)
@@ -112,8 +127,8 @@ class Op:
                 yield f"{words}: forward", variant, forward, (ids, *self.arrays)
 
 
-def step_programs(config, variants, pool):
-    """The training step without TTT and with each variant, on packed rows of random tokens."""
+def step_programs(config, steps, pool, documents: int = 2):
+    """Training steps on rows of random tokens."""
     T, B = config.data.seq_len, config.data.batch_size
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1)).astype(np.int32)
     batch = {
@@ -122,17 +137,48 @@ def step_programs(config, variants, pool):
         "weights": jnp.ones((B, T), jnp.float32),
     }
     C = config.model.ttt.chunk_size
-    batch["segment_ids"] = segment_ids(B, T, C, T // C)
-    starts = jnp.where(jnp.diff(batch["segment_ids"], axis=1, prepend=0) != 0, jnp.arange(T), 0)
-    batch["positions"] = (jnp.arange(T) - jax.lax.cummax(starts, axis=1)).astype(jnp.int32)
-    programs = {"step off": (variants[0], {"model.ttt.layers": []})}
-    programs |= {f"step {v}": (v, {"model.ttt.apply": apply_of(v)}) for v in variants}
-    for name, (variant, changes) in programs.items():
+    if documents > 1:
+        batch["segment_ids"] = segment_ids(B, T, C, 2 * T // C // documents)
+        starts = jnp.where(jnp.diff(batch["segment_ids"], axis=1, prepend=0) != 0, jnp.arange(T), 0)
+        batch["positions"] = (jnp.arange(T) - jax.lax.cummax(starts, axis=1)).astype(jnp.int32)
+    for step in steps:
+        changes, variant = step_changes(config, step)
         changed = config_lib.replace(config, changes)
+        if "model.ttt.write" in changes:  # the preset's rate is another write's
+            changed = config_lib.replace(changed, {"model.ttt.lr": inner_rate(changed)})
         changed = settled_remat(changed, make_mesh(changed.mesh))
         abstract, tx = abstract_state(changed, make_mesh(changed.mesh))
         state = pool.submit(init_state, changed, abstract, tx)
-        yield name, variant, make_train_step(changed, tx), (state, batch, abstract)
+        yield f"step {step}", variant, make_train_step(changed, tx), (state, batch, abstract)
+
+
+def step_changes(config, step: str) -> tuple[dict[str, Any], str | None]:
+    """Read the words of --steps: the config's changes, and a variant or None."""
+    changes, variant = {}, None
+    for word in step.split("+"):
+        if word == "on":
+            continue
+        if word == "none":
+            changes["model.ttt.layers"] = []
+        elif word.isdigit():
+            every = config.model.num_layers // int(word)
+            changes["model.ttt.layers"] = list(range(every - 1, config.model.num_layers, every))
+        elif word.startswith("decay="):
+            changes["model.ttt.decay"] = float(word.removeprefix("decay="))
+        elif word in ("split", "fused"):
+            changes["model.ttt.apply"] = word
+        elif ":" in word:
+            variant = word
+        else:
+            changes["model.ttt.write"] = word
+    return changes, variant
+
+
+def flops_of(config, step: str) -> float:
+    """Model FLOPs of a training step."""
+    model = config_lib.replace(config, step_changes(config, step)[0]).model
+    T = config.data.seq_len
+    return config.data.batch_size * T * model_flops_per_token(model, T, training=True)
 
 
 def part_programs(config):
@@ -191,6 +237,11 @@ class Timed:
         self.calls = max(1, min(20, int(0.05 / (time.perf_counter() - start))))
         return result
 
+    @property
+    def median(self) -> float:
+        """Milliseconds."""
+        return float(np.median(self.times))
+
     def round(self):
         start = time.perf_counter()
         for _ in range(self.calls):
@@ -199,14 +250,13 @@ class Timed:
         self.times.append((time.perf_counter() - start) / self.calls * 1e3)
 
 
-def matmul_rate() -> float:
+def matmul() -> tuple[Timed, int]:
+    """A large matmul, and its FLOPs."""
     n = 8192 if jax.default_backend() != "cpu" else 512
     x, y = random((n, n), seed=1), random((n, n), seed=2)
     timed = Timed("matmul", jax.jit(lambda x, y: x @ y), (x, y))
     timed.warm_up()
-    for _ in range(5):
-        timed.round()
-    return 2 * n**3 / float(np.median(timed.times)) * 1e3
+    return timed, 2 * n**3
 
 
 def jitted(name: str, function):
@@ -220,29 +270,35 @@ def main(argv: list[str]) -> int:
     )
     words = lambda text: [word for word in text.split(",") if word]
     parser.add_argument("--preset", default="books", help="name of a file in configs/")
-    parser.add_argument("--variants", type=words, default=["xla:1", "xla:2", "pallas_gpu:2"])
-    parser.add_argument("--op-variants", type=words, help="of the op alone; default: --variants")
+    parser.add_argument("--steps", type=words, default=["none", "6", "6+fused"])
+    parser.add_argument("--variants", type=words, default=["pallas_gpu:1", "pallas_gpu:1:fused"])
     parser.add_argument("--ops", type=words, default=[], help="other shapes of the op")
+    parser.add_argument("--rows", type=words, default=["packed", "one document"], help="of ops")
     parser.add_argument("--skip", type=words, default=[], help="of step, op, parts")
+    parser.add_argument("--documents", type=int, default=2, help="of a row of the steps")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=190)
     parser.add_argument("--json", type=Path)
     args, overrides = parser.parse_known_args(argv)
     begun = time.perf_counter()
-    config = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", overrides)
+    config = load_start_config(
+        ROOT / "configs" / f"{args.preset}.yaml", ["--optimizer.accumulate=1", *overrides]
+    )
     shape = (config.model.d_model, config.model.d_ff, config.model.ttt.chunk_size)
     shape = (*shape, config.data.batch_size, config.data.seq_len)
-    pool, sources = concurrent.futures.ThreadPoolExecutor(12), []
+    pool, sources, ops = concurrent.futures.ThreadPoolExecutor(12), [], []
     if "step" not in args.skip:
-        sources.append(step_programs(config, args.variants, pool))
+        sources.append(step_programs(config, args.steps, pool, args.documents))
     if "op" not in args.skip:
-        sources.append(Op(*shape).programs(args.op_variants or args.variants))
+        ops.append(Op(*shape, config.model.ttt.decay))
+        sources.append(ops[-1].programs(args.variants, args.rows))
     if "parts" not in args.skip:
         sources.append(part_programs(config))
     for text in args.ops:
         sizes, variants = text.split("=")
-        sizes = map(int, sizes.replace("x", ":").split(":"))
-        sources.append(Op(*sizes).programs(variants.split("+")))
+        sizes = sizes.replace("x", ":").split(":")
+        ops.append(Op(*map(int, sizes[:5]), *map(float, sizes[5:])))
+        sources.append(ops[-1].programs(variants.split("+"), args.rows))
     waiting = []
     limit = begun + 0.6 * args.seconds
     for name, variant, function, arguments in (x for source in sources for x in source):
@@ -251,7 +307,7 @@ def main(argv: list[str]) -> int:
             continue
         traced = (arguments[2], arguments[1]) if name.startswith("step") else arguments
         try:
-            with taken(variant) if variant else contextlib.nullcontext():
+            with taken(variant):
                 lowered = jitted(name, function).lower(*traced)
         except UserError as error:
             print(f"{name}: {error}", flush=True)
@@ -260,6 +316,7 @@ def main(argv: list[str]) -> int:
     concurrent.futures.wait([x for *_, x in waiting], max(0, limit - time.perf_counter()))
     print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
     programs, expected, wrong = [], {}, 0
+    work = {f"step {step}": flops_of(config, step) for step in args.steps}
     for name, arguments, future in waiting:
         if not future.done():
             print(f"not compiled in time: {name}", flush=True)
@@ -276,22 +333,29 @@ def main(argv: list[str]) -> int:
                 continue
         programs.append(timed)
     del expected
-    rate = matmul_rate()
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, matmul {rate / 1e12:.0f} TFLOP/s")
+    multiplied, flops = matmul()
     for _ in range(args.rounds):
         if time.perf_counter() - begun > 0.95 * args.seconds:
             break
-        for timed in programs:
+        for timed in (multiplied, *programs):
             timed.round()
-    off = next((np.median(x.times) for x in programs if x.name == "step off"), None)
+    rate = flops / multiplied.median * 1e3
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, matmul {rate / 1e12:.0f} TFLOP/s")
+    off = next((x.median for x in programs if x.name == "step none"), None)
     for timed in programs:
-        median = float(np.median(timed.times))
-        over = f"  {median / off - 1:+6.1%}" if off and timed.step else ""
-        print(f"{median:9.3f} ms{over}  {timed.name}", flush=True)
+        over = " " * 7
+        if timed.step:
+            over = f"{timed.median / off - 1:+7.1%}" if off else over
+            over += f"  MFU {work[timed.name] / timed.median * 1e3 / rate:5.1%}"
+        for op in ops:
+            if timed.name.startswith(f"{op.name} "):
+                bound = (4 if timed.name.endswith("forward") else 14) * op.work / rate * 1e3
+                over = f"{timed.median / bound:6.2f}x"
+        print(f"{timed.median:9.3f} ms {over}  {timed.name}", flush=True)
         if args.json:
-            row = {"name": timed.name, "ms": median, "rounds": timed.times, "jax": jax.__version__}
-            row |= {"device": device, "matmul_tflops": rate / 1e12}
+            row = {"name": timed.name, "ms": timed.median, "rounds": timed.times}
+            row |= {"device": device, "matmul_tflops": rate / 1e12, "jax": jax.__version__}
             with args.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     print(f"done after {time.perf_counter() - begun:.0f} s", flush=True)

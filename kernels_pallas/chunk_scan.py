@@ -1,13 +1,11 @@
-"""In-Place TTT as a scan over chunks whose products are GPU kernels: what `triton.py` and `gpu.py`
-have in common.
+"""In-Place TTT as a scan over chunks whose products are GPU kernels, for `triton.py`.
 
 The op is that of section 3 of arXiv 2604.06169. B batch, T tokens, D model width, F MLP width, C
 chunk size, M whole chunks, S accumulated update of the fast weight (D F), G its gradient (D F), R
 what is read of S or G: a copy in the dtype of z, bfloat16 mostly.
 
 A chunk's products read only what the chunk before it left, so their output tiles share one grid and
-fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors. A launch
-computes one chunk, or several where it can make their tiles wait for each other.
+fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.
 
     forward    o_i = base_i + z_i R^T    S += u_i^T z_i    R = bf16(S)      base = z W^T; u is lr v
     fused      o_i = z_i R^T             S += u_i^T z_i    R = bf16(W + S)  instead of forward
@@ -17,8 +15,9 @@ computes one chunk, or several where it can make their tiles wait for each other
 
 An update writes S and R in one pass over the float32 state, which nothing else touches. R has two
 slots: chunk i reads one and writes the other. Where a document ends, `keep` is 0 and the update
-drops the state before it. `live` is 0 for sequences without an initial state, whose first apply is
-skipped.
+drops the state before it; with decay it is less than 1 everywhere. dW is what G has summed; where G
+drops something, it is a product of its own. `live` is 0 for sequences without an initial state,
+whose first apply is skipped.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BASE_TOKENS = 32768  # of which z W^T exists in float32 at one time, at least
 class Scalars(NamedTuple):
     """What a launch reads from small arrays in device memory."""
 
-    i: jax.Array  # [1] int32: the launch's first chunk
+    i: jax.Array  # [1] int32: the launch's chunk
     row: jax.Array  # [1] int32: where it starts in `base`
     lr: jax.Array  # [1] float32
     keep_BM: jax.Array  # [B, M] float32: what an update multiplies the state before it by
@@ -45,22 +44,14 @@ class Scalars(NamedTuple):
 
 
 class Launches(Protocol):
-    """The three kernels, each for n chunks from `scalars.i` on.
+    """The kernels, each for chunk `scalars.i`.
 
-    Arrays in the place of results are updated in place. `base_BTD`, S, G and dW are float32, the
+    Arrays in the place of results are updated in place. `base_BTD`, S and G are float32, the
     others are of the op's dtype.
     """
 
-    def make_u(self, v_BTD, lr) -> Any:
-        """Return u as the launches take it: lr v, or v where they multiply the products by lr."""
-        ...
-
-    def chunks_per_launch(self, B: int, C: int, D: int, F: int) -> int:
-        """Say how many chunks one launch takes at most."""
-        ...
-
     def forward(
-        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF
+        self, C: int, scalars: Scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
         """Return o, S, R.
 
@@ -69,13 +60,13 @@ class Launches(Protocol):
         ...
 
     def fused(
-        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF
+        self, C: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
         """Return o, S, R."""
         ...
 
     def replay(
-        self, C: int, n: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
+        self, C: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
         """Return dz, S, R."""
         ...
@@ -83,7 +74,6 @@ class Launches(Protocol):
     def reverse(
         self,
         C: int,
-        n: int,
         scalars: Scalars,
         z_BTF,
         u_BTD,
@@ -91,15 +81,10 @@ class Launches(Protocol):
         do_BTD,
         dz_BTF,
         dv_BTD,
-        dw_BDF,
         G_BDF,
         R_2BDF,
-    ) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """Return dz, dv, dW, G, R, and partial sums of <v, z R^T>, an array of any shape.
-
-        From chunk `scalars.i` backwards. dW [B, D, F] float32 collects the G that is dropped
-        wherever `keep` is 0; it is None where the caller has no documents.
-        """
+    ) -> tuple[Any, Any, Any, Any, Any]:
+        """Return dz, dv, G, R, and partial sums of <v, z R^T>, an array of any shape."""
         ...
 
 
@@ -129,38 +114,31 @@ def in_place_ttt(
     return results
 
 
+def scaled(v_BTD, lr):
+    """lr v in v's dtype: sums start from the state, so what they sum has to have its scale."""
+    return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
+
+
 def slow_apply(z_BTF, w_DF):
     """Compute z W^T of many chunks in one matmul, float32."""
     with jax.named_scope("ttt_apply_slow"):
-        return _dot("btf,df->btd", z_BTF, w_DF)
+        return dot("btf,df->btd", z_BTF, w_DF)
 
 
-def _dot(subscripts, x, y):
+def dot(subscripts, x, y):
     precision = jax.lax.Precision.DEFAULT if x.dtype.itemsize <= 2 else jax.lax.Precision.HIGHEST
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32, precision=precision)
 
 
-def _scan(step, carry, chunks: range, most: int, reverse=False):
-    """`carry` after `step(carry, i, n)` for launches of at most `most` chunks.
+def _scan(step, carry, chunks: range, reverse=False):
+    """`carry` after `step(carry, i)` for all chunks. With no chunk nothing is traced."""
 
-    A launch has n chunks, and i is the first that it takes. With no chunk nothing is traced.
-    """
+    def body(carry, i):
+        return step(carry, i), None
+
     if not chunks:
         return carry
-    n = -(-len(chunks) // -(-len(chunks) // most))
-    full, rest = divmod(len(chunks), n)
-
-    def first(done):
-        return chunks.stop - 1 - done if reverse else chunks.start + done
-
-    def launch(carry, k):
-        return step(carry, first(k * n), n), None
-
-    if full == 1:
-        carry = step(carry, first(0), n)
-    else:
-        carry, _ = jax.lax.scan(launch, carry, jnp.arange(full))
-    return step(carry, first(full * n), rest) if rest else carry
+    return jax.lax.scan(body, carry, jnp.arange(chunks.start, chunks.stop), reverse=reverse)[0]
 
 
 def _stretches(B: int, M: int, C: int) -> list[range]:
@@ -173,7 +151,7 @@ def _stretches(B: int, M: int, C: int) -> list[range]:
     return [range(first, min(first + size, M)) for first in range(0, M, size)]
 
 
-def _factors(keep_BM, B, M):
+def factors(keep_BM, B, M):
     """keep of every whole chunk."""
     return jnp.ones((B, M), jnp.float32) if keep_BM is None else keep_BM[:, :M].astype(jnp.float32)
 
@@ -181,6 +159,11 @@ def _factors(keep_BM, B, M):
 def _slots(R_BDF):
     """Both slots of R; chunk 0 reads the first and writes the second."""
     return jnp.stack([R_BDF, R_BDF])
+
+
+def _empty_like(x_BTX):
+    """A result's memory, every part of which some launch writes."""
+    return jax.lax.empty(x_BTX.shape, x_BTX.dtype)
 
 
 def _scalars(i, row, lr, keep_BM, live_BM):
@@ -197,44 +180,43 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
-    z_whole_BTF, z_tail_BCF = _split(z_BTF, M * C)
-    v_whole_BTD, _ = _split(v_BTD, M * C)
-    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_whole_BTD, lr)
+    z_whole_BTF, z_tail_BCF = split(z_BTF, M * C)
+    v_whole_BTD, _ = split(v_BTD, M * C)
+    factors_BM, u_BTD = factors(keep_BM, B, M), scaled(v_whole_BTD, lr)
     live_B1 = jnp.any(state_BDF != 0, axis=(1, 2))[:, None]
     live_BM = jnp.concatenate([live_B1, jnp.ones((B, max(M - 1, 0)), bool)], axis=1)
-    most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
-    def fused_step(carry, i, n):
+    def fused_step(carry, i):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, 0, lr, factors_BM, live_BM)
-            results = launches.fused(C, n, scalars, z_whole_BTF, u_BTD, w_DF, *carry)
+            results = launches.fused(C, scalars, z_whole_BTF, u_BTD, w_DF, *carry)
             return varying_like(z_BTF, results)
 
-    def split_step(base_BTD, first, carry, i, n):
+    def split_step(base_BTD, first, carry, i):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, (i - first) * C, lr, factors_BM, live_BM)
-            results = launches.forward(C, n, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
+            results = launches.forward(C, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
             return varying_like(z_BTF, results)
 
-    read_BDF = _sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
-    carry = jnp.zeros_like(v_whole_BTD), state_BDF, _slots(read_BDF)
+    read_BDF = sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
+    carry = _empty_like(v_whole_BTD), state_BDF, _slots(read_BDF)
     carry = varying_like(z_BTF, carry)
     if fused:
-        carry = _scan(fused_step, carry, range(M), most)
+        carry = _scan(fused_step, carry, range(M))
     for chunks in [] if fused else _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
             w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
         base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
-        carry = _scan(functools.partial(split_step, base_BTD, chunks.start), carry, chunks, most)
+        carry = _scan(functools.partial(split_step, base_BTD, chunks.start), carry, chunks)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
-        o_BCD = _dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
+        o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
         o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), residuals
 
 
-def _split(x_BTX, size) -> tuple[Any, Any]:
+def split(x_BTX, size) -> tuple[Any, Any]:
     """Whole chunks, which launches read as an array of their own, and the rest.
 
     No copy where there is no rest.
@@ -255,7 +237,7 @@ class _Whole(NamedTuple):
     live_BM: Any
 
 
-def _sum_of(w_DF, S_BDF, dtype):
+def sum_of(w_DF, S_BDF, dtype):
     """W + S, rounded once."""
     return (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)
 
@@ -266,28 +248,27 @@ def _backward(launches, C, fused, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     B, T, _ = z_BTF.shape
     M, tail = divmod(T, C)
-    z_BTF, z_tail_BCF = _split(z_BTF, M * C)
-    do_BTD, do_tail_BCD = _split(do_BTD, M * C)
-    v_BTD, _ = _split(v_BTD, M * C)
-    factors_BM, u_BTD = _factors(keep_BM, B, M), launches.make_u(v_BTD, lr)
+    z_BTF, z_tail_BCF = split(z_BTF, M * C)
+    do_BTD, do_tail_BCD = split(do_BTD, M * C)
+    v_BTD, _ = split(v_BTD, M * C)
+    factors_BM, u_BTD = factors(keep_BM, B, M), scaled(v_BTD, lr)
     live_BM = jnp.ones((B, M), jnp.int32)
     whole = _Whole(z_BTF, u_BTD, v_BTD, do_BTD, w_DF, lr, factors_BM, live_BM)
-    most = launches.chunks_per_launch(B, C, *w_DF.shape)
 
-    dz_BTF, R_2BDF = _replay(launches, C, most, whole, state_BDF)
+    dz_BTF, R_2BDF = _replay(launches, C, whole, state_BDF)
 
-    dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    if keep_BM is None:
+        dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    else:  # G drops something: one product costs less than to collect it chunk by chunk
+        with jax.named_scope("ttt_grad_slow"):
+            dw_DF = dot("btd,btf->df", cotangents[0], residuals[0])
     if tail:
-        dz_tail_BCF = _dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
-        G_BDF = G_BDF + _dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
+        dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
+        G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    collected_BDF = None if keep_BM is None else jnp.zeros_like(G_BDF)
-    dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr = _reverse(
-        launches, C, most, whole, dz_BTF, collected_BDF, G_BDF
-    )
-    dw_DF = dw_DF + G_BDF.sum(axis=0)
-    if collected_BDF is not None:
-        dw_DF = dw_DF + collected_BDF.sum(axis=0)
+    dz_BTF, dv_BTD, G_BDF, dlr = _reverse(launches, C, whole, dz_BTF, G_BDF)
+    if keep_BM is None:
+        dw_DF = dw_DF + G_BDF.sum(axis=0)
     if tail:  # v of a partial chunk is never read
         dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
         dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
@@ -295,40 +276,40 @@ def _backward(launches, C, fused, residuals, cotangents):
     return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
 
 
-def _replay(launches, C, most, whole, state_BDF):
+def _replay(launches, C, whole, state_BDF):
     """Go forward in time again. Returns dz = do (W + S), and both slots of R."""
     z_BTF, w_DF = whole.z_BTF, whole.w_DF
 
-    def step(carry, i, n):
+    def step(carry, i):
         with jax.named_scope("ttt_replay"):
             scalars = _scalars(i, 0, whole.lr, whole.factors_BM, whole.live_BM)
-            results = launches.replay(C, n, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
+            results = launches.replay(C, scalars, z_BTF, whole.u_BTD, whole.do_BTD, w_DF, *carry)
             return varying_like(z_BTF, results)
 
-    weight_BDF = _sum_of(w_DF, state_BDF, z_BTF.dtype)
-    carry = varying_like(z_BTF, (jnp.zeros_like(z_BTF), state_BDF, _slots(weight_BDF)))
-    dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C), most)
+    weight_BDF = sum_of(w_DF, state_BDF, z_BTF.dtype)
+    carry = varying_like(z_BTF, (_empty_like(z_BTF), state_BDF, _slots(weight_BDF)))
+    dz_BTF, _, R_2BDF = _scan(step, carry, range(z_BTF.shape[1] // C))
     return dz_BTF, R_2BDF
 
 
-def _reverse(launches, C, most, whole, dz_BTF, collected_BDF, G_BDF):
-    """Go backwards in time. Returns dz, dv, what dW collected (or None), G, and dlr."""
+def _reverse(launches, C, whole, dz_BTF, G_BDF):
+    """Go backwards in time. Returns dz, dv, G, and dlr."""
     z_BTF, u_BTD, v_BTD, do_BTD = whole[:4]
 
-    def step(carry, i, n):
+    def step(carry, i):
         *carry, dlr = carry
         with jax.named_scope("ttt_reverse"):
             scalars = _scalars(i, 0, whole.lr, whole.factors_BM, whole.live_BM)
-            results = launches.reverse(C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, *carry)
+            results = launches.reverse(C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, *carry)
             *carry, partial_dlr = varying_like(z_BTF, results)
             return (*carry, dlr + partial_dlr.sum())
 
-    dv_BTD, dlr = jnp.zeros_like(v_BTD), jnp.zeros((), jnp.float32)
+    dv_BTD, dlr = _empty_like(v_BTD), jnp.zeros((), jnp.float32)
     R_2BDF = _slots(G_BDF.astype(z_BTF.dtype))  # chunk i reads slot i % 2
-    carry = varying_like(z_BTF, (dz_BTF, dv_BTD, collected_BDF, G_BDF, R_2BDF, dlr))
-    carry = _scan(step, carry, range(z_BTF.shape[1] // C), most, reverse=True)
-    dz_BTF, dv_BTD, collected_BDF, G_BDF, _, dlr = carry
-    return dz_BTF, dv_BTD, collected_BDF, G_BDF, dlr
+    carry = varying_like(z_BTF, (dz_BTF, dv_BTD, G_BDF, R_2BDF, dlr))
+    carry = _scan(step, carry, range(z_BTF.shape[1] // C), reverse=True)
+    dz_BTF, dv_BTD, G_BDF, _, dlr = carry
+    return dz_BTF, dv_BTD, G_BDF, dlr
 
 
 _in_place_ttt.defvjp(_forward, _backward)

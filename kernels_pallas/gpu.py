@@ -1,12 +1,12 @@
-"""In-Place TTT on Hopper GPUs in Pallas (Mosaic GPU): the three launches of `chunk_scan.py`.
+"""In-Place TTT on Hopper GPUs in Pallas (Mosaic GPU): what can run, and how launches are laid out.
 
-Letters as there. Thread blocks stay on the multiprocessors and go through output tiles of several
-products and chunks. Applies, which sum over all of F, run next to updates, which move the state, so
-that arithmetic and traffic overlap.
+Letters as in `gpu_sweep.py`. Thread blocks stay on the multiprocessors and go through tiles.
 
     gpu.py             what can run, and how a launch is laid out on the machine
-    gpu_products.py    what a launch computes: its products and their epilogues
-    gpu_schedule.py    which cluster computes which tile, in which order: a table, made when traced
+    gpu_sweep.py       the op as sweeps over states and products of all chunks
+    gpu_states.py      a sweep: states of all chunks, with tiles in registers
+    gpu_products.py    what the other launches compute: products and their epilogues
+    gpu_schedule.py    which cluster computes which tile of them: a table, made when traced
     gpu_tiles.py       how a block computes tiles: the pipeline, with a picture
     gpu_launch.py      a launch as a primitive of jax
 """
@@ -24,18 +24,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_jax.kernels_pallas import chunk_scan
+from ttt_jax.kernels_pallas import gpu_products, gpu_states, gpu_sweep
 from ttt_jax.kernels_pallas.gpu_launch import Launch, launch_p
-from ttt_jax.kernels_pallas.gpu_products import (
-    Chunk,
-    Sizes,
-    Staging,
-    forward_products,
-    fused_products,
-    replay_products,
-    reverse_products,
-)
-from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE, schedule
+from ttt_jax.kernels_pallas.gpu_products import Sizes, Staging
+from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE, ProductShape, schedule
 from ttt_jax.kernels_pallas.gpu_tiles import (
     BLOCK_ROWS,
     BLOCKS,
@@ -44,8 +36,6 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     EPILOGUE_COLUMNS,
     run_block,
 )
-
-MOST_TILES, MOST_CHUNKS = 16384, 64  # of a launch
 
 _interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.ContextVar(
     "interpreted", default=None
@@ -106,7 +96,7 @@ def in_place_ttt_gpu(
       o_BTD bfloat16, and the state after the last whole chunk, float32.
     """
     launches = _interpreted.get() or MosaicLaunches()
-    return chunk_scan.in_place_ttt(
+    return gpu_sweep.in_place_ttt(
         launches,
         z_BTF,
         v_BTD,
@@ -121,116 +111,129 @@ def in_place_ttt_gpu(
 
 @dataclasses.dataclass(frozen=True)
 class MosaicLaunches:
-    """The three launches, and how they use the 227 KiB of shared memory (docs/performance.md)."""
+    """The launches of `gpu_sweep.py`, and how they use the 227 KiB of shared memory."""
 
-    stages: int = 4  # of the ring
+    state_stages: int = 3  # of a sweep's ring, beside whole parts on their way to device memory
+    stages: int = 4  # of the ring of products
     buffers: int = 1  # of a consumer's results on their way from shared to device memory
     multiprocessors: int | None = None  # None: as many as the device has
     interpret: Any = None
 
-    def make_u(self, v_BTD, lr):
-        """Return v: sums are multiplied by lr, so no array of lr v is made, and none is rounded."""
-        return v_BTD
+    @property
+    def clusters(self) -> int:
+        """Pairs of multiprocessors."""
+        return (self.multiprocessors or _multiprocessors()) // BLOCKS
 
-    def chunks_per_launch(self, B, C, D, F):
-        """Take as many chunks as keep the table of tiles small.
+    def states(self, C, chunks, backwards, right_BTF, left_BTD, keep_BM, w_DF, S_BDF):
+        """Sweep over `chunks`, of which `left_BTD` holds all or these alone.
 
-        Tiles of several chunks wait for each other, so all blocks must run at the same time. One
-        chunk, therefore, where other kernels, NCCL's, may hold multiprocessors. And in the
-        interpreter, which has no semaphores.
+        Returns R [B, n, D, F] of these chunks, and the state behind.
         """
-        if self.interpret or jax.sharding.get_abstract_mesh().size > 1:
-            return 1
-        tiles = D * F + 2 * C * (D + F)  # at most, in the backward
-        return max(1, min(MOST_CHUNKS, MOST_TILES * TILE**2 // (B * tiles)))
+        (B, D, F), M, n = S_BDF.shape, keep_BM.shape[1], len(chunks)
+        sweep = gpu_states.Sweep(B, C, D, F, M, n, backwards, carries=not self.interpret)
+        R_BNDF = jax.lax.empty((B, n, D, F), right_BTF.dtype)
+        left_first = 0 if left_BTD.shape[1] == right_BTF.shape[1] else chunks.start
+        names = ["first", "left_first", "keep", "left_BTD", "right_BTF"]
+        scalars = _scalar(chunks.start), _scalar(left_first), keep_BM.reshape(-1)
+        operands = [*scalars, left_BTD, right_BTF]
+        if w_DF is not None:
+            names, operands = [*names, "w_DF"], [*operands, w_DF]
+        names += ["S_BDF", "R_BNDF"]
+        body = functools.partial(_sweep, sweep, names, self.clusters, self.state_stages)
+        staging = CONSUMERS, gpu_states.PARTS, CONSUMER_ROWS, BLOCK_K
+        scratch = (*self._ring(self.state_stages), _shared_memory(staging, jnp.bfloat16))
+        key = "states", sweep
+        S_BDF, R_BNDF = self._launch("ttt_states", body, scratch, key, operands, [S_BDF, R_BNDF])
+        return R_BNDF, S_BDF
 
-    def forward(self, C, n, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
-        """See `chunk_scan.Launches`."""
-        sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
-        operands, in_place = (z_BTF, u_BTD, base_BTD), (o_BTD, S_BDF, R_2BDF)
-        return self._call("ttt_forward", forward_products, sizes, n, scalars, operands, in_place)
+    def forward(self, C, chunks, base_start, z_BTF, base_BTD, R_BNDF, o_BTD):
+        """Return o, with these chunks written. No base: R holds W."""
+        if base_BTD is None:
+            function, operands = gpu_products.fused_products, (z_BTF, R_BNDF)
+            return self._applies(C, chunks, function, operands, (o_BTD,))[0]
+        operands = z_BTF, base_BTD, R_BNDF
+        options = {"base_M": base_BTD.shape[1] // C, "base_first": base_start}
+        function = gpu_products.forward_products
+        return self._applies(C, chunks, function, operands, (o_BTD,), **options)[0]
 
-    def fused(self, C, n, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
-        """See `chunk_scan.Launches`."""
-        sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
-        operands, in_place = (z_BTF, u_BTD, w_DF), (o_BTD, S_BDF, R_2BDF)
-        return self._call("ttt_fused", fused_products, sizes, n, scalars, operands, in_place)
+    def replay(self, C, chunks, do_BTD, R_BNDF, dz_BTF):
+        """Return dz, with these chunks written."""
+        function, operands = gpu_products.replay_products, (do_BTD, R_BNDF)
+        return self._applies(C, chunks, function, operands, (dz_BTF,))[0]
 
-    def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
-        """See `chunk_scan.Launches`."""
-        sizes = Sizes(C, u_BTD.shape[2], z_BTF.shape[2])
-        operands, in_place = (z_BTF, u_BTD, do_BTD, w_DF), (dz_BTF, S_BDF, R_2BDF)
-        return self._call("ttt_replay", replay_products, sizes, n, scalars, operands, in_place)
+    def reverse(self, C, chunks, lr, z_BTF, v_BTD, R_BNDF, dz_BTF, dv_BTD):
+        """Return dz, dv, and partial sums of <v, z R^T>."""
+        (B, n), columns = R_BNDF.shape[:2], v_BTD.shape[2] // TILE
+        dlr = jax.lax.empty((B * n, columns, C), jnp.float32)
+        operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, dv_BTD, dlr)
+        return self._applies(C, chunks, gpu_products.reverse_products, operands, in_place, lr=lr)
 
-    def reverse(
-        self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
-    ):
-        """See `chunk_scan.Launches`. The partial sums of dlr are [B, D / 256, n C]."""
-        (B, _, F), D = z_BTF.shape, v_BTD.shape[2]
-        partial_dlr = jnp.zeros((B, D // TILE, n * C), jnp.float32)
-        operands = z_BTF, v_BTD, do_BTD
-        in_place = dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr
-        if dw_BDF is not None:
-            in_place = (*in_place, dw_BDF)
-        results = self._call(
-            "ttt_reverse", reverse_products, Sizes(C, D, F), -n, scalars, operands, in_place
-        )
-        dz_BTF, dv_BTD, G_BDF, R_2BDF, partial_dlr, *collected = results
-        dw_BDF = collected[0] if collected else None
-        return dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF, partial_dlr
-
-    def _call(self, name, products, sizes, n, scalars, operands, in_place):
-        """Launch |n| chunks, backwards where n is negative.
-
-        Args:
-          name: of the kernel.
-          products: one of the functions of `gpu_products.py`.
-
-        Returns: the arrays of `in_place`, updated.
-        """
-        B, M = scalars.keep_BM.shape
-        multiprocessors = self.multiprocessors or _multiprocessors()
-        clusters = multiprocessors // BLOCKS
-        # The shapes of the products do not depend on what they read.
+    def _applies(self, C, chunks, products, operands, in_place, lr=0.0, **base):
+        """Launch products of these chunks. `in_place` and `operands` are [B, T, X], or R."""
+        (B, n, D, F), M = operands[-1].shape, operands[0].shape[1] // C
+        sizes = Sizes(C, D, F)
         no_arrays = [None] * (len(operands) + len(in_place))
+        # The shapes of the products do not depend on what they read.
         shapes = tuple(
-            (p.rows, p.columns, p.length, p.updates)
-            for p in products(sizes, Chunk(sizes.C), *no_arrays)
+            ProductShape(p.rows, p.columns, p.length)
+            for p in products(sizes, gpu_products.Chunks(), *no_arrays)
         )
-        table = jnp.asarray(schedule(shapes, B, clusters, abs(n)))
-        body = functools.partial(_body, products, sizes, n, B, M, self.stages, self.buffers)
-        kernel = self._kernel(name, body, clusters)
-        flat_scalars = tuple(x.reshape(-1) for x in scalars)
+        table = jnp.asarray(schedule(shapes, B * n, self.clusters))
+        by_chunk = lambda x_BTX: x_BTX.reshape(-1, C, x_BTX.shape[2])
+        *operands, R_BNDF = operands
+        operands = [*map(by_chunk, operands), R_BNDF.reshape(B * n, D, F)]
+        results = in_place
+        in_place = [x if x.dtype == jnp.float32 else by_chunk(x) for x in in_place]
+        scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
+        body = functools.partial(_products, products, sizes, n, M, base, self.stages, self.buffers)
+        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
+        scratch = (
+            *self._ring(self.stages),
+            _shared_memory(staging, jnp.bfloat16),
+            _shared_memory(staging, jnp.float32),
+        )
+        name = "ttt_" + products.__name__.removesuffix("_products")
+        key = name, sizes, n, M, tuple(base.items())
+        arrays = [*scalars, *operands]
+        written = self._launch(name, body, scratch, key, arrays, in_place)
+        return [x.reshape(y.shape) for x, y in zip(written, results, strict=True)]
 
-        def launch(*arrays):
-            refs = [jax.new_ref(x) for x in arrays[: len(in_place)]]
-            kernel(*arrays[len(in_place) :], *refs)
-            return tuple(ref[...] for ref in refs)
+    def _ring(self, stages):
+        """Operands, as `gpu_tiles.run_block` takes them, and their barriers."""
 
-        arrays = (*in_place, table, *flat_scalars, *operands)
-        if self.interpret:
-            return launch(*arrays)
-        types = tuple((x.shape, x.dtype) for x in arrays)
-        program = Launch(launch, self, name, sizes.C, n, types)
-        return tuple(launch_p.bind(*arrays, launch=program, results=len(in_place)))
+        def operands(rows):
+            shapes = (stages, rows, BLOCK_K), (stages, BLOCK_K, rows)
+            return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
-    def _kernel(self, name, body, clusters):
-        """The kernel that runs `body` in every warpgroup of every block."""
+        float32 = _shared_memory((stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
+        # The interpreter watches a union as a whole, and takes the use of one stage for that of
+        # another.
+        one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
+        return (
+            one_ring(*operands(BLOCK_ROWS)),
+            one_ring(*operands(TILE), float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.ClusterBarrier(
+                collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages
+            ),
+        )
+
+    def _launch(self, name, body, scratch, key, operands, in_place):
+        """Run `body` in every warpgroup of every block. Returns `in_place`, updated."""
         mesh = plgpu.Mesh(
-            grid=(clusters,),
+            grid=(self.clusters,),
             grid_names=("pair",),
             cluster=(BLOCKS,),
             cluster_names=("block",),
             num_threads=CONSUMERS + 1,
             thread_name="wg",
         )
-        scratch = self._scratch()
 
         def scoped(*arrays):
             run = functools.partial(body, *arrays)
             return pl.run_scoped(run, *scratch, collective_axes="wg")
 
-        return pl.kernel(
+        kernel = pl.kernel(
             scoped,
             mesh=mesh,
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -238,46 +241,38 @@ class MosaicLaunches:
             name=name,
         )
 
-    def _scratch(self):
-        """Shared memory and barriers of a block: the ring, as `gpu_tiles.run_block` takes it, and
-        the staging buffers in bfloat16 and float32."""
+        def launch(*arrays):
+            refs = [jax.new_ref(x) for x in arrays[: len(in_place)]]
+            kernel(*arrays[len(in_place) :], *refs)
+            return tuple(ref[...] for ref in refs)
 
-        def operands(rows):
-            shapes = (self.stages, rows, BLOCK_K), (self.stages, BLOCK_K, rows)
-            return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
-
-        float32 = _shared_memory((self.stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
-        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
-        # The interpreter watches a union as a whole, and takes the use of one stage for that of
-        # another.
-        one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
-        return (
-            one_ring(*operands(BLOCK_ROWS)),
-            one_ring(*operands(TILE), float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=self.stages),
-            plgpu.ClusterBarrier(
-                collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=self.stages
-            ),
-            _shared_memory(staging, jnp.bfloat16),
-            _shared_memory(staging, jnp.float32),
-        )
+        arrays = (*in_place, *operands)
+        if self.interpret:
+            return launch(*arrays)
+        types = tuple((x.shape, x.dtype) for x in arrays)
+        program = Launch(launch, self, key, types)
+        return launch_p.bind(*arrays, launch=program, results=len(in_place))
 
 
-def _body(products, sizes, n, B, M, stages, buffers, table, i, row, lr, keep, live, *arrays):
-    """What a warpgroup runs. `arrays`: operands, results, and `_scratch`."""
+def _sweep(sweep, names, clusters, stages, *arrays):
+    """What a warpgroup of a sweep runs."""
+    arrays, scratch = arrays[: len(names)], arrays[len(names) :]
+    sweep = dataclasses.replace(sweep, **dict(zip(names, arrays, strict=True)))
+    gpu_states.run_block(sweep, clusters, stages, *scratch)
+
+
+def _products(products, sizes, n, M, base, stages, buffers, table, first, lr, *arrays):
+    """What a warpgroup of a launch of products runs."""
     *arrays, left, right, full, empty, bfloat16, float32 = arrays
-    finished = None
-    if abs(n) > 1:
-        finished = pl.get_global(plgpu.SemaphoreType.REGULAR((abs(n), B, 2)))
-    staging = Staging(buffers, bfloat16, float32)
+    chunks = gpu_products.Chunks(n=n, M=M, first=first[0], lr=lr[0])._replace(
+        staging=Staging(buffers, bfloat16, float32), **base
+    )
+    found = products(sizes, chunks, *arrays)
+    run_block(found, table, stages, left, right, full, empty)
 
-    def products_of(step):
-        i_now = i[0] + (step if n > 0 else -step)
-        row_now = row[0] + step * sizes.C
-        chunk = Chunk(sizes.C, M, step, i_now, row_now, lr[0], keep, live, staging)
-        return products(sizes, chunk, *arrays)
 
-    run_block(products_of, table, finished, stages, left, right, full, empty)
+def _scalar(x):
+    return jnp.asarray(x, jnp.int32).reshape(1)
 
 
 def _shared_memory(shape, dtype):

@@ -1,8 +1,7 @@
-"""Which matrix products the three Mosaic GPU launches compute for a chunk, and their epilogues.
+"""The products of all chunks with their states, for Mosaic GPU launches, and their epilogues.
 
-Letters as in `chunk_scan.py`, where the equations are. A function `*_products` takes the sizes,
-the chunk and the arrays of a launch, and returns the products by number, as `gpu_schedule.Tile`
-names them.
+Letters as in `gpu_sweep.py`. Each of a launch's chunks counts as a sequence of its own: a tile's
+`b` is a chunk of one of them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_jax.kernels_pallas.gpu_schedule import TILE
-from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product, read
+from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product
 
 
 class Sizes(NamedTuple):
@@ -52,119 +51,54 @@ class Staging(NamedTuple):
         return self.float32 if ref.dtype == jnp.float32 else self.bfloat16
 
 
-class Chunk:
-    """A chunk of a launch, and the scalars that belong to it.
+class Chunks(NamedTuple):
+    """The chunks of a launch among all chunks Q, sequence by sequence."""
 
-    Without arguments after `C`, only the shapes of its products are of use.
-    """
+    n: int = 1  # of a sequence in the launch
+    M: int = 1  # of a sequence in all
+    base_M: int = 1  # of a sequence in `base`
+    first: Any = 0
+    base_first: Any = 0  # the first in `base`
+    lr: Any = None
+    staging: Any = None
 
-    def __init__(
-        self,
-        C: int,
-        M: int = 0,
-        step: Any = 0,  # counted from the launch's first
-        i: Any = 0,
-        row: Any = 0,  # where it starts in `base`
-        lr: Any = None,
-        keep_BM: Any = None,  # flat, as `live_BM`
-        live_BM: Any = None,
-        staging: Staging | None = None,
-    ):
-        self.M, self.i, self.step = M, i, step
-        self.token, self.row = i * C, row
-        self.read_slot, self.write_slot = i % 2, (i + 1) % 2  # of R
-        self.lr, self.keep_BM, self.live_BM = lr, keep_BM, live_BM
-        self.staging: Any = staging
+    def q(self, b):
+        """The chunk among all."""
+        return (b // self.n) * self.M + self.first + b % self.n
 
-    def keep(self, b):
-        """What the update multiplies the state before it by."""
-        return self.keep_BM[b * self.M + self.i]
-
-    def live(self, b):
-        """0 where R is zero."""
-        return self.live_BM[b * self.M + self.i]
-
-    def tokens(self, array_BTX):
-        """An operand: the chunk's rows of [B, T, X]."""
-        return lambda b: (array_BTX.at[b], self.token)
-
-    def fast_weight(self, R_2BDF):
-        """An operand: the slot of R that the chunk reads."""
-        return lambda b: (R_2BDF.at[self.read_slot, b], 0)
+    def in_base(self, b):
+        return (b // self.n) * self.base_M + self.first - self.base_first + b % self.n
 
 
-def forward_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
-    """o = base + z R^T, and S += lr v^T z."""
-    C, D, F = sizes
-    apply = Product(
-        "nt",
-        rows=C,
-        columns=D,
-        length=F,
-        left=chunk.tokens(z_BTF),
-        right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_o, chunk, o_BTD),
-        epilogue_inputs=lambda b: (base_BTD.at[b], None),
-        row=chunk.row,
-        live=chunk.live,
-    )
-    return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr)]
+def forward_products(sizes: Sizes, chunks: Chunks, z_QCF, base_QCD, R_QDF, o_QCD):
+    """o = base + z R^T."""
+    inputs = lambda b: (base_QCD.at[chunks.in_base(b)], None)
+    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_o, o_QCD, inputs)]
 
 
-def fused_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
-    """o = z R^T, and S += lr v^T z, with R a copy of W + S."""
-    apply = _plain_apply(sizes, chunk, "nt", z_BTF, R_2BDF, o_BTD)
-    return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
+def fused_products(sizes: Sizes, chunks: Chunks, z_QCF, R_QDF, o_QCD):
+    """o = z R^T."""
+    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD)]
 
 
-def replay_products(sizes: Sizes, chunk: Chunk, z_BTF, v_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
-    """dz = do R, and S += lr v^T z, with R a copy of W + S."""
-    apply = _plain_apply(sizes, chunk, "nn", do_BTD, R_2BDF, dz_BTF)
-    return [apply, _update(sizes, chunk, v_BTD, z_BTF, S_BDF, R_2BDF, chunk.lr, w_DF)]
+def replay_products(sizes: Sizes, chunks: Chunks, do_QCD, R_QDF, dz_QCF):
+    """dz = do R."""
+    return [_apply("nn", sizes, chunks, do_QCD, R_QDF, _write_rows, dz_QCF)]
 
 
-def reverse_products(
-    sizes: Sizes,
-    chunk: Chunk,
-    z_BTF,
-    v_BTD,
-    do_BTD,
-    dz_BTF,
-    dv_BTD,
-    G_BDF,
-    R_2BDF,
-    dlr,
-    dw_BDF=None,
-):
-    """dv = lr z R^T with rows of dlr = <v, z R^T>, dz += lr v R, and G += do^T z."""
-    C, D, F = sizes
-    to_v = Product(
-        "nt",
-        rows=C,
-        columns=D,
-        length=F,
-        left=chunk.tokens(z_BTF),
-        right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_dv, chunk, C, dv_BTD, dlr),
-        epilogue_inputs=lambda b: (None, v_BTD.at[b]),
-        row=chunk.token,
-    )
-    to_z = Product(
-        "nn",
-        rows=C,
-        columns=F,
-        length=D,
-        left=chunk.tokens(v_BTD),
-        right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_add_to_dz, chunk, dz_BTF),
-        epilogue_inputs=lambda b: (None, dz_BTF.at[b]),
-        row=chunk.token,
-    )
-    return [to_v, to_z, _update(sizes, chunk, do_BTD, z_BTF, G_BDF, R_2BDF, collected=dw_BDF)]
+def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, dv_QCD, dlr):
+    """dv = lr z R^T with rows of dlr = <v, z R^T>, and dz += lr v R."""
+    v_inputs = lambda b: (None, v_QCD.at[chunks.q(b)])
+    dz_inputs = lambda b: (None, dz_QCF.at[chunks.q(b)])
+    write_dv = functools.partial(_write_dv, dlr)
+    return [
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v_inputs),
+        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_dz, dz_QCF, dz_inputs),
+    ]
 
 
-def _plain_apply(sizes: Sizes, chunk: Chunk, layout: str, left_BTX, R_2BDF, out_BTX) -> Product:
-    """out = left R^T ("nt") or left R ("nn"), written as it is."""
+def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, inputs=None) -> Product:
+    """left R^T ("nt") or left R ("nn")."""
     C, D, F = sizes
     columns, length = (D, F) if layout == "nt" else (F, D)
     return Product(
@@ -172,34 +106,10 @@ def _plain_apply(sizes: Sizes, chunk: Chunk, layout: str, left_BTX, R_2BDF, out_
         rows=C,
         columns=columns,
         length=length,
-        left=chunk.tokens(left_BTX),
-        right=chunk.fast_weight(R_2BDF),
-        epilogue=functools.partial(_write_rows, chunk, out_BTX),
-        epilogue_inputs=lambda b: (None, None),
-    )
-
-
-def _update(
-    sizes: Sizes,
-    chunk,
-    left_BTD,
-    right_BTF,
-    state,
-    R,
-    scale: Any = 1.0,
-    w=None,
-    collected: Any = None,
-) -> Product:
-    """keep state + scale left^T right, and its copy R, with W added where there is one."""
-    return Product(
-        "tn",
-        rows=sizes.D,
-        columns=sizes.F,
-        length=sizes.C,
-        left=chunk.tokens(left_BTD),
-        right=chunk.tokens(right_BTF),
-        epilogue=functools.partial(_write_state, chunk, state, R, scale, w, collected),
-        epilogue_inputs=lambda b: (state.at[b], w),
+        left=lambda b: (left_QCX.at[chunks.q(b)], 0),
+        right=lambda b: (R_QDF.at[b], 0),
+        epilogue=functools.partial(write, chunks, out_QCX),
+        epilogue_inputs=inputs or (lambda b: (None, None)),
     )
 
 
@@ -212,55 +122,36 @@ def _rows(first):
     return pl.ds(pl.multiple_of(first, CONSUMER_ROWS), CONSUMER_ROWS)
 
 
-def _write_o(chunk, o_BTD, b, m0, n0):
+def _write_o(chunks, o_QCD, b, m0, n0):
     def write(k, columns, sums, base, _):
-        chunk.staging.write(k, (o_BTD.at[b, _rows(chunk.token + m0), columns], base + sums))
+        chunks.staging.write(k, (o_QCD.at[chunks.q(b), _rows(m0), columns], base + sums))
 
     return write
 
 
-def _write_rows(chunk, y_BTX, b, m0, n0):
+def _write_rows(chunks, y_QCX, b, m0, n0):
     def write(k, columns, sums, _, __):
-        chunk.staging.write(k, (y_BTX.at[b, _rows(chunk.token + m0), columns], sums))
+        chunks.staging.write(k, (y_QCX.at[chunks.q(b), _rows(m0), columns], sums))
 
     return write
 
 
-def _add_to_dz(chunk, dz_BTF, b, m0, n0):
-    def write(k, columns, sums, _, dz_before):
-        part = dz_BTF.at[b, _rows(chunk.token + m0), columns]
-        chunk.staging.write(k, (part, dz_before.astype(jnp.float32) + chunk.lr * sums))
+def _add_to_dz(chunks, dz_QCF, b, m0, n0):
+    def write(k, columns, sums, _, before):
+        part = dz_QCF.at[chunks.q(b), _rows(m0), columns]
+        chunks.staging.write(k, (part, before.astype(jnp.float32) + chunks.lr * sums))
 
     return write
 
 
-def _write_dv(chunk, C, dv_BTD, dlr, b, m0, n0):
+def _write_dv(dlr, chunks, dv_QCD, b, m0, n0):
     by_row = []
 
     def write(k, columns, sums, _, v):
         by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
-        part = dv_BTD.at[b, _rows(chunk.token + m0), columns]
-        chunk.staging.write(k, (part, chunk.lr * sums))
+        part = dv_QCD.at[chunks.q(b), _rows(m0), columns]
+        chunks.staging.write(k, (part, chunks.lr * sums))
         if k == TILE // EPILOGUE_COLUMNS - 1:
-            dlr[b, n0 // TILE, _rows(chunk.step * C + m0)] = sum(by_row)
-
-    return write
-
-
-def _write_state(chunk, state_BDF, R_2BDF, scale, w, collected_BDF, b, m0, n0):
-    keep = chunk.keep(b)
-
-    def write(k, columns, sums, before, w_part):
-        part = b, _rows(m0), columns
-        value = keep * before + scale * sums
-        copy = value if w is None else value + w_part.astype(jnp.float32)
-        chunk.staging.write(
-            k, (state_BDF.at[part], value), (R_2BDF.at[chunk.write_slot, *part], copy)
-        )
-        if collected_BDF is not None:  # where a document ends, G is the later ones' share of dW
-
-            @pl.when(keep != 1)
-            def _():
-                collected_BDF[part] = read(collected_BDF, part) + (1 - keep) * before
+            dlr[b, n0 // TILE, _rows(m0)] = sum(by_row)
 
     return write

@@ -1,11 +1,11 @@
-"""Order the output tiles of a Mosaic GPU launch: which cluster computes which, and when.
+"""Share out the output tiles of a Mosaic GPU launch: which cluster computes which, and in which
+order.
 
 Made on the host, when the kernel is traced. `gpu_tiles.py` reads it on the device.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import heapq
 from typing import Any, NamedTuple
@@ -14,35 +14,24 @@ import numpy as np
 
 TILE = 256  # rows and columns of a cluster's tile
 BLOCK_K = 64  # of the summed dimension: one k-step
-# Cost of an epilogue, in k-steps, as measured on an H100 (docs/performance.md). It only balances
-# the table.
-UPDATE_STEPS, APPLY_STEPS = 10, 2
+EPILOGUE_STEPS = 2  # cost of an epilogue, in k-steps. It only balances the table.
 
 
 class Tile(NamedTuple):
-    """One row of the table: the tile that a cluster computes, and what must be finished before.
-
-    An apply multiplies by the copy of the state, an update writes the state and its next copy. A
-    run is a stretch of one cluster's tiles that belong to the same chunk, sequence and kind.
-    """
+    """One row of the table: the tile that a cluster computes."""
 
     product: Any  # its number among the launch's products
     b: Any
     row: Any  # first row and column
     column: Any
-    chunk: Any  # counted from the launch's first
-    applies_before: Any  # runs of applies of the chunk before, over all clusters, to wait for
-    updates_before: Any  # runs of updates; 0: known to be finished
-    last: Any  # 1 for the last tile of a run, which is counted
 
 
 class ProductShape(NamedTuple):
-    """Rows, columns and length of the sum of a product, and whether it updates the state."""
+    """Rows, columns and length of the sum of a product."""
 
     rows: int
     columns: int
     length: int
-    updates: bool
 
     @property
     def tiles(self) -> list[tuple[int, int]]:
@@ -52,125 +41,33 @@ class ProductShape(NamedTuple):
     @property
     def cost(self) -> int:
         """Duration of a tile, in k-steps."""
-        return self.length // BLOCK_K + (UPDATE_STEPS if self.updates else APPLY_STEPS)
+        return self.length // BLOCK_K + EPILOGUE_STEPS
 
 
 @functools.cache
-def schedule(shapes, B: int, clusters: int, chunks: int = 1) -> np.ndarray:
-    """Order the tiles of a launch and share them out among clusters.
-
-    The applies of a chunk read the copy of the state that the updates of the chunk before wrote.
-    Its updates overwrite the copy that the applies of the chunk before read. Whenever a cluster is
-    free in a simulated run, it takes the first tile of what is ready: the oldest chunk's, there
-    updates, for which the next chunk waits; in the last chunk the longest sums. In the order in
-    which tiles start there, nothing waits for what comes later, so no real run can block, however
-    long its tiles take.
+def schedule(shapes: tuple[ProductShape, ...], B: int, clusters: int) -> np.ndarray:
+    """Give the tiles, the longest first, to whichever cluster is free.
 
     Args:
-      shapes: (rows, columns, length of the sum, updates the state?) of each product.
-      B: sequences.
+      shapes: of each product.
+      B: sequences, which all have these products.
       clusters: of the launch.
-      chunks: of the launch.
 
     Returns:
-      [clusters, 1 + most tiles of a cluster, 8] int32: rows of `Tile`; the first row holds their
+      [clusters, 1 + most tiles of a cluster, 4] int32: rows of `Tile`; the first row holds their
       count.
     """
-    shapes = [ProductShape(*shape) for shape in shapes]
-    waiting = _Waiting(shapes, B, chunks)
-    queues: list[list] = [[] for _ in range(clusters)]
-    free, running = list(range(clusters)), []  # running: (time, cluster, group of tiles)
-    now = 0
-    while waiting.ready or running:
-        while waiting.ready and free:
-            cluster = heapq.heappop(free)
-            chunk, k, b, row_column = waiting.take()
-            queues[cluster].append((k, b, *row_column, chunk))
-            group = chunk, b, shapes[k].updates
-            heapq.heappush(running, (now + shapes[k].cost, cluster, group))
-        now = running[0][0]
-        while running and running[0][0] == now:
-            _, cluster, group = heapq.heappop(running)
-            heapq.heappush(free, cluster)
-            waiting.finish(*group)
-    return _table(queues, [shape.updates for shape in shapes])
-
-
-class _Waiting:
-    """Tiles that no cluster has taken yet; those in `ready` may start."""
-
-    def __init__(self, shapes, B, chunks):
-        self.shapes, self.chunks = shapes, chunks
-        # (chunk, 0 for what goes first, -cost, product, b, tiles left, the next one last)
-        self.ready: list = []
-        count = {
-            updates: sum(len(shape.tiles) for shape in shapes if shape.updates == updates)
-            for updates in (False, True)
-        }
-        self.unfinished = {
-            (chunk, b, updates): count[updates]
-            for chunk in range(chunks)
-            for b in range(B)
-            for updates in (False, True)
-        }
-        for b in range(B):
-            self.release(0, b, False)
-            self.release(0, b, True)
-
-    def take(self):
-        """Remove and return the first tile that may start: chunk, product, b, (row, column)."""
-        chunk, *_, k, b, left = self.ready[0]
-        tile = left.pop()
-        if not left:
-            heapq.heappop(self.ready)
-        return chunk, k, b, tile
-
-    def release(self, chunk, b, updates):
-        """Let a group of tiles start."""
-        if chunk == self.chunks:
-            return
-        first = updates if chunk + 1 < self.chunks else not updates
-        for k, shape in enumerate(self.shapes):
-            if shape.updates == updates:
-                entry = (chunk, not first, -shape.cost, k, b, shape.tiles[::-1])
-                heapq.heappush(self.ready, entry)
-
-    def finish(self, chunk, b, updates):
-        """Count a finished tile, and release the groups that waited for its group only."""
-        self.unfinished[chunk, b, updates] -= 1
-        if self.unfinished[chunk, b, updates] > 0:
-            return
-        if updates:
-            self.release(chunk + 1, b, False)
-        if self.unfinished[chunk, b, not updates] == 0:
-            self.release(chunk + 1, b, True)
-
-
-def _table(queues, updates) -> np.ndarray:
-    """The schedule with what each cluster has to wait for, and where it has to signal."""
-
-    def group_of(tile):
-        return tile[4], tile[1], updates[tile[0]]
-
-    groups = [[group_of(tile) for tile in queue] for queue in queues]
-    last = [
-        [j + 1 == len(queue) or queue[j + 1] != group for j, group in enumerate(queue)]
-        for queue in groups
-    ]
-    runs = collections.Counter(
-        group
-        for queue, ends in zip(groups, last, strict=True)
-        for group, end in zip(queue, ends, strict=True)
-        if end
-    )
-    table = np.zeros((len(queues), 1 + max(map(len, queues)), len(Tile._fields)), np.int32)
-    for c, queue in enumerate(queues):
-        table[c, 0, 0], known = len(queue), set()
+    order = sorted(range(len(shapes)), key=lambda k: -shapes[k].cost)
+    tiles = [Tile(k, b, *at) for k in order for b in range(B) for at in shapes[k].tiles]
+    free = [(0, cluster) for cluster in range(clusters)]
+    queues: list[list[Tile]] = [[] for _ in free]
+    for tile in tiles:
+        now, cluster = heapq.heappop(free)
+        queues[cluster].append(tile)
+        heapq.heappush(free, (now + shapes[tile.product].cost, cluster))
+    table = np.zeros((clusters, 1 + max(map(len, queues)), len(Tile._fields)), np.int32)
+    for cluster, queue in enumerate(queues):
+        table[cluster, 0, 0] = len(queue)
         for j, tile in enumerate(queue):
-            chunk, b, is_update = groups[c][j]
-            kinds = (False, True) if is_update else (True,)
-            needed = [(chunk - 1, b, kind) for kind in kinds if chunk > 0]
-            wait = {group[2]: runs[group] for group in needed if group not in known}
-            known.update(needed)
-            table[c, 1 + j] = (*tile, wait.get(False, 0), wait.get(True, 0), last[c][j])
+            table[cluster, 1 + j] = tile
     return table

@@ -27,16 +27,11 @@ has three warpgroups: one producer and two consumers.
 
     full[s]      2 arrivals, in this block: left and right operand of stage s are there
     empty[s]     2 arrivals from each block, one per consumer: both blocks have read stage s
-    finished     counts in device memory, per chunk, sequence and kind of tile, over all clusters
 
 Multicast halves the traffic of L2, which cannot deliver 128 x 128 tiles to every multiprocessor at
 the speed of the tensor cores. The producer runs ahead by as many k-steps as the ring has stages.
-Epilogue inputs, the float32 state above all, come through the ring because reading them from device
-memory at the end would take as long as the sum.
-
-A launch computes several chunks. A tile waits for those it depends on, not for all of the chunk
-before: consumers count the runs of tiles that they have finished, and a producer waits for the
-counts that the table of tiles names (`gpu_schedule.py`).
+Epilogue inputs come through the ring, too: reading them from device memory at the end would take as
+long as a sum.
 
 Kinds of products, by where the summed dimension is:
 
@@ -47,7 +42,6 @@ Kinds of products, by where the summed dimension is:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -65,7 +59,6 @@ CONSUMERS = 2  # warpgroups of a block
 BLOCK_ROWS = TILE // BLOCKS
 CONSUMER_ROWS = BLOCK_ROWS // CONSUMERS
 EPILOGUE_COLUMNS = 32  # that an epilogue holds at once in registers, besides the sums
-APPLIES, UPDATES = 0, 1  # kinds of tiles in `finished`
 
 
 class Product(NamedTuple):
@@ -81,15 +74,8 @@ class Product(NamedTuple):
     # (b, first row, first column of a consumer's part) -> what to do with the sums of 32 columns:
     # a function of their number, their columns, the sums, and the same part of both inputs.
     epilogue: Callable[..., Callable[..., None]]
-    # b -> the float32 and the bfloat16 array, [rows, columns] from `row` on, or None
+    # b -> the float32 and the bfloat16 array, [rows, columns], or None
     epilogue_inputs: Callable[[Any], tuple[Any, Any]]
-    row: Any = 0
-    live: Callable[[Any], Any] | None = None  # b -> 0 where the sum is zero
-
-    @property
-    def updates(self) -> bool:
-        """Whether it writes the state; applies read the state's copy."""
-        return self.kind == "tn"
 
     @property
     def epilogue_steps(self) -> int:
@@ -147,14 +133,12 @@ class Ring(NamedTuple):
         return zip(product.epilogue_inputs(b), (self.right[2], self.left[0]), strict=True)
 
 
-def run_block(products_of, table, finished, stages, left, right, full, empty):
+def run_block(products, table, stages, left, right, full, empty):
     """Compute all of a block's tiles. A thread is a warpgroup: consumers first, then the producer.
 
     Args:
-      products_of: chunk of the launch -> its products, which a tile names by number.
+      products: of the launch, which a tile names by number.
       table: `gpu_schedule.schedule`'s, in device memory.
-      finished: [chunks, B, 2] counts of finished runs of applies and of updates, zero at first;
-        None where there is one chunk.
       stages: of the ring.
       left: stages for left operands, [stages, 128, 64] and, the same memory, [stages, 64, 128].
       right: for right operands, [stages, 256, 64], [stages, 64, 256], and float32
@@ -163,105 +147,57 @@ def run_block(products_of, table, finished, stages, left, right, full, empty):
       empty: barriers of the stages, released in both blocks.
     """
     wg = jax.lax.axis_index("wg")
-    block, pair = jax.lax.axis_index("block"), jax.lax.axis_index("pair")
     ring = Ring(stages, left, right, full, empty)
-    tiles = _Tiles(products_of, table, finished, block, pair, table[pair, 0, 0])
-    one_chunk = finished is None
 
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        tiles.visit(functools.partial(consume, ring, wg), after=None if one_chunk else tiles.signal)
+        _visit(products, table, functools.partial(consume, ring, wg))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == CONSUMERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        k_steps = tiles.visit(
-            functools.partial(produce, ring), before=None if one_chunk else tiles.wait
-        )
-        ring.drain(k_steps)
+        ring.drain(_visit(products, table, functools.partial(produce, ring)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """A block's tiles, in the order of the table; producer and consumers each go through them."""
+def _visit(products, table, compute):
+    """Call `compute(product, place)` for every tile of this block, in the order of the table.
 
-    products_of: Callable
-    table: Any
-    finished: Any
-    block: Any
-    pair: Any
-    count: Any
+    Producer and consumers each go through them. Returns the k-steps of all tiles.
+    """
+    pair, block = jax.lax.axis_index("pair"), jax.lax.axis_index("block")
 
-    def visit(self, compute, before=None, after=None):
-        """Call `compute(product, place)` for every tile. Returns the k-steps of all of them."""
-        one = functools.partial(self._visit_one, compute, before, after)
-        return jax.lax.fori_loop(1, self.count + 1, one, jnp.int32(0))
-
-    def _visit_one(self, compute, before, after, j, k_step):
-        tile = Tile(*(self.table[self.pair, j, k] for k in range(len(Tile._fields))))
-        products = self.products_of(tile.chunk)
-        m0 = pl.multiple_of(tile.row + self.block * BLOCK_ROWS, BLOCK_ROWS)
+    def one(j, k_step):
+        tile = Tile(*(table[pair, j, k] for k in range(len(Tile._fields))))
+        m0 = pl.multiple_of(tile.row + block * BLOCK_ROWS, BLOCK_ROWS)
         n0 = pl.multiple_of(tile.column, TILE)
-        k_steps, epilogue_steps = _k_steps(products, tile)
-        if before is not None:
-            before(tile)
+        k_steps = epilogue_steps = jnp.int32(0)
+        for k, product in enumerate(products):
+            here = tile.product == k
+            k_steps = jnp.where(here, jnp.int32(product.length // BLOCK_K), k_steps)
+            epilogue_steps = jnp.where(here, jnp.int32(product.epilogue_steps), epilogue_steps)
         place = Place(tile.b, m0, n0, k_step, k_steps)
         for k, product in enumerate(products):
             pl.when(tile.product == k)(functools.partial(compute, product, place))
-        if after is not None:
-            after(tile, products)
         return k_step + k_steps + epilogue_steps
 
-    def wait(self, tile):
-        """Wait for the tiles of the chunk before that this one depends on."""
-        self._wait_for(tile, APPLIES, tile.applies_before)
-        self._wait_for(tile, UPDATES, tile.updates_before)
-
-    def _wait_for(self, tile, kind, runs):
-        count = self.finished.at[tile.chunk - 1, tile.b, kind]
-
-        @pl.when(runs > 0)
-        def _():
-            arrivals = runs * (BLOCKS * CONSUMERS)
-            plgpu.semaphore_wait(count, arrivals, decrement=False, memory_scope="gpu")
-
-    def signal(self, tile, products):
-        """Count the run of tiles that this one ends."""
-        kinds = [jnp.int32(UPDATES if product.updates else APPLIES) for product in products]
-        kind = kinds[0]
-        for k in range(1, len(products)):
-            kind = jnp.where(tile.product == k, kinds[k], kind)
-
-        @pl.when(tile.last != 0)
-        def _():
-            plgpu.wait_smem_to_gmem(0)  # written, not only read from shared memory
-            count = self.finished.at[tile.chunk, tile.b, kind]
-            plgpu.semaphore_signal(count, memory_scope="gpu")
-
-
-def _k_steps(products, tile):
-    """K-steps of the tile's sum, and of its epilogue's inputs."""
-    k_steps = epilogue_steps = jnp.int32(0)
-    for k, product in enumerate(products):
-        length = jnp.int32(product.length // BLOCK_K)
-        if product.live is not None:
-            length = jnp.where(product.live(tile.b) != 0, length, 0)
-        k_steps = jnp.where(tile.product == k, length, k_steps)
-        steps = jnp.int32(product.epilogue_steps)
-        epilogue_steps = jnp.where(tile.product == k, steps, epilogue_steps)
-    return k_steps, epilogue_steps
+    return jax.lax.fori_loop(1, table[pair, 0, 0] + 1, one, jnp.int32(0))
 
 
 def produce(ring, product, place):
     """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's inputs."""
     operands = product.left(place.b), product.right(place.b)
-    copy = functools.partial(_produce_k_step, ring, product, place, *operands)
+    copy = functools.partial(produce_k_step, ring, product, place, *operands)
     jax.lax.fori_loop(0, place.k_steps, copy, None)
+    produce_epilogue_inputs(ring, product, place)
+
+
+def produce_epilogue_inputs(ring, product, place):
+    """Copy what the epilogue reads into the ring, 64 columns at a time, behind the operands."""
     for k in range(product.epilogue_steps):
         stage = ring.wait_empty(place.first + place.k_steps + k)
-        rows = pl.ds(pl.multiple_of(product.row + place.m0, BLOCK_ROWS), BLOCK_ROWS)
+        rows = pl.ds(pl.multiple_of(place.m0, BLOCK_ROWS), BLOCK_ROWS)
         columns = pl.ds(pl.multiple_of(place.n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
         for array, buffer in ring.epilogue_stages(product, place.b):
             if array is None:
@@ -271,7 +207,7 @@ def produce(ring, product, place):
                 plgpu.copy_gmem_to_smem(source, buffer.at[stage], ring.full.at[stage])
 
 
-def _produce_k_step(ring, product, place, left_operand, right_operand, s, _):
+def produce_k_step(ring, product, place, left_operand, right_operand, s, _):
     """Copy k-step s of both operands."""
     (left, left_row), (right, right_row) = left_operand, right_operand
     block_rows, tile_columns = pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
@@ -304,7 +240,7 @@ def _prefetch(product, place, s):
     def _():
         for array in product.epilogue_inputs(place.b):
             if array is not None:
-                rows = pl.ds(pl.multiple_of(product.row + place.m0 + s * share, share), share)
+                rows = pl.ds(pl.multiple_of(place.m0 + s * share, share), share)
                 plgpu.async_prefetch(array.at[rows, pl.ds(place.n0, TILE)])
 
 
@@ -314,23 +250,27 @@ def consume(ring, wg, product, place):
     accumulator = plgpu.ACC(  # pyright: ignore[reportPrivateImportUsage]
         (CONSUMER_ROWS, TILE), jnp.float32
     )
-    accumulate = functools.partial(_accumulate, ring, product, place, own_rows)
-    sums: Any = pl.run_scoped(accumulate, accumulator)
+
+    def whole_sum(sums):
+        accumulate(ring, product, place, own_rows, sums)
+        return sums[...]
+
+    sums: Any = pl.run_scoped(whole_sum, accumulator)
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
     write = product.epilogue(place.b, m0, place.n0)
     inputs: list[Any] = [None, None]
     for k in range(TILE // EPILOGUE_COLUMNS):
         step, column = divmod(k * EPILOGUE_COLUMNS, BLOCK_K)
         if column == 0 and product.epilogue_steps:
-            inputs = _read_epilogue_inputs(ring, product, place, own_rows, step)
+            inputs = read_epilogue_inputs(ring, product, place, own_rows, step)
         first = pl.multiple_of(place.n0 + k * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
         part = sums[:, k * EPILOGUE_COLUMNS : (k + 1) * EPILOGUE_COLUMNS]
         parts = (None if x is None else x[:, column : column + EPILOGUE_COLUMNS] for x in inputs)
         write(k, pl.ds(first, EPILOGUE_COLUMNS), part, *parts)
 
 
-def _accumulate(ring, product, place, own_rows, sums):
-    """The whole sum, [64, 256] float32."""
+def accumulate(ring, product, place, own_rows, sums):
+    """Add the whole sum to an accumulator [64, 256] float32."""
     step = functools.partial(_consume_k_step, ring, product, place, own_rows, sums)
     jax.lax.fori_loop(0, place.k_steps, step, None)
     plgpu.wgmma_wait(0)
@@ -338,8 +278,6 @@ def _accumulate(ring, product, place, own_rows, sums):
     @pl.when(place.k_steps > 0)
     def _():
         ring.release(place.first + place.k_steps - 1)
-
-    return sums[...]
 
 
 def _consume_k_step(ring, product, place, own_rows, sums, s, _):
@@ -362,7 +300,7 @@ def _consume_k_step(ring, product, place, own_rows, sums, s, _):
         ring.release(place.first + s - 1)
 
 
-def _read_epilogue_inputs(ring, product, place, own_rows, step):
+def read_epilogue_inputs(ring, product, place, own_rows, step):
     """64 columns of both inputs [64, 64], or None, out of the ring."""
     stage = ring.stage(place.first + place.k_steps + step)
     plgpu.barrier_wait(ring.full.at[stage])

@@ -90,15 +90,7 @@ class TritonLaunches:
 
     tile: Tile
 
-    def make_u(self, v_BTD, lr):
-        """Return lr v: sums start from the state, so what they sum has to have its scale."""
-        return (lr * v_BTD.astype(jnp.float32)).astype(v_BTD.dtype)
-
-    def chunks_per_launch(self, B, C, D, F):
-        """Take one chunk: programs of one grid cannot wait for each other."""
-        return 1
-
-    def forward(self, C, n, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
+    def forward(self, C, scalars, z_BTF, u_BTD, base_BTD, o_BTD, S_BDF, R_2BDF):
         """Return o, S, R."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(D, F)
@@ -113,11 +105,11 @@ class TritonLaunches:
         }
         return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
 
-    def fused(self, C, n, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
+    def fused(self, C, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
         """Not built; `why_not` says so before."""
         raise NotImplementedError
 
-    def replay(self, C, n, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
+    def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         """Return dz, S, R."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, F), self._count(D, F)
@@ -126,21 +118,14 @@ class TritonLaunches:
             _kernels().replay, operands, 3, B, tiles, T=T, C=C, D=D, F=F, M=scalars.keep_BM.shape[1]
         )
 
-    def reverse(
-        self, C, n, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw_BDF, G_BDF, R_2BDF
-    ):
-        """Return dz, dv, dW, G, R and dlr of each tile."""
+    def reverse(self, C, scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, G_BDF, R_2BDF):
+        """Return dz, dv, G, R and dlr of each tile."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
         tiles = self._count(C, D), self._count(C, F), self._count(D, F)
-        collect = dw_BDF is not None
-        dw = dw_BDF if collect else jnp.zeros((1,), jnp.float32)
-        operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, dw, G_BDF, R_2BDF)
+        operands = (*scalars, z_BTF, u_BTD, v_BTD, do_BTD, dz_BTF, dv_BTD, G_BDF, R_2BDF)
         partial_dlr = jax.ShapeDtypeStruct((B * tiles[0],), jnp.float32)
-        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1], "COLLECT": collect}
-        dz, dv, dw, G, R, dlr = self._call(
-            _kernels().reverse, operands, 5, B, tiles, extra=(partial_dlr,), **sizes
-        )
-        return dz, dv, dw if collect else None, G, R, dlr
+        sizes = {"T": T, "C": C, "D": D, "F": F, "M": scalars.keep_BM.shape[1]}
+        return self._call(_kernels().reverse, operands, 4, B, tiles, extra=(partial_dlr,), **sizes)
 
     def _count(self, rows: int, columns: int) -> int:
         return -(-rows // self.tile.BM) * -(-columns // self.tile.BN)

@@ -166,9 +166,9 @@ def replay(
 
 @triton.jit
 def reverse(
-    i, row, lr, keep, live, z, u, v, do, dz_in, dv_in, dw_in, G_in, R_in, dz, dv, dw, G, R, dlr,
+    i, row, lr, keep, live, z, u, v, do, dz_in, dv_in, G_in, R_in, dz, dv, G, R, dlr,
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    M: tl.constexpr, COLLECT: tl.constexpr,
+    M: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of dv = lr z R^T (and its share of dlr), of dz += u R, or of G += do^T z."""
@@ -207,13 +207,6 @@ def reverse(
         kept = tl.load(keep + b * M + chunk)
         state = b * D * F
         other = ((1 - slot) * B + b) * D * F
-        if COLLECT:  # noqa: SIM102 (known when compiled, the other one is not)
-            if kept != 1.0:  # a document ends with this chunk: G is the later ones' share of dW
-                m0, n0 = _tile_of(pid % writes, D, F, BM, BN)
-                at, inside = _inside(m0, n0, D, F, BM, BN)
-                dropped = (1.0 - kept) * tl.load(G_in + state + at, mask=inside, other=0.0)
-                collected = tl.load(dw_in + state + at, mask=inside, other=0.0)
-                tl.store(dw + state + at, collected + dropped, mask=inside)
         _update(
             pid % writes, do + first * D, z + first * F, kept, G_in + state, G + state, R + other,
             G_in, C, D, F, False, BM, BN, BK, PRECISION,

@@ -10,9 +10,9 @@ import pytest
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.kernels_pallas import gpu, inverse_root
+from ttt_jax.kernels_pallas import gpu_sweep, inverse_root, target_convolution
 from ttt_jax.ops import in_place_ttt
-from ttt_jax.ops.ttt import writes
+from ttt_jax.ops.ttt import targets, writes
 
 registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
 pytestmark = [
@@ -79,8 +79,8 @@ def test_kernels_under_rematerialisation_and_a_scan_over_layers(implementation):
 
 @pytest.mark.parametrize("documents", ["none", "boundaries"])
 @pytest.mark.parametrize(("B", "D", "F"), [(1, 1024, 3072), (3, 256, 512)])
-def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B, D, F, documents):
-    """Bit for bit, again and again: its tiles read what other multiprocessors have just written."""
+def test_stretches_of_any_length_give_the_same(monkeypatch, B, D, F, documents):
+    """Bit for bit, again and again."""
     C, M = 256, 24
     ids = (
         None if documents == "none" else np.broadcast_to(DOCUMENTS[documents](M * C, C), (B, M * C))
@@ -98,7 +98,7 @@ def test_a_launch_of_many_chunks_gives_what_launches_of_one_give(monkeypatch, B,
 
     compiled = {}
     for most in (1, 5, 64):
-        monkeypatch.setattr(gpu, "MOST_CHUNKS", most)
+        monkeypatch.setattr(gpu_sweep, "STATES", most * 2 * D * F)
         compiled[most] = jax.jit(lambda *arrays: both(*arrays)).lower(z, v, w, state).compile()
     expected = jax.tree.leaves(compiled[1](z, v, w, state))
     for most in (5, 64):
@@ -160,3 +160,26 @@ def test_ridge_writes_and_their_gradients_match_float64(C, D):
     for got in found:
         for name, x, want in zip(("targets", "dz", "dv"), got, (out, dz, dv), strict=True):
             assert_close(name, np.asarray(x, np.float64).reshape(want.shape), want, 2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_convolution_of_targets_matches_float64(dtype, normalize):
+    """With gradients, at the shape of books; the other form, in float64, is the oracle."""
+    B, T, C, D = 2, 1024, 512, 768
+    assert target_convolution.why_not(dtype, C, D) is None
+    rng = np.random.default_rng(0)
+    shapes = (B, T, D), (D, 1, 5), (B, T, D)
+    source, conv, dt = (jax.numpy.asarray(rng.standard_normal(s), dtype) for s in shapes)
+
+    def both(source, conv, dt):
+        run = lambda source, conv: targets.convolved(source, conv, C, normalize)
+        t, pull = jax.vjp(run, source, conv)
+        return t, *pull(dt)
+
+    got = jax.jit(both)(source, conv, dt)
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        expected = both(*(jax.numpy.asarray(np.asarray(x), "float64") for x in (source, conv, dt)))
+    for name, x, y in zip(("t", "dsource", "dconv"), got, expected, strict=True):
+        assert_close(name, x, y, TOLERANCE[dtype])

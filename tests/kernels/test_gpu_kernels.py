@@ -27,81 +27,29 @@ SIZES = {"D": 256, "F": 512}  # one tile of 256 in a dimension, two in the other
 HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")  # jax 0.11 and later
 
 
-APPLY_AND_UPDATE = ((1024, 2560, 9728, False), (2560, 9728, 1024, True))
-TWO_APPLIES = ((1024, 2560, 9728, False), (1024, 9728, 2560, False), (2560, 9728, 1024, True))
-SMALL = ((256, 256, 512, False), (256, 512, 256, True))
+ONE = (gpu_schedule.ProductShape(1024, 2560, 9728),)
+TWO = (*ONE, gpu_schedule.ProductShape(1024, 9728, 2560))
+SMALL = (gpu_schedule.ProductShape(256, 512, 256),)
 
 
-def queues(table) -> list[list[gpu_schedule.Tile]]:
-    """Of each cluster."""
+@pytest.mark.parametrize("shapes", [ONE, TWO, SMALL])
+@pytest.mark.parametrize(("B", "clusters"), [(1, 66), (32, 66), (3, 400)])
+def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters):
+    table = gpu_schedule.schedule(shapes, B, clusters)
+    taken = []
     for row in table:
         assert not row[1 + row[0, 0] :].any()
-    return [
-        [gpu_schedule.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]] for row in table
-    ]
-
-
-@pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
-@pytest.mark.parametrize(
-    ("B", "clusters", "steps"), [(1, 66, 1), (3, 66, 2), (1, 66, 8), (1, 400, 3)]
-)
-def test_every_tile_is_computed_once_and_the_work_is_even(shapes, B, clusters, steps):
-    taken = queues(gpu_schedule.schedule(shapes, B, clusters, steps))
-    seen = [(t.chunk, t.product, t.b, t.row, t.column) for queue in taken for t in queue]
+        taken.append([gpu_schedule.Tile(*map(int, tile)) for tile in row[1 : 1 + row[0, 0]]])
     every = {
-        (step, k, b, m, n)
-        for step in range(steps)
-        for k, (rows, columns, *_) in enumerate(shapes)
+        (k, b, m, n)
+        for k, shape in enumerate(shapes)
         for b in range(B)
-        for m in range(0, rows, 256)
-        for n in range(0, columns, 256)
+        for m in range(0, shape.rows, 256)
+        for n in range(0, shape.columns, 256)
     }
-    assert sorted(seen) == sorted(every)
-    if clusters == 66 and shapes is not SMALL:
-        more = {False: gpu_schedule.APPLY_STEPS, True: gpu_schedule.UPDATE_STEPS}
-        cost = [length // gpu_schedule.BLOCK_K + more[updates] for *_, length, updates in shapes]
-        costs = [sum(cost[t.product] for t in queue) for queue in taken]
-        assert max(costs) <= 1.1 * np.mean(costs)
-
-
-@pytest.mark.parametrize("shapes", [APPLY_AND_UPDATE, TWO_APPLIES, SMALL])
-@pytest.mark.parametrize(
-    ("B", "clusters", "steps"), [(1, 66, 6), (2, 66, 4), (1, 400, 3), (3, 4, 5), (1, 1, 3)]
-)
-@pytest.mark.parametrize("seed", range(3))
-def test_tiles_that_wait_as_the_table_says_run_in_order_and_never_block(
-    shapes, B, clusters, steps, seed
-):
-    """Runs the table, tiles of any duration: counts rise where it says so, and tiles start when
-    they reach what it names.
-    """
-    taken = queues(gpu_schedule.schedule(shapes, B, clusters, steps))
-    rng, now = np.random.default_rng(seed), 0.0
-    group = lambda t: (t.chunk, t.b, shapes[t.product][3])
-    started, ended, counts = {}, {}, {}
-    at, running = [0] * clusters, {}
-    speed = rng.uniform(0.2, 5, clusters)  # of a cluster
-    while any(at[c] < len(taken[c]) for c in range(clusters)):
-        for c in range(clusters):
-            if c not in running and at[c] < len(taken[c]):
-                t = taken[c][at[c]]
-                needed = ((False, t.applies_before), (True, t.updates_before))
-                if all(
-                    counts.get((t.chunk - 1, t.b, kind), 0) >= runs for kind, runs in needed if runs
-                ):
-                    running[c] = now + speed[c] * rng.exponential()
-                    started.setdefault(group(t), []).append(now)
-        assert running, "every cluster waits"
-        c = min(running, key=lambda c: running[c])
-        now = running.pop(c)
-        t, at[c] = taken[c][at[c]], at[c] + 1
-        ended.setdefault(group(t), []).append(now)
-        if t.last:
-            counts[group(t)] = counts.get(group(t), 0) + 1
-    for (step, b, updates), times in started.items():
-        # what writes its operand; what reads the copy that it overwrites
-        for before in [True, False] if updates else [True]:
-            assert step == 0 or min(times) >= max(ended[step - 1, b, before])
+    assert sorted(tile for queue in taken for tile in queue) == sorted(every)
+    costs = [sum(shapes[tile.product].cost for tile in queue) for queue in taken]
+    assert max(costs) <= min(costs) + max(shape.cost for shape in shapes)
 
 
 def lowered(implementation, backward):
@@ -123,8 +71,8 @@ def lowered(implementation, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
     text = lowered("pallas_gpu", backward)
-    # a gradient alone needs no forward launch
-    assert text.count("custom_call @mosaic_gpu") == (2 if backward else 1)
+    # a sweep, and products with its states; a gradient alone needs no forward launch
+    assert text.count("custom_call @mosaic_gpu") == (4 if backward else 2)
     # The state and the output are updated in place.
     assert "output_operand_alias" in text
 
@@ -184,22 +132,7 @@ def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
         .as_text()
     )
     # XLA removes what is not read
-    assert text.count("custom_call @mosaic_gpu") == (2 if n == 1 else 3)
-
-
-def test_a_launch_takes_several_chunks_on_one_device_only():
-    """Their blocks wait for each other, and beside NCCL's kernels not all of them might run."""
-    launches, taken = gpu.MosaicLaunches(), []
-    # 21 x 764 tiles, counted as in the backward
-    assert launches.chunks_per_launch(1, 1024, 2560, 9728) == 21
-    assert launches.chunks_per_launch(1, 256, 256, 512) == gpu.MOST_CHUNKS
-    assert launches.chunks_per_launch(64, 4096, 5120, 17408) == 1
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    inside = lambda x: (taken.append(launches.chunks_per_launch(1, 256, 256, 512)), x)[1]
-    jax.eval_shape(
-        jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.zeros(4)
-    )
-    assert taken == [1]
+    assert text.count("custom_call @mosaic_gpu") == (4 if n == 1 else 5)
 
 
 def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
@@ -254,7 +187,7 @@ def test_a_vmapped_launch_runs_for_each():
         .lower(lowering_platforms=("cuda",))
         .as_text()
         .count("custom_call @mosaic_gpu")
-        == 1
+        == 2  # a sweep and its products
     )
     program = lambda x, y: (x + 2 * y, y)
     launch = lambda x, y: launch_p.bind(x, y, launch=program, results=2)

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
+from support import unwritten
 from support.models import EMBED, abstract, config, make, tokens, transplant
 from support.tolerance import relative_rms
 
 from ttt_jax.config import REMAT_NAMES
 from ttt_jax.model.layer_scan import _linearize, scan_layers
 from ttt_jax.model.transformer import LayerRun
+from ttt_jax.ops import platform
 
 R, COUNTS = 3, (1, 2)
 B, T, D = 2, 5, 4
@@ -57,7 +59,10 @@ def toy():
     return stacks, draw(B, T, D), draw(B, T, D), rest
 
 
-def test_values_and_gradients_are_those_of_the_plain_loop(x64):
+def test_values_and_gradients_are_those_of_the_plain_loop(x64, monkeypatch):
+    unwritten.show(monkeypatch)
+    monkeypatch.setattr(platform, "on_one_device", lambda: True)
+    monkeypatch.setattr(platform, "compiled_for", lambda: "gpu")
     layers = first, second
     stacks, h_BTD, source_BTD, rest = toy()
     weight_BTD = jnp.cos(h_BTD)

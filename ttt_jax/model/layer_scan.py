@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from ttt_jax.ops import platform
+
 # (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
 Layer = Callable[..., tuple[jax.Array, Any]]
 
@@ -97,7 +99,8 @@ def _forward(layers, stacks, h_BTD, source_BTD, rest):
             return recipe.saved(leaves), recipe
 
         saved, recipe = jax.eval_shape(trace, one, h_BTD, source_BTD, rest)
-        empty.append([jnp.zeros((*_counts(stack), *x.shape), x.dtype) for x in saved])
+        # Every layer writes its own part.
+        empty.append([platform.empty((*_counts(stack), *x.shape), x.dtype) for x in saved])
         recipes.append(recipe)
     h_BTD, stats, kept = _loops(layer, stacks, h_BTD, tuple(empty))
     return (h_BTD, stats), (stacks, source_BTD, rest, kept, tuple(recipes))

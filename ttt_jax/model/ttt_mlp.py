@@ -21,10 +21,10 @@ from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops import write_chunk
 from ttt_jax.ops.numerics import accumulator, precision_for
+from ttt_jax.ops.ttt.targets import convolved
 from ttt_jax.ops.ttt.writes import TARGET, transformed
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
-_TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
 KERNEL = 5  # taps of the target convolution: two past tokens, the token itself, two future tokens
 
 
@@ -37,13 +37,6 @@ def initial_target(key: jax.Array, D: int, std: float) -> tuple[jax.Array, jax.A
     """
     diagonal_D = std * jax.random.normal(key, (D,), jnp.float32)
     return jnp.zeros((D, KERNEL), jnp.float32), jnp.diag(diagonal_D)
-
-
-def unit_rms(x_BTD: jax.Array) -> jax.Array:
-    """Divide each token's vector by its root mean square, in x's dtype; zeros stay zeros."""
-    x = x_BTD.astype(accumulator(x_BTD.dtype))
-    square_BT1 = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(square_BT1 + _TINY)).astype(x_BTD.dtype)
 
 
 class Target(nnx.Module):
@@ -68,20 +61,9 @@ class Target(nnx.Module):
         """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype.
         `pin`: see `Context.pin`.
         """
-        B, T, D = source_BTD.shape
-        C, reach, dtype = chunk_size, KERNEL // 2, source_BTD.dtype
-        acc = accumulator(dtype)
-        if self.normalize_source:
-            source_BTD = unit_rms(source_BTD)
-        conv_DK = self.conv[...].astype(acc)[:, 0]
-        source_BMCD = source_BTD.reshape(B, T // C, C, D)
-        padded = jnp.pad(source_BMCD, ((0, 0), (0, 0), (reach, reach), (0, 0)))
+        dtype = source_BTD.dtype
         with jax.named_scope("ttt_target"):
-            t = jnp.zeros(source_BMCD.shape, acc)
-            for k in range(KERNEL):
-                tap_D = jnp.broadcast_to(conv_DK[:, k], source_BMCD.shape)
-                t = t + padded[:, :, k : k + C].astype(acc) * tap_D
-            t_BTD = pin(t.astype(dtype).reshape(B, T, D))
+            t_BTD = pin(convolved(source_BTD, self.conv[...], chunk_size, self.normalize_source))
             # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
             if self.proj is not None:
                 weight = self.proj[...].astype(dtype)

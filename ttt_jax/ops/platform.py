@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 
 def compiled_for() -> str:
@@ -39,3 +40,12 @@ def may_be_one_device() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1 or on_one_device()
+
+
+def empty(shape, dtype) -> jax.Array:
+    """Memory for what is written before it is read: of any content on one GPU, where zeros would be
+    a pass over it. On a mesh zeros, which the compiler splits; it keeps uninitialised memory whole
+    on every device.
+    """
+    on_a_gpu = compiled_for() in ("gpu", "cuda") and on_one_device()
+    return jax.lax.empty(shape, dtype) if on_a_gpu else jnp.zeros(shape, dtype)

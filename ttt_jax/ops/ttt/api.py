@@ -100,7 +100,8 @@ def _pallas_gpu_pays(call: _Call) -> bool:
 def _pallas_gpu_block(call: _Call) -> int:
     """Blocks of 1024 tokens were the fastest where they were tried, and chunk by chunk at small
     shapes, whose states cost less to move than blocks cost to multiply. Packed rows were tried at
-    C = 512 only, and gain less.
+    C = 512 only, and gain less. All this with the kernel that moved the state once a chunk
+    (docs/lab/2026-11-30-sweeps.md).
     """
     size, smallest = call.D * call.F, 2048 * 6144
     if call.documents:

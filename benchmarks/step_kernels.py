@@ -1,0 +1,141 @@
+"""Where the device time of a training step goes, kernel by kernel: what one step takes more than
+another.
+
+    python benchmarks/step_kernels.py                    # books: its own step less "none"
+    python benchmarks/step_kernels.py --steps 6+fused,6 --rows 40
+
+Steps are named as in `step_parts.py`, on the same packed rows. Each is compiled without command
+buffers, which hide what a kernel belongs to, and runs under `jax.profiler`. Kernels are added up by
+the operation that they were compiled from; loops, calls and numbers are left out of its name, so
+that operations of different programs meet. The first table has the scopes of the code, the second
+one operations, both by the difference in ms a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import jax
+from jax.profiler import ProfileData
+from step_parts import ROOT, Timed, step_programs, taken
+
+from ttt_jax import config as config_lib
+
+NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
+# Parts of an operation's name that say how it is run, not what it is.
+STRUCTURE = re.compile(
+    r"jit\(\w*\)|while|body|cond|closed_call|checkpoint|rematted_computation|custom_vjp_call\w*|"
+    r"custom_jvp_call\w*|core_call|remat\d*|pjit|jvp\(\)|transpose\(jvp\(\)\)|branch_\d+_fun"
+)
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?op_name=\"([^\"]*)\"", re.MULTILINE)
+
+
+def operations(text: str) -> dict[str, str]:
+    """The operation of every instruction of a compiled program."""
+    return dict(INSTRUCTION.findall(text))
+
+
+def short(operation: str) -> str:
+    """An operation's name without what depends on the loops around it."""
+    backward = "transpose(" in operation
+    again = "rematted_computation" in operation
+    parts = [x for x in operation.split("/") if x and not STRUCTURE.fullmatch(x)]
+    return ("bwd " if backward else "again " if again else "fwd ") + "/".join(parts)
+
+
+def kernels(timed: Timed, steps: int):
+    """(name, instruction, ms) of every kernel of `steps` runs, and the runs' ms."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = timed.run()
+        jax.block_until_ready(result)
+        wall = (time.perf_counter() - start) * 1e3
+        jax.profiler.stop_trace()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(ProfileData.from_file(str(file)).planes)
+    found = []
+    for plane in planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                found.append((event.name, str(stats.get("hlo_op", "")), event.duration_ns / 1e6))
+    if not found:
+        lines = [f"{plane.name}: {[line.name for line in plane.lines]}" for plane in planes]
+        raise SystemExit("no kernels in the profile, whose planes are\n" + "\n".join(lines))
+    return found, wall
+
+
+def table(title: str, sums: list[dict[str, list]], rows: int) -> None:
+    """Print the largest differences between the second and the first."""
+    first, second = sums
+    zero = [0.0, 0, ""]
+    difference = {
+        key: second.get(key, zero)[0] - first.get(key, zero)[0] for key in {*first, *second}
+    }
+    print(f"\n{title}\n    more ms   first  second  kernels", flush=True)
+    for key in sorted(difference, key=difference.__getitem__, reverse=True)[:rows]:
+        before, (after, count, kernel) = first.get(key, zero), second.get(key, zero)
+        print(
+            f"{difference[key]:11.3f} {before[0]:7.2f} {after:7.2f} {count:8.1f}  "
+            f"{key[-90:]}  {kernel[:40]}"
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="books", help="name of a file in configs/")
+    parser.add_argument("--steps", default="none,6", help="two steps; see step_parts.py")
+    parser.add_argument("--rows", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=3)
+    args, overrides = parser.parse_known_args(argv)
+    config = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", overrides)
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(4), []
+    for name, variant, function, arguments in step_programs(config, args.steps.split(","), pool):
+        with taken(variant):
+            lowered = function.lower(arguments[2], arguments[1])
+        options = NO_COMMAND_BUFFERS if jax.default_backend() == "gpu" else {}
+        waiting.append((name, arguments, pool.submit(lowered.compile, options)))
+    by_scope, by_operation = [], []
+    for name, arguments, future in waiting:
+        compiled = future.result()
+        timed, names = Timed(name, compiled, arguments), operations(compiled.as_text())
+        timed.warm_up()
+        found, wall = kernels(timed, args.repeats)
+        scopes = collections.defaultdict(lambda: [0.0, 0.0, ""])
+        each = collections.defaultdict(lambda: [0.0, 0.0, ""])
+        for kernel, instruction, ms in found:
+            operation = short(names[instruction]) if instruction in names else f"? {kernel}"
+            scope = [x for x in operation.split("/") if "(" not in x]
+            for sums, key in ((each, operation), (scopes, "/".join(scope[:2]))):
+                sums[key][0] += ms / args.repeats
+                sums[key][1] += 1 / args.repeats
+                sums[key][2] = kernel
+        by_scope.append(scopes)
+        by_operation.append(each)
+        busy = sum(ms for *_, ms in found) / args.repeats
+        print(f"{name}: {wall / args.repeats:.1f} ms a step, kernels {busy:.1f} ms", flush=True)
+    table("scopes", by_scope, args.rows)
+    table("operations", by_operation, args.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""In-Place TTT on Hopper GPUs as sweeps over states and products of all chunks.
+
+Letters as in `chunk_scan.py`; n chunks of a stretch, whose states fit the memory that `STATES`
+grants; Q = B M chunks of all sequences. A sweep (`gpu_states.py`) keeps tiles of the state in
+registers and writes a copy R_i of what every chunk reads. The products that read it know nothing of
+each other:
+
+    forward    states of v and z: R = S          o_i = base_i + z_i R_i^T        base = z W^T
+    fused      states of v and z: R = W + S      o_i = z_i R_i^T                 instead of forward
+    replay     states of v and z: R = W + S      dz_i = do_i R_i
+    reverse    states of do and z: R = G         dv_i = lr z_i R_i^T   dz_i += lr v_i R_i
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttt_jax.kernels_pallas.chunk_scan import dot, factors, scaled, slow_apply, split, sum_of
+from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
+
+# Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
+STATES, SEQUENCES = 2**28, 4
+
+
+def in_place_ttt(
+    launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
+):
+    """Same contract as `in_place_ttt_xla`; bfloat16, and sizes as `gpu.why_not` says."""
+    arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    results: Any = _in_place_ttt(launches, chunk_size, apply == "fused", *arrays)
+    return results
+
+
+def _stretches(B: int, M: int, D: int, F: int) -> list[range]:
+    """Cut M chunks into few stretches of about equal length."""
+    most = max(1, STATES * min(B, SEQUENCES) // (2 * B * D * F))
+    n = -(-M // max(1, -(-M // most)))
+    return [range(first, min(first + n, M)) for first in range(0, M, n)] if M else []
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
+
+
+def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
+    M, tail = divmod(T, C)
+    (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
+    S_BDF, o_BTD = state_BDF, _empty(z_BTF, (B, M * C, D), dtype)
+    base_BTD = None if fused or B == 1 else slow_apply(z_whole_BTF, w_DF)
+    for chunks in _stretches(B, M, D, F):
+        # One stretch at a time, lr v and z W^T included, which XLA prefers to compute all at once.
+        S_BDF, o_BTD, slow_DF, rate = jax.lax.optimization_barrier((S_BDF, o_BTD, w_DF, lr))
+        tokens = slice(chunks.start * C, chunks.stop * C)
+        with jax.named_scope("ttt_forward"):
+            u_BTD = scaled(v_BTD[:, tokens], rate)
+            sweep = z_whole_BTF, u_BTD, factors_BM, slow_DF if fused else None, S_BDF
+            R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
+        base_start = 0
+        if not fused and B == 1:
+            base_start = chunks.start
+            base_BTD = slow_apply(z_whole_BTF[:, tokens], slow_DF)
+        with jax.named_scope("ttt_forward"):
+            arrays = z_whole_BTF, base_BTD, R_BNDF, o_BTD
+            o_BTD = varying_like(z_BTF, launches.forward(C, chunks, base_start, *arrays))
+    if tail:  # the trailing partial chunk reads the state and does not write it
+        z_tail_BCF = z_BTF[:, M * C :]
+        read_BDF = sum_of(w_DF, S_BDF, dtype) if fused else S_BDF.astype(dtype)
+        o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
+        o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
+        o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
+    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+
+
+def _empty(like, shape, dtype):
+    """A result's memory, every part of which some launch writes."""
+    return varying_like(like, jax.lax.empty(shape, dtype))
+
+
+def _backward(launches, C, fused, residuals, cotangents):
+    del fused  # gradients tolerate the rounding of W + S anyway
+    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
+    do_BTD, G_BDF = cotangents
+    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
+    M, tail = divmod(T, C)
+    (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
+    do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
+    v_whole_BTD, _ = split(v_BTD, M * C)
+
+    stretches, S_BDF = _stretches(B, M, D, F), state_BDF
+    dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
+    for chunks in stretches:
+        S_BDF, dz_BTF, rate = jax.lax.optimization_barrier((S_BDF, dz_BTF, lr))
+        with jax.named_scope("ttt_replay"):
+            u_BTD = scaled(v_BTD[:, chunks.start * C : chunks.stop * C], rate)
+            sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
+            R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
+            dz_BTF = launches.replay(C, chunks, do_whole_BTD, R_BNDF, dz_BTF)
+            dz_BTF = varying_like(z_BTF, dz_BTF)
+
+    if keep_BM is None:
+        dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
+    else:  # G drops something: one product costs less than to collect it chunk by chunk
+        with jax.named_scope("ttt_grad_slow"):
+            dw_DF = dot("btd,btf->df", do_BTD, z_BTF)
+    if tail:
+        z_tail_BCF, read_BDF = z_BTF[:, M * C :], sum_of(w_DF, S_BDF, z_BTF.dtype)
+        dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
+        G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
+
+    dv_BTD = _empty(z_BTF, v_whole_BTD.shape, v_BTD.dtype)
+    dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
+    for chunks in reversed(stretches):
+        G_BDF, dz_BTF = jax.lax.optimization_barrier((G_BDF, dz_BTF))
+        with jax.named_scope("ttt_reverse"):
+            sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
+            R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))
+            arrays = z_whole_BTF, v_whole_BTD, R_BNDF, dz_BTF, dv_BTD
+            results = varying_like(z_BTF, launches.reverse(C, chunks, lr, *arrays))
+            dz_BTF, dv_BTD, partial_dlr = results
+            dlr = dlr + partial_dlr.sum()
+    if keep_BM is None:
+        dw_DF = dw_DF + G_BDF.sum(axis=0)
+    if tail:  # v of a partial chunk is never read
+        dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
+        dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
+    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
+    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
+
+
+_in_place_ttt.defvjp(_forward, _backward)

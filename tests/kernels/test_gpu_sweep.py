@@ -1,0 +1,96 @@
+"""The op as sweeps and products of all chunks, with launches in plain jnp: what lies between
+launches, anywhere and in float32.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import unwritten
+from support.op_checks import DOCUMENTS, F32, check, make_inputs
+
+from ttt_jax.kernels_pallas import gpu_sweep
+
+registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a function of this name
+dot = functools.partial(jnp.einsum, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainLaunches:
+    """What `gpu.MosaicLaunches` computes."""
+
+    def states(self, C, chunks, backwards, right, left, keep, w, S):
+        R = [S] * len(chunks)
+        for i in reversed(chunks) if backwards else chunks:
+            R[i - chunks.start] = S if w is None else S + w[None]
+            at = slice(i * C, (i + 1) * C)
+            first = 0 if left.shape[1] == right.shape[1] else chunks.start
+            local = slice((i - first) * C, (i - first + 1) * C)
+            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, local], right[:, at])
+        return jnp.stack(R, axis=1), S
+
+    def forward(self, C, chunks, base_start, z, base, R, o):
+        new = self._cut(C, z, chunks)
+        new = dot("bmcf,bmdf->bmcd", new, R).reshape(*new.shape[:1], -1, R.shape[2])
+        if base is not None:
+            first = (chunks.start - base_start) * C
+            new = new + base[:, first : first + new.shape[1]]
+        return self._put(C, o, chunks, new)
+
+    def replay(self, C, chunks, do, R, dz):
+        return self._put(C, dz, chunks, dot("bmcd,bmdf->bmcf", self._cut(C, do, chunks), R))
+
+    def reverse(self, C, chunks, lr, z, v, R, dz, dv):
+        sums = dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R)
+        v = self._cut(C, v, chunks)
+        new = self._cut(C, dz, chunks) + lr * dot("bmcd,bmdf->bmcf", v, R)
+        return self._put(C, dz, chunks, new), self._put(C, dv, chunks, lr * sums), v * sums
+
+    def _cut(self, C, x, chunks):
+        at = slice(chunks.start * C, chunks.stop * C)
+        return x[:, at].reshape(x.shape[0], len(chunks), C, x.shape[2])
+
+    def _put(self, C, x, chunks, new):
+        at = slice(chunks.start * C, chunks.stop * C)
+        return x.at[:, at].set(new.reshape(x[:, at].shape))
+
+
+@pytest.fixture
+def plain(monkeypatch, chunks):
+    """The name of an implementation with stretches of so many chunks, and memory that starts as
+    NaN.
+    """
+    unwritten.show(monkeypatch)
+    monkeypatch.setattr(gpu_sweep, "_stretches", functools.partial(stretches, chunks))
+    run = functools.partial(gpu_sweep.in_place_ttt, PlainLaunches())
+    implementation = registry._Implementation(lambda call: None, run)
+    monkeypatch.setattr(registry, "_FAST", registry._FAST | {"plain": implementation})
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, "plain"))
+    return "plain"
+
+
+def stretches(chunks, B, M, D, F):
+    return [range(first, min(first + chunks, M)) for first in range(0, M, chunks)]
+
+
+@pytest.mark.parametrize("chunks", [2, 64])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(("B", "T"), [(2, 5 * 8 + 3), (1, 4 * 8), (2, 5)])
+def test_sweeps_match_the_float64_reference(plain, documents, B, T):
+    segment_ids = DOCUMENTS[documents]
+    ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 8), (B, T))
+    for options in ({"fresh": True}, {"apply": "fused"}, {"decay": 0.6}):
+        check(*make_inputs(B=B, T=T), F32, plain, chunk_size=8, segment_ids=ids, **options)
+
+
+def test_stretches_are_few_and_about_equal():
+    """At the shape of 4B, 5 chunks of 50 MB at a time; of eight small rows 42."""
+    assert gpu_sweep._stretches(1, 30, 2560, 9728) == [range(k, k + 5) for k in range(0, 30, 5)]
+    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(32)]
+    assert gpu_sweep._stretches(8, 50, 768, 2048) == [range(25), range(25, 50)]
+    assert gpu_sweep._stretches(1, 3, 768, 2048) == [range(3)]
+    assert gpu_sweep._stretches(64, 3, 5120, 17408) == [range(k, k + 1) for k in range(3)]
+    assert gpu_sweep._stretches(2, 0, 8, 8) == []
