@@ -87,6 +87,7 @@ def devices(count: int) -> list:
     """
     jax.config.update("jax_platforms", "cpu")
     jax_internals.believe_in_cudnn()
+    jax_internals.believe_in_hopper()
     platform.compiled_for = lambda: "gpu"
     if count == 1:
         platform.on_one_device = platform.may_be_one_device = lambda: True

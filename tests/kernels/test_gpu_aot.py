@@ -185,8 +185,7 @@ import gpu_traffic, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 whole = NamedSharding(Mesh(np.array(gpu_traffic.devices(1)), ("x",)), PartitionSpec())
 struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-# The ridge's own kernel wants to know the device.
-words = ["--model.num_layers=4", "--model.ttt.layers=[1,3]", "--model.ttt.write=sum"]
+words = ["--model.num_layers=4", "--model.ttt.layers=[1,3]"]
 config = gpu_traffic.load_start_config(gpu_traffic.ROOT / "configs/books.yaml", words).model
 runtime = gpu_traffic.Runtime(dtype="bfloat16")
 make = lambda: gpu_traffic.Transformer(config, runtime, key=jax.random.key(0))
@@ -218,4 +217,4 @@ def test_reading_updates_the_states_of_a_stack():
         if 'custom_call_target="mosaic_gpu' in line:
             launches += 1
             assert "fusion" not in inside
-    assert launches == 2
+    assert launches >= 4  # of each program: the states of all chunks, and the applies
