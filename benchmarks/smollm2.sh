@@ -30,9 +30,14 @@ for arm in "$@"; do
     decay) words=("${target[@]}" --model.ttt.decay 0.9) ;;
     ridge3) words=("${target[@]}" --model.ttt.lr 3) ;;
     slow) words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 10}]") ;;
-    start*) # from benchmarks/drop_in.py --out FOLDER, with the target's rate times the number
-      words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: ${name#start}}]" \
+    late) words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]" \
+      --model.ttt.layers=[22,24,26,27]) ;;
+    # From benchmarks/drop_in.py --out FOLDER, with five times the rate for the target.
+    start5 | start5decay | start5x*)
+      words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]" \
         --model.ttt.layers "$(cat "$data/layers.json")")
+      [[ $name == start5decay ]] && words+=(--model.ttt.decay 0.9)
+      [[ $name == start5x* ]] && words+=(--steps "${name#start5x}")
       from=$data/start ;;
     sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
     steps*) words=("${target[@]}" --steps "${name#steps}") ;;
