@@ -9,8 +9,7 @@ the same tokens with no memory and with the next book's:
 
     amount      by how much was read
     scale       the longest reading's memory times a factor
-    sums        the sum of n books' memories, the scored book's among them, by factor, against the
-                book's own memory times the same factor
+    sums        the sum of n books' memories, the scored one's among them, and its own, by factor
     common      the mean of all other books' memories, and what is left of a book's own without it
     rank        the best factors of a rank: gain kept, size
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
@@ -18,9 +17,8 @@ the same tokens with no memory and with the next book's:
     parts       the longest reading in pieces that are read apart and added up
     no decay    amount and scale, read with `decay: 1` instead of the model's
 
-Two programs are compiled, one that reads and one that scores, and one more for the reading without
-decay. Intervals: 95 %, bootstrap over books, paired by book. Every part is printed, and written to
-results.json and tables.md, when it is done; rank.png is drawn at the end.
+Three programs are compiled: reading, scoring, reading without decay. Intervals: 95 %, bootstrap
+over books, paired by book. Every part is printed and written (results.json, tables.md) when done.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     CONSUMER_ROWS,
     CONSUMERS,
     EPILOGUE_COLUMNS,
+    device_multiprocessors,
     run_block,
+    shared_memory,
 )
 
 _interpreted: contextvars.ContextVar[MosaicLaunches | None] = contextvars.ContextVar(
@@ -122,7 +124,7 @@ class MosaicLaunches:
     @property
     def clusters(self) -> int:
         """Pairs of multiprocessors."""
-        return (self.multiprocessors or _multiprocessors()) // BLOCKS
+        return (self.multiprocessors or device_multiprocessors()) // BLOCKS
 
     def states(self, C, chunks, backwards, right_BTF, left_BTD, keep_BM, w_DF, S_BDF):
         """Sweep over `chunks`, of which `left_BTD` holds all or these alone.
@@ -141,7 +143,7 @@ class MosaicLaunches:
         names += ["S_BDF", "R_BNDF"]
         body = functools.partial(_sweep, sweep, names, self.clusters, self.state_stages)
         staging = CONSUMERS, gpu_states.PARTS, CONSUMER_ROWS, BLOCK_K
-        scratch = (*self._ring(self.state_stages), _shared_memory(staging, jnp.bfloat16))
+        scratch = (*self._ring(self.state_stages), shared_memory(staging, jnp.bfloat16))
         key = "states", sweep
         S_BDF, R_BNDF = self._launch("ttt_states", body, scratch, key, operands, [S_BDF, R_BNDF])
         return R_BNDF, S_BDF
@@ -189,8 +191,8 @@ class MosaicLaunches:
         staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
         scratch = (
             *self._ring(self.stages),
-            _shared_memory(staging, jnp.bfloat16),
-            _shared_memory(staging, jnp.float32),
+            shared_memory(staging, jnp.bfloat16),
+            shared_memory(staging, jnp.float32),
         )
         name = "ttt_" + products.__name__.removesuffix("_products")
         key = name, sizes, n, M, tuple(base.items())
@@ -203,9 +205,9 @@ class MosaicLaunches:
 
         def operands(rows):
             shapes = (stages, rows, BLOCK_K), (stages, BLOCK_K, rows)
-            return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
+            return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
-        float32 = _shared_memory((stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
+        float32 = shared_memory((stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
         # The interpreter watches a union as a whole, and takes the use of one stage for that of
         # another.
         one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
@@ -273,15 +275,3 @@ def _products(products, sizes, n, M, base, stages, buffers, table, first, lr, *a
 
 def _scalar(x):
     return jnp.asarray(x, jnp.int32).reshape(1)
-
-
-def _shared_memory(shape, dtype):
-    """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
-    itemsize = jnp.dtype(dtype).itemsize
-    columns = min(shape[-1], 128 // itemsize)
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
-    return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
-
-
-def _multiprocessors() -> int:
-    return getattr(jax.devices()[0], "core_count", 132)

@@ -31,6 +31,8 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     Product,
     Ring,
     consume,
+    device_multiprocessors,
+    shared_memory,
 )
 
 ONE = ((0, 0),)
@@ -113,13 +115,13 @@ def _launch(sums, count_x, count_y, interpret, arrays):
     """`arrays`: terms of X and of Y, and, where there is one, shift and start."""
     xs, ys, extra = _parts(arrays, count_x, count_y)
     N, sizes = xs[0].shape[0], sums.sizes(xs[0], ys[0])
-    clusters = (4 if interpret else _multiprocessors()) // BLOCKS
+    clusters = (4 if interpret else device_multiprocessors()) // BLOCKS
     # The interpreter takes the use of one stage of a union for that of another.
     one_ring = (lambda *views: views) if interpret else plgpu.RefUnion
 
     def operands(rows):
         shapes = (STAGES, rows, BLOCK_K), (STAGES, BLOCK_K, rows)
-        return [_shared_memory(shape, jnp.bfloat16) for shape in shapes]
+        return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
     scratch = (
         one_ring(*operands(BLOCK_ROWS)),
@@ -128,7 +130,7 @@ def _launch(sums, count_x, count_y, interpret, arrays):
         plgpu.ClusterBarrier(
             collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=STAGES
         ),
-        _shared_memory(
+        shared_memory(
             (CONSUMERS, BUFFERS, CONSUMER_ROWS, EPILOGUE_COLUMNS), jnp.dtype(sums.out[0])
         ),
     )
@@ -155,18 +157,6 @@ def _launch(sums, count_x, count_y, interpret, arrays):
     # XLA must not join a launch with slices of a scan's arrays: it is left alone.
     arrays = jax.lax.optimization_barrier((*xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra))
     return jax.lax.optimization_barrier(run(*arrays))
-
-
-def _shared_memory(shape, dtype):
-    """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
-    itemsize = jnp.dtype(dtype).itemsize
-    columns = min(shape[-1], 128 // itemsize)
-    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
-    return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
-
-
-def _multiprocessors() -> int:
-    return getattr(jax.devices()[0], "core_count", 132)
 
 
 def _parts(arrays, count_x, count_y):

@@ -328,3 +328,16 @@ def _transposed(ref):
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def shared_memory(shape, dtype):
+    """Shared memory, tiled and swizzled as TMA and wgmma want it: rows of at most 128 bytes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    columns = min(shape[-1], 128 // itemsize)
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * itemsize)
+    return plgpu.SMEM(shape, dtype=dtype, transforms=transforms)
+
+
+def device_multiprocessors() -> int:
+    """Of the device that is there; of an H100 where none is."""
+    return getattr(jax.devices()[0], "core_count", 132)

@@ -131,6 +131,6 @@ def believe_in_hopper() -> None:
     compile for GPUs on paper. jax 0.10 does so by itself.
     """
     if importlib.util.find_spec("jax._src.pallas.triton.gpu_info") is not None:
-        info = importlib.import_module("jax._src.pallas.triton.gpu_info")
+        info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
         found = info._get_gpu_info_impl(info.GpuVersion.H100)
         info.get_gpu_info = lambda: found
