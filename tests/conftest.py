@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 from support import awake  # noqa: F401  models of tests have fast weights that write
 
+# Under `nohup`, which tests of signals would inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
