@@ -71,8 +71,18 @@ def test_a_write_and_its_gradients_lower_for_cuda(monkeypatch):
     monkeypatch.setattr(writes, "inverse_root", lambda a, *_: matmuls.terms(jnp.tril(a)))
     traced = jax.jit(lambda *x: all_three(*x)).trace(*arrays())
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 8
+    assert launches(text) == 8
     assert "dot_general" not in text
+
+
+def launches(text: str) -> int:
+    """Count launches of a lowered program. jax 0.11 makes equal ones a function, called twice."""
+    total = 0
+    for function in text.split("func.func ")[1:]:
+        name = function.partition("@")[2].partition("(")[0]
+        times = 1 if name == "main" else text.count(f"call @{name}(")
+        total += times * function.count("custom_call @mosaic_gpu")
+    return total
 
 
 def test_a_vmapped_product_is_one_launch():

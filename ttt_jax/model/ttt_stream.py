@@ -185,6 +185,13 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
 
 
 def _pending(x_BTX, whole_B, C: int):
-    """The C slots after each row's whole chunks (zero-padded past the end)."""
-    padded = jnp.pad(x_BTX, ((0, 0), (0, C), (0, 0)))
-    return jax.vmap(lambda x, m: jax.lax.dynamic_slice_in_dim(x, m * C, C, axis=0))(padded, whole_B)
+    """The C slots after each row's whole chunks (zero-padded past the end).
+
+    A choice among chunks, not a slice at a place of each row: XLA's partitioner (jax 0.11.2) ends
+    the process at such a gather where rows are split over one axis of a mesh and not over another.
+    """
+    B, T, X = x_BTX.shape
+    M = T // C + 1
+    x_BMCX = jnp.pad(x_BTX, ((0, 0), (0, M * C - T), (0, 0))).reshape(B, M, C, X)
+    chosen_BM = jnp.arange(M, dtype=jnp.int32)[None] == whole_B[:, None]
+    return jnp.sum(jnp.where(chosen_BM[:, :, None, None], x_BMCX, 0), axis=1)
