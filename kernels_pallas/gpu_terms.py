@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ttt_jax.kernels_pallas.gpu_launch import apart
 from ttt_jax.kernels_pallas.gpu_products import Staging
 from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE
 from ttt_jax.kernels_pallas.gpu_tiles import (
@@ -154,9 +155,8 @@ def _launch(sums, count_x, count_y, interpret, arrays):
         interpret=interpret or False,
         name="ttt_terms",
     )
-    # XLA must not join a launch with slices of a scan's arrays: it is left alone.
-    arrays = jax.lax.optimization_barrier((*xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra))
-    return jax.lax.optimization_barrier(run(*arrays))
+    arrays = *xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra
+    return apart(run, len(arrays), *arrays)  # operands may be slices of a scan's arrays, too
 
 
 def _parts(arrays, count_x, count_y):
