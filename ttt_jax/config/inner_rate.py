@@ -46,20 +46,13 @@ def inner_rate(config: Config) -> float:
 
 
 def check_rule(ttt: TTTConfig) -> None:
-    """Raise ConfigError unless the rule of `sum` speaks of these writes: it needs targets of a
-    known size.
-    """
-    for name, value, known in (
-        ("write", ttt.write, "sum"),
-        ("normalize_source", ttt.normalize_source, True),
-    ):
-        if value != known:
-            field = f"model.ttt.{name}"
-            raise ConfigError(
-                f"config field model.ttt.lr = auto: there is no rule for it with {field} = "
-                f"{str(value).lower()}; give a number, or set {field} {str(known).lower()} "
-                "(docs/writes.md)"
-            )
+    """Raise ConfigError unless the rule of `sum` speaks of these targets: it needs a known size."""
+    if not ttt.normalize_source:
+        field = "model.ttt.normalize_source"
+        raise ConfigError(
+            f"config field model.ttt.lr = auto: there is no rule for it with {field} = false; give "
+            f"a number, or set {field} true (docs/writes.md)"
+        )
 
 
 def describe_rate(config: Config) -> list[str]:
