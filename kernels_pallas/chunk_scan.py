@@ -262,16 +262,27 @@ def _backward(launches, C, fused, residuals, cotangents):
     else:  # G drops something: one product costs less than to collect it chunk by chunk
         with jax.named_scope("ttt_grad_slow"):
             dw_DF = dot("btd,btf->df", cotangents[0], residuals[0])
+    dz_tail_BCF = None
     if tail:
         dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, R_2BDF[M % 2]).astype(z_BTF.dtype)
         G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
     dz_BTF, dv_BTD, G_BDF, dlr = _reverse(launches, C, whole, dz_BTF, G_BDF)
-    if keep_BM is None:
-        dw_DF = dw_DF + G_BDF.sum(axis=0)
-    if tail:  # v of a partial chunk is never read
+    return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
+
+
+def gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF):
+    """The op's gradients, in the order of its arguments, from those of whole chunks.
+
+    Args:
+      dw_DF: less what the G that is left adds, where nothing drops any of it (no keep).
+      dz_tail_BCF: of the trailing partial chunk, whose v is never read; None without one.
+    """
+    _, _, w_DF, lr, _, keep_BM = residuals
+    dw_DF = dw_DF + G_BDF.sum(axis=0) if keep_BM is None else dw_DF
+    if dz_tail_BCF is not None:
         dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
-        dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
+        dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, dz_tail_BCF.shape[1]), (0, 0)))
     dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
     return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
 

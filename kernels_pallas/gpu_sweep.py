@@ -19,7 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttt_jax.kernels_pallas.chunk_scan import dot, factors, scaled, slow_apply, split, sum_of
+from ttt_jax.kernels_pallas.chunk_scan import (
+    dot,
+    factors,
+    gradients,
+    scaled,
+    slow_apply,
+    split,
+    sum_of,
+)
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 # Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
@@ -108,6 +116,7 @@ def _backward(launches, C, fused, residuals, cotangents):
     else:  # G drops something: one product costs less than to collect it chunk by chunk
         with jax.named_scope("ttt_grad_slow"):
             dw_DF = dot("btd,btf->df", do_BTD, z_BTF)
+    dz_tail_BCF = None
     if tail:
         z_tail_BCF, read_BDF = z_BTF[:, M * C :], sum_of(w_DF, S_BDF, z_BTF.dtype)
         dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
@@ -124,13 +133,7 @@ def _backward(launches, C, fused, residuals, cotangents):
             results = varying_like(z_BTF, launches.reverse(C, chunks, lr, *arrays))
             dz_BTF, dv_BTD, partial_dlr = results
             dlr = dlr + partial_dlr.sum()
-    if keep_BM is None:
-        dw_DF = dw_DF + G_BDF.sum(axis=0)
-    if tail:  # v of a partial chunk is never read
-        dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
-        dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, tail), (0, 0)))
-    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
+    return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
 
 
 _in_place_ttt.defvjp(_forward, _backward)
