@@ -40,14 +40,21 @@ NAMES = {
     "ridge358": "`ridge`, 358 steps",
     "decay358": "`ridge`, decay 0.9, 358 steps",
     "sum358": "`sum` by the rule, 358 steps",
-    "drop": "the same, with `ttt_drop`",
+    "noproj": "the same without W_target (today's preset)",
+    "sumnoproj": "`sum` by the rule, no W_target, 358 steps",
+    "drop": "`decay358` with `ttt_drop`",
 }
 STEPS = [("none", "sum"), ("none", "ridge1"), ("sum", "ridge1")]  # equal steps
-TIME = [("none512", "ridge358"), ("none512", "decay358")]  # equal time
-OTHER = [("sum358", "decay358"), ("ridge358", "decay358")]  # equal steps again, later code
+TIME = [("none512", "ridge358"), ("none512", "decay358"), ("none512", "noproj")]  # equal time
+OTHER = [  # equal steps again, later code
+    ("sum358", "decay358"),
+    ("ridge358", "decay358"),
+    ("decay358", "noproj"),
+    ("sumnoproj", "noproj"),
+]
 PICTURE = [
     ("none512", "trained without TTT, 512 steps"),
-    ("decay358", "TTT, least squares, 358 steps (as long on the clock)"),
+    ("noproj", "TTT, least squares, 358 steps (less time)"),
 ]
 SHOWN = (0, 1, 2, 4)  # eighths of a row, beside the last
 Runs = dict[tuple[str, int], dict[str, Any]]

@@ -109,7 +109,6 @@ def test_stretches_of_any_length_give_the_same(monkeypatch, B, D, F, documents):
                 np.testing.assert_array_equal(np.asarray(got), np.asarray(x))
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("C", [64, 192, 512])
 def test_the_inverse_root_matches_float64(C):
     """Of keys that repeat as words do and of keys in six dimensions: A^-1 to a tenth of a rounding
@@ -130,7 +129,6 @@ def test_the_inverse_root_matches_float64(C):
     assert_close("inverse", inverse, np.linalg.inv(shifted), TOLERANCE["bfloat16"] / 10)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("C", "D"), [(512, 256), (1024, 256), (512, 128)])
 def test_ridge_writes_and_their_gradients_match_float64(C, D):
     """In bfloat16, rounded once; in a layer that is computed again, and one that keeps targets. In
@@ -162,7 +160,6 @@ def test_ridge_writes_and_their_gradients_match_float64(C, D):
             assert_close(name, np.asarray(x, np.float64).reshape(want.shape), want, 2e-3)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_convolution_of_targets_matches_float64(dtype, normalize):
