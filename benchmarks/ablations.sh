@@ -5,9 +5,10 @@
 #   bash benchmarks/ablations.sh books DATA GPU SECONDS     110M on one GPU, 2.7 minutes an arm
 #   bash benchmarks/ablations.sh default PARALLEL SECONDS   the default run on CPUs, two cores each
 #
-# Base arms are today's presets: `decay358` is the one of study 1. Where the chunk changes, decay is
-# a power of it, so that S remembers as many tokens. The words are the same the next time, so a
-# second call on the same machine goes on. ARMS="layers2 noconv" chooses; the order is that below.
+# The base is today's presets, without W_target: `noproj` in docs/results, 358 steps on books. Where
+# the chunk changes, decay is a power of it, so that S remembers as many tokens. The words are the
+# same the next time, so a second call on the same machine goes on. ARMS="layers2 noconv" chooses;
+# the order is that below.
 set -u
 part=$1
 shift
@@ -23,38 +24,35 @@ arms=()
 case $part in
   books)
     choose <<'END'
-layers2: --steps 358 --model.ttt.layers [5,11]
-noconv: --steps 358 --taps 2
 layers12: --steps 358 --model.ttt.layers [0,1,2,3,4,5,6,7,8,9,10,11]
-chunk2048: --steps 358 --model.ttt.chunk_size 2048 --model.ttt.decay 0.656
-drop: --steps 358 --optimizer.ttt_drop 0.2
-chunk128: --steps 358 --model.ttt.chunk_size 128 --model.ttt.decay 0.974
-noproj: --steps 358 --model.ttt.proj false
-raw: --steps 358 --model.ttt.normalize_source false
-itself: --steps 358 --taps 2 --model.ttt.proj false
-layers4: --steps 358 --model.ttt.layers [2,5,8,11]
-chunk1024: --steps 358 --model.ttt.chunk_size 1024 --model.ttt.decay 0.81
+rate3: --steps 358 --model.ttt.lr 3
 chunk256: --steps 358 --model.ttt.chunk_size 256 --model.ttt.decay 0.949
+layers4: --steps 358 --model.ttt.layers [2,5,8,11]
+noconv: --steps 358 --taps 2
+nodecay: --steps 358 --model.ttt.decay 1
+drop: --steps 358 --optimizer.ttt_drop 0.2
+layers2: --steps 358 --model.ttt.layers [5,11]
+chunk2048: --steps 358 --model.ttt.chunk_size 2048 --model.ttt.decay 0.656
+raw: --steps 358 --model.ttt.normalize_source false
+chunk1024: --steps 358 --model.ttt.chunk_size 1024 --model.ttt.decay 0.81
 END
     bash benchmarks/books.sh "$1" "$2" "$3" "${arms[@]}"
     ;;
   default)
     export JAX_PLATFORMS=cpu CUDA_VISIBLE_DEVICES='' PYTHONUNBUFFERED=1
     choose <<'END'
-base:
-base+noconv: --taps 2
-base+next: --taps 3
-base+layers4: --model.ttt.layers [0,1,2,3]
-base+noproj: --model.ttt.proj false
-base+raw: --model.ttt.normalize_source false
-base+layer1: --model.ttt.layers [3]
-base+chunk16: --model.ttt.chunk_size 16 --model.ttt.decay 0.974
-base+chunk256: --model.ttt.chunk_size 256 --model.ttt.decay 0.656
-base+past: --taps 0 1 2
-base+itself: --taps 2 --model.ttt.proj false
-base+chunk32: --model.ttt.chunk_size 32 --model.ttt.decay 0.949
-base+chunk128: --model.ttt.chunk_size 128 --model.ttt.decay 0.81
-base+drop: --optimizer.ttt_drop 0.2
+noproj:
+noproj+layers4: --model.ttt.layers [0,1,2,3]
+noproj+rate3: --model.ttt.lr 3
+noproj+chunk32: --model.ttt.chunk_size 32 --model.ttt.decay 0.949
+noproj+noconv: --taps 2
+noproj+nodecay: --model.ttt.decay 1
+noproj+drop: --optimizer.ttt_drop 0.2
+noproj+raw: --model.ttt.normalize_source false
+noproj+next: --taps 3
+noproj+past: --taps 0 1 2
+noproj+layer1: --model.ttt.layers [3]
+noproj+chunk128: --model.ttt.chunk_size 128 --model.ttt.decay 0.81
 END
     words=()
     for arm in "${arms[@]}"; do words+=(--arm "$arm"); done

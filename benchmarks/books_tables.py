@@ -270,7 +270,7 @@ def ablations(runs: Runs, base: str, arms: Sequence[str]) -> str:
             cells = [short([value(a) - value(b) for a, b in found]) for value in values]
         gain = [last(a, "ttt_off") - last(a) for a, _ in found]
         ratios = [max(a["ratio_last"]) for a, _ in found if a["ratio_last"]]
-        name = arm.removeprefix("base+")
+        name = arm.rpartition("+")[2]
         rows.append([f"`{name}`", str(len(seeds)), *cells, over_seeds(gain)[:5]])
         rows[-1].append(f"{max(ratios):.2f}" if ratios else "")
     heads = ["arm", "seeds", "first eighth", "last eighth", "all positions"]
@@ -288,9 +288,10 @@ def blocks(results: Path) -> dict[str, list[str]]:
     arms = list(dict.fromkeys(arm for pair in pairs for arm in pair))
     arms.sort(key=list(NAMES).index)
     known = {arm for arm, _ in runs}
-    tried = [arm for arm in known if re.match("layers|chunk|no(conv|proj)|raw|itself|drop", arm)]
+    tried = [arm for arm in known if re.match("layers|chunk|rate|no(conv|decay)|raw|drop", arm)]
     by_loss = lambda table: lambda arm: mean(table[arm, seeds_of(table, arm)[0]])
     ours = {arm for arm, _ in small} - {"base"}
+    today = {arm for arm in ours if arm.startswith("noproj+")}
     return {
         "books": [losses(runs, arms), differences(runs, evals, [*STEPS, *TIME])],
         "books, details": [
@@ -301,8 +302,9 @@ def blocks(results: Path) -> dict[str, list[str]]:
             recall(evals),
         ],
         "ablations": [
-            ablations(runs, "decay358", sorted(tried, key=by_loss(runs))),
-            ablations(small, "base", sorted(ours, key=by_loss(small))),
+            ablations(runs, "noproj", sorted([*tried, "decay358"], key=by_loss(runs))),
+            ablations(small, "base", sorted(ours - today, key=by_loss(small))),
+            ablations(small, "noproj", sorted(today, key=by_loss(small))),
         ],
     }
 
