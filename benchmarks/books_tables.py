@@ -40,8 +40,8 @@ NAMES = {
     "ridge358": "`ridge`, 358 steps",
     "decay358": "`ridge`, decay 0.9, 358 steps",
     "sum358": "`sum` by the rule, 358 steps",
-    "noproj": "the same without W_target (today's preset)",
-    "sumnoproj": "`sum` by the rule, no W_target, 358 steps",
+    "noproj": "no W_target (the preset)",
+    "sumnoproj": "the preset with `sum`",
     "drop": "`decay358` with `ttt_drop`",
 }
 STEPS = [("none", "sum"), ("none", "ridge1"), ("sum", "ridge1")]  # equal steps
