@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ttt_jax.config import Config, ModelConfig, TTTConfig, load_config, preset_names
-from ttt_jax.config.inner_rate import SUM, describe_rate, inner_rate, key_square
+from ttt_jax.config.inner_rate import SUM, describe_rate, factor, inner_rate, key_square
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import linear
 from ttt_jax.model.ttt_mlp import MLP
@@ -32,10 +32,12 @@ def rate(*words):
 
 
 def test_the_rule_keeps_lr_m_T():
-    for words in ([], ["--data.seq_len", "1024"], ["--model.d_ff", "512", "--model.d_model", "48"]):
+    wide = ["--model.d_ff", "512", "--model.d_model", "48"]
+    for words in ([], ["--data.seq_len", "1024"], wide, ["--model.ttt.proj", "true"]):
         config = load_config("default", [*SUM_WRITE, "--model.ttt.decay", "1", *words])
         product = config.model.ttt.lr * key_square(config.model) * config.data.seq_len
-        assert product == pytest.approx(SUM, rel=0.05)  # of two digits
+        assert product == pytest.approx(factor(config.model.ttt), rel=0.05)  # of two digits
+    assert factor(TTTConfig()) == SUM == 6 * factor(TTTConfig(proj=False))
     assert rate("--model.ttt.chunk_size", "32") == rate()
 
 
@@ -47,7 +49,7 @@ def test_decay_shortens_what_counts_as_the_row():
     )
     assert short.model.ttt.lr == long.model.ttt.lr
     product = short.model.ttt.lr * key_square(short.model) * 128
-    assert product == pytest.approx(SUM, rel=0.05)
+    assert product == pytest.approx(factor(short.model.ttt), rel=0.05)
 
 
 def test_ridge_has_no_unit():
@@ -71,7 +73,8 @@ def test_where_the_rule_says_nothing(preset, words, line):
 
 
 def test_what_comes_after_reading_sees_a_number():
-    assert rate() == pytest.approx(0.016, rel=0.01)
+    assert rate() == pytest.approx(0.0027, rel=0.01)
+    assert rate("--model.ttt.proj", "true") == pytest.approx(0.016, rel=0.01)
     assert load_config("default", [*AUTO, "--model.ttt.lr", "0.25"]).model.ttt.lr == 0.25
     with pytest.raises(ConfigError, match=r"model\.ttt\.lr = automatic"):
         load_config("default", ["--model.ttt.lr", "automatic"])

@@ -8,6 +8,7 @@ from support.hf_folders import make_folder
 
 import ttt_jax.training.measured_rate
 from ttt_jax.config import replace
+from ttt_jax.config import TTTConfig
 from ttt_jax.config.inner_rate import SUM
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import rope_tables
@@ -97,6 +98,8 @@ def test_keys_without_a_scale_are_one_line(folder, square, monkeypatch):
 
 
 def test_the_rule():
-    assert rate_of(100.0, 300) == 0.01
-    assert rate_of(123.0, 4096) == pytest.approx(SUM / (123 * 4096), rel=0.02)
-    assert rate_of(200.0, 1000) < rate_of(100.0, 1000)
+    paper, bare = TTTConfig(), TTTConfig(proj=False)
+    assert rate_of(paper, 100.0, 300) == 0.01
+    assert rate_of(paper, 123.0, 4096) == pytest.approx(SUM / (123 * 4096), rel=0.02)
+    assert rate_of(bare, 100.0, 50) == 0.01
+    assert rate_of(paper, 200.0, 1000) < rate_of(paper, 100.0, 1000)

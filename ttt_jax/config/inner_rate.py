@@ -6,7 +6,7 @@ What is read back from S is z S^T. With S = lr sum_t v_t z_t^T over the T tokens
 that are all alike, that is (lr m T) times the mean target. So lr m T has no unit: it says the same
 for every row length, width and chunk (docs/writes.md):
 
-    sum        lr = SUM / (m T)
+    sum        lr = K / (m T)  K by `factor`: 300, or 50 without W_target
     ridge      lr = 1           the write is a solution: it has no unit of keys, and hardly any of T
 
 With decay, T is the tokens that S holds at the end of a row, C (1 - decay^M) / (1 - decay).
@@ -24,6 +24,7 @@ from ttt_jax.config.fields import Config, ModelConfig, TTTConfig
 from ttt_jax.errors import ConfigError
 
 SUM = 300.0  # lr m T
+SUM_WITHOUT_PROJECTION = 50.0
 
 
 def inner_rate(config: Config) -> float:
@@ -42,7 +43,14 @@ def inner_rate(config: Config) -> float:
             "in new models only; give a number"
         )
     tokens = held_tokens(T, ttt.chunk_size, ttt.decay)
-    return float(f"{SUM / (key_square(config.model) * tokens):.2g}")
+    return float(f"{factor(ttt) / (key_square(config.model) * tokens):.2g}")
+
+
+def factor(ttt: TTTConfig) -> float:
+    """Return K = lr m T of `sum`. Entries of W_target are small at the start, and targets without
+    it six times larger: that much smaller a rate gives the same ||S||/||W||.
+    """
+    return SUM if ttt.proj else SUM_WITHOUT_PROJECTION
 
 
 def check_rule(ttt: TTTConfig) -> None:

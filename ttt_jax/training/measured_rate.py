@@ -1,6 +1,6 @@
 """The inner learning rate of new TTT layers, where nobody has named one.
 
-The rule is that of docs/writes.md for `write: sum` with a normalised source: lr * m * T = `SUM`,
+The rule is that of docs/writes.md for `write: sum` with a normalised source: lr * m * T = K,
 with m = ||z||^2 of the tokens and T tokens a row. m is measured on the checkpoint: layers of one
 model differ tenfold, and models more.
 
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.config import Config, replace
-from ttt_jax.config.inner_rate import SUM, held_tokens
+from ttt_jax.config import Config, TTTConfig, replace
+from ttt_jax.config.inner_rate import factor, held_tokens
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import abstract_transformer
@@ -30,9 +30,9 @@ from ttt_jax.training.source_size import too_large
 _ROWS, _TOKENS = 2, 1024  # that are read
 
 
-def rate_of(square: float, T: float) -> float:
+def rate_of(ttt: TTTConfig, square: float, T: float) -> float:
     """Return lr for keys of mean squared norm `square` and T tokens in S, to two digits."""
-    return float(f"{SUM / (square * T):.1e}")
+    return float(f"{factor(ttt) / (square * T):.1e}")
 
 
 def settled(start: Start, rows: Batch) -> Config:
@@ -56,9 +56,9 @@ def settled(start: Start, rows: Batch) -> Config:
             f"config field model.ttt.lr = auto: {config.init_from} gives no scale for it "
             f"(||z||^2 is {m:g} in layer {layer}); check the checkpoint, or set it"
         )
-    lr = rate_of(m, T)
+    lr = rate_of(ttt, m, T)
     line = (
-        f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {SUM:,.0f} / (m T) with m = "
+        f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {factor(ttt):,.0f} / (m T) with m = "
         f"{m:.3g}, the median ||z||^2 of held-out tokens in layer {layer}, and T = {T:.0f}"
     )
     say_on_first_process([line])
