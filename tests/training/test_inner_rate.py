@@ -44,20 +44,19 @@ def of_shape(D, T, C, *words):
     return load_config("default", [f"--{name}={value}" for name, value in sizes.items()] + [*words])
 
 
+SUM = ["--model.ttt.write", "sum", "--model.ttt.decay", "1"]
+RIDGE = ["--model.ttt.write", "ridge", "--model.ttt.decay", "0.9"]
+
+
 @pytest.mark.parametrize(
     ("words", "T", "steps", "apart"),
     [
-        (["--model.ttt.write", "sum", "--model.ttt.decay", "1"], 256, 12, 2),
+        pytest.param(SUM, 256, 12, 2, id="sum"),
         pytest.param(
-            *(["--model.ttt.write=sum", "--model.ttt.decay=1", "--model.ttt.proj=true"], 256, 12, 2),
-            marks=pytest.mark.slow,
+            [*SUM, "--model.ttt.proj", "true"], 256, 12, 2, id="W_target", marks=pytest.mark.slow
         ),
-        pytest.param(
-            *(["--model.ttt.write", "ridge", "--model.ttt.decay", "0.9"], 512, 30, 4),
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(RIDGE, 512, 30, 4, id="ridge", marks=pytest.mark.slow),
     ],
-    ids=["sum", "sum with W_target", "ridge"],
 )
 def test_one_setting_serves_every_row_chunk_and_width(words, T, steps, apart):
     """Rows, widths and chunks of half and twice the size. `apart`: by what factor rows and chunks

@@ -7,8 +7,7 @@ import pytest
 from support.hf_folders import make_folder
 
 import ttt_jax.training.measured_rate
-from ttt_jax.config import replace
-from ttt_jax.config import TTTConfig
+from ttt_jax.config import TTTConfig, replace
 from ttt_jax.config.inner_rate import SUM
 from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import rope_tables

@@ -58,7 +58,7 @@ def settled(start: Start, rows: Batch) -> Config:
         )
     lr = rate_of(ttt, m, T)
     line = (
-        f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {factor(ttt):,.0f} / (m T) with m = "
+        f"init_from {config.init_from}: model.ttt.lr is {lr:g}, {factor(ttt):.0f} / (m T) with m = "
         f"{m:.3g}, the median ||z||^2 of held-out tokens in layer {layer}, and T = {T:.0f}"
     )
     say_on_first_process([line])
