@@ -34,10 +34,10 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     Product,
     Ring,
     accumulate,
-    produce_epilogue_inputs,
+    produce_epilogue_input,
     produce_k_step,
     read,
-    read_epilogue_inputs,
+    read_epilogue_input,
 )
 
 PARTS = TILE // BLOCK_K  # of a consumer's rows, 64 columns each
@@ -56,7 +56,6 @@ class Sweep:
     backwards: bool
     carries: bool  # whether accumulators can start from a state
     first: Any = None  # [1] int32: the launch's first chunk in time
-    left_first: Any = None  # [1] int32: the first chunk that `left` holds
     keep: Any = None  # [B M] float32
     left_BTD: Any = None
     right_BTF: Any = None
@@ -79,10 +78,10 @@ class Sweep:
             rows=self.D,
             columns=self.F,
             length=self.C,
-            left=lambda b: (self.left_BTD.at[b], (i - self.left_first[0]) * self.C),
-            right=lambda b: (self.right_BTF.at[b], i * self.C),
+            left=lambda b: (self.left_BTD.at[b], i * self.C),
+            rights=[lambda b: (self.right_BTF.at[b], i * self.C)],
             epilogue=None,  # pyright: ignore[reportArgumentType]
-            epilogue_inputs=lambda b: (None, self.w_DF),
+            epilogue_input=None if self.w_DF is None else lambda b: self.w_DF,
         )
 
     @property
@@ -143,9 +142,9 @@ def _produce(sweep, ring, b, m0, n0, first):
     def chunk(step, _):
         product = sweep.product(sweep.chunk(step))
         added, operands = _places(sweep, b, m0, n0, first, step)
-        produce_epilogue_inputs(ring, product, added)
-        product = product._replace(epilogue_inputs=lambda b: (None, None))
-        arrays = product.left(b), product.right(b)
+        produce_epilogue_input(ring, product, added)
+        product = product._replace(epilogue_input=None)
+        arrays = product.left(b), product.rights[0](b)
 
         def copy(s, _):
             produce_k_step(ring, product, operands, *arrays, s, None)
@@ -169,7 +168,7 @@ def _consume(sweep, ring, staging, wg, b, m0, n0, first):
         for k in range(PARTS):
             part = state[:, k * BLOCK_K : (k + 1) * BLOCK_K]
             if sweep.w_DF is not None:
-                w_part: Any = read_epilogue_inputs(ring, product, added, own_rows, k)[1]
+                w_part: Any = read_epilogue_input(ring, added, own_rows, k)
                 part = part + w_part.astype(jnp.float32)
             staging[wg, k] = part.astype(staging.dtype)
             plgpu.commit_smem()

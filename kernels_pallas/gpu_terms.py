@@ -170,15 +170,14 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     xs, ys, (table, *arrays) = _parts(arrays, count_x, count_y)
     outs = arrays[-len(sums.out) :]
     shift_N, start = arrays[: -len(sums.out)] or (None, None)
-    ring = Ring(STAGES, left, (*right, None), full, empty)
-    staging = Staging(BUFFERS, bfloat16=staged, float32=staged)  # all results have one dtype
+    ring, staging = Ring(STAGES, left, right, full, empty), Staging(BUFFERS, staged)
     product = Product(
         sums.kind,
         *sizes,
         left=None,  # pyright: ignore[reportArgumentType]
-        right=None,  # pyright: ignore[reportArgumentType]
+        rights=None,  # pyright: ignore[reportArgumentType]
         epilogue=functools.partial(_write, sums, outs, staging, shift_N),
-        epilogue_inputs=lambda n: (None, None if start is None else start.at[n]),
+        epilogue_input=None if start is None else lambda n: start.at[n],
     )
     wg, block, pair = (jax.lax.axis_index(name) for name in ("wg", "block", "pair"))
     tiles, K_steps = table.shape[0], sizes[2] // BLOCK_K
@@ -241,13 +240,13 @@ def _write(sums, outs, staging, shift_N, n, m0, n0):
     """The epilogue: 32 columns at a time."""
     rows = pl.ds(m0, CONSUMER_ROWS)
 
-    def write(k, columns, total, _, start):
+    def write(k, columns, total, start):
         if sums.negative:
             total = -total
         if start is not None:
             total += shift_N[n] * start.astype(jnp.float32)
         for t, out in enumerate(outs):
-            staging.write(k * len(outs) + t, (out.at[n, rows, columns], total))
+            staging.write(k * len(outs) + t, out.at[n, rows, columns], total)
             total -= total.astype(out.dtype).astype(jnp.float32)
 
     return write

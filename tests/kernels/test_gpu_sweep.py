@@ -27,18 +27,12 @@ class PlainLaunches:
         for i in reversed(chunks) if backwards else chunks:
             R[i - chunks.start] = S if w is None else S + w[None]
             at = slice(i * C, (i + 1) * C)
-            first = 0 if left.shape[1] == right.shape[1] else chunks.start
-            local = slice((i - first) * C, (i - first + 1) * C)
-            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, local], right[:, at])
+            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, at], right[:, at])
         return jnp.stack(R, axis=1), S
 
-    def forward(self, C, chunks, base_start, z, base, R, o):
-        new = self._cut(C, z, chunks)
-        new = dot("bmcf,bmdf->bmcd", new, R).reshape(*new.shape[:1], -1, R.shape[2])
-        if base is not None:
-            first = (chunks.start - base_start) * C
-            new = new + base[:, first : first + new.shape[1]]
-        return self._put(C, o, chunks, new)
+    def forward(self, C, chunks, z, w, R, o):
+        read = R if w is None else R + w[None, None]
+        return self._put(C, o, chunks, dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), read))
 
     def replay(self, C, chunks, do, R, dz):
         return self._put(C, dz, chunks, dot("bmcd,bmdf->bmcf", self._cut(C, do, chunks), R))
@@ -72,7 +66,7 @@ def plain(monkeypatch, chunks):
     return "plain"
 
 
-def stretches(chunks, B, M, D, F):
+def stretches(chunks, B, M, C, D, F):
     return [range(first, min(first + chunks, M)) for first in range(0, M, chunks)]
 
 
