@@ -60,7 +60,9 @@ class Chunks(NamedTuple):
 
 def forward_products(sizes: Sizes, chunks: Chunks, z_QCF, w_DF, R_QDF, o_QCD):
     """o = z R^T + z W^T, one sum. R is the small one: its products come first."""
-    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD, more=[lambda b: (w_DF, 0)])]
+    return [
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD, more=[lambda b: (w_DF, 0)])
+    ]
 
 
 def fused_products(sizes: Sizes, chunks: Chunks, z_QCF, R_QDF, o_QCD):

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ttt_jax.kernels_pallas.chunk_scan import (
     dot,
@@ -70,12 +71,18 @@ def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
     return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
+def _traced_forward(launches, C, fused, *primals):
+    arrays = jax.tree.map(lambda primal: primal.value, primals)
+    return _forward(launches, C, fused, *arrays)
+
+
 def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
     M, tail = divmod(T, C)
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     with jax.named_scope("ttt_scaled"):  # in the place of o: a sweep reads its chunks before
-        S_BDF, o_BTD = state_BDF, scaled(split(v_BTD, M * C)[0], lr)  # they are written
+        o_BTD = scaled(split(v_BTD, M * C)[0], lr)  # they are written
+    S_BDF, o_BTD = _start(state_BDF, (B, D, F), o_BTD)
     added_DF, applied_DF = (w_DF, None) if fused else (None, w_DF)
     for chunks in _stretches(B, M, C, D, F):
         S_BDF, o_BTD = jax.lax.optimization_barrier((S_BDF, o_BTD))  # one stretch at a time
@@ -93,6 +100,16 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
 
 
+def _start(first_BDF, shape, behind):
+    """What a state starts with, and `behind`, behind which zeros are made: as one array for all
+    that starts with zeros XLA would keep them, and copy them wherever a launch writes.
+    """
+    if not (first_BDF is None or isinstance(first_BDF, SymbolicZero)):
+        return first_BDF, behind
+    zero, behind = jax.lax.optimization_barrier((jnp.float32(0), behind))
+    return varying_like(behind, jnp.broadcast_to(zero, shape)), behind
+
+
 def _empty(like, shape, dtype):
     """A result's memory, every part of which some launch writes."""
     return varying_like(like, jax.lax.empty(shape, dtype))
@@ -104,14 +121,18 @@ def _backward(launches, C, fused, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     M, tail = divmod(T, C)
+    if isinstance(do_BTD, SymbolicZero):
+        do_BTD = varying_like(z_BTF, jnp.zeros(v_BTD.shape, z_BTF.dtype))
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
     v_whole_BTD, _ = split(v_BTD, M * C)
 
-    stretches, S_BDF = _stretches(B, M, C, D, F), state_BDF
+    stretches = _stretches(B, M, C, D, F)
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
-    with jax.named_scope("ttt_scaled"):
-        dv_BTD = scaled(v_whole_BTD, lr)  # until the reverse writes dv
+    with jax.named_scope("ttt_scaled"):  # again, and not the forward's, kept until now
+        rate, do_whole_BTD = jax.lax.optimization_barrier((lr, do_whole_BTD))
+        dv_BTD = scaled(v_whole_BTD, rate)  # until the reverse writes dv
+    S_BDF, dv_BTD = _start(state_BDF, (B, D, F), dv_BTD)
     for chunks in stretches:
         S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
         with jax.named_scope("ttt_replay"):
@@ -120,6 +141,7 @@ def _backward(launches, C, fused, residuals, cotangents):
             dz_BTF = launches.replay(C, chunks, do_whole_BTD, R_BNDF, dz_BTF)
             dz_BTF = varying_like(z_BTF, dz_BTF)
 
+    G_BDF, dz_BTF = _start(G_BDF, (B, D, F), dz_BTF)
     if keep_BM is None:
         dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     else:  # G drops something: one product costs less than to collect it chunk by chunk
@@ -144,4 +166,4 @@ def _backward(launches, C, fused, residuals, cotangents):
     return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
 
 
-_in_place_ttt.defvjp(_forward, _backward)
+_in_place_ttt.defvjp(_traced_forward, _backward, symbolic_zeros=True)

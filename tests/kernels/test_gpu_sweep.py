@@ -80,11 +80,15 @@ def test_sweeps_match_the_float64_reference(plain, documents, B, T):
         check(*make_inputs(B=B, T=T), F32, plain, chunk_size=8, segment_ids=ids, **options)
 
 
-def test_stretches_are_few_and_about_equal():
-    """At the shape of 4B, 5 chunks of 50 MB at a time; of eight small rows 42."""
-    assert gpu_sweep._stretches(1, 30, 2560, 9728) == [range(k, k + 5) for k in range(0, 30, 5)]
-    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(32)]
-    assert gpu_sweep._stretches(8, 50, 768, 2048) == [range(25), range(25, 50)]
-    assert gpu_sweep._stretches(1, 3, 768, 2048) == [range(3)]
-    assert gpu_sweep._stretches(64, 3, 5120, 17408) == [range(k, k + 1) for k in range(3)]
-    assert gpu_sweep._stretches(2, 0, 8, 8) == []
+def test_stretches_leave_few_clusters_idle(monkeypatch):
+    """At the shape of 4B, 8 chunks of 50 MB at a time: their 320 tiles of o fill 4.8 rounds of 66
+    clusters, those of the 10 that memory allows 6.1. Of eight small rows all chunks.
+    """
+    monkeypatch.setattr(gpu_sweep, "device_multiprocessors", lambda: 132)
+    eights = [range(k, k + 8) for k in range(0, 32, 8)]
+    assert gpu_sweep._stretches(1, 32, 1024, 2560, 9728) == eights
+    assert gpu_sweep._stretches(1, 30, 1024, 2560, 9728) == [*eights[:3], range(24, 30)]
+    assert gpu_sweep._stretches(8, 32, 512, 768, 2048) == [range(32)]
+    assert gpu_sweep._stretches(1, 3, 512, 768, 2048) == [range(3)]
+    assert gpu_sweep._stretches(64, 3, 512, 5120, 17408) == [range(k, k + 1) for k in range(3)]
+    assert gpu_sweep._stretches(2, 0, 256, 256, 256) == []
