@@ -156,7 +156,7 @@ def _launch(sums, count_x, count_y, interpret, arrays):
         name="ttt_terms",
     )
     arrays = *xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra
-    return apart(run, len(arrays), *arrays)  # operands may be slices of a scan's arrays, too
+    return apart(run, *arrays)
 
 
 def _parts(arrays, count_x, count_y):
