@@ -33,7 +33,6 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     BLOCKS,
     CONSUMER_ROWS,
     CONSUMERS,
-    EPILOGUE_COLUMNS,
     device_multiprocessors,
     run_block,
     shared_memory,
@@ -181,7 +180,7 @@ class MosaicLaunches:
         in_place = [x if x.dtype == jnp.float32 else by_chunk(x) for x in in_place]
         scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
         body = functools.partial(_products, products, sizes, n, M, self.stages, self.buffers)
-        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
+        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, BLOCK_K
         scratch = (*self._ring(self.stages), shared_memory(staging, jnp.bfloat16))
         name = "ttt_" + products.__name__.removesuffix("_products")
         key = name, sizes, n, M
@@ -248,6 +247,7 @@ def _sweep(sweep, names, clusters, stages, *arrays):
     """What a warpgroup of a sweep runs."""
     arrays, scratch = arrays[: len(names)], arrays[len(names) :]
     sweep = dataclasses.replace(sweep, **dict(zip(names, arrays, strict=True)))
+    sweep = dataclasses.replace(sweep, first=sweep.first[0])
     gpu_states.run_block(sweep, clusters, stages, *scratch)
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_jax.kernels_pallas.gpu_schedule import TILE
-from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product
+from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, Product
 
 
 class Sizes(NamedTuple):
@@ -27,13 +27,15 @@ class Sizes(NamedTuple):
 
 
 class Staging(NamedTuple):
-    """Shared memory for results on their way to device memory, [consumers, buffers, 64, 32]."""
+    """Shared memory for results on their way to device memory: [consumers, buffers, 64, 64], or 32
+    of float32.
+    """
 
     buffers: int
     staged: Any = None  # of the results' dtype
 
     def write(self, k, ref, values):
-        """Write part k of a tile to `ref` [64, 32].
+        """Write part k of a tile to `ref`.
 
         Through shared memory: registers would write eight bytes at a time.
         """
@@ -103,7 +105,7 @@ def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, read=None, mo
 
 
 # Epilogues. m0 and n0 are the first row and column of a consumer's part of the tile. What they
-# return writes 32 columns: their number k, the columns, the sums [64, 32] float32, and the same
+# return writes 64 columns: their number k, the columns, the sums [64, 64] float32, and the same
 # part of the bfloat16 input.
 
 
@@ -133,7 +135,7 @@ def _write_dv(dlr, chunks, dv_QCD, b, m0, n0):
         by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
         part = dv_QCD.at[chunks.q(b), _rows(m0), columns]
         chunks.staging.write(k, part, chunks.lr * sums)
-        if k == TILE // EPILOGUE_COLUMNS - 1:
+        if len(by_row) == TILE // sums.shape[1]:
             dlr[b, n0 // TILE, _rows(m0)] = sum(by_row)
 
     return write

@@ -55,7 +55,7 @@ class Sweep:
     n: int  # chunks of the launch
     backwards: bool
     carries: bool  # whether accumulators can start from a state
-    first: Any = None  # [1] int32: the launch's first chunk in time
+    first: Any = None  # int32: the launch's first chunk in time
     keep: Any = None  # [B M] float32
     left_BTD: Any = None
     right_BTF: Any = None
@@ -68,11 +68,11 @@ class Sweep:
         return self.n - 1 - step if self.backwards else step
 
     def keep_of(self, b, chunk):
-        return self.keep[b * self.M + self.first[0] + chunk]
+        return self.keep[b * self.M + self.first + chunk]
 
     def product(self, chunk) -> Product:
         """left^T right of a chunk, and behind it in the ring what is added to R."""
-        i = self.first[0] + chunk
+        i = self.first + chunk
         return Product(
             "tn",
             rows=self.D,
@@ -160,8 +160,10 @@ def _consume(sweep, ring, staging, wg, b, m0, n0, first):
     rows = pl.ds(pl.multiple_of(m0 + own, CONSUMER_ROWS), CONSUMER_ROWS)
     here = b, rows, pl.ds(n0, TILE)
 
-    def chunk(step, state):
-        i = sweep.chunk(step)
+    def chunk(step, carry):
+        state, keep = carry
+        i, after = sweep.chunk(step), sweep.chunk(jnp.minimum(step + 1, sweep.n - 1))
+        keep_after = sweep.keep_of(b, after)  # now: a load from device memory takes its time
         product = sweep.product(i)
         added, operands = _places(sweep, b, m0, n0, first, step)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before
@@ -171,15 +173,16 @@ def _consume(sweep, ring, staging, wg, b, m0, n0, first):
                 w_part: Any = read_epilogue_input(ring, added, own_rows, k)
                 part = part + w_part.astype(jnp.float32)
             staging[wg, k] = part.astype(staging.dtype)
-            plgpu.commit_smem()
+        plgpu.commit_smem()
+        for k in range(PARTS):
             columns = pl.ds(pl.multiple_of(n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
             to = sweep.R_BNDF.at[b, i, rows, columns]
             plgpu.copy_smem_to_gmem(staging.at[wg, k], to, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
-        return _updated(sweep, ring, product, operands, own_rows, sweep.keep_of(b, i) * state)
+        return _updated(sweep, ring, product, operands, own_rows, keep * state), keep_after
 
-    state = jax.lax.fori_loop(0, sweep.n, chunk, read(sweep.S_BDF, here))
-    sweep.S_BDF[here] = state
+    start = read(sweep.S_BDF, here), sweep.keep_of(b, sweep.chunk(0))
+    sweep.S_BDF[here] = jax.lax.fori_loop(0, sweep.n, chunk, start)[0]
 
 
 def _updated(sweep, ring, product, place, own_rows, state):

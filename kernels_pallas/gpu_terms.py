@@ -27,7 +27,6 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     BLOCKS,
     CONSUMER_ROWS,
     CONSUMERS,
-    EPILOGUE_COLUMNS,
     Place,
     Product,
     Ring,
@@ -68,6 +67,11 @@ class Sums:
         """R, S and K."""
         R, K = x.shape[:0:-1] if self.kind == "tn" else x.shape[1:]
         return R, y.shape[1 if self.kind == "nt" else 2], K
+
+    @property
+    def epilogue_columns(self) -> int:
+        """Columns that are written at once: 128 bytes."""
+        return 128 // jnp.dtype(self.out[0]).itemsize
 
     def tiles(self, R: int, S: int) -> np.ndarray:
         """First row, first column and first k-step of each tile of a matrix."""
@@ -132,7 +136,7 @@ def _launch(sums, count_x, count_y, interpret, arrays):
             collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=STAGES
         ),
         shared_memory(
-            (CONSUMERS, BUFFERS, CONSUMER_ROWS, EPILOGUE_COLUMNS), jnp.dtype(sums.out[0])
+            (CONSUMERS, BUFFERS, CONSUMER_ROWS, sums.epilogue_columns), jnp.dtype(sums.out[0])
         ),
     )
     body = functools.partial(_body, sums, sizes, N, clusters, count_x, count_y)
@@ -178,6 +182,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
         rights=None,  # pyright: ignore[reportArgumentType]
         epilogue=functools.partial(_write, sums, outs, staging, shift_N),
         epilogue_input=None if start is None else lambda n: start.at[n],
+        epilogue_columns=sums.epilogue_columns,
     )
     wg, block, pair = (jax.lax.axis_index(name) for name in ("wg", "block", "pair"))
     tiles, K_steps = table.shape[0], sizes[2] // BLOCK_K
@@ -237,7 +242,7 @@ def _produce(ring, sums, xs, ys, start, K_steps, place, first):
 
 
 def _write(sums, outs, staging, shift_N, n, m0, n0):
-    """The epilogue: 32 columns at a time."""
+    """The epilogue: what it makes of some columns."""
     rows = pl.ds(m0, CONSUMER_ROWS)
 
     def write(k, columns, total, start):

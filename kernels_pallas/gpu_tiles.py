@@ -20,7 +20,7 @@ has three warpgroups: one producer and two consumers.
     CONSUMERS        consume: wgmma, 64 k a step, into 64 x 256 float32 sums in registers
     warpgroups 0, 1     |    one wgmma stays in flight; the stage before it is released
                         v
-                     epilogue: 32 columns at a time; its input arrives as four more k-steps, 64
+                     epilogue: 64 columns at a time; its input arrives as four more k-steps, 64
                         |      columns each, through the same ring behind the operands
                         v
                      staging buffers in shared memory -> TMA -> device memory
@@ -58,7 +58,6 @@ BLOCKS = 2  # of a cluster: they share the columns
 CONSUMERS = 2  # warpgroups of a block
 BLOCK_ROWS = TILE // BLOCKS
 CONSUMER_ROWS = BLOCK_ROWS // CONSUMERS
-EPILOGUE_COLUMNS = 32  # that an epilogue holds at once in registers, besides the sums
 
 
 class Product(NamedTuple):
@@ -71,11 +70,13 @@ class Product(NamedTuple):
     # b -> the operand of a sequence [tokens or rows, columns], and the first row of the chunk in it
     left: Callable[[Any], tuple[Any, Any]]
     rights: list[Callable[[Any], tuple[Any, Any]]]  # the products with each are summed
-    # (b, first row, first column of a consumer's part) -> what to do with the sums of 32 columns:
+    # (b, first row, first column of a consumer's part) -> what to do with the sums of some columns:
     # a function of their number, their columns, the sums, and the same part of the input.
     epilogue: Callable[..., Callable[..., None]]
     # b -> a bfloat16 array [rows, columns]; None where the epilogue reads nothing
     epilogue_input: Callable[[Any], Any] | None = None
+    # that an epilogue holds at once in registers, besides the sums, and writes: 128 bytes
+    epilogue_columns: int = BLOCK_K
 
     @property
     def k_steps(self) -> int:
@@ -167,8 +168,12 @@ def _visit(products, table, compute):
     """
     pair, block = jax.lax.axis_index("pair"), jax.lax.axis_index("block")
 
-    def one(j, k_step):
-        tile = Tile(*(table[pair, j, k] for k in range(len(Tile._fields))))
+    def entry(j):
+        return Tile(*(table[pair, j, k] for k in range(len(Tile._fields))))
+
+    def one(j, carry):
+        k_step, tile = carry
+        after = entry(j + 1)  # now: a load from device memory takes its time
         m0 = pl.multiple_of(tile.row + block * BLOCK_ROWS, BLOCK_ROWS)
         n0 = pl.multiple_of(tile.column, TILE)
         k_steps = epilogue_steps = jnp.int32(0)
@@ -179,9 +184,9 @@ def _visit(products, table, compute):
         place = Place(tile.b, m0, n0, k_step, k_steps)
         for k, product in enumerate(products):
             pl.when(tile.product == k)(functools.partial(compute, product, place))
-        return k_step + k_steps + epilogue_steps
+        return k_step + k_steps + epilogue_steps, after
 
-    return jax.lax.fori_loop(1, table[pair, 0, 0] + 1, one, jnp.int32(0))
+    return jax.lax.fori_loop(1, table[pair, 0, 0] + 1, one, (jnp.int32(0), entry(1)))[0]
 
 
 def produce(ring, product, place):
@@ -256,16 +261,15 @@ def consume(ring, wg, product, place):
 
     sums: Any = pl.run_scoped(whole_sum, accumulator)
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
-    write = product.epilogue(place.b, m0, place.n0)
+    write, size = product.epilogue(place.b, m0, place.n0), product.epilogue_columns
     values: Any = None
-    for k in range(TILE // EPILOGUE_COLUMNS):
-        step, column = divmod(k * EPILOGUE_COLUMNS, BLOCK_K)
+    for k in range(TILE // size):
+        step, column = divmod(k * size, BLOCK_K)
         if column == 0 and product.epilogue_steps:
             values = read_epilogue_input(ring, place, own_rows, step)
-        first = pl.multiple_of(place.n0 + k * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
-        part = sums[:, k * EPILOGUE_COLUMNS : (k + 1) * EPILOGUE_COLUMNS]
-        same = None if values is None else values[:, column : column + EPILOGUE_COLUMNS]
-        write(k, pl.ds(first, EPILOGUE_COLUMNS), part, same)
+        first = pl.multiple_of(place.n0 + k * size, size)
+        same = None if values is None else values[:, column : column + size]
+        write(k, pl.ds(first, size), sums[:, k * size : (k + 1) * size], same)
 
 
 def accumulate(ring, product, place, own_rows, sums):
