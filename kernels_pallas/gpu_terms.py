@@ -190,17 +190,21 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     def visit(compute):
         """Call `compute(place, first k-step)` for each tile; the k-steps of all."""
 
-        def one(j, k_step):
-            t = pair + j * clusters
-            n, i = jax.lax.div(t, jnp.int32(tiles)), jax.lax.rem(t, jnp.int32(tiles))
-            m0 = pl.multiple_of(table[i, 0] + block * BLOCK_ROWS, BLOCK_ROWS)
-            n0, first = pl.multiple_of(table[i, 1], TILE), table[i, 2]
-            k_steps = len(sums.pairs) * (K_steps - first)
+        def entry(j):
+            i = jax.lax.rem(pair + j * clusters, jnp.int32(tiles))
+            return table[i, 0], table[i, 1], table[i, 2]
+
+        def one(j, carry):
+            k_step, (row, column, first) = carry
+            after = entry(j + 1)  # now: a load from device memory takes its time
+            n = jax.lax.div(pair + j * clusters, jnp.int32(tiles))
+            m0 = pl.multiple_of(row + block * BLOCK_ROWS, BLOCK_ROWS)
+            n0, k_steps = pl.multiple_of(column, TILE), len(sums.pairs) * (K_steps - first)
             compute(Place(n, m0, n0, k_step, k_steps), first)
-            return k_step + k_steps + product.epilogue_steps
+            return k_step + k_steps + product.epilogue_steps, after
 
         count = jax.lax.div(N * tiles - pair + clusters - 1, jnp.int32(clusters))
-        return jax.lax.fori_loop(0, count, one, jnp.int32(0))
+        return jax.lax.fori_loop(0, count, one, (jnp.int32(0), entry(jnp.int32(0))))[0]
 
     @pl.when(wg < CONSUMERS)
     def _():
@@ -244,12 +248,13 @@ def _produce(ring, sums, xs, ys, start, K_steps, place, first):
 def _write(sums, outs, staging, shift_N, n, m0, n0):
     """The epilogue: what it makes of some columns."""
     rows = pl.ds(m0, CONSUMER_ROWS)
+    shift = None if shift_N is None else shift_N[n]
 
     def write(k, columns, total, start):
         if sums.negative:
             total = -total
         if start is not None:
-            total += shift_N[n] * start.astype(jnp.float32)
+            total += shift * start.astype(jnp.float32)
         for t, out in enumerate(outs):
             staging.write(k * len(outs) + t, out.at[n, rows, columns], total)
             total -= total.astype(out.dtype).astype(jnp.float32)

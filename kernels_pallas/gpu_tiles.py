@@ -259,10 +259,11 @@ def consume(ring, wg, product, place):
         accumulate(ring, product, place, own_rows, sums)
         return sums[...]
 
-    sums: Any = pl.run_scoped(whole_sum, accumulator)
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
-    write, size = product.epilogue(place.b, m0, place.n0), product.epilogue_columns
+    write = product.epilogue(place.b, m0, place.n0)  # what it loads is there after the sum
+    sums: Any = pl.run_scoped(whole_sum, accumulator)
     values: Any = None
+    size = product.epilogue_columns
     for k in range(TILE // size):
         step, column = divmod(k * size, BLOCK_K)
         if column == 0 and product.epilogue_steps:
