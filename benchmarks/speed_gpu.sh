@@ -12,8 +12,8 @@
 #               books, one document, decay      forward 2.25 (2.35)        both 6.45 (7.1)
 #           If 4B misses by as much as books does, the clock did it. If books alone misses, the
 #           epilogues of 64 columns and two buffers do not pay: see the lab page.
-#   books   65 s. Prediction: six layers of ridge 20 to 21 % over none (23.4 % before).
-#   large  135 s. Prediction: 1.7B 5.0 % (5.3 before), 500M 12.5 % (13.8 before).
+#   books   65 s. Prediction: six layers of ridge 21.4 % over none (23.4 % before).
+#   large  135 s. Prediction: 1.7B 5.0 % (5.3 before), 500M 13.1 % (13.8 before).
 #   ridge   60 s. Prediction: a write with gradients 4.1 ms at books.
 set -u
 export PYTHONUNBUFFERED=1
