@@ -278,13 +278,14 @@ def gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF):
       dw_DF: less what the G that is left adds, where nothing drops any of it (no keep).
       dz_tail_BCF: of the trailing partial chunk, whose v is never read; None without one.
     """
-    _, _, w_DF, lr, _, keep_BM = residuals
+    _, _, w_DF, lr, state_BDF, keep_BM = residuals
     dw_DF = dw_DF + G_BDF.sum(axis=0) if keep_BM is None else dw_DF
     if dz_tail_BCF is not None:
         dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
         dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, dz_tail_BCF.shape[1]), (0, 0)))
     dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), G_BDF, dkeep_BM
+    dstate_BDF = None if state_BDF is None else G_BDF
+    return dz_BTF, dv_BTD, dw_DF.astype(w_DF.dtype), dlr.astype(lr.dtype), dstate_BDF, dkeep_BM
 
 
 def _replay(launches, C, whole, state_BDF):

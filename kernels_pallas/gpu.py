@@ -33,7 +33,6 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     BLOCKS,
     CONSUMER_ROWS,
     CONSUMERS,
-    EPILOGUE_COLUMNS,
     device_multiprocessors,
     run_block,
     shared_memory,
@@ -117,7 +116,7 @@ class MosaicLaunches:
 
     state_stages: int = 3  # of a sweep's ring, beside whole parts on their way to device memory
     stages: int = 4  # of the ring of products
-    buffers: int = 1  # of a consumer's results on their way from shared to device memory
+    buffers: int = 2  # of a consumer's results on their way from shared to device memory
     multiprocessors: int | None = None  # None: as many as the device has
     interpret: Any = None
 
@@ -127,17 +126,12 @@ class MosaicLaunches:
         return (self.multiprocessors or device_multiprocessors()) // BLOCKS
 
     def states(self, C, chunks, backwards, right_BTF, left_BTD, keep_BM, w_DF, S_BDF):
-        """Sweep over `chunks`, of which `left_BTD` holds all or these alone.
-
-        Returns R [B, n, D, F] of these chunks, and the state behind.
-        """
+        """Sweep over `chunks`. Returns R [B, n, D, F] of these, and the state behind."""
         (B, D, F), M, n = S_BDF.shape, keep_BM.shape[1], len(chunks)
         sweep = gpu_states.Sweep(B, C, D, F, M, n, backwards, carries=not self.interpret)
         R_BNDF = jax.lax.empty((B, n, D, F), right_BTF.dtype)
-        left_first = 0 if left_BTD.shape[1] == right_BTF.shape[1] else chunks.start
-        names = ["first", "left_first", "keep", "left_BTD", "right_BTF"]
-        scalars = _scalar(chunks.start), _scalar(left_first), keep_BM.reshape(-1)
-        operands = [*scalars, left_BTD, right_BTF]
+        names = ["first", "keep", "left_BTD", "right_BTF"]
+        operands = [_scalar(chunks.start), keep_BM.reshape(-1), left_BTD, right_BTF]
         if w_DF is not None:
             names, operands = [*names, "w_DF"], [*operands, w_DF]
         names += ["S_BDF", "R_BNDF"]
@@ -148,15 +142,13 @@ class MosaicLaunches:
         S_BDF, R_BNDF = self._launch("ttt_states", body, scratch, key, operands, [S_BDF, R_BNDF])
         return R_BNDF, S_BDF
 
-    def forward(self, C, chunks, base_start, z_BTF, base_BTD, R_BNDF, o_BTD):
-        """Return o, with these chunks written. No base: R holds W."""
-        if base_BTD is None:
+    def forward(self, C, chunks, z_BTF, w_DF, R_BNDF, o_BTD):
+        """Return o, with these chunks written. No W: R holds it."""
+        if w_DF is None:
             function, operands = gpu_products.fused_products, (z_BTF, R_BNDF)
-            return self._applies(C, chunks, function, operands, (o_BTD,))[0]
-        operands = z_BTF, base_BTD, R_BNDF
-        options = {"base_M": base_BTD.shape[1] // C, "base_first": base_start}
-        function = gpu_products.forward_products
-        return self._applies(C, chunks, function, operands, (o_BTD,), **options)[0]
+        else:
+            function, operands = gpu_products.forward_products, (z_BTF, w_DF, R_BNDF)
+        return self._applies(C, chunks, function, operands, (o_BTD,))[0]
 
     def replay(self, C, chunks, do_BTD, R_BNDF, dz_BTF):
         """Return dz, with these chunks written."""
@@ -170,32 +162,28 @@ class MosaicLaunches:
         operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, dv_BTD, dlr)
         return self._applies(C, chunks, gpu_products.reverse_products, operands, in_place, lr=lr)
 
-    def _applies(self, C, chunks, products, operands, in_place, lr=0.0, **base):
-        """Launch products of these chunks. `in_place` and `operands` are [B, T, X], or R."""
+    def _applies(self, C, chunks, products, operands, in_place, lr=0.0):
+        """Launch products of these chunks. `in_place` and `operands` are [B, T, X], W or R."""
         (B, n, D, F), M = operands[-1].shape, operands[0].shape[1] // C
         sizes = Sizes(C, D, F)
         no_arrays = [None] * (len(operands) + len(in_place))
         # The shapes of the products do not depend on what they read.
         shapes = tuple(
-            ProductShape(p.rows, p.columns, p.length)
+            ProductShape(p.rows, p.columns, p.k_steps * BLOCK_K)
             for p in products(sizes, gpu_products.Chunks(), *no_arrays)
         )
         table = jnp.asarray(schedule(shapes, B * n, self.clusters))
-        by_chunk = lambda x_BTX: x_BTX.reshape(-1, C, x_BTX.shape[2])
+        by_chunk = lambda x: x if x.ndim == 2 else x.reshape(-1, C, x.shape[2])
         *operands, R_BNDF = operands
         operands = [*map(by_chunk, operands), R_BNDF.reshape(B * n, D, F)]
         results = in_place
         in_place = [x if x.dtype == jnp.float32 else by_chunk(x) for x in in_place]
         scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
-        body = functools.partial(_products, products, sizes, n, M, base, self.stages, self.buffers)
-        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, EPILOGUE_COLUMNS
-        scratch = (
-            *self._ring(self.stages),
-            shared_memory(staging, jnp.bfloat16),
-            shared_memory(staging, jnp.float32),
-        )
+        body = functools.partial(_products, products, sizes, n, M, self.stages, self.buffers)
+        staging = CONSUMERS, self.buffers, CONSUMER_ROWS, BLOCK_K
+        scratch = (*self._ring(self.stages), shared_memory(staging, jnp.bfloat16))
         name = "ttt_" + products.__name__.removesuffix("_products")
-        key = name, sizes, n, M, tuple(base.items())
+        key = name, sizes, n, M
         arrays = [*scalars, *operands]
         written = self._launch(name, body, scratch, key, arrays, in_place)
         return [x.reshape(y.shape) for x, y in zip(written, results, strict=True)]
@@ -207,13 +195,12 @@ class MosaicLaunches:
             shapes = (stages, rows, BLOCK_K), (stages, BLOCK_K, rows)
             return [shared_memory(shape, jnp.bfloat16) for shape in shapes]
 
-        float32 = shared_memory((stages, BLOCK_ROWS, BLOCK_K), jnp.float32)
         # The interpreter watches a union as a whole, and takes the use of one stage for that of
         # another.
         one_ring = (lambda *views: views) if self.interpret else plgpu.RefUnion
         return (
             one_ring(*operands(BLOCK_ROWS)),
-            one_ring(*operands(TILE), float32),
+            one_ring(*operands(TILE)),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.ClusterBarrier(
                 collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages
@@ -260,15 +247,15 @@ def _sweep(sweep, names, clusters, stages, *arrays):
     """What a warpgroup of a sweep runs."""
     arrays, scratch = arrays[: len(names)], arrays[len(names) :]
     sweep = dataclasses.replace(sweep, **dict(zip(names, arrays, strict=True)))
+    sweep = dataclasses.replace(sweep, first=sweep.first[0])
     gpu_states.run_block(sweep, clusters, stages, *scratch)
 
 
-def _products(products, sizes, n, M, base, stages, buffers, table, first, lr, *arrays):
+def _products(products, sizes, n, M, stages, buffers, table, first, lr, *arrays):
     """What a warpgroup of a launch of products runs."""
-    *arrays, left, right, full, empty, bfloat16, float32 = arrays
-    chunks = gpu_products.Chunks(n=n, M=M, first=first[0], lr=lr[0])._replace(
-        staging=Staging(buffers, bfloat16, float32), **base
-    )
+    *arrays, left, right, full, empty, staged = arrays
+    staging = Staging(buffers, staged)
+    chunks = gpu_products.Chunks(n=n, M=M, first=first[0], lr=lr[0], staging=staging)
     found = products(sizes, chunks, *arrays)
     run_block(found, table, stages, left, right, full, empty)
 

@@ -5,6 +5,8 @@ jax's rematerialisation takes programs apart and cannot hand on a ref. It leaves
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
@@ -12,15 +14,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 
-def apart(kernel, in_place: int, *arrays):
-    """Results of a kernel that updates its first `in_place` arrays, between barriers.
+def apart(kernel, *arrays):
+    """Results of a kernel that updates some of its arrays in place, between barriers.
 
-    Where such an array is a slice of a stack of layers, XLA's slice fusion takes the slice and the
-    custom call into one operation, and forgets that its results are its operands: the new state
-    went where nobody read it, and S stayed zero (jax 0.11.2).
+    Where one of them, a state or a weight, is a slice of a stack of layers, XLA's slice fusion
+    takes the slice and the custom call into one operation, and forgets that results are operands:
+    the new state went where nobody read it, and S stayed zero (jax 0.11.2).
     """
-    held = jax.lax.optimization_barrier(arrays[:in_place])
-    return jax.lax.optimization_barrier(kernel(*held, *arrays[in_place:]))
+    return jax.lax.optimization_barrier(kernel(*jax.lax.optimization_barrier(arrays)))
 
 
 class Launch:
@@ -59,9 +60,7 @@ def _lower(ctx, *arrays, launch, results):
 
     ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        lower = mlir.lower_fun(
-            lambda *arrays: apart(launch, results, *arrays), multiple_results=True
-        )
+        lower = mlir.lower_fun(functools.partial(apart, launch), multiple_results=True)
         return lower(ctx, *arrays)
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ttt_jax.kernels_pallas.gpu_schedule import TILE
-from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, EPILOGUE_COLUMNS, Product
+from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, Product
 
 
 class Sizes(NamedTuple):
@@ -27,28 +27,23 @@ class Sizes(NamedTuple):
 
 
 class Staging(NamedTuple):
-    """Shared memory for results on their way to device memory, [consumers, buffers, 64, 32]."""
+    """Shared memory for results on their way to device memory: [consumers, buffers, 64, 64], or 32
+    of float32.
+    """
 
     buffers: int
-    bfloat16: Any = None
-    float32: Any = None
+    staged: Any = None  # of the results' dtype
 
-    def write(self, k, *parts):
-        """Write part k of a tile, (destination [64, 32], values) each.
+    def write(self, k, ref, values):
+        """Write part k of a tile to `ref`.
 
         Through shared memory: registers would write eight bytes at a time.
         """
         wg, buffer = jax.lax.axis_index("wg"), k % self.buffers
         plgpu.wait_smem_to_gmem(self.buffers - 1, wait_read_only=True)
-        for ref, values in parts:
-            self._of(ref)[wg, buffer] = values.astype(ref.dtype)
+        self.staged[wg, buffer] = values.astype(ref.dtype)
         plgpu.commit_smem()
-        for ref, _ in parts:
-            plgpu.copy_smem_to_gmem(self._of(ref).at[wg, buffer], ref, commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
-
-    def _of(self, ref):
-        return self.float32 if ref.dtype == jnp.float32 else self.bfloat16
+        plgpu.copy_smem_to_gmem(self.staged.at[wg, buffer], ref)
 
 
 class Chunks(NamedTuple):
@@ -56,9 +51,7 @@ class Chunks(NamedTuple):
 
     n: int = 1  # of a sequence in the launch
     M: int = 1  # of a sequence in all
-    base_M: int = 1  # of a sequence in `base`
     first: Any = 0
-    base_first: Any = 0  # the first in `base`
     lr: Any = None
     staging: Any = None
 
@@ -66,14 +59,12 @@ class Chunks(NamedTuple):
         """The chunk among all."""
         return (b // self.n) * self.M + self.first + b % self.n
 
-    def in_base(self, b):
-        return (b // self.n) * self.base_M + self.first - self.base_first + b % self.n
 
-
-def forward_products(sizes: Sizes, chunks: Chunks, z_QCF, base_QCD, R_QDF, o_QCD):
-    """o = base + z R^T."""
-    inputs = lambda b: (base_QCD.at[chunks.in_base(b)], None)
-    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_o, o_QCD, inputs)]
+def forward_products(sizes: Sizes, chunks: Chunks, z_QCF, w_DF, R_QDF, o_QCD):
+    """o = z R^T + z W^T, one sum. R is the small one: its products come first."""
+    return [
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD, more=[lambda b: (w_DF, 0)])
+    ]
 
 
 def fused_products(sizes: Sizes, chunks: Chunks, z_QCF, R_QDF, o_QCD):
@@ -88,17 +79,17 @@ def replay_products(sizes: Sizes, chunks: Chunks, do_QCD, R_QDF, dz_QCF):
 
 def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, dv_QCD, dlr):
     """dv = lr z R^T with rows of dlr = <v, z R^T>, and dz += lr v R."""
-    v_inputs = lambda b: (None, v_QCD.at[chunks.q(b)])
-    dz_inputs = lambda b: (None, dz_QCF.at[chunks.q(b)])
+    v = lambda b: v_QCD.at[chunks.q(b)]
+    dz = lambda b: dz_QCF.at[chunks.q(b)]
     write_dv = functools.partial(_write_dv, dlr)
     return [
-        _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v_inputs),
-        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_dz, dz_QCF, dz_inputs),
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v),
+        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_dz, dz_QCF, dz),
     ]
 
 
-def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, inputs=None) -> Product:
-    """left R^T ("nt") or left R ("nn")."""
+def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, read=None, more=()) -> Product:
+    """left R^T ("nt") or left R ("nn"), and the same of `more` than R."""
     C, D, F = sizes
     columns, length = (D, F) if layout == "nt" else (F, D)
     return Product(
@@ -107,39 +98,32 @@ def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, inputs=None) 
         columns=columns,
         length=length,
         left=lambda b: (left_QCX.at[chunks.q(b)], 0),
-        right=lambda b: (R_QDF.at[b], 0),
+        rights=[lambda b: (R_QDF.at[b], 0), *more],
         epilogue=functools.partial(write, chunks, out_QCX),
-        epilogue_inputs=inputs or (lambda b: (None, None)),
+        epilogue_input=read,
     )
 
 
 # Epilogues. m0 and n0 are the first row and column of a consumer's part of the tile. What they
-# return writes 32 columns: their number k, the columns, the sums [64, 32] float32, and the same
-# part of the float32 and of the bfloat16 input.
+# return writes 64 columns: their number k, the columns, the sums [64, 64] float32, and the same
+# part of the bfloat16 input.
 
 
 def _rows(first):
     return pl.ds(pl.multiple_of(first, CONSUMER_ROWS), CONSUMER_ROWS)
 
 
-def _write_o(chunks, o_QCD, b, m0, n0):
-    def write(k, columns, sums, base, _):
-        chunks.staging.write(k, (o_QCD.at[chunks.q(b), _rows(m0), columns], base + sums))
-
-    return write
-
-
 def _write_rows(chunks, y_QCX, b, m0, n0):
-    def write(k, columns, sums, _, __):
-        chunks.staging.write(k, (y_QCX.at[chunks.q(b), _rows(m0), columns], sums))
+    def write(k, columns, sums, _):
+        chunks.staging.write(k, y_QCX.at[chunks.q(b), _rows(m0), columns], sums)
 
     return write
 
 
 def _add_to_dz(chunks, dz_QCF, b, m0, n0):
-    def write(k, columns, sums, _, before):
+    def write(k, columns, sums, before):
         part = dz_QCF.at[chunks.q(b), _rows(m0), columns]
-        chunks.staging.write(k, (part, before.astype(jnp.float32) + chunks.lr * sums))
+        chunks.staging.write(k, part, before.astype(jnp.float32) + chunks.lr * sums)
 
     return write
 
@@ -147,11 +131,11 @@ def _add_to_dz(chunks, dz_QCF, b, m0, n0):
 def _write_dv(dlr, chunks, dv_QCD, b, m0, n0):
     by_row = []
 
-    def write(k, columns, sums, _, v):
+    def write(k, columns, sums, v):
         by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
         part = dv_QCD.at[chunks.q(b), _rows(m0), columns]
-        chunks.staging.write(k, (part, chunks.lr * sums))
-        if k == TILE // EPILOGUE_COLUMNS - 1:
+        chunks.staging.write(k, part, chunks.lr * sums)
+        if len(by_row) == TILE // sums.shape[1]:
             dlr[b, n0 // TILE, _rows(m0)] = sum(by_row)
 
     return write

@@ -54,8 +54,8 @@ def schedule(shapes: tuple[ProductShape, ...], B: int, clusters: int) -> np.ndar
       clusters: of the launch.
 
     Returns:
-      [clusters, 1 + most tiles of a cluster, 4] int32: rows of `Tile`; the first row holds their
-      count.
+      [clusters, 2 + most tiles of a cluster, 4] int32: rows of `Tile`; the first row holds their
+      count, and behind every cluster's last one is a row of zeros.
     """
     order = sorted(range(len(shapes)), key=lambda k: -shapes[k].cost)
     tiles = [Tile(k, b, *at) for k in order for b in range(B) for at in shapes[k].tiles]
@@ -65,7 +65,7 @@ def schedule(shapes: tuple[ProductShape, ...], B: int, clusters: int) -> np.ndar
         now, cluster = heapq.heappop(free)
         queues[cluster].append(tile)
         heapq.heappush(free, (now + shapes[tile.product].cost, cluster))
-    table = np.zeros((clusters, 1 + max(map(len, queues)), len(Tile._fields)), np.int32)
+    table = np.zeros((clusters, 2 + max(map(len, queues)), len(Tile._fields)), np.int32)
     for cluster, queue in enumerate(queues):
         table[cluster, 0, 0] = len(queue)
         for j, tile in enumerate(queue):

@@ -34,10 +34,10 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     Product,
     Ring,
     accumulate,
-    produce_epilogue_inputs,
+    produce_epilogue_input,
     produce_k_step,
     read,
-    read_epilogue_inputs,
+    read_epilogue_input,
 )
 
 PARTS = TILE // BLOCK_K  # of a consumer's rows, 64 columns each
@@ -55,8 +55,7 @@ class Sweep:
     n: int  # chunks of the launch
     backwards: bool
     carries: bool  # whether accumulators can start from a state
-    first: Any = None  # [1] int32: the launch's first chunk in time
-    left_first: Any = None  # [1] int32: the first chunk that `left` holds
+    first: Any = None  # int32: the launch's first chunk in time
     keep: Any = None  # [B M] float32
     left_BTD: Any = None
     right_BTF: Any = None
@@ -69,20 +68,20 @@ class Sweep:
         return self.n - 1 - step if self.backwards else step
 
     def keep_of(self, b, chunk):
-        return self.keep[b * self.M + self.first[0] + chunk]
+        return self.keep[b * self.M + self.first + chunk]
 
     def product(self, chunk) -> Product:
         """left^T right of a chunk, and behind it in the ring what is added to R."""
-        i = self.first[0] + chunk
+        i = self.first + chunk
         return Product(
             "tn",
             rows=self.D,
             columns=self.F,
             length=self.C,
-            left=lambda b: (self.left_BTD.at[b], (i - self.left_first[0]) * self.C),
-            right=lambda b: (self.right_BTF.at[b], i * self.C),
+            left=lambda b: (self.left_BTD.at[b], i * self.C),
+            rights=[lambda b: (self.right_BTF.at[b], i * self.C)],
             epilogue=None,  # pyright: ignore[reportArgumentType]
-            epilogue_inputs=lambda b: (None, self.w_DF),
+            epilogue_input=None if self.w_DF is None else lambda b: self.w_DF,
         )
 
     @property
@@ -143,9 +142,9 @@ def _produce(sweep, ring, b, m0, n0, first):
     def chunk(step, _):
         product = sweep.product(sweep.chunk(step))
         added, operands = _places(sweep, b, m0, n0, first, step)
-        produce_epilogue_inputs(ring, product, added)
-        product = product._replace(epilogue_inputs=lambda b: (None, None))
-        arrays = product.left(b), product.right(b)
+        produce_epilogue_input(ring, product, added)
+        product = product._replace(epilogue_input=None)
+        arrays = product.left(b), product.rights[0](b)
 
         def copy(s, _):
             produce_k_step(ring, product, operands, *arrays, s, None)
@@ -161,26 +160,29 @@ def _consume(sweep, ring, staging, wg, b, m0, n0, first):
     rows = pl.ds(pl.multiple_of(m0 + own, CONSUMER_ROWS), CONSUMER_ROWS)
     here = b, rows, pl.ds(n0, TILE)
 
-    def chunk(step, state):
-        i = sweep.chunk(step)
+    def chunk(step, carry):
+        state, keep = carry
+        i, after = sweep.chunk(step), sweep.chunk(jnp.minimum(step + 1, sweep.n - 1))
+        keep_after = sweep.keep_of(b, after)  # now: a load from device memory takes its time
         product = sweep.product(i)
         added, operands = _places(sweep, b, m0, n0, first, step)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before
         for k in range(PARTS):
             part = state[:, k * BLOCK_K : (k + 1) * BLOCK_K]
             if sweep.w_DF is not None:
-                w_part: Any = read_epilogue_inputs(ring, product, added, own_rows, k)[1]
+                w_part: Any = read_epilogue_input(ring, added, own_rows, k)
                 part = part + w_part.astype(jnp.float32)
             staging[wg, k] = part.astype(staging.dtype)
-            plgpu.commit_smem()
+        plgpu.commit_smem()
+        for k in range(PARTS):
             columns = pl.ds(pl.multiple_of(n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
             to = sweep.R_BNDF.at[b, i, rows, columns]
             plgpu.copy_smem_to_gmem(staging.at[wg, k], to, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
-        return _updated(sweep, ring, product, operands, own_rows, sweep.keep_of(b, i) * state)
+        return _updated(sweep, ring, product, operands, own_rows, keep * state), keep_after
 
-    state = jax.lax.fori_loop(0, sweep.n, chunk, read(sweep.S_BDF, here))
-    sweep.S_BDF[here] = state
+    start = read(sweep.S_BDF, here), sweep.keep_of(b, sweep.chunk(0))
+    sweep.S_BDF[here] = jax.lax.fori_loop(0, sweep.n, chunk, start)[0]
 
 
 def _updated(sweep, ring, product, place, own_rows, state):

@@ -5,7 +5,7 @@ grants; Q = B M chunks of all sequences. A sweep (`gpu_states.py`) keeps tiles o
 registers and writes a copy R_i of what every chunk reads. The products that read it know nothing of
 each other:
 
-    forward    states of v and z: R = S          o_i = base_i + z_i R_i^T        base = z W^T
+    forward    states of v and z: R = S          o_i = z_i R_i^T + z_i W^T, one sum
     fused      states of v and z: R = W + S      o_i = z_i R_i^T                 instead of forward
     replay     states of v and z: R = W + S      dz_i = do_i R_i
     reverse    states of do and z: R = G         dv_i = lr z_i R_i^T   dz_i += lr v_i R_i
@@ -18,20 +18,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ttt_jax.kernels_pallas.chunk_scan import (
     dot,
     factors,
     gradients,
     scaled,
-    slow_apply,
     split,
     sum_of,
 )
+from ttt_jax.kernels_pallas.gpu_schedule import BLOCK_K, TILE
+from ttt_jax.kernels_pallas.gpu_tiles import BLOCKS, device_multiprocessors
 from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 # Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
-STATES, SEQUENCES = 2**28, 4
+STATES, SEQUENCES = 2**29, 2
+LAUNCH_STEPS = 10  # k-steps that a tile of the state takes to be read and written
 
 
 def in_place_ttt(
@@ -43,11 +46,24 @@ def in_place_ttt(
     return results
 
 
-def _stretches(B: int, M: int, D: int, F: int) -> list[range]:
-    """Cut M chunks into few stretches of about equal length."""
+def _stretches(B: int, M: int, C: int, D: int, F: int) -> list[range]:
+    """Cut M chunks into stretches. Their length decides how much of a launch's last round of tiles
+    is idle: at 4B shapes, five chunks of 1024 tokens have 200 tiles of o for 66 clusters.
+    """
     most = max(1, STATES * min(B, SEQUENCES) // (2 * B * D * F))
-    n = -(-M // max(1, -(-M // most)))
-    return [range(first, min(first + n, M)) for first in range(0, M, n)] if M else []
+    cuts = [
+        [range(first, min(first + n, M)) for first in range(0, M, n)]
+        for n in range(min(M, most), 0, -1)  # of equal ones the longest
+    ]
+    clusters = device_multiprocessors() // BLOCKS
+
+    def steps(stretches):
+        """K-steps of all launches: of the sweeps what a launch costs, of o all."""
+        sweep = LAUNCH_STEPS * -(-B * D * F // (TILE**2 * clusters))
+        rounds = sum(-(-B * len(chunks) * C * D // (TILE**2 * clusters)) for chunks in stretches)
+        return rounds * 2 * F // BLOCK_K + 3 * sweep * len(stretches)
+
+    return min(cuts, key=steps, default=[])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -55,34 +71,43 @@ def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
     return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
+def _traced_forward(launches, C, fused, *primals):
+    arrays = jax.tree.map(lambda primal: primal.value, primals)
+    return _forward(launches, C, fused, *arrays)
+
+
 def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
     M, tail = divmod(T, C)
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
-    S_BDF, o_BTD = state_BDF, _empty(z_BTF, (B, M * C, D), dtype)
-    base_BTD = None if fused or B == 1 else slow_apply(z_whole_BTF, w_DF)
-    for chunks in _stretches(B, M, D, F):
-        # One stretch at a time, lr v and z W^T included, which XLA prefers to compute all at once.
-        S_BDF, o_BTD, slow_DF, rate = jax.lax.optimization_barrier((S_BDF, o_BTD, w_DF, lr))
-        tokens = slice(chunks.start * C, chunks.stop * C)
+    with jax.named_scope("ttt_scaled"):  # in the place of o: a sweep reads its chunks before
+        o_BTD = scaled(split(v_BTD, M * C)[0], lr)  # they are written
+    S_BDF, o_BTD = _start(state_BDF, (B, D, F), o_BTD)
+    added_DF, applied_DF = (w_DF, None) if fused else (None, w_DF)
+    for chunks in _stretches(B, M, C, D, F):
+        S_BDF, o_BTD = jax.lax.optimization_barrier((S_BDF, o_BTD))  # one stretch at a time
         with jax.named_scope("ttt_forward"):
-            u_BTD = scaled(v_BTD[:, tokens], rate)
-            sweep = z_whole_BTF, u_BTD, factors_BM, slow_DF if fused else None, S_BDF
+            sweep = z_whole_BTF, o_BTD, factors_BM, added_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
-        base_start = 0
-        if not fused and B == 1:
-            base_start = chunks.start
-            base_BTD = slow_apply(z_whole_BTF[:, tokens], slow_DF)
-        with jax.named_scope("ttt_forward"):
-            arrays = z_whole_BTF, base_BTD, R_BNDF, o_BTD
-            o_BTD = varying_like(z_BTF, launches.forward(C, chunks, base_start, *arrays))
+            arrays = z_whole_BTF, applied_DF, R_BNDF, o_BTD
+            o_BTD = varying_like(z_BTF, launches.forward(C, chunks, *arrays))
     if tail:  # the trailing partial chunk reads the state and does not write it
         z_tail_BCF = z_BTF[:, M * C :]
         read_BDF = sum_of(w_DF, S_BDF, dtype) if fused else S_BDF.astype(dtype)
         o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
-        o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
+        o_BCD = o_BCD if fused else dot("bcf,df->bcd", z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+
+
+def _start(first_BDF, shape, behind):
+    """What a state starts with, and `behind`, behind which zeros are made: as one array for all
+    that starts with zeros XLA would keep them, and copy them wherever a launch writes.
+    """
+    if not (first_BDF is None or isinstance(first_BDF, SymbolicZero)):
+        return first_BDF, behind
+    zero, behind = jax.lax.optimization_barrier((jnp.float32(0), behind))
+    return varying_like(behind, jnp.broadcast_to(zero, shape)), behind
 
 
 def _empty(like, shape, dtype):
@@ -96,21 +121,27 @@ def _backward(launches, C, fused, residuals, cotangents):
     do_BTD, G_BDF = cotangents
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     M, tail = divmod(T, C)
+    if isinstance(do_BTD, SymbolicZero):
+        do_BTD = varying_like(z_BTF, jnp.zeros(v_BTD.shape, z_BTF.dtype))
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
     v_whole_BTD, _ = split(v_BTD, M * C)
 
-    stretches, S_BDF = _stretches(B, M, D, F), state_BDF
+    stretches = _stretches(B, M, C, D, F)
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
+    with jax.named_scope("ttt_scaled"):  # again, and not the forward's, kept until now
+        rate, do_whole_BTD = jax.lax.optimization_barrier((lr, do_whole_BTD))
+        dv_BTD = scaled(v_whole_BTD, rate)  # until the reverse writes dv
+    S_BDF, dv_BTD = _start(state_BDF, (B, D, F), dv_BTD)
     for chunks in stretches:
-        S_BDF, dz_BTF, rate = jax.lax.optimization_barrier((S_BDF, dz_BTF, lr))
+        S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
         with jax.named_scope("ttt_replay"):
-            u_BTD = scaled(v_BTD[:, chunks.start * C : chunks.stop * C], rate)
-            sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
+            sweep = z_whole_BTF, dv_BTD, factors_BM, w_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
             dz_BTF = launches.replay(C, chunks, do_whole_BTD, R_BNDF, dz_BTF)
             dz_BTF = varying_like(z_BTF, dz_BTF)
 
+    G_BDF, dz_BTF = _start(G_BDF, (B, D, F), dz_BTF)
     if keep_BM is None:
         dw_DF = -G_BDF.sum(axis=0)  # what G starts with is not the slow weight's
     else:  # G drops something: one product costs less than to collect it chunk by chunk
@@ -122,10 +153,9 @@ def _backward(launches, C, fused, residuals, cotangents):
         dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
         G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    dv_BTD = _empty(z_BTF, v_whole_BTD.shape, v_BTD.dtype)
     dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
     for chunks in reversed(stretches):
-        G_BDF, dz_BTF = jax.lax.optimization_barrier((G_BDF, dz_BTF))
+        G_BDF, dz_BTF, dv_BTD = jax.lax.optimization_barrier((G_BDF, dz_BTF, dv_BTD))
         with jax.named_scope("ttt_reverse"):
             sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
             R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))
@@ -136,4 +166,4 @@ def _backward(launches, C, fused, residuals, cotangents):
     return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
 
 
-_in_place_ttt.defvjp(_forward, _backward)
+_in_place_ttt.defvjp(_traced_forward, _backward, symbolic_zeros=True)

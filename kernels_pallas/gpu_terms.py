@@ -27,7 +27,6 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
     BLOCKS,
     CONSUMER_ROWS,
     CONSUMERS,
-    EPILOGUE_COLUMNS,
     Place,
     Product,
     Ring,
@@ -68,6 +67,11 @@ class Sums:
         """R, S and K."""
         R, K = x.shape[:0:-1] if self.kind == "tn" else x.shape[1:]
         return R, y.shape[1 if self.kind == "nt" else 2], K
+
+    @property
+    def epilogue_columns(self) -> int:
+        """Columns that are written at once: 128 bytes."""
+        return 128 // jnp.dtype(self.out[0]).itemsize
 
     def tiles(self, R: int, S: int) -> np.ndarray:
         """First row, first column and first k-step of each tile of a matrix."""
@@ -132,7 +136,7 @@ def _launch(sums, count_x, count_y, interpret, arrays):
             collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=STAGES
         ),
         shared_memory(
-            (CONSUMERS, BUFFERS, CONSUMER_ROWS, EPILOGUE_COLUMNS), jnp.dtype(sums.out[0])
+            (CONSUMERS, BUFFERS, CONSUMER_ROWS, sums.epilogue_columns), jnp.dtype(sums.out[0])
         ),
     )
     body = functools.partial(_body, sums, sizes, N, clusters, count_x, count_y)
@@ -156,7 +160,7 @@ def _launch(sums, count_x, count_y, interpret, arrays):
         name="ttt_terms",
     )
     arrays = *xs, *ys, jnp.asarray(sums.tiles(*sizes[:2])), *extra
-    return apart(run, len(arrays), *arrays)  # operands may be slices of a scan's arrays, too
+    return apart(run, *arrays)
 
 
 def _parts(arrays, count_x, count_y):
@@ -170,15 +174,15 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     xs, ys, (table, *arrays) = _parts(arrays, count_x, count_y)
     outs = arrays[-len(sums.out) :]
     shift_N, start = arrays[: -len(sums.out)] or (None, None)
-    ring = Ring(STAGES, left, (*right, None), full, empty)
-    staging = Staging(BUFFERS, bfloat16=staged, float32=staged)  # all results have one dtype
+    ring, staging = Ring(STAGES, left, right, full, empty), Staging(BUFFERS, staged)
     product = Product(
         sums.kind,
         *sizes,
         left=None,  # pyright: ignore[reportArgumentType]
-        right=None,  # pyright: ignore[reportArgumentType]
+        rights=None,  # pyright: ignore[reportArgumentType]
         epilogue=functools.partial(_write, sums, outs, staging, shift_N),
-        epilogue_inputs=lambda n: (None, None if start is None else start.at[n]),
+        epilogue_input=None if start is None else lambda n: start.at[n],
+        epilogue_columns=sums.epilogue_columns,
     )
     wg, block, pair = (jax.lax.axis_index(name) for name in ("wg", "block", "pair"))
     tiles, K_steps = table.shape[0], sizes[2] // BLOCK_K
@@ -186,17 +190,21 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     def visit(compute):
         """Call `compute(place, first k-step)` for each tile; the k-steps of all."""
 
-        def one(j, k_step):
-            t = pair + j * clusters
-            n, i = jax.lax.div(t, jnp.int32(tiles)), jax.lax.rem(t, jnp.int32(tiles))
-            m0 = pl.multiple_of(table[i, 0] + block * BLOCK_ROWS, BLOCK_ROWS)
-            n0, first = pl.multiple_of(table[i, 1], TILE), table[i, 2]
-            k_steps = len(sums.pairs) * (K_steps - first)
+        def entry(j):
+            i = jax.lax.rem(pair + j * clusters, jnp.int32(tiles))
+            return table[i, 0], table[i, 1], table[i, 2]
+
+        def one(j, carry):
+            k_step, (row, column, first) = carry
+            after = entry(j + 1)  # now: a load from device memory takes its time
+            n = jax.lax.div(pair + j * clusters, jnp.int32(tiles))
+            m0 = pl.multiple_of(row + block * BLOCK_ROWS, BLOCK_ROWS)
+            n0, k_steps = pl.multiple_of(column, TILE), len(sums.pairs) * (K_steps - first)
             compute(Place(n, m0, n0, k_step, k_steps), first)
-            return k_step + k_steps + product.epilogue_steps
+            return k_step + k_steps + product.epilogue_steps, after
 
         count = jax.lax.div(N * tiles - pair + clusters - 1, jnp.int32(clusters))
-        return jax.lax.fori_loop(0, count, one, jnp.int32(0))
+        return jax.lax.fori_loop(0, count, one, (jnp.int32(0), entry(jnp.int32(0))))[0]
 
     @pl.when(wg < CONSUMERS)
     def _():
@@ -238,16 +246,17 @@ def _produce(ring, sums, xs, ys, start, K_steps, place, first):
 
 
 def _write(sums, outs, staging, shift_N, n, m0, n0):
-    """The epilogue: 32 columns at a time."""
+    """The epilogue: what it makes of some columns."""
     rows = pl.ds(m0, CONSUMER_ROWS)
+    shift = None if shift_N is None else shift_N[n]
 
-    def write(k, columns, total, _, start):
+    def write(k, columns, total, start):
         if sums.negative:
             total = -total
         if start is not None:
-            total += shift_N[n] * start.astype(jnp.float32)
+            total += shift * start.astype(jnp.float32)
         for t, out in enumerate(outs):
-            staging.write(k * len(outs) + t, (out.at[n, rows, columns], total))
+            staging.write(k * len(outs) + t, out.at[n, rows, columns], total)
             total -= total.astype(out.dtype).astype(jnp.float32)
 
     return write

@@ -20,8 +20,8 @@ has three warpgroups: one producer and two consumers.
     CONSUMERS        consume: wgmma, 64 k a step, into 64 x 256 float32 sums in registers
     warpgroups 0, 1     |    one wgmma stays in flight; the stage before it is released
                         v
-                     epilogue: 32 columns at a time; inputs arrive as four more k-steps, 64 columns
-                        |      each, through the same ring behind the operands
+                     epilogue: 64 columns at a time; its input arrives as four more k-steps, 64
+                        |      columns each, through the same ring behind the operands
                         v
                      staging buffers in shared memory -> TMA -> device memory
 
@@ -30,8 +30,8 @@ has three warpgroups: one producer and two consumers.
 
 Multicast halves the traffic of L2, which cannot deliver 128 x 128 tiles to every multiprocessor at
 the speed of the tensor cores. The producer runs ahead by as many k-steps as the ring has stages.
-Epilogue inputs come through the ring, too: reading them from device memory at the end would take as
-long as a sum.
+An epilogue's input comes through the ring, too: reading it from device memory at the end would take
+as long as a sum.
 
 Kinds of products, by where the summed dimension is:
 
@@ -58,7 +58,6 @@ BLOCKS = 2  # of a cluster: they share the columns
 CONSUMERS = 2  # warpgroups of a block
 BLOCK_ROWS = TILE // BLOCKS
 CONSUMER_ROWS = BLOCK_ROWS // CONSUMERS
-EPILOGUE_COLUMNS = 32  # that an epilogue holds at once in registers, besides the sums
 
 
 class Product(NamedTuple):
@@ -67,21 +66,27 @@ class Product(NamedTuple):
     kind: Literal["nt", "nn", "tn"]
     rows: int
     columns: int
-    length: int  # of the sum
+    length: int  # of one product's sum
     # b -> the operand of a sequence [tokens or rows, columns], and the first row of the chunk in it
     left: Callable[[Any], tuple[Any, Any]]
-    right: Callable[[Any], tuple[Any, Any]]
-    # (b, first row, first column of a consumer's part) -> what to do with the sums of 32 columns:
-    # a function of their number, their columns, the sums, and the same part of both inputs.
+    rights: list[Callable[[Any], tuple[Any, Any]]]  # the products with each are summed
+    # (b, first row, first column of a consumer's part) -> what to do with the sums of some columns:
+    # a function of their number, their columns, the sums, and the same part of the input.
     epilogue: Callable[..., Callable[..., None]]
-    # b -> the float32 and the bfloat16 array, [rows, columns], or None
-    epilogue_inputs: Callable[[Any], tuple[Any, Any]]
+    # b -> a bfloat16 array [rows, columns]; None where the epilogue reads nothing
+    epilogue_input: Callable[[Any], Any] | None = None
+    # that an epilogue holds at once in registers, besides the sums, and writes: 128 bytes
+    epilogue_columns: int = BLOCK_K
+
+    @property
+    def k_steps(self) -> int:
+        """K-steps of the ring that bring operands."""
+        return len(self.rights) * (self.length // BLOCK_K)
 
     @property
     def epilogue_steps(self) -> int:
-        """K-steps of the ring that bring the inputs of the epilogue."""
-        used = any(x is not None for x in self.epilogue_inputs(0))
-        return TILE // BLOCK_K if used else 0
+        """K-steps of the ring that bring the input of the epilogue."""
+        return TILE // BLOCK_K if self.epilogue_input else 0
 
 
 class Place(NamedTuple):
@@ -99,7 +104,7 @@ class Ring(NamedTuple):
 
     stages: int
     left: Any  # [stages, 128, 64] and, the same memory, [stages, 64, 128]
-    right: Any  # [stages, 256, 64], [stages, 64, 256], and [stages, 128, 64] of float32
+    right: Any  # [stages, 256, 64], and [stages, 64, 256]
     full: Any
     empty: Any
 
@@ -128,10 +133,6 @@ class Ring(NamedTuple):
 
         jax.lax.fori_loop(jnp.maximum(k_steps - self.stages, 0), k_steps, wait, None)
 
-    def epilogue_stages(self, product, b):
-        """Pairs of an epilogue input, or None, and the part of the ring that it comes through."""
-        return zip(product.epilogue_inputs(b), (self.right[2], self.left[0]), strict=True)
-
 
 def run_block(products, table, stages, left, right, full, empty):
     """Compute all of a block's tiles. A thread is a warpgroup: consumers first, then the producer.
@@ -141,8 +142,7 @@ def run_block(products, table, stages, left, right, full, empty):
       table: `gpu_schedule.schedule`'s, in device memory.
       stages: of the ring.
       left: stages for left operands, [stages, 128, 64] and, the same memory, [stages, 64, 128].
-      right: for right operands, [stages, 256, 64], [stages, 64, 256], and float32
-        [stages, 128, 64].
+      right: for right operands, [stages, 256, 64] and [stages, 64, 256].
       full: barriers of the stages, filled in this block.
       empty: barriers of the stages, released in both blocks.
     """
@@ -168,43 +168,46 @@ def _visit(products, table, compute):
     """
     pair, block = jax.lax.axis_index("pair"), jax.lax.axis_index("block")
 
-    def one(j, k_step):
-        tile = Tile(*(table[pair, j, k] for k in range(len(Tile._fields))))
+    def entry(j):
+        return Tile(*(table[pair, j, k] for k in range(len(Tile._fields))))
+
+    def one(j, carry):
+        k_step, tile = carry
+        after = entry(j + 1)  # now: a load from device memory takes its time
         m0 = pl.multiple_of(tile.row + block * BLOCK_ROWS, BLOCK_ROWS)
         n0 = pl.multiple_of(tile.column, TILE)
         k_steps = epilogue_steps = jnp.int32(0)
         for k, product in enumerate(products):
             here = tile.product == k
-            k_steps = jnp.where(here, jnp.int32(product.length // BLOCK_K), k_steps)
+            k_steps = jnp.where(here, jnp.int32(product.k_steps), k_steps)
             epilogue_steps = jnp.where(here, jnp.int32(product.epilogue_steps), epilogue_steps)
         place = Place(tile.b, m0, n0, k_step, k_steps)
         for k, product in enumerate(products):
             pl.when(tile.product == k)(functools.partial(compute, product, place))
-        return k_step + k_steps + epilogue_steps
+        return k_step + k_steps + epilogue_steps, after
 
-    return jax.lax.fori_loop(1, table[pair, 0, 0] + 1, one, jnp.int32(0))
+    return jax.lax.fori_loop(1, table[pair, 0, 0] + 1, one, (jnp.int32(0), entry(1)))[0]
 
 
 def produce(ring, product, place):
-    """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's inputs."""
-    operands = product.left(place.b), product.right(place.b)
-    copy = functools.partial(produce_k_step, ring, product, place, *operands)
-    jax.lax.fori_loop(0, place.k_steps, copy, None)
-    produce_epilogue_inputs(ring, product, place)
+    """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's input."""
+    left, steps = product.left(place.b), product.length // BLOCK_K
+    for p, right in enumerate(product.rights):
+        part = place._replace(first=place.first + p * steps)
+        copy = functools.partial(produce_k_step, ring, product, part, left, right(place.b))
+        jax.lax.fori_loop(0, steps, copy, None)
+    produce_epilogue_input(ring, product, place)
 
 
-def produce_epilogue_inputs(ring, product, place):
+def produce_epilogue_input(ring, product, place):
     """Copy what the epilogue reads into the ring, 64 columns at a time, behind the operands."""
     for k in range(product.epilogue_steps):
         stage = ring.wait_empty(place.first + place.k_steps + k)
         rows = pl.ds(pl.multiple_of(place.m0, BLOCK_ROWS), BLOCK_ROWS)
         columns = pl.ds(pl.multiple_of(place.n0 + k * BLOCK_K, BLOCK_K), BLOCK_K)
-        for array, buffer in ring.epilogue_stages(product, place.b):
-            if array is None:
-                plgpu.barrier_arrive(ring.full.at[stage])
-            else:
-                source = array.at[rows, columns]
-                plgpu.copy_gmem_to_smem(source, buffer.at[stage], ring.full.at[stage])
+        plgpu.barrier_arrive(ring.full.at[stage])  # for the right operand, of which there is none
+        source = product.epilogue_input(place.b).at[rows, columns]
+        plgpu.copy_gmem_to_smem(source, ring.left[0].at[stage], ring.full.at[stage])
 
 
 def produce_k_step(ring, product, place, left_operand, right_operand, s, _):
@@ -232,16 +235,17 @@ def produce_k_step(ring, product, place, left_operand, right_operand, s, _):
 
 
 def _prefetch(product, place, s):
-    """Prefetch a share of the epilogue's inputs into L2; all at once would delay the operands."""
+    """Prefetch a share of the epilogue's input into L2; all at once would delay the operands."""
+    if product.epilogue_input is None:
+        return
     shares = min(16, product.length // BLOCK_K)
     share = BLOCK_ROWS // shares
 
     @pl.when(s < shares)
     def _():
-        for array in product.epilogue_inputs(place.b):
-            if array is not None:
-                rows = pl.ds(pl.multiple_of(place.m0 + s * share, share), share)
-                plgpu.async_prefetch(array.at[rows, pl.ds(place.n0, TILE)])
+        rows = pl.ds(pl.multiple_of(place.m0 + s * share, share), share)
+        array = product.epilogue_input(place.b)
+        plgpu.async_prefetch(array.at[rows, pl.ds(place.n0, TILE)])
 
 
 def consume(ring, wg, product, place):
@@ -255,18 +259,18 @@ def consume(ring, wg, product, place):
         accumulate(ring, product, place, own_rows, sums)
         return sums[...]
 
-    sums: Any = pl.run_scoped(whole_sum, accumulator)
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
-    write = product.epilogue(place.b, m0, place.n0)
-    inputs: list[Any] = [None, None]
-    for k in range(TILE // EPILOGUE_COLUMNS):
-        step, column = divmod(k * EPILOGUE_COLUMNS, BLOCK_K)
+    write = product.epilogue(place.b, m0, place.n0)  # what it loads is there after the sum
+    sums: Any = pl.run_scoped(whole_sum, accumulator)
+    values: Any = None
+    size = product.epilogue_columns
+    for k in range(TILE // size):
+        step, column = divmod(k * size, BLOCK_K)
         if column == 0 and product.epilogue_steps:
-            inputs = read_epilogue_inputs(ring, product, place, own_rows, step)
-        first = pl.multiple_of(place.n0 + k * EPILOGUE_COLUMNS, EPILOGUE_COLUMNS)
-        part = sums[:, k * EPILOGUE_COLUMNS : (k + 1) * EPILOGUE_COLUMNS]
-        parts = (None if x is None else x[:, column : column + EPILOGUE_COLUMNS] for x in inputs)
-        write(k, pl.ds(first, EPILOGUE_COLUMNS), part, *parts)
+            values = read_epilogue_input(ring, place, own_rows, step)
+        first = pl.multiple_of(place.n0 + k * size, size)
+        same = None if values is None else values[:, column : column + size]
+        write(k, pl.ds(first, size), sums[:, k * size : (k + 1) * size], same)
 
 
 def accumulate(ring, product, place, own_rows, sums):
@@ -300,17 +304,14 @@ def _consume_k_step(ring, product, place, own_rows, sums, s, _):
         ring.release(place.first + s - 1)
 
 
-def read_epilogue_inputs(ring, product, place, own_rows, step):
-    """64 columns of both inputs [64, 64], or None, out of the ring."""
+def read_epilogue_input(ring, place, own_rows, step):
+    """64 columns of the input, [64, 64], out of the ring."""
     stage = ring.stage(place.first + place.k_steps + step)
     plgpu.barrier_wait(ring.full.at[stage])
-    inputs = [
-        None if array is None else read(buffer, (stage, own_rows, slice(None)))
-        for array, buffer in ring.epilogue_stages(product, place.b)
-    ]
+    values = read(ring.left[0], (stage, own_rows, slice(None)))
     plgpu.commit_smem()  # or TMA might overwrite what an ordinary read has not read yet
     plgpu.barrier_arrive(ring.empty.at[stage])
-    return inputs
+    return values
 
 
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")

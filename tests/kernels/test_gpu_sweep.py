@@ -27,18 +27,12 @@ class PlainLaunches:
         for i in reversed(chunks) if backwards else chunks:
             R[i - chunks.start] = S if w is None else S + w[None]
             at = slice(i * C, (i + 1) * C)
-            first = 0 if left.shape[1] == right.shape[1] else chunks.start
-            local = slice((i - first) * C, (i - first + 1) * C)
-            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, local], right[:, at])
+            S = keep[:, i, None, None] * S + dot("bcd,bcf->bdf", left[:, at], right[:, at])
         return jnp.stack(R, axis=1), S
 
-    def forward(self, C, chunks, base_start, z, base, R, o):
-        new = self._cut(C, z, chunks)
-        new = dot("bmcf,bmdf->bmcd", new, R).reshape(*new.shape[:1], -1, R.shape[2])
-        if base is not None:
-            first = (chunks.start - base_start) * C
-            new = new + base[:, first : first + new.shape[1]]
-        return self._put(C, o, chunks, new)
+    def forward(self, C, chunks, z, w, R, o):
+        read = R if w is None else R + w[None, None]
+        return self._put(C, o, chunks, dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), read))
 
     def replay(self, C, chunks, do, R, dz):
         return self._put(C, dz, chunks, dot("bmcd,bmdf->bmcf", self._cut(C, do, chunks), R))
@@ -72,7 +66,7 @@ def plain(monkeypatch, chunks):
     return "plain"
 
 
-def stretches(chunks, B, M, D, F):
+def stretches(chunks, B, M, C, D, F):
     return [range(first, min(first + chunks, M)) for first in range(0, M, chunks)]
 
 
@@ -86,11 +80,15 @@ def test_sweeps_match_the_float64_reference(plain, documents, B, T):
         check(*make_inputs(B=B, T=T), F32, plain, chunk_size=8, segment_ids=ids, **options)
 
 
-def test_stretches_are_few_and_about_equal():
-    """At the shape of 4B, 5 chunks of 50 MB at a time; of eight small rows 42."""
-    assert gpu_sweep._stretches(1, 30, 2560, 9728) == [range(k, k + 5) for k in range(0, 30, 5)]
-    assert gpu_sweep._stretches(8, 32, 768, 2048) == [range(32)]
-    assert gpu_sweep._stretches(8, 50, 768, 2048) == [range(25), range(25, 50)]
-    assert gpu_sweep._stretches(1, 3, 768, 2048) == [range(3)]
-    assert gpu_sweep._stretches(64, 3, 5120, 17408) == [range(k, k + 1) for k in range(3)]
-    assert gpu_sweep._stretches(2, 0, 8, 8) == []
+def test_stretches_leave_few_clusters_idle(monkeypatch):
+    """At the shape of 4B, 8 chunks of 50 MB at a time: their 320 tiles of o fill 4.8 rounds of 66
+    clusters, those of the 10 that memory allows 6.1. Of eight small rows all chunks.
+    """
+    monkeypatch.setattr(gpu_sweep, "device_multiprocessors", lambda: 132)
+    eights = [range(k, k + 8) for k in range(0, 32, 8)]
+    assert gpu_sweep._stretches(1, 32, 1024, 2560, 9728) == eights
+    assert gpu_sweep._stretches(1, 30, 1024, 2560, 9728) == [*eights[:3], range(24, 30)]
+    assert gpu_sweep._stretches(8, 32, 512, 768, 2048) == [range(32)]
+    assert gpu_sweep._stretches(1, 3, 512, 768, 2048) == [range(3)]
+    assert gpu_sweep._stretches(64, 3, 512, 5120, 17408) == [range(k, k + 1) for k in range(3)]
+    assert gpu_sweep._stretches(2, 0, 256, 256, 256) == []

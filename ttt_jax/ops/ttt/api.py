@@ -193,7 +193,7 @@ def in_place_ttt(
     call = _Call(platform.compiled_for(), z_BTF.dtype, B, T, D, F, chunk_size, documents, apply)
     implementation = _choose(implementation, call)
     acc = accumulator(z_BTF.dtype)
-    if state is None and implementation != "xla":  # that one knows what not to do with zeros
+    if state is None and implementation not in ("xla", "pallas_gpu"):  # they start by themselves
         state = jnp.zeros((B, D, F), acc)
     state, lr = None if state is None else state.astype(acc), jnp.asarray(lr, acc)
     options: dict[str, Any] = {"lr": lr, "chunk_size": chunk_size, "state_BDF": state}

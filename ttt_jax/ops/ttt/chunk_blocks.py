@@ -304,10 +304,13 @@ def _inside_backward(n, C, dz_BTF, dv_BTD, dlr, do_BTD, z_BTF, v_BTD, lr, number
             )
             dscores_NPHH = dot("nphd,npkd->nphk", do_NPHD, u_NP2HD[:, :, 0], lr.dtype)
             dscores_NPHH = _of_one_document(dscores_NPHH, number_NL1).astype(dtype)
+            # Both now, so that either half of z is gone after one more product.
+            dscores_NPHH, scores_NPHH = jax.lax.optimization_barrier(
+                (dscores_NPHH, _scores(z_NP2HF, number_NL1, lr.dtype))
+            )
             second_NPHF = dot("nphk,npkf->nphf", dscores_NPHH, z_NP2HF[:, :, 0], dtype)
             first_NPHF = dot("nphk,nphf->npkf", dscores_NPHH, z_NP2HF[:, :, 1], dtype)
             dz_NLF += jnp.stack([first_NPHF, second_NPHF], axis=2).reshape(dz_NLF.shape)
-            scores_NPHH = _scores(z_NP2HF, number_NL1, lr.dtype)
             du_NPHD = dot("nphk,nphd->npkd", scores_NPHH, do_NPHD, lr.dtype)
             du_NLD += jnp.stack([du_NPHD, jnp.zeros_like(du_NPHD)], axis=2).reshape(du_NLD.shape)
         return (
