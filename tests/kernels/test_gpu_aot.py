@@ -225,10 +225,6 @@ lowered = globals()[name](*words).lower(lowering_platforms=("cuda",))
 options = dict(xla_dump_to=dump, xla_dump_hlo_as_text=True)
 lowered.compile(gpu_traffic.OPTIONS | options)
 """
-TRITON = "--model.ttt.implementation=triton", "--model.ttt.write=sum", "--model.ttt.lr=0.002"
-needs_triton = pytest.mark.skipif(
-    find_spec("jax_triton") is None, reason="jax-triton is not installed: pip install -e '.[gpu]'"
-)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +232,10 @@ needs_triton = pytest.mark.skipif(
     [
         (("read",), 2, 1),
         (("read", "--model.ttt.apply=fused"), 2, 1),
-        pytest.param(("read", *TRITON), 1, 1, marks=needs_triton),
         (("train", "--data.batch_size=2"), 6, 1),
         (("both",), 24, 3),
     ],
-    ids=["read", "read-fused", "read-triton", "train", "op"],
+    ids=["read", "read-fused", "train", "op"],
 )
 def test_launches_update_their_arrays_in_place(words, in_place, copies, tmp_path):
     """A launch inside of a fusion has lost that its results are its operands: with jax 0.11.2 the
