@@ -100,9 +100,10 @@ def test_a_ragged_batch_is_scored_as_on_one_device(sizes, lengths, changes):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows"), [(ALL, 4), ({"fsdp": 4, "tensor": 2}, 1), ({"context": 2, "tensor": 2}, 2)]
+    ("sizes", "rows", "judge"),
+    [(ALL, 4, score_piece), ({"fsdp": 4, "tensor": 2}, 1, judge_piece)],
+    ids=["rows divide", "one row"],
 )
-@pytest.mark.parametrize("judge", [score_piece, judge_piece])
 def test_scoring_sends_no_logits_and_repeats_no_product(sizes, rows, judge):
     """What is sent is the weight, gathered where D is split, and a few numbers for each token; each
     device multiplies its share of tokens and vocabulary.
