@@ -101,7 +101,7 @@ def test_a_ragged_batch_is_scored_as_on_one_device(sizes, lengths, changes):
 
 @pytest.mark.parametrize(
     ("sizes", "rows", "judge"),
-    [(ALL, 4, score_piece), ({"fsdp": 4, "tensor": 2}, 1, judge_piece)],
+    [({"context": 2, "tensor": 2}, 2, score_piece), ({"fsdp": 4, "tensor": 2}, 1, judge_piece)],
     ids=["rows divide", "one row"],
 )
 def test_scoring_sends_no_logits_and_repeats_no_product(sizes, rows, judge):
