@@ -86,6 +86,7 @@ def devices(count: int) -> list:
     attention, believe in them.
     """
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)  # the code under test counts devices
     jax_internals.believe_in_cudnn()
     jax_internals.believe_in_hopper()
     platform.compiled_for = lambda: "gpu"

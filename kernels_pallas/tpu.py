@@ -171,6 +171,8 @@ def _forward(core, forward, z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM):
     o_BMCD, S_BDF = run_sweep(
         forward, core, lr, keep_BM, state_BDF, a=z_BMCF, p=v_BMCD, q=z_BMCF, w_PQ=w_DF
     )
+    # XLA may not fuse the sweep with a scan's write of S into its stack: that does not fit VMEM.
+    S_BDF = jax.lax.optimization_barrier(S_BDF)
     return (o_BMCD, S_BDF), (z_BMCF, v_BMCD, w_DF, lr, state_BDF, keep_BM)
 
 

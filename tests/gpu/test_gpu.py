@@ -11,7 +11,9 @@ import pytest
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.config import ModelConfig, TTTConfig, replace
+from ttt_jax.inference.decoding import decode_step
 from ttt_jax.inference.prefill import Frozen, read_piece
+from ttt_jax.inference.sampling import Sampling
 from ttt_jax.model import loss
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer
@@ -122,33 +124,67 @@ def test_reading_a_scanned_model_writes_the_states_of_its_stacks(write, pieces):
     """Evaluation and memories read models whose layers are scanned, piece by piece. XLA must not
     take a launch that updates S in place and the slice of the stack into one (gpu_launch.apart).
     """
-    C, T = 256, 4 * 256
+    T = 4 * C
+    ids_BT = jax.random.randint(jax.random.key(5), (3, T), 0, 64)
+
+    def states(implementation):
+        """S of both TTT layers, read in pieces by the programs of evaluation."""
+        model, state = small_model(write, implementation), None
+        for ids_BP in jnp.split(ids_BT, pieces, axis=1):
+            state = state_behind(model, state, ids_BP)
+        return fast_weights(model, state)
+
+    got, oracle = states("pallas_gpu"), states("xla")
+    assert np.abs(oracle).max() > 0
+    assert_close("S", got, oracle, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("write", ["sum", "ridge"])
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_token_that_completes_a_chunk_writes_the_states_of_a_scanned_model(B, write):
+    """Samples of a run are written by such a model. XLA takes the matmul that adds to S and the
+    update of the stack into one; one row is another program than several.
+    """
+    ids_BT = jax.random.randint(jax.random.key(6), (B, 2 * C), 0, 64)
+    model = small_model(write, None)
+    oracle = fast_weights(model, state_behind(model, None, ids_BT))
+    state = state_behind(model, None, ids_BT[:, :C])
+    state = state_behind(model, state, ids_BT[:, C:-1])
+    frozen, alive_B = Frozen(model), jnp.ones((B,), bool)
+    options = {"sampling": Sampling(), "eos": (), "ends_chunk": True, "ttt": True}
+    seed_B = jnp.zeros((B,), jnp.int32)
+    state, _ = decode_step(frozen, state, ids_BT[:, -1], alive_B, seed_B, **options)
+    assert_close("S", fast_weights(model, state), oracle, TOLERANCE["bfloat16"])
+
+
+C = 256
+
+
+def small_model(write, implementation):
+    """Two TTT layers, scanned, in bfloat16."""
     ttt = TTTConfig(
         layers=(1, 3), chunk_size=C, lr=0.3, write=write, decay=0.9, normalize_source=True
     )
     model_config = ModelConfig(
         vocab_size=64, d_model=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=64,
-        d_ff=512, max_positions=T, sliding_window=128, ttt=ttt,
+        d_ff=512, max_positions=4 * C, sliding_window=128, ttt=ttt,
     )  # fmt: skip
-    ids_BT = jax.random.randint(jax.random.key(5), (3, T), 0, 64)
+    cfg = replace(model_config, {"ttt.implementation": implementation})
+    model = Transformer(cfg, Runtime(dtype="bfloat16"), key=jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(with_a_tap, model)
 
-    def states(implementation):
-        """S of both TTT layers, read in pieces by the programs of evaluation."""
-        cfg = replace(model_config, {"ttt.implementation": implementation})
-        model = Transformer(cfg, Runtime(dtype="bfloat16"), key=jax.random.key(0))
-        model = jax.tree_util.tree_map_with_path(with_a_tap, model)
-        frozen, state, logits = Frozen(model), None, jnp.zeros((3, 64))
-        for ids_BP in jnp.split(ids_BT, pieces, axis=1):
-            lengths_B = jnp.full((3,), T // pieces, jnp.int32)
-            options = {"capacity": None, "at_chunk_start": True, "ttt": True}
-            state, logits, _ = read_piece(frozen, state, logits, ids_BP, lengths_B, **options)
-        assert state is not None
-        ((group, run, _),) = model.ttt_runs()
-        return np.asarray(state.layers[group][run].ttt.S_BDF, np.float32)
 
-    got, oracle = states("pallas_gpu"), states("xla")
-    assert np.abs(oracle).max() > 0
-    assert_close("S", got, oracle, TOLERANCE["bfloat16"])
+def state_behind(model, state, ids_BP):
+    """Read a piece that starts a chunk by the program of evaluation."""
+    (B, P), logits = ids_BP.shape, jnp.zeros((ids_BP.shape[0], 64))
+    options = {"capacity": None, "at_chunk_start": True, "ttt": True}
+    lengths_B = jnp.full((B,), P, jnp.int32)
+    return read_piece(Frozen(model), state, logits, ids_BP, lengths_B, **options)[0]
+
+
+def fast_weights(model, state):
+    ((group, run, _),) = model.ttt_runs()
+    return np.asarray(state.layers[group][run].ttt.S_BDF, np.float32)
 
 
 def with_a_tap(path, x):

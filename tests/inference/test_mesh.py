@@ -6,17 +6,21 @@ log-probabilities within 1e-5, float32.
 """
 
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
+from support.hlo import collectives
 from support.models import RIDGE, config
 from support.streams import C, model_of, prompts
 
 from ttt_jax import Session, generate, load_pretrained, save_pretrained, score
 from ttt_jax.config import MeshConfig
 from ttt_jax.errors import ConfigError
+from ttt_jax.eval.answers import judge_piece
 from ttt_jax.inference.memory_reading import on_mesh
+from ttt_jax.inference.prefill import score_piece
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.model.stack import Runtime
 from ttt_jax.parallel.inference_mesh import check_model, inference_mesh
@@ -93,6 +97,28 @@ def test_a_ragged_batch_is_scored_as_on_one_device(sizes, lengths, changes):
     found, expected = (score(m, rows, **options) for m in (model, one))
     assert_close(found.logprobs_BT, expected.logprobs_BT)
     assert_close(found.logits_BTV, expected.logits_BTV)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "judge"),
+    [({"context": 2, "tensor": 2}, 2, score_piece), ({"fsdp": 4, "tensor": 2}, 1, judge_piece)],
+    ids=["rows divide", "one row"],
+)
+def test_scoring_sends_no_logits_and_repeats_no_product(sizes, rows, judge):
+    """What is sent is the weight, gathered where D is split, and a few numbers for each token; each
+    device multiplies its share of tokens and vocabulary.
+    """
+    V, T, n = 1536, 64, int(np.prod(list(sizes.values())))
+    model = meshed(tuple(sizes.items()), vocab_size=V)
+    static = {"with_logits": False} if judge is score_piece else {}
+    static |= {"capacity": T, "at_chunk_start": True, "ttt": True}
+    ids_BP, lengths_B = np.zeros((rows, T), np.int32), np.full(rows, T, np.int32)
+    run = lambda model, *arrays: judge.__wrapped__(model, None, *arrays, **static)
+    text = jax.jit(run).lower(model, ids_BP, ids_BP, lengths_B).compile().as_text()
+    products = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(.*?/logits/", text)
+    assert [int(x) * int(y) for x, y in products] == [rows * T * V // n]
+    weight = 4 * V * model.config.d_model
+    assert max(size for _, size in collectives(text)) <= weight
 
 
 def test_no_device_holds_more_than_its_share():

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.launches import copied_bytes, launches
 
 pytestmark = [
     pytest.mark.gpu_aot,
@@ -67,11 +68,14 @@ def test_a_training_step():
 
 
 def test_a_training_step_with_kernels():
-    """The Mosaic kernels compile inside of it, and what XLA does around them is little."""
+    """The Mosaic kernels compile inside of it, and what XLA does around them is little. A sweep's
+    states, 0.75 GiB, cost 2.0 GiB of it: with a quarter of them a stretch, temporaries are 3.0 GiB
+    more than without TTT.
+    """
     words = "--preset", "qwen3_1p7b", "--seq", "8192", "--batch", "4"
     found = compiled(*words)  # what None chooses
     assert found["on"]["passes"] < 1.08 * found["off"]["passes"]
-    assert found["on"]["temporaries"] < found["off"]["temporaries"] + 3.5
+    assert found["on"]["temporaries"] < found["off"]["temporaries"] + 5.25
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_gpu"])
@@ -178,43 +182,71 @@ def test_each_gpu_of_a_mesh_runs_the_kernels_of_ridge_writes():
     assert "collectives []" in printed
 
 
-READING = """
+LAUNCHES = """
 import sys
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
-import gpu_traffic, jax, jax.numpy as jnp, numpy as np
+import gpu_traffic, jax, jax.numpy as jnp, numpy as np, op
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-whole = NamedSharding(Mesh(np.array(gpu_traffic.devices(1)), ("x",)), PartitionSpec())
+name, dump, *words = {words!r}
+devices = gpu_traffic.devices(1)
+whole = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
 struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-words = ["--model.num_layers=4", "--model.ttt.layers=[1,3]"]
-config = gpu_traffic.load_start_config(gpu_traffic.ROOT / "configs/books.yaml", words).model
-runtime = gpu_traffic.Runtime(dtype="bfloat16")
-make = lambda: gpu_traffic.Transformer(config, runtime, key=jax.random.key(0))
-model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), jax.eval_shape(make))
-leaves, tree = jax.tree.flatten(jax.tree.map(struct, model))
-read_piece = gpu_traffic.reading.read_piece.__wrapped__
-options = dict(capacity=None, at_chunk_start=True, ttt=True)
-piece = lambda leaves, state, *arrays: read_piece(
-    jax.tree.unflatten(tree, leaves), state, *arrays, **options
-)
-arrays = [((2, config.vocab_size), jnp.float32), ((2, 512), jnp.int32), ((2,), jnp.int32)]
-arrays = [struct(jax.ShapeDtypeStruct(*x)) for x in arrays]
-first = jax.eval_shape(piece, leaves, None, *arrays)[0]
-for state in (None, jax.tree.map(struct, first)):
-    lowered = jax.jit(piece, donate_argnums=1).trace(leaves, state, *arrays).lower()
-    print(lowered.compile(gpu_traffic.OPTIONS).as_text())
+array = lambda shape, dtype: struct(jax.ShapeDtypeStruct(shape, dtype))
+
+def books(*words):
+    words = "--model.num_layers=4", "--model.ttt.layers=[1,3]", *words
+    return gpu_traffic.load_start_config(gpu_traffic.ROOT / "configs/books.yaml", words)
+
+def read(*words):
+    config = books(*words).model
+    runtime = gpu_traffic.Runtime(dtype="bfloat16")
+    make = lambda: gpu_traffic.Transformer(config, runtime, key=jax.random.key(0))
+    model = jax.tree.map(lambda x: array(x.shape, jnp.bfloat16), jax.eval_shape(make))
+    leaves, tree = jax.tree.flatten(model)
+    options = dict(capacity=None, at_chunk_start=True, ttt=True)
+    read_piece = gpu_traffic.reading.read_piece.__wrapped__
+    piece = lambda leaves, state, *arrays: read_piece(
+        jax.tree.unflatten(tree, leaves), state, *arrays, **options
+    )
+    arrays = [((2, config.vocab_size), jnp.float32), ((2, 1024), jnp.int32), ((2,), jnp.int32)]
+    arrays = [array(*x) for x in arrays]
+    first = jax.tree.map(struct, jax.eval_shape(piece, leaves, None, *arrays)[0])
+    return jax.jit(piece, donate_argnums=1).trace(leaves, first, *arrays)
+
+def train(*words):
+    return gpu_traffic.train_step(books(*words), devices, packed=True)
+
+def both(*words):
+    case = op.Case(1, 16384, 2560, 9728, 512, True)
+    arrays = jax.tree.map(struct, jax.eval_shape(lambda: op.inputs.__wrapped__(*case[:4])))
+    return jax.jit(op.functions("pallas_gpu", case)[1]).trace(*arrays)
+
+lowered = globals()[name](*words).lower(lowering_platforms=("cuda",))
+options = dict(xla_dump_to=dump, xla_dump_hlo_as_text=True)
+lowered.compile(gpu_traffic.OPTIONS | options)
 """
 
 
-def test_reading_updates_the_states_of_a_stack():
+@pytest.mark.parametrize(
+    ("words", "in_place", "copies"),
+    [
+        (("read",), 2, 1),
+        (("read", "--model.ttt.apply=fused"), 2, 1),
+        (("train", "--data.batch_size=2"), 6, 1),
+        (("both",), 24, 3),
+    ],
+    ids=["read", "read-fused", "train", "op"],
+)
+def test_launches_update_their_arrays_in_place(words, in_place, copies, tmp_path):
     """A launch inside of a fusion has lost that its results are its operands: with jax 0.11.2 the
-    slice of a layer's state and the launch became one, and S stayed zero.
+    slice of a layer's state and the launch became one, and S stayed zero. States are copied once a
+    layer where something keeps them, or for the stack of a scan, not once a chunk.
     """
     root = str(SCRIPT.parents[1])
-    inside, launches = "", 0
-    for line in python("-c", READING.format(root=root)).splitlines():
-        if match := re.match(r"%?([\w.\-]+) \(.*\{$", line):
-            inside = match[1]
-        if 'custom_call_target="mosaic_gpu' in line:
-            launches += 1
-            assert "fusion" not in inside
-    assert launches >= 4  # of each program: the states of all chunks, and the applies
+    python("-c", LAUNCHES.format(root=root, words=[words[0], str(tmp_path), *words[1:]]))
+    found = launches(tmp_path)
+    assert found.lost == []
+    assert found.in_place == in_place
+    states = {"read": 2 * 2, "train": 2 * 2, "both": 1}[words[0]]  # layers, rows
+    shape, size = ("2560,9728", 2560 * 9728) if words[0] == "both" else ("768,2048", 768 * 2048)
+    assert copied_bytes(tmp_path, f"{shape}]") <= copies * states * 4 * size

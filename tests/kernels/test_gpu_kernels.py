@@ -79,7 +79,7 @@ def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
 
 def test_mosaic_launches_stand_apart_from_slices_of_stacks():
     """XLA's slice fusion would take the launch in, and write the new state where nobody reads it
-    (`test_gpu_aot.test_reading_updates_the_states_of_a_stack` looks at the compiled program).
+    (`test_gpu_aot.test_launches_update_their_arrays_in_place` looks at compiled programs).
     """
     lines = lowered("pallas_gpu", backward=False).splitlines()
     launches = [n for n, line in enumerate(lines) if "custom_call @mosaic_gpu" in line]

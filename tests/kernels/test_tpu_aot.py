@@ -59,8 +59,8 @@ report = {}
 for name, function, inputs in (("forward", op, args), ("both", both, (args, cotangents))):
     if name in names:
         compiled = jax.jit(function).lower(*inputs).compile()
-        names = r"ttt_(?:forward|replay|reverse_dv|reverse_dz)"
-        kernels = sorted(set(re.findall(names, compiled.as_text())))
+        sweep = r"ttt_(?:forward|replay|reverse_dv|reverse_dz)"
+        kernels = sorted(set(re.findall(sweep, compiled.as_text())))
         calls = compiled.as_text().count('custom_call_target="tpu_custom_call"')
         temp = compiled.memory_analysis().temp_size_in_bytes
         report[name] = {"kernels": kernels, "calls": calls, "temp": temp}

@@ -169,7 +169,7 @@ def test_on_a_mesh_it_is_the_loss_of_one_device(monkeypatch):
     def run(devices):
         def total(h, w):
             tokens = h, w, jnp.asarray(targets), jnp.asarray(weights)
-            return devices.over_tokens(cross_entropy, *tokens, total=True)
+            return devices.over_tokens(cross_entropy, *tokens)
 
         return jit(jax.value_and_grad(total, (0, 1)))(*arguments)
 
@@ -236,6 +236,31 @@ def test_a_hit_is_the_token_that_greedy_decoding_takes(monkeypatch, tokens):
         assert bool(hit[0, 0]) == (int(targets[0, 0]) == 2)
         assert bool(hit[1, 3]) == (int(targets[1, 3]) == 0)
         targets = targets.at[0, 0].set(2).at[1, 3].set(0)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_tokens_are_judged_as_by_one_device_where_vocabularies_are_split(monkeypatch, sizes):
+    """The likeliest token is one of two equal ones of different devices, the target is on another
+    than the device of the largest logit, and of a zero state all logits are equal.
+    """
+    cut(monkeypatch, "float32", 4)
+    h, w, _, _ = make_inputs("float32", scale=3.0)
+    h, w = h[:, :12], w[:16]
+    w[13] = w[2] = 4 * h[0, 0]
+    h[1, 3] = 0
+    targets = np.argmax(np.einsum("btd,vd->btv", h, w), axis=-1).astype(np.int32)
+    targets[:, 5:] = (targets[:, 5:] + 7) % 16
+    targets[0, 0], targets[1, 3] = 13, 8  # the lower ones, 2 and 0, are the likeliest
+    targets[1, 0] = 15
+    arrays = jnp.asarray(h, jnp.float32), jnp.asarray(w, jnp.float32), jnp.asarray(targets)
+    mesh = make_parallel(make_mesh(MeshConfig(**{"data": 1} | sizes)))
+    judge = lambda devices: jit(lambda *x: devices.over_vocabulary(token_nll_and_hit, *x))(*arrays)
+    (nll, hit), (expected, expected_hit) = judge(mesh), judge(ONE_DEVICE)
+    np.testing.assert_array_equal(hit, expected_hit)
+    assert not hit[0, 0]
+    assert not hit[1, 3]
+    assert 4 < hit.sum() < 12
+    np.testing.assert_allclose(nll, expected, rtol=1e-6, atol=1e-5)
 
 
 def test_logits_are_held_block_by_block(monkeypatch):

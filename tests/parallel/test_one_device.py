@@ -50,7 +50,7 @@ def answers(devices, T):
             "state": S_BDF,
             "norm": devices.last_update_norm(z, v, lr, C),
             "embeddings": devices.pin(devices.embed(table, ids_BT)),
-            "losses": devices.over_tokens(token_nll, v, table, ids_BT, total=False),
+            "losses": devices.over_vocabulary(token_nll, v, table, ids_BT),
         }
 
     return jax.jit(run)(*x.values())

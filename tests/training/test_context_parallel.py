@@ -124,7 +124,7 @@ def loss_and_gradients(model, batch):
             batch["targets"],
             batch["weights"] / batch["weights"].sum(),
         )
-        return model.runtime.parallel.over_tokens(cross_entropy, *tokens, total=True), stats
+        return model.runtime.parallel.over_tokens(cross_entropy, *tokens), stats
 
     return jax.value_and_grad(loss, has_aux=True)(model)
 

@@ -130,5 +130,6 @@ def judge_piece(
     h_BPD, state, ratio_LB = hidden_of_piece(
         model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt
     )
-    nll_BP, hit_BP = token_nll_and_hit(h_BPD, model.output_weight, targets_BP)
+    devices, weight_VD = model.runtime.parallel, model.output_weight
+    nll_BP, hit_BP = devices.over_vocabulary(token_nll_and_hit, h_BPD, weight_VD, targets_BP)
     return state, nll_BP.astype(jnp.float32), hit_BP, ratio_LB

@@ -230,5 +230,6 @@ def score_frozen_piece(model, state: State, ids_BP, targets_BP, lengths_B):
         ttt_scale=jnp.zeros((), jnp.float32),
         at_chunk_start=True,
     )
-    logprobs_BP = -token_nll(h_BPD, model.output_weight, targets_BP)
-    return state, logprobs_BP.astype(jnp.float32), state_ratios(stats)
+    devices, weight_VD = model.runtime.parallel, model.output_weight
+    nll_BP = devices.over_vocabulary(token_nll, h_BPD, weight_VD, targets_BP)
+    return state, -nll_BP.astype(jnp.float32), state_ratios(stats)

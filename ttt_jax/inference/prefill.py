@@ -245,12 +245,9 @@ def score_piece(
         model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt
     )
     logits_BPV = model.logits(h_BPD).astype(jnp.float32) if with_logits else None
-    return (
-        state,
-        -token_nll(h_BPD, model.output_weight, targets_BP).astype(jnp.float32),
-        logits_BPV,
-        ratio_LB,
-    )
+    devices, weight_VD = model.runtime.parallel, model.output_weight
+    nll_BP = devices.over_vocabulary(token_nll, h_BPD, weight_VD, targets_BP)
+    return state, -nll_BP.astype(jnp.float32), logits_BPV, ratio_LB
 
 
 def hidden_of_piece(model, state, ids_BP, lengths_B, capacity, at_chunk_start, ttt):

@@ -21,29 +21,57 @@ _LOGITS_BYTES = 5 * 2**27  # of a block's logits in float32, at most
 _GRADIENT_BYTES = 5 * 2**28  # of the gradients of a group's logits in the compute dtype, at most
 
 
-def token_nll(h_BTD, w_VD, targets_BT):
+def token_nll(h_BTD, w_VD, targets_BT, axis: str | None = None):
     """-log p(target) for every token, float32 [B, T]; logits are made block by block. No gradient
     is meant to be taken.
+
+    Args:
+      axis: mesh axis whose devices split V, inside of a `shard_map`: `w_VD` is this device's part,
+        and targets count from the first one's.
     """
-
-    def block(logits_QV, targets_Q):
-        log_z_Q, picked_Q = _log_z_and_picked(logits_QV, targets_Q)
-        return log_z_Q - picked_Q
-
-    return _block_by_block(block, h_BTD, w_VD, targets_BT)
+    targets_BT = targets_BT - _first_token(w_VD, axis)
+    log_z_BT, picked_BT = _block_by_block(_log_z_and_picked, h_BTD, w_VD, targets_BT)
+    return _nll(log_z_BT, picked_BT, axis)
 
 
-def token_nll_and_hit(h_BTD, w_VD, targets_BT):
+def token_nll_and_hit(h_BTD, w_VD, targets_BT, axis: str | None = None):
     """As `token_nll`, and whether the target is the most likely token, bool [B, T] (of equals, the
     lowest id).
     """
+    first = _first_token(w_VD, axis)
+    targets_BT = targets_BT - first
 
     def block(logits_QV, targets_Q):
-        log_z_Q, picked_Q = _log_z_and_picked(logits_QV, targets_Q)
-        hit_Q = jnp.argmax(logits_QV, axis=-1).astype(targets_Q.dtype) == targets_Q
-        return log_z_Q - picked_Q, hit_Q
+        likely_Q = jnp.argmax(logits_QV, axis=-1).astype(targets_Q.dtype)
+        largest_Q = jnp.take_along_axis(logits_QV, likely_Q[:, None], axis=1)[:, 0]
+        return *_log_z_and_picked(logits_QV, targets_Q), largest_Q, likely_Q
 
-    return _block_by_block(block, h_BTD, w_VD, targets_BT)
+    numbers = _block_by_block(block, h_BTD, w_VD, targets_BT)
+    log_z_BT, picked_BT, largest_BT, likely_BT = numbers
+    hit_BT = likely_BT == targets_BT
+    if axis is not None:  # the likeliest of the parts with the largest logit that counts lowest
+        best_BT = largest_BT == jax.lax.pmax(largest_BT, axis)
+        last = jnp.iinfo(likely_BT.dtype).max
+        likely_BT = jax.lax.pmin(jnp.where(best_BT, first + likely_BT, last), axis)
+        hit_BT = likely_BT == first + targets_BT
+    return _nll(log_z_BT, picked_BT, axis), hit_BT
+
+
+def _first_token(w_VD, axis: str | None):
+    """The token that this device's part of V begins with."""
+    return 0 if axis is None else jax.lax.axis_index(axis) * w_VD.shape[0]
+
+
+def _nll(log_z_BT, picked_BT, axis: str | None):
+    """-log p of targets from what each part of V has: its logsumexp, and the target's logit or
+    0.
+    """
+    if axis is not None:
+        largest_BT = jax.lax.pmax(log_z_BT, axis)
+        total_BT = jax.lax.psum(jnp.exp(log_z_BT - largest_BT), axis)
+        log_z_BT = largest_BT + jnp.log(total_BT)
+        picked_BT = jax.lax.psum(picked_BT, axis)
+    return log_z_BT - picked_BT
 
 
 @jax.custom_vjp

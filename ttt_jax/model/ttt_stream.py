@@ -72,13 +72,6 @@ def empty(batch: int, chunk_size: int, D: int, F: int, dtype) -> TTTState:
     )
 
 
-def written(S_BDF: jax.Array) -> jax.Array:
-    """Fast weights that go into a state. XLA may not fuse the kernel that makes them with a scan's
-    write into its stack: on TPU that fusion does not fit VMEM.
-    """
-    return jax.lax.optimization_barrier(S_BDF)
-
-
 def state_behind(
     z_BTF, source_BTD, S_BDF, chunk_size: int, lengths_B=None, before: TTTState | None = None
 ) -> TTTState:
@@ -89,7 +82,7 @@ def state_behind(
       lengths_B: how many of the T tokens each row has read; None: all.
       before: the state before them, for rows that have read nothing.
     """
-    (B, T), C, S_BDF = z_BTF.shape[:2], chunk_size, written(S_BDF)
+    (B, T), C = z_BTF.shape[:2], chunk_size
     if lengths_B is None and T % C == 0:  # nothing is pending
         return TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD)))
     whole_B = jnp.full((B,), T // C, jnp.int32) if lengths_B is None else lengths_B // C
@@ -129,7 +122,7 @@ def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTSta
     y_BTD = jax.vmap(new)(y_BLD, pending_B)
     stats = layer.stats(S_BDF, devices.last_update_norm(z_BLF, v_BLD, lr, C))
     z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BLF, source_BLD))
-    return y_BTD, TTTState(written(S_BDF), z_BCF, source_BCD), stats
+    return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
 
 
 def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: TTTState):

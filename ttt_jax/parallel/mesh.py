@@ -38,8 +38,9 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations of a pending chunk, of which such a step writes one token of every row
     "pending_mlp": ("tensor", "fsdp"),
     "tokens": ("context",),
-    # the loss has no heads and no F to split, so it splits the tokens further
-    "loss_tokens": ("context", "tensor"),
+    # the loss has no heads and no F to split, so it splits the tokens further: over `tensor`, and
+    # over what rows leave
+    "loss_tokens": ("context", "tensor", "fsdp", "data"),
 }
 
 

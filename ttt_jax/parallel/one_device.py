@@ -157,13 +157,16 @@ class Devices(abc.ABC):
         """
 
     @abc.abstractmethod
-    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool) -> jax.Array:
+    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT) -> jax.Array:
         """Call a function of the output weight and of tokens one by one.
 
         Args:
-          function: (h_BTD, w_VD, *token_data_BT) -> a sum over tokens, or one number per token.
-          total: whether it is a sum.
+          function: (h_BTD, w_VD, *token_data_BT) -> a sum over tokens.
         """
+
+    @abc.abstractmethod
+    def over_vocabulary(self, function, h_BTD, w_VD, targets_BT) -> Any:
+        """Call `token_nll` or `token_nll_and_hit`; same arguments and results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +224,11 @@ class OneDevice(Devices):
     def update_cosine(self, z_BTF, v_BTD, chunk_size: int, segment_ids_BT=None) -> jax.Array:
         return ops.update_cosine(z_BTF, v_BTD, chunk_size, segment_ids_BT)
 
-    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool) -> jax.Array:
+    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT) -> jax.Array:
         return function(h_BTD, w_VD, *token_data_BT)
+
+    def over_vocabulary(self, function, h_BTD, w_VD, targets_BT) -> Any:
+        return function(h_BTD, w_VD, targets_BT)
 
 
 ONE_DEVICE = OneDevice()

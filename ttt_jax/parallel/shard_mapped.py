@@ -263,15 +263,26 @@ class Parallel(Devices):
         in_specs = (P(rows, tokens, wide), P(rows, tokens, None), P(rows, tokens))
         return self._map(local, in_specs, P())(z_BTF, v_BTD, segment_ids_BT)
 
-    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT, total: bool) -> jax.Array:
+    def over_tokens(self, function, h_BTD, w_VD, *token_data_BT) -> jax.Array:
         """Give every device tokens of its own."""
         tokens = spec(("batch", "loss_tokens"), h_BTD.shape[:2], self.mesh)
-        local = (lambda *xs: function(*xs)[None]) if total else function
+        local = lambda *xs: function(*xs)[None]
         in_specs = (P(*tokens, None), P(None, None), *(tokens for _ in token_data_BT))
-        out = self._map(local, in_specs, P(_axes(tokens)) if total else tokens)(
-            h_BTD, w_VD, *token_data_BT
+        return self._map(local, in_specs, P(_axes(tokens)))(h_BTD, w_VD, *token_data_BT).sum()
+
+    def over_vocabulary(self, function, h_BTD, w_VD, targets_BT):
+        """Split V as it lies, and tokens over the other devices. Left alone, GSPMD multiplies where
+        D is split and adds up logits: V numbers for a token instead of the weight's D.
+        """
+        shape = (w_VD.shape[0], *h_BTD.shape[:2])
+        high, *tokens = spec(("vocab", "batch", "loss_tokens"), shape, self.mesh)
+        tokens, w_VD = P(*tokens), w_VD.astype(h_BTD.dtype)  # cast before it is gathered
+        run = self._map(
+            functools.partial(function, axis=high),
+            (P(*tokens, None), P(high, None), tokens),
+            tokens,
         )
-        return out.sum() if total else out
+        return run(h_BTD, w_VD, targets_BT)
 
     def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
         """Split both or none: one alone would tear the groups apart."""

@@ -102,7 +102,7 @@ def make_position_nll(mesh: Mesh) -> PositionNll:
             probe=True,
         )
         tokens = (h_BTD, model.output_weight, batch["targets"])
-        nll_BT = model.runtime.parallel.over_tokens(token_nll, *tokens, total=False)
+        nll_BT = model.runtime.parallel.over_vocabulary(token_nll, *tokens)
         means = {
             f"layer_{layer:02d}/{name}": stat[f"{name}_B"].mean()
             for layer, stat in stats.items()

@@ -164,7 +164,7 @@ def _loss(model: Transformer, batch: Batch, total: jax.Array, scale: Any) -> tup
     )
     weights_BT = batch["weights"] / total
     tokens = (h_BTD, model.output_weight, batch["targets"], weights_BT)
-    return model.runtime.parallel.over_tokens(cross_entropy, *tokens, total=True), stats
+    return model.runtime.parallel.over_tokens(cross_entropy, *tokens), stats
 
 
 def _gradients(
