@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ttt_jax.ops import platform
 from ttt_jax.ops.numerics import accumulator, dot
+from ttt_jax.ops.ttt.targets import unit_rms
 
 _LOGITS_BYTES = 5 * 2**27  # of a block's logits in float32, at most
 _GRADIENT_BYTES = 5 * 2**28  # of the gradients of a group's logits in the compute dtype, at most
@@ -44,6 +45,26 @@ def token_nll_and_hit(h_BTD, w_VD, targets_BT):
         return log_z_Q - picked_Q, hit_Q
 
     return _block_by_block(block, h_BTD, w_VD, targets_BT)
+
+
+def expected_row(h_BTD, w_VD, normalize: bool):
+    """sum_v p(v) w_v with p = softmax(h W^T) for every token, [B, T, D] in h's dtype; logits are
+    made block by block. No gradient is meant to be taken.
+
+    Args:
+      normalize: divide each row of w by its root mean square in the sum, not in the logits.
+    """
+    (B, T, D), V, dtype = h_BTD.shape, w_VD.shape[0], h_BTD.dtype
+    acc, w_VD = accumulator(dtype), w_VD.astype(dtype)
+    row_VD = unit_rms(w_VD) if normalize else w_VD
+
+    def block(h_nQD):
+        p_QV = jax.nn.softmax(_logits(h_nQD[0], w_VD, acc), axis=1).astype(dtype)
+        return dot("qv,vd->qd", p_QV, row_VD, dtype)
+
+    Q, _ = _block_sizes(B * T, V, dtype)
+    rows = jax.lax.map(block, _in_blocks(h_BTD, 1, Q))
+    return rows.reshape(-1, D)[: B * T].reshape(B, T, D)
 
 
 @jax.custom_vjp
