@@ -35,6 +35,9 @@ BASE = ModelConfig(
 EMBED = {"ttt.target": "input_embed"}
 
 
+ERRORS = {"ttt.target": "prediction_error"}
+
+
 RIDGE = {
     "ttt.write": "ridge",
     "ttt.normalize_source": True,

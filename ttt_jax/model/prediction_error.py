@@ -39,12 +39,13 @@ from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 def source(h_BTD, head: Head):
     """What the errors of a chunk are made of, in h's dtype: each token's row of the output weight,
-    and its hidden state behind the final norm, [B, T, 2 D].
+    and its hidden state behind the final norm, [B, T, 2 D]. No gradient flows to h.
 
     Args:
       h_BTD: the output of the layer with S = 0.
     """
-    return jax.lax.stop_gradient(jnp.concatenate([head.rows_BTD, head.norm(h_BTD)], axis=2))
+    n_BTD = head.norm(jax.lax.stop_gradient(h_BTD))
+    return jnp.concatenate([head.rows_BTD, n_BTD], axis=2)
 
 
 def prediction_error(
@@ -65,4 +66,4 @@ def prediction_error(
     rows_BMCD, expected_BMCD = (x.reshape(B, T // C, C, X // 2) for x in (rows_BTD, expected_BTD))
     error_BMCD = rows_BMCD[:, :, 1:] - expected_BMCD[:, :, :-1]
     error_BMCD = jnp.pad(error_BMCD, ((0, 0), (0, 0), (1, 0), (0, 0)))
-    return jax.lax.stop_gradient(error_BMCD.reshape(B, T, X // 2))
+    return error_BMCD.reshape(B, T, X // 2)
