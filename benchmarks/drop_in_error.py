@@ -85,7 +85,9 @@ class ErrorStudy(Study):
                 lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32),
                 abstract_transformer(config.model, Runtime(dtype=config.compute_dtype)),
             )
-            self.models[key] = initial_model(config, abstract)
+            found = initial_model(config, abstract)
+            assert found is not None
+            self.models[key] = found
         return self.models[key]
 
     def predicted_covariance(self) -> tuple[np.ndarray, np.ndarray]:

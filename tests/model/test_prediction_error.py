@@ -133,6 +133,6 @@ def test_auto_has_no_rule_for_sums_of_errors():
     ttt = {"layers": [1], "target": "prediction_error", "normalize_source": True}
     cfg = from_dict(Config, {"model": {"ttt": ttt | {"write": "ridge"}}})
     assert inner_rate(cfg) == 1
-    with pytest.raises(ConfigError, match="prediction_error and model.ttt.write = sum; give a"):
+    with pytest.raises(ConfigError, match=r"prediction_error and model\.ttt\.write = sum; give a"):
         inner_rate(from_dict(Config, {"model": {"ttt": ttt | {"write": "sum"}}}))
     assert TTTConfig().target == "hidden_states", "absent fields mean what the official code does"
