@@ -112,7 +112,7 @@ class ErrorStudy(Study):
         return covariance, np.asarray(model.norm.scale[...], np.float64)
 
     def run(self) -> None:
-        base_R = self.loss(self.none)(np.zeros(30))
+        base_R = self.loss(self.none)(np.zeros(30), "0.3")
         self.note(base_R, base_R, what="window")
         best: tuple[float, dict[str, Any]] = (0.0, {})
 
@@ -163,7 +163,7 @@ class ErrorStudy(Study):
         self.ids_RT = passages(
             self.args, load_tokenizer(str(self.args.data / "smollm2")), "books_heldout.jsonl.xz"
         )
-        base_R = self.loss(self.none)(np.zeros(30))
+        base_R = self.loss(self.none)(np.zeros(30), "0.3")
         fields = {f"model.ttt.{k}": v for k, v in setting.items() if k not in ("scale", "shrink")}
         scale_L = np.zeros(30)
         scale_L[list(setting["layers"])] = setting["scale"]
