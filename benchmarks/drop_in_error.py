@@ -155,8 +155,9 @@ class ErrorStudy(Study):
         tried(scales=(0.5, 0.75, 1.0), layers=sorted([*layers, others[0]]))
         tried(scales=(0.35, 0.5, 0.75), layers=sorted([*layers, *others[:2]]))
         print(f"best {best}", flush=True)
-        self.save_start(*best)
-        self.heldout(best[1])
+        if best[1]:
+            self.save_start(*best)
+            self.heldout(best[1])
 
     def heldout(self, setting: dict[str, Any]) -> None:
         """Read the held-out novels with the best setting, and with the embedding in its place."""
@@ -174,9 +175,6 @@ class ErrorStudy(Study):
 
     def save_start(self, gain: float, setting: dict[str, Any]) -> None:
         """Write OUT/start_error and the fields that go with it."""
-        if not setting:
-            print("nothing gains; no start is written", flush=True)
-            return
         source = str(self.args.data / "smollm2")
         proj_DD = setting["scale"] * self.projections[setting["shrink"]]
         rate = float(f"{np.sqrt(np.mean(proj_DD**2)) / TARGET_RMS:.3g}")
