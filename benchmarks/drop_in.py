@@ -269,10 +269,12 @@ def with_target(model: Transformer, scale_L, proj_DD) -> Transformer:
     return jax.tree_util.tree_map_with_path(leaf, model)
 
 
-def passages(args: argparse.Namespace, tokenizer: Any) -> np.ndarray:
-    """[R, length + 1] ids from behind the first page of each of the first long books."""
+def passages(
+    args: argparse.Namespace, tokenizer: Any, file: str = "books_small.jsonl.xz"
+) -> np.ndarray:
+    """[R, length + 1] ids from behind the first page of each of the first long books of a file."""
     rows = []
-    with lzma.open(args.data / "books_small.jsonl.xz", "rt") as lines:
+    with lzma.open(args.data / file, "rt") as lines:
         for line in lines:
             text = json.loads(line)["text"]
             ids = tokenizer.encode(text[5000 : 5000 + 8 * args.length])

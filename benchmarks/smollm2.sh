@@ -39,6 +39,12 @@ for arm in "$@"; do
       [[ $name == start5decay ]] && words+=(--model.ttt.decay 0.9)
       [[ $name == start5x* ]] && words+=(--steps "${name#start5x}")
       from=$data/start ;;
+    # From benchmarks/drop_in_error.py --out FOLDER.
+    error | error5 | errorx*)
+      read -ra words < "$data/words.txt"
+      [[ $name == error5 ]] && words+=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]")
+      [[ $name == errorx* ]] && words+=(--steps "${name#errorx}")
+      from=$data/start_error ;;
     sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
     steps*) words=("${target[@]}" --steps "${name#steps}") ;;
     none-steps*) words=(--model.ttt.layers=[] --steps "${name#none-steps}") ;;

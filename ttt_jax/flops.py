@@ -56,13 +56,26 @@ def model_flops_per_token(model: ModelConfig, seq_len: int, training: bool) -> f
     do (W + S), dz += v G, dv = z G^T and G += do^T z, 8 D F (dW is the sum of the same do^T z).
     What rematerialisation computes again, the closed-form backward's second scan over S included,
     does not count: this is the model's work, for MFU.
+
+    Targets that are prediction errors cost a TTT layer 2 D F + 4 D V more, its output with S = 0
+    and logits that are made and averaged over; they have no backward pass.
     """
-    return _forward_flops(model, functools.partial(_mean_context, seq_len)) * (3 if training else 1)
+    forward = _forward_flops(model, functools.partial(_mean_context, seq_len))
+    return forward * (3 if training else 1) + _error_flops(model)
 
 
 def decode_flops(model: ModelConfig, position: int) -> float:
     """The same of the one token behind so many."""
-    return _forward_flops(model, lambda window: float(min(position + 1, window or position + 1)))
+    context = lambda window: float(min(position + 1, window or position + 1))
+    return _forward_flops(model, context) + _error_flops(model)
+
+
+def _error_flops(model: ModelConfig) -> float:
+    """Operations of one token's prediction errors in all TTT layers."""
+    if model.ttt.target != "prediction_error":
+        return 0.0
+    D, F, V = model.d_model, model.d_ff, model.vocab_size
+    return len(model.ttt.layers) * (2.0 * D * F + 4.0 * D * V)
 
 
 def _forward_flops(model: ModelConfig, context: Callable[[int | None], float]) -> float:

@@ -108,7 +108,7 @@ BAD = {
     "not positive": ("--data.batch_size 0", ["data.batch_size", "0", "greater than 0"]),
     "not a choice": (
         "--model.ttt.target embeddings",
-        ["model.ttt.target", "embeddings", "'hidden_states' or 'input_embed'"],
+        ["model.ttt.target", "embeddings", "'input_embed' or 'prediction_error'"],
     ),
     "not finite": ("--optimizer.lr .inf", ["optimizer.lr", "inf", "finite"]),
     "a field of a number": ("--steps.x 3 --steps 3 --steps.x 4", ["steps", "single value"]),

@@ -93,7 +93,7 @@ def test_scoring_writes_nothing(rows):
         assert not any(np.asarray(x).any() for layer in runs for x in layer.cache)
     ttt = kept.layers[1][0].ttt
     assert not np.asarray(ttt.z_BCF).any()
-    assert not np.asarray(ttt.source_BCD).any()
+    assert not np.asarray(ttt.source_BCX).any()
     lengths_B = np.full(3, K, np.int32)
     after, *_ = score_frozen_piece(Frozen(model), kept, rows[:, :K], rows[:, 1 : K + 1], lengths_B)
     np.testing.assert_array_equal(after.layers[1][0].ttt.S_BDF, S_BDF)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import config, make
+from support.models import ERRORS, config, make
 from support.streams import CHANGES, C, model_of, prompts
 from support.tolerance import assert_close
 
@@ -128,7 +128,9 @@ def test_scores_of_ragged_rows():
 
 
 @pytest.mark.parametrize(
-    ("changes", "cuts"), [({}, (5, 22)), ({}, (8, 3)), (WINDOW, (1, 1))], ids=str
+    ("changes", "cuts"),
+    [({}, (5, 22)), ({}, (8, 3)), (WINDOW, (1, 1)), (ERRORS, (5, 22))],
+    ids=str,
 )
 def test_a_restored_session_goes_on_as_if_never_stopped(changes, cuts, tmp_path):
     """Read, save, restore into the other layout, read, write, save, restore, write: equals one

@@ -14,6 +14,7 @@ from support.awake import new_target
 from support.models import (
     BASE,
     EMBED,
+    ERRORS,
     RIDGE,
     WINDOW,
     C,
@@ -73,6 +74,8 @@ STREAMS = {
     "embed, window shorter than pieces": EMBED | WINDOW,
     "window longer than pieces, clipped": {"sliding_window": 18, "ttt.clip_norm": 0.5},
     "ridge, embed, window": EMBED | WINDOW | RIDGE,
+    "errors, ridge, window": ERRORS | WINDOW | RIDGE,
+    "errors, own head": ERRORS | {"tie_embeddings": False, "mlp_bias": True},
     "biases, no projection": {
         "ttt.layers": (0, 1),
         "qkv_bias": True,
@@ -142,7 +145,9 @@ def test_growing_caches(x64):
 
 
 @pytest.mark.parametrize(
-    "changes", [EMBED, WINDOW | {"ttt.decay": 0.8}], ids=["full", "window, decay"]
+    "changes",
+    [EMBED, WINDOW | {"ttt.decay": 0.8}, ERRORS | RIDGE],
+    ids=["full", "window, decay", "errors"],
 )
 def test_rows_of_different_lengths_continue_as_each_alone(changes, x64):
     """Padded prompts, a padded piece, single tokens with and without lengths; what lies in the
@@ -207,8 +212,8 @@ def test_rows_of_a_batch_are_independent(x64):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW, RIDGE],
-    ids=["plain", "everything", "ridge"],
+    [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW, RIDGE, ERRORS | WINDOW],
+    ids=["plain", "everything", "ridge", "errors"],
 )
 def test_packed_documents_equal_each_document_alone(changes, x64):
     """Values, and gradients of every parameter; documents start on chunks, padding fills the last

@@ -122,8 +122,8 @@ def test_a_fresh_pass_leaves_the_official_fast_weight(golden_mlp, x64):
     _, state, _ = apply(mlp, x, t, None, None)
     C = mlp.cfg.ttt.chunk_size
     pending = x.shape[1] % C
-    np.testing.assert_array_equal(state.source_BCD[:, :pending], t[:, x.shape[1] - pending :])
-    assert not np.asarray(state.source_BCD[:, pending:]).any()
+    np.testing.assert_array_equal(state.source_BCX[:, :pending], t[:, x.shape[1] - pending :])
+    assert not np.asarray(state.source_BCX[:, pending:]).any()
     if x.shape[0] == 1:
         assert_close(
             "w_after", mlp.down[...] + state.S_BDF[0], golden_mlp["w_after"], TOLERANCE["float64"]

@@ -30,12 +30,12 @@ MODEL = {
 }
 
 
-def steps(mesh_sizes, accumulate=1, number=3):
+def steps(mesh_sizes, accumulate=1, number=3, **ttt):
     """Losses, gradient norms and the parameters after some steps on packed rows."""
     config = from_dict(
         Config,
         {
-            "model": MODEL,
+            "model": MODEL | {"ttt": MODEL["ttt"] | ttt},
             "data": {"seq_len": 48, "batch_size": 8},
             "optimizer": {
                 "lr": 1e-3,
@@ -90,6 +90,14 @@ def test_a_sharded_step_equals_one_device(sizes, single):
         # Adam divides by the gradient's size, so a rounding difference may move a parameter by a
         # share of lr.
         assert np.abs(np.asarray(x) - y).max() < 2e-4
+
+
+def test_prediction_errors_of_a_sharded_step_are_those_of_one_device():
+    """Their logits are made by devices that have tokens of their own, and the whole head."""
+    ttt = {"target": "prediction_error", "write": "ridge", "layers": [0, 1], "lr": 1.0}
+    sizes = {"fsdp": 2, "context": 2, "tensor": 2}
+    metrics, one = (steps(ONE | mesh, number=2, **ttt)[0] for mesh in (sizes, {}))
+    assert_close("losses and gradient norms", metrics, one, 1e-5)
 
 
 def test_accumulation_equals_one_batch(single):

@@ -12,7 +12,7 @@ import pytest
 from support.tolerance import assert_close
 
 from ttt_jax.config import MeshConfig
-from ttt_jax.model.loss import token_nll
+from ttt_jax.model.loss import expected_row, token_nll
 from ttt_jax.ops.ttt.writes import transformed
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.one_device import ONE_DEVICE
@@ -35,6 +35,7 @@ def answers(devices, T):
     x = arrays(T)
     ids_BT = jnp.arange(B * T, dtype=jnp.int32).reshape(B, T) % V
     lr = jnp.asarray(0.1)
+    expected = functools.partial(expected_row, normalize=True)
 
     def run(z, v, w, table):
         o_BTD, S_BDF = devices.in_place_ttt(z, v, w, lr=lr, chunk_size=C)
@@ -50,6 +51,7 @@ def answers(devices, T):
             "state": S_BDF,
             "norm": devices.last_update_norm(z, v, lr, C),
             "embeddings": devices.pin(devices.embed(table, ids_BT)),
+            "expected": devices.over_vocabulary(expected, v, table),
             "losses": devices.over_vocabulary(token_nll, v, table, ids_BT),
         }
 

@@ -118,6 +118,7 @@ def test_bfloat16_is_rounded_once(golden_model, tmp_path):
         },
         {"rope": RopeConfig(kind="llama3", base=5e5, factor=8.0, original_max_positions=8192)},
         {"ttt": TTTConfig(layers=(1, 4), chunk_size=8, lr=0.25, target="input_embed", proj=False)},
+        {"ttt": TTTConfig(layers=(4,), target="prediction_error", write="ridge")},
     ],
     ids=str,
 )

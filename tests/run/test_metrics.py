@@ -2,6 +2,7 @@
 operations.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -208,6 +209,12 @@ def test_flops_by_counting_products():
     expected = 2 * matrices + sum(2 * 2 * heads * count for count in keys)
     assert model_flops_per_token(model, T, training=False) == pytest.approx(expected, rel=1e-12)
     assert model_flops_per_token(model, T, training=True) == pytest.approx(3 * expected, rel=1e-12)
+    # Prediction errors: the output with S = 0, logits, and their mean row; nothing comes back.
+    errors = dataclasses.replace(model, ttt=dataclasses.replace(ttt, target="prediction_error"))
+    more = 2 * (F * D + 2 * D * 100)
+    for training, times in ((False, 1), (True, 3)):
+        flops = model_flops_per_token(errors, T, training=training)
+        assert flops == pytest.approx(times * expected + more, rel=1e-12)
 
 
 def test_flops_of_a_large_model_are_about_6n():

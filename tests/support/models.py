@@ -35,6 +35,9 @@ BASE = ModelConfig(
 EMBED = {"ttt.target": "input_embed"}
 
 
+ERRORS = {"ttt.target": "prediction_error"}
+
+
 RIDGE = {
     "ttt.write": "ridge",
     "ttt.normalize_source": True,
@@ -147,5 +150,5 @@ def assert_same_state(state, other, chunk=C):
         jax.tree.map(close, x.cache, y.cache)
         if x.ttt is not None:
             close(x.ttt.S_BDF, y.ttt.S_BDF)
-            for name in ("z_BCF", "source_BCD"):
+            for name in ("z_BCF", "source_BCX"):
                 close(*(np.asarray(getattr(layer.ttt, name)) * pending_BC1 for layer in (x, y)))

@@ -39,7 +39,7 @@ from ttt_jax.terminal import printable
 @click.option(
     "--ttt.target",
     "target",
-    type=click.Choice(["hidden_states", "input_embed"]),
+    type=click.Choice(["hidden_states", "input_embed", "prediction_error"]),
     help="Source of the target.",
 )
 @click.option(

@@ -57,8 +57,8 @@ class TTTConfig:
     # inner learning rate, the size of what a chunk writes; in a file or an override also `auto`: by
     # a rule (docs/writes.md)
     lr: float = 3.0
-    # source of the target: MLP input or embeddings
-    target: Literal["hidden_states", "input_embed"] = "hidden_states"
+    # source of the target: MLP input, embeddings, or what the model did not predict of a token
+    target: Literal["hidden_states", "input_embed", "prediction_error"] = "hidden_states"
     proj: bool = True  # multiply the convolved source by W_target
     # divide the source by its rms, so that lr means the same for every model
     normalize_source: bool = False

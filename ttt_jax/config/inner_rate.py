@@ -55,6 +55,11 @@ def factor(ttt: TTTConfig) -> float:
 
 def check_rule(ttt: TTTConfig) -> None:
     """Raise ConfigError unless the rule of `sum` speaks of these targets: it needs a known size."""
+    if ttt.target == "prediction_error":
+        raise ConfigError(
+            "config field model.ttt.lr = auto: there is no rule for it with model.ttt.target = "
+            "prediction_error and model.ttt.write = sum; give a number, or set write to ridge"
+        )
     if not ttt.normalize_source:
         field = "model.ttt.normalize_source"
         raise ConfigError(

@@ -29,6 +29,7 @@ from ttt_jax.inference.watch import not_finite
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.stack import LayerState
 from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.model.ttt_mlp import source_width
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops.attention.cached import KVCache
 from ttt_jax.pretrained.fingerprint import fingerprint
@@ -188,7 +189,7 @@ def _tensors(session: StoredSession, model: Transformer) -> dict[str, np.ndarray
             tensors[f"layers.{layer}.S"] = take(run.ttt.S_BDF)
             tensors[f"layers.{layer}.z"] = np.ascontiguousarray(take(run.ttt.z_BCF)[:, :pending])
             tensors[f"layers.{layer}.source"] = np.ascontiguousarray(
-                take(run.ttt.source_BCD)[:, :pending]
+                take(run.ttt.source_BCX)[:, :pending]
             )
     return tensors
 
@@ -223,7 +224,7 @@ def _expected(
                 "float64" if dtype == "float64" else "float32",
             )
             expected[f"layers.{layer}.z"] = ((B, pending, cfg.d_ff), dtype)
-            expected[f"layers.{layer}.source"] = ((B, pending, cfg.d_model), dtype)
+            expected[f"layers.{layer}.source"] = ((B, pending, source_width(cfg)), dtype)
     if set(shapes) != set(expected):
         name = sorted(set(shapes) ^ set(expected))[0]
         raise KIND.damaged(path, f"tensor {name} is {'missing' if name in expected else 'unknown'}")

@@ -19,6 +19,21 @@ from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
 @struct.dataclass
+class Head:
+    """What predicts the next token, for targets that are prediction errors; without a gradient.
+
+    Fields:
+      norm: the final RMSNorm.
+      weight_VD: output weight, compute dtype.
+      rows_BTD: its rows of the tokens that are read.
+    """
+
+    norm: RMSNorm
+    weight_VD: jax.Array
+    rows_BTD: jax.Array
+
+
+@struct.dataclass
 class Context:
     """What every layer of one forward pass shares.
 
@@ -28,6 +43,7 @@ class Context:
       lengths_B: real tokens of each row in this call (int32), None when all T are.
       segment_ids_BT: document of each token, 0 for padding; None for one document per row.
       embed_BTD: token embeddings, the `input_embed` source of the targets.
+      head: of targets that are prediction errors; None for others.
       ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
       keep_state: whether the caller wants the state back.
       capacity: slots of a full-attention KV cache; None lets it grow with the input.
@@ -41,6 +57,7 @@ class Context:
     lengths_B: jax.Array | None
     segment_ids_BT: jax.Array | None
     embed_BTD: jax.Array
+    head: Head | None = None
     ttt_scale: jax.Array | float = struct.field(pytree_node=False, default=1.0)
     keep_state: bool = struct.field(pytree_node=False, default=False)
     capacity: int | None = struct.field(pytree_node=False, default=None)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ttt_jax.ops import platform
 from ttt_jax.ops.numerics import accumulator, dot
+from ttt_jax.ops.ttt.targets import unit_rms
 
 _LOGITS_BYTES = 5 * 2**27  # of a block's logits in float32, at most
 _GRADIENT_BYTES = 5 * 2**28  # of the gradients of a group's logits in the compute dtype, at most
@@ -72,6 +73,32 @@ def _nll(log_z_BT, picked_BT, axis: str | None):
         log_z_BT = largest_BT + jnp.log(total_BT)
         picked_BT = jax.lax.psum(picked_BT, axis)
     return log_z_BT - picked_BT
+
+
+def expected_row(h_BTD, w_VD, normalize: bool, axis: str | None = None):
+    """sum_v p(v) w_v with p = softmax(h W^T) for every token, [B, T, D] in h's dtype; logits are
+    made block by block. No gradient is meant to be taken.
+
+    Args:
+      normalize: divide each row of w by its root mean square in the sum, not in the logits.
+      axis: see `token_nll`.
+    """
+    (B, T, D), V, dtype = h_BTD.shape, w_VD.shape[0], h_BTD.dtype
+    acc, w_VD = accumulator(dtype), w_VD.astype(dtype)
+    row_VD = unit_rms(w_VD) if normalize else w_VD
+
+    def block(h_nQD):
+        logits_QV = _logits(h_nQD[0], w_VD, acc)
+        log_z_Q1 = jax.nn.logsumexp(logits_QV, axis=1, keepdims=True)
+        row_QD = dot("qv,vd->qd", jnp.exp(logits_QV - log_z_Q1).astype(dtype), row_VD, acc)
+        if axis is not None:  # the parts of V by what they weigh
+            weight_Q1 = jnp.exp(log_z_Q1 - jax.lax.pmax(log_z_Q1, axis))
+            row_QD = jax.lax.psum(weight_Q1 * row_QD, axis) / jax.lax.psum(weight_Q1, axis)
+        return row_QD.astype(dtype)
+
+    Q, _ = _block_sizes(B * T, V, dtype)
+    rows = jax.lax.map(block, _in_blocks(h_BTD, 1, Q))
+    return rows.reshape(-1, D)[: B * T].reshape(B, T, D)
 
 
 @jax.custom_vjp

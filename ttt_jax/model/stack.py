@@ -74,7 +74,7 @@ class Block(nnx.Module):
         cache, ttt = (None, None) if state is None else state
         y_BTD, cache = self.attention(ctx.pin(self.attention_norm(h_BTD)), ctx, cache, attention)
         h_BTD = ctx.pin(h_BTD + ctx.pin(y_BTD))
-        y_BTD, ttt, stats = self.mlp(ctx.pin(self.mlp_norm(h_BTD)), ctx, ttt)
+        y_BTD, ttt, stats = self.mlp(ctx.pin(self.mlp_norm(h_BTD)), ctx, ttt, h_BTD)
         return (
             ctx.pin(h_BTD + ctx.pin(y_BTD)),
             None if cache is None else LayerState(cache, ttt),

@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from ttt_jax.config import ModelConfig, validate_model
 from ttt_jax.errors import UserError
-from ttt_jax.model.layers import Context, RMSNorm, param, rope_tables
+from ttt_jax.model.layers import Context, Head, RMSNorm, param, rope_tables
 from ttt_jax.model.stack import (
     DEFAULT_RUNTIME,
     Group,
@@ -184,6 +184,7 @@ class Transformer(nnx.Module):
             lengths_B=lengths,
             segment_ids_BT=segment_ids,
             embed_BTD=embed_BTD,
+            head=self._head(ids_BT),
             ttt_scale=ttt_scale,
             keep_state=keep_state or state is not None,
             capacity=capacity,
@@ -199,6 +200,14 @@ class Transformer(nnx.Module):
         read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         position_B = read_B if state is None else state.position_B + read_B
         return h_BTD, self.laid(State(position_B, layers, ctx.capacity)), stats
+
+    def _head(self, ids_BT) -> Head | None:
+        if not self.config.ttt.layers or self.config.ttt.target != "prediction_error":
+            return None
+        dtype = jnp.dtype(self.runtime.dtype)
+        rows_BTD = self.runtime.parallel.embed(self.output_weight, ids_BT).astype(dtype)
+        head = Head(self.norm, self.output_weight.astype(dtype), rows_BTD)
+        return jax.tree.map(jax.lax.stop_gradient, head)
 
     def _through_layers(self, ctx: Context, state: State | None):
         """Apply all layers to the embeddings. Returns h_BTD, the layers' states, and the stats by

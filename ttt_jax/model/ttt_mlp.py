@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from ttt_jax.config import ModelConfig
-from ttt_jax.model import ttt_stream
+from ttt_jax.model import prediction_error, ttt_stream
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops import write_chunk
@@ -50,7 +50,9 @@ class Target(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, key: jax.Array):
         D = cfg.d_model
-        self.normalize_source = cfg.ttt.normalize_source
+        # errors are made of rows that are normalised; the size of an error says how much is new
+        errors = cfg.ttt.target == "prediction_error"
+        self.normalize_source = cfg.ttt.normalize_source and not errors
         conv_DK, proj_DD = initial_target(key, D, cfg.init_std)
         self.conv = nnx.Param(conv_DK[:, None], axes=("embed", "conv_in", "conv_taps"))
         self.proj = nnx.Param(proj_DD, axes=("embed", "embed_out")) if cfg.ttt.proj else None
@@ -89,8 +91,10 @@ class MLP(nnx.Module):
         self.down_bias = bias(D, "embed") if cfg.mlp_bias else None
         self.target = Target(cfg, key=keys[3]) if ttt else None
 
-    def __call__(self, x_BTD, ctx: Context, state: TTTState | None):
+    def __call__(self, x_BTD, ctx: Context, state: TTTState | None, h_BTD=None):
         """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
+
+        `h_BTD`: what y is added to, which prediction errors are made of.
 
         `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the
         update of the first sequence's last whole chunk.
@@ -102,13 +106,13 @@ class MLP(nnx.Module):
         if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
-        source_BTD = x_BTD if self.cfg.ttt.target == "hidden_states" else ctx.embed_BTD
+        source_BTX = self._source(x_BTD, z_BTF, h_BTD, ctx)
         if state is None or ctx.at_chunk_start:
-            y_BTD, state, stats = self._from_boundary(z_BTF, source_BTD, ctx, state)
+            y_BTD, state, stats = self._from_boundary(z_BTF, source_BTX, ctx, state)
         elif z_BTF.shape[1] == 1:
-            y_BTD, state, stats = ttt_stream.append_token(self, z_BTF, source_BTD, ctx, state)
+            y_BTD, state, stats = ttt_stream.append_token(self, z_BTF, source_BTX, ctx, state)
         else:
-            y_BTD, state, stats = ttt_stream.read_on(self, z_BTF, source_BTD, ctx, state)
+            y_BTD, state, stats = ttt_stream.read_on(self, z_BTF, source_BTX, ctx, state)
         if self.down_bias is not None:
             y_BTD = y_BTD + jnp.broadcast_to(self.down_bias[...].astype(y_BTD.dtype), y_BTD.shape)
         return y_BTD, state, stats
@@ -116,7 +120,8 @@ class MLP(nnx.Module):
     def init_state(self, batch: int, dtype) -> TTTState:
         """The state of streams that have read nothing; z and source in `dtype`."""
         cfg = self.cfg
-        return ttt_stream.empty(batch, cfg.ttt.chunk_size, cfg.d_model, cfg.d_ff, dtype)
+        width = source_width(cfg)
+        return ttt_stream.empty(batch, cfg.ttt.chunk_size, cfg.d_model, cfg.d_ff, width, dtype)
 
     @property
     def chunk_size(self) -> int:
@@ -171,16 +176,31 @@ class MLP(nnx.Module):
             clip_norm=ttt.clip_norm,
         )
 
-    def targets(self, z_BTF, source_BTD, whole_B=None, devices: Devices = ONE_DEVICE):
+    def _source(self, x_BTD, z_BTF, h_BTD, ctx: Context):
+        """What targets are made of, [B, T, `source_width`]."""
+        if self.cfg.ttt.target == "hidden_states":
+            return x_BTD
+        if self.cfg.ttt.target == "input_embed":
+            return ctx.embed_BTD
+        assert ctx.head is not None
+        return prediction_error.source(h_BTD + linear(z_BTF, self.down, self.down_bias), ctx.head)
+
+    def targets(self, z_BTF, source_BTX, ctx: Context, whole_B=None):
         """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the
         chunks of each row.
         """
-        ttt, C = self.cfg.ttt, self.cfg.ttt.chunk_size
-        T = source_BTD.shape[1]
+        ttt, C, devices = self.cfg.ttt, self.cfg.ttt.chunk_size, ctx.parallel
+        B, T, _ = source_BTX.shape
         M = T // C
         if self.target is None or M == 0:
-            return jnp.zeros_like(source_BTD)
-        v_BTD = self.target(source_BTD[:, : M * C], C, devices.pin)
+            return jnp.zeros((B, T, self.cfg.d_model), source_BTX.dtype)
+        source_BTD = source_BTX[:, : M * C]
+        if ttt.target == "prediction_error":
+            assert ctx.head is not None
+            options = {"normalize": ttt.normalize_source, "devices": devices}
+            error_BTD = prediction_error.prediction_error(source_BTD, ctx.head, C, **options)
+            source_BTD = checkpoint_name(devices.pin(error_BTD), TARGET)
+        v_BTD = self.target(source_BTD, C, devices.pin)
         if ttt.write != "sum":
             options = {"ridge": ttt.ridge, "over_chunks": devices.over_chunks}
             v_BTD = devices.pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, **options))
@@ -203,12 +223,12 @@ class MLP(nnx.Module):
             "update_norm_B": update_norm_B,
         }
 
-    def _from_boundary(self, z_BTF, source_BTD, ctx: Context, state: TTTState | None):
+    def _from_boundary(self, z_BTF, source_BTX, ctx: Context, state: TTTState | None):
         """Every row starts, or stands at the start of a chunk (or reads nothing)."""
         B, C = z_BTF.shape[0], self.chunk_size
         lr = self.inner_rate(ctx, accumulator(z_BTF.dtype))
         whole_B = None if ctx.lengths_B is None else ctx.lengths_B // C
-        v_BTD = self.targets(z_BTF, source_BTD, whole_B, ctx.parallel)
+        v_BTD = self.targets(z_BTF, source_BTX, ctx, whole_B)
         devices = ctx.parallel
         S_BDF = None if state is None else state.S_BDF
         y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
@@ -218,8 +238,13 @@ class MLP(nnx.Module):
             stats["update_cosine_B"] = jnp.broadcast_to(cosine, (B,))
         if not ctx.keep_state:
             return y_BTD, None, stats
-        state = ttt_stream.state_behind(z_BTF, source_BTD, S_BDF, C, ctx.lengths_B, state)
+        state = ttt_stream.state_behind(z_BTF, source_BTX, S_BDF, C, ctx.lengths_B, state)
         return y_BTD, state, stats
+
+
+def source_width(cfg: ModelConfig) -> int:
+    """The number of channels of a target's source: D, and twice that for prediction errors."""
+    return cfg.d_model * (2 if cfg.ttt.target == "prediction_error" else 1)
 
 
 def _written(whole_B, lr):

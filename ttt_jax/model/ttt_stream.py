@@ -27,12 +27,13 @@ class TTTState(NamedTuple):
       S_BDF: accumulated update of the down-projection, float32.
       z_BCF: MLP activations of the pending chunk, compute dtype; slots from the pending count on
         hold nothing.
-      source_BCD: source of the targets of the pending chunk, compute dtype.
+      source_BCX: source of the targets of the pending chunk, compute dtype; X is D, or 2 D for
+        prediction errors.
     """
 
     S_BDF: jax.Array
     z_BCF: jax.Array
-    source_BCD: jax.Array
+    source_BCX: jax.Array
 
 
 class AdaptiveLayer(Protocol):
@@ -43,9 +44,7 @@ class AdaptiveLayer(Protocol):
 
     def inner_rate(self, ctx: Context, acc) -> jax.Array: ...
 
-    def targets(
-        self, z_BTF, source_BTD, whole_B=None, devices: Devices = ONE_DEVICE
-    ) -> jax.Array: ...
+    def targets(self, z_BTF, source_BTX, ctx: Context, whole_B=None) -> jax.Array: ...
 
     def op(
         self,
@@ -63,17 +62,17 @@ class AdaptiveLayer(Protocol):
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]: ...
 
 
-def empty(batch: int, chunk_size: int, D: int, F: int, dtype) -> TTTState:
-    """The state of streams that have read nothing."""
+def empty(batch: int, chunk_size: int, D: int, F: int, width: int, dtype) -> TTTState:
+    """The state of streams that have read nothing; `width` is that of the source."""
     return TTTState(
         jnp.zeros((batch, D, F), accumulator(dtype)),
         jnp.zeros((batch, chunk_size, F), dtype),
-        jnp.zeros((batch, chunk_size, D), dtype),
+        jnp.zeros((batch, chunk_size, width), dtype),
     )
 
 
 def state_behind(
-    z_BTF, source_BTD, S_BDF, chunk_size: int, lengths_B=None, before: TTTState | None = None
+    z_BTF, source_BTX, S_BDF, chunk_size: int, lengths_B=None, before: TTTState | None = None
 ) -> TTTState:
     """The state behind tokens that were read from a chunk's start on.
 
@@ -84,18 +83,18 @@ def state_behind(
     """
     (B, T), C = z_BTF.shape[:2], chunk_size
     if lengths_B is None and T % C == 0:  # nothing is pending
-        return TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTD)))
+        return TTTState(S_BDF, *(jnp.zeros_like(x_BTX[:, :C]) for x_BTX in (z_BTF, source_BTX)))
     whole_B = jnp.full((B,), T // C, jnp.int32) if lengths_B is None else lengths_B // C
-    z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BTF, source_BTD))
+    z_BCF, source_BCX = (_pending(x, whole_B, C) for x in (z_BTF, source_BTX))
     if before is not None and lengths_B is not None:
         # A row that has read nothing keeps its pending chunk.
         idle_B11 = (lengths_B == 0)[:, None, None]
         z_BCF = jnp.where(idle_B11, before.z_BCF, z_BCF)
-        source_BCD = jnp.where(idle_B11, before.source_BCD, source_BCD)
-    return TTTState(S_BDF, z_BCF, source_BCD)
+        source_BCX = jnp.where(idle_B11, before.source_BCX, source_BCX)
+    return TTTState(S_BDF, z_BCF, source_BCX)
 
 
-def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTState):
+def read_on(layer: AdaptiveLayer, z_BTF, source_BTX, ctx: Context, state: TTTState):
     """Read any number of new tokens at any place of the chunk clock: put them behind the pending
     ones and run the op.
 
@@ -113,19 +112,19 @@ def read_on(layer: AdaptiveLayer, z_BTF, source_BTD, ctx: Context, state: TTTSta
         put = lambda x, y, n: jax.lax.dynamic_update_slice_in_dim(x, y, n, axis=0)
         return jax.vmap(put)(grown, new_BTX, pending_B)
 
-    z_BLF, source_BLD = behind(state.z_BCF, z_BTF), behind(state.source_BCD, source_BTD)
+    z_BLF, source_BLX = behind(state.z_BCF, z_BTF), behind(state.source_BCX, source_BTX)
     whole_B = (pending_B + length_B) // C
     devices = ctx.parallel
-    v_BLD = layer.targets(z_BLF, source_BLD, whole_B, devices)
+    v_BLD = layer.targets(z_BLF, source_BLX, ctx, whole_B)
     y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B, devices=devices)
     new = lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0)
     y_BTD = jax.vmap(new)(y_BLD, pending_B)
     stats = layer.stats(S_BDF, devices.last_update_norm(z_BLF, v_BLD, lr, C))
-    z_BCF, source_BCD = (_pending(x, whole_B, C) for x in (z_BLF, source_BLD))
-    return y_BTD, TTTState(S_BDF, z_BCF, source_BCD), stats
+    z_BCF, source_BCX = (_pending(x, whole_B, C) for x in (z_BLF, source_BLX))
+    return y_BTD, TTTState(S_BDF, z_BCF, source_BCX), stats
 
 
-def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: TTTState):
+def append_token(layer: AdaptiveLayer, z_B1F, source_B1X, ctx: Context, state: TTTState):
     """Read one token: O(D + F) beside the apply. The update runs in the step that completes some
     row's chunk.
 
@@ -136,26 +135,27 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
     pending_B = ctx.position_B % C
     read_B = jnp.ones_like(pending_B) if ctx.lengths_B is None else ctx.lengths_B
     # One token of a longer chunk: nothing is written.
-    y_B1D = layer.op(z_B1F, jnp.zeros_like(source_B1D), lr, state.S_BDF, devices=devices)[0]
+    nothing_B1D = jnp.zeros((*z_B1F.shape[:2], state.S_BDF.shape[1]), z_B1F.dtype)
+    y_B1D = layer.op(z_B1F, nothing_B1D, lr, state.S_BDF, devices=devices)[0]
     slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
     put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
     z_BCF = put(state.z_BCF, z_B1F, slot_B)
-    source_BCD = put(state.source_BCD, source_B1D, slot_B)
+    source_BCX = put(state.source_BCX, source_B1X, slot_B)
     complete_B = (pending_B == C - 1) & (read_B > 0)
 
-    def write(S_BDF, z_BCF, source_BCD, whole_B):
-        v_BCD = layer.targets(z_BCF, source_BCD, whole_B, devices)
+    def write(S_BDF, z_BCF, source_BCX, whole_B):
+        v_BCD = layer.targets(z_BCF, source_BCX, ctx, whole_B)
         norm_B = devices.last_update_norm(z_BCF, v_BCD, lr, C)
         return layer.write(z_BCF, v_BCD, lr, S_BDF, whole_B), norm_B
 
     def all_rows(S_BDF):
-        return write(S_BDF, z_BCF, source_BCD, complete_B.astype(jnp.int32))
+        return write(S_BDF, z_BCF, source_BCX, complete_B.astype(jnp.int32))
 
     def one_row(S_BDF):
         b = jnp.argmax(complete_B)
         row = lambda x_BXY: jax.lax.dynamic_slice_in_dim(x_BXY, b, 1, axis=0)
         one_1 = jnp.ones((1,), jnp.int32)
-        S_1DF, norm_1 = write(row(S_BDF), row(z_BCF), row(source_BCD), one_1)
+        S_1DF, norm_1 = write(row(S_BDF), row(z_BCF), row(source_BCX), one_1)
         S_BDF = jax.lax.dynamic_update_slice_in_dim(S_BDF, S_1DF, b, axis=0)
         # The norm is that of the first row.
         return S_BDF, jnp.broadcast_to(jnp.where(b == 0, norm_1, 0), complete_B.shape)
@@ -174,7 +174,7 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1D, ctx: Context, state: T
         S_BDF, norm_B = jax.lax.cond(complete_B.any(), update, skip, state.S_BDF)
     else:
         S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
-    return y_B1D, TTTState(S_BDF, z_BCF, source_BCD), layer.stats(S_BDF, norm_B)
+    return y_B1D, TTTState(S_BDF, z_BCF, source_BCX), layer.stats(S_BDF, norm_B)
 
 
 def _pending(x_BTX, whole_B, C: int):

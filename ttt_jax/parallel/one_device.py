@@ -165,8 +165,8 @@ class Devices(abc.ABC):
         """
 
     @abc.abstractmethod
-    def over_vocabulary(self, function, h_BTD, w_VD, targets_BT) -> Any:
-        """Call `token_nll` or `token_nll_and_hit`; same arguments and results."""
+    def over_vocabulary(self, function, h_BTD, w_VD, *token_data_BT) -> Any:
+        """Call `token_nll`, `token_nll_and_hit` or `expected_row`; same arguments and results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +227,8 @@ class OneDevice(Devices):
     def over_tokens(self, function, h_BTD, w_VD, *token_data_BT) -> jax.Array:
         return function(h_BTD, w_VD, *token_data_BT)
 
-    def over_vocabulary(self, function, h_BTD, w_VD, targets_BT) -> Any:
-        return function(h_BTD, w_VD, targets_BT)
+    def over_vocabulary(self, function, h_BTD, w_VD, *token_data_BT) -> Any:
+        return function(h_BTD, w_VD, *token_data_BT)
 
 
 ONE_DEVICE = OneDevice()

@@ -270,7 +270,7 @@ class Parallel(Devices):
         in_specs = (P(*tokens, None), P(None, None), *(tokens for _ in token_data_BT))
         return self._map(local, in_specs, P(_axes(tokens)))(h_BTD, w_VD, *token_data_BT).sum()
 
-    def over_vocabulary(self, function, h_BTD, w_VD, targets_BT):
+    def over_vocabulary(self, function, h_BTD, w_VD, *token_data_BT):
         """Split V as it lies, and tokens over the other devices. Left alone, GSPMD multiplies where
         D is split and adds up logits: V numbers for a token instead of the weight's D.
         """
@@ -279,10 +279,10 @@ class Parallel(Devices):
         tokens, w_VD = P(*tokens), w_VD.astype(h_BTD.dtype)  # cast before it is gathered
         run = self._map(
             functools.partial(function, axis=high),
-            (P(*tokens, None), P(high, None), tokens),
+            (P(*tokens, None), P(high, None), *(tokens for _ in token_data_BT)),
             tokens,
         )
-        return run(h_BTD, w_VD, targets_BT)
+        return run(h_BTD, w_VD, *token_data_BT)
 
     def head_axes(self, N: int, K: int) -> tuple[str | None, str | None]:
         """Split both or none: one alone would tear the groups apart."""
