@@ -22,6 +22,8 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setenv("TTT_JAX_CACHE", str(tmp_path / "user"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = {name: getattr(jax.config, name) for name in SETTINGS}
+    jax.config.update("jax_compilation_cache_dir", None)  # as a job begins
+    compile_cache._forget_earlier_cache()
     yield replace(Config(), {"runs_dir": str(tmp_path / "runs"), "name": "a"})
     for name, value in before.items():
         jax.config.update(name, value)
