@@ -6,9 +6,11 @@ version that does not know the extra option passes over it. No result depends on
 """
 
 import atexit
+import ctypes
 import gc
 import resource
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -48,3 +50,5 @@ def forget_programs(limit: int) -> None:
     if pages * resource.getpagesize() > limit:
         jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":  # what is free goes back to the system
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
