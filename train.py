@@ -73,8 +73,10 @@ def train(start: Start, stop: StopSignal) -> None:
     from ttt_jax.run.finished import only_writer
     from ttt_jax.run.timing import StepTimer
 
-    config, timer = start.config, StepTimer()
+    timer = StepTimer()
     initialize()  # before jax looks at its devices
+    start = start.here()
+    config = start.config
     with only_writer(config, stop) as lock:
         if lock is None:  # finished
             return

@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 
-from support.compilation import CHEAP, EIGHT_DEVICES
+from support.compilation import CHEAP, EIGHT_DEVICES, forget_programs, keep_programs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {CHEAP}"
@@ -23,13 +23,28 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    keep_programs()
 
+MANY_BYTES = 2 << 30  # of a worker
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_finish(session):
-    """What has been imported stays until the end: the collector need not look through it."""
+    """What has been imported stays until the end: the collector need not look through it. And it
+    comes less often: tracing makes many objects and few cycles.
+    """
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Give a large heap back between two files, which share few programs."""
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        forget_programs(MANY_BYTES)
+    return result
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from support.hf_folders import make_folder
-from support.jobs import curve, write_corpus
+from support.jobs import curve, one_device, write_corpus
 from support.tokenizers import TEMPLATE, write_tokenizer
 
 import train
@@ -30,6 +30,12 @@ RAW = {
 }
 HELLO = [{"role": "user", "content": "hello"}], True
 SETTINGS = {"eos_token": "<end>", "chat_template": TEMPLATE}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    with one_device():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.jobs import TINY, curve, start, wait_for_step, write_corpus
+from support.jobs import TINY, curve, one_device, start, wait_for_step, write_corpus
 
 import train
 from ttt_jax.config import load_config
@@ -22,6 +22,12 @@ def words(tmp_path):
     """Overrides of a job of seconds on a corpus of its own."""
     corpus = write_corpus(tmp_path / "corpus")
     return [*TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path / 'runs'}", "--name=tiny"]
+
+
+@pytest.fixture
+def alone():
+    with one_device():
+        yield
 
 
 def finish(words):
@@ -121,6 +127,7 @@ def test_empty_corpus(words, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_run_of_another_model_is_not_continued(words, tmp_path, capsys):
     assert train.main([*words, "--steps=3"]) == 0
     before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
@@ -132,6 +139,7 @@ def test_a_run_of_another_model_is_not_continued(words, tmp_path, capsys):
     assert before == {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_loss_that_is_not_finite_stops_the_job(words, tmp_path, capsys):
     limits = ["--guard.skips=2", "--guard.rollbacks=1"]
     assert (

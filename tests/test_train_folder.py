@@ -7,7 +7,7 @@ import shutil
 
 import jax
 import pytest
-from support.jobs import TINY, curve
+from support.jobs import TINY, curve, one_device
 
 import train
 from ttt_jax.config import OptimizerConfig
@@ -27,6 +27,12 @@ WORDS = [
     "--optimizer.warmup_steps=1",
     "--remat_save=auto",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    with one_device():
+        yield
 
 
 @pytest.fixture(scope="module")

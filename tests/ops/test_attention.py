@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from support.attention import causal_mask, documents_in_xla, make_inputs, plain
 from support.tolerance import TOLERANCE, assert_close
 
@@ -154,6 +155,17 @@ def test_large_logits_stay_finite():
         run, *(jnp.asarray(x, jnp.float32) for x in (300 * q, 300 * k, v, do))
     )
     assert all(np.isfinite(x).all() for x in got.values())
+
+
+def test_blocks_on_a_cpu_fit_its_cache():
+    """Logits of 4 MiB at a time, where other platforms take 64."""
+    struct = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)  # 32 MiB of logits
+    run = functools.partial(self_attention, implementation="xla")
+    assert "tensor<1x2x1x256x2048xf32>" in jax.jit(run).lower(*[struct] * 3).as_text()
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "tensor<1x2x1x2048x2048xf32>" in jax.jit(run).lower(*[struct] * 3).as_text()
 
 
 def test_memory_is_linear_in_the_length(monkeypatch):

@@ -1,9 +1,12 @@
 """A run from a checkpoint: what comes from it, what a user changes, and what a run remembers."""
 
 import dataclasses
+import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub.constants
+import jax
 import pytest
 from support.fuzzing import SMALL
 from support.hf_folders import make_folder
@@ -140,9 +143,9 @@ def test_a_run_that_has_begun_needs_no_checkpoint(sources, tmp_path, monkeypatch
     prepare_run_dir(begun)
     shutil.rmtree(tmp_path / "source")
     again = load_start(None, words("source", "--steps=5"))
-    assert again == (begun, False, ())
+    assert again == (begun, False, (), None)
     auto = load_start(None, words("source", "--steps=5", "--model.ttt.lr=auto"))
-    assert auto == (begun, False, ())
+    assert auto == (begun, False, (), None)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_start(None, words("source", "--name=other"))
     # Moved: the folder itself says where it is.
@@ -171,6 +174,99 @@ def test_suggestions_are_whole_chunks():
     assert suggested_chunk(65536, shards=32) == 2048
     assert [suggested_row(n, None) for n in (131072, 2048, 100, 7)] == [4096, 2048, 96, 7]
     assert [suggested_row(n, 4096) for n in (131072, 10000, 100)] == [16384, 8192, 100]
+
+
+# -------------------------------------------------------------------------------------------- CPUs
+
+# The shapes of SmolLM2-135M; its config is read here, and no weights.
+LARGE = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """An empty folder with a checkpoint whose steps a CPU cannot do in seconds."""
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(tmp_path / "large")
+    (tmp_path / "large" / "config.json").write_text(json.dumps(LARGE))
+    return "large"
+
+
+def shape(start):
+    """Rows, tokens of a row, tokens of a chunk, held-out rows."""
+    data, ttt = start.config.data, start.config.model.ttt
+    return data.batch_size, data.seq_len, ttt.chunk_size, start.config.eval.rows
+
+
+def test_steps_on_a_cpu_are_small_and_the_differences_are_said(large, monkeypatch):
+    start = load_start(None, words(large))
+    assert shape(start) == (4, 4096, 256, 16)
+    assert shape(start.on_cpu) == (1, 512, 32, 8)
+    assert start.remarks == ()
+    (line,) = start.on_cpu.remarks
+    assert line == (
+        "init_from large: jax finds a CPU only, so steps are small: model.ttt.chunk_size 32 "
+        "(elsewhere 256), data.seq_len 512 (elsewhere 4096), data.batch_size 1 (elsewhere 4), "
+        "eval.rows 8 (elsewhere 16); what you set stays"
+    )
+    same = {"model.ttt.chunk_size": 256, "data.seq_len": 4096, "data.batch_size": 4}
+    assert replace(start.on_cpu.config, same | {"eval.rows": 16}) == start.config
+    assert start.here() == start.on_cpu
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert start.here() is start
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert start.here() is start
+
+
+@pytest.mark.parametrize(
+    ("more", "want"),
+    [
+        (["--data.batch_size=4"], (4, 512, 32, 8)),
+        (["--data.seq_len=2048"], (1, 2048, 128, 8)),
+        (["--data.seq_len=4096", "--data.batch_size=2"], None),
+        (["--eval.rows=3"], (1, 512, 32, 3)),
+        (["--optimizer.accumulate=2"], (2, 512, 32, 8)),
+        (["--optimizer.accumulate=4"], (4, 512, 32, 8)),
+        (["--model.ttt.chunk_size=512"], (1, 2048, 512, 8)),  # a few chunks in a row
+        (["--model.max_positions=8192"], (1, 512, 32, 8)),
+    ],
+)
+def test_what_a_user_sets_counts_on_a_cpu_too(large, more, want):
+    on_cpu = load_start(None, words(large, *more)).on_cpu
+    assert want == (on_cpu and shape(on_cpu))
+
+
+def test_rows_become_fewer_before_they_become_shorter(large):
+    """The same shapes with a tenth of the words and two layers."""
+    small = LARGE | {"vocab_size": 4915, "num_hidden_layers": 2}
+    Path(large, "config.json").write_text(json.dumps(small))
+    assert shape(load_start(None, words(large)).on_cpu) == (1, 4096, 256, 8)
+
+
+def test_a_small_model_and_other_configs_are_the_same_on_a_cpu(sources, large, tmp_path):
+    assert load_start(None, words(sources / "plain")).on_cpu is None
+    assert load_start("qwen3_0p6b", words(large)).on_cpu is None
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    assert load_start("mine.yaml", words(large)).on_cpu is None
+    assert load_start_config("continual", words(large)).data.batch_size == 4
+
+
+def test_a_run_goes_on_with_its_rows_on_other_devices(large):
+    begun = load_start(None, words(large)).here().config
+    prepare_run_dir(begun)
+    assert load_start(None, words(large)) == (begun, False, (), None)
+    more = load_start(None, words(large, "--data.batch_size=2")).config
+    assert more == replace(begun, {"data.batch_size": 2})  # refused when the folder is checked
 
 
 # ---------------------------------------------------------------------------- presets, shorter runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.compilation import CHEAP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +49,22 @@ def write_corpus(folder):
         text = " ".join(rng.choice(["fast", "weight", "chunk", "update", "apply", str(i)], 40))
         (folder / f"{i:02d}.txt").write_text(text)
     return folder
+
+
+@contextlib.contextmanager
+def one_device():
+    """Let jobs of this process see one device, as most people's do: programs for the eight fake
+    ones take three times as long to compile.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        for name in ("devices", "local_devices"):
+            patch.setattr(jax, name, lambda *_, **__: first)
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *_, **__: 1)
+        yield
 
 
 def one_of_several(index, processes, port):

@@ -75,7 +75,7 @@ def test_one_setting_serves_every_row_chunk_and_width(words, T, steps, apart):
 
 @pytest.mark.parametrize("preset", FROM_SCRATCH)
 def test_no_preset_explodes_or_stays_away(preset):
-    ratio = ratios(narrow(preset, 48, 16), 40)
+    ratio = ratios(narrow(preset, 32, 8), 40)
     assert ratio.shape[1] == len(load_config(preset).model.ttt.layers)
     assert ratio.max() < HIGH
     assert ratio[-6:].mean() > LOW

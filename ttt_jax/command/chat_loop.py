@@ -248,7 +248,10 @@ class Chat:
         ]
         ratios = talk.fast_weights()
         lines += [f"layer {layer:3d}  ||S||/||W|| {x:.3g}" for layer, x in ratios.items()]
-        self.note(*(lines if ratios else [*lines, "no fast weights"]))
+        if not ratios:
+            yet = " yet" if session.model.config.ttt.layers else ""
+            lines.append(f"no fast weights{yet}")
+        self.note(*lines)
 
     def save(self, path: Path) -> None:
         """Save the branch that is on."""

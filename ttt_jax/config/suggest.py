@@ -19,14 +19,14 @@ FEW = 4  # chunks, which a row has at least where the model has positions for th
 MIN_CHUNK = 16
 
 
-def suggested_row(max_positions: int, chunk: int | None) -> int:
-    """Return T: what the model has positions for, up to `ROW`, in whole chunks.
+def suggested_row(max_positions: int, chunk: int | None, row: int = ROW) -> int:
+    """Return T: what the model has positions for, up to `row`, in whole chunks.
 
     Args:
       chunk: C, where it is known already; a row then has room for a few of them.
     """
     unit = min(chunk or MIN_CHUNK, max_positions)
-    return min(max(ROW, FEW * unit), max_positions) // unit * unit
+    return min(max(row, FEW * unit), max_positions) // unit * unit
 
 
 def suggested_chunk(T: int, shards: int = 1) -> int:
@@ -38,15 +38,15 @@ def suggested_chunk(T: int, shards: int = 1) -> int:
     return max(next(divisors), MIN_CHUNK)
 
 
-def suggestions(written: Written, model: ModelConfig) -> dict[str, Any]:
-    """Return a tree for a checkpoint with this model: `data.seq_len`, and TTT layers where it has
-    none.
+def suggestions(written: Written, model: ModelConfig, row: int = ROW) -> dict[str, Any]:
+    """Return a tree for a checkpoint with this model: `data.seq_len`, up to `row` tokens, and TTT
+    layers where it has none.
     """
     ttt = model.ttt
     positions, T = _number(written, "model.max_positions"), written.get("data.seq_len")
     C = _number(written, "model.ttt.chunk_size") or (ttt.chunk_size if ttt.layers else None)
     if T is None:
-        T = suggested_row(positions or model.max_positions, C)
+        T = suggested_row(positions or model.max_positions, C, row)
     tree: dict[str, Any] = {"data": {"seq_len": T}}
     if ttt.layers or type(T) is not int:
         return tree

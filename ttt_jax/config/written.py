@@ -32,6 +32,14 @@ class Written:
         """Return what stands at a dotted field; None when nobody wrote it."""
         return value_at(self.over({}), field)
 
+    def of_user(self, field: str) -> Any:
+        """Return what a user wrote at a dotted field, or None."""
+        return value_at(self.user, field)
+
+    def proposing(self, tree: dict[str, Any]) -> Written:
+        """Return the same with other values of the preset; the user's still count before them."""
+        return Written(merged(self.preset, tree), self.user)
+
     def has_model(self) -> bool:
         """Say whether every field of `model` is written."""
         model = self.get("model")
@@ -48,7 +56,7 @@ class Written:
 
     def remarks(self) -> tuple[str, ...]:
         """Return lines for the user about values of the preset that yield."""
-        if not self._too_long() or value_at(self.user, "optimizer.warmup_steps") is not None:
+        if not self._too_long() or self.of_user("optimizer.warmup_steps") is not None:
             return ()
         steps = value_at(self.preset, "optimizer.warmup_steps")
         return (

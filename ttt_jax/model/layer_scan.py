@@ -20,12 +20,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from ttt_jax.ops import platform
 
 # (parameters, h_BTD, source_BTD, rest) -> (h_BTD, stats)
 Layer = Callable[..., tuple[jax.Array, Any]]
+
+_ZERO = np.int32(0)  # an index that is known needs no check at run time: half of the trace
 
 
 @jax.tree_util.register_static
@@ -180,7 +183,7 @@ def _counts(stack) -> tuple[int, int]:
 
 def _at(tree, r, n):
     def one(x):
-        start = (r, n, *(jnp.zeros_like(r),) * (x.ndim - 2))
+        start = (r, n, *(_ZERO,) * (x.ndim - 2))
         return jax.lax.dynamic_slice(x, start, (1, 1, *x.shape[2:])).reshape(x.shape[2:])
 
     return jax.tree.map(one, tree)
@@ -188,8 +191,6 @@ def _at(tree, r, n):
 
 def _put(tree, r, n, piece):
     def one(x, y):
-        return jax.lax.dynamic_update_slice(
-            x, y[None, None], (r, n, *(jnp.zeros_like(r),) * y.ndim)
-        )
+        return jax.lax.dynamic_update_slice(x, y[None, None], (r, n, *(_ZERO,) * y.ndim))
 
     return jax.tree.map(one, tree, piece)

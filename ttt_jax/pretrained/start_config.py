@@ -23,24 +23,44 @@ from ttt_jax.config import (
     to_dict,
 )
 from ttt_jax.config.inner_rate import check_rule
-from ttt_jax.config.suggest import suggestions
+from ttt_jax.config.suggest import ROW, suggestions
 from ttt_jax.config.written import AUTO, RATE, merged, value_at
 from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.pretrained.cpu_proposal import cpu_proposal
 from ttt_jax.pretrained.model_changes import compare_models
-from ttt_jax.run.folder import CONFIG_FILE, read_run_config
+from ttt_jax.run.folder import CONFIG_FILE, flatten, read_run_config
 
 DEFAULT, CONTINUAL = "default", "continual"  # presets, where none is named
 FIELD = "config field init_from"
 
 
 class Start(NamedTuple):
-    """Fields: the config, whether its inner learning rate is still to be measured, and lines for
-    the user about what a preset had to give up.
+    """Fields: the config, whether its inner learning rate is still to be measured, lines for the
+    user about what a preset had to give up, and what is started on a CPU if that differs.
     """
 
     config: Config
     open_rate: bool
     remarks: tuple[str, ...] = ()
+    on_cpu: Start | None = None
+
+    def here(self) -> Start:
+        """Return what is started on the devices at hand, which jax looks for here."""
+        import jax
+
+        on_cpu = jax.default_backend() == "cpu" and jax.process_count() == 1
+        return self.on_cpu if on_cpu and self.on_cpu is not None else self
+
+
+class _Running(NamedTuple):
+    """Trees of a run that has begun.
+
+    Fields: what came from its checkpoint; what the preset `continual` proposed for its devices, or
+    the user wrote there.
+    """
+
+    taken: dict[str, Any]
+    proposed: dict[str, Any]
 
 
 def load_start(path: str | Path | None, overrides: Sequence[str]) -> Start:
@@ -57,10 +77,14 @@ def load_start(path: str | Path | None, overrides: Sequence[str]) -> Start:
     written = read_written(path, overrides)
     running = _of_running(written)
     if running is None:
-        return _start(written, *_of_source(written))
+        source = _of_source(written)
+        start = _start(written, *source)
+        return start._replace(on_cpu=_on_cpu(written, *source, start.config))
     if written.get(RATE) == AUTO:  # it was measured when the run began
         written = written.without(RATE)
-    return _start(written, running, None)
+    if _is_continual(written):  # which proposed what its devices could do
+        written = written.proposing(running.proposed)
+    return _start(written, running.taken, None)
 
 
 def load_start_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -83,7 +107,17 @@ def config_to_show(path: str | Path) -> Config:
         return make_config(read_written(path).without("init_from"))
 
 
-def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) -> Start:
+def _start(
+    written: Written, base: dict[str, Any], found: ModelConfig | None, row: int = ROW
+) -> Start:
+    """Make the config of what is written over `base`.
+
+    Args:
+      found: the checkpoint's model, for a new run; suggestions then go over `base`.
+      row: T of the suggested rows.
+    """
+    if found is not None:
+        base = merged(base, suggestions(written, found, row))
     config = make_config(written, base)
     if found is not None:
         assert config.init_from is not None
@@ -95,10 +129,38 @@ def _start(written: Written, base: dict[str, Any], found: ModelConfig | None) ->
     return Start(config, open_rate, written.remarks())
 
 
-def _of_running(written: Written) -> dict[str, Any] | None:
-    """Return what a run that has begun took from its checkpoint; None: there is none of this
-    `init_from`.
+def _on_cpu(
+    written: Written, base: dict[str, Any], found: ModelConfig | None, elsewhere: Config
+) -> Start | None:
+    """Return what is started on a CPU, with a remark that names every difference; None: the same as
+    elsewhere.
     """
+    if found is None or not _is_continual(written):
+        return None
+    proposal = cpu_proposal(written, found)
+    if proposal is None:
+        return None
+    start = _start(written.proposing(proposal.preset), base, found, proposal.row)
+    here, there = (flatten(to_dict(config)) for config in (start.config, elsewhere))
+    differ = [
+        f"{name} {here[name]} (elsewhere {there[name]})"
+        for name in here
+        if here[name] != there[name]
+    ]
+    remark = (
+        f"init_from {elsewhere.init_from}: jax finds a CPU only, so steps are small: "
+        f"{', '.join(differ)}; what you set stays"
+    )
+    return start._replace(remarks=(*start.remarks, remark))
+
+
+def _is_continual(written: Written) -> bool:
+    """Say whether the preset is that of any checkpoint and any device. Others are recipes."""
+    return written.preset.get("name") == CONTINUAL
+
+
+def _of_running(written: Written) -> _Running | None:
+    """Return what a run of this `init_from` was started with; None: there is none."""
     tree, default = written.over({}), Config()
     place = [tree.get(name, getattr(default, name)) for name in ("runs_dir", "name")]
     source = tree.get("init_from")
@@ -114,12 +176,16 @@ def _of_running(written: Written) -> dict[str, Any] | None:
     if before["init_from"] != source:
         return None  # refused when the folder is checked
     data = {name: before["data"][name] for name in ("tokenizer", "seq_len")}
-    return {"model": before["model"], "data": data}
+    proposed = {
+        "data": {"batch_size": before["data"]["batch_size"]},
+        "eval": {"rows": before["eval"]["rows"]},
+    }
+    return _Running({"model": before["model"], "data": data}, proposed)
 
 
 def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], ModelConfig | None]:
-    """Return what a run takes from the checkpoint that it begins with, and the checkpoint's model
-    if that is known.
+    """Return what a run takes from the checkpoint that it begins with, suggestions left out, and
+    the checkpoint's model if that is known.
     """
     source = written.get("init_from")
     if source is None:
@@ -137,9 +203,7 @@ def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], 
             f"{FIELD} = {source!r}: holds no config that says what model it is; give a Hugging "
             "Face, converted or run folder, or write every field of model"
         )
-    fields = to_dict(model)
-    base = {"model": fields, "data": {"tokenizer": tokenizer}}
-    return merged(base, suggestions(written, model)), model
+    return {"model": to_dict(model), "data": {"tokenizer": tokenizer}}, model
 
 
 def _read(source: str) -> tuple[ModelConfig | None, str]:
