@@ -11,7 +11,7 @@ from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.config import MeshConfig
 from ttt_jax.model import loss
-from ttt_jax.model.loss import cross_entropy, token_nll, token_nll_and_hit
+from ttt_jax.model.loss import cross_entropy, expected_row, token_nll, token_nll_and_hit
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.parallel.one_device import ONE_DEVICE
 from ttt_jax.parallel.shard_mapped import make_parallel
@@ -261,6 +261,20 @@ def test_tokens_are_judged_as_by_one_device_where_vocabularies_are_split(monkeyp
     assert not hit[1, 3]
     assert 4 < hit.sum() < 12
     np.testing.assert_allclose(nll, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_the_expected_row_is_that_of_one_device_where_vocabularies_are_split(monkeypatch):
+    """Parts of V weigh as much as their tokens are likely."""
+    cut(monkeypatch, "float32", 4)
+    h, w, _, _ = make_inputs("float32", scale=3.0)
+    arrays = jnp.asarray(h[:, :12], jnp.float32), jnp.asarray(w[:16], jnp.float32)
+    mesh = make_parallel(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)))
+    rows = functools.partial(expected_row, normalize=True)
+    found, expected = (
+        jit(lambda *x, devices=devices: devices.over_vocabulary(rows, *x))(*arrays)
+        for devices in (mesh, ONE_DEVICE)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_are_held_block_by_block(monkeypatch):
