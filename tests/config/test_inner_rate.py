@@ -13,7 +13,7 @@ from ttt_jax.model.ttt_mlp import MLP
 from ttt_jax.pretrained.start_config import CONTINUAL, load_start_config
 
 AUTO = ["--model.ttt.lr", "auto"]
-SUM_WRITE = [*AUTO, "--model.ttt.write", "sum"]
+SUM_WRITE = [*AUTO, "--model.ttt.write", "sum", "--model.ttt.target", "input_embed"]
 
 
 @pytest.mark.parametrize(("D", "F", "std"), [(64, 256, 0.02), (96, 128, 0.06), (48, 96, 0.3)])
@@ -62,6 +62,7 @@ def test_ridge_has_no_unit():
     ("preset", "words", "line"),
     [
         ("default", ["--model.ttt.normalize_source", "no"], "set model.ttt.normalize_source true"),
+        ("default", ["--model.ttt.target", "prediction_error"], "or set write to ridge"),
         ("qwen3_0p6b", [], "with model.ttt.normalize_source = false; give"),
     ],
 )
