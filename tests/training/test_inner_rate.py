@@ -44,8 +44,8 @@ def of_shape(D, T, C, *words):
     return load_config("default", [f"--{name}={value}" for name, value in sizes.items()] + [*words])
 
 
-SUM = "--model.ttt.write sum --model.ttt.decay 1 --model.ttt.target input_embed".split()
-RIDGE = "--model.ttt.write ridge --model.ttt.decay 0.9".split()
+SUM = ["--model.ttt.write", "sum", "--model.ttt.decay", "1", "--model.ttt.target", "input_embed"]
+RIDGE = ["--model.ttt.write", "ridge", "--model.ttt.decay", "0.9"]
 
 
 @pytest.mark.parametrize(
