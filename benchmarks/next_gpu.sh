@@ -15,9 +15,10 @@
 #            docs/results (last tokens 4.242 with seed 0). Predictions: six layers 4.16 with 30 %
 #            more time a step, the last alone 4.30 with 5 %; so at equal time six layers win.
 #   seeds    370 s: seeds 1 and 2 of the arm that won.  ARM="error: ..." bash ... seeds ...
-#   smollm2  560 s: no TTT, the sweep of drop_in_error.py on it, training from its start. Predictions:
-#            0.03 on training books and 0.025 on held-out novels before training; `error` ends 0.03
-#            below no TTT at 8k (40 % of the way to full attention), and no worse at 32k.
+#   smollm2  560 s: no TTT, the sweep of drop_in_error.py on it, training from its start.
+#            Predictions: 0.03 on training books and 0.025 on held-out novels before training;
+#            `error` ends 0.03 below no TTT at 8k (40 % of the way to full attention), and is no
+#            worse at 32k.
 #   sums     370 s: two more seeds of `sum` without W_target, and recall of all three beside ridge's
 #            0.32 (three times is asked; prediction: 0.08).
 # Study 2 has a script of its own: benchmarks/ablations.sh books FOLDER GPU SECONDS.
