@@ -28,7 +28,7 @@ def test_a_reports_losses_are_those_of_score(tmp_path):
     words = [
         *TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path}", "--name=run", "--steps=6",
         "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", "--eval.every=6",
-        "--log.probe_every=6", "--guard.max_state_ratio=1e9",
+        "--log.probe_every=6", "--guard.max_state_ratio=1e9", "--model.ttt.target=input_embed",
     ]  # fmt: skip
     assert train.main(words) == 0
     config = load_config(tmp_path / "run" / "config.yaml")
