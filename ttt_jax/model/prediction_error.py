@@ -62,7 +62,7 @@ def prediction_error(
     rows_BTD, n_BTD = jnp.split(source_BTX, 2, axis=2)
     rows_BTD = unit_rms(rows_BTD) if normalize else rows_BTD
     expected = functools.partial(expected_row, normalize=normalize)
-    expected_BTD = devices.over_vocabulary(expected, n_BTD, head.weight_VD)
+    expected_BTD = devices.pin(devices.over_vocabulary(expected, n_BTD, head.weight_VD))
     rows_BMCD, expected_BMCD = (x.reshape(B, T // C, C, X // 2) for x in (rows_BTD, expected_BTD))
     error_BMCD = rows_BMCD[:, :, 1:] - expected_BMCD[:, :, :-1]
     error_BMCD = jnp.pad(error_BMCD, ((0, 0), (0, 0), (1, 0), (0, 0)))
