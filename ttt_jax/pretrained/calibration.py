@@ -232,7 +232,7 @@ def calibrate(
         )
     rate = rates[s]
     if lr is not None:
-        target_DD, rate = (target_DD.astype(np.float64) * (rate / lr)), lr
+        target_DD, rate = target_DD.astype(np.float64) * (rate / lr), lr
     return Calibration(
         rate,
         target_DD.astype(np.float32),
