@@ -11,7 +11,7 @@ from support.models import config, make
 
 from ttt_jax import load_pretrained, score
 from ttt_jax.command.cli import main
-from ttt_jax.errors import ConfigError
+from ttt_jax.errors import CheckpointError, ConfigError, NotFiniteError
 from ttt_jax.pretrained.calibration import (
     SCALES,
     as_target,
@@ -71,6 +71,14 @@ def test_the_step_is_that_of_the_full_softmax(tied):
     target_DD, rate = as_target(step_DD, 0.4)
     np.testing.assert_allclose(rate * target_DD, 0.4 * step_DD, rtol=1e-12)
     assert 0.0495 < np.sqrt(np.mean(target_DD**2)) < 0.0505
+
+
+def test_a_step_that_is_not_finite_is_refused():
+    with pytest.raises(NotFiniteError, match="predictions on the text are not finite"):
+        newton_step(np.full((2, 2), np.nan), np.ones(2))
+    for covariance_DD, g_D in ((np.eye(2), np.array([1.0, 0.0])), (np.zeros((2, 2)), np.ones(2))):
+        with pytest.raises(CheckpointError, match="final norm has zeros, or its output weight"):
+            newton_step(covariance_DD, g_D)
 
 
 @pytest.mark.parametrize("lr", [None, 2.5])

@@ -27,7 +27,7 @@ import numpy as np
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, to_dict
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.display.progress import progress
-from ttt_jax.errors import CheckpointError, ConfigError, DataError, UserError
+from ttt_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, UserError
 from ttt_jax.model.loss import token_nll
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.model.ttt_mlp import KERNEL
@@ -155,8 +155,13 @@ def _prediction_sums(model: Transformer, ids_1P):
 def newton_step(covariance_DD: np.ndarray, g_D: np.ndarray, shrink: float = SHRINK) -> np.ndarray:
     """Make A = (C_p + shrink m I)^-1 / g, float64 [D, D], applied as error @ A.
 
-    Raises: CheckpointError when it is not finite: g has zeros, or all rows are alike.
+    Raises: CheckpointError when it is not finite: g has zeros, or all rows are alike;
+      NotFiniteError when C_p is not.
     """
+    if not np.isfinite(covariance_DD).all():
+        raise NotFiniteError(
+            f"{OPTION}: the model's predictions on the text are not finite; give another model"
+        )
     values, vectors = np.linalg.eigh(np.asarray(covariance_DD, np.float64))
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse_DD = (vectors / (values + shrink * values.mean())) @ vectors.T
