@@ -12,6 +12,7 @@ from support.models import config, make
 from ttt_jax import load_pretrained, score
 from ttt_jax.command.cli import main
 from ttt_jax.errors import CheckpointError, ConfigError, NotFiniteError
+from ttt_jax.pretrained import calibration
 from ttt_jax.pretrained.calibration import (
     SCALES,
     as_target,
@@ -81,16 +82,21 @@ def test_a_step_that_is_not_finite_is_refused():
             newton_step(covariance_DD, g_D)
 
 
-@pytest.mark.parametrize("lr", [None, 2.5])
-def test_the_folder_gains_what_is_printed(plain, text, tmp_path, lr, capsys):
-    """Rows of 64 tokens, all that the model has positions for, from the last third of the text."""
+@pytest.mark.parametrize(("lr", "piece", "statistics"), [(None, 64, 360), (2.5, 24, 352)])
+def test_the_folder_gains_what_is_printed(
+    plain, text, tmp_path, lr, piece, statistics, capsys, monkeypatch
+):
+    """Rows of 64 tokens, all that the model has positions for, from the last third of the text; in
+    one piece, and in three of which the last is shorter.
+    """
+    monkeypatch.setattr(calibration, "PIECE", piece)
     words = CHUNK if lr is None else [*CHUNK, "--ttt.lr", str(lr)]
     assert run(plain, tmp_path, text, *words) == 0
     out = capsys.readouterr().out
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     found = raw["ttt_calibration"]
     assert found["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
-    assert (found["choice"], found["row"], found["statistics"]) == (128, 64, 360)
+    assert (found["choice"], found["row"], found["statistics"]) == (128, 64, statistics)
     model = load_pretrained(tmp_path / "out")
     ttt = model.config.ttt
     assert (ttt.layers, ttt.target, ttt.write) == ((1,), "prediction_error", "ridge")

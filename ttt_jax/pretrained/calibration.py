@@ -29,6 +29,7 @@ from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.display.progress import progress
 from ttt_jax.errors import CheckpointError, ConfigError, DataError, NotFiniteError, UserError
 from ttt_jax.model.loss import token_nll
+from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.model.ttt_mlp import KERNEL
 
@@ -207,7 +208,7 @@ def calibrate(
     ids = _encode(text, tokenizer, model.vocab_size)
     parts = _parts(ids, model)
     here = load()
-    total = parts.statistics.size + (1 + len(SCALES)) * parts.choice.size
+    total = parts.statistics.size + parts.choice.size
     with progress("calibrating", total, "tokens") as advance_to:
         done = 0
 
@@ -223,10 +224,9 @@ def calibrate(
         conv_D1K[:, :, NEXT] = 1
         set_target(here, target_DD, conv_D1K)
         rates = {s: as_target(step_DD, s)[1] for s in SCALES}
-        chunk = model.ttt.chunk_size
-        off = _mean_nll(here, parts.choice, chunk, None, count)
-        on = {s: _mean_nll(here, parts.choice, chunk, rate, count) for s, rate in rates.items()}
-    gains = {s: off - loss for s, loss in on.items()}
+        tried = [0.0, *rates.values()]
+        off, *on = _mean_nll(here, parts.choice, model.ttt.chunk_size, tried, count)
+    gains = {s: off - loss for s, loss in zip(rates, on, strict=True)}
     s = max(gains, key=lambda s: -np.inf if np.isnan(gains[s]) else gains[s])
     if not gains[s] > 0:
         told = ", ".join(f"{s:g}: {gain:+.4f}" for s, gain in gains.items())
@@ -315,37 +315,51 @@ def _mean_nll(
     model: Transformer,
     rows_RT: np.ndarray,
     chunk: int,
-    rate: float | None,
+    rates: Sequence[float],
     on_tokens: Callable[[int], None],
-) -> float:
-    """Mean loss of the tokens behind the first of each row, each row read from a fresh state.
+) -> list[float]:
+    """Mean loss of the tokens behind the first of each row for every inner learning rate, each row
+    read from a fresh state.
 
     Args:
-      rate: inner learning rate of the model, whose config says 1; None: without fast weights.
+      rates: of the model, whose config says 1; 0 is without fast weights.
     """
     T, size = rows_RT.shape[1], max(PIECE // chunk, 1) * chunk
-    total = 0.0
+    rate_N, total_N = jnp.asarray(rates, jnp.float32), np.zeros(len(rates))
     for row in rows_RT:
         state, next_T = None, np.append(row[1:], 0)
         for start in range(0, T, size):
             piece = slice(start, start + size)
-            scale = None if rate is None else jnp.float32(rate)
-            inputs = row[None, piece], next_T[None, piece], scale
-            state, nll_1P = _read(model, state, *inputs, capacity=T)
+            state, nll_NP = _read(
+                model, state, row[None, piece], next_T[None, piece], rate_N, capacity=T
+            )
             known = min(size, T - start) - (start + size >= T)  # nothing follows the last token
-            total += float(np.sum(np.asarray(nll_1P, np.float64)[0, :known]))
+            total_N += np.asarray(nll_NP, np.float64)[:, :known].sum(1)
             on_tokens(min(size, T - start))
-    return total / (len(rows_RT) * (T - 1))
+    return (total_N / (len(rows_RT) * (T - 1))).tolist()
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _read(model: Transformer, state: State | None, ids_1P, next_1P, rate, *, capacity: int):
-    h_1PD, state, _ = model.hidden(
-        ids_1P,
-        state,
-        keep_state=True,
-        capacity=capacity if state is None else None,
-        at_chunk_start=True,
-        ttt_scale=0.0 if rate is None else rate,
-    )
-    return state, token_nll(h_1PD, model.output_weight, next_1P)
+def _read(model: Transformer, state: State | None, ids_1P, next_1P, rate_N, *, capacity: int):
+    """Read a piece at N inner learning rates. Nothing but the last layer's S depends on them, so
+    all below it is computed once.
+
+    Returns: (state, losses [N, P]); S in the state has a first axis N.
+    """
+
+    def hidden(state, rate):
+        options = {"at_chunk_start": True, "ttt_scale": rate}
+        fresh = capacity if state is None else None
+        h_1PD, state, _ = model.hidden(ids_1P, state, keep_state=True, capacity=fresh, **options)
+        return h_1PD, state
+
+    shape = jax.eval_shape(hidden, state, rate_N[0]) if state is None else (None, state)
+    axes = jax.tree_util.tree_map_with_path(_axis, shape[1])
+    in_axes = (None if state is None else axes, 0)
+    h_N1PD, state = jax.vmap(hidden, in_axes, (0, axes))(state, rate_N)
+    nll_N1P = jax.lax.map(lambda h: token_nll(h, model.output_weight, next_1P), h_N1PD)
+    return state, nll_N1P[:, 0]
+
+
+def _axis(path: Any, _: Any) -> int | None:
+    return 0 if param_path(path).endswith("S_BDF") else None
