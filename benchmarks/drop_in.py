@@ -35,11 +35,11 @@ from ttt_jax.config import Config, replace
 from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.pretrained.calibration import NEXT
 from ttt_jax.pretrained.load import initial_model, load_pretrained
 from ttt_jax.pretrained.start_config import load_start_config
 
 ROOT = Path(__file__).resolve().parents[1]
-NEXT = 3  # the convolution's tap at the next token
 HEAD = 1024  # tokens whose logits exist at once
 SCALES = (0.03, 0.1, 0.3, 1.0)
 

@@ -2,10 +2,9 @@
 
     python benchmarks/drop_in_error.py --data FOLDER --out FOLDER [--model RUN] [--seconds 250]
 
-FOLDER as for benchmarks/drop_in.py, and books_heldout.jsonl.xz. Targets are Newton's step on the
-loss of the next token, v = s (C_p + shrink m I)^-1 error / g: C_p is the mean covariance of rows of
-the output weight under the model's own prediction, m its mean eigenvalue, g the weight of the final
-norm. s has no unit: with `ridge` and s = 1 a chunk's keys would give the whole step.
+FOLDER as for benchmarks/drop_in.py, and books_heldout.jsonl.xz. Targets are a step of
+Newton on the loss of the next token, as ttt_jax/pretrained/calibration.py says, which users have as
+`ttt-jax convert --ttt.calibrate`. Here every setting of it is varied.
 
 Settings are chosen on training books, one after the other, and the best is read on held-out novels.
 It is written to OUT/start_error with OUT/words.txt, the fields that go with it: W_target is
@@ -31,19 +30,18 @@ from drop_in import Study, passages, with_target
 from ttt_jax import save_pretrained
 from ttt_jax.config import Config, replace
 from ttt_jax.data.tokenizer import load_tokenizer
-from ttt_jax.model.loss import expected_row
 from ttt_jax.model.stack import Runtime
 from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.pretrained.calibration import (
+    FIXED,
+    FREE,
+    as_target,
+    newton_step,
+    predicted_covariance,
+)
 from ttt_jax.pretrained.load import initial_model
 
-TARGET_RMS = 0.05  # of the elements of W_target in OUT/start_error
-START = {
-    "target": "prediction_error",
-    "normalize_source": False,
-    "write": "ridge",
-    "decay": 0.95,
-    "layers": [29],
-}
+START = {**FIXED, "decay": FREE["decay"], "layers": [29]}
 
 
 def main() -> None:
@@ -72,11 +70,11 @@ class ErrorStudy(Study):
         super().__init__(args)
         self.models, self.projections = {}, {}
         self.none = replace(self.config, {"model.ttt.layers": []})
-        covariance, g_D = self.predicted_covariance()
-        values, vectors = np.linalg.eigh(covariance)
+        model = self.model(self.none)
+        covariance_DD = predicted_covariance(model, [row[: args.skip] for row in self.ids_RT])
         for shrink in (0.1, 0.3, 1.0):
-            inverse = (vectors / (values + shrink * values.mean())) @ vectors.T
-            self.projections[str(shrink)] = (inverse / g_D[None]).astype(np.float32)
+            step_DD = newton_step(covariance_DD, np.asarray(model.norm.scale[...]), shrink)
+            self.projections[str(shrink)] = step_DD.astype(np.float32)
 
     def model(self, config: Config) -> Transformer:
         key = json.dumps(list(config.model.ttt.layers))
@@ -89,27 +87,6 @@ class ErrorStudy(Study):
             assert found is not None
             self.models[key] = found
         return self.models[key]
-
-    def predicted_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """C_p over the passages' first tokens, and the final norm's weight."""
-        model = self.model(self.none)
-        w_VD = np.asarray(model.output_weight, np.float64)
-        runtime = Runtime(dtype=self.config.compute_dtype)
-        treedef = jax.tree.structure(abstract_transformer(self.none.model, runtime))
-
-        @jax.jit
-        def means(leaves, ids_1T):
-            here = jax.tree.unflatten(treedef, leaves)
-            n_BTD = here.hidden(ids_1T)[0]
-            p_BTV = jax.nn.softmax(here.logits(n_BTD), axis=-1)
-            e_TD = expected_row(n_BTD, here.output_weight, False)[0].astype(jnp.float32)
-            return p_BTV.mean((0, 1)), e_TD.T @ e_TD / e_TD.shape[0]
-
-        leaves = jax.tree.leaves(model)
-        rows = [means(leaves, row[None, : self.args.skip]) for row in self.ids_RT]
-        p_V, second_DD = (np.mean(jax.device_get(x), 0) for x in zip(*rows, strict=True))
-        covariance = (w_VD * p_V[:, None]).T @ w_VD - second_DD
-        return covariance, np.asarray(model.norm.scale[...], np.float64)
 
     def run(self) -> None:
         base_R = self.loss(self.none)(np.zeros(30), "0.3")
@@ -176,8 +153,7 @@ class ErrorStudy(Study):
     def save_start(self, gain: float, setting: dict[str, Any]) -> None:
         """Write OUT/start_error and the fields that go with it."""
         source = str(self.args.data / "smollm2")
-        proj_DD = setting["scale"] * self.projections[setting["shrink"]]
-        rate = float(f"{np.sqrt(np.mean(proj_DD**2)) / TARGET_RMS:.3g}")
+        target_DD, rate = as_target(self.projections[setting["shrink"]], setting["scale"])
         fields = {k: v for k, v in setting.items() if k not in ("scale", "shrink")} | {"lr": rate}
         changes = {f"model.ttt.{k}": v for k, v in fields.items()} | {"init_from": source}
         config = replace(self.config, changes)
@@ -187,7 +163,7 @@ class ErrorStudy(Study):
         )
         model = initial_model(config, abstract)
         assert model is not None
-        model = with_target(model, jnp.ones(30, jnp.float32), proj_DD / rate)
+        model = with_target(model, jnp.ones(30, jnp.float32), target_DD)
         save_pretrained(model, self.args.out / "start_error", carry_from=source)
         words = [f"--model.ttt.{k}={json.dumps(v).strip(chr(34))}" for k, v in fields.items()]
         (self.args.out / "words.txt").write_text(" ".join(w.replace(" ", "") for w in words))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ttt_jax.command.options import Command, examples
+from ttt_jax.command.io import read_text
+from ttt_jax.command.options import EXISTING, Command, examples
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
+
+if TYPE_CHECKING:
+    from ttt_jax.pretrained.convert import Conversion
 
 
 @click.command(
@@ -17,6 +22,7 @@ from ttt_jax.terminal import printable
         "ttt-jax convert Qwen3-4B Qwen3-4B-orbax --to orbax --verify",
         "ttt-jax convert Qwen3-4B Qwen3-4B-ttt --to hf --ttt.layers 0,6,12,18,24,30 "
         "--ttt.chunk_size 1024",
+        "ttt-jax convert smollm2 smollm2-ttt --to hf --ttt.calibrate book.txt",
         "ttt-jax convert runs/qwen3 out --to hf --dtype bfloat16 --shard-gb 4",
     ),
 )
@@ -45,6 +51,13 @@ from ttt_jax.terminal import printable
 @click.option(
     "--ttt.proj", "proj", type=bool, metavar="true|false", help="Multiply the target by W_target."
 )
+@click.option(
+    "--ttt.calibrate",
+    "calibrate",
+    metavar="TEXT",
+    type=EXISTING,
+    help="TTT in the last layer that gains without training, found on a text file.",
+)
 @click.option("--seed", type=int, default=0, help="Of the TTT parameters' initialisation.")
 @click.option(
     "--verify",
@@ -58,6 +71,7 @@ def convert(
     to: str,
     dtype: str | None,
     shard_gb: float,
+    calibrate: Path | None,
     seed: int,
     verify: bool,
     overwrite: bool,
@@ -74,7 +88,8 @@ def convert(
 
     click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
-    options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite}
+    text = None if calibrate is None else read_text(calibrate, "--ttt.calibrate")
+    options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite, "text": text}
     report = run(
         source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options
     )
@@ -84,9 +99,29 @@ def convert(
         f"{names}: {size} in {report.seconds:.1f} s"
         + f", {report.fresh} of them new" * (report.fresh > 0)
     )
+    if report.calibration is not None:
+        _print_calibration(report)
     if report.relative_rms is not None:
         print(
             f"verify: relative RMS of the logits {report.relative_rms:.1e} (limit for an "
             f"unchanged dtype: {VERIFY_LIMIT:g})"
         )
     return 0
+
+
+def _print_calibration(report: Conversion) -> None:
+    """Print what was set, and the gain of every scale."""
+    found, ttt = report.calibration, report.ttt
+    assert found is not None
+    print(
+        f"ttt: layers {list(ttt.layers)}, target {ttt.target}, write {ttt.write}, decay "
+        f"{ttt.decay:g}, normalize_source {str(ttt.normalize_source).lower()}, chunk_size "
+        f"{ttt.chunk_size}, lr {ttt.lr:g}"
+    )
+    print(
+        f"W_target from {found.statistics:,} tokens; gain in nats a token on {found.choice:,} "
+        f"others in rows of {found.row:,} (loss {found.loss:.4f} without):"
+    )
+    print("  s    gain")
+    for s, gain in found.gains.items():
+        print(f"  {s:<4g} {gain:+.4f}" + "  taken" * (s == found.s))

@@ -9,5 +9,6 @@ hf_weights.py    tensor names, both ways
 safetensors_io.py, orbax_folder.py    tensors, piece by piece; orbax_layout.py checks a folder
 export.py        a model in memory into a Hugging Face folder
 source.py, convert.py    one folder into another, block by block
+calibration.py   fast weights that gain on a text without training
 model_changes.py what a run may change about the model that it starts from
 """

@@ -18,12 +18,13 @@ import numpy as np
 
 from ttt_jax.checkpoint.checksums import write_checksums
 from ttt_jax.checkpoint.parameters import load_model_params
-from ttt_jax.config import ModelConfig, replace
+from ttt_jax.config import ModelConfig, TTTConfig, replace
 from ttt_jax.display.progress import progress
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.files.reading import list_names
 from ttt_jax.model.transformer import Transformer, abstract_transformer
+from ttt_jax.pretrained.calibration import OPTION, Calibration, calibrate, calibrated_fields
 from ttt_jax.pretrained.companions import copy_companions, write_byte_tokenizer
 from ttt_jax.pretrained.hf_config import config_from_hf, config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import (
@@ -58,13 +59,19 @@ _VERIFY_CHUNK = 64
 
 
 class Conversion(NamedTuple):
-    """What a conversion did. `relative_rms` is None without `verify`."""
+    """What a conversion did. `relative_rms` is None without `verify`, `calibration` without a text.
+
+    Fields:
+      ttt: the fields of `TTTConfig` in the output.
+    """
 
     tensors: int
     nbytes: int
     fresh: int  # TTT tensors that were initialised
     seconds: float
     relative_rms: float | None
+    ttt: TTTConfig
+    calibration: Calibration | None = None
 
 
 def convert(
@@ -76,6 +83,7 @@ def convert(
     max_shard_bytes: int = 5 * 10**9,
     ttt: dict[str, Any] | None = None,
     seed: int = 0,
+    text: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -91,11 +99,14 @@ def convert(
       ttt: fields of `TTTConfig`; a plain model gets these TTT layers, with the parameters of
         `fresh_ttt_rows`.
       seed: of those parameters.
+      text: of `--ttt.calibrate`: the last layer gets TTT, with parameters that gain on this text
+        (calibration.py); `to` must be "hf". Needs memory for the whole model.
       verify: compare the logits of both sides before the output appears. Needs memory for the whole
         model.
 
     Raises:
       ConfigError, CheckpointError: one line; the output is as it was before.
+      UserError: likewise, for a text that is too short or that nothing gains on.
       VerificationError: the logits differ by more than `VERIFY_LIMIT` although the dtype is the
         same.
     """
@@ -105,7 +116,12 @@ def convert(
         raise ConfigError(f"--to {to}: expected hf or orbax")
     if max_shard_bytes < 1:
         raise ConfigError(f"shard size = {max_shard_bytes} bytes: must be positive")
-    work = _prepare(source, to, dtype, ttt, seed)
+    if text is not None:
+        _check_calibration(to, verify)
+    work = _prepare(source, to, dtype, ttt, seed, calibrated=text is not None)
+    found = None
+    if text is not None:
+        work, found = _calibrated(work, text, (ttt or {}).get("lr"))
     total = sum(spec.nbytes for spec in work.specs)
     title = f"converting {work.source.folder.name}"
     try:
@@ -125,7 +141,8 @@ def convert(
             f"output {output.absolute()}: could not be written ({error.strerror or str(error)}); "
             "free space or choose another"
         ) from None
-    return Conversion(len(work.specs), total, work.fresh, time.monotonic() - begin, rms)
+    seconds = time.monotonic() - begin
+    return Conversion(len(work.specs), total, work.fresh, seconds, rms, work.model.ttt, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +172,12 @@ class _Work:
 
 
 def _prepare(
-    path: str | Path, to: str, dtype: str | None, ttt: dict[str, Any] | None, seed: int
+    path: str | Path,
+    to: str,
+    dtype: str | None,
+    ttt: dict[str, Any] | None,
+    seed: int,
+    calibrated: bool = False,
 ) -> _Work:
     """Open the source and check everything that can be checked without reading its tensors, but for
     a tied head.
@@ -163,6 +185,8 @@ def _prepare(
     Raises: ConfigError, CheckpointError.
     """
     where, source = str(path), open_source(path)
+    if calibrated:
+        ttt = calibrated_fields(ttt or {}, source.model, where)
     model = equip(source.model, ttt, where)
     abstract = abstract_model(model, source.tensors, where)
     names = tensor_shapes(abstract).keys()
@@ -184,6 +208,40 @@ def _prepare(
     if to == "hf" or source.hf_config is not None:
         raw = _hf_config(source, model, dtype or _common_dtype(specs))
     return _Work(where, source, model, abstract, tensors, specs, len(fresh), tied_head, raw)
+
+
+def _check_calibration(to: str, verify: bool) -> None:
+    """Raise ConfigError for what a calibrated start cannot be written as, or compared with."""
+    if to != "hf":
+        raise ConfigError(f"--to {to}: {OPTION} writes --to hf; convert its result once more")
+    if verify:
+        raise ConfigError(f"--verify: {OPTION} changes what the model computes; drop one of them")
+
+
+def _calibrated(work: _Work, text: str, lr: float | None) -> tuple[_Work, Calibration]:
+    """Find the new tensors and the inner learning rate on a text.
+
+    Raises: UserError, see `calibrate`; CheckpointError when the tensors are in the source.
+    """
+    if not work.fresh:
+        raise CheckpointError(f"{OPTION}: {work.where} has TTT tensors; start from the plain one")
+    unit = abstract_transformer(replace(work.model, {"ttt.lr": 1.0}))
+    dtypes = {spec.name: spec.dtype for spec in work.specs}
+    name = f"model.layers.{work.model.num_layers - 1}.mlp.ttt_proj.weight"
+    found = calibrate(
+        lambda: fill(unit, work.tensors.read),
+        work.model,
+        text,
+        work.source.tokenizer,
+        lr,
+        dtypes[name],
+    )
+    model = replace(work.model, {"ttt.lr": found.lr})
+    values = {name: found.target_DD, name.replace("_proj", "_conv"): found.conv_D1K}
+    assert work.raw is not None
+    raw = work.raw | {"ttt_lr": found.lr, "ttt_calibration": found.provenance()}
+    tensors = work.tensors.with_values(values)
+    return dataclasses.replace(work, model=model, tensors=tensors, raw=raw), found
 
 
 def _spec(tensors: EquippedTensors, name: str, dtype: str | None) -> TensorSpec:

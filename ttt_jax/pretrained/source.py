@@ -144,6 +144,13 @@ class EquippedTensors:
 
     def __init__(self, source: TensorSource, fresh: set[str], model: ModelConfig, key: jax.Array):
         self._source, self._fresh, self._model, self._key = source, fresh, model, key
+        self._values: dict[str, np.ndarray] = {}
+
+    def with_values(self, values: dict[str, np.ndarray]) -> EquippedTensors:
+        """The same with these values of fresh tensors, in place of those of `fresh_ttt_rows`."""
+        new = EquippedTensors(self._source, self._fresh, self._model, self._key)
+        new._values = values
+        return new
 
     def __iter__(self) -> Iterator[str]:
         yield from self._source
@@ -168,6 +175,8 @@ class EquippedTensors:
             return self._source.read(name, start, stop)
         dtype = self.dtype(name)
         assert dtype is not None
+        if name in self._values:
+            return self._values[name][start:stop].astype(dtype)
         rows = fresh_ttt_rows(
             name, self._model.d_model, self._model.init_std, self._key, start, stop
         )
