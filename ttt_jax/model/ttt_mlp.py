@@ -194,13 +194,13 @@ class MLP(nnx.Module):
         M = T // C
         if self.target is None or M == 0:
             return jnp.zeros((B, T, self.cfg.d_model), source_BTX.dtype)
-        source_BTD = source_BTX[:, : M * C]
+        source_BTX = source_BTX[:, : M * C]
         if ttt.target == "prediction_error":
             assert ctx.head is not None
             options = {"normalize": ttt.normalize_source, "devices": devices}
-            error_BTD = prediction_error.prediction_error(source_BTD, ctx.head, C, **options)
-            source_BTD = checkpoint_name(devices.pin(error_BTD), TARGET)
-        v_BTD = self.target(source_BTD, C, devices.pin)
+            error_BTD = prediction_error.prediction_error(source_BTX, ctx.head, C, **options)
+            source_BTX = checkpoint_name(devices.pin(error_BTD), TARGET)
+        v_BTD = self.target(source_BTX, C, devices.pin)
         if ttt.write != "sum":
             options = {"ridge": ttt.ridge, "over_chunks": devices.over_chunks}
             v_BTD = devices.pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, **options))
