@@ -42,6 +42,7 @@ NAMES = {
     "sum358": "`sum` by the rule, 358 steps",
     "noproj": "no W_target (the preset)",
     "sumnoproj": "the preset with `sum`",
+    "error": "the preset with prediction errors",
     "drop": "`decay358` with `ttt_drop`",
 }
 STEPS = [("none", "sum"), ("none", "ridge1"), ("sum", "ridge1")]  # equal steps
@@ -51,6 +52,7 @@ OTHER = [  # equal steps again, later code
     ("ridge358", "decay358"),
     ("decay358", "noproj"),
     ("sumnoproj", "noproj"),
+    ("noproj", "error"),
 ]
 PICTURE = [
     ("none512", "trained without TTT, 512 steps"),

@@ -4,8 +4,8 @@
 #   bash benchmarks/smollm2.sh FOLDER GPU SECONDS ARM...
 #
 # FOLDER holds smollm2/ (examples/smollm2.py), books_small.jsonl.xz and books_heldout.jsonl.xz.
-# ARM is NAME or NAME:SEED; the names are below. What is done is not repeated. $OUT gets
-# all results, packed.
+# ARM is NAME, NAMExSTEPS, and :SEED behind either; the names are below. What is done is not repeated.
+# $OUT gets all results, packed.
 set -u
 data=$1
 export CUDA_VISIBLE_DEVICES=$2 PYTHONUNBUFFERED=1
@@ -15,44 +15,25 @@ out=/tmp/smollm2_out
 runs=/tmp/smollm2_runs
 mkdir -p "$out" "$runs" "${OUT:=/tmp/smollm2_packed}"
 started=$SECONDS
-target=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 100}]")
 
 for arm in "$@"; do
-  name=${arm%%:*}
   seed=0
-  from=$data/smollm2
   [[ $arm == *:* ]] && seed=${arm##*:}
-  case $name in
+  arm=${arm%%:*}
+  from=$data/smollm2
+  case ${arm%%x*} in
     none) words=("--model.ttt.layers=[]") ;;
     full) words=(--model.ttt.layers=[] --model.sliding_window=null) ;;
-    ridge) words=("${target[@]}") ;;
-    ridge10) words=("${target[@]}" --model.ttt.layers=[2,5,8,11,14,17,20,23,26,29]) ;;
-    decay) words=("${target[@]}" --model.ttt.decay 0.9) ;;
-    ridge3) words=("${target[@]}" --model.ttt.lr 3) ;;
-    slow) words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 10}]") ;;
-    late) words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]" \
-      --model.ttt.layers=[22,24,26,27]) ;;
-    # From benchmarks/drop_in.py --out FOLDER, with five times the rate for the target.
-    start5 | start5decay | start5x*)
-      words=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]" \
-        --model.ttt.layers "$(cat "$data/layers.json")")
-      [[ $name == start5decay ]] && words+=(--model.ttt.decay 0.9)
-      [[ $name == start5x* ]] && words+=(--steps "${name#start5x}")
-      from=$data/start ;;
-    # From benchmarks/drop_in_error.py --out FOLDER.
-    error | error5 | errorx*)
+    error | error5) # from benchmarks/drop_in.py --out FOLDER
       read -ra words < "$data/words.txt"
-      [[ $name == error5 ]] && words+=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]")
-      [[ $name == errorx* ]] && words+=(--steps "${name#errorx}")
-      from=$data/start_error ;;
-    sum) words=("${target[@]}" --model.ttt.write sum --model.ttt.lr 0.002) ;;
-    steps*) words=("${target[@]}" --steps "${name#steps}") ;;
-    none-steps*) words=(--model.ttt.layers=[] --steps "${name#none-steps}") ;;
-    *) echo "no arm $name" && exit 2 ;;
+      [[ $arm == error5* ]] && words+=(--optimizer.groups "[{pattern: mlp.target, lr_multiplier: 5}]")
+      from=$data/start ;;
+    *) echo "no arm $arm" && exit 2 ;;
   esac
+  [[ $arm == *x* ]] && words+=(--steps "${arm##*x}")
   left=$((seconds - SECONDS + started))
   ((left < 60)) && echo "$arm: not started, the time is up" && continue
-  run=$name-$seed
+  run=$arm-$seed
   if [[ ! -e $runs/$run/report.json ]]; then
     timeout "$left" python3 train.py benchmarks/smollm2_books.yaml --init_from "$from" \
       --data.tokenizer "$data/smollm2" --data.train "$data/books_small.jsonl.xz" \
@@ -62,9 +43,9 @@ for arm in "$@"; do
   fi
   grep -E "init_from|error|mean|tokens/s" "$out/$run.log" | tail -6 | sed "s/^/$run: /"
   lengths=8k,32k
-  [[ $name == full ]] && lengths=8k
+  [[ $arm == full* ]] && lengths=8k
   modes=both
-  [[ $name == none* || $name == full ]] && modes=off
+  [[ $arm == none* || $arm == full* ]] && modes=off
   left=$((seconds - SECONDS + started))
   ((left < 20)) && echo "$arm: not evaluated, the time is up" && continue
   timeout "$left" python3 -m ttt_jax eval --model "$runs/$run" \
