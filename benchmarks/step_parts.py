@@ -184,7 +184,7 @@ def flops_of(config, step: str) -> float:
 def part_programs(config):
     """Targets and norms of one TTT layer."""
     model, B, T = config.model, config.data.batch_size, config.data.seq_len
-    mlp = MLP(model, True, key=jax.random.key(0))
+    mlp = MLP(model, model.ttt.target, key=jax.random.key(0))
     assert mlp.target is not None
     target = mlp.target
     C, D, F = model.ttt.chunk_size, model.d_model, model.d_ff

@@ -72,10 +72,8 @@ def decode_flops(model: ModelConfig, position: int) -> float:
 
 def _error_flops(model: ModelConfig) -> float:
     """Operations of one token's prediction errors in all TTT layers."""
-    if model.ttt.target != "prediction_error":
-        return 0.0
     D, F, V = model.d_model, model.d_ff, model.vocab_size
-    return len(model.ttt.layers) * (2.0 * D * F + 4.0 * D * V)
+    return len(model.ttt.error_layers) * (2.0 * D * F + 4.0 * D * V)
 
 
 def _forward_flops(model: ModelConfig, context: Callable[[int | None], float]) -> float:

@@ -19,7 +19,7 @@ SUM_WRITE = [*AUTO, "--model.ttt.write", "sum", "--model.ttt.target", "input_emb
 @pytest.mark.parametrize(("D", "F", "std"), [(64, 256, 0.02), (96, 128, 0.06), (48, 96, 0.3)])
 def test_the_size_of_the_keys_is_that_of_a_new_model(D, F, std):
     model = ModelConfig(d_model=D, d_ff=F, init_std=std)
-    mlp = MLP(model, ttt=False, key=jax.random.key(0))
+    mlp = MLP(model, None, key=jax.random.key(0))
     x_TD = jax.random.normal(jax.random.key(1), (500, D))
     x_TD /= jnp.sqrt(jnp.mean(jnp.square(x_TD), axis=1, keepdims=True))
     z_TF = jax.nn.silu(linear(x_TD, mlp.gate)) * linear(x_TD, mlp.up)

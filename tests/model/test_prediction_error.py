@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import jit
-from support.models import ERRORS, RIDGE, C, config, make, run, tokens, without_ttt
+from support.models import (
+    EMBED,
+    ERRORS,
+    LAST_ERRORS,
+    RIDGE,
+    C,
+    config,
+    make,
+    run,
+    tokens,
+    transplant,
+    without_ttt,
+)
 
 from ttt_jax.config import Config, TTTConfig, from_dict
 from ttt_jax.config.inner_rate import inner_rate
@@ -105,6 +117,27 @@ def test_a_token_changes_nothing_before_it(x64):
     assert (changed[(t > s) & (t // C > s // C)] > 1e-12).all(), "every earlier chunk is remembered"
 
 
+@pytest.mark.parametrize(("still", "other"), [(1, ERRORS), (3, EMBED)])
+def test_the_last_layer_with_a_target_of_its_own(still, other, x64):
+    """Where layer 1 writes nothing that is the model of errors, where layer 3 does that of
+    embeddings, with the same parameters.
+    """
+    base = RIDGE | {"ttt.layers": (1, 3)}
+    model, ids = make(config(**base | LAST_ERRORS), scan_layers=False), tokens(2, 3 * C + 1)
+    run_of = {n: (g, r) for g, r, layers in model.ttt_runs() for n in layers}
+    group, run_number = run_of[still]
+    mlp = model.groups[group].blocks[run_number].mlp
+    conv = mlp.target.conv
+    conv.set_value(jnp.zeros_like(conv[...]))
+    assert mlp.source == {1: "input_embed", 3: "prediction_error"}[still]
+    logits, state = run(model, ids)
+    want, _ = run(transplant(model, config(**base | other)), ids)
+    np.testing.assert_allclose(logits, want, rtol=0, atol=1e-12)
+    widths = [s.ttt.source_BCX.shape[-1] for runs in state.layers for s in runs if s.ttt]
+    assert widths == [model.config.d_model, 2 * model.config.d_model]
+    assert np.abs(np.asarray(logits - run(without_ttt(model), ids)[0])).max() > 1e-2
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_no_gradient_flows_through_an_error(scan_layers, x64):
     """An output weight of its own reaches hidden states by errors alone."""
@@ -135,4 +168,7 @@ def test_auto_has_no_rule_for_sums_of_errors():
     assert inner_rate(cfg) == 1
     with pytest.raises(ConfigError, match=r"prediction_error and model\.ttt\.write = sum; give a"):
         inner_rate(from_dict(Config, {"model": {"ttt": ttt | {"write": "sum"}}}))
+    last = ttt | {"target": "input_embed", "last_target": "prediction_error", "write": "sum"}
+    with pytest.raises(ConfigError, match=r"no rule for it with model\.ttt\.last_target = pred"):
+        inner_rate(from_dict(Config, {"model": {"ttt": last}}))
     assert TTTConfig().target == "hidden_states", "absent fields mean what the official code does"

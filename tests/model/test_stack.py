@@ -86,7 +86,7 @@ def test_program_size_does_not_grow_with_depth():
     assert deep < 1.05 * shallow, (shallow, deep)
 
 
-KINDS = st.sampled_from([LayerKind(True, None), LayerKind(False, None), LayerKind(False, 8)])
+KINDS = st.sampled_from([LayerKind("input_embed", None), LayerKind(None, None), LayerKind(None, 8)])
 
 
 @settings(max_examples=300, deadline=None)
@@ -128,8 +128,17 @@ def test_groups_of_known_models(layers, ttt, groups):
 
 
 def test_layer_kinds():
-    cfg = config(sliding_window=8, full_attention_layers=(0, 3))
-    assert layer_kinds(cfg) == [(False, None), (True, 8), (False, 8), (True, None)]
+    cfg = config(
+        sliding_window=8,
+        full_attention_layers=(0, 3),
+        **{"ttt.target": "input_embed", "ttt.last_target": "prediction_error"},
+    )
+    assert layer_kinds(cfg) == [
+        (None, None),
+        ("input_embed", 8),
+        (None, 8),
+        ("prediction_error", None),
+    ]
 
 
 def test_scanned_groups_equal_layer_after_layer(monkeypatch, x64):

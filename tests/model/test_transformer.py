@@ -15,6 +15,7 @@ from support.models import (
     BASE,
     EMBED,
     ERRORS,
+    LAST_ERRORS,
     RIDGE,
     WINDOW,
     C,
@@ -75,7 +76,7 @@ STREAMS = {
     "window longer than pieces, clipped": {"sliding_window": 18, "ttt.clip_norm": 0.5},
     "ridge, embed, window": EMBED | WINDOW | RIDGE,
     "errors, ridge, window": ERRORS | WINDOW | RIDGE,
-    "errors, own head": ERRORS | {"tie_embeddings": False, "mlp_bias": True},
+    "errors in the last layer, own head": LAST_ERRORS | {"tie_embeddings": False, "mlp_bias": True},
     "biases, no projection": {
         "ttt.layers": (0, 1),
         "qkv_bias": True,

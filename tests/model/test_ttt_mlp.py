@@ -48,7 +48,7 @@ def official_mlp(arrays, dtype):
         proj="param.ttt_proj.weight" in arrays,
     )
     cfg = ModelConfig(d_model=D, d_ff=F, ttt=ttt)
-    mlp = jax.eval_shape(lambda: MLP(cfg, ttt=True, key=jax.random.key(0)))
+    mlp = jax.eval_shape(lambda: MLP(cfg, cfg.ttt.target, key=jax.random.key(0)))
     for ours, theirs in NAMES.items():
         if f"param.{theirs}" in arrays:
             parameter(mlp, ours).set_value(jnp.asarray(arrays[f"param.{theirs}"], dtype))
@@ -146,7 +146,7 @@ def test_a_fresh_pass_leaves_the_official_fast_weight(golden_mlp, x64):
 
 def target_of(proj, D=6, **options):
     cfg = ModelConfig(d_model=D, d_ff=8, ttt=TTTConfig(layers=(0,), proj=proj, **options))
-    return Target(cfg, key=jax.random.key(1))
+    return Target(cfg, cfg.ttt.target, key=jax.random.key(1))
 
 
 @pytest.mark.parametrize("proj", [True, False])
@@ -172,7 +172,7 @@ def test_target_is_a_centred_convolution_inside_each_chunk(C, proj, x64):
 
 def small_mlp(**ttt):
     cfg = ModelConfig(d_model=6, d_ff=10, ttt=TTTConfig(layers=(0,), chunk_size=4, lr=0.5, **ttt))
-    return MLP(cfg, ttt=True, key=jax.random.key(2))
+    return MLP(cfg, cfg.ttt.target, key=jax.random.key(2))
 
 
 @pytest.mark.parametrize("T", [3, 4, 10])

@@ -70,9 +70,17 @@ def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
     plain = dataclasses.replace(SMALL, ttt=TTTConfig(layers=(1,)))
     own = dataclasses.replace(
         SMALL,
-        ttt=TTTConfig(layers=(1,), normalize_source=True, write="ridge", ridge=0.5, decay=0.9),
+        ttt=TTTConfig(
+            layers=(1,),
+            last_target="prediction_error",
+            normalize_source=True,
+            write="ridge",
+            ridge=0.5,
+            decay=0.9,
+        ),
     )
-    names = {"ttt_normalize_source", "ttt_write", "ttt_ridge", "ttt_decay"}
+    ours = "last_target", "normalize_source", "write", "ridge", "decay"
+    names = {f"ttt_{name}" for name in ours}
     assert not names & config_to_hf(plain).keys()
     assert names <= config_to_hf(own).keys()
     for model in (plain, own):

@@ -38,6 +38,9 @@ EMBED = {"ttt.target": "input_embed"}
 ERRORS = {"ttt.target": "prediction_error"}
 
 
+LAST_ERRORS = EMBED | {"ttt.last_target": "prediction_error"}
+
+
 RIDGE = {
     "ttt.write": "ridge",
     "ttt.normalize_source": True,

@@ -19,6 +19,7 @@ from ttt_jax.config.fields import (
     ParamGroup,
     RopeConfig,
     SampleConfig,
+    TargetSource,
     TTTConfig,
 )
 from ttt_jax.config.loading import (
@@ -51,6 +52,7 @@ __all__ = [
     "RopeConfig",
     "SampleConfig",
     "TTTConfig",
+    "TargetSource",
     "Written",
     "dump_yaml",
     "field_names",

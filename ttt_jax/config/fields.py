@@ -44,6 +44,7 @@ REMAT_NAMES = (
     "ttt_target",
 )
 OPEN_REMAT = ("auto",)  # `remat_save: auto`
+TargetSource = Literal["hidden_states", "input_embed", "prediction_error"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -58,7 +59,9 @@ class TTTConfig:
     # a rule (docs/writes.md)
     lr: float = 3.0
     # source of the target: MLP input, embeddings, or what the model did not predict of a token
-    target: Literal["hidden_states", "input_embed", "prediction_error"] = "hidden_states"
+    target: TargetSource = "hidden_states"
+    # the same of the last TTT layer, whose prediction is the model's; None: as the others
+    last_target: TargetSource | None = None
     proj: bool = True  # multiply the convolved source by W_target
     # divide the source by its rms, so that lr means the same for every model
     normalize_source: bool = False
@@ -74,6 +77,17 @@ class TTTConfig:
     apply: Literal["split", "fused"] = "split"
     # None: the fastest
     implementation: Literal["reference", "xla", "pallas_tpu", "pallas_gpu", "triton"] | None = None
+
+    def target_of(self, layer: int) -> TargetSource | None:
+        """The source of a layer's targets; None for a layer that does not adapt."""
+        if layer not in self.layers:
+            return None
+        return self.last_target or self.target if layer == max(self.layers) else self.target
+
+    @property
+    def error_layers(self) -> tuple[int, ...]:
+        """The layers whose targets are prediction errors."""
+        return tuple(i for i in self.layers if self.target_of(i) == "prediction_error")
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -55,9 +55,10 @@ def factor(ttt: TTTConfig) -> float:
 
 def check_rule(ttt: TTTConfig) -> None:
     """Raise ConfigError unless the rule of `sum` speaks of these targets: it needs a known size."""
-    if ttt.target == "prediction_error":
+    if ttt.error_layers:
+        field = "target" if ttt.target == "prediction_error" else "last_target"
         raise ConfigError(
-            "config field model.ttt.lr = auto: there is no rule for it with model.ttt.target = "
+            f"config field model.ttt.lr = auto: there is no rule for it with model.ttt.{field} = "
             "prediction_error and model.ttt.write = sum; give a number, or set write to ridge"
         )
     if not ttt.normalize_source:

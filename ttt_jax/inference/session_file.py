@@ -219,12 +219,13 @@ def _expected(
             expected[f"layers.{layer}.{name}"] = ((B, cfg.num_kv_heads, slots, cfg.head_dim), dtype)
         if ttt and layer in cfg.ttt.layers:
             pending = min(size(f"layers.{layer}.z", 1), cfg.ttt.chunk_size)
+            width = source_width(cfg.d_model, cfg.ttt.target_of(layer))
             expected[f"layers.{layer}.S"] = (
                 (B, cfg.d_model, cfg.d_ff),
                 "float64" if dtype == "float64" else "float32",
             )
             expected[f"layers.{layer}.z"] = ((B, pending, cfg.d_ff), dtype)
-            expected[f"layers.{layer}.source"] = ((B, pending, source_width(cfg)), dtype)
+            expected[f"layers.{layer}.source"] = ((B, pending, width), dtype)
     if set(shapes) != set(expected):
         name = sorted(set(shapes) ^ set(expected))[0]
         raise KIND.damaged(path, f"tensor {name} is {'missing' if name in expected else 'unknown'}")

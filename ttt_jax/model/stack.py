@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from ttt_jax.config import ModelConfig
+from ttt_jax.config import ModelConfig, TargetSource
 from ttt_jax.model.attention import Attention
 from ttt_jax.model.layer_scan import scan_layers
 from ttt_jax.model.layers import Context, RMSNorm
@@ -51,8 +51,12 @@ DEFAULT_RUNTIME = Runtime()
 class LayerKind(NamedTuple):
     """What makes two layers different programs."""
 
-    ttt: bool
+    target: TargetSource | None  # None: no TTT
     window: int | None
+
+    @property
+    def ttt(self) -> bool:
+        return self.target is not None
 
 
 class LayerState(NamedTuple):
@@ -68,7 +72,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_norm)
         self.attention = Attention(cfg, kind.window, key=k_attention)
         self.mlp_norm = RMSNorm(cfg.d_model, "embed", cfg.norm_eps, key=k_norm)
-        self.mlp = MLP(cfg, kind.ttt, key=k_mlp)
+        self.mlp = MLP(cfg, kind.target, key=k_mlp)
 
     def __call__(self, h_BTD, ctx: Context, state: LayerState | None, attention: str | None):
         cache, ttt = (None, None) if state is None else state
@@ -195,7 +199,7 @@ def _make_block(cfg: ModelConfig, kind: LayerKind, key: jax.Array) -> Block:
 def layer_kinds(cfg: ModelConfig) -> list[LayerKind]:
     full = set(cfg.full_attention_layers)
     return [
-        LayerKind(i in cfg.ttt.layers, None if i in full else cfg.sliding_window)
+        LayerKind(cfg.ttt.target_of(i), None if i in full else cfg.sliding_window)
         for i in range(cfg.num_layers)
     ]
 

@@ -202,7 +202,7 @@ class Transformer(nnx.Module):
         return h_BTD, self.laid(State(position_B, layers, ctx.capacity)), stats
 
     def _head(self, ids_BT) -> Head | None:
-        if not self.config.ttt.layers or self.config.ttt.target != "prediction_error":
+        if not self.config.ttt.error_layers:
             return None
         dtype = jnp.dtype(self.runtime.dtype)
         rows_BTD = self.runtime.parallel.embed(self.output_weight, ids_BT).astype(dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ttt_jax.config import ModelConfig
+from ttt_jax.config import ModelConfig, TargetSource
 from ttt_jax.model import prediction_error, ttt_stream
 from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
@@ -48,11 +48,10 @@ class Target(nnx.Module):
     keeps it inside.
     """
 
-    def __init__(self, cfg: ModelConfig, *, key: jax.Array):
+    def __init__(self, cfg: ModelConfig, source: TargetSource, *, key: jax.Array):
         D = cfg.d_model
         # errors are made of rows that are normalised; the size of an error says how much is new
-        errors = cfg.ttt.target == "prediction_error"
-        self.normalize_source = cfg.ttt.normalize_source and not errors
+        self.normalize_source = cfg.ttt.normalize_source and source != "prediction_error"
         conv_DK, proj_DD = initial_target(key, D, cfg.init_std)
         self.conv = nnx.Param(conv_DK[:, None], axes=("embed", "conv_in", "conv_taps"))
         self.proj = nnx.Param(proj_DD, axes=("embed", "embed_out")) if cfg.ttt.proj else None
@@ -76,10 +75,10 @@ class Target(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU; with `ttt` its down-projection adapts to the sequence."""
+    """SwiGLU. With a `source` of targets its down-projection adapts to the sequence."""
 
-    def __init__(self, cfg: ModelConfig, ttt: bool, *, key: jax.Array):
-        self.cfg = cfg
+    def __init__(self, cfg: ModelConfig, source: TargetSource | None, *, key: jax.Array):
+        self.cfg, self.source = cfg, source
         D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
         keys = jax.random.split(key, 4)
         self.gate = param(keys[0], (F, D), ("mlp", "embed"), std)
@@ -89,7 +88,7 @@ class MLP(nnx.Module):
         self.gate_bias = bias(F, "mlp") if cfg.mlp_bias else None
         self.up_bias = bias(F, "mlp") if cfg.mlp_bias else None
         self.down_bias = bias(D, "embed") if cfg.mlp_bias else None
-        self.target = Target(cfg, key=keys[3]) if ttt else None
+        self.target = Target(cfg, source, key=keys[3]) if source is not None else None
 
     def __call__(self, x_BTD, ctx: Context, state: TTTState | None, h_BTD=None):
         """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
@@ -120,7 +119,7 @@ class MLP(nnx.Module):
     def init_state(self, batch: int, dtype) -> TTTState:
         """The state of streams that have read nothing; z and source in `dtype`."""
         cfg = self.cfg
-        width = source_width(cfg)
+        width = source_width(cfg.d_model, self.source)
         return ttt_stream.empty(batch, cfg.ttt.chunk_size, cfg.d_model, cfg.d_ff, width, dtype)
 
     @property
@@ -178,9 +177,9 @@ class MLP(nnx.Module):
 
     def _source(self, x_BTD, z_BTF, h_BTD, ctx: Context):
         """What targets are made of, [B, T, `source_width`]."""
-        if self.cfg.ttt.target == "hidden_states":
+        if self.source == "hidden_states":
             return x_BTD
-        if self.cfg.ttt.target == "input_embed":
+        if self.source == "input_embed":
             return ctx.embed_BTD
         assert ctx.head is not None
         return prediction_error.source(h_BTD + linear(z_BTF, self.down, self.down_bias), ctx.head)
@@ -195,7 +194,7 @@ class MLP(nnx.Module):
         if self.target is None or M == 0:
             return jnp.zeros((B, T, self.cfg.d_model), source_BTX.dtype)
         source_BTX = source_BTX[:, : M * C]
-        if ttt.target == "prediction_error":
+        if self.source == "prediction_error":
             assert ctx.head is not None
             options = {"normalize": ttt.normalize_source, "devices": devices}
             error_BTD = prediction_error.prediction_error(source_BTX, ctx.head, C, **options)
@@ -242,9 +241,9 @@ class MLP(nnx.Module):
         return y_BTD, state, stats
 
 
-def source_width(cfg: ModelConfig) -> int:
+def source_width(D: int, source: TargetSource | None) -> int:
     """The number of channels of a target's source: D, and twice that for prediction errors."""
-    return cfg.d_model * (2 if cfg.ttt.target == "prediction_error" else 1)
+    return D * (2 if source == "prediction_error" else 1)
 
 
 def _written(whole_B, lr):

@@ -134,8 +134,9 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
 
 def _new_layers(ttt: TTTConfig) -> str:
     """Describe TTT layers that the source does not have."""
-    names = "chunk_size", "lr", "target", "proj", "normalize_source", "write", "decay"
-    fields = ", ".join(f"{name} {str(getattr(ttt, name)).lower()}" for name in names)
+    targets = "target", "last_target", "proj", "normalize_source"
+    values = {name: getattr(ttt, name) for name in ("chunk_size", "lr", *targets, "write", "decay")}
+    fields = ", ".join(f"{k} {str(v).lower()}" for k, v in values.items() if v is not None)
     return f"new TTT layers {list(ttt.layers)}, which start at zero: {fields}"
 
 
