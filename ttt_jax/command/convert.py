@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ttt_jax.command.io import read_text
+from ttt_jax.command.io import keep_inputs, read_text
 from ttt_jax.command.options import EXISTING, Command, examples
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
@@ -88,6 +88,7 @@ def convert(
 
     click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
+    keep_inputs(output, "output", calibrate if overwrite else None)
     text = None if calibrate is None else read_text(calibrate, "--ttt.calibrate")
     options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite, "text": text}
     report = run(
