@@ -36,7 +36,7 @@ def main(argv: list[str], signals: StopSignal | None = None) -> int:
         from ttt_jax.process.failure import failures_in_one_line
         from ttt_jax.process.lost_terminal import quiet_background, unbreakable_output
 
-        with unbreakable_output(), quiet_background():
+        with unbreakable_output(), quiet_background(stop.last):
             try:
                 with failures_in_one_line(None):
                     return _command(argv, stop)

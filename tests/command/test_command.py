@@ -4,12 +4,14 @@ sessions keep then.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -372,3 +374,18 @@ def test_the_console_script_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert 'ttt-jax = "ttt_jax.__main__:main"' in project
+
+
+def test_what_libraries_say_of_a_failure_is_not_printed(capsys):
+    """Tensorstore's callbacks and futures behind a write that has failed: the command says it."""
+
+    @click.command()
+    def command():
+        closed = RuntimeError("Event loop is closed")
+        sys.unraisablehook(SimpleNamespace(exc_type=RuntimeError, exc_value=closed))
+        full = OSError(28, "No space left on device")
+        text = "Future exception was never retrieved"
+        logging.getLogger("asyncio").error(text, exc_info=(OSError, full, None))
+
+    assert run(command, "test", []) == 0
+    assert capsys.readouterr().err == ""

@@ -151,6 +151,14 @@ BAD = {
         "--model.rope.kind yarn --model.rope.factor 4",
         ["model.rope.original_max_positions", "required", "'yarn'"],
     ),
+    "a factor of plain rope": (
+        "--model.rope.factor 4",
+        ["model.rope.factor = 4", "no effect", "model.rope.kind = default", "set that to yarn"],
+    ),
+    "a ridge of sums": (
+        "--model.ttt.layers 0 --model.ttt.ridge 0.1",
+        ["model.ttt.ridge = 0.1", "no effect", "model.ttt.write = sum", "set that to ridge"],
+    ),
     "heads that do not divide": (
         "--model.num_heads 6",
         ["model.num_kv_heads", "4", "model.num_heads = 6"],

@@ -145,6 +145,22 @@ def test_plan_state_restores_half_full_rows(drawn, rows, slots):
     assert [plan.next_row() for _ in range(15)] == [copy.next_row() for _ in range(15)]
 
 
+def test_a_restored_plan_knows_how_full_rows_of_several_pieces_are():
+    lengths = np.random.default_rng(0).integers(2, 12, 60).tolist()
+    corpus = make_corpus(lengths)
+    table = cut_pieces(corpus, row_length=32, chunk=1, pack=True, vocab_size=PAD, pad_id=PAD)
+    order = grain.MapDataset.range(len(table)).shuffle(seed=0).repeat(None)
+    plan, states, rows = SlotPlan(order, table, 0, 1), [], []
+    for _ in range(40):
+        states.append(plan.get_state())
+        rows.append(plan.next_row())
+    assert sum(any(len(places) > 2 for places in state["bins"]) for state in states[:12]) > 3
+    for n in range(12):
+        copy = SlotPlan(order, table, 0, 1)
+        copy.set_state(states[n])
+        assert [copy.next_row() for _ in range(25)] == rows[n : n + 25]
+
+
 def test_row_iterator_follows_grains_state_protocol():
     table = cut_pieces(
         make_corpus([5, 9, 3, 30]), row_length=16, chunk=2, pack=True, vocab_size=PAD, pad_id=PAD

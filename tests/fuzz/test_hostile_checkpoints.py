@@ -187,3 +187,17 @@ def test_one_tensor_in_two_files(pristine, tmp_path):
     save_file(stored, folder / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match="is in two files"):
         load_hf(folder)
+
+
+def test_two_models_in_one_folder(pristine, tmp_path):
+    """An export over a sharded one, whose index and shards stay behind: other readers choose."""
+    folder = tmp_path / "model"
+    shutil.copytree(pristine[0] / "shards", folder)
+    stored = read_folder(folder)
+    load_hf(folder)
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"that lists other files: two models; delete what"):
+        load_hf(folder)
+    index = {"weight_map": dict.fromkeys(stored, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_hf(folder)

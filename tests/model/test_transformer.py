@@ -382,3 +382,17 @@ def test_empty_state_has_the_shape_of_a_read_one():
         read = jax.eval_shape(lambda model, ids: model(ids, capacity=16)[1], model, tokens(2, 5))
         same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), empty, read)
         assert all(jax.tree.leaves(same))
+
+
+def test_documents_that_begin_inside_of_a_chunk_are_refused():
+    """They would learn from the document before them: not as if they were alone."""
+    model = make(config(), "float32")
+    ids, segments = tokens(1, 3 * C), np.zeros((1, 3 * C), np.int32)
+    segments[0, : C + 1], segments[0, C + 2 :] = 1, 2
+    positions = jnp.arange(3 * C)[None]
+    words = rf"^segment_ids: document 2 of row 0 begins at token {C + 2}; .* = {C}: pad the"
+    for given in (segments, jnp.asarray(segments)):
+        with pytest.raises(UserError, match=words):
+            model(ids, segment_ids=given, positions=positions)
+    segments[0, C + 2 : 2 * C] = 0
+    jax.eval_shape(lambda: model(ids, segment_ids=segments, positions=positions))

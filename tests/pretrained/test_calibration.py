@@ -33,6 +33,14 @@ def plain(tmp_path_factory):
     return byte_model(tmp_path_factory.mktemp("models") / "plain", max_positions=64, **PLAIN)
 
 
+def test_records_are_no_text(tmp_path, capsys):
+    """Before: W_target from the quotes and names of JSON."""
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n' * 500)
+    assert run("nowhere", tmp_path, path) == 2
+    assert "text.jsonl: is JSON, whose names and quotes are no text" in capsys.readouterr().err
+
+
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"

@@ -13,6 +13,7 @@ from ttt_jax.errors import CheckpointError, ConfigError, UserError
 from ttt_jax.pretrained import convert as convert_module
 from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.orbax_folder import OrbaxWriter
 from ttt_jax.pretrained.orbax_layout import read_description
 
 
@@ -71,6 +72,23 @@ def test_a_failure_leaves_the_old_output_and_nothing_else(
         convert(plain, tmp_path / "new", to=to)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "plain"]
+
+
+def test_a_full_disk_below_tensorstore_is_one_short_line(plain, tmp_path, monkeypatch, capsys):
+    """Which says so in a ValueError of a page, with the name of the temporary folder."""
+
+    def full(*_):
+        where = tmp_path / ".out.tmp-1"
+        raise ValueError(f"RESOURCE_EXHAUSTED: {where}: No space left on device [{'x' * 999}]")
+
+    monkeypatch.setattr(OrbaxWriter, "_lay_out", full)
+    out = tmp_path / "out"
+    assert main(["convert", str(plain), str(out), "--to", "orbax"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: output {out}: could not be written (No space left on device); free space or "
+        "choose another\n"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
 
 def drop_and_add(stored):

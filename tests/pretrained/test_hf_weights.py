@@ -5,6 +5,7 @@ dialects, refusals.
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -300,3 +301,14 @@ def test_ttt_parameters_of_a_checkpoint_win(golden_model):
     fewer = dataclasses.replace(cfg, ttt=dataclasses.replace(cfg.ttt, layers=(0,)))
     with pytest.raises(CheckpointError, match=r"unknown model\.layers\.2\.mlp\.ttt_conv\.weight"):
         load_hf_into(abstract_model(fewer), folder, key=jax.random.key(0))
+
+
+def test_ttt_parameters_that_a_checkpoint_promises_are_never_new_ones(folder):
+    """A lost tensor would train from its initialisation without a word."""
+    cfg, stored = read_config(folder), tensors(folder)
+    layer = cfg.ttt.layers[-1]
+    for part in ("conv", "proj")[: 1 + cfg.ttt.proj]:
+        name = f"model.layers.{layer}.mlp.ttt_{part}.weight"
+        save_file({k: v for k, v in stored.items() if k != name}, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"config\.json: missing {re.escape(name)}$"):
+            load_hf_into(abstract_model(cfg), folder, key=jax.random.key(0))

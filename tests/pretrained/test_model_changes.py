@@ -36,10 +36,13 @@ RULES = {
     "TTT for a plain model": ({"ttt.layers": [0, 2], "ttt.lr": 0.1}, {}, []),
     "more TTT layers": ({"ttt.layers": [0, 2]}, {"ttt.layers": [2]}, []),
     "another kernel": ({"ttt.layers": [2], "ttt.implementation": "xla"}, {"ttt.layers": [2]}, []),
-    "fewer TTT layers": (
+    "fewer TTT layers": ({"ttt.layers": [0]}, {"ttt.layers": [0, 2]}, None),
+    "no TTT": ({}, {"ttt.layers": [0, 2]}, None),
+    "without W_target": ({"ttt.layers": [0], "ttt.proj": False}, {"ttt.layers": [0]}, None),
+    "a new W_target": (
         {"ttt.layers": [0]},
-        {"ttt.layers": [0, 2]},
-        ["ttt.layers is [0] here, [0, 2] in"],
+        {"ttt.layers": [0], "ttt.proj": False},
+        ["ttt.proj is true here, false in the checkpoint"],
     ),
     "inner rate": (
         {"ttt.layers": [0], "ttt.lr": 0.1},

@@ -126,3 +126,25 @@ def test_failures_that_are_reported_elsewhere_say_nothing(capsys):
         assert sys.unraisablehook == unraisable.append
     finally:
         sys.unraisablehook, threading.excepthook = hooks
+
+
+FUTURE = """
+import asyncio, errno, sys
+from ttt_jax import train
+from ttt_jax.process.signals import StopSignal, end_process
+
+def command(argv, stop):
+    future = asyncio.Future(loop=asyncio.new_event_loop())
+    future.set_exception(OSError(errno.ENOSPC, "No space left on device"))
+    future.add_done_callback(lambda _, me=[future]: kept)  # a cycle: it goes with the interpreter
+    return 3
+
+kept, train._command = [], command
+end_process(train.main([], StopSignal(last=True)))
+"""
+
+
+def test_a_future_that_ends_with_the_process_says_nothing():
+    command = [sys.executable, "-c", FUTURE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")

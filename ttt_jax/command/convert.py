@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ttt_jax.command.io import read_text
+from ttt_jax.command.io import keep_inputs, read_text
 from ttt_jax.command.options import EXISTING, Command, examples
+from ttt_jax.errors import UserError
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
 
@@ -88,7 +89,8 @@ def convert(
 
     click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
-    text = None if calibrate is None else read_text(calibrate, "--ttt.calibrate")
+    keep_inputs(output, "output", calibrate if overwrite else None)
+    text = None if calibrate is None else _calibration_text(calibrate)
     options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite, "text": text}
     report = run(
         source, output, to=to, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)), **options
@@ -107,6 +109,16 @@ def convert(
             f"unchanged dtype: {VERIFY_LIMIT:g})"
         )
     return 0
+
+
+def _calibration_text(path: Path) -> str:
+    """Read the text. Raises UserError for what `train` and `eval` read as records."""
+    if path.suffix in (".json", ".jsonl", ".ndjson"):
+        raise UserError(
+            f"--ttt.calibrate {path}: is JSON, whose names and quotes are no text; write the texts "
+            "of its records into a file"
+        )
+    return read_text(path, "--ttt.calibrate")
 
 
 def _print_calibration(report: Conversion) -> None:

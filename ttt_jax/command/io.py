@@ -35,7 +35,8 @@ def encode(model, text: str, option: str) -> list[int]:
 
 
 def read_text(path: Path, option: str, stdin: bool = False) -> str:
-    """Read the text of a file. Raises UserError when it is not readable or not UTF-8.
+    """Read the text of a file, line ends as they are. Raises UserError when it is not readable or
+    not UTF-8.
 
     Args:
       stdin: the name "-" means standard input.
@@ -43,7 +44,8 @@ def read_text(path: Path, option: str, stdin: bool = False) -> str:
     try:
         if stdin and str(path) == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-        return path.read_text(encoding="utf-8")
+        # Not `read_text`, which makes \n of \r\n: the tokens would not be those of a training file.
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{option} {path}: not UTF-8 at byte {error.start}; convert it") from None
     except OSError as error:
@@ -73,6 +75,21 @@ def read_ids(path: Path, option: str):
     if not array.size:
         raise UserError(f"{option} {path}: holds no tokens; give at least one")
     return list(np.atleast_2d(np.asarray(array)))
+
+
+def keep_inputs(output: Path, what: str, *inputs: Path | None) -> None:
+    """Raise UserError when replacing an output would delete what is read.
+
+    Args:
+      what: how the command names the output, such as "--out".
+    """
+    place = output.resolve()
+    for path in inputs:
+        if path is not None and output.exists() and path.resolve().is_relative_to(place):
+            raise UserError(
+                f"{what} {output}: replacing it would delete {path}, which is read; choose another "
+                "one"
+            )
 
 
 def load_memories(paths: str | None):

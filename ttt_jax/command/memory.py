@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ttt_jax.command.io import keep_inputs
 from ttt_jax.command.memory_export import base, lora, merge
 from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, Group, examples
 from ttt_jax.errors import UserError
@@ -71,6 +72,7 @@ def read(folder, files, out, each, collapse, context, batch_size, overwrite, dty
     if each and collapse:
         raise click.UsageError("--collapse is for one memory of all texts; drop it, or --each")
     _open_out(out, overwrite, each)
+    keep_inputs(out, "--out", *files)
 
     from ttt_jax.display.progress import progress
     from ttt_jax.inference.memory_reading import read_texts

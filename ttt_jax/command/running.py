@@ -23,6 +23,7 @@ import click
 from ttt_jax.errors import NotFiniteError, TrainingError, UserError, VerificationError
 from ttt_jax.files.text import one_line
 from ttt_jax.process.interrupts import SIGNALS
+from ttt_jax.process.lost_terminal import quiet_background
 from ttt_jax.terminal import printable
 
 TRACEBACK = "TTT_JAX_TRACEBACK"
@@ -46,7 +47,8 @@ def run(command: click.Command, name: str, argv: Sequence[str] | None = None) ->
     ):  # the shell asks for completions
         return int(command.main(prog_name=name, standalone_mode=False) or 0)
     signals = _Signals() if argv is None else None
-    with _one_line_warnings(), contextlib.nullcontext() if signals is None else signals:
+    quiet = quiet_background(last=signals is not None)
+    with quiet, _one_line_warnings(), contextlib.nullcontext() if signals is None else signals:
         try:
             with command.make_context(
                 name, list(sys.argv[1:] if argv is None else argv)

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from ttt_jax.command.io import check_rows, encode, load_memories, read_ids, read_text
+from ttt_jax.command.io import (
+    check_rows,
+    encode,
+    keep_inputs,
+    load_memories,
+    read_ids,
+    read_text,
+)
 from ttt_jax.command.options import (
     DTYPE,
     EXISTING,
@@ -56,6 +63,7 @@ def score(folder, ids, text, out, logits, overwrite, no_ttt, memory, dtype, piec
     click.get_current_context().with_resource(one_writer(out, "--out"))
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: exists already; choose another file or pass --overwrite")
+    keep_inputs(out, "--out", ids, text)
     rows = None if ids is None else read_ids(ids, "--ids")
     document = None if text is None else read_text(text, "--text")
     check_rows(1 if rows is None else len(rows), mesh, "rows")

@@ -159,8 +159,26 @@ def validate_model(model: ModelConfig) -> None:
             "config field model.full_attention_layers: has no effect without "
             "model.sliding_window; set one"
         )
+    _refuse_without_effect(model)
     rope = model.rope
     if rope.kind != "default" and rope.original_max_positions is None:
         raise ConfigError(
             f"config field model.rope.original_max_positions: required for rope kind {rope.kind!r}"
+        )
+
+
+def _refuse_without_effect(model: ModelConfig) -> None:
+    """Raise ConfigError for fields that were set, and that another field leaves without effect."""
+    rope, ttt = model.rope, model.ttt
+    for field in dataclasses.fields(rope):
+        value = getattr(rope, field.name)
+        if rope.kind == "default" and field.name != "base" and value != field.default:
+            raise ConfigError(
+                f"config field model.rope.{field.name} = {value}: has no effect with "
+                "model.rope.kind = default; set that to yarn or llama3, or leave this out"
+            )
+    if ttt.layers and ttt.write != "ridge" and ttt.ridge != type(ttt).ridge:
+        raise ConfigError(
+            f"config field model.ttt.ridge = {ttt.ridge:g}: has no effect with model.ttt.write = "
+            f"{ttt.write}; set that to ridge, or leave this out"
         )

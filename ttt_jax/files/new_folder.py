@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,5 +41,16 @@ def new_folder(output: Path, replace: bool = False) -> Iterator[Path]:
             parts.rename(output)
         sync(output.parent)
     except BaseException:
-        shutil.rmtree(parts, ignore_errors=True)
+        _remove(parts)
         raise
+
+
+def _remove(parts: Path) -> None:
+    """Remove a folder that threads may still write into: tensorstore's, behind a write that has
+    failed, make it anew.
+    """
+    for _ in range(20):
+        shutil.rmtree(parts, ignore_errors=True)
+        time.sleep(0.05)
+        if not os.path.lexists(parts):
+            return

@@ -123,10 +123,12 @@ class Transformer(nnx.Module):
           options: see `hidden`.
 
         Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives
-        the same logits. Raises: UserError for a text, another shape or dtype, and ids outside the
-        vocabulary, where their values are known.
+        the same logits. Raises: UserError for a text, another shape or dtype, ids outside the
+        vocabulary, and documents that start inside of a chunk, where their values are known.
         """
         ids_BT = _check_ids(ids_BT, self.config.vocab_size)
+        if self.config.ttt.layers:
+            _check_documents(options.get("segment_ids"), self.config.ttt.chunk_size)
         h_BTD, new_state, _ = self.hidden(ids_BT, state, keep_state=True, **options)
         assert new_state is not None
         return self.logits(h_BTD), new_state
@@ -317,6 +319,25 @@ def _check_ids(ids_BT: Any, vocab_size: int) -> Any:
         bad = known_BT[(known_BT < 0) | (known_BT >= vocab_size)][0]
         raise UserError(f"ids: hold id {bad}; the model's vocabulary has ids 0 to {vocab_size - 1}")
     return ids_BT
+
+
+def _check_documents(segment_ids_BT: Any, chunk_size: int) -> None:
+    """Raise UserError where a document begins inside of a chunk: it would learn from the one before
+    it. Of traced arrays, and of other processes' parts, nothing is known.
+    """
+    if segment_ids_BT is None or isinstance(segment_ids_BT, Tracer):
+        return
+    if not getattr(segment_ids_BT, "is_fully_addressable", True):
+        return
+    ids_BT = np.asarray(segment_ids_BT)
+    begins_BT = (ids_BT[:, 1:] != ids_BT[:, :-1]) & (ids_BT[:, 1:] > 0)
+    for row, before in np.argwhere(begins_BT):
+        if (before + 1) % chunk_size:
+            raise UserError(
+                f"segment_ids: document {ids_BT[row, before + 1]} of row {row} begins at token "
+                f"{before + 1}; documents begin at multiples of model.ttt.chunk_size = "
+                f"{chunk_size}: pad the one before with 0"
+            )
 
 
 def abstract_transformer(cfg: ModelConfig, runtime: Runtime = DEFAULT_RUNTIME) -> Transformer:

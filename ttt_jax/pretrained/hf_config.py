@@ -44,6 +44,7 @@ _OWN_TTT_FIELDS = {
     "ttt_ridge": "ridge",
     "ttt_decay": "decay",
 }
+_TTT_NOTES = ("ttt_mode", "ttt_calibration")  # neither is a field of `TTTConfig`
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -97,7 +98,7 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
         "sliding_window": window,
         "full_attention_layers": full_layers,
         "init_std": raw.get("initializer_range", 0.02),
-        "ttt": _ttt(raw) if flag("ttt_mode") else {},
+        "ttt": _ttt(raw, where) if flag("ttt_mode") else {},
     }
     try:
         model = from_dict(ModelConfig, tree)
@@ -148,12 +149,18 @@ def _quoted(value: Any) -> str:
     return shorten(repr(value), 60)
 
 
-def _ttt(raw: dict[str, Any]) -> dict[str, Any]:
-    return {
-        ours: raw[theirs]
-        for theirs, ours in (_TTT_FIELDS | _OWN_TTT_FIELDS).items()
-        if raw.get(theirs) is not None
-    }
+def _ttt(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of `TTTConfig`. Raises ConfigError for a field that is not known: without
+    it the weights may compute something else.
+    """
+    fields = _TTT_FIELDS | _OWN_TTT_FIELDS
+    for name in raw:
+        if name.startswith("ttt_") and name not in fields and name not in _TTT_NOTES:
+            raise ConfigError(
+                f"{where}: {shorten(name, 60)} = {_quoted(raw[name])} is not known; known: "
+                f"{', '.join(fields)}; remove it if nothing depends on it"
+            )
+    return {ours: raw[theirs] for theirs, ours in fields.items() if raw.get(theirs) is not None}
 
 
 def _windows(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttt_jax.config import ModelConfig
+from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import list_names
 from ttt_jax.model.param_path import param_path
@@ -144,21 +144,26 @@ def abstract_model(
 
 def load_hf_into(abstract: Transformer, folder: str | Path, *, key: jax.Array) -> Transformer:
     """Call `load_into` with a Hugging Face folder."""
-    return load_into(abstract, TensorFiles(folder), str(folder), key=key)
+    found = read_config(folder).ttt
+    return load_into(abstract, TensorFiles(folder), str(folder), found, key=key)
 
 
 def load_into(
-    abstract: Transformer, source: TensorSource, where: str, *, key: jax.Array
+    abstract: Transformer, source: TensorSource, where: str, found: TTTConfig, *, key: jax.Array
 ) -> Transformer:
     """Read tensors into the places (dtype and sharding) of an abstract model, which may have more
     TTT layers.
 
-    TTT parameters that the source lacks get the initialisation of continual training, see
-    `fresh_ttt_rows`.
+    TTT parameters that are new get the initialisation of continual training, see `fresh_ttt_rows`.
+
+    Args:
+      found: what the source's config says. Parameters that it promises are not new: without them
+        the source is damaged.
     """
-    fresh = {
-        name for names in tensor_names(abstract).values() for name in names if ".mlp.ttt_" in name
-    } - set(source)
+    parts = ("conv", "proj") if found.proj else ("conv",)
+    promised = {f"model.layers.{i}.mlp.ttt_{part}.weight" for i in found.layers for part in parts}
+    wanted = {name for names in tensor_names(abstract).values() for name in names}
+    fresh = {name for name in wanted if ".mlp.ttt_" in name} - set(source) - promised
     check_tensors(abstract, source, where, optional=fresh)
     D, std = abstract.config.d_model, abstract.config.init_std
     return fill(

@@ -202,7 +202,8 @@ def initial_model(config: Config, abstract: Transformer) -> Transformer | None:
         return load_model_params(source, abstract)
     # Other TTT layers or windows group the layers otherwise: tensor by tensor.
     tensors = OrbaxTensors(find_checkpoint(source), stored)
-    return load_into(abstract, tensors, config.init_from, key=jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return load_into(abstract, tensors, config.init_from, found.ttt, key=key)
 
 
 def source_config(source: Path) -> ModelConfig | None:

@@ -4,6 +4,7 @@
 |---|---|
 | `init_std`, `ttt.implementation` | free: neither changes what the weights compute |
 | `ttt.*` | free where the checkpoint has no TTT layers; printed where it has |
+| `ttt.layers`, `ttt.proj` | refused where parameters of the checkpoint would be left out |
 | `max_positions` | raised: printed; lowered: refused |
 | `rope.kind` | from `default` to a scaled kind: printed, with its factors; else refused |
 | `rope.factor` of the same kind | raised: printed; lowered: refused |
@@ -45,7 +46,7 @@ def compare_models(wanted: ModelConfig, found: ModelConfig, where: str) -> list[
     lines = _compare_positions(wanted, found, where)
     lines += _compare_rope(wanted.rope, found.rope, where)
     lines += _compare_windows(wanted, found, where)
-    return lines + _compare_ttt(wanted, found)
+    return lines + _compare_ttt(wanted, found, where)
 
 
 def computes_the_same(wanted: ModelConfig, found: ModelConfig) -> bool:
@@ -77,6 +78,8 @@ def _line(name: str, ours: Any, theirs: Any) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, tuple):
         value = list(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return "null" if value is None else str(value)
 
 
@@ -130,19 +133,21 @@ def _compare_windows(wanted: ModelConfig, found: ModelConfig, where: str) -> lis
     return [_line(name, getattr(wanted, name), getattr(found, name)) for name in names]
 
 
-def _compare_ttt(wanted: ModelConfig, found: ModelConfig) -> list[str]:
+def _compare_ttt(wanted: ModelConfig, found: ModelConfig, where: str) -> list[str]:
     """Layers that are new start at zero and change nothing; everything else about layers that adapt
-    does.
+    does. Parameters of the checkpoint are not left out: its tensors have to have a place.
     """
     if not found.ttt.layers:
         return []
+    if not set(wanted.ttt.layers) >= set(found.ttt.layers):
+        reason = ", whose parameters would be lost"
+        _refuse("ttt.layers", wanted.ttt.layers, found.ttt.layers, where, reason)
+    if found.ttt.proj and not wanted.ttt.proj:
+        _refuse("ttt.proj", False, True, where, ", and its W_target would be lost")
     names = [
         field.name
         for field in dataclasses.fields(type(found.ttt))
         if field.name not in ("implementation", "layers")
     ]
     pairs = [(name, getattr(wanted.ttt, name), getattr(found.ttt, name)) for name in names]
-    lines = [_line(f"ttt.{name}", ours, theirs) for name, ours, theirs in pairs if ours != theirs]
-    if not set(wanted.ttt.layers) >= set(found.ttt.layers):
-        lines.append(_line("ttt.layers", wanted.ttt.layers, found.ttt.layers))
-    return lines
+    return [_line(f"ttt.{name}", ours, theirs) for name, ours, theirs in pairs if ours != theirs]

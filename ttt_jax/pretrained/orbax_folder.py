@@ -8,9 +8,11 @@ folder is said in orbax_layout.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,8 @@ class OrbaxWriter:
           abstract: the model's structure.
           dtypes: tensor name -> dtype to store; one for all tensors of a stack.
           block_bytes: about what one `write` will bring.
+
+        Raises: OSError, as `write` does.
         """
         self._places = tensor_places(abstract)
         leaves = parameters(abstract)
@@ -67,9 +71,7 @@ class OrbaxWriter:
         try:
             self._arrays = self._lay_out(folder, leaves, stored, block_bytes)
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"output {folder}: could not be written ({reason_of(error)})"
-            ) from None
+            raise _not_written(error) from None
 
     @staticmethod
     def _lay_out(
@@ -116,11 +118,16 @@ class OrbaxWriter:
         try:
             target = self._arrays[ours][(*index, slice(start, start + rows.shape[0]))]
             target.write(rows, can_reference_source_data_indefinitely=True).result()
-        # tensorstore raises ValueError, for instance when the disk is full.
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"output: tensor {name} could not be written ({reason_of(error)}); free space"
-            ) from None
+            raise _not_written(error) from None
+
+
+def _not_written(error: Exception) -> OSError:
+    """Make of tensorstore's ValueError what it is, without its paths and settings where that is a
+    full disk.
+    """
+    full = os.strerror(errno.ENOSPC)
+    return OSError(errno.ENOSPC, full) if full in str(error) else OSError(reason_of(error))
 
 
 def _chunk_shape(

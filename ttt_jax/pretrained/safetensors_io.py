@@ -24,7 +24,7 @@ from ttt_jax.errors import CheckpointError
 from ttt_jax.files.reading import inside, list_names, read_json_object, show
 from ttt_jax.files.text import one_line
 
-INDEX_FILE = "model.safetensors.index.json"
+WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _NOTE = "ttt_jax_checksums"  # in the metadata of a file: the name of what holds its checksum
 MAX_HEADER_BYTES = 25_000_000  # 70B models have 0.1 MB
 _SIZES = {
@@ -204,7 +204,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     """Read file name -> the tensors that the index says it holds."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        return {"model.safetensors": set()}
+        return {WHOLE_FILE: set()}
     try:
         weight_map = read_json_object(inside(folder, INDEX_FILE), CheckpointError).get("weight_map")
     except CheckpointError as error:
@@ -224,6 +224,12 @@ def _shards(folder: Path) -> dict[str, set[str]]:
                 ".safetensors"
             )
         shards.setdefault(name, set()).add(tensor)
+    if WHOLE_FILE not in shards and (folder / WHOLE_FILE).exists():
+        # transformers reads the file, vLLM the shards.
+        raise CheckpointError(
+            f"checkpoint {folder}: holds {WHOLE_FILE}, and {INDEX_FILE} that lists other files: two "
+            "models; delete what is not meant"
+        )
     return dict(sorted(shards.items()))
 
 
@@ -351,7 +357,7 @@ def write_tensors(
         size += spec.nbytes
     count, weight_map = len(shards), {}
     for i, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+        name = WHOLE_FILE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
         # Wide ones first, so that all are aligned.
         _write_file(folder / name, sorted(shard, key=lambda spec: -spec.dtype.itemsize), blocks)
         weight_map |= {spec.name: name for spec in shard}

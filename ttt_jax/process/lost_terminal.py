@@ -109,7 +109,7 @@ def _to_null(stream: Any) -> None:
 
 
 @contextlib.contextmanager
-def quiet_background() -> Iterator[None]:
+def quiet_background(last: bool = False) -> Iterator[None]:
     """Keep tracebacks of background threads off the terminal for failures that are reported in one
     line elsewhere.
 
@@ -117,6 +117,10 @@ def quiet_background() -> Iterator[None]:
     a closed event loop; `Saver` has reported it by then. A full disk kills TensorBoard's
     writer, which `MetricsLogger` reports. Another thread that the system fails is one line, once
     for each text.
+
+    Args:
+      last: what comes after the block is the end of the process, where Python collects such
+        futures: it stays quiet.
     """
     said: set[str] = set()
     old_unraisable, old_thread = sys.unraisablehook, threading.excepthook
@@ -144,8 +148,9 @@ def quiet_background() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook, threading.excepthook = old_unraisable, old_thread
-        asyncio_log.removeFilter(never_retrieved)
+        if not last:
+            sys.unraisablehook, threading.excepthook = old_unraisable, old_thread
+            asyncio_log.removeFilter(never_retrieved)
 
 
 class _NeverRetrieved(logging.Filter):

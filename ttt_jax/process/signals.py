@@ -40,7 +40,7 @@ class StopSignal:
     def __init__(self, last: bool = False) -> None:
         self.requested, self.name = False, ""
         self.before_leaving: list[Callable[[], object]] = []
-        self._deferred, self._last = False, last
+        self._deferred, self.last = False, last
         self._before: dict[int, Any] = {}
         self._interrupted: float | None = None  # when the first SIGINT came
 
@@ -58,7 +58,7 @@ class StopSignal:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self._last else handler)
+            signal.signal(number, signal.SIG_IGN if self.last else handler)
 
     def defer(self) -> None:
         """Let signals wait: from here on there is something to save."""
