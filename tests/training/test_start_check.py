@@ -97,9 +97,13 @@ def test_a_start_equals_its_source(sources, kind, capsys):
 
 def test_new_layers_start_at_zero(sources, capsys):
     start(sources / "plain")
-    assert len(set(losses(capsys.readouterr().out))) == 1
+    text = capsys.readouterr().out
+    assert f"`ttt-jax convert {sources / 'plain'} DST --to hf --ttt.calibrate TEXT`" in text
+    assert len(set(losses(text))) == 1
     start(sources / "run", **{"ttt.layers": [0, 1]})  # the layers are grouped otherwise
-    assert len(set(losses(capsys.readouterr().out))) == 1
+    text = capsys.readouterr().out
+    assert "--ttt.calibrate" not in text, "it has TTT layers already"
+    assert len(set(losses(text))) == 1
 
 
 @pytest.mark.slow

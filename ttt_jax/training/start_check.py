@@ -97,6 +97,10 @@ def checked_start(
         say(line)
     if found is not None and config.model.ttt.layers and not found.ttt.layers:
         say(_new_layers(config.model.ttt))
+        say(
+            f"`ttt-jax convert {config.init_from} DST --to hf --ttt.calibrate TEXT` makes a layer "
+            "that gains before training (docs/continual.md)"
+        )
     batch = _first_rows(config, rows, mesh)
     theirs, reason = _source_loss(config, found, batch, mesh)
     model = initial_model(config, abstract)
