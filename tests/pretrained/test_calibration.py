@@ -33,6 +33,17 @@ def plain(tmp_path_factory):
     return byte_model(tmp_path_factory.mktemp("models") / "plain", max_positions=64, **PLAIN)
 
 
+@pytest.mark.parametrize("lr", ["1e-40", "1e50"])
+def test_a_rate_with_which_the_target_does_not_fit(plain, text, tmp_path, lr, capsys):
+    """Before: infinity or zeros were written, and the gain of what they had been was printed."""
+    assert run(plain, tmp_path, text, *CHUNK, "--ttt.lr", lr) == 2
+    error = capsys.readouterr().err
+    assert f"--ttt.lr {float(lr):g}: W_target would have elements of " in error
+    assert "which float32 does not hold; leave it out, or give 5" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_records_are_no_text(tmp_path, capsys):
     """Before: W_target from the quotes and names of JSON."""
     path = tmp_path / "text.jsonl"

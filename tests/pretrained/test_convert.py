@@ -270,6 +270,7 @@ def test_train_py_continues_from_a_converted_model(tmp_path):
         "--steps=2",
         f"--runs_dir={tmp_path / 'runs'}",
         f"--init_from={tmp_path / 'orbax'}",
+        "--data.tokenizer=bytes",
     ]
     words += [
         "--data.heldout_fraction=0.5",

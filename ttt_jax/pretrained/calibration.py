@@ -37,6 +37,7 @@ OPTION = "--ttt.calibrate"
 SCALES = (0.1, 0.2, 0.4, 0.8)
 SHRINK = 0.3  # a
 TARGET_RMS = 0.05  # of the elements of W_target, so that AdamW can move it
+LOST = 0.01  # relative RMS of what a dtype may lose of W_target; bfloat16 loses 0.002
 NEXT = KERNEL // 2 + 1  # the convolution's tap at the next token
 STATISTICS, CHOICE = 16_384, 8_192  # tokens that C_p and s are found on, at most
 PIECE = 2_048  # tokens read at once, at most
@@ -203,7 +204,8 @@ def calibrate(
       lr: the inner learning rate to keep; None: that of `as_target`.
       dtype: of the tensor that will be written.
 
-    Raises: UserError, one line, for a text that is too short or that nothing gains on.
+    Raises: UserError, one line, for a text that is too short or that nothing gains on; ConfigError
+      for a rate with which W_target does not fit into `dtype`.
     """
     ids = _encode(text, tokenizer, model.vocab_size)
     parts = _parts(ids, model)
@@ -237,7 +239,7 @@ def calibrate(
         )
     rate = rates[s]
     if lr is not None:
-        target_DD, rate = target_DD.astype(np.float64) * (rate / lr), lr
+        target_DD, rate = _rescaled(target_DD, rate / lr, lr, dtype), lr
     return Calibration(
         rate,
         target_DD.astype(np.float32),
@@ -250,6 +252,20 @@ def calibrate(
         parts.choice.shape[1],
         hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest(),
     )
+
+
+def _rescaled(target_DD: np.ndarray, factor: float, lr: float, dtype: np.dtype) -> np.ndarray:
+    """Return W_target for another rate. Raises ConfigError when `dtype` does not hold it."""
+    wanted_DD = target_DD.astype(np.float64) * factor
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost_DD = wanted_DD.astype(dtype).astype(np.float64) - wanted_DD
+        lost = np.linalg.norm(lost_DD) / np.linalg.norm(wanted_DD)
+    if not lost < LOST:
+        raise ConfigError(
+            f"--ttt.lr {lr:g}: W_target would have elements of {TARGET_RMS * factor:.1g}, which "
+            f"{dtype.name} does not hold; leave it out, or give {lr * factor:.3g} or about that"
+        )
+    return wanted_DD
 
 
 def set_target(model: Transformer, target_DD: np.ndarray, conv_D1K: np.ndarray) -> None:
