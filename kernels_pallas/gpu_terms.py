@@ -178,8 +178,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     product = Product(
         sums.kind,
         *sizes,
-        left=None,  # pyright: ignore[reportArgumentType]
-        rights=None,  # pyright: ignore[reportArgumentType]
+        operands=[],  # `_produce` knows them
         epilogue=functools.partial(_write, sums, outs, staging, shift_N),
         epilogue_input=None if start is None else lambda n: start.at[n],
         epilogue_columns=sums.epilogue_columns,

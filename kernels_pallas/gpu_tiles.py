@@ -67,9 +67,9 @@ class Product(NamedTuple):
     rows: int
     columns: int
     length: int  # of one product's sum
-    # b -> the operand of a sequence [tokens or rows, columns], and the first row of the chunk in it
-    left: Callable[[Any], tuple[Any, Any]]
-    rights: list[Callable[[Any], tuple[Any, Any]]]  # the products with each are summed
+    # Left and right operand of each product that is summed: functions b -> the operand of a
+    # sequence [tokens or rows, columns], and the first row of the chunk in it.
+    operands: list[tuple[Callable[[Any], tuple[Any, Any]], Callable[[Any], tuple[Any, Any]]]]
     # (b, first row, first column of a consumer's part) -> what to do with the sums of some columns:
     # a function of their number, their columns, the sums, and the same part of the input.
     epilogue: Callable[..., Callable[..., None]]
@@ -81,7 +81,7 @@ class Product(NamedTuple):
     @property
     def k_steps(self) -> int:
         """K-steps of the ring that bring operands."""
-        return len(self.rights) * (self.length // BLOCK_K)
+        return len(self.operands) * (self.length // BLOCK_K)
 
     @property
     def epilogue_steps(self) -> int:
@@ -191,10 +191,13 @@ def _visit(products, table, compute):
 
 def produce(ring, product, place):
     """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's input."""
-    left, steps = product.left(place.b), product.length // BLOCK_K
-    for p, right in enumerate(product.rights):
-        part = place._replace(first=place.first + p * steps)
-        copy = functools.partial(produce_k_step, ring, product, part, left, right(place.b))
+    steps = product.length // BLOCK_K
+    for p, (left, right) in enumerate(product.operands):
+        part, arrays = (
+            place._replace(first=place.first + p * steps),
+            (left(place.b), right(place.b)),
+        )
+        copy = functools.partial(produce_k_step, ring, product, part, *arrays)
         jax.lax.fori_loop(0, steps, copy, None)
     produce_epilogue_input(ring, product, place)
 
