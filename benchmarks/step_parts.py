@@ -15,12 +15,13 @@ documents; with --documents 1 they are not packed. The op's results are compared
 shape's first variant, so put `xla:1` first; one that is off by more than 1e-2 relative RMS is not
 timed, and the exit code is 1.
 
-Programs are traced one after the other and compiled side by side, in the order of their importance.
-What is not ready after 60 % of --seconds is left out, and named. Each round runs every program
-once, or several times where it is short, a matmul of 8192^3 among them; the table gives medians
-over the rounds: ops also as multiples of 4TDF (forward) and 14TDF FLOPs (both) at the matmul's
-rate, steps also as MFU (model FLOPs, with no recomputation counted, over that rate). With --json
-FILE one object a line is appended.
+Programs are traced one after the other, in the order of their importance. Ops are compiled side by
+side. Steps are compiled one by one: XLA tunes matmuls on the GPU, and what it has tuned for one
+step the next one has too. What is not ready after 75 % of --seconds is left out, and named. Each
+round runs every program once, or several times where it is short, a matmul of 8192^3 among them;
+the table gives medians over the rounds: ops also as multiples of 4TDF (forward) and 14TDF FLOPs
+(both) at the matmul's rate, steps also as MFU (model FLOPs, with no recomputation counted, over
+that rate). With --json FILE one object a line is appended.
 """
 
 from __future__ import annotations
@@ -259,6 +260,12 @@ def matmul() -> tuple[Timed, int]:
     return timed, 2 * n**3
 
 
+def compiled(lowered):
+    """A compiled program, and the seconds that it took."""
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
 def jitted(name: str, function):
     """A function that jax has not traced yet, with another variant."""
     return function if name.startswith("step") else jax.jit(lambda *arrays: function(*arrays))
@@ -299,8 +306,8 @@ def main(argv: list[str]) -> int:
         sizes = sizes.replace("x", ":").split(":")
         ops.append(Op(*map(int, sizes[:5]), *map(float, sizes[5:])))
         sources.append(ops[-1].programs(variants.split("+"), args.rows))
-    waiting = []
-    limit = begun + 0.6 * args.seconds
+    waiting, one_by_one = [], concurrent.futures.ThreadPoolExecutor(1)
+    limit = begun + 0.75 * args.seconds
     for name, variant, function, arguments in (x for source in sources for x in source):
         if time.perf_counter() > limit:
             print(f"not traced in time: {name}", flush=True)
@@ -312,7 +319,9 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             print(f"{name}: {error}", flush=True)
             continue
-        waiting.append((name, arguments, pool.submit(lowered.compile)))
+        compiler = one_by_one if name.startswith("step") else pool
+        waiting.append((name, arguments, compiler.submit(compiled, lowered)))
+        print(f"traced after {time.perf_counter() - begun:.0f} s: {name}", flush=True)
     concurrent.futures.wait([x for *_, x in waiting], max(0, limit - time.perf_counter()))
     print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
     programs, expected, wrong = [], {}, 0
@@ -322,7 +331,9 @@ def main(argv: list[str]) -> int:
             print(f"not compiled in time: {name}", flush=True)
             future.cancel()
             continue
-        timed = Timed(name, future.result(), arguments)
+        program, seconds = future.result()
+        print(f"compiled in {seconds:.0f} s: {name}", flush=True)
+        timed = Timed(name, program, arguments)
         result = timed.warm_up()
         if name.startswith("op"):
             rows = " packed" if " packed" in name else " one document"

@@ -268,6 +268,7 @@ def _backward(launches, C, fused, residuals, cotangents):
         G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
     dz_BTF, dv_BTD, G_BDF, dlr = _reverse(launches, C, whole, dz_BTF, G_BDF)
+    dw_DF = dw_DF + G_BDF.sum(axis=0) if keep_BM is None else dw_DF
     return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
 
 
@@ -275,11 +276,11 @@ def gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF):
     """The op's gradients, in the order of its arguments, from those of whole chunks.
 
     Args:
-      dw_DF: less what the G that is left adds, where nothing drops any of it (no keep).
+      dw_DF: of all tokens, float32.
+      G_BDF: that of the state that the op started with.
       dz_tail_BCF: of the trailing partial chunk, whose v is never read; None without one.
     """
     _, _, w_DF, lr, state_BDF, keep_BM = residuals
-    dw_DF = dw_DF + G_BDF.sum(axis=0) if keep_BM is None else dw_DF
     if dz_tail_BCF is not None:
         dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
         dv_BTD = jnp.pad(dv_BTD, ((0, 0), (0, dz_tail_BCF.shape[1]), (0, 0)))

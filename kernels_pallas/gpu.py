@@ -162,6 +162,13 @@ class MosaicLaunches:
         operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, dv_BTD, dlr)
         return self._applies(C, chunks, gpu_products.reverse_products, operands, in_place, lr=lr)
 
+    def turn(self, C, chunks, lr, z_BTF, v_BTD, u_BTD, do_BTD, W_BNDF, R_BNDF, dz_BTF, dv_BTD):
+        """Return dz, dv, and partial sums of <v, z R^T>; `W_BNDF` are copies of W + S."""
+        (B, n), columns = R_BNDF.shape[:2], v_BTD.shape[2] // TILE
+        dlr = jax.lax.empty((B * n, columns, C), jnp.float32)
+        operands, in_place = (z_BTF, v_BTD, u_BTD, do_BTD, W_BNDF, R_BNDF), (dz_BTF, dv_BTD, dlr)
+        return self._applies(C, chunks, gpu_products.turn_products, operands, in_place, lr=lr)
+
     def _applies(self, C, chunks, products, operands, in_place, lr=0.0):
         """Launch products of these chunks. `in_place` and `operands` are [B, T, X], W or R."""
         (B, n, D, F), M = operands[-1].shape, operands[0].shape[1] // C
@@ -173,10 +180,9 @@ class MosaicLaunches:
             for p in products(sizes, gpu_products.Chunks(), *no_arrays)
         )
         table = jnp.asarray(schedule(shapes, B * n, self.clusters))
-        by_chunk = lambda x: x if x.ndim == 2 else x.reshape(-1, C, x.shape[2])
-        *operands, R_BNDF = operands
-        operands = [*map(by_chunk, operands), R_BNDF.reshape(B * n, D, F)]
-        results = in_place
+        rows = {3: (-1, C), 4: (-1, D)}  # of a chunk; W stays as it is
+        by_chunk = lambda x: x.reshape(*rows[x.ndim], x.shape[-1]) if x.ndim in rows else x
+        operands, results = [by_chunk(x) for x in operands], in_place
         in_place = [x if x.dtype == jnp.float32 else by_chunk(x) for x in in_place]
         scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
         body = functools.partial(_products, products, sizes, n, M, self.stages, self.buffers)

@@ -62,9 +62,8 @@ class Chunks(NamedTuple):
 
 def forward_products(sizes: Sizes, chunks: Chunks, z_QCF, w_DF, R_QDF, o_QCD):
     """o = z R^T + z W^T, one sum. R is the small one: its products come first."""
-    return [
-        _apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD, more=[lambda b: (w_DF, 0)])
-    ]
+    slow = _rows_of(chunks, z_QCF), lambda b: (w_DF, 0)
+    return [_apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, o_QCD, more=[slow])]
 
 
 def fused_products(sizes: Sizes, chunks: Chunks, z_QCF, R_QDF, o_QCD):
@@ -79,17 +78,36 @@ def replay_products(sizes: Sizes, chunks: Chunks, do_QCD, R_QDF, dz_QCF):
 
 def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, dv_QCD, dlr):
     """dv = lr z R^T with rows of dlr = <v, z R^T>, and dz += lr v R."""
-    v = lambda b: v_QCD.at[chunks.q(b)]
     dz = lambda b: dz_QCF.at[chunks.q(b)]
-    write_dv = functools.partial(_write_dv, dlr)
     return [
-        _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v),
+        _reverse_v(sizes, chunks, z_QCF, v_QCD, R_QDF, dv_QCD, dlr),
         _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_dz, dz_QCF, dz),
     ]
 
 
+def turn_products(
+    sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, u_QCD, do_QCD, W_QDF, R_QDF, dz_QCF, dv_QCD, dlr
+):
+    """The same with dz = do (W + S) + u R, one sum. W is W + S."""
+    fast = _rows_of(chunks, u_QCD), lambda b: (R_QDF.at[b], 0)
+    return [
+        _reverse_v(sizes, chunks, z_QCF, v_QCD, R_QDF, dv_QCD, dlr),
+        _apply("nn", sizes, chunks, do_QCD, W_QDF, _write_rows, dz_QCF, more=[fast]),
+    ]
+
+
+def _reverse_v(sizes, chunks, z_QCF, v_QCD, R_QDF, dv_QCD, dlr):
+    v = lambda b: v_QCD.at[chunks.q(b)]
+    write_dv = functools.partial(_write_dv, dlr)
+    return _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v)
+
+
+def _rows_of(chunks, x_QCX):
+    return lambda b: (x_QCX.at[chunks.q(b)], 0)
+
+
 def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, read=None, more=()) -> Product:
-    """left R^T ("nt") or left R ("nn"), and the same of `more` than R."""
+    """left R^T ("nt") or left R ("nn"), and the products of `more` operands."""
     C, D, F = sizes
     columns, length = (D, F) if layout == "nt" else (F, D)
     return Product(
@@ -97,8 +115,7 @@ def _apply(layout, sizes, chunks, left_QCX, R_QDF, write, out_QCX, read=None, mo
         rows=C,
         columns=columns,
         length=length,
-        left=lambda b: (left_QCX.at[chunks.q(b)], 0),
-        rights=[lambda b: (R_QDF.at[b], 0), *more],
+        operands=[(_rows_of(chunks, left_QCX), lambda b: (R_QDF.at[b], 0)), *more],
         epilogue=functools.partial(write, chunks, out_QCX),
         epilogue_input=read,
     )

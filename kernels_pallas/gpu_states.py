@@ -78,8 +78,12 @@ class Sweep:
             rows=self.D,
             columns=self.F,
             length=self.C,
-            left=lambda b: (self.left_BTD.at[b], i * self.C),
-            rights=[lambda b: (self.right_BTF.at[b], i * self.C)],
+            operands=[
+                (
+                    lambda b: (self.left_BTD.at[b], i * self.C),
+                    lambda b: (self.right_BTF.at[b], i * self.C),
+                )
+            ],
             epilogue=None,  # pyright: ignore[reportArgumentType]
             epilogue_input=None if self.w_DF is None else lambda b: self.w_DF,
         )
@@ -144,7 +148,7 @@ def _produce(sweep, ring, b, m0, n0, first):
         added, operands = _places(sweep, b, m0, n0, first, step)
         produce_epilogue_input(ring, product, added)
         product = product._replace(epilogue_input=None)
-        arrays = product.left(b), product.rights[0](b)
+        arrays = [operand(b) for operand in product.operands[0]]
 
         def copy(s, _):
             produce_k_step(ring, product, operands, *arrays, s, None)

@@ -49,9 +49,12 @@ class Sums:
 
     Attributes:
       kind: as in `gpu_tiles.py`: "nn" X Y, "nt" X Y^T, "tn" X^T Y, of the arrays as they lie.
+        With symmetric factors "nn".
       pairs: terms (i of X, j of Y) whose products are summed.
       out: dtypes of the result, or of its terms.
-      lower: only tiles that touch the lower triangle are computed; the others hold anything.
+      lower: only tiles that touch the lower triangle are computed; the others hold anything. So it
+        is with symmetric results.
+      symmetric: whether X and Y are, and are read in tiles that touch the lower triangle only.
       triangular: X and Y are lower triangular, and what is zero is left out.
       negative: minus the sum.
     """
@@ -60,6 +63,7 @@ class Sums:
     pairs: tuple[tuple[int, int], ...]
     out: tuple[str, ...] = TERMS
     lower: bool = False
+    symmetric: tuple[bool, bool] = (False, False)
     triangular: bool = False
     negative: bool = False
 
@@ -72,6 +76,24 @@ class Sums:
     def epilogue_columns(self) -> int:
         """Columns that are written at once: 128 bytes."""
         return 128 // jnp.dtype(self.out[0]).itemsize
+
+    def ranges(self, m0, n0, first, K_steps: int):
+        """Kind, first k-step and end of each part of a tile's sum: what lies above the diagonal of
+        a symmetric matrix is read below it, transposed.
+        """
+        of_x, of_y = self.symmetric
+        if not (of_x or of_y):
+            return [(self.kind, first, K_steps)]
+        x = (m0 + TILE) // BLOCK_K if of_x else K_steps  # from here on X is transposed
+        y = n0 // BLOCK_K if of_y else 0  # and up to here Y
+        both = jnp.maximum(x, y)
+        parts = [("nt", 0, jnp.minimum(x, y)), ("nn", y, both), ("tt", x, both)]
+        parts += [("tn", both, K_steps)]
+        return [
+            (kind, begin, end)
+            for kind, begin, end in parts
+            if (of_x or kind[0] == "n") and (of_y or kind[1] == "n")
+        ]
 
     def tiles(self, R: int, S: int) -> np.ndarray:
         """First row, first column and first k-step of each tile of a matrix."""
@@ -178,8 +200,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     product = Product(
         sums.kind,
         *sizes,
-        left=None,  # pyright: ignore[reportArgumentType]
-        rights=None,  # pyright: ignore[reportArgumentType]
+        operands=[],  # `_produce` knows them
         epilogue=functools.partial(_write, sums, outs, staging, shift_N),
         epilogue_input=None if start is None else lambda n: start.at[n],
         epilogue_columns=sums.epilogue_columns,
@@ -188,7 +209,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     tiles, K_steps = table.shape[0], sizes[2] // BLOCK_K
 
     def visit(compute):
-        """Call `compute(place, first k-step)` for each tile; the k-steps of all."""
+        """Call `compute(place, ranges)` for each tile; the k-steps of all."""
 
         def entry(j):
             i = jax.lax.rem(pair + j * clusters, jnp.int32(tiles))
@@ -200,7 +221,8 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
             n = jax.lax.div(pair + j * clusters, jnp.int32(tiles))
             m0 = pl.multiple_of(row + block * BLOCK_ROWS, BLOCK_ROWS)
             n0, k_steps = pl.multiple_of(column, TILE), len(sums.pairs) * (K_steps - first)
-            compute(Place(n, m0, n0, k_step, k_steps), first)
+            ranges = sums.ranges(row, column, first, K_steps)
+            compute(Place(n, m0, n0, k_step, k_steps), ranges)
             return k_step + k_steps + product.epilogue_steps, after
 
         count = jax.lax.div(N * tiles - pair + clusters - 1, jnp.int32(clusters))
@@ -209,31 +231,42 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        visit(lambda place, _: consume(ring, wg, product, place))
+        visit(functools.partial(_consume, ring, wg, product, len(sums.pairs)))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == CONSUMERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start, K_steps)))
+        ring.drain(visit(functools.partial(_produce, ring, sums, xs, ys, start)))
 
 
-def _produce(ring, sums, xs, ys, start, K_steps, place, first):
-    """Copy a tile's operands into the ring, one pair of terms after the other; then `start`."""
+def _consume(ring, wg, product, pairs, place, ranges):
+    """Sum a tile in the order in which `_produce` copies."""
+    first = ranges[0][1]
+    parts = [(kind, pairs * (begin - first), pairs * (end - first)) for kind, begin, end in ranges]
+    consume(ring, wg, product, place, parts)
+
+
+def _produce(ring, sums, xs, ys, start, place, ranges):
+    """Copy a tile's operands into the ring: range by range, and in it one pair of terms after the
+    other. Then `start`.
+    """
     n, rows, columns = place.b, pl.ds(place.m0, BLOCK_ROWS), pl.ds(place.n0, TILE)
 
-    def copy(i, j, before, s, _):
+    def copy(kind, i, j, before, s, _):
         stage = ring.wait_empty(before + s)
         ks = pl.ds(pl.multiple_of(s * BLOCK_K, BLOCK_K), BLOCK_K)
-        x = xs[i].at[n, ks, rows] if sums.kind == "tn" else xs[i].at[n, rows, ks]
-        y = ys[j].at[n, columns, ks] if sums.kind == "nt" else ys[j].at[n, ks, columns]
-        left, right = ring.left[sums.kind == "tn"], ring.right[sums.kind != "nt"]
+        x = xs[i].at[n, ks, rows] if kind[0] == "t" else xs[i].at[n, rows, ks]
+        y = ys[j].at[n, columns, ks] if kind[1] == "t" else ys[j].at[n, ks, columns]
+        left, right = ring.left[kind[0] == "t"], ring.right[kind[1] != "t"]
         plgpu.copy_gmem_to_smem(x, left.at[stage], ring.full.at[stage])
         plgpu.copy_gmem_to_smem(y, right.at[stage], ring.full.at[stage], collective_axes="block")
 
-    for p, (i, j) in enumerate(sums.pairs):
-        before = place.first + p * (K_steps - first) - first
-        jax.lax.fori_loop(first, K_steps, functools.partial(copy, i, j, before), None)
+    before = place.first
+    for kind, begin, end in ranges:
+        for i, j in sums.pairs:
+            jax.lax.fori_loop(begin, end, functools.partial(copy, kind, i, j, before - begin), None)
+            before += end - begin
     if start is None:
         return
     for k in range(TILE // BLOCK_K):
@@ -297,18 +330,21 @@ class Kernels:
         return self._run((z_NCF,), (z_NCF,), Sums("nt", ONE, ("float32",), lower=True))[0]
 
     def square(self, m):
-        return self._run(m, m, Sums("tn", OF_FOUR, triangular=True))
+        return self._run(m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
 
     def outer(self, x_NCD, y_NCD):
-        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), Sums("nt", ((0, 0), (1, 1))))
+        sums = Sums("nt", ((0, 0), (1, 1)), lower=True)
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)
 
     def sandwich(self, a, b):
-        half = self._run(a, b, Sums("nn", OF_FOUR))
-        return self._run(half, a, Sums("nn", OF_FOUR, negative=True))
+        half = self._run(a, b, Sums("nn", OF_FOUR, symmetric=(True, True)))
+        sums = Sums("nn", OF_FOUR, lower=True, symmetric=(False, True), negative=True)
+        return self._run(half, a, sums)
 
     def apply(self, a, y_NCS, shift_N=None):
         start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
-        return self._run(a, (y_NCS,), Sums("nn", OF_TWO, ("bfloat16",)), **start)[0]
+        sums = Sums("nn", OF_TWO, ("bfloat16",), symmetric=(True, False))
+        return self._run(a, (y_NCS,), sums, **start)[0]
 
     def _run(self, xs, ys, sums, **options):
         return tuple(multiply(xs, ys, sums, interpret=self.interpret, **options))

@@ -38,6 +38,7 @@ Kinds of products, by where the summed dimension is:
     nt    last in both operands
     nn    last in the left one only
     tn    first in both
+    tt    first in the left one only
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ CONSUMER_ROWS = BLOCK_ROWS // CONSUMERS
 class Product(NamedTuple):
     """Output tiles of one matrix product, for every sequence of the batch."""
 
-    kind: Literal["nt", "nn", "tn"]
+    kind: Literal["nt", "nn", "tn", "tt"]
     rows: int
     columns: int
     length: int  # of one product's sum
-    # b -> the operand of a sequence [tokens or rows, columns], and the first row of the chunk in it
-    left: Callable[[Any], tuple[Any, Any]]
-    rights: list[Callable[[Any], tuple[Any, Any]]]  # the products with each are summed
+    # Left and right operand of each product that is summed: functions b -> the operand of a
+    # sequence [tokens or rows, columns], and the first row of the chunk in it.
+    operands: list[tuple[Callable[[Any], tuple[Any, Any]], Callable[[Any], tuple[Any, Any]]]]
     # (b, first row, first column of a consumer's part) -> what to do with the sums of some columns:
     # a function of their number, their columns, the sums, and the same part of the input.
     epilogue: Callable[..., Callable[..., None]]
@@ -81,7 +82,7 @@ class Product(NamedTuple):
     @property
     def k_steps(self) -> int:
         """K-steps of the ring that bring operands."""
-        return len(self.rights) * (self.length // BLOCK_K)
+        return len(self.operands) * (self.length // BLOCK_K)
 
     @property
     def epilogue_steps(self) -> int:
@@ -191,10 +192,11 @@ def _visit(products, table, compute):
 
 def produce(ring, product, place):
     """Copy a tile's operands into the ring, one k-step at a time, then the epilogue's input."""
-    left, steps = product.left(place.b), product.length // BLOCK_K
-    for p, right in enumerate(product.rights):
+    steps = product.length // BLOCK_K
+    for p, (left, right) in enumerate(product.operands):
         part = place._replace(first=place.first + p * steps)
-        copy = functools.partial(produce_k_step, ring, product, part, left, right(place.b))
+        arrays = left(place.b), right(place.b)
+        copy = functools.partial(produce_k_step, ring, product, part, *arrays)
         jax.lax.fori_loop(0, steps, copy, None)
     produce_epilogue_input(ring, product, place)
 
@@ -248,15 +250,17 @@ def _prefetch(product, place, s):
         plgpu.async_prefetch(array.at[rows, pl.ds(place.n0, TILE)])
 
 
-def consume(ring, wg, product, place):
-    """Sum this consumer's 64 rows of a tile, and hand them to the product's epilogue."""
+def consume(ring, wg, product, place, ranges=None):
+    """Sum this consumer's 64 rows of a tile, and hand them to the product's epilogue. `ranges`: as
+    in `accumulate`.
+    """
     own_rows = pl.ds(pl.multiple_of(wg * CONSUMER_ROWS, CONSUMER_ROWS), CONSUMER_ROWS)
     accumulator = plgpu.ACC(  # pyright: ignore[reportPrivateImportUsage]
         (CONSUMER_ROWS, TILE), jnp.float32
     )
 
     def whole_sum(sums):
-        accumulate(ring, product, place, own_rows, sums)
+        accumulate(ring, product, place, own_rows, sums, ranges)
         return sums[...]
 
     m0 = pl.multiple_of(place.m0 + wg * CONSUMER_ROWS, CONSUMER_ROWS)
@@ -273,10 +277,15 @@ def consume(ring, wg, product, place):
         write(k, pl.ds(first, size), sums[:, k * size : (k + 1) * size], same)
 
 
-def accumulate(ring, product, place, own_rows, sums):
-    """Add the whole sum to an accumulator [64, 256] float32."""
-    step = functools.partial(_consume_k_step, ring, product, place, own_rows, sums)
-    jax.lax.fori_loop(0, place.k_steps, step, None)
+def accumulate(ring, product, place, own_rows, sums, ranges=None):
+    """Add the whole sum to an accumulator [64, 256] float32.
+
+    `ranges`: kind, first k-step and end of each part of the sum, where they are not all of the
+    product's kind.
+    """
+    for kind, begin, end in ranges or [(product.kind, 0, place.k_steps)]:
+        step = functools.partial(_consume_k_step, ring, kind, place, own_rows, sums)
+        jax.lax.fori_loop(begin, end, step, None)
     plgpu.wgmma_wait(0)
 
     @pl.when(place.k_steps > 0)
@@ -284,15 +293,15 @@ def accumulate(ring, product, place, own_rows, sums):
         ring.release(place.first + place.k_steps - 1)
 
 
-def _consume_k_step(ring, product, place, own_rows, sums, s, _):
+def _consume_k_step(ring, kind, place, own_rows, sums, s, _):
     """Multiply the operands of one stage; release the stage before it."""
     stage = ring.stage(place.first + s)
     plgpu.barrier_wait(ring.full.at[stage])
-    if product.kind == "tn":
+    if kind[0] == "t":
         left = _transposed(ring.left[True].at[stage, :, own_rows])
     else:
         left = ring.left[False].at[stage, own_rows]
-    if product.kind == "nt":
+    if kind[1] == "t":
         right = _transposed(ring.right[False].at[stage])
     else:
         right = ring.right[True].at[stage]

@@ -232,7 +232,7 @@ lowered.compile(gpu_traffic.OPTIONS | options)
     [
         (("read",), 2, 1),
         (("read", "--model.ttt.apply=fused"), 2, 1),
-        (("train", "--data.batch_size=2"), 6, 1),
+        (("train", "--data.batch_size=2"), 5, 1),
         (("both",), 12, 3),
     ],
     ids=["read", "read-fused", "train", "op"],

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from support.op_checks import BF16, DOCUMENTS, F32, check, make_inputs
 
 from ttt_jax.errors import UserError
-from ttt_jax.kernels_pallas import gpu, gpu_schedule, triton
+from ttt_jax.kernels_pallas import gpu, gpu_schedule, gpu_sweep, triton
 from ttt_jax.kernels_pallas.gpu_launch import launch_p
 from ttt_jax.ops import in_place_ttt
 from ttt_jax.ops.ttt.chunk_blocks import in_blocks
@@ -71,8 +71,9 @@ def lowered(implementation, backward):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_mosaic_lowers_for_cuda_without_a_gpu(backward):
     text = lowered("pallas_gpu", backward)
-    # a sweep, and products with its states; a gradient alone needs no forward launch
-    assert text.count("custom_call @mosaic_gpu") == (4 if backward else 2)
+    # A sweep, and products with its states. A gradient alone needs no forward launch; of both
+    # sweeps of the backward, the products are one launch.
+    assert text.count("custom_call @mosaic_gpu") == (3 if backward else 2)
     # The state and the output are updated in place.
     assert "output_operand_alias" in text
 
@@ -135,7 +136,7 @@ def test_mosaic_lowers_inside_a_shard_map(check_vma, n):
         .as_text()
     )
     # XLA removes what is not read
-    assert text.count("custom_call @mosaic_gpu") == (4 if n == 1 else 5)
+    assert text.count("custom_call @mosaic_gpu") == (3 if n == 1 else 4)
 
 
 def test_mosaic_lowers_in_a_scan_over_rematerialised_layers():
@@ -216,11 +217,15 @@ def test_triton_lowers_for_cuda_without_a_gpu(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", ["none", "boundaries", "padding"])
 @pytest.mark.parametrize(
-    ("T", "clip_norm"),
-    [(3 * 256 + 41, None), (2 * 256, 0.3)],
+    ("T", "clip_norm", "states"),
+    [(3 * 256 + 41, None, 2**29), (2 * 256, 0.3, 1)],
     ids=["ragged", "clipped"],
 )
-def test_mosaic_matches_the_float64_reference_in_the_interpreter(T, clip_norm, documents, capfd):
+def test_mosaic_matches_the_float64_reference_in_the_interpreter(
+    monkeypatch, T, clip_norm, states, documents, capfd
+):
+    """Copies of all states at once, and of one chunk's at a time."""
+    monkeypatch.setattr(gpu_sweep, "STATES", states)
     segment_ids = DOCUMENTS[documents]
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 256), (2, T))
     arguments, cotangents = make_inputs(T=T, **SIZES)

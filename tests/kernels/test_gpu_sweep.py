@@ -35,13 +35,22 @@ class PlainLaunches:
         return self._put(C, o, chunks, dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), read))
 
     def replay(self, C, chunks, do, R, dz):
-        return self._put(C, dz, chunks, dot("bmcd,bmdf->bmcf", self._cut(C, do, chunks), R))
+        return self._put(C, dz, chunks, self._times(C, chunks, do, R))
 
     def reverse(self, C, chunks, lr, z, v, R, dz, dv):
         sums = dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R)
-        v = self._cut(C, v, chunks)
-        new = self._cut(C, dz, chunks) + lr * dot("bmcd,bmdf->bmcf", v, R)
-        return self._put(C, dz, chunks, new), self._put(C, dv, chunks, lr * sums), v * sums
+        new = self._cut(C, dz, chunks) + lr * self._times(C, chunks, v, R)
+        dz = self._put(C, dz, chunks, new)
+        return dz, self._put(C, dv, chunks, lr * sums), self._cut(C, v, chunks) * sums
+
+    def turn(self, C, chunks, lr, z, v, u, do, W, R, dz, dv):
+        dz = self.replay(C, chunks, do, W, dz)
+        dz = self._put(C, dz, chunks, self._cut(C, dz, chunks) + self._times(C, chunks, u, R))
+        sums = dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R)
+        return dz, self._put(C, dv, chunks, lr * sums), self._cut(C, v, chunks) * sums
+
+    def _times(self, C, chunks, x, R):
+        return dot("bmcd,bmdf->bmcf", self._cut(C, x, chunks), R)
 
     def _cut(self, C, x, chunks):
         at = slice(chunks.start * C, chunks.stop * C)

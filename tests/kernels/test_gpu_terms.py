@@ -14,7 +14,7 @@ from ttt_jax.ops import platform
 from ttt_jax.ops.ttt import writes
 from ttt_jax.ops.ttt.chunk_products import Matmuls, products_for
 
-N, C, D, F = 2, 256, 256, 512
+N, C, D, F = 1, 768, 256, 256  # nine tiles of a symmetric matrix, of which six are computed
 HAS_INTERPRETER = hasattr(plgpu, "InterpretGPUParams")  # jax 0.11 and later
 
 
@@ -32,6 +32,28 @@ def test_tiles_hold_all_that_is_asked_for(lower, triangular):
     assert seen.max() == 1
     assert np.tril(seen).sum() == 768 * 769 // 2
     assert (seen.sum() == 768**2) != lower
+
+
+@pytest.mark.parametrize("symmetric", [(True, True), (True, False), (False, True)])
+def test_symmetric_matrices_are_read_below_the_diagonal(symmetric):
+    """A tile's sum, put together as the ranges say; with NaN in the tiles that are not computed."""
+    rng = np.random.default_rng(0)
+    wholes = [
+        x + x.T if is_so else x for x, is_so in zip(rng.random((2, C, C)), symmetric, strict=True)
+    ]
+    above = np.kron(np.triu(np.ones((3, 3)), 1), np.ones((256, 256))) > 0
+    x, y = (np.where(above & is_so, np.nan, w) for w, is_so in zip(wholes, symmetric, strict=True))
+    sums = gpu_terms.Sums("nn", gpu_terms.ONE, symmetric=symmetric)
+    for m, n, first in sums.tiles(C, C):
+        rows, columns, total, done = slice(m, m + 256), slice(n, n + 256), 0.0, 0
+        parts = [part for part in sums.ranges(m, n, first, C // 64) if part[1] < part[2]]
+        for kind, begin, end in parts:
+            assert begin == done
+            k = slice(int(begin) * 64, int(end) * 64)
+            left = x[k, rows].T if kind[0] == "t" else x[rows, k]
+            total, done = total + left @ (y[columns, k].T if kind[1] == "t" else y[k, columns]), end
+        assert done == C // 64
+        np.testing.assert_allclose(total, (wholes[0] @ wholes[1])[rows, columns])
 
 
 @pytest.mark.parametrize(
