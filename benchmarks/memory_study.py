@@ -8,6 +8,7 @@ begins there ("near"), and one that begins at least `--far` tokens later. Everyt
 the same tokens with no memory and with the next book's:
 
     amount      by how much was read
+    context     the longest reading with attention to fewer tokens (`--contexts`)
     scale       the longest reading's memory times a factor
     sums        the sum of n books' memories, the scored one's among them, and its own, by factor
     common      the mean of all other books' memories, and what is left of a book's own without it
@@ -16,6 +17,9 @@ the same tokens with no memory and with the next book's:
     author      another book's memory by the same author (`author` of the JSON records)
     parts       the longest reading in pieces that are read apart and added up
     no decay    amount and scale, read with `decay: 1` instead of the model's
+
+With `--context N` attention and positions start anew every N tokens that are read, as in `memory
+read`, and the fast weights go on: for models with full attention, which know few positions.
 
 Three programs are compiled: reading, scoring, reading without decay. Intervals: 95 %, bootstrap
 over books, paired by book. Every part is printed and written (results.json, tables.md) when done.
@@ -40,6 +44,15 @@ import numpy as np
 
 from benchmarks import memory_tables
 from benchmarks.memory_books import CHAPTER, Book, load_books
+from benchmarks.memory_fast import (
+    Fast,
+    bases_of,
+    ratio,
+    rolled,
+    runs_of,
+    truncated,
+    with_fast,
+)
 from ttt_jax.eval.reader import Reader, score_frozen_piece
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.inference.prefill import needs_capacity
@@ -48,8 +61,7 @@ from ttt_jax.model.transformer import State, Transformer, abstract_transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
 
-FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
-Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
+FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
 def main() -> None:
@@ -61,6 +73,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--count", type=int, default=20, help="books")
     parser.add_argument("--read", default="4096,8192,16384,32768", help="tokens read, ascending")
+    parser.add_argument("--context", type=int, help="read with attention anew every N tokens")
+    parser.add_argument("--contexts", default="", help="shorter ones, compared with it")
     parser.add_argument("--far", type=int, default=16384, help="tokens to the later chapter")
     parser.add_argument("--score", type=int, default=4096, help="tokens scored of a chapter")
     parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128,256,512")
@@ -75,6 +89,10 @@ def main() -> None:
     C = model.config.ttt.chunk_size
     if sorted(set(amounts)) != amounts or any(n % C for n in amounts):
         sys.exit(f"--read {args.read}: give ascending multiples of the chunk, {C}")
+    contexts = [int(n) for n in args.contexts.split(",") if n]
+    for n in [*contexts, args.context or C]:
+        if n < C or n % C:
+            sys.exit(f"--context, --contexts: {n} is no multiple of the chunk, {C}")
     args.out.mkdir(parents=True, exist_ok=True)
     books = load_books(model, args, amounts[-1])
     study = Study(model, books, amounts, args)
@@ -85,6 +103,7 @@ def main() -> None:
     }
     parts = {
         "amount": study.by_amount,
+        "context": lambda: study.by_context(contexts),
         "scale": study.by_scale,
         "sums": study.by_sum,
         "common": study.by_origin,
@@ -100,9 +119,10 @@ def main() -> None:
         results["seconds"] = time.perf_counter() - begin
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "tables.md").write_text(memory_tables.of_all(results))
+        if name == "rank":
+            memory_tables.chart(results["rank"], args.out / "rank.png")
         text = memory_tables.of_part(name, results)
         print(f"{text}\n{results['seconds']:.0f} s after {name}\n", flush=True)
-    memory_tables.chart(results["rank"], args.out / "rank.png")
 
 
 # ------------------------------------------------------------------------------------------- study
@@ -133,16 +153,26 @@ class Study:
         self.none = {place: self.losses(nothing, place) for place in self.places}
         self.own_by_factor: dict[float, np.ndarray] = {}
 
-    def read(self, reader: Reader, texts: list[np.ndarray]) -> list[Fast]:
-        """S after each text of every book [B, tokens], from a fresh state."""
+    def read(
+        self, reader: Reader, texts: list[np.ndarray], context: int | None = None
+    ) -> list[Fast]:
+        """S after each text of every book [B, tokens], from a fresh state.
+
+        Args:
+          context: attention starts anew every so many tokens; None: as `--context` says.
+        """
         B, T = self.ids_BT.shape
+        most = min(self.args.context or T, T)
+        step = min(context or most, most)
+        capacity = most if needs_capacity(self.model) else None
         found = []
         for ids_BP in texts:
-            # Not None, so that the first piece runs the program of the others.
-            capacity = T if needs_capacity(self.model) else None
-            state = only_fast_weights(self.model, None, B, capacity)
+            state: State | None = None
             start = time.perf_counter()
-            state = reader.read(ids_BP, 0, ids_BP.shape[1], state, T, ttt=True)
+            for part_BP in np.split(ids_BP, range(step, ids_BP.shape[1], step), axis=1):
+                # Never None, so that all first pieces run one program.
+                state = only_fast_weights(self.model, state, B, capacity)
+                state = reader.read(part_BP, 0, part_BP.shape[1], state, most, ttt=True)
             assert state is not None
             found.append([x.ttt.S_BDF for x in runs_of(state)])
             jax.block_until_ready(found[-1])
@@ -193,6 +223,15 @@ class Study:
             rows += [row | {"place": at} | self.compared(fast, at) for at in self.places]
         return rows
 
+    def by_context(self, contexts: list[int]) -> list[dict[str, Any]]:
+        """The longest reading with attention to fewer tokens, or to as many as for the rest."""
+        rows, T = [], self.ids_BT.shape[1]
+        for n in contexts:
+            (fast,) = self.read(self.reader, self.last[-1:], n)
+            rows += [{"context": n, "place": at} | self.compared(fast, at) for at in self.places]
+        whole = {"context": self.args.context or T}
+        return rows + [whole | {"place": at} | self.compared(self.whole, at) for at in self.places]
+
     def by_scale(self, whole: Fast | None = None) -> list[dict[str, Any]]:
         rows = []
         for factor in FACTORS:
@@ -215,7 +254,7 @@ class Study:
         none = book_means(self.none["near"])
         for n in sorted({n for n in (2, 4, B) if n <= B}):
             total = [sum(jnp.roll(S, -i, axis=2) for i in range(n)) for S in self.whole]
-            factors = (0.25, 0.5, 0.75, 1.0) if n == 2 else (1 / n, n**-0.5, 1.0)
+            factors = (0.25, 0.5, 0.75, 1.0, 1.5) if n == 2 else (1 / n, n**-0.5, 1.0)
             for factor in factors:
                 got = book_means(self.losses([factor * S for S in total]))
                 row = {"books": n, "factor": factor, "gain": mean_with_interval(none - got)}
@@ -322,58 +361,6 @@ class Study:
 
 def book_means(losses_BK: np.ndarray) -> np.ndarray:
     return losses_BK.mean(axis=1, dtype=np.float64)
-
-
-# ------------------------------------------------------------------------------------- fast weights
-
-
-def runs_of(state: State) -> list[Any]:
-    return [x for runs in state.layers for x in runs if x.ttt is not None]
-
-
-def with_fast(model: Transformer, fast: Fast, batch: int, tokens: int) -> State:
-    """A fresh state with copies of these fast weights (programs take the arrays over)."""
-    capacity = tokens if needs_capacity(model) else None
-    fresh, left = model.init_state(batch, capacity or 1), iter(fast)
-
-    def put(x):
-        if x.ttt is None:
-            return x
-        return x._replace(ttt=x.ttt._replace(S_BDF=jnp.copy(next(left))))
-
-    layers = tuple(tuple(put(x) for x in runs) for runs in fresh.layers)
-    return State(fresh.position_B, layers, capacity)
-
-
-def rolled(fast: Fast) -> Fast:
-    """The next book's memory for each."""
-    return [jnp.roll(S, -1, axis=2) for S in fast]
-
-
-def ratio(model: Transformer, S_RNBDF, at: int):
-    """||dW|| / ||W|| of run number `at` of those that adapt, [R, N, B]."""
-    runs = [b for g in model.groups for r, b in zip(g.pattern, g.blocks, strict=True) if r.kind.ttt]
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)))
-    return norm(S_RNBDF) / norm(runs[at].mlp.down[...])[:, :, None]
-
-
-@jax.jit
-def bases_of(S_RNBDF):
-    """Left singular vectors of every S, the strongest first, on the smaller side D."""
-
-    def one(S_DF):
-        S_DF = S_DF / jnp.maximum(jnp.linalg.norm(S_DF), 1e-30)
-        gram = jnp.einsum("df,ef->de", S_DF, S_DF, precision="highest")
-        return jnp.linalg.eigh(gram)[1][:, ::-1]
-
-    flat = S_RNBDF.reshape(-1, *S_RNBDF.shape[3:])
-    return jax.lax.map(one, flat).reshape(*S_RNBDF.shape[:3], S_RNBDF.shape[3], -1)
-
-
-def truncated(S_RNBDF, basis_RNBDD, rank: int):
-    U = basis_RNBDD[..., :rank]
-    product = lambda s, x, y: jnp.einsum(s, x, y, precision="highest")
-    return product("rnbdk,rnbkf->rnbdf", U, product("rnbdk,rnbdf->rnbkf", U, S_RNBDF))
 
 
 # ------------------------------------------------------------------------------------ token classes

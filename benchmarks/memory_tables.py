@@ -48,6 +48,11 @@ def _amount(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     return _table(heads, [[*start(r), *_compared(r)] for r in rows])
 
 
+def _context(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    heads = ["tokens that attention sees", "chapter", *_COMPARED]
+    return _table(heads, [[str(r["context"]), r["place"], *_compared(r)] for r in rows])
+
+
 def _scale(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     heads = ["memory times", "chapter", *_COMPARED]
     return _table(heads, [[f"{r['factor']:g}", r["place"], *_compared(r)] for r in rows])
@@ -103,6 +108,7 @@ def _no_decay(found: dict[str, Any], results: dict[str, Any]) -> str:
 
 _PARTS = {
     "amount": _amount,
+    "context": _context,
     "scale": _scale,
     "sums": _sums,
     "common": _common,
