@@ -115,7 +115,7 @@ def main() -> None:
     }
     for name, part in parts.items():
         results[name] = part()
-        results["sizes"], results["factor"] = study.sizes, study.factor
+        results |= {"sizes": study.sizes, "factor": study.factor, "context_read": study.context}
         results["seconds"] = time.perf_counter() - begin
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "tables.md").write_text(memory_tables.of_all(results))
@@ -133,6 +133,7 @@ class Study:
 
     Fields:
       whole: the memories of the longest reading.
+      context: attention starts anew every so many tokens; the best one of `by_context`.
       factor: the best one of `by_scale`; what follows is about `whole` times it.
     """
 
@@ -145,6 +146,8 @@ class Study:
         }
         self.last = [self.ids_BT[:, -n:] for n in amounts]
         self.reader, self.sizes, self.factor = Reader(model, args.piece), {}, 1.0
+        self.most = min(args.context or self.ids_BT.shape[1], self.ids_BT.shape[1])
+        self.context = self.most
         self.memories = self.read(self.reader, self.last)
         self.whole = self.memories[-1]
         if not any(bool(jnp.any(S)) for S in self.whole):
@@ -153,18 +156,10 @@ class Study:
         self.none = {place: self.losses(nothing, place) for place in self.places}
         self.own_by_factor: dict[float, np.ndarray] = {}
 
-    def read(
-        self, reader: Reader, texts: list[np.ndarray], context: int | None = None
-    ) -> list[Fast]:
-        """S after each text of every book [B, tokens], from a fresh state.
-
-        Args:
-          context: attention starts anew every so many tokens; None: as `--context` says.
-        """
-        B, T = self.ids_BT.shape
-        most = min(self.args.context or T, T)
-        step = min(context or most, most)
-        capacity = most if needs_capacity(self.model) else None
+    def read(self, reader: Reader, texts: list[np.ndarray]) -> list[Fast]:
+        """S after each text of every book [B, tokens], from a fresh state."""
+        B, step = len(self.books), self.context
+        capacity = self.most if needs_capacity(self.model) else None
         found = []
         for ids_BP in texts:
             state: State | None = None
@@ -172,7 +167,7 @@ class Study:
             for part_BP in np.split(ids_BP, range(step, ids_BP.shape[1], step), axis=1):
                 # Never None, so that all first pieces run one program.
                 state = only_fast_weights(self.model, state, B, capacity)
-                state = reader.read(part_BP, 0, part_BP.shape[1], state, most, ttt=True)
+                state = reader.read(part_BP, 0, part_BP.shape[1], state, self.most, ttt=True)
             assert state is not None
             found.append([x.ttt.S_BDF for x in runs_of(state)])
             jax.block_until_ready(found[-1])
@@ -224,13 +219,16 @@ class Study:
         return rows
 
     def by_context(self, contexts: list[int]) -> list[dict[str, Any]]:
-        """The longest reading with attention to fewer tokens, or to as many as for the rest."""
-        rows, T = [], self.ids_BT.shape[1]
-        for n in contexts:
-            (fast,) = self.read(self.reader, self.last[-1:], n)
+        """The longest reading with attention to fewer tokens. What follows is about the best."""
+        rows, found = [], {self.context: self.whole}
+        for self.context in (n for n in contexts if n < self.most):
+            (found[self.context],) = self.read(self.reader, self.last[-1:])
+        for n, fast in sorted(found.items()):
             rows += [{"context": n, "place": at} | self.compared(fast, at) for at in self.places]
-        whole = {"context": self.args.context or T}
-        return rows + [whole | {"place": at} | self.compared(self.whole, at) for at in self.places]
+        near = [row for row in rows if row["place"] == "near"]
+        self.context = max(near, key=lambda row: row["own"]["mean"])["context"]
+        self.whole = found[self.context]
+        return rows
 
     def by_scale(self, whole: Fast | None = None) -> list[dict[str, Any]]:
         rows = []
