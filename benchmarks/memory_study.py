@@ -16,7 +16,7 @@ the same tokens with no memory and with the next book's:
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
     author      another book's memory by the same author (`author` of the JSON records)
     parts       the longest reading in pieces that are read apart and added up
-    no decay    amount and scale, read with `decay: 1` instead of the model's
+    no_decay    amount and scale, read with `decay: 1` instead of the model's
 
 With `--context N` attention and positions start anew every N tokens that are read, as in `memory
 read`, and the fast weights go on: for models with full attention, which know few positions.
@@ -61,8 +61,6 @@ from ttt_jax.model.transformer import State, Transformer, abstract_transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
 
-FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -77,7 +75,9 @@ def main() -> None:
     parser.add_argument("--contexts", default="", help="shorter ones, compared with it")
     parser.add_argument("--far", type=int, default=16384, help="tokens to the later chapter")
     parser.add_argument("--score", type=int, default=4096, help="tokens scored of a chapter")
+    parser.add_argument("--factors", default="0.1,0.25,0.5,0.75,1,1.5,2,3")
     parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128,256,512")
+    parser.add_argument("--parts", default="all", help="of the table above, in its order")
     parser.add_argument("--search", type=int, default=16384, help="tokens to the next chapter")
     parser.add_argument("--chapter", default=CHAPTER, help="what a chapter's first line looks like")
     parser.add_argument("--piece", type=int, default=4096, help="tokens of a row read at a time")
@@ -93,6 +93,9 @@ def main() -> None:
     for n in [*contexts, args.context or C]:
         if n < C or n % C:
             sys.exit(f"--context, --contexts: {n} is no multiple of the chunk, {C}")
+    wanted = list(memory_tables.PARTS) if args.parts == "all" else args.parts.split(",")
+    if unknown := set(wanted) - set(memory_tables.PARTS):
+        sys.exit(f"--parts: no {', '.join(unknown)}; there are {', '.join(memory_tables.PARTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     books = load_books(model, args, amounts[-1])
     study = Study(model, books, amounts, args)
@@ -114,6 +117,8 @@ def main() -> None:
         "no_decay": study.without_decay,
     }
     for name, part in parts.items():
+        if name not in wanted:
+            continue
         results[name] = part()
         results |= {"sizes": study.sizes, "factor": study.factor, "context_read": study.context}
         results["seconds"] = time.perf_counter() - begin
@@ -154,7 +159,7 @@ class Study:
             sys.exit("every memory is zero: reading wrote nothing, and there is nothing to measure")
         nothing = [jnp.zeros_like(S) for S in self.whole]
         self.none = {place: self.losses(nothing, place) for place in self.places}
-        self.own_by_factor: dict[float, np.ndarray] = {}
+        self.factors = [float(x) for x in args.factors.split(",")]
 
     def read(self, reader: Reader, texts: list[np.ndarray]) -> list[Fast]:
         """S after each text of every book [B, tokens], from a fresh state."""
@@ -200,13 +205,13 @@ class Study:
 
     def compared(self, fast: Fast, place: str = "near") -> dict[str, Any]:
         """A book's own memory and the next one's, against none and against each other."""
-        own, other = self.losses(fast, place), self.losses(rolled(fast), place)
+        own, other = (book_means(self.losses(x, place)) for x in (fast, rolled(fast)))
         none = book_means(self.none[place])
         return {
             "none": float(none.mean()),
-            "own": mean_with_interval(none - book_means(own)),
-            "other": mean_with_interval(none - book_means(other)),
-            "own_over_other": mean_with_interval(book_means(other) - book_means(own)),
+            "own": mean_with_interval(none - own),
+            "other": mean_with_interval(none - other),
+            "own_over_other": mean_with_interval(other - own),
         }
 
     def by_amount(self, memories: list[Fast] | None = None) -> list[dict[str, Any]]:
@@ -232,7 +237,7 @@ class Study:
 
     def by_scale(self, whole: Fast | None = None) -> list[dict[str, Any]]:
         rows = []
-        for factor in FACTORS:
+        for factor in self.factors:
             fast = [factor * S for S in whole or self.whole]
             rows += [{"factor": factor, "place": p} | self.compared(fast, p) for p in self.places]
         if whole is None:
@@ -252,7 +257,7 @@ class Study:
         none = book_means(self.none["near"])
         for n in sorted({n for n in (2, 4, B) if n <= B}):
             total = [sum(jnp.roll(S, -i, axis=2) for i in range(n)) for S in self.whole]
-            factors = (0.25, 0.5, 0.75, 1.0, 1.5) if n == 2 else (1 / n, n**-0.5, 1.0)
+            factors = self.factors if n == 2 else (1 / n, n**-0.5, 1.0)
             for factor in factors:
                 got = book_means(self.losses([factor * S for S in total]))
                 row = {"books": n, "factor": factor, "gain": mean_with_interval(none - got)}
@@ -287,19 +292,16 @@ class Study:
         cfg, whole = self.model.config, self.best()
         layers, full = len(cfg.ttt.layers), min(cfg.d_model, cfg.d_ff)
         bases = [bases_of(S) for S in whole]
-        rows, kept = [], []
+        rows = []
         for rank in [*(r for r in ranks if r < full), full]:
             pairs = zip(whole, bases, strict=True)
             short = whole if rank == full else [truncated(S, U, rank) for S, U in pairs]
             energy = [jnp.sum(x**2) / jnp.sum(S**2) for x, S in zip(short, whole, strict=True)]
             numbers = rank * (cfg.d_model + cfg.d_ff) if rank < full else cfg.d_model * cfg.d_ff
-            row = {"rank": rank, "mb": 4 * layers * numbers / 1e6, "kept": 1.0}
+            row = {"rank": rank, "mb": 4 * layers * numbers / 1e6}
             row["energy"] = float(np.mean([float(e) for e in energy]))
             rows.append(row | self.compared(short))
-            kept.append(book_means(self.none["near"]) - book_means(self.losses(short)))
-        for row, gain_B in zip(rows, kept, strict=True):
-            row["kept"] = float(gain_B.mean() / kept[-1].mean())
-        return rows
+        return [row | {"kept": row["own"]["mean"] / rows[-1]["own"]["mean"]} for row in rows]
 
     def by_token(self) -> list[dict[str, Any]]:
         """Gain and gain over the other book's memory on classes of scored tokens."""

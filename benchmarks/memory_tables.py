@@ -12,12 +12,12 @@ _COMPARED = ["no memory", "gain, own", "gain, another's", "own over another's"]
 
 def of_all(results: dict[str, Any]) -> str:
     """All parts that are done, as Markdown."""
-    text = "\n".join(of_part(name, results) for name in _PARTS if name in results)
+    text = "\n".join(of_part(name, results) for name in PARTS if name in results)
     return f"{len(results['books'])} books. {_sizes(results['sizes'])}\n\n{text}"
 
 
 def of_part(name: str, results: dict[str, Any]) -> str:
-    return _PARTS[name](results[name], results)
+    return PARTS[name](results[name], results)
 
 
 def _sizes(sizes: dict[str, float]) -> str:
@@ -112,7 +112,7 @@ def _no_decay(found: dict[str, Any], results: dict[str, Any]) -> str:
     return "Read with decay 1.\n\n" + "\n".join(parts)
 
 
-_PARTS = {
+PARTS = {
     "amount": _amount,
     "context": _context,
     "scale": _scale,
