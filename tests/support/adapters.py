@@ -14,7 +14,15 @@ from ttt_jax import Session, load_pretrained, score
 from ttt_jax.memory.lora import write_lora
 from ttt_jax.memory.merge import merge
 
-RAW = {
+TTT = {
+    "ttt_mode": True,
+    "ttt_layers": [0, 2],  # of three
+    "ttt_proj": True,
+    "ttt_lr": 0.5,
+    "ttt_chunk": 4,
+    "ttt_target": "hidden_states",
+}
+RAW = TTT | {
     "model_type": "qwen3",
     "architectures": ["Qwen3ForCausalLM"],
     "head_dim": 64,  # vLLM's attention on a CPU takes multiples of 32
@@ -23,12 +31,6 @@ RAW = {
     "intermediate_size": 192,
     "tie_word_embeddings": True,
     "eos_token_id": 2,
-    "ttt_mode": True,
-    "ttt_layers": [0, 2],  # of three
-    "ttt_proj": True,
-    "ttt_lr": 0.5,
-    "ttt_chunk": 4,
-    "ttt_target": "hidden_states",
 }
 IDS = np.random.default_rng(0).integers(4, 97, 24).astype(np.int32)
 
@@ -54,7 +56,8 @@ def served(folder: Path, ranks: tuple[int, ...]) -> Served:
     memory = session.memory() * 0.5
     merge(folder / "model", None, folder / "base")
     logprobs = lambda kept: score(model, IDS[None], ttt=False, memory=kept).logprobs_BT[0]
-    adapters, expected = {}, {None: score(model, IDS[None], ttt=False).logprobs_BT[0]}
+    expected: dict[int | None, np.ndarray] = {None: logprobs(None)}
+    adapters = {}
     for rank in ranks:
         kept = memory if rank == RAW["hidden_size"] else memory.truncate(rank)
         adapters[rank] = folder / f"rank{rank}"
