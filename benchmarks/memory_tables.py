@@ -158,12 +158,13 @@ def _compact(found: dict[str, dict[str, Any]]) -> list[str]:
         at_best = lambda xs, r=r: next(x for x in xs if x["factor"] == r["factor"])
         chosen = [(f"the next chapter, times {r['factor']:g}", at_best(near))]
         chosen += [("a later chapter", at_best(far))]
-        kept = [x for x in r["rank"] if x["rank"] in (16, 64)]
+        kept = [x for x in r.get("rank", []) if x["rank"] in (16, 64)]
         chosen += [(f"rank {x['rank']} ({x['mb']:.2f} MB)", x) for x in kept]
         of = lambda x: [f"{x['none']:.3f}", _range(x["own"]), _range(x["own_over_other"])]
         rows += [[what, *of(x)] for what, x in chosen]
-        pair = max((x for x in r["sums"] if x["books"] == 2), key=lambda x: x["gain"]["mean"])
-        rows.append([f"two books, times {pair['factor']:g}", "", _range(pair["gain"]), ""])
+        if pairs := [x for x in r.get("sums", []) if x["books"] == 2]:
+            pair = max(pairs, key=lambda x: x["gain"]["mean"])
+            rows.append([f"two books, times {pair['factor']:g}", "", _range(pair["gain"]), ""])
     heads = ["memory", "loss without", "gain", "over another book's"]
     about = "\n\n".join(_about(name, r) for name, r in found.items())
     return [_table(heads, rows).rstrip(), about] if rows else []
