@@ -1,11 +1,12 @@
-"""Write the tables of the `books` studies into the documents, and draw the README's picture.
+"""Write the tables of the studies into the documents, and draw the README's picture.
 
     python benchmarks/books_tables.py
 
 Reads docs/results/*.jsonl: lines of benchmarks/study.py (an arm and a seed with `heldout`) and of
-benchmarks/books_eval.py (with `perplexity`). A block of docs/results.md and two of docs/lab/ are
-made anew, between the lines `<!-- tables: NAME -->` and `<!-- tables: end -->`. So new results are
-put into docs/results/, and this is run. Needs no GPU and trains nothing. `--print` writes nothing.
+benchmarks/books_eval.py (with `perplexity`); and docs/results/*memory-smollm2*.json, results of
+benchmarks/memory_study.py. Blocks of the documents (PAGES) are made anew, between the lines `<!--
+tables: NAME -->` and `<!-- tables: end -->`. So new results are put into docs/results/, and this is
+run. Needs no GPU and trains nothing. `--print` writes nothing.
 
 Intervals are 95 %. Over seeds, three or more: Student's t of differences seed by seed. Over books:
 bootstrap of differences book by book, each the mean over the seeds that both arms have.
@@ -27,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import memory_tables  # noqa: E402
 from books_chart import draw  # noqa: E402
 from study import mean_and_half  # noqa: E402
 
@@ -58,6 +60,13 @@ PICTURE = [
     ("none512", "trained without TTT, 512 steps"),
     ("noproj", "TTT, least squares, 358 steps (less time)"),
 ]
+PAGES = {
+    "books": "docs/results.md",
+    "books, details": "docs/lab/2026-11-30-study1.md",
+    "ablations": "docs/lab/2026-11-30-ablations.md",
+    "memory, smollm2": "docs/memory.md",
+    "memory, smollm2, all": "docs/lab/2026-11-30-memories-smollm2.md",
+}
 SHOWN = (0, 1, 2, 4)  # eighths of a row, beside the last
 Runs = dict[tuple[str, int], dict[str, Any]]
 
@@ -308,6 +317,7 @@ def blocks(results: Path) -> dict[str, list[str]]:
             ablations(small, "base", sorted(ours - today, key=by_loss(small))),
             ablations(small, "noproj", sorted(today, key=by_loss(small))),
         ],
+        **memory_tables.pages(results),
     }
 
 
@@ -335,10 +345,8 @@ def main() -> None:
         for name, parts in made.items():
             print(f"## {name}\n\n" + "\n\n".join(part for part in parts if part) + "\n")
         return
-    lab = ROOT / "docs/lab"
-    put(ROOT / "docs/results.md", "books", made["books"])
-    put(lab / "2026-11-30-study1.md", "books, details", made["books, details"])
-    put(lab / "2026-11-30-ablations.md", "ablations", made["ablations"])
+    for name, page in PAGES.items():
+        put(ROOT / page, name, made[name])
     runs = read(args.results, "heldout", "*books*.jsonl")
     for arm, _ in PICTURE:
         if len(seeds_of(runs, arm)) < 3:

@@ -8,6 +8,7 @@ begins there ("near"), and one that begins at least `--far` tokens later. Everyt
 the same tokens with no memory and with the next book's:
 
     amount      by how much was read
+    context     the longest reading with attention to fewer tokens (`--contexts`)
     scale       the longest reading's memory times a factor
     sums        the sum of n books' memories, the scored one's among them, and its own, by factor
     common      the mean of all other books' memories, and what is left of a book's own without it
@@ -15,7 +16,10 @@ the same tokens with no memory and with the next book's:
     tokens      where the gain is: repeated 4-grams, the book's own words, the rest
     author      another book's memory by the same author (`author` of the JSON records)
     parts       the longest reading in pieces that are read apart and added up
-    no decay    amount and scale, read with `decay: 1` instead of the model's
+    no_decay    amount and scale, read with `decay: 1` instead of the model's
+
+With `--context N` attention and positions start anew every N tokens that are read, as in `memory
+read`, and the fast weights go on: for models with full attention, which know few positions.
 
 Three programs are compiled: reading, scoring, reading without decay. Intervals: 95 %, bootstrap
 over books, paired by book. Every part is printed and written (results.json, tables.md) when done.
@@ -40,6 +44,15 @@ import numpy as np
 
 from benchmarks import memory_tables
 from benchmarks.memory_books import CHAPTER, Book, load_books
+from benchmarks.memory_fast import (
+    Fast,
+    bases_of,
+    ratio,
+    rolled,
+    runs_of,
+    truncated,
+    with_fast,
+)
 from ttt_jax.eval.reader import Reader, score_frozen_piece
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.inference.prefill import needs_capacity
@@ -47,9 +60,6 @@ from ttt_jax.memory.fast_weights import only_fast_weights
 from ttt_jax.model.transformer import State, Transformer, abstract_transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
-
-FACTORS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
-Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
 
 
 def main() -> None:
@@ -61,9 +71,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--count", type=int, default=20, help="books")
     parser.add_argument("--read", default="4096,8192,16384,32768", help="tokens read, ascending")
+    parser.add_argument("--context", type=int, help="read with attention anew every N tokens")
+    parser.add_argument("--contexts", default="", help="shorter ones, compared with it")
     parser.add_argument("--far", type=int, default=16384, help="tokens to the later chapter")
     parser.add_argument("--score", type=int, default=4096, help="tokens scored of a chapter")
+    parser.add_argument("--factors", default="0.1,0.25,0.5,0.75,1,1.5,2,3")
     parser.add_argument("--ranks", default="1,2,4,8,16,32,64,128,256,512")
+    parser.add_argument("--parts", default="all", help="of the table above, in its order")
     parser.add_argument("--search", type=int, default=16384, help="tokens to the next chapter")
     parser.add_argument("--chapter", default=CHAPTER, help="what a chapter's first line looks like")
     parser.add_argument("--piece", type=int, default=4096, help="tokens of a row read at a time")
@@ -75,6 +89,13 @@ def main() -> None:
     C = model.config.ttt.chunk_size
     if sorted(set(amounts)) != amounts or any(n % C for n in amounts):
         sys.exit(f"--read {args.read}: give ascending multiples of the chunk, {C}")
+    contexts = [int(n) for n in args.contexts.split(",") if n]
+    for n in [*contexts, args.context or C]:
+        if n < C or n % C:
+            sys.exit(f"--context, --contexts: {n} is no multiple of the chunk, {C}")
+    wanted = list(memory_tables.PARTS) if args.parts == "all" else args.parts.split(",")
+    if unknown := set(wanted) - set(memory_tables.PARTS):
+        sys.exit(f"--parts: no {', '.join(unknown)}; there are {', '.join(memory_tables.PARTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     books = load_books(model, args, amounts[-1])
     study = Study(model, books, amounts, args)
@@ -85,6 +106,7 @@ def main() -> None:
     }
     parts = {
         "amount": study.by_amount,
+        "context": lambda: study.by_context(contexts),
         "scale": study.by_scale,
         "sums": study.by_sum,
         "common": study.by_origin,
@@ -95,14 +117,17 @@ def main() -> None:
         "no_decay": study.without_decay,
     }
     for name, part in parts.items():
+        if name not in wanted:
+            continue
         results[name] = part()
-        results["sizes"], results["factor"] = study.sizes, study.factor
+        results |= {"sizes": study.sizes, "factor": study.factor, "context_read": study.context}
         results["seconds"] = time.perf_counter() - begin
         (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "tables.md").write_text(memory_tables.of_all(results))
+        if name == "rank":
+            memory_tables.chart(results["rank"], args.out / "rank.png")
         text = memory_tables.of_part(name, results)
         print(f"{text}\n{results['seconds']:.0f} s after {name}\n", flush=True)
-    memory_tables.chart(results["rank"], args.out / "rank.png")
 
 
 # ------------------------------------------------------------------------------------------- study
@@ -113,6 +138,7 @@ class Study:
 
     Fields:
       whole: the memories of the longest reading.
+      context: attention starts anew every so many tokens; the best one of `by_context`.
       factor: the best one of `by_scale`; what follows is about `whole` times it.
     """
 
@@ -125,24 +151,28 @@ class Study:
         }
         self.last = [self.ids_BT[:, -n:] for n in amounts]
         self.reader, self.sizes, self.factor = Reader(model, args.piece), {}, 1.0
+        self.most = min(args.context or self.ids_BT.shape[1], self.ids_BT.shape[1])
+        self.context = self.most
         self.memories = self.read(self.reader, self.last)
         self.whole = self.memories[-1]
         if not any(bool(jnp.any(S)) for S in self.whole):
             sys.exit("every memory is zero: reading wrote nothing, and there is nothing to measure")
         nothing = [jnp.zeros_like(S) for S in self.whole]
         self.none = {place: self.losses(nothing, place) for place in self.places}
-        self.own_by_factor: dict[float, np.ndarray] = {}
+        self.factors = [float(x) for x in args.factors.split(",")]
 
     def read(self, reader: Reader, texts: list[np.ndarray]) -> list[Fast]:
         """S after each text of every book [B, tokens], from a fresh state."""
-        B, T = self.ids_BT.shape
+        B, step = len(self.books), self.context
+        capacity = self.most if needs_capacity(self.model) else None
         found = []
         for ids_BP in texts:
-            # Not None, so that the first piece runs the program of the others.
-            capacity = T if needs_capacity(self.model) else None
-            state = only_fast_weights(self.model, None, B, capacity)
+            state: State | None = None
             start = time.perf_counter()
-            state = reader.read(ids_BP, 0, ids_BP.shape[1], state, T, ttt=True)
+            for part_BP in np.split(ids_BP, range(step, ids_BP.shape[1], step), axis=1):
+                # Never None, so that all first pieces run one program.
+                state = only_fast_weights(self.model, state, B, capacity)
+                state = reader.read(part_BP, 0, part_BP.shape[1], state, self.most, ttt=True)
             assert state is not None
             found.append([x.ttt.S_BDF for x in runs_of(state)])
             jax.block_until_ready(found[-1])
@@ -175,13 +205,13 @@ class Study:
 
     def compared(self, fast: Fast, place: str = "near") -> dict[str, Any]:
         """A book's own memory and the next one's, against none and against each other."""
-        own, other = self.losses(fast, place), self.losses(rolled(fast), place)
+        own, other = (book_means(self.losses(x, place)) for x in (fast, rolled(fast)))
         none = book_means(self.none[place])
         return {
             "none": float(none.mean()),
-            "own": mean_with_interval(none - book_means(own)),
-            "other": mean_with_interval(none - book_means(other)),
-            "own_over_other": mean_with_interval(book_means(other) - book_means(own)),
+            "own": mean_with_interval(none - own),
+            "other": mean_with_interval(none - other),
+            "own_over_other": mean_with_interval(other - own),
         }
 
     def by_amount(self, memories: list[Fast] | None = None) -> list[dict[str, Any]]:
@@ -193,9 +223,21 @@ class Study:
             rows += [row | {"place": at} | self.compared(fast, at) for at in self.places]
         return rows
 
+    def by_context(self, contexts: list[int]) -> list[dict[str, Any]]:
+        """The longest reading with attention to fewer tokens. What follows is about the best."""
+        rows, found = [], {self.context: self.whole}
+        for self.context in (n for n in contexts if n < self.most):
+            (found[self.context],) = self.read(self.reader, self.last[-1:])
+        for n, fast in sorted(found.items()):
+            rows += [{"context": n, "place": at} | self.compared(fast, at) for at in self.places]
+        near = [row for row in rows if row["place"] == "near"]
+        self.context = max(near, key=lambda row: row["own"]["mean"])["context"]
+        self.whole = found[self.context]
+        return rows
+
     def by_scale(self, whole: Fast | None = None) -> list[dict[str, Any]]:
         rows = []
-        for factor in FACTORS:
+        for factor in self.factors:
             fast = [factor * S for S in whole or self.whole]
             rows += [{"factor": factor, "place": p} | self.compared(fast, p) for p in self.places]
         if whole is None:
@@ -215,7 +257,7 @@ class Study:
         none = book_means(self.none["near"])
         for n in sorted({n for n in (2, 4, B) if n <= B}):
             total = [sum(jnp.roll(S, -i, axis=2) for i in range(n)) for S in self.whole]
-            factors = (0.25, 0.5, 0.75, 1.0) if n == 2 else (1 / n, n**-0.5, 1.0)
+            factors = self.factors if n == 2 else (1 / n, n**-0.5, 1.0)
             for factor in factors:
                 got = book_means(self.losses([factor * S for S in total]))
                 row = {"books": n, "factor": factor, "gain": mean_with_interval(none - got)}
@@ -250,19 +292,16 @@ class Study:
         cfg, whole = self.model.config, self.best()
         layers, full = len(cfg.ttt.layers), min(cfg.d_model, cfg.d_ff)
         bases = [bases_of(S) for S in whole]
-        rows, kept = [], []
+        rows = []
         for rank in [*(r for r in ranks if r < full), full]:
             pairs = zip(whole, bases, strict=True)
             short = whole if rank == full else [truncated(S, U, rank) for S, U in pairs]
             energy = [jnp.sum(x**2) / jnp.sum(S**2) for x, S in zip(short, whole, strict=True)]
             numbers = rank * (cfg.d_model + cfg.d_ff) if rank < full else cfg.d_model * cfg.d_ff
-            row = {"rank": rank, "mb": 4 * layers * numbers / 1e6, "kept": 1.0}
+            row = {"rank": rank, "mb": 4 * layers * numbers / 1e6}
             row["energy"] = float(np.mean([float(e) for e in energy]))
             rows.append(row | self.compared(short))
-            kept.append(book_means(self.none["near"]) - book_means(self.losses(short)))
-        for row, gain_B in zip(rows, kept, strict=True):
-            row["kept"] = float(gain_B.mean() / kept[-1].mean())
-        return rows
+        return [row | {"kept": row["own"]["mean"] / rows[-1]["own"]["mean"]} for row in rows]
 
     def by_token(self) -> list[dict[str, Any]]:
         """Gain and gain over the other book's memory on classes of scored tokens."""
@@ -322,58 +361,6 @@ class Study:
 
 def book_means(losses_BK: np.ndarray) -> np.ndarray:
     return losses_BK.mean(axis=1, dtype=np.float64)
-
-
-# ------------------------------------------------------------------------------------- fast weights
-
-
-def runs_of(state: State) -> list[Any]:
-    return [x for runs in state.layers for x in runs if x.ttt is not None]
-
-
-def with_fast(model: Transformer, fast: Fast, batch: int, tokens: int) -> State:
-    """A fresh state with copies of these fast weights (programs take the arrays over)."""
-    capacity = tokens if needs_capacity(model) else None
-    fresh, left = model.init_state(batch, capacity or 1), iter(fast)
-
-    def put(x):
-        if x.ttt is None:
-            return x
-        return x._replace(ttt=x.ttt._replace(S_BDF=jnp.copy(next(left))))
-
-    layers = tuple(tuple(put(x) for x in runs) for runs in fresh.layers)
-    return State(fresh.position_B, layers, capacity)
-
-
-def rolled(fast: Fast) -> Fast:
-    """The next book's memory for each."""
-    return [jnp.roll(S, -1, axis=2) for S in fast]
-
-
-def ratio(model: Transformer, S_RNBDF, at: int):
-    """||dW|| / ||W|| of run number `at` of those that adapt, [R, N, B]."""
-    runs = [b for g in model.groups for r, b in zip(g.pattern, g.blocks, strict=True) if r.kind.ttt]
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1)))
-    return norm(S_RNBDF) / norm(runs[at].mlp.down[...])[:, :, None]
-
-
-@jax.jit
-def bases_of(S_RNBDF):
-    """Left singular vectors of every S, the strongest first, on the smaller side D."""
-
-    def one(S_DF):
-        S_DF = S_DF / jnp.maximum(jnp.linalg.norm(S_DF), 1e-30)
-        gram = jnp.einsum("df,ef->de", S_DF, S_DF, precision="highest")
-        return jnp.linalg.eigh(gram)[1][:, ::-1]
-
-    flat = S_RNBDF.reshape(-1, *S_RNBDF.shape[3:])
-    return jax.lax.map(one, flat).reshape(*S_RNBDF.shape[:3], S_RNBDF.shape[3], -1)
-
-
-def truncated(S_RNBDF, basis_RNBDD, rank: int):
-    U = basis_RNBDD[..., :rank]
-    product = lambda s, x, y: jnp.einsum(s, x, y, precision="highest")
-    return product("rnbdk,rnbkf->rnbdf", U, product("rnbdk,rnbdf->rnbkf", U, S_RNBDF))
 
 
 # ------------------------------------------------------------------------------------ token classes

@@ -1,7 +1,9 @@
-"""Tables and the chart of `memory_study.py`."""
+"""Tables and the chart of `memory_study.py`, no wider than a document's line."""
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ _COMPARED = ["no memory", "gain, own", "gain, another's", "own over another's"]
 
 def of_all(results: dict[str, Any]) -> str:
     """All parts that are done, as Markdown."""
-    text = "\n".join(of_part(name, results) for name in _PARTS if name in results)
+    text = "\n".join(of_part(name, results) for name in PARTS if name in results)
     return f"{len(results['books'])} books. {_sizes(results['sizes'])}\n\n{text}"
 
 
 def of_part(name: str, results: dict[str, Any]) -> str:
-    return _PARTS[name](results[name], results)
+    return PARTS[name](results[name], results)
 
 
 def _sizes(sizes: dict[str, float]) -> str:
@@ -28,13 +30,17 @@ def _sizes(sizes: dict[str, float]) -> str:
 def _interval(entry: dict[str, Any]) -> str:
     if entry["mean"] is None:
         return "-"
-    low = "" if entry["low"] is None else f" [{entry['low']:+.4f}, {entry['high']:+.4f}]"
-    return f"{entry['mean']:+.4f}{low}"
+    low = "" if entry["low"] is None else f" [{_short(entry['low'])},{_short(entry['high'])}]"
+    return _short(entry["mean"]) + low
+
+
+def _short(value: float) -> str:
+    return f"{value:+.4f}".replace("+0.", "+.").replace("-0.", "-.")
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---:"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    lines = ["|" + "|".join(line) + "|" for line in (headings, *rows)]
+    return "\n".join([lines[0], "|" + " ---: |" * len(headings), *lines[1:]]) + "\n"
 
 
 def _compared(row: dict[str, Any]) -> list[str]:
@@ -44,8 +50,13 @@ def _compared(row: dict[str, Any]) -> list[str]:
 
 def _amount(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     heads = ["tokens read", "dW/W mean, max", "chapter", *_COMPARED]
-    start = lambda r: [str(r["tokens"]), f"{r['ratio']:.3f}, {r['max']:.3f}", r["place"]]
+    start = lambda r: [str(r["tokens"]), f"{r['ratio']:.3f},{r['max']:.3f}", r["place"]]
     return _table(heads, [[*start(r), *_compared(r)] for r in rows])
+
+
+def _context(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    heads = ["tokens that attention sees", "chapter", *_COMPARED]
+    return _table(heads, [[str(r["context"]), r["place"], *_compared(r)] for r in rows])
 
 
 def _scale(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
@@ -101,8 +112,9 @@ def _no_decay(found: dict[str, Any], results: dict[str, Any]) -> str:
     return "Read with decay 1.\n\n" + "\n".join(parts)
 
 
-_PARTS = {
+PARTS = {
     "amount": _amount,
+    "context": _context,
     "scale": _scale,
     "sums": _sums,
     "common": _common,
@@ -112,6 +124,55 @@ _PARTS = {
     "parts": _parts,
     "no_decay": _no_decay,
 }
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def pages(folder: Path) -> dict[str, list[str]]:
+    """Blocks of documents by name: a table of all studies of SmolLM2 in the folder of results, and
+    everything of each.
+    """
+    files = sorted(folder.glob("*memory-smollm2*.json"), key=lambda file: file.stem)
+    found = {file.stem.partition("-memory-")[2]: json.loads(file.read_text()) for file in files}
+    every = [f"{_about(name, r)}\n\n{of_all(r)}" for name, r in found.items()]
+    return {"memory, smollm2": _compact(found), "memory, smollm2, all": every}
+
+
+def _about(name: str, results: dict[str, Any]) -> str:
+    at, where = results["arguments"], results["hardware"]
+    text = (
+        f"{name}: {len(results['books'])} novels, {at['read'].split(',')[-1]} tokens read of each "
+        f"with attention anew every {results['context_read']}, {at['score']} scored, "
+        f"{at['dtype']}, {where['device']}, {results['date'][:10]}, `{str(results['commit'])[:7]}`."
+    )
+    return textwrap.fill(text, 100)
+
+
+def _compact(found: dict[str, dict[str, Any]]) -> list[str]:
+    """One table, with intervals over books; each study's rows are at its best factor."""
+    rows: list[list[str]] = []
+    for name, r in found.items():
+        rows.append([f"**{name}**", f"{r['sizes']['memory_mb']:.2f} MB", "", ""])
+        near, far = ([x for x in r["scale"] if x["place"] == p] for p in ("near", "far"))
+        at_best = lambda xs, r=r: next(x for x in xs if x["factor"] == r["factor"])
+        chosen = [(f"the next chapter, times {r['factor']:g}", at_best(near))]
+        chosen += [("a later chapter", at_best(far))]
+        kept = [x for x in r.get("rank", []) if x["rank"] in (16, 64)]
+        chosen += [(f"rank {x['rank']} ({x['mb']:.2f} MB)", x) for x in kept]
+        of = lambda x: [f"{x['none']:.3f}", _range(x["own"]), _range(x["own_over_other"])]
+        rows += [[what, *of(x)] for what, x in chosen]
+        if pairs := [x for x in r.get("sums", []) if x["books"] == 2]:
+            pair = max(pairs, key=lambda x: x["gain"]["mean"])
+            rows.append([f"two books, times {pair['factor']:g}", "", _range(pair["gain"]), ""])
+    heads = ["memory", "loss without", "gain", "over another book's"]
+    about = "\n\n".join(_about(name, r) for name, r in found.items())
+    return [_table(heads, rows).rstrip(), about] if rows else []
+
+
+def _range(entry: dict[str, Any]) -> str:
+    low, high = (f"{entry[k]:.3f}" for k in ("low", "high"))
+    return f"{entry['mean']:.3f} ({low} to {high})"
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:

@@ -12,11 +12,6 @@ import optax
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = {
-    "books": "docs/results.md",
-    "books, details": "docs/lab/2026-11-30-study1.md",
-    "ablations": "docs/lab/2026-11-30-ablations.md",
-}
 
 
 @pytest.fixture
@@ -35,8 +30,8 @@ def test_tables_in_the_documents_are_those_of_the_results(script):
     books_tables = script("books_tables")
 
     made = books_tables.blocks(ROOT / "docs/results")
-    assert set(made) == set(PAGES)
-    for name, page in PAGES.items():
+    assert set(made) == set(books_tables.PAGES)
+    for name, page in books_tables.PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         block = text.split(f"<!-- tables: {name} -->\n", 1)[1].split("<!-- tables: end -->", 1)[0]
         assert block.strip() == "\n\n".join(part for part in made[name] if part).strip(), (
@@ -80,6 +75,46 @@ def test_a_document_without_its_block_is_left_alone(script, tmp_path):
     with pytest.raises(SystemExit, match="has no line <!-- tables: b -->"):
         books_tables.put(page, "b", ["new"])
     assert page.read_text().endswith("kept\n")
+
+
+def test_the_table_of_memories_is_at_the_best_factor(script, tmp_path):
+    gain = lambda mean: {"mean": mean, "low": mean - 0.5, "high": mean + 0.5}
+    row = lambda mean: {"none": 4.0, "own": gain(mean), "other": gain(0), "own_over_other": gain(1)}
+    scale = [
+        {"factor": factor, "place": place} | row(factor + (place == "far"))
+        for factor in (1.0, 2.0)
+        for place in ("near", "far")
+    ]
+    sums = [{"books": n, "factor": f, "gain": gain(n + f)} for n in (2, 4) for f in (0.5, 0.25)]
+    results = {
+        "books": [{}] * 3,
+        "arguments": {"read": "512,1024", "score": "64", "dtype": "bfloat16"},
+        "hardware": {"device": "card"},
+        "date": "2026-11-30T22:00",
+        "commit": "0123456789",
+        "sizes": {"memory_mb": 3.5, "session_mb": 9.0, "read_tokens_per_second": 1.0},
+        "context_read": 512,
+        "factor": 2.0,
+        "scale": scale,
+        "rank": [
+            {"rank": n, "mb": n / 4, "energy": 1, "kept": 1} | row(n) for n in (8, 16, 64, 576)
+        ],
+        "sums": [row | {"alone": gain(0), "lost": gain(0)} for row in sums],
+    }
+    (tmp_path / "2026-memory-smollm2.json").write_text(json.dumps(results))
+    table, about = script("memory_tables").pages(tmp_path)["memory, smollm2"]
+    assert table.splitlines()[2:] == [
+        "|**smollm2**|3.50 MB|||",
+        "|the next chapter, times 2|4.000|2.000 (1.500 to 2.500)|1.000 (0.500 to 1.500)|",
+        "|a later chapter|4.000|3.000 (2.500 to 3.500)|1.000 (0.500 to 1.500)|",
+        "|rank 16 (4.00 MB)|4.000|16.000 (15.500 to 16.500)|1.000 (0.500 to 1.500)|",
+        "|rank 64 (16.00 MB)|4.000|64.000 (63.500 to 64.500)|1.000 (0.500 to 1.500)|",
+        "|two books, times 0.5||2.500 (2.000 to 3.000)||",
+    ]
+    assert about.startswith(
+        "smollm2: 3 novels, 1024 tokens read of each with attention anew every "
+    )
+    assert script("memory_tables").pages(tmp_path / "none")["memory, smollm2"] == []
 
 
 def test_taps_that_are_left_out_stay_at_zero_and_do_not_clip_the_others(script):

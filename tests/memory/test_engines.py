@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.adapters import TTT
 from support.hf_folders import make_folder, read_folder
 from support.tolerance import relative_rms
 
@@ -21,14 +22,6 @@ from ttt_jax.memory.merge import merge
 from ttt_jax.pretrained.fingerprint import weights_fingerprint
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
-TTT = {
-    "ttt_mode": True,
-    "ttt_layers": [0, 2],
-    "ttt_proj": True,
-    "ttt_lr": 0.5,
-    "ttt_chunk": 4,
-    "ttt_target": "hidden_states",
-}
 FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},

@@ -65,6 +65,19 @@ def test_pieces_equal_the_whole(monkeypatch, rows, window, x64):
     assert_close("o", got, oracle, 1e-12)
 
 
+def test_pieces_of_several_bfloat16_rows():
+    """XLA for CPUs compiled a product that it could not run."""
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in make_inputs(T=16))
+    (B, T), (K, H) = q.shape[:2], k.shape[2:]
+    cache = kv_cache.empty(B, K, 24, H, jnp.bfloat16)
+    start, lengths = jnp.zeros(B, jnp.int32), jnp.full((B,), T, jnp.int32)
+    got, _ = call(None, False, q, k, v, cache, start, lengths)
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        oracle = plain(*exact, jnp.asarray(causal_mask(B, T, None)))
+    assert_close("o", got, oracle, 1e-2)
+
+
 def test_growing_keeps_what_was_read():
     cache = kv_cache.KVCache(jnp.ones((2, 3, 4, 5)), 2 * jnp.ones((2, 3, 4, 5)))
     grown = kv_cache.grow(cache, 2)

@@ -164,6 +164,8 @@ def extend(
     if uses_cudnn(q_BTNH, implementation):
         return cudnn.extend(q_BTNH, k_BTKH, v_BTKH, *cache, start_B)
     keys, values = (jnp.swapaxes(x, 1, 2) for x in cache)
+    if values.dtype.itemsize <= 2:  # XLA for CPUs would compile a product that it cannot run
+        values = jax.lax.optimization_barrier(values)
     q_position_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
     k_position_BL = jnp.broadcast_to(
         jnp.arange(keys.shape[1], dtype=jnp.int32)[None], keys.shape[:2]
