@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import jit
 
@@ -108,6 +107,10 @@ def without_ttt(model):
 
 def tokens(B, T, seed=1):
     return jax.device_put(np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32))
+
+
+# As one program: op by op there would be one for each.
+hidden = jit(Transformer.hidden, static_argnames=("keep_state", "at_chunk_start"))
 
 
 @functools.partial(jit, static_argnames=("capacity", "ttt_scale"))
