@@ -9,6 +9,8 @@ import signal
 from support.compilation import CHEAP, EIGHT_DEVICES, forget_programs, keep_programs
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of linear algebra wait for work by spinning, which slows the other worker down.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {CHEAP}"
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import config, make
+from support.models import config, hidden, make
 
 from ttt_jax import score
 from ttt_jax.data.tokenizer import ByteTokenizer
@@ -157,7 +157,7 @@ def test_the_control_equals_on_before_the_first_exchange(rows):
 
 def test_exchanged_leaves_the_state_alone(rows):
     model = model_of()
-    _, state = model(rows[:, :L])
+    _, state, _ = hidden(model, rows[:, :L], keep_state=True)
     copy = exchanged(state)
     old, new = (s.layers[1][0].ttt for s in (state, copy))
     np.testing.assert_array_equal(np.roll(old.S_BDF, -1, axis=2), new.S_BDF)

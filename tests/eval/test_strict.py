@@ -4,10 +4,9 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import RIDGE, config, make
+from support.models import RIDGE, config, hidden, make
 
 from ttt_jax import score
 from ttt_jax.errors import UserError
@@ -38,7 +37,7 @@ def rows():
 
 def read(model, ids):
     """The state behind the tokens."""
-    return model.hidden(jnp.asarray(ids), keep_state=True)[1]
+    return hidden(model, ids, keep_state=True)[1]
 
 
 def with_fast_weights(model, S_BDF):

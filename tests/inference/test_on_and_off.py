@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from support.jobs import TINY, write_corpus
+from support.jobs import TINY, one_device, write_corpus
 from support.reports import CONFIG, CURVE, HELDOUT
 
 import train
@@ -30,7 +30,8 @@ def test_a_reports_losses_are_those_of_score(tmp_path):
         "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", "--eval.every=6",
         "--log.probe_every=6", "--guard.max_state_ratio=1e9", "--model.ttt.target=input_embed",
     ]  # fmt: skip
-    assert train.main(words) == 0
+    with one_device():
+        assert train.main(words) == 0
     config = load_config(tmp_path / "run" / "config.yaml")
     rows = heldout_rows(
         config, tokenizer=load_tokenizer(config.data.tokenizer), rows=config.eval.rows

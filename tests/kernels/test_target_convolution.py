@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
 from ttt_jax.kernels_pallas import target_convolution as kernel
@@ -46,6 +47,16 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(kernel, "convolved", run)
 
 
+def values(run, source, conv, dt):
+    """The result and both gradients, as one program."""
+
+    def program(source, conv, dt):
+        out, pull = jax.vjp(run, source, conv)
+        return out, *pull(dt)
+
+    return jit(program)(source, conv, dt)
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernel_matches_float64_with_gradients(on_a_gpu, dtype, normalize):
@@ -53,11 +64,8 @@ def test_kernel_matches_float64_with_gradients(on_a_gpu, dtype, normalize):
     arrays = [jnp.asarray(x, dtype).astype(dtype) for x in inputs()]
     source, conv, dt = (np.asarray(x, "float64") for x in arrays)
     with jax.enable_x64(True):
-        expected, pull = jax.vjp(functools.partial(oracle, normalize=normalize), source, conv)
-        expected = expected, *pull(jnp.asarray(dt))
-    run = lambda source, conv: convolved(source, conv[:, None], C, normalize)
-    got, pull = jax.vjp(run, *arrays[:2])
-    got = got, *pull(arrays[2])
+        expected = values(functools.partial(oracle, normalize=normalize), source, conv, dt)
+    got = values(lambda source, conv: convolved(source, conv[:, None], C, normalize), *arrays)
     for name, x, y in zip(("t", "dsource", "dconv"), got, expected, strict=True):
         assert x.dtype == dtype
         assert_close(name, x, y, TOLERANCE[dtype])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.models import RIDGE
+from support.models import RIDGE, hidden
 from support.streams import C, model_of, one_layer_model, prompts
 from support.tolerance import relative_rms
 
@@ -183,7 +183,7 @@ def test_a_session_in_any_pieces_teaches_the_same(make, changes, length):
     """
     model, (ids,) = make(**changes), prompts([length])
     whole = read(ids, model)
-    S = model.hidden(jnp.asarray(ids)[None], keep_state=True)[1]
+    S = hidden(model, ids[None], keep_state=True)[1]
     for found in (
         read(ids, model, piece=C),
         read_in_parts(ids, model, [6, 13]),
@@ -294,7 +294,7 @@ def test_a_stream_that_begins_with_a_memory_goes_on_writing(three, tmp_path):
     again = Session.load(tmp_path / "s.safetensors", model)
     for row, length in enumerate((15, 9)):
         state = with_S(model, model.init_state(1, 16), memory)
-        _, state, _ = model.hidden(jnp.asarray(ids[None, :length]), state, at_chunk_start=True)
+        _, state, _ = hidden(model, ids[None, :length], state, at_chunk_start=True)
         expected = memory_of(no_memory(model), model, state, 0, ())
         for s in (session, again):
             found = s.memory(row, name="more")

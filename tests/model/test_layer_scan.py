@@ -131,7 +131,7 @@ def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
                 np.testing.assert_allclose(stats[layer][name], x, rtol=1e-10)
         expected = transplant(wanted, model.config, remat_save=save)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-            assert np.any(y != 0)
+            assert np.asarray(y).any()
             assert relative_rms(x, y) < 1e-11
 
 

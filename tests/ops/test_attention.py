@@ -89,9 +89,11 @@ def test_tokens_of_segment_0_do_not_see_what_lies_before_the_row(x64):
     q, k, v, _ = map(jnp.asarray, make_inputs())
     ids = jnp.asarray([[0] * 20 + [1] * 17, [0] * 3 + [2] * 30 + [0] * 4], jnp.int32)
     # A window of 5 of 37 tokens is computed in blocks of the window.
-    got = self_attention(q, k, v, window=5, segment_ids_BT=ids, implementation="xla")
+    options = {"window": 5, "segment_ids_BT": ids, "implementation": "xla"}
+    got = np.asarray(jit(functools.partial(self_attention, **options))(q, k, v))
     position = jnp.arange(37, dtype=jnp.int32)[None]
-    want = xla_attention.blocked(q, k, v, position, position, ids, ids, 5)
+    blocked = lambda q, k, v: xla_attention.blocked(q, k, v, position, position, ids, ids, 5)
+    want = jit(blocked)(q, k, v)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-14)
     np.testing.assert_allclose(got[:, 0], np.repeat(v[:, 0], 2, axis=1), rtol=0, atol=1e-14)
 

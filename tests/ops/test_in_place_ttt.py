@@ -164,7 +164,9 @@ def test_decay_in_rows_that_end_early(implementation, best):
     run = functools.partial(
         in_place_ttt, lr=lr, chunk_size=8, decay=0.5, implementation=implementation
     )
-    o, final = jit(run)(z, v, w, state=state, whole_chunks=jnp.asarray(whole_B))
+    run = jit(run)
+    o, final = run(z, v, w, state=state, whole_chunks=jnp.asarray(whole_B))
+    z, v, o, final, state = map(np.asarray, (z, v, o, final, state))
     for b, whole in enumerate(whole_B):
         T = 8 * whole or 5  # of 5 tokens nothing is written
         o_alone, alone = run(z[b : b + 1, :T], v[b : b + 1, :T], w, state=state[b : b + 1])

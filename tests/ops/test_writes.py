@@ -7,11 +7,13 @@ import pytest
 from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
+from ttt_jax.ops.ttt import writes
 from ttt_jax.ops.ttt.chunk_products import Matmuls
 from ttt_jax.ops.ttt.inverse_root import inverse_root
-from ttt_jax.ops.ttt.writes import transformed
 
 B, M, C, D, F = 2, 3, 40, 12, 20  # more tokens than keys have dimensions, and not a power of two
+
+transformed = jit(writes.transformed, static_argnums=(0, 3), static_argnames="ridge")
 
 
 def chunk_arrays(dtype, C=C, D=D, F=F, seed=0, like=0.5):
@@ -55,7 +57,9 @@ def test_bfloat16_rounds_the_targets_once(x64):
     """
     z, v = chunk_arrays("bfloat16")
     exact = transformed("ridge", z.astype("float64"), v.astype("float64"), C)
-    assert_close("targets", transformed("ridge", z, v, C), exact, TOLERANCE["bfloat16"])
+    # Op by op: within a program XLA may keep more bits than were asked for.
+    out = writes.transformed("ridge", z, v, C)
+    assert_close("targets", out, exact, TOLERANCE["bfloat16"])
 
 
 def test_lambda_and_rate_have_no_unit(x64):
@@ -176,10 +180,15 @@ def test_chunks_of_zeros_write_nothing_and_have_a_gradient():
     """
     z, v = chunk_arrays("float32")
     z, v = z.at[:, :C].set(0), v.at[:, : 2 * C].set(0)
-    out, vjp = jax.vjp(lambda z, v: transformed("ridge", z, v, C), z, v)
-    assert not np.asarray(out[:, : 2 * C]).any()
-    assert np.asarray(out[:, 2 * C :]).any()
-    for gradient in vjp(jnp.ones_like(out)):
+
+    def both(z, v):
+        out, vjp = jax.vjp(lambda z, v: transformed("ridge", z, v, C), z, v)
+        return out, vjp(jnp.ones_like(out))
+
+    out, gradients = jax.device_get(jit(both)(z, v))
+    assert not out[:, : 2 * C].any()
+    assert out[:, 2 * C :].any()
+    for gradient in gradients:
         assert np.isfinite(gradient).all()
 
 
@@ -192,4 +201,4 @@ def test_chunks_know_nothing_of_each_other(x64):
 
 def test_sum_is_the_papers_rule():
     z, v = chunk_arrays("float32")
-    assert transformed("sum", z, v, C) is v
+    assert writes.transformed("sum", z, v, C) is v

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.byte_models import byte_model
 from support.hf_folders import read_folder
-from support.models import config, make
+from support.models import config, hidden, make
 
 from ttt_jax import load_pretrained, score
 from ttt_jax.command.cli import main
@@ -77,7 +77,7 @@ def test_the_step_is_that_of_the_full_softmax(tied):
     rows = np.random.default_rng(0).integers(0, 31, (2, 301))
     weight = model.embed if tied else model.head
     w_VD, g_D = (np.asarray(x[...], np.float64) for x in (weight, model.norm.scale))
-    n_ND = np.asarray(model.hidden(rows.astype(np.int32))[0], np.float64).reshape(-1, 16)
+    n_ND = np.asarray(hidden(model, rows.astype(np.int32))[0], np.float64).reshape(-1, 16)
     p_NV = np.exp(n_ND @ w_VD.T)
     p_NV /= p_NV.sum(1, keepdims=True)
     each_NDD = np.einsum("nv,vd,ve->nde", p_NV, w_VD, w_VD)

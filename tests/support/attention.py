@@ -6,6 +6,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from jax import jit
 
 from ttt_jax.ops.attention import xla as xla_attention
 
@@ -16,6 +17,7 @@ def make_inputs(B=2, T=37, N=4, K=2, H=8, S=None, seed=0):
     return [rng.standard_normal(shape) for shape in shapes]
 
 
+@jit
 def plain(q, k, v, seen):
     """Softmax attention written out, `seen` [B, T, S]; every query head has its own copy of its key
     head.

@@ -51,19 +51,24 @@ def write_corpus(folder):
     return folder
 
 
-@contextlib.contextmanager
 def one_device():
-    """Let jobs of this process see one device, as most people's do: programs for the eight fake
-    ones take three times as long to compile.
+    """One device, as most people's jobs see."""
+    return few_devices(1)
+
+
+@contextlib.contextmanager
+def few_devices(count):
+    """Let jobs of this process see so many devices: programs for the eight fake ones take three
+    times as long to compile.
     """
     import jax
 
     with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
+        first = jax.devices()[:count]
         for name in ("devices", "local_devices"):
             patch.setattr(jax, name, lambda *_, **__: first)
         for name in ("device_count", "local_device_count"):
-            patch.setattr(jax, name, lambda *_, **__: 1)
+            patch.setattr(jax, name, lambda *_, **__: count)
         yield
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import jit
 
@@ -81,7 +80,7 @@ def make(cfg, dtype="float64", **runtime):
             value = 0.5 * noise
         else:
             value = noise / np.sqrt(struct.shape[-1])
-        return jnp.asarray(value, "float64" if dtype == "float64" else "float32")
+        return jax.device_put(value.astype("float64" if dtype == "float64" else "float32"))
 
     return jax.tree_util.tree_map_with_path(leaf, abstract(cfg, dtype=dtype, **runtime))
 
@@ -92,14 +91,15 @@ def transplant(model, cfg, **runtime):
     """
     values, names = {}, tensor_names(model)
     for path, value in jax.tree_util.tree_flatten_with_path(model)[0]:
-        ours = param_path(path)
+        ours, value = param_path(path), np.asarray(value)
         layers = value.reshape(-1, *value.shape[2:]) if ours.startswith("groups.") else value[None]
         values |= dict(zip(names[ours], layers, strict=True))
     new = abstract(cfg, dtype=model.runtime.dtype, **runtime)
     places = tensor_names(new)
 
     def leaf(path, struct):
-        return jnp.stack([values[name] for name in places[param_path(path)]]).reshape(struct.shape)
+        layers = [values[name] for name in places[param_path(path)]]
+        return jax.device_put(np.stack(layers).reshape(struct.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, new)
 
@@ -109,7 +109,11 @@ def without_ttt(model):
 
 
 def tokens(B, T, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, V, (B, T)), jnp.int32)
+    return jax.device_put(np.random.default_rng(seed).integers(0, V, (B, T)).astype(np.int32))
+
+
+# As one program: op by op there would be one for each.
+hidden = jit(Transformer.hidden, static_argnames=("keep_state", "at_chunk_start"))
 
 
 @functools.partial(jit, static_argnames=("capacity", "ttt_scale"))

@@ -52,11 +52,8 @@ def results(arguments, cotangents, dtype, segment_ids=None, clip_norm=None, **op
     """(o, S) and the gradients of <o, do> + <S, dS> for z, v, w, lr and state, as float64 numpy."""
     z, v, w, lr, state = arguments
     acc = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    cast = [jnp.asarray(x, dtype) for x in (z, v, w)] + [
-        jnp.asarray(lr, acc),
-        jnp.asarray(state, acc),
-    ]
-    do, dS = jnp.asarray(cotangents[0], dtype), jnp.asarray(cotangents[1], acc)
+    cast = [np.asarray(x, dtype) for x in (z, v, w)] + [np.asarray(x, acc) for x in (lr, state)]
+    do, dS = np.asarray(cotangents[0], dtype), np.asarray(cotangents[1], acc)
     out, grads = compiled(**options)(cast, (do, dS), segment_ids, clip_norm)
     named = {"o": out[0], "final_state": out[1]} | {
         f"d{n}": g for n, g in zip(NAMES, grads, strict=True)
@@ -68,7 +65,7 @@ def rounded(arguments, cotangents, dtype):
     """What the implementation under test receives, in float64: the oracle must not be charged for
     rounding inputs.
     """
-    cast = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)
+    cast = lambda x: np.asarray(x, dtype).astype(np.float64)
     z, v, w, lr, state = arguments
     lower = cast if dtype != jnp.float64 else np.float64
     single = (

@@ -28,16 +28,20 @@ def key_squares(folder, ids_RT):
     rope = rope_tables(model.config.rope, model.config.head_dim, positions)
     found = []
     for group in model.groups:
-        block = jax.tree.map(lambda x: x[0, 0], group.blocks[0])
-        y, _ = block.attention(
-            block.attention_norm(h), Context(rope, None, None, None, h), None, None
-        )
-        h = h + y
-        x = block.mlp_norm(h)
-        z = jax.nn.silu(x @ block.mlp.gate[...].T) * (x @ block.mlp.up[...].T)
-        h = h + z @ block.mlp.down[...].T
-        found.append(np.asarray(jnp.square(z).sum(-1)))
+        h, squares_RT = through(group.blocks[0], h, rope)
+        found.append(np.asarray(squares_RT))
     return np.stack(found)
+
+
+@jax.jit
+def through(stack, h, rope):
+    """A stack of one block: the hidden state behind it, and ||z||^2 of its MLP."""
+    block = jax.tree.map(lambda x: x[0, 0], stack)
+    y, _ = block.attention(block.attention_norm(h), Context(rope, None, None, None, h), None, None)
+    h = h + y
+    x = block.mlp_norm(h)
+    z = jax.nn.silu(x @ block.mlp.gate[...].T) * (x @ block.mlp.up[...].T)
+    return h + z @ block.mlp.down[...].T, jnp.square(z).sum(-1)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from support.jobs import TINY, curve, start, wait_for_step, write_corpus
+from support.jobs import TINY, curve, one_device, start, wait_for_step, write_corpus
 from support.stores import REMOTE, bucket, serving
 
 import train
@@ -45,6 +45,12 @@ def arrays_of(run_dir: Path, step: int):
         paths = [run_dir / "checkpoints" / str(step) / item for item in ("model", "opt_state")]
         trees = [reader.restore(path, args=args(path)) for path in paths]
     return [{name: x.tobytes() for name, x in sorted(tree.items())} for tree in trees]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_to_compile_for():
+    with one_device():
+        yield
 
 
 @pytest.fixture(scope="module")

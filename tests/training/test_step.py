@@ -16,10 +16,10 @@ from ttt_jax.training.heldout import evaluate_by_position, make_position_nll
 from ttt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
 
-def runs(steps, times=1, **fields):
-    """(metrics of each step, final parameters) of runs of a small model."""
+def runs(steps, times=1, devices=None, **fields):
+    """(metrics of each step, final parameters) of runs of a small model; devices None: all."""
     config = replace(from_dict(Config, SMALL), {"steps": 40, **fields})
-    abstract, tx = abstract_state(config, make_mesh(config.mesh))
+    abstract, tx = abstract_state(config, make_mesh(config.mesh, devices))
     step = make_train_step(config, tx)
     for _ in range(times):
         state, metrics = init_state(config, abstract, tx), []
@@ -46,7 +46,7 @@ def test_a_dropped_step_is_a_step_without_ttt():
 
 def test_the_share_of_dropped_steps_and_their_places():
     """A function of seed and step, so that an interrupted run goes on as it would have."""
-    drop = {"optimizer.ttt_drop": 0.5}
+    drop = {"optimizer.ttt_drop": 0.5, "devices": jax.devices()[:1]}
     found = [*runs(24, times=2, **drop), *runs(24, seed=1, **drop)]
     places = [[step["ttt/layer_00/state_ratio"] == 0 for step in metrics] for metrics, _ in found]
     assert places[0] == places[1] != places[2]

@@ -181,7 +181,7 @@ def _tensors(session: StoredSession, model: Transformer) -> dict[str, np.ndarray
     pending = int((session.position_B % model.config.ttt.chunk_size).max())
     for g, r, n, layer in _layers(model):
         run = state.layers[g][r]
-        take = lambda x, n=n: np.asarray(x.reshape(-1, *x.shape[2:])[n])
+        take = lambda x, n=n: np.asarray(x).reshape(-1, *x.shape[2:])[n]
         slots = slice(None) if _window(model, layer) else slice(used)
         tensors[f"layers.{layer}.k"] = np.ascontiguousarray(take(run.cache.k_BKLH)[:, :, slots])
         tensors[f"layers.{layer}.v"] = np.ascontiguousarray(take(run.cache.v_BKLH)[:, :, slots])
