@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048, help="of attention while reading")
     parser.add_argument("--next", type=int, default=1024, help="tokens scored behind them")
     parser.add_argument("--factors", default="1,2", help="of the memories")
+    parser.add_argument("--kinds", default="own,other,rest", help="rest: own less the others' mean")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     args = parser.parse_args()
@@ -83,7 +84,7 @@ def main() -> None:
         if book.title in done:
             continue
         row: dict[str, Any] = {"title": book.title, "names": book.names, "ways": {}}
-        for way, memory in ways_of(memories, i, args.factors.split(",")).items():
+        for way, memory in ways_of(memories, i, args).items():
             row["ways"][way] = measure(model, book, memory, args.seeds, small)
         losses = {way: found.pop("losses") for way, found in row["ways"].items()}
         row["words"] = gained_words(model, book, losses)
@@ -143,17 +144,17 @@ def read(model: Transformer, books: list[Book], args) -> list[Memory]:
 # ---------------------------------------------------------------------------------------- measures
 
 
-def ways_of(memories: list[Memory], i: int, factors: list[str]) -> dict[str, Memory | None]:
+def ways_of(memories: list[Memory], i: int, args) -> dict[str, Memory | None]:
     """What book i is measured with."""
     others = [m for j, m in enumerate(memories) if j != i]
     mean = Fraction(1, len(others)) * sum(others[1:], others[0])
-    rest = (memories[i] - mean).collapse()
-    ways: dict[str, Memory | None] = {"none": None}
-    for factor in factors:
-        ways[f"own x {factor}"] = float(factor) * memories[i]
-        ways[f"other x {factor}"] = float(factor) * memories[(i + 1) % len(memories)]
-        ways[f"own less the others' mean x {factor}"] = float(factor) * rest
-    return ways
+    of = {
+        "own": memories[i],
+        "other": memories[(i + 1) % len(memories)],
+        "rest": (memories[i] - mean).collapse(),
+    }
+    pairs = [(kind, factor) for factor in args.factors.split(",") for kind in args.kinds.split(",")]
+    return {"none": None} | {f"{kind} x {x}": float(x) * of[kind] for kind, x in pairs}
 
 
 def measure(

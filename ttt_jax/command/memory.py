@@ -22,6 +22,7 @@ from ttt_jax.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
     from ttt_jax.inference.memory_reading import Text
     from ttt_jax.memory.memory import Memory
     from ttt_jax.model.transformer import Transformer
