@@ -97,9 +97,23 @@ def test_commands(chat, tmp_path):
     assert (code, out) == (0, chat("hello\nand more\n")[1][len(alone) :])
 
 
+def test_forget(chat, tmp_path):
+    """What was read is gone but for its memory, which `memory read` would make, too."""
+    (tmp_path / "book.txt").write_text("a book of things\n" * 8)
+    code, out, err = chat("/read book.txt\n/forget 1/2\nhello\n/ttt off\n")
+    assert code == 0
+    assert "136 tokens are out of the context; what they taught stays, times 1/2\n" in err
+    on, off = out.splitlines()
+    assert off == chat("hello\n", "--no-ttt")[1].rstrip("\n")
+    assert chat("/read book.txt\nhello\n/forget\nhello\n")[1].splitlines()[1] != on
+    assert on != off
+
+
 @pytest.mark.parametrize(
     ("lines", "words", "line"),
     [
+        ("/forget\n", (), "forget: 0 tokens are less than a chunk of"),
+        ("/forget twice\n", (), "FACTOR twice: must be a number such as 0.5"),
         ("/nothing\n", (), "/nothing: no such command; /help lists them"),
         ("/read\n", (), "/read FILE: name the file"),
         ("/read nowhere\n", (), "/read nowhere: No such file"),

@@ -215,6 +215,49 @@ def test_the_last_question_without_what_was_learnt(model):
         unread.again(True)
 
 
+def test_what_is_left_of_a_text_that_is_forgotten(model, tmp_path):
+    """The memory, and nothing else: the conversation is a new one that begins with it."""
+    text = "to be, or not to be, that is the question. " * 3
+    talk = talk_of(model, system="be kind")
+    talk.read(text)
+    talk.ask("what?", max_new_tokens=5)
+    memory, held = talk.session.memory(), sum(talk.tokens)
+    assert talk.forget(2) == held
+    assert (talk.tokens, talk.ids, talk.whole) == ((0, 0), [], True)
+    assert talk.messages == [{"role": "system", "content": "be kind"}]
+    with pytest.raises(UserError, match="no state before a turn"):
+        talk.undo()
+    assert (talk.session.start.dW(0) == (2 * memory).dW(0)).all()
+    again = Conversation(Session(model, memory=2 * memory), chatml, "be kind")
+    answers = [x.ask("what?", max_new_tokens=12).text for x in (talk, again)]
+    assert answers[0] == answers[1]
+    assert talk.ids == again.ids
+    off, question = talk.again(False)
+    unread = talk_of(model, system="be kind").ask("what?", max_new_tokens=12).text
+    assert answers[0] != unread
+    frozen = Conversation(Session(model, ttt=False), chatml, "be kind")
+    assert off.ask(question, max_new_tokens=12).text == frozen.ask(question, max_new_tokens=12).text
+    talk.save(tmp_path / "s")
+    loaded = Conversation(Session.load(tmp_path / "s", model), chatml)
+    assert same(loaded, talk)
+
+
+def test_forgetting_is_refused_where_nothing_would_be_left(model):
+    talk = talk_of(model)
+    for text in ("", "abc"):  # the chunk has four tokens
+        if text:
+            talk.read(text)
+        with pytest.raises(UserError, match=f"{len(text)} tokens are less than a chunk of 4"):
+            talk.forget()
+    assert talk.tokens == (2, 1)
+    talk.read("d")
+    assert talk.forget() == 4
+    unwritten = Conversation(Session(model, ttt=False), chatml)
+    unwritten.read("abcdefgh")
+    with pytest.raises(UserError, match="read with TTT off"):
+        unwritten.forget()
+
+
 def test_a_saved_conversation_goes_on(model, tmp_path):
     talk = talk_of(model, system="be kind")
     talk.read("a book")

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from support.streams import model_of
 
 from ttt_jax.errors import UserError
-from ttt_jax.inference.prefill import check_ids, pieces
+from ttt_jax.inference.prefill import capacity_for, check_ids, pieces
 
 C = 8
 
@@ -28,6 +29,17 @@ def test_a_piece_starts_chunks_when_every_row_that_reads_does(lengths, positions
         np.testing.assert_array_equal(read, row)
         for piece in found:
             assert not piece.ids_BP[b, piece.lengths_B[b] :].any(), "zeros behind a row's end"
+
+
+def test_caches_are_no_longer_than_the_pieces_of_a_text():
+    """Short texts are scored many at once, and a cache of 2,048 slots for each is gigabytes."""
+    for tokens in (1, 2, 16, 17, 63, 64, 65, 128, 200):
+        rows = [np.zeros(tokens, np.int32)]
+        read = sum(piece.ids_BP.shape[1] for piece in pieces(rows, np.zeros(1, int), 64, C))
+        room = capacity_for(model_of(), tokens, 64)
+        assert read <= room
+        assert room == (read if tokens <= 64 else -(-tokens // 64) * 64)
+    assert capacity_for(model_of(sliding_window=8), 17, 64) is None
 
 
 def test_ids_of_the_vocabulary_and_no_others():

@@ -18,12 +18,13 @@ from safetensors.numpy import save_file
 from support.hf_folders import QWEN3
 from support.tolerance import assert_close
 
-from ttt_jax.errors import CheckpointError, ConfigError
+from ttt_jax.errors import CheckpointError, ConfigError, UserError
 from ttt_jax.model.loss import cross_entropy
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.hf_config import config_from_hf, read_config
 from ttt_jax.pretrained.hf_weights import load_hf, load_hf_into, tensor_names
+from ttt_jax.pretrained.load import load_pretrained
 
 
 def tensors(folder):
@@ -192,6 +193,12 @@ def test_bfloat16_parameters(golden_model):
 
 
 # -------------------------------------------------------------------------------------- config.json
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16", jnp.float32])
+def test_a_dtype_that_is_none_is_refused(dtype):
+    with pytest.raises(UserError, match=r"^dtype = .*: must be one of float32, bfloat16, float16,"):
+        load_pretrained("nowhere", dtype=dtype)
 
 
 def test_qwen2_biases_are_read_and_count(tmp_path):

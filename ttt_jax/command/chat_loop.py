@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_jax.command.io import read_text
+from ttt_jax.command.io import as_factor, read_text
 from ttt_jax.errors import UserError
 from ttt_jax.process.interrupts import Interrupt
 from ttt_jax.process.output_lock import one_writer
@@ -24,6 +24,7 @@ _RED, _CYAN, _GREEN, _DIM = "31", "1;36", "1;32", "2"
 HELP = {
     "/read FILE": "read a text; the model adapts to it",
     "/ttt on|off": "answer the last question again with, or without, what was learnt",
+    "/forget [FACTOR]": "begin anew with what was learnt, keys and values of all tokens go",
     "/undo": "go back to before the last turn",
     "/branch [NAME]": "go on in a copy called NAME, or in that branch if there is one; list them",
     "/stats": "tokens, and ||S||/||W|| of each TTT layer",
@@ -183,6 +184,7 @@ class Chat:
         return {
             "/read": lambda name: self.read(Path(_given(name, "/read FILE"))),
             "/ttt": self._ttt,
+            "/forget": self._forget,
             "/undo": self._undo,
             "/branch": self._branch,
             "/stats": self._stats,
@@ -220,6 +222,12 @@ class Chat:
         copy, question = self.talk.again(argument == "on")
         self.note(f"TTT {argument}, the conversation stays as it is: {question}")
         self.answer(copy, question)
+
+    def _forget(self, argument: str) -> None:
+        factor = as_factor(argument or "1")
+        gone = self.talk.forget(factor)
+        times = f", times {argument}" if argument else ""
+        self.note(f"{gone:,} tokens are out of the context; what they taught stays{times}")
 
     def _undo(self, argument: str) -> None:
         self.talk.undo()
@@ -307,7 +315,7 @@ class Chat:
 
     def _help(self, argument: str) -> None:
         more = "a line that ends with \\ goes on in the next one; // begins a turn with /"
-        self.note(*(f"{name:15s} {what}" for name, what in HELP.items()), more)
+        self.note(*(f"{name:16s} {what}" for name, what in HELP.items()), more)
 
 
 def _given(argument: str, usage: str) -> str:

@@ -1,9 +1,10 @@
-"""What the commands `score`, `generate` and `chat` read and print."""
+"""What the commands `score`, `generate`, `chat` and `memory` read and print."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,11 @@ from ttt_jax.errors import UserError
 from ttt_jax.terminal import for_stream, printable
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from ttt_jax.config import MeshConfig
 
+_NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30}|/\d{1,30})?", re.ASCII)
 _REASONS = {
     "eos": "end token",
     "stop": "stop string",
@@ -99,6 +103,18 @@ def load_memories(paths: str | None):
     from ttt_jax.memory.memory import Memory
 
     return Memory.load_sum(paths)
+
+
+def as_factor(text: str) -> Fraction:
+    """Read a memory's factor, exactly. Raises UserError for what is no number."""
+    from fractions import Fraction
+
+    try:
+        if _NUMBER.fullmatch(text):
+            return Fraction(text)
+    except ZeroDivisionError:
+        pass
+    raise UserError(f"FACTOR {text[:80]}: must be a number such as 0.5, -1 or 1/3")
 
 
 def check_memory(session: Path | None, memory: str | None) -> None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ttt_jax.command.io import keep_inputs
+from ttt_jax.command.io import as_factor, keep_inputs
 from ttt_jax.command.memory_export import base, lora, merge
 from ttt_jax.command.options import DTYPE, EXISTING, PIECE, Command, Group, examples
 from ttt_jax.errors import UserError
@@ -23,7 +22,6 @@ from ttt_jax.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from fractions import Fraction
 
     from ttt_jax.inference.memory_reading import Text
     from ttt_jax.memory.memory import Memory
@@ -38,7 +36,6 @@ COLLAPSE = click.option(
 )
 MEMORY = click.argument("path", metavar="M", type=EXISTING)
 SUFFIX = ".memory"  # of the files of --each
-_NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30}|/\d{1,30})?", re.ASCII)
 
 
 @click.command(
@@ -294,20 +291,9 @@ def sub(path, others, source, out, collapse, overwrite) -> None:
 @OVERWRITE
 def scale(path, factor, out, overwrite) -> None:
     """Multiply a memory by a number such as 0.5, -1 or 1/3, exactly."""
-    weight = _factor(factor)
+    weight = as_factor(factor)
     _open_out(out, overwrite)
     _write(weight * load(path), out)
-
-
-def _factor(text: str) -> Fraction:
-    from fractions import Fraction
-
-    try:
-        if _NUMBER.fullmatch(text):
-            return Fraction(text)
-    except ZeroDivisionError:
-        pass
-    raise UserError(f"FACTOR {text[:80]}: must be a number such as 0.5, -1 or 1/3")
 
 
 @click.command(

@@ -9,6 +9,7 @@ stream goes back to a copy from before that turn and reads the turn again as the
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -268,6 +269,28 @@ class Conversation:
             last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
             self.messages = self.messages[:last]
             self._kept = self._kept[:-1]
+
+    def forget(self, factor: float | Fraction = 1) -> int:
+        """Begin anew with what was learnt, times a factor: the fast weights stay, keys, values and
+        turns go. Returns the tokens that are gone.
+
+        Raises: UserError when no whole chunk was written, so that nothing would be left, and as
+        `Session.memory`, for a session without fast weights.
+        """
+        old, gone = self.session, sum(self.tokens)
+        memory = factor * old.memory(name="conversation")
+        if not any(source.written for source in memory.sources):
+            raise UserError(
+                f"forget: {gone:,} tokens are less than a chunk of "
+                f"{old.model.config.ttt.chunk_size}, nothing would be left; read more first"
+            )
+        with HeldBack():
+            new = Session(old.model, ttt=old.ttt, piece=old.size, memory=memory)
+            new.on_read, new.timings = old.on_read, old.timings
+            self.session, self.messages = new, [m for m in self.messages if m["role"] == "system"]
+            self.rendered, self._end, self.ids, self._kept = "", None, [], []
+            self.whole = True
+        return gone
 
     def branch(self) -> Conversation:
         """A copy that goes its own way, with the state before its last turn."""

@@ -64,8 +64,7 @@ def pieces(rows: Sequence[np.ndarray], position_B: np.ndarray, size: int, chunk_
     total_B = np.array([len(row) for row in rows])
     longest, start = int(total_B.max(initial=0)), 0
     while start < longest:
-        rest = longest - start
-        width = size if rest >= size else min(size, max(_SMALLEST, 1 << (rest - 1).bit_length()))
+        width = piece_width(longest - start, size)
         ids_BP, lengths_B = (
             np.zeros((len(rows), width), np.int32),
             np.clip(total_B - start, 0, width).astype(np.int32),
@@ -75,6 +74,22 @@ def pieces(rows: Sequence[np.ndarray], position_B: np.ndarray, size: int, chunk_
         at_start = (position_B + start) % chunk_size == 0
         yield Piece(ids_BP, lengths_B, start, bool(at_start[lengths_B > 0].all()))
         start += width
+
+
+def piece_width(tokens: int, size: int) -> int:
+    """Tokens of the piece that so many are read in, padding included; at most `size`."""
+    return min(size, max(_SMALLEST, 1 << (tokens - 1).bit_length()))
+
+
+def capacity_for(model: Transformer, tokens: int, size: int) -> int | None:
+    """Slots of full-attention caches for rows of so many tokens that are read in pieces of `size`;
+    None when no layer has one. Few different numbers, because each is another program.
+    """
+    if not needs_capacity(model):
+        return None
+    if tokens < size and model.runtime.parallel.shards == 1:
+        return piece_width(max(tokens, 1), size)
+    return -(-tokens // size) * size
 
 
 def check_ids(rows: Sequence[Any], vocab_size: int, what: str = "ids") -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from ttt_jax.inference.prefill import (
     Adapts,
     Frozen,
     Piece,
-    needs_capacity,
+    capacity_for,
     piece_size,
     pieces,
     score_piece,
@@ -80,7 +80,7 @@ def score(
     watch, lost = Watch(model), {}  # row -> where its numbers are not finite
     if ttt:
         warn_of_zero_targets(model)
-    state, capacity = None, (-(-T // size) * size if needs_capacity(model) else None)
+    state, capacity = None, capacity_for(model, T, size)
     adapts: Adapts = ttt
     if memory is not None:
         check_belongs(memory, model)

@@ -15,7 +15,7 @@ from ttt_jax.checkpoint.checksums import CHECKPOINT_FOLDER
 from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params
 from ttt_jax.config import Config, MeshConfig, ModelConfig, validate_model
 from ttt_jax.data.tokenizer import load_tokenizer
-from ttt_jax.errors import CheckpointError
+from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.reading import companion_fields, excerpt, find_companion
 from ttt_jax.model.param_path import param_path
 from ttt_jax.model.stack import Runtime
@@ -32,6 +32,7 @@ from ttt_jax.pretrained.orbax_folder import OrbaxTensors
 from ttt_jax.pretrained.orbax_layout import check_layout, is_model_folder, read_description
 from ttt_jax.run.folder import CONFIG_FILE, read_run_config
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_EOS_IDS = 64  # models in use have three at most; each one is compared at every token
 
 
@@ -55,8 +56,10 @@ def load_pretrained(
 
     Returns: a `Transformer` with `.config` and `.tokenizer` (None when the folder has no
     tokenizer.json). Raises: CheckpointError or ConfigError, one line, when the folder is missing,
-    incomplete or not supported, or the mesh does not suit the model.
+    incomplete or not supported, or the mesh does not suit the model; UserError for another dtype.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r:.80}: must be one of {', '.join(DTYPES)}")
     path, runtime = Path(path), runtime or Runtime(dtype=dtype)
     if mesh is not None:
         runtime = dataclasses.replace(runtime, parallel=make_parallel(mesh))
