@@ -78,7 +78,8 @@ class MLP(nnx.Module):
     """SwiGLU. With a `source` of targets its down-projection adapts to the sequence."""
 
     def __init__(self, cfg: ModelConfig, source: TargetSource | None, *, key: jax.Array):
-        self.cfg, self.source = cfg, source
+        self.cfg = cfg
+        self.source: TargetSource | None = source
         D, F, std = cfg.d_model, cfg.d_ff, cfg.init_std
         keys = jax.random.split(key, 4)
         self.gate = param(keys[0], (F, D), ("mlp", "embed"), std)
