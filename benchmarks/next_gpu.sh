@@ -7,7 +7,7 @@
 # also smollm2/ (examples/smollm2.py) and books_small.jsonl.xz (the first 30 to 72 MB of the texts).
 # $OUT gets results. An arm of `books` takes 180 s, those with prediction errors more.
 #
-#   speed    200 s, FIRST: what docs/lab/2026-11-30-merged-speed.md changed has never run on a card.
+#   speed    260 s, FIRST: what docs/lab/2026-11-30-speed-timed.md changed has never run on a card.
 #            `right` compares with float64 and stops the rest. Then `large` and `ridge`, 195 s, if
 #            there is time.
 #   reading  60 s: tests of decoding and reading scanned models (S = 0 must not come back).
