@@ -8,7 +8,9 @@
 # $OUT gets results; a caller may see no more than the end of what is printed. Two runs of books do
 # not fit on one card at once; two of smollm2 do (XLA_PYTHON_CLIENT_MEM_FRACTION=0.42).
 #
-#   steps    280 s: benchmarks/speed_gpu.sh, its first lines say what to expect.
+#   speed    260 s, FIRST: what docs/lab/2026-11-30-speed-timed.md changed has never run on a card.
+#            `right` compares with float64 and stops the rest. Then `large` and `ridge`, 260 s, and
+#            `curves`, if there is time.
 #   reading  60 s: tests of decoding and reading scanned models (S = 0 must not come back).
 #   smollm2  400 s: no TTT, the sweep of drop_in.py on it with books that it has not seen, training
 #            from its start. Predictions: with layers added at a scale of their own 0.024 behind the
@@ -35,7 +37,7 @@ left() { echo $((seconds - SECONDS + begin)); }
 smollm2() { bash benchmarks/smollm2.sh "$data" "$gpu" "$(left)" "$@" | tee -a "$OUT/smollm2.txt"; }
 
 case $part in
-  steps) timeout "$seconds" bash benchmarks/speed_gpu.sh all ;;
+  speed) timeout "$seconds" bash benchmarks/speed_gpu.sh right op books ;;
   reading)
     JAX_PLATFORMS=cuda,cpu timeout "$seconds" python3 -m pytest tests/gpu -m gpu -q \
       -k "completes_a_chunk or scanned_model" ;;

@@ -148,10 +148,10 @@ def _produce(sweep, ring, b, m0, n0, first):
         added, operands = _places(sweep, b, m0, n0, first, step)
         produce_epilogue_input(ring, product, added)
         product = product._replace(epilogue_input=None)
-        arrays = [operand(b) for operand in product.operands[0]]
+        left, right = (operand(b) for operand in product.operands[0])
 
         def copy(s, _):
-            produce_k_step(ring, product, operands, *arrays, s, None)
+            produce_k_step(ring, product, operands, left, right, s, None)
 
         jax.lax.fori_loop(0, operands.k_steps, copy, None)
 

@@ -64,15 +64,16 @@ class PlainLaunches:
 @pytest.fixture
 def plain(monkeypatch, chunks):
     """The name of an implementation with stretches of so many chunks, and memory that starts as
-    NaN.
+    NaN. Another name for each length: `check` keeps its programs by name.
     """
+    name = f"plain, {chunks} chunks"
     unwritten.show(monkeypatch)
     monkeypatch.setattr(gpu_sweep, "_stretches", functools.partial(stretches, chunks))
     run = functools.partial(gpu_sweep.in_place_ttt, PlainLaunches())
     implementation = registry._Implementation(lambda call: None, run)
-    monkeypatch.setattr(registry, "_FAST", registry._FAST | {"plain": implementation})
-    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, "plain"))
-    return "plain"
+    monkeypatch.setattr(registry, "_FAST", registry._FAST | {name: implementation})
+    monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, name))
+    return name
 
 
 def stretches(chunks, B, M, C, D, F):
