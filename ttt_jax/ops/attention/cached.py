@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ttt_jax.ops import platform
 from ttt_jax.ops.attention import cudnn
 from ttt_jax.ops.attention.api import uses_cudnn
 from ttt_jax.ops.attention.xla import MASKED, blocked, windowed_after
@@ -164,7 +165,8 @@ def extend(
     if uses_cudnn(q_BTNH, implementation):
         return cudnn.extend(q_BTNH, k_BTKH, v_BTKH, *cache, start_B)
     keys, values = (jnp.swapaxes(x, 1, 2) for x in cache)
-    if values.dtype.itemsize <= 2:  # XLA for CPUs would compile a product that it cannot run
+    if values.dtype.itemsize <= 2 and platform.compiled_for() == "cpu":
+        # Or XLA compiles a product in bfloat16 that it cannot run.
         values = jax.lax.optimization_barrier(values)
     q_position_BT = start_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
     k_position_BL = jnp.broadcast_to(
