@@ -13,18 +13,18 @@ _COMPARED = ["no memory", "gain, own", "gain, another's", "own over another's"]
 def of_all(results: dict[str, Any]) -> str:
     """All parts that are done, as Markdown."""
     text = "\n".join(of_part(name, results) for name in PARTS if name in results)
-    return f"{len(results['books'])} books. {_sizes(results['sizes'])}\n\n{text}"
+    about = _sizes(results["sizes"], results["hardware"]["platform"] != "cpu")
+    return f"{len(results['books'])} books. {about}\n\n{text}"
 
 
 def of_part(name: str, results: dict[str, Any]) -> str:
     return PARTS[name](results[name], results)
 
 
-def _sizes(sizes: dict[str, float]) -> str:
-    return (
-        f"A memory: {sizes['memory_mb']:.2f} MB, a session of the same stream: "
-        f"{sizes['session_mb']:.2f} MB. Read at {sizes['read_tokens_per_second']:,.0f} tokens/s."
-    )
+def _sizes(sizes: dict[str, float], timed: bool) -> str:
+    text = f"A memory: {sizes['memory_mb']:.2f} MB, a session of the same stream: "
+    rate = f" Read at {sizes['read_tokens_per_second']:,.0f} tokens/s." if timed else ""
+    return f"{text}{sizes['session_mb']:.2f} MB.{rate}"
 
 
 def _interval(entry: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def test_the_table_of_memories_is_at_the_best_factor(script, tmp_path):
     results = {
         "books": [{}] * 3,
         "arguments": {"read": "512,1024", "score": "64", "dtype": "bfloat16"},
-        "hardware": {"device": "card"},
+        "hardware": {"device": "card", "platform": "gpu"},
         "date": "2026-11-30T22:00",
         "commit": "0123456789",
         "sizes": {"memory_mb": 3.5, "session_mb": 9.0, "read_tokens_per_second": 1.0},

@@ -6,12 +6,14 @@ pip install sglang      # docs/memory-engines.md says how on a CPU; skipped with
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.adapters import IDS, served
 
 pytestmark = [
@@ -49,18 +51,32 @@ def answers(folder: Path, base: Path, calls, **options):
     return json.loads((folder / "answer.json").read_text())
 
 
+def in_another_layer(adapter: Path, folder: Path) -> Path:
+    """The adapter with layer 0's part in layer 1, and none in layer 2."""
+    shutil.copytree(adapter, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    moved = {name.replace(".0.", ".1."): x for name, x in tensors.items() if ".0." in name}
+    save_file(moved, folder / "adapter_model.safetensors")
+    return folder
+
+
 def test_sglang_serves_adapters_of_several_ranks_in_one_batch(tmp_path):
-    """Named at the start, with no other option. One slot fewer than there are adapters: a slot
-    that a larger rank had is given to a smaller one, and to the base.
+    """Named at the start, with no other option. There are fewer slots than adapters: one that a
+    larger rank had is given to a smaller one, to other layers, and to the base.
     """
     base, adapters, expected = served(tmp_path, (8, 100, 128))
     paths = {f"rank{rank}": str(folder) for rank, folder in adapters.items()}
-    batches = [[None, 128, 8], [100], [8, 128], [None]]
-    calls = [[rank and f"rank{rank}" for rank in batch] for batch in batches]
-    found = answers(tmp_path, base, calls, lora_paths=paths, max_loras_per_batch=3)
+    paths["moved"] = str(in_another_layer(adapters[8], tmp_path / "moved"))
+    batches = [["moved"], [None, "rank128", "rank8"], ["rank100"], ["rank8", "rank128", "moved"]]
+    batches += [[None]]
+    found = answers(tmp_path, base, batches, lora_paths=paths, max_loras_per_batch=3)
+    expected = {rank and f"rank{rank}": logprobs for rank, logprobs in expected.items()}
+    expected["moved"] = np.array(found[0][0])  # in a slot that nothing had been in
+    others = [x for name, x in expected.items() if name != "moved"]
+    assert min(np.abs(expected["moved"] - x).max() for x in others) > 0.05
     for batch, rows in zip(batches, found, strict=True):
-        for rank, row in zip(batch, rows, strict=True):
-            np.testing.assert_allclose(row, expected[rank], atol=1e-4, err_msg=str((batch, rank)))
+        for name, row in zip(batch, rows, strict=True):
+            np.testing.assert_allclose(row, expected[name], atol=1e-4, err_msg=str((batch, name)))
 
 
 def test_sglang_loads_an_adapter_later_up_to_the_rank_it_was_told(tmp_path):
