@@ -21,10 +21,15 @@ def test_writes_that_come_late_leave_nothing(tmp_path):
             first.set()
             time.sleep(0.01)
 
-    with pytest.raises(OSError, match="full"), new_folder(tmp_path / "out") as parts:
-        thread = threading.Thread(target=write, args=(parts,))
-        thread.start()
-        assert first.wait(10)
-        raise OSError("full")
-    thread.join()
+    def fail():
+        with new_folder(tmp_path / "out") as parts:
+            threads.append(threading.Thread(target=write, args=(parts,)))
+            threads[0].start()
+            assert first.wait(10)
+            raise OSError("full")
+
+    threads = []
+    with pytest.raises(OSError, match="full"):
+        fail()
+    threads[0].join()
     assert not list(tmp_path.iterdir())

@@ -227,8 +227,8 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     if WHOLE_FILE not in shards and (folder / WHOLE_FILE).exists():
         # transformers reads the file, vLLM the shards.
         raise CheckpointError(
-            f"checkpoint {folder}: holds {WHOLE_FILE}, and {INDEX_FILE} that lists other files: two "
-            "models; delete what is not meant"
+            f"checkpoint {folder}: holds {WHOLE_FILE}, and {INDEX_FILE} that lists other files: "
+            "two models; delete what is not meant"
         )
     return dict(sorted(shards.items()))
 
