@@ -39,7 +39,7 @@ def finish(words):
 
 def test_an_interrupted_job_continues_bit_for_bit(words, tmp_path):
     """Uninterrupted, killed without warning (kill -9), and stopped by SIGTERM: one loss curve."""
-    runs = tmp_path / "runs"
+    runs, words = tmp_path / "runs", [*words, f"--compile_cache={tmp_path / 'programs'}"]
     finish([*words, "--name=whole"])
     report = json.loads((runs / "whole" / "report.json").read_text())
     assert {"heldout", "steps", "tokens_per_second", "loss_first", "loss_last"} <= set(report)
@@ -151,6 +151,7 @@ def test_a_loss_that_is_not_finite_stops_the_job(words, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_init_from_a_run_and_from_a_hugging_face_folder(words, tmp_path, capsys):
     assert train.main([*words, "--steps=3"]) == 0
     source = tmp_path / "runs" / "tiny"
