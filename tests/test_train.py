@@ -39,7 +39,7 @@ def finish(words):
 
 def test_an_interrupted_job_continues_bit_for_bit(words, tmp_path):
     """Uninterrupted, killed without warning (kill -9), and stopped by SIGTERM: one loss curve."""
-    runs, words = tmp_path / "runs", [*words, f"--compile_cache={tmp_path / 'programs'}"]
+    runs = tmp_path / "runs"
     finish([*words, "--name=whole"])
     report = json.loads((runs / "whole" / "report.json").read_text())
     assert {"heldout", "steps", "tokens_per_second", "loss_first", "loss_last"} <= set(report)
