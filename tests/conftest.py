@@ -40,6 +40,13 @@ def pytest_collection_finish(session):
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """pytest collects five times when all tests are done. What one collection leaves is in use."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
     """Give a large heap back between two files, which share few programs."""

@@ -151,6 +151,7 @@ def test_a_loss_that_is_not_finite_stops_the_job(words, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_init_from_a_run_and_from_a_hugging_face_folder(words, tmp_path, capsys):
     assert train.main([*words, "--steps=3"]) == 0
     source = tmp_path / "runs" / "tiny"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
+from support.compilation import CHEAP
 from support.hf_folders import make_folder
 from support.tokenizers import TEMPLATE, write_tokenizer
 
@@ -79,6 +80,7 @@ def run(installed, tmp_path):
 
     def run(*words, **options):
         env = {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        env |= {"XLA_FLAGS": CHEAP}  # one device, as a newcomer has
         return python("-m", "ttt_jax", *words, folder=tmp_path, **options, **env)
 
     return run

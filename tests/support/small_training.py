@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 SMALL = {
@@ -25,13 +24,15 @@ SMALL = {
 def batch(weight=1.0):
     ids = np.random.default_rng(0).integers(0, 250, (8, 17)).astype(np.int32)
     ones = np.ones((8, 16), np.int32)
-    return {
-        "ids": jnp.asarray(ids[:, :-1]),
-        "targets": jnp.asarray(ids[:, 1:]),
-        "weights": jnp.full((8, 16), weight, jnp.float32),
-        "segment_ids": jnp.asarray(ones),
-        "positions": jnp.asarray(np.arange(16, dtype=np.int32)[None] * ones),
-    }
+    return jax.device_put(
+        {
+            "ids": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "weights": np.full((8, 16), weight, np.float32),
+            "segment_ids": ones,
+            "positions": np.arange(16, dtype=np.int32)[None] * ones,
+        }
+    )
 
 
 def bits(tree):

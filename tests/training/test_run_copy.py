@@ -20,6 +20,7 @@ import train
 from ttt_jax.checkpoint import run_copy
 from ttt_jax.checkpoint.checksums import CHECKSUMS, write_checksums
 from ttt_jax.checkpoint.run_copy import RunCopy, fetch_run
+from ttt_jax.checkpoint.run_place import Place
 from ttt_jax.config import Config, dump_yaml, replace, validate
 from ttt_jax.data import Loader
 from ttt_jax.errors import CheckpointError, ConfigError, TrainingError
@@ -248,7 +249,7 @@ def test_the_last_file_of_a_step_says_that_it_is_complete(run, tmp_path, monkeyp
     write_step(run, 4)
     copy(run)
     write_step(run, 8)
-    put = run_copy._Place.put
+    put = Place.put
 
     def until_the_last(place, source, name):
         if name.endswith(CHECKSUMS):
@@ -256,7 +257,7 @@ def test_the_last_file_of_a_step_says_that_it_is_complete(run, tmp_path, monkeyp
         put(place, source, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_copy._Place, "put", until_the_last)
+        patch.setattr(Place, "put", until_the_last)
         with pytest.raises(TrainingError, match=r"step 8 is in .* could not be copied \(killed\)"):
             copy(run)
     assert (tmp_path / "copies/a/checkpoints/8/model/d/1").exists()
@@ -281,7 +282,7 @@ def test_a_removal_that_is_cut_short_leaves_no_half_of_a_step(run, tmp_path, mon
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_copy._Place, "remove_folder", killed)
+        patch.setattr(Place, "remove_folder", killed)
         with pytest.raises(TrainingError, match="killed"):
             copy(run)
     assert not (tmp_path / "copies/a/checkpoints/4" / CHECKSUMS).exists()
@@ -386,14 +387,14 @@ def test_a_step_that_the_run_removes_is_copied_all_the_same(run, tmp_path, monke
     run = replace(run, {"checkpoint.keep": 1})
     source = write_step(run, 4)
     expected = files_of(source)
-    put, began, removed = run_copy._Place.put, threading.Event(), threading.Event()
+    put, began, removed = Place.put, threading.Event(), threading.Event()
 
     def slowly(place, path, name):
         began.set()
         assert removed.wait(60)
         put(place, path, name)
 
-    monkeypatch.setattr(run_copy._Place, "put", slowly)
+    monkeypatch.setattr(Place, "put", slowly)
     with RunCopy(run, lambda text, **details: pytest.fail(text)) as copier:
         copier.follow()
         assert began.wait(60)
@@ -429,9 +430,9 @@ def test_names_that_leave_the_folder_are_not_fetched(run, tmp_path, monkeypatch)
     write_step(run, 4)
     copy(run)
     lose(run)
-    names = run_copy._Place.names
+    names = Place.names
     monkeypatch.setattr(
-        run_copy._Place,
+        Place,
         "names",
         lambda place, below="": [
             *names(place, below),

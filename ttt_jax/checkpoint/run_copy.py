@@ -14,14 +14,12 @@ Orbax itself writes to gs:// only: of s3:// it says that the path is not absolut
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -31,9 +29,10 @@ from ttt_jax.checkpoint.checksums import (
     compare_files,
     finished_steps,
 )
+from ttt_jax.checkpoint.run_place import Place
 from ttt_jax.config import Config
 from ttt_jax.errors import CheckpointError, TrainingError
-from ttt_jax.files.stores import StoreError, is_url, open_store, store_error
+from ttt_jax.files.stores import StoreError, is_url
 from ttt_jax.files.text import one_line, reason_of, sync, sync_tree
 from ttt_jax.process.multihost import from_first_process, on_first_process
 from ttt_jax.run.folder import CONFIG_FILE, check_same_curve
@@ -44,84 +43,6 @@ _HELD = ".copy"  # of the run folder: links to the files of the step that is bei
 _AT_ONCE = 8  # files
 _PAUSE = 30.0  # seconds after a failed copy
 _MAX_FILE_BYTES = 1 << 30  # of a file beside the checkpoints, when it is fetched
-
-
-class _Place:
-    """The folder of one run below `checkpoint.copy_to`. Every method raises OSError only."""
-
-    def __init__(self, target: str, name: str) -> None:
-        if is_url(target):
-            self._store, root = open_store(target)
-        else:
-            import fsspec
-
-            self._store = fsspec.filesystem("file", auto_mkdir=True)
-            root = os.path.abspath(os.path.expanduser(target))
-        self.root = f"{root.rstrip('/')}/{name}"
-
-    def names(self, below: str = "") -> list[str]:
-        """List all files below a folder of the copy, by their names from there."""
-        start = f"{self.root}/{below}".rstrip("/")
-
-        def find() -> list[str]:
-            self._store.invalidate_cache()
-            return self._store.find(start)
-
-        try:
-            return sorted(path[len(start) :].lstrip("/") for path in _guarded(find))
-        except FileNotFoundError:
-            return []
-
-    def put(self, source: Path, name: str) -> None:
-        target = f"{self.root}/{name}"
-        if source.suffix == ".jsonl":  # another thread may be writing its last line
-            data = source.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            _guarded(lambda: self._store.pipe_file(target, whole))
-        else:
-            _guarded(lambda: self._store.put_file(str(source), target))
-
-    def put_bytes(self, data: bytes, name: str) -> None:
-        _guarded(lambda: self._store.pipe_file(f"{self.root}/{name}", data))
-
-    def get(self, name: str, target: Path) -> None:
-        """Fetch a file: whole, or not at all."""
-        partial = target.with_name(f".{target.name}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _guarded(lambda: self._store.get_file(f"{self.root}/{name}", str(partial)))
-        sync(partial)
-        os.replace(partial, target)
-
-    def size(self, name: str) -> int:
-        return int(_guarded(lambda: self._store.info(f"{self.root}/{name}"))["size"])
-
-    def remove(self, name: str) -> None:
-        _guarded(lambda: self._store.rm_file(f"{self.root}/{name}"))
-
-    def remove_folder(self, name: str) -> None:
-        def remove() -> None:
-            self._store.invalidate_cache()
-            self._store.rm(f"{self.root}/{name}", recursive=True)
-
-        with contextlib.suppress(FileNotFoundError):  # of a store, when nothing is below it
-            _guarded(remove)
-
-    def steps(self) -> dict[int, list[str]]:
-        """Map the numbers of steps, complete or not, to their files."""
-        steps: dict[int, list[str]] = {}
-        for name in self.names(CHECKPOINT_FOLDER):
-            number, _, rest = name.partition("/")
-            if number.isdecimal() and rest:
-                steps.setdefault(int(number), []).append(rest)
-        return steps
-
-
-def _guarded(call: Callable[[], Any]) -> Any:
-    """Call a store, whose library raises what it likes. Raises OSError only."""
-    try:
-        return call()
-    except Exception as error:
-        raise store_error(error) from None
 
 
 def _link(source: str, target: str) -> None:
@@ -168,7 +89,7 @@ def _fetch(config: Config) -> list[str]:
                 f"{label}: is where the run itself lies; name another folder, or set it to null"
             )
     try:
-        place = _Place(target, config.name)
+        place = Place(target, config.name)
         place.put_bytes(b"", _PROBE)
         place.remove(_PROBE)
         names, steps = place.names(), place.steps()
@@ -192,7 +113,7 @@ def _fetch(config: Config) -> list[str]:
         ) from None
 
 
-def _check_config(config: Config, place: _Place, label: str) -> None:
+def _check_config(config: Config, place: Place, label: str) -> None:
     """Raise CheckpointError unless the copy is of the same training curve."""
     with tempfile.TemporaryDirectory() as folder:
         if place.size(CONFIG_FILE) > _MAX_FILE_BYTES:
@@ -206,7 +127,7 @@ def _check_config(config: Config, place: _Place, label: str) -> None:
 
 
 def _fetch_newest(
-    config: Config, place: _Place, steps: dict[int, list[str]], others: list[str], label: str
+    config: Config, place: Place, steps: dict[int, list[str]], others: list[str], label: str
 ) -> list[str]:
     """Fetch the newest step that is intact, if it is newer than those of the run folder."""
     run_dir, remarks = config.run_dir, []
@@ -236,7 +157,7 @@ def _fetch_newest(
     return remarks
 
 
-def _get_step(place: _Place, step: int, names: list[str], folder: Path) -> str | None:
+def _get_step(place: Place, step: int, names: list[str], folder: Path) -> str | None:
     """Fetch a step into `folder`: None, or what is wrong with it."""
     if any(".." in name.split("/") for name in names):
         return "it names files outside of itself"
@@ -313,7 +234,7 @@ class RunCopy:
         if self._target is None or not self._main:
             return
         try:
-            self._put_files(_Place(self._target, self._config.name))
+            self._put_files(Place(self._target, self._config.name))
         except OSError as error:
             self._warn(
                 f"config field checkpoint.copy_to = {self._target!r}: the report could not be "
@@ -379,7 +300,7 @@ class RunCopy:
 
     def _copy_held(self, step: int, source: Path) -> None:
         assert self._target is not None
-        place = _Place(self._target, self._config.name)
+        place = Place(self._target, self._config.name)
         there = place.steps()
         if CHECKSUMS not in there.get(step, ()):
             found = [path for path in source.rglob("*") if path.is_file()]
@@ -394,14 +315,14 @@ class RunCopy:
             place.put(source / CHECKSUMS, f"{below}/{CHECKSUMS}")
         self._prune(place, there, step)
 
-    def _put_files(self, place: _Place) -> None:
+    def _put_files(self, place: Place) -> None:
         run_dir = self._config.run_dir
         for path in sorted(run_dir.rglob("*")):
             name = path.relative_to(run_dir).as_posix()
             if _is_copied(name) and path.is_file():
                 place.put(path, name)
 
-    def _prune(self, place: _Place, there: dict[int, list[str]], newest: int) -> None:
+    def _prune(self, place: Place, there: dict[int, list[str]], newest: int) -> None:
         """Remove all but the newest steps, and what copies that were cut short have left."""
         complete = sorted({newest, *(s for s, names in there.items() if CHECKSUMS in names)})
         kept = complete[-self._config.checkpoint.keep :]

@@ -92,16 +92,7 @@ class Devices(abc.ABC):
 
     @abc.abstractmethod
     def cached_attention(
-        self,
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        cache: KVCache,
-        start_B,
-        lengths_B,
-        *,
-        ring: bool,
-        implementation: str | None = None,
+        self, q_BTNH, k_BTKH, v_BTKH, cache: KVCache, start_B, lengths_B, **options
     ) -> tuple[jax.Array, KVCache]:
         """Call `attend` of ops/attention/cached.py; same arguments and results."""
 
@@ -112,22 +103,7 @@ class Devices(abc.ABC):
         """Call `write` of ops/attention/cached.py; same arguments and result."""
 
     @abc.abstractmethod
-    def in_place_ttt(
-        self,
-        z_BTF,
-        v_BTD,
-        w_DF,
-        *,
-        lr,
-        chunk_size,
-        state=None,
-        segment_ids=None,
-        decay=1.0,
-        whole_chunks=None,
-        clip_norm=None,
-        apply="split",
-        implementation=None,
-    ) -> tuple[Any, Any]:
+    def in_place_ttt(self, z_BTF, v_BTD, w_DF, **options) -> tuple[Any, Any]:
         """Call `ttt_jax.ops.in_place_ttt`; same arguments and results.
 
         Raises: UserError as that does.

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from ttt_jax.checkpoint.checksums import write_checksums
-from ttt_jax.checkpoint.parameters import load_model_params
 from ttt_jax.config import ModelConfig, TTTConfig, replace
 from ttt_jax.display.progress import progress
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
@@ -34,7 +33,7 @@ from ttt_jax.pretrained.hf_weights import (
     tensor_names,
     tensor_shapes,
 )
-from ttt_jax.pretrained.orbax_folder import OrbaxTensors, OrbaxWriter
+from ttt_jax.pretrained.orbax_folder import OrbaxWriter
 from ttt_jax.pretrained.orbax_layout import Description, is_model_folder, write_description
 from ttt_jax.pretrained.safetensors_io import (
     DTYPES,
@@ -53,9 +52,9 @@ from ttt_jax.pretrained.source import (
     equip,
     open_source,
 )
+from ttt_jax.pretrained.verification import compare_logits
 
 VERIFY_LIMIT = 1e-5  # relative RMS of the logits, when the dtype has not changed
-_VERIFY_CHUNK = 64
 
 
 class Conversion(NamedTuple):
@@ -391,40 +390,3 @@ def _check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"output {output}: not a model folder; --overwrite replaces model folders only"
         )
-
-
-# ------------------------------------------------------------------------------------------- verify
-
-
-def compare_logits(a: Source, b: Source) -> float:
-    """Relative RMS of the logits of two models on random ids, computed in float32.
-
-    Both run with a chunk of at most 64 tokens, so that the fast weights are updated twice on the
-    way.
-    """
-    chunk = min(
-        [
-            _VERIFY_CHUNK,
-            *(source.model.ttt.chunk_size for source in (a, b) if source.model.ttt.layers),
-        ]
-    )
-    ids_BT = jax.random.randint(
-        jax.random.key(0), (2, 2 * chunk + 17), 0, a.model.vocab_size, np.int32
-    )
-
-    def logits_BTV(source: Source) -> np.ndarray:
-        config = replace(source.model, {"ttt.chunk_size": chunk})
-        abstract = abstract_transformer(config)
-        if isinstance(source.tensors, OrbaxTensors):  # through Orbax's own reader
-            model = load_model_params(source.folder, abstract)
-        else:
-            model = fill(abstract, source.tensors.read)
-        return np.asarray(_logits_BTV(model, ids_BT), np.float64)
-
-    x_BTV = logits_BTV(a)
-    return float(np.sqrt(np.mean((logits_BTV(b) - x_BTV) ** 2) / np.mean(x_BTV**2)))
-
-
-@jax.jit  # one function: compiled once when both sides are the same model
-def _logits_BTV(model: Transformer, ids_BT: jax.Array) -> jax.Array:
-    return model.logits(model.hidden(ids_BT)[0])
