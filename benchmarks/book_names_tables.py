@@ -58,8 +58,11 @@ def gained_words(model, book, losses: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Means over books, and 95 % intervals of the differences from no memory."""
-    ways, lines = list(rows[0]["ways"]), [f"{len(rows)} books", ""]
+    """Means over books, and 95 % intervals of the differences from no memory, of what all books
+    were measured with.
+    """
+    ways = [way for way in rows[0]["ways"] if all(way in row["ways"] for row in rows)]
+    lines = [f"{len(rows)} books", ""]
     lines += [_line("memory", *MEASURES), _line(*["---"] + ["---:"] * len(MEASURES))]
     for way in ways:
         lines.append(_line(way, *(_cell(rows, "ways", way, _measure(name)) for name in MEASURES)))
@@ -91,5 +94,13 @@ def _line(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def main() -> None:
+    """Print the tables of every reading that the files have."""
+    rows = [row for path in sys.argv[1:] for row in rows_of(Path(path))]
+    for context in dict.fromkeys(row["args"]["context"] for row in rows):
+        print(f"read with attention over {context} tokens at most")
+        print(tables([row for row in rows if row["args"]["context"] == context]), end="\n\n")
+
+
 if __name__ == "__main__":
-    print(tables(rows_of(Path(sys.argv[1]))))
+    main()

@@ -137,3 +137,35 @@ def test_an_evaluation_in_which_nothing_was_written_is_told(script, on, adapts):
     kept = {"perplexity": {"modes": ["off", "on"], "positions": positions}}
     assert script("books_eval").adapts(kept) == adapts
     assert script("books_eval").adapts({"perplexity": {"modes": ["off"], "positions": []}})
+
+
+def test_names_of_a_book_and_what_they_gain(script):
+    names = script("book_names").names_in
+    text = "Syme's hat. Then the Door, Mr GREEN and Dr Bull's door. I"
+    assert names(text, {"then", "the", "door", "hat", "and"}) == ["Syme", "Mr", "Dr", "Bull"]
+
+    class Letters:
+        decode = staticmethod(lambda ids: "".join(map(chr, ids)))
+
+    class Model:
+        tokenizer = Letters
+
+    class Book:
+        names = ["Syme"]  # noqa: RUF012
+        read_T = np.array([*map(ord, "a hat of Syme")])
+        next_K1 = np.array([*map(ord, ".Syme a cat")])
+
+    none = np.ones(10)
+    own = none - np.array([1, 1, 1, 1, 0, 0.5, 0, -1, -1, -1])  # S y m e _ a _ c a t
+    tables = script("book_names_tables")
+    found = tables.gained_words(Model, Book, {"none": none, "own": own})["own"]
+    assert (found["name"], found["seen"], found["new"], found["mark"]) == (1, 0.5, -1, 0)
+    assert found["gain"] == pytest.approx(0.15)
+    assert found["top"][0] == ("Syme", 4.0, 4)
+    way = {"with a name": 0.5, "own names": 1, "names": 4, "p of ten names": 0.1}
+    way |= {"log p of names": -3.0, "different words": 0.8}
+    row = {"ways": {"none": way, "own": way | {"own names": 3}}}
+    row["words"] = {"none": found, "own": found | {"name": None}}
+    shown = tables.tables([row, row])
+    assert "| own | 0.500 (+0.000 to +0.000) | 0.750 (+0.500 to +0.500) |" in shown
+    assert "| own | 0.150 (+0.000 to +0.000) | - | 0.500 (" in shown

@@ -382,6 +382,9 @@ def test_norms_of_the_fast_weights(model):
     (layer, ratio), *rest = talk.fast_weights().items()
     assert (layer, rest) == (0, [])
     assert 0 < ratio < 100
+    talk.forget(3)
+    assert talk.session.state is None
+    assert talk.fast_weights() == {0: pytest.approx(3 * ratio, rel=1e-5)}
 
 
 def test_refusals(model):

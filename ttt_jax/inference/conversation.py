@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.inference.generation import GREEDY, Session
@@ -333,10 +334,15 @@ class Conversation:
         return int(self.session.position_B[0]), len(self.session.unread[0])
 
     def fast_weights(self) -> dict[int, float]:
-        """||S||_F / ||W||_F of every TTT layer; empty before anything has been read."""
+        """||S||_F / ||W||_F of every TTT layer; empty before anything has been read, and no memory
+        stands at the beginning.
+        """
         state, model = self.session.state, self.session.model
         found: dict[int, float] = {}
         if state is None:
+            if (start := self.session.start) is not None:
+                norm_of = lambda layer: float(np.linalg.norm(start.dW(layer)))
+                found = {i: norm_of(i) / (start.slow_norms[i] or 1) for i in start.layers}
             return found
         norm = lambda x, axes: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axes))
         for g, r, layers in model.ttt_runs():
