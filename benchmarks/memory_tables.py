@@ -130,13 +130,14 @@ PARTS = {
 
 
 def pages(folder: Path) -> dict[str, list[str]]:
-    """Blocks of documents by name: a table of all studies of SmolLM2 in the folder of results, and
-    everything of each.
+    """Blocks of documents by name: a table of all studies of SmolLM2 in the folder of results (but
+    those that settings were chosen by, "-choice"), and everything of each.
     """
     files = sorted(folder.glob("*memory-smollm2*.json"), key=lambda file: file.stem)
     found = {file.stem.partition("-memory-")[2]: json.loads(file.read_text()) for file in files}
     every = [f"{_about(name, r)}\n\n{of_all(r)}" for name, r in found.items()]
-    return {"memory, smollm2": _compact(found), "memory, smollm2, all": every}
+    shown = {name: r for name, r in found.items() if not name.endswith("-choice")}
+    return {"memory, smollm2": _compact(shown), "memory, smollm2, all": every}
 
 
 def _about(name: str, results: dict[str, Any]) -> str:
