@@ -227,7 +227,9 @@ def test_what_is_left_of_a_text_that_is_forgotten(model, tmp_path):
     assert talk.messages == [{"role": "system", "content": "be kind"}]
     with pytest.raises(UserError, match="no state before a turn"):
         talk.undo()
-    assert (talk.session.start.dW(0) == (2 * memory).dW(0)).all()
+    start = talk.session.start
+    assert start is not None
+    assert (start.dW(0) == (2 * memory).dW(0)).all()
     again = Conversation(Session(model, memory=2 * memory), chatml, "be kind")
     answers = [x.ask("what?", max_new_tokens=12).text for x in (talk, again)]
     assert answers[0] == answers[1]

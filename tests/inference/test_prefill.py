@@ -37,6 +37,7 @@ def test_caches_are_no_longer_than_the_pieces_of_a_text():
         rows = [np.zeros(tokens, np.int32)]
         read = sum(piece.ids_BP.shape[1] for piece in pieces(rows, np.zeros(1, int), 64, C))
         room = capacity_for(model_of(), tokens, 64)
+        assert room is not None
         assert read <= room
         assert room == (read if tokens <= 64 else -(-tokens // 64) * 64)
     assert capacity_for(model_of(sliding_window=8), 17, 64) is None
