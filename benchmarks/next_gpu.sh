@@ -18,6 +18,11 @@
 #            better than `error` (0.020 below none at 8k). Then more seeds, as time allows.
 #   longer   500 s, on the same machine: 800 steps with and without TTT side by side. Prediction:
 #            0.029 at 8k (0.020 after 200, 0.025 after 400).
+#   memories 400 s, behind smollm2: memories of the held-out novels (predictions:
+#            docs/lab/2026-11-30-memories-smollm2.md), and the names that come back
+#            (2026-11-30-book-names.md). FOLDER holds leavenworth.txt too, "The Leavenworth Case" of
+#            books_train. Then: results.json to docs/results/2026-11-30-memory-smollm2.json, and
+#            benchmarks/books_tables.py.
 #   sums     370 s: two more seeds of `sum` without W_target, and recall of all three beside ridge's
 #            0.32 (three times is asked; prediction: 0.08).
 #   last     530 s: books with prediction errors in the last layer alone, embeddings in the others,
@@ -57,6 +62,15 @@ END
     export XLA_PYTHON_CLIENT_MEM_FRACTION=0.42
     smollm2 nonex800 & smollm2 errorx800
     wait ;;
+  memories)
+    bash benchmarks/memory_smollm2.sh "$data/smollm2" "$data/books_heldout.jsonl.xz" \
+      "$OUT/memories" 150 "$data/leavenworth.txt"
+    python3 -m ttt_jax convert "$data/smollm2" /tmp/calibrated --to hf \
+      --ttt.calibrate "$data/leavenworth.txt"
+    timeout "$(left)" python3 benchmarks/book_names.py /tmp/calibrated \
+      "$data/books_heldout.jsonl.xz" --count 20 --factors 0.5,1,2 --context 512 \
+      --out "$OUT/names.jsonl" --memories /tmp/book_memories
+    python3 benchmarks/book_names_tables.py "$OUT/names.jsonl" ;;
   sums)
     sum="sumnoproj: --steps 358 --model.ttt.write sum --model.ttt.lr 0.0011"  # as seed 0
     SEEDS="0 1 2" bash benchmarks/books.sh "$data" "$gpu" "$(left)" "$sum"
