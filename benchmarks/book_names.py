@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import re
 import sys
 import time
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.book_names_tables import gained_words, rows_of, tables
+from benchmarks.memory_books import records
 from ttt_jax import Memory, Session, score
 from ttt_jax.inference.memory_reading import Text, read_texts
 from ttt_jax.inference.sampling import Sampling
@@ -101,11 +101,9 @@ def main() -> None:
 def load_books(model: Transformer, args) -> tuple[list[Book], set[str]]:
     """The books, and every word that one of the file's books has in small letters."""
     assert model.tokenizer is not None
-    with (lzma.open if args.books.suffix == ".xz" else open)(args.books, "rt") as file:
-        records = [json.loads(line) for line in file]
-    small = {word for r in records for word in WORD.findall(r["text"]) if word[0].islower()}
-    found, counts = [], []
-    for record in records[args.first : args.first + args.count]:
+    found, counts, novels = [], [], list(records(args.books))
+    small = {word for r in novels for word in WORD.findall(r["text"]) if word[0].islower()}
+    for record in novels[args.first : args.first + args.count]:
         text = re.sub(r"[ \t\r]+\n", "\n", record["text"][FRONT:])
         ids = np.asarray(model.tokenizer.encode(text[: 8 * (args.read + args.next)]), np.int32)
         if len(ids) <= args.read + args.next:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.memory_books import records
 from ttt_jax import save_pretrained
 from ttt_jax.config import Config, replace
 from ttt_jax.data.tokenizer import load_tokenizer
@@ -272,14 +272,12 @@ def with_target(model: Transformer, scale_L: jax.Array, proj_DD: Any) -> Transfo
 def passages(file: Path, tokenizer: Any, count: int, length: int) -> np.ndarray:
     """[R, length + 1] ids from behind the first page of each of the first long books of a file."""
     rows = []
-    with (lzma.open if file.suffix == ".xz" else open)(file, "rt") as lines:
-        for line in lines:
-            text = json.loads(line)["text"]
-            ids = tokenizer.encode(text[5000 : 5000 + 8 * length])
-            if len(ids) > length:
-                rows.append(ids[: length + 1])
-            if len(rows) == count:
-                break
+    for record in records(file):
+        ids = tokenizer.encode(record["text"][5000 : 5000 + 8 * length])
+        if len(ids) > length:
+            rows.append(ids[: length + 1])
+        if len(rows) == count:
+            break
     return np.asarray(rows, np.int32)
 
 

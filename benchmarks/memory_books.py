@@ -1,4 +1,4 @@
-"""Books of `memory_study.py`, with two places where a chapter begins."""
+"""Books of `memory_study.py`, with two places where a chapter begins, and records of their file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import lzma
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,5 +85,10 @@ def authors_of(path: Path) -> list[str | None]:
     """The field `author` of the records of a JSON-lines file; empty for other files."""
     if ".jsonl" not in path.name or path.suffix not in (".jsonl", ".xz"):
         return []
+    return [record.get("author") for record in records(path)]
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSON-lines file, packed by xz or not."""
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line).get("author") for line in file]
+        yield from map(json.loads, file)
