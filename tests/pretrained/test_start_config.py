@@ -301,6 +301,17 @@ def test_a_preset_s_warm_up_yields_and_a_user_s_does_not(tmp_path):
         warmup("--steps=2", path=mine)
 
 
+@pytest.mark.parametrize(("T", "C", "said"), [(64, 64, True), (64, 128, True), (128, 64, False)])
+def test_rows_of_one_chunk_are_said_to_train_without_ttt(T, C, said):
+    """Nothing that the only chunk of a row writes is read."""
+    more = [f"--data.seq_len={T}", f"--model.ttt.chunk_size={C}", "--data.pack=false"]
+    remarks = load_start("default", more).remarks
+    assert bool(remarks) == said
+    if said:
+        assert f"data.seq_len = {T} holds one chunk of model.ttt.chunk_size = {C}" in remarks[0]
+    assert not load_start("default", [*more, "--model.ttt.layers=[]"]).remarks
+
+
 def test_auto_is_every_sixth_layer():
     small = ["--model.ttt.layers=auto", "--model.ttt.chunk_size=64"]
     assert load_config(None, small).model.ttt.layers == (0,)

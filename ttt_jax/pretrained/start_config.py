@@ -126,7 +126,18 @@ def _start(
     open_rate = auto and bool(config.model.ttt.layers) and config.model.ttt.write != "ridge"
     if open_rate:
         check_rule(config.model.ttt)
-    return Start(config, open_rate, written.remarks())
+    return Start(config, open_rate, (*written.remarks(), *_one_chunk(config)))
+
+
+def _one_chunk(config: Config) -> tuple[str, ...]:
+    """Return a line for the user about rows in which no chunk comes after another."""
+    T, C = config.data.seq_len, config.model.ttt.chunk_size
+    if not config.model.ttt.layers or T > C:
+        return ()
+    return (
+        f"data.seq_len = {T} holds one chunk of model.ttt.chunk_size = {C}: nothing that it writes "
+        "is ever read, so this trains without TTT; make rows longer or chunks smaller",
+    )
 
 
 def _on_cpu(
