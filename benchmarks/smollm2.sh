@@ -38,7 +38,7 @@ for arm in "$@"; do
     timeout "$left" python3 train.py benchmarks/smollm2_books.yaml --init_from "$from" \
       --data.tokenizer "$data/smollm2" --data.train "$data/books_small.jsonl.xz" \
       --data.heldout "$data/books_heldout.jsonl.xz" --runs_dir "$runs" --name "$run" \
-      --seed "$seed" --log.tensorboard false --log.probe_every 0 --compile_cache null "${words[@]}" \
+      --seed "$seed" --log.tensorboard false --log.probe_every 0 --compile_cache /tmp/smollm2_cache "${words[@]}" \
       > "$out/$run.log" 2>&1
   fi
   grep -E "init_from|error|mean|tokens/s" "$out/$run.log" | tail -6 | sed "s/^/$run: /"
