@@ -333,17 +333,14 @@ class Kernels:
         return self._run(m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
 
     def outer(self, x_NCD, y_NCD):
-        sums = Sums("nt", ((0, 0), (1, 1)), lower=True)
-        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)
-
-    def sandwich(self, a, b):
-        half = self._run(a, b, Sums("nn", OF_FOUR, symmetric=(True, True)))
-        sums = Sums("nn", OF_FOUR, lower=True, symmetric=(False, True), negative=True)
-        return self._run(half, a, sums)
+        pairs = (0, 0), (1, 1)
+        sums = Sums("nt", pairs, ("bfloat16",), lower=True, negative=True)
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)[0]
 
     def apply(self, a, y_NCS, shift_N=None):
         start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
-        sums = Sums("nn", OF_TWO, ("bfloat16",), symmetric=(True, False))
+        pairs = tuple((i, 0) for i in range(len(a)))
+        sums = Sums("nn", pairs, ("bfloat16",), symmetric=(True, False))
         return self._run(a, (y_NCS,), sums, **start)[0]
 
     def _run(self, xs, ys, sums, **options):
