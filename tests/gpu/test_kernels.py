@@ -171,7 +171,8 @@ def test_ridge_writes_and_their_gradients_match_float64(C, D):
         got = [np.asarray(x, np.float64).reshape(*z.shape[:3], -1) for x in got]
         assert_close("targets", got[0], out, 2e-3)
         assert_close("dv", got[2], dv, 2e-3)
-        assert_close("dz of v'^T z", written(*got[:2]), written(out, dz), 2.5e-3)
+        # 2.2e-3 to 2.5e-3 if numpy rounds v', dv, dA and dz
+        assert_close("the gradient of v'^T z by z", written(*got[:2]), written(out, dz), 2.8e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -34,26 +34,24 @@ def test_tiles_hold_all_that_is_asked_for(lower, triangular):
     assert (seen.sum() == 768**2) != lower
 
 
-@pytest.mark.parametrize("symmetric", [(True, True), (True, False), (False, True)])
-def test_symmetric_matrices_are_read_below_the_diagonal(symmetric):
+def test_a_symmetric_matrix_is_read_below_the_diagonal():
     """A tile's sum, put together as the ranges say; with NaN in the tiles that are not computed."""
     rng = np.random.default_rng(0)
-    wholes = [
-        x + x.T if is_so else x for x, is_so in zip(rng.random((2, C, C)), symmetric, strict=True)
-    ]
+    whole, y = rng.random((2, C, C))
+    whole = whole + whole.T
     above = np.kron(np.triu(np.ones((3, 3)), 1), np.ones((256, 256))) > 0
-    x, y = (np.where(above & is_so, np.nan, w) for w, is_so in zip(wholes, symmetric, strict=True))
-    sums = gpu_terms.Sums("nn", gpu_terms.ONE, symmetric=symmetric)
+    x = np.where(above, np.nan, whole)
+    sums = gpu_terms.Sums("nn", gpu_terms.ONE, symmetric=True)
     for m, n, first in sums.tiles(C, C):
         rows, columns, total, done = slice(m, m + 256), slice(n, n + 256), 0.0, 0
-        parts = [part for part in sums.ranges(m, n, first, C // 64) if part[1] < part[2]]
+        parts = [part for part in sums.ranges(m, first, C // 64) if part[1] < part[2]]
         for kind, begin, end in parts:
             assert begin == done
             k = slice(int(begin) * 64, int(end) * 64)
-            left = x[k, rows].T if kind[0] == "t" else x[rows, k]
-            total, done = total + left @ (y[columns, k].T if kind[1] == "t" else y[k, columns]), end
+            left = x[k, rows].T if kind == "tn" else x[rows, k]
+            total, done = total + left @ y[k, columns], end
         assert done == C // 64
-        np.testing.assert_allclose(total, (wholes[0] @ wholes[1])[rows, columns])
+        np.testing.assert_allclose(total, (whole @ y)[rows, columns])
 
 
 @pytest.mark.parametrize(
@@ -156,4 +154,5 @@ def test_a_write_and_its_gradients_match_float64_in_the_interpreter(monkeypatch,
     assert_close("targets", got[0], out, 2e-3)  # one rounding: 1.7e-3
     assert_close("dv", got[2], dv, 2e-3)
     written = lambda out, dz: np.asarray(dz, np.float64) + np.asarray(out, np.float64) @ G.T
-    assert_close("the gradient of v'^T z by z", written(*got[:2]), written(out, dz), 2e-3)
+    # 4.1e-3 as well if numpy rounds v', dv, dA and dz; 3.8e-3 if only v' and dz
+    assert_close("the gradient of v'^T z by z", written(*got[:2]), written(out, dz), 4.3e-3)
