@@ -141,9 +141,9 @@ def test_the_inverse_root_matches_float64(C):
 
 @pytest.mark.parametrize(("C", "D"), [(512, 256), (1024, 256), (512, 128)])
 def test_ridge_writes_and_their_gradients_match_float64(C, D):
-    """In bfloat16, rounded once; z's gradient is that of what is written, v'^T z. In a layer that
-    is computed again, and one that keeps targets. In kernels, and with D = 128, which is no multiple
-    of their tile, in matmuls.
+    """In bfloat16, rounded once; of z the gradient of v'^T z. In a layer that is computed again,
+    and one that keeps targets. In kernels, and with D = 128, which is no multiple of their tile, in
+    matmuls.
     """
     rng = np.random.default_rng(0)
     T, F = 2048, 256

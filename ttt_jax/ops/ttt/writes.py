@@ -62,7 +62,10 @@ def transformed(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def least_squares(z_BMCF, v_BMCD, ridge: float, over_chunks: Callable = all_chunks):
     """Compute A^-1 v with A = G + lambda m I, in v's dtype. One inverse serves the backward, too,
-    and is kept where the backward keeps targets.
+    and is kept with the result where the backward keeps targets.
+
+    The gradient is that of a write v'^T z. In bfloat16 a cotangent that is no z G^T gets a dz that
+    is right to fewer bits (`_gradients`).
 
     Where a chunk's keys are alike, A^-1 is the identity less a matrix of nearly the same size, and
     in bfloat16 nothing true would be left of the difference. So it is found in float32 at least,
@@ -121,9 +124,9 @@ def _gradients(ridge: float, sum_F: Callable, z_BMCF, out_BMCD, do_BMCD, *invers
     """dv = A^-1 do, and dA = -dv v'^T. z gets dA + dA^T, and with A's lambda m I twice
     lambda / C trace dA.
 
-    One term is enough for dA. What is written is v'^T z, so do = z G^T with G the gradient of what
-    is written, and v'^T z has a gradient of its own for z, v' G. It is as large as dA's part, and v'
-    is rounded in it, too.
+    One term is enough for dA, because what is written is v'^T z. Its gradient G makes do = z G^T
+    and, for z, also v' G. There v' is rounded, too, and by no less: ||dv|| ||z|| <= ||G|| at
+    lambda 1.
     """
     del sum_F  # each device has the gradient of its part of F
     z_NCF, out_NCD, do_NCD, *inverse = _joined(z_BMCF, out_BMCD, do_BMCD, *inverse_BMCC)
