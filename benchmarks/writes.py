@@ -56,14 +56,15 @@ def keys_of(kind: str, C: int, F: int, rng):
 
 def chunk_arrays(shape: Shape):
     """bf16 keys, targets and cotangents of four chunks of four kinds, [4, C, .], and the same
-    again and again, [1, N C, .].
+    again and again, [1, N C, .]. Cotangents are what the op makes of a gradient G of what is
+    written, [F, D].
     """
     rng = np.random.default_rng(0)
     z = np.stack([keys_of(kind, shape.C, shape.F, rng) for kind in KEYS])
-    v, do = (rng.standard_normal((4, shape.C, shape.D)) for _ in range(2))
-    four = tuple(jnp.asarray(x, "bfloat16") for x in (z, v, do))
+    v, G = rng.standard_normal((4, shape.C, shape.D)), rng.standard_normal((shape.F, shape.D))
+    four = tuple(jnp.asarray(x, "bfloat16") for x in (z, v, z @ G))
     repeat = jax.jit(lambda x: jnp.tile(x, (shape.N // 4, 1, 1)).reshape(1, -1, x.shape[2]))
-    return four, tuple(map(repeat, four))
+    return four, tuple(map(repeat, four)), G
 
 
 def ridge_oracle(z_CF, v_CD, do_CD, ridge: float):
@@ -87,8 +88,10 @@ def with_gradients(C: int, ridge: float):
     return all_three
 
 
-def right(run, shape: Shape, four, arrays, ridge: float) -> bool:
-    """Print the errors of a ridge program, and say whether it is right on all chunks."""
+def right(run, shape: Shape, four, arrays, G, ridge: float) -> bool:
+    """Print the errors of a ridge program, and say whether it is right on all chunks. That of dz is
+    relative to the gradient of v'^T z, of which it is a part.
+    """
     equal = jax.jit(lambda x, y: jnp.array_equal(x, y, equal_nan=True))
     first, second = run(*arrays), run(*arrays)
     again = all(bool(equal(x, y)) for x, y in zip(first, second, strict=True))
@@ -97,15 +100,21 @@ def right(run, shape: Shape, four, arrays, ridge: float) -> bool:
     worst = 0.0
     for k, kind in enumerate(KEYS):
         exact = ridge_oracle(four[0][k], four[1][k], four[2][k], ridge)
+        found = [np.asarray(x[0, k], np.float64) for x in chunks]
         errors = [
-            float(np.linalg.norm(np.asarray(x[0, k], np.float64) - y) / np.linalg.norm(y))
-            for x, y in zip(chunks, exact, strict=True)
+            float(np.linalg.norm(x - y) / np.linalg.norm(y))
+            for x, y in zip(of_written(*found, G), of_written(*exact, G), strict=True)
         ]
         worst = float(np.maximum(worst, np.max(errors)))  # nan stays
         print("  keys {}: v' {:.1e}, dz {:.1e}, dv {:.1e}".format(kind, *errors))
     fine = again and alike and worst < 5e-3
     print(f"  the same again: {again}, in every chunk: {alike}: {'right' if fine else 'WRONG'}")
     return fine
+
+
+def of_written(out_CD, dz_CF, dv_CD, G_FD):
+    """v', the gradient of v'^T z by z, and dv."""
+    return out_CD, dz_CF + out_CD @ G_FD.T, dv_CD
 
 
 def milliseconds(programs: dict, repeats: int) -> dict[str, float]:
@@ -131,11 +140,11 @@ def in_matmuls(function):
 
 
 def time_shape(name: str, shape: Shape, args: argparse.Namespace) -> bool:
-    four, arrays = chunk_arrays(shape)
+    four, arrays, G = chunk_arrays(shape)
     z, v, _ = arrays
     print(f"{name}: {shape}", flush=True)
     gradients = with_gradients(shape.C, args.ridge)
-    if not right(jax.jit(gradients), shape, four, arrays, args.ridge):
+    if not right(jax.jit(gradients), shape, four, arrays, G, args.ridge):
         print("  wrong results: nothing is timed", flush=True)
         return False
     targets = functools.partial(transformed, "ridge", chunk_size=shape.C, ridge=args.ridge)

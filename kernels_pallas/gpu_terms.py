@@ -36,8 +36,7 @@ from ttt_jax.kernels_pallas.gpu_tiles import (
 )
 
 ONE = ((0, 0),)
-OF_TWO = ((0, 0), (1, 0))  # pairs of two terms of X and one of Y
-OF_FOUR = ((0, 0), (0, 1), (1, 0))  # of two and two, without that of the small ones
+OF_FOUR = ((0, 0), (0, 1), (1, 0))  # of two terms and two, without that of the small ones
 TERMS = ("bfloat16", "bfloat16")
 STAGES = 4  # of the ring: three were slower
 BUFFERS = 2  # of results on their way to device memory: one was slower (H200)
@@ -49,12 +48,12 @@ class Sums:
 
     Attributes:
       kind: as in `gpu_tiles.py`: "nn" X Y, "nt" X Y^T, "tn" X^T Y, of the arrays as they lie.
-        With symmetric factors "nn".
+        With a symmetric X "nn".
       pairs: terms (i of X, j of Y) whose products are summed.
       out: dtypes of the result, or of its terms.
       lower: only tiles that touch the lower triangle are computed; the others hold anything. So it
         is with symmetric results.
-      symmetric: whether X and Y are, and are read in tiles that touch the lower triangle only.
+      symmetric: X is, and is read in tiles that touch the lower triangle only.
       triangular: X and Y are lower triangular, and what is zero is left out.
       negative: minus the sum.
     """
@@ -63,7 +62,7 @@ class Sums:
     pairs: tuple[tuple[int, int], ...]
     out: tuple[str, ...] = TERMS
     lower: bool = False
-    symmetric: tuple[bool, bool] = (False, False)
+    symmetric: bool = False
     triangular: bool = False
     negative: bool = False
 
@@ -77,23 +76,14 @@ class Sums:
         """Columns that are written at once: 128 bytes."""
         return 128 // jnp.dtype(self.out[0]).itemsize
 
-    def ranges(self, m0, n0, first, K_steps: int):
+    def ranges(self, m0, first, K_steps: int):
         """Kind, first k-step and end of each part of a tile's sum: what lies above the diagonal of
         a symmetric matrix is read below it, transposed.
         """
-        of_x, of_y = self.symmetric
-        if not (of_x or of_y):
+        if not self.symmetric:
             return [(self.kind, first, K_steps)]
-        x = (m0 + TILE) // BLOCK_K if of_x else K_steps  # from here on X is transposed
-        y = n0 // BLOCK_K if of_y else 0  # and up to here Y
-        both = jnp.maximum(x, y)
-        parts = [("nt", 0, jnp.minimum(x, y)), ("nn", y, both), ("tt", x, both)]
-        parts += [("tn", both, K_steps)]
-        return [
-            (kind, begin, end)
-            for kind, begin, end in parts
-            if (of_x or kind[0] == "n") and (of_y or kind[1] == "n")
-        ]
+        middle = (m0 + TILE) // BLOCK_K
+        return [("nn", 0, middle), ("tn", middle, K_steps)]
 
     def tiles(self, R: int, S: int) -> np.ndarray:
         """First row, first column and first k-step of each tile of a matrix."""
@@ -221,7 +211,7 @@ def _body(sums, sizes, N, clusters, count_x, count_y, *arrays):
             n = jax.lax.div(pair + j * clusters, jnp.int32(tiles))
             m0 = pl.multiple_of(row + block * BLOCK_ROWS, BLOCK_ROWS)
             n0, k_steps = pl.multiple_of(column, TILE), len(sums.pairs) * (K_steps - first)
-            ranges = sums.ranges(row, column, first, K_steps)
+            ranges = sums.ranges(row, first, K_steps)
             compute(Place(n, m0, n0, k_step, k_steps), ranges)
             return k_step + k_steps + product.epilogue_steps, after
 
@@ -333,17 +323,14 @@ class Kernels:
         return self._run(m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
 
     def outer(self, x_NCD, y_NCD):
-        sums = Sums("nt", ((0, 0), (1, 1)), lower=True)
-        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)
-
-    def sandwich(self, a, b):
-        half = self._run(a, b, Sums("nn", OF_FOUR, symmetric=(True, True)))
-        sums = Sums("nn", OF_FOUR, lower=True, symmetric=(False, True), negative=True)
-        return self._run(half, a, sums)
+        pairs = (0, 0), (1, 1)
+        sums = Sums("nt", pairs, ("bfloat16",), lower=True, negative=True)
+        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)[0]
 
     def apply(self, a, y_NCS, shift_N=None):
         start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
-        sums = Sums("nn", OF_TWO, ("bfloat16",), symmetric=(True, False))
+        pairs = tuple((i, 0) for i in range(len(a)))
+        sums = Sums("nn", pairs, ("bfloat16",), symmetric=True)
         return self._run(a, (y_NCS,), sums, **start)[0]
 
     def _run(self, xs, ys, sums, **options):

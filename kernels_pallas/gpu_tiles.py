@@ -38,7 +38,6 @@ Kinds of products, by where the summed dimension is:
     nt    last in both operands
     nn    last in the left one only
     tn    first in both
-    tt    first in the left one only
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ CONSUMER_ROWS = BLOCK_ROWS // CONSUMERS
 class Product(NamedTuple):
     """Output tiles of one matrix product, for every sequence of the batch."""
 
-    kind: Literal["nt", "nn", "tn", "tt"]
+    kind: Literal["nt", "nn", "tn"]
     rows: int
     columns: int
     length: int  # of one product's sum

@@ -2,6 +2,7 @@
 cut into pieces.
 """
 
+import math
 import re
 
 import jax
@@ -135,11 +136,9 @@ def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
             assert relative_rms(x, y) < 1e-11
 
 
-@pytest.mark.parametrize(("save", "kept"), [((), ["h"]), (("ttt_target",), ["h", "v"])])
-def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(monkeypatch, save, kept):
-    """Only what differs from layer to layer and is not at hand in the backward is kept: its input,
-    and what was named.
-    """
+@pytest.fixture
+def saved(monkeypatch):
+    """What each kind of layer keeps for the backward: shapes and dtypes."""
     seen = []
 
     def spy(*args):
@@ -148,15 +147,38 @@ def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(monkeyp
         return out
 
     monkeypatch.setattr("ttt_jax.model.layer_scan._linearize", spy)
+
+    def run(model):
+        ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        loss = lambda model, ids: jnp.sum(model.hidden(ids)[0]).astype(jnp.float32)
+        jax.eval_shape(jax.grad(loss), model, ids)
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize(("save", "kept"), [((), ["h"]), (("ttt_target",), ["h", "v"])])
+def test_parameters_and_what_all_layers_share_are_not_saved_with_a_layer(saved, save, kept):
+    """Only what differs from layer to layer and is not at hand in the backward is kept: its input,
+    and what was named.
+    """
     model = abstract(config(**SEVEN), remat_save=save, dtype="bfloat16")
-    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    jax.eval_shape(
-        jax.grad(lambda model, ids: jnp.sum(model.hidden(ids)[0]).astype(jnp.float32)), model, ids
-    )
+    seen = saved(model)
     D = model.config.d_model
     assert [((2, 8, D), jnp.bfloat16)] * len(kept) in seen  # the TTT layer
     assert all(shape == (2, 8, D) for leaves in seen for shape, _ in leaves)
     assert max(len(leaves) for leaves in seen) == len(kept)
+
+
+def test_targets_are_kept_once(saved):
+    """Of a ridge write: its targets, which its gradient reads too, and the inverse's two terms."""
+    options = {"remat_save": ("ttt_target",), "dtype": "bfloat16"}
+    model = abstract(config(**SEVEN, **{"ttt.write": "ridge"}), **options)
+    seen = saved(model)
+    C, D = model.config.ttt.chunk_size, model.config.d_model
+    sizes = [[math.prod(shape) for shape, _ in leaves] for leaves in seen]
+    assert sorted([2 * 8 * D] * 2 + [2 * 8 * C] * 2) in map(sorted, sizes)
+    assert max(map(len, sizes)) == 4
 
 
 def test_no_stack_is_cut_into_repeats():

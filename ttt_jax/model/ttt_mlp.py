@@ -201,14 +201,15 @@ class MLP(nnx.Module):
             error_BTD = prediction_error.prediction_error(source_BTX, ctx.head, C, **options)
             source_BTX = checkpoint_name(devices.pin(error_BTD), TARGET)
         v_BTD = self.target(source_BTX, C, devices.pin)
-        if ttt.write != "sum":
+        if ttt.write == "sum":
+            v_BTD = checkpoint_name(v_BTD, TARGET)
+        else:
             options = {"ridge": ttt.ridge, "over_chunks": devices.over_chunks}
             v_BTD = devices.pin(transformed(ttt.write, z_BTF[:, : M * C], v_BTD, C, **options))
         if whole_B is not None:
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
             v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
-        v_BTD = jnp.pad(v_BTD, ((0, 0), (0, T - M * C), (0, 0)))
-        return checkpoint_name(v_BTD, TARGET)
+        return jnp.pad(v_BTD, ((0, 0), (0, T - M * C), (0, 0)))
 
     def _slow_norm(self, acc):
         """||W||_F, without a gradient."""

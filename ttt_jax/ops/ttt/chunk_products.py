@@ -48,12 +48,8 @@ class Products(Protocol):
         """M^T M of a lower triangular M."""
         ...
 
-    def outer(self, x_NCD, y_NCD) -> Terms:
-        """X Y^T + Y X^T."""
-        ...
-
-    def sandwich(self, a: Terms, b: Terms) -> Terms:
-        """-A B A, for symmetric A and B."""
+    def outer(self, x_NCD, y_NCD) -> Any:
+        """-(X Y^T + Y X^T), in their dtype."""
         ...
 
     def apply(self, a: Terms, y_NCS, shift_N=None) -> Any:
@@ -92,11 +88,7 @@ class Matmuls:
 
     def outer(self, x_NCD, y_NCD):
         outer_NCC = self.product("nt", (x_NCD,), (y_NCD,))
-        return self.terms(outer_NCC + jnp.swapaxes(outer_NCC, 1, 2))
-
-    def sandwich(self, a, b):
-        half = self.terms(self.product("nn", a, b))
-        return self.terms(-self.product("nn", half, a))
+        return -(outer_NCC + jnp.swapaxes(outer_NCC, 1, 2)).astype(self.dtype)
 
     def apply(self, a, y_NCS, shift_N=None):
         if shift_N is None:

@@ -62,7 +62,10 @@ def transformed(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def least_squares(z_BMCF, v_BMCD, ridge: float, over_chunks: Callable = all_chunks):
     """Compute A^-1 v with A = G + lambda m I, in v's dtype. One inverse serves the backward, too,
-    and is kept where the backward keeps targets.
+    and is kept with the result where the backward keeps targets.
+
+    The gradient is that of a write v'^T z. In bfloat16 a cotangent that is no z G^T gets a dz that
+    is right to fewer bits (`_gradients`).
 
     Where a chunk's keys are alike, A^-1 is the identity less a matrix of nearly the same size, and
     in bfloat16 nothing true would be left of the difference. So it is found in float32 at least,
@@ -81,12 +84,13 @@ def _least_squares_forward(z_BMCF, v_BMCD, ridge, over_chunks):
     inverse = tuple(checkpoint_name(x_BMCC, TARGET) for x_BMCC in inverse)
     narrow = (False,) * len(inverse)
     out_BMCD = over_chunks(_applied, *arrays, *inverse, wide=(*wide, *narrow), wide_out=False)
-    return out_BMCD, (z_BMCF, v_BMCD, inverse)
+    out_BMCD = checkpoint_name(out_BMCD, TARGET)
+    return out_BMCD, (z_BMCF, out_BMCD, inverse)
 
 
 def _least_squares_backward(ridge, over_chunks, residuals, do_BMCD):
-    z_BMCF, v_BMCD, inverse = residuals
-    arrays = z_BMCF, v_BMCD, do_BMCD, *inverse
+    z_BMCF, out_BMCD, inverse = residuals
+    arrays = z_BMCF, out_BMCD, do_BMCD, *inverse
     wide = (True,) + (False,) * (len(arrays) - 1)
     gradients = functools.partial(_gradients, ridge)
     return over_chunks(gradients, *arrays, wide=wide, wide_out=(True, False))
@@ -116,19 +120,22 @@ def _applied(sum_F: Callable, z_BMCF, v_BMCD, *inverse_BMCC):
     return _products(z_BMCF, v_BMCD).apply(tuple(inverse), v_NCD).reshape(v_BMCD.shape)
 
 
-def _gradients(ridge: float, sum_F: Callable, z_BMCF, v_BMCD, do_BMCD, *inverse_BMCC):
-    """dA = -A^-1 do v^T A^-1, of which z gets dA + dA^T, and with A's lambda m I twice
+def _gradients(ridge: float, sum_F: Callable, z_BMCF, out_BMCD, do_BMCD, *inverse_BMCC):
+    """dv = A^-1 do, and dA = -dv v'^T. z gets dA + dA^T, and with A's lambda m I twice
     lambda / C trace dA.
+
+    One term is enough for dA, because what is written is v'^T z. Its gradient G makes do = z G^T
+    and, for z, also v' G. There v' is rounded, too, and by no less: ||dv|| ||z|| <= ||G|| at
+    lambda 1.
     """
     del sum_F  # each device has the gradient of its part of F
-    z_NCF, v_NCD, do_NCD, *inverse = _joined(z_BMCF, v_BMCD, do_BMCD, *inverse_BMCC)
-    inverse = tuple(inverse)
-    C, acc, products = z_NCF.shape[1], accumulator(z_NCF.dtype), _products(z_BMCF, v_BMCD)
-    both = products.sandwich(inverse, products.outer(do_NCD, v_NCD))
-    trace_N = sum(jnp.diagonal(x, axis1=1, axis2=2).astype(acc).sum(axis=1) for x in both)
-    dz_NCF = products.apply(both, z_NCF, ridge / C * trace_N)
-    dv_NCD = products.apply(inverse, do_NCD)
-    return dz_NCF.reshape(z_BMCF.shape), dv_NCD.reshape(v_BMCD.shape)
+    z_NCF, out_NCD, do_NCD, *inverse = _joined(z_BMCF, out_BMCD, do_BMCD, *inverse_BMCC)
+    C, acc, products = z_NCF.shape[1], accumulator(z_NCF.dtype), _products(z_BMCF, out_BMCD)
+    dv_NCD = products.apply(tuple(inverse), do_NCD)
+    both_NCC = products.outer(dv_NCD, out_NCD)
+    trace_N = jnp.diagonal(both_NCC, axis1=1, axis2=2).astype(acc).sum(axis=1)
+    dz_NCF = products.apply((both_NCC,), z_NCF, ridge / C * trace_N)
+    return dz_NCF.reshape(z_BMCF.shape), dv_NCD.reshape(out_BMCD.shape)
 
 
 def _products(z_BMCF, v_BMCD):
