@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=8)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--skip", type=int, default=2048, help="tokens that do not count")
+    parser.add_argument("--setting", type=json.loads, help="JSON, in place of the sweep")
     parser.add_argument("--override", type=str.split, default=[], help="fields of the config")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -165,6 +166,24 @@ class Study:
 
     def run(self) -> None:
         print(f"{self.base_R.mean():.4f}  without TTT", flush=True)
+        if self.args.setting is None:
+            self.sweep()
+        else:
+            scales = self.args.setting.get("scales", START["scales"])
+            scales = {int(layer): scale for layer, scale in scales.items()}
+            setting = {**START, **self.args.setting, "scales": scales}
+            self.best = self.tried("given", setting), setting
+        gain, setting = self.best
+        print(f"best {gain:+.4f} {setting}", flush=True)
+        if gain > 0:
+            self.save(setting)
+            held_out = self.args.data / "books_heldout.jsonl.xz"
+            self.ids_RT = passages(held_out, self.tokenizer, self.args.passages, self.args.length)
+            self.base_R = self.losses(self.none, {}, 0.3)
+            self.tried("heldout", setting)
+
+    def sweep(self) -> None:
+        """Climb from `START`, one change after the other."""
         self.climb("scale", [scaled(START, factor) for factor in (0.25, 0.5, 1.0, 2.0, 4.0)])
         for change in CHANGES:
             here = self.best[1] | change
@@ -175,14 +194,6 @@ class Study:
                 here | {"scales": {**here["scales"], layer: scale}} for scale in (0.02, 0.05, 0.1)
             ]
             self.climb("layer", added)
-        gain, setting = self.best
-        print(f"best {gain:+.4f} {setting}", flush=True)
-        if gain > 0:
-            self.save(setting)
-            held_out = self.args.data / "books_heldout.jsonl.xz"
-            self.ids_RT = passages(held_out, self.tokenizer, self.args.passages, self.args.length)
-            self.base_R = self.losses(self.none, {}, 0.3)
-            self.tried("heldout", setting)
 
     def save(self, setting: dict[str, Any]) -> None:
         """Write OUT/start and the fields that go with it."""
