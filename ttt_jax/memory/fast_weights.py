@@ -95,7 +95,7 @@ def only_fast_weights(
 
 
 def _fresh(model: Transformer, batch: int, capacity: int | None) -> State:
-    return model.init_state(batch, capacity or 1).replace(capacity=capacity)
+    return dataclasses.replace(model.init_state(batch, capacity or 1), capacity=capacity)
 
 
 def _with_S(S_of, model: Transformer, state: State) -> State:
@@ -106,7 +106,7 @@ def _with_S(S_of, model: Transformer, state: State) -> State:
         assert layer.ttt is not None
         S_RNBDF = S_of(layer.ttt.S_BDF, g, r, layers)
         groups[g][r] = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
-    return model.laid(state.replace(layers=tuple(map(tuple, groups))))
+    return model.laid(dataclasses.replace(state, layers=tuple(map(tuple, groups))))
 
 
 def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:
