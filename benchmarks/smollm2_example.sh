@@ -22,7 +22,7 @@ export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 chunk=$(grep -rhoE '(chunk_size|ttt_chunk)"?: *[0-9]+' "$run"/config.* | grep -oE '[0-9]+$' | head -1)
 [[ -n $chunk ]] || { echo "$run: no run and no folder with TTT" && exit 2; }
 here=$(mktemp -d) # what comes back is small; memories stay here
-mkdir -p "$out" "$here/memory/study" "$here/talk" "$here/names"
+mkdir -p "$out" "$here/memory/study" "$here/talk" "$here/names" "$here/novels"
 left() { echo $((seconds - SECONDS - 6)); }
 say() { echo "$SECONDS s: $*" | tee -a "$here/log.txt"; }
 
@@ -87,10 +87,10 @@ for i, line in enumerate(lzma.open(books, "rt", encoding="utf-8")):
     if str(i) in numbers:
         record = json.loads(line)
         text = re.sub(r"[ \t\r]+\n", "\n", record["text"][5000:])[: int(characters)]
-        with open(f"{here}/{record['title'].split()[0]}.txt", "w", encoding="utf-8") as file:
+        with open(f"{here}/novels/{record['title'].split()[0]}.txt", "w", encoding="utf-8") as file:
             file.write(text)
 END
-  timeout "$(left)" python3 -m ttt_jax memory read "$run" "$here"/[A-Z]*.txt --each \
+  timeout "$(left)" python3 -m ttt_jax memory read "$run" "$here"/novels/*.txt --each \
     --context "$chunk" --out "$here/memories" > "$here/talk/read.log" 2>&1
   say "talk: $(tail -n 1 "$here/talk/read.log")"
   write > "$here/talk/no-memory.txt" 2>&1
