@@ -102,7 +102,7 @@ def test_forget(chat, tmp_path):
     (tmp_path / "book.txt").write_text("a book of things\n" * 8)
     code, out, err = chat("/read book.txt\n/forget 1/2\nhello\n/ttt off\n")
     assert code == 0
-    assert "136 tokens are out of the context; what they taught stays, times 1/2\n" in err
+    assert "136 tokens are out of the context; what was learnt stays, times 1/2\n" in err
     on, off = out.splitlines()
     assert off == chat("hello\n", "--no-ttt")[1].rstrip("\n")
     assert chat("/read book.txt\nhello\n/forget\nhello\n")[1].splitlines()[1] != on

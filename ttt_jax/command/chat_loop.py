@@ -235,7 +235,7 @@ class Chat:
         factor = as_factor(argument or "1")
         gone = self.talk.forget(factor)
         times = f", times {argument}" if argument else ""
-        self.note(f"{gone:,} tokens are out of the context; what they taught stays{times}")
+        self.note(f"{gone:,} tokens are out of the context; what was learnt stays{times}")
 
     def _undo(self, argument: str) -> None:
         self.talk.undo()
