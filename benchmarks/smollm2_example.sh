@@ -15,7 +15,7 @@
 # Sizes are variables, so that a CPU can try all of it: MORE has further words for memory_study.py.
 set -u
 data=$1 out=$2 seconds=$3 run=${4:-/tmp/smollm2_runs/error-0}
-BOOKS=${BOOKS:-20} NOVELS=${NOVELS:-2 9 4} FACTORS=${FACTORS:-1 3/2 2} CHARACTERS=${CHARACTERS:-36000}
+BOOKS=${BOOKS:-20} NOVELS=${NOVELS:-2 9 4} CHARACTERS=${CHARACTERS:-36000}
 NAMES=${NAMES:---read 8192 --seeds 4 --factors 1,2 --kinds own,other} ANSWER=${ANSWER:-40}
 books=$data/books_heldout.jsonl.xz
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
@@ -53,22 +53,18 @@ names() {
   say "names: $(wc -l < "$here/names/names.jsonl") novels; $(tail -n 1 "$here/names/log.txt")"
 }
 
-# The same questions to every memory, each for itself, with and without what was read.
-chat() { # MEMORY FACTOR
-  local name=${1##*-}
-  name=${name%.txt.memory}-times-${2/\//_}
-  {
-    python3 -m ttt_jax memory scale "$1" "$2" --out "$here/$name.memory"
+# The same questions at 1, 3/2 and twice the memory, each for itself, with and without it.
+chat() { # MEMORY NAME
+  for stronger in "" "/forget 3/2" "/forget 4/3"; do
+    echo "$stronger"
     for question in "Who opened the door?" "What is his name?" "Who is she in love with?" \
       "Where do they live?" "Who wrote the letter?" "Tell me about the people of this story."; do
       printf '%s\n/ttt off\n/undo\n' "$question"
-    done > "$here/$name.turns"
-    timeout "$(left)" python3 -m ttt_jax chat --model "$run" --memory "$here/$name.memory" \
-      --max-new-tokens "$ANSWER" < "$here/$name.turns"
-    echo "-- generate, greedy"
-    write --memory "$here/$name.memory"
-  } > "$here/talk/$name.txt" 2>&1
-  say "talk: $name"
+    done
+  done > "$here/$2.turns"
+  timeout "$(left)" python3 -m ttt_jax chat --model "$run" --memory "$1" \
+    --max-new-tokens "$ANSWER" < "$here/$2.turns" > "$here/talk/$2.txt" 2>&1
+  say "talk: $2"
 }
 
 write() {
@@ -93,14 +89,16 @@ END
   timeout "$(left)" python3 -m ttt_jax memory read "$run" "$here"/novels/*.txt --each \
     --context "$chunk" --out "$here/memories" > "$here/talk/read.log" 2>&1
   say "talk: $(tail -n 1 "$here/talk/read.log")"
-  write > "$here/talk/no-memory.txt" 2>&1
-  for factor in $FACTORS; do
-    for memory in "$here"/memories/*.memory; do
-      (($(left) > 20)) && chat "$memory" "$factor" &
-    done
-    wait
-    collect
+  write > "$here/talk/generate-none.txt" 2>&1 &
+  for memory in "$here"/memories/*.memory; do
+    name=${memory##*/0*-} && name=${name%.txt.memory}
+    chat "$memory" "$name" &
+    {
+      python3 -m ttt_jax memory scale "$memory" 3/2 --out "$here/$name.memory"
+      write --memory "$here/$name.memory"
+    } > "$here/talk/generate-$name-times-3_2.txt" 2>&1 &
   done
+  wait
 }
 
 say "chunk $chunk, run $run, $(git rev-parse --short HEAD 2> /dev/null)"
@@ -109,5 +107,5 @@ for _ in 1 2 3; do wait -n; collect; done
 say "end"
 head -c 5500 "$here/memory/study/tables.md"
 cat "$here/names/tables.md"
-head -c 2500 "$here"/talk/*-times-3_2.txt
+head -c 1500 "$here"/talk/[!g]*.txt
 exit 0
