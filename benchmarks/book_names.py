@@ -6,6 +6,7 @@ Of each novel `--read` tokens are read (TTT on) and dropped, keys and values inc
 frozen memory (times a factor), with another book's and with none, the model then
 
     writes      goes on from `PROMPTS`, the same seeds: which names come
+    answers     `QUESTIONS`, as turns of its chat template, the same seeds
     names       gives the book's ten main names a probability behind the prompts that ask for one
     next        scores the tokens that follow what was read, from a fresh context
 
@@ -34,6 +35,8 @@ import numpy as np
 from benchmarks.book_names_tables import gained_words, rows_of, tables
 from benchmarks.memory_books import records
 from ttt_jax import Memory, Session, score
+from ttt_jax.inference.chat_template import template_of
+from ttt_jax.inference.conversation import render_plain
 from ttt_jax.inference.memory_reading import Text, read_texts
 from ttt_jax.inference.sampling import Sampling
 from ttt_jax.model.transformer import Transformer
@@ -42,6 +45,14 @@ from ttt_jax.run.provenance import provenance
 
 NAMED = ('"My name is', '"I do not believe it," said', '"Come here," said', "The letter was from")
 PROMPTS = (*NAMED, "Then the door opened, and", "That evening, as they sat together,")
+QUESTIONS = (
+    "Who opened the door?",
+    "What is his name?",
+    "Who is she in love with?",
+    "Where do they live?",
+    "Who wrote the letter?",
+    "Tell me about the people of this story.",
+)
 WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 FRONT = 5_000  # characters of title pages
 
@@ -80,12 +91,15 @@ def main() -> None:
     memories = read(model, books, args)
     print(f"{len(books)} books read: {time.perf_counter() - begin:.0f} s", flush=True)
     done = {row["title"] for row in rows_of(args.out)}
+    template = template_of(args.model)
+    render = render_plain if template is None else template.render
+    turns = [render([{"role": "user", "content": question}], True) for question in QUESTIONS]
     for i, book in enumerate(books):
         if book.title in done:
             continue
         row: dict[str, Any] = {"title": book.title, "names": book.names, "ways": {}}
         for way, memory in ways_of(memories, i, args).items():
-            row["ways"][way] = measure(model, book, memory, args.seeds, small)
+            row["ways"][way] = measure(model, book, memory, args.seeds, small, turns)
         losses = {way: found.pop("losses") for way, found in row["ways"].items()}
         row["words"] = gained_words(model, book, losses)
         row |= {"args": {k: str(v) for k, v in vars(args).items()}, "at": provenance()}
@@ -156,31 +170,45 @@ def ways_of(memories: list[Memory], i: int, args) -> dict[str, Memory | None]:
 
 
 def measure(
-    model: Transformer, book: Book, memory: Memory | None, seeds: int, small: set[str]
+    model: Transformer,
+    book: Book,
+    memory: Memory | None,
+    seeds: int,
+    small: set[str],
+    turns: list[str],
 ) -> dict[str, Any]:
-    """What the model writes, how likely names are, and what the next tokens cost."""
+    """What the model writes and answers, how likely names are, and what the next tokens cost."""
     options: dict[str, Any] = {"ttt": False, "memory": memory}
-    prompts = [prompt for prompt in PROMPTS for _ in range(seeds)]
-    session = Session(model, len(prompts), **options)
-    session.extend(prompts)
-    seed_B = list(range(seeds)) * len(PROMPTS)
-    written = session.generate(40, Sampling(0.8, top_p=0.95), eos_ids=(), seed=seed_B)
-    texts = [done.text or "" for done in written]
-    names = [names_in(text, small) for text in texts]
-    own = [[name for name in found if name in book.names] for found in names]
+
+    def written(prompts, **ends) -> list[str]:
+        session = Session(model, len(prompts) * seeds, **options)
+        session.extend([prompt for prompt in prompts for _ in range(seeds)])
+        seed_B = list(range(seeds)) * len(prompts)
+        found = session.generate(40, Sampling(0.8, top_p=0.95), seed=seed_B, **ends)
+        return [done.text or "" for done in found]
+
+    texts, answers = written(PROMPTS, eos_ids=()), written(turns)
+    names, answered = ([names_in(text, small) for text in of] for of in (texts, answers))
+    own, own_answered = (
+        [[name for name in found if name in book.names] for found in of] for of in (names, answered)
+    )
     words = [WORD.findall(text) for text in texts]
     encode, ten = model.tokenizer.encode, book.names[:10]
     rows = [(encode(prompt), encode(" " + name)) for prompt in NAMED for name in ten]
-    scored = score(model, [start + end for start, end in rows], **options).logprobs_BT
-    pairs = zip(scored, rows, strict=True)
+    # As many rows for every book: other shapes are other programs.
+    padded = (rows or [(encode(NAMED[0]), encode(" he"))]) * (10 * len(NAMED))
+    padded = [start + end for start, end in padded[: 10 * len(NAMED)]]
+    pairs = zip(score(model, padded, **options).logprobs_BT, rows, strict=False)
     whole = [float(x[len(a) - 1 : len(a) + len(b) - 1].sum()) for x, (a, b) in pairs]
     return {
         "texts": texts,
+        "answers": answers,
         "with a name": float(np.mean([bool(found) for found in own])),
+        "answers with one": float(np.mean([bool(found) for found in own_answered])),
         "names": sum(map(len, names)),
         "own names": sum(map(len, own)),
         "different words": sum(len(set(w)) for w in words) / max(sum(map(len, words)), 1),
-        "log p of names": float(np.mean(whole)),
+        "log p of names": float(np.mean(whole)) if whole else None,
         "p of ten names": float(np.exp(whole).sum() / len(NAMED)),
         "losses": -score(model, [book.next_K1], **options).logprobs_BT[0],
     }

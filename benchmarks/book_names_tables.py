@@ -17,7 +17,14 @@ import numpy as np
 
 from ttt_jax.eval.statistics import mean_with_interval
 
-MEASURES = ("with a name", "of names", "p of ten names", "log p of names", "different words")
+MEASURES = (
+    "with a name",
+    "answers with one",
+    "of names",
+    "p of ten names",
+    "log p of names",
+    "different words",
+)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +83,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 def _measure(name: str):
     if name == "of names":  # in all continuations of a book
         return lambda way: way["own names"] / max(way["names"], 1)
-    return lambda way: way[name]
+    return lambda way: way.get(name)  # rows of 2026-11-30 have no answers
 
 
 def _cell(rows: list[dict[str, Any]], part: str, way: str, value) -> str:

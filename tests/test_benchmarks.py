@@ -167,5 +167,5 @@ def test_names_of_a_book_and_what_they_gain(script):
     row = {"ways": {"none": way, "own": way | {"own names": 3}}}
     row["words"] = {"none": found, "own": found | {"name": None}}
     shown = tables.tables([row, row])
-    assert "| own | 0.500 (+0.000 to +0.000) | 0.750 (+0.500 to +0.500) |" in shown
+    assert "| own | 0.500 (+0.000 to +0.000) | - | 0.750 (+0.500 to +0.500) |" in shown
     assert "| own | 0.150 (+0.000 to +0.000) | - | 0.500 (" in shown

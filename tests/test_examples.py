@@ -1,15 +1,18 @@
 """Commands in the documents: every option that a document gives to `ttt-jax` or `train.py` exists,
-and the config of examples/smollm2.md is one.
+and the recipe of examples/smollm2.md is a config.
 """
 
 import re
 import textwrap
 
 import pytest
+from support.byte_models import byte_model
 from test_documents import ROOT, documents, is_record
 
 from ttt_jax.command.cli import cli
-from ttt_jax.config import Config, make_config, read_written, to_dict
+from ttt_jax.config import Config, read_written, to_dict
+from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.start_config import load_start_config
 
 COMMAND = re.compile(r"^(?:\$ )?(?:ttt-jax|(?:\S+/)?python3? (train)\.py) ?([a-z]*)(.*)$")
 OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w.-]*")
@@ -71,14 +74,17 @@ def test_every_option_in_a_document_exists(name):
     assert unknown((ROOT / name).read_text(encoding="utf-8")) == []
 
 
-def test_the_config_of_the_real_model(tmp_path):
-    """The page writes a file for training; it is a config, and fits what the page says before."""
-    text = (ROOT / "examples/smollm2.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    (tmp_path / "train.yaml").write_text(block)
-    config = make_config(read_written(tmp_path / "train.yaml"), {"model": {"num_layers": 30}})
-    assert config.init_from == "smollm2"
+def test_the_recipe_for_the_real_model(tmp_path):
+    """The page's file takes model, TTT layer and tokenizer from the folder that the page makes."""
+    text, path = (ROOT / "examples/smollm2.md").read_text(encoding="utf-8"), "smollm2_books.yaml"
+    source = byte_model(tmp_path / "source", **{"ttt.write": "ridge", "ttt.decay": 0.95})
+    config = load_start_config(ROOT / "examples" / path, [f"--init_from={source}"])
+    model = read_config(source)
+    assert config.model.ttt == model.ttt
+    assert (config.model.d_model, config.model.sliding_window) == (model.d_model, 1024)
+    assert config.data.tokenizer == str(source)
+    written = read_written(ROOT / "examples" / path)
+    assert f"ttt-jax convert smollm2 {written.get('init_from')} --to hf --ttt.calibrate" in text
+    assert f"ttt-jax train ttt_jax/examples/{path} --data.train {written.get('data.train')}" in text
     assert f"runs/{config.name}" in text
-    assert config.model.ttt.layers == (0, 6, 12, 18, 24)
-    assert config.data.seq_len % config.model.ttt.chunk_size == 0
-    assert all(name in text for name in (*config.data.train, *config.data.heldout))
+    assert f"{config.steps} steps of {config.data.batch_size} rows" in text

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def loaded_once(folder, dtype, *, decodes, mesh=None):
+def loaded_once(folder, dtype, *, decodes=True, mesh=None):
     """Load a model once, so that its programs are compiled once."""
     assert dtype is None
     return load_pretrained(folder, dtype="float32")
@@ -102,16 +102,44 @@ def test_forget(chat, tmp_path):
     (tmp_path / "book.txt").write_text("a book of things\n" * 8)
     code, out, err = chat("/read book.txt\n/forget 1/2\nhello\n/ttt off\n")
     assert code == 0
-    assert "136 tokens are out of the context; what they taught stays, times 1/2\n" in err
+    assert "136 tokens are out of the context; what was learnt stays, times 1/2\n" in err
     on, off = out.splitlines()
     assert off == chat("hello\n", "--no-ttt")[1].rstrip("\n")
     assert chat("/read book.txt\nhello\n/forget\nhello\n")[1].splitlines()[1] != on
     assert on != off
 
 
+def test_texts_are_read_into_the_fast_weights_alone(chat, folder, tmp_path):
+    """As `memory read --context` and `--memory`, from the beginning and in the middle."""
+    (tmp_path / "book.txt").write_text("a book of things\n" * 8 + "!")
+    code, out, err = chat("hello\n", "--context", "8", "--read", "book.txt")
+    assert code == 0
+    told = "136 of them in whole chunks are in the fast weights (attention anew every 8 tokens)"
+    assert f"{told}, none in the context\n" in err
+    read = ["memory", "read", str(folder), "book.txt", "--context", "8", "--out", "m"]
+    assert main(read) == 0
+    chat.read()
+    assert out == chat("hello\n", "--memory", "m")[1]
+    assert out != chat("hello\n", "--read", "book.txt")[1]
+    lines = "/read book.txt\nhello\n/stats\n/html page\n/ttt off\n"
+    code, again, err = chat(lines, "--context", "8", "--session", "s")
+    assert (code, again.startswith(out)) == (0, True)
+    assert again[len(out) :] == chat("hello\n", "--no-ttt")[1]
+    assert "written page" in err
+    read = len("[user]hello<|end|>\n[assistant]") + 5 - len("<|end|>") + 1
+    assert f"tokens read {read}, waiting 1, in the context {read}\n" in err
+    code, _, err = chat("/html later\n", "--session", "s")
+    assert code == 2
+    assert err.startswith("error: /html: the conversation has fast weights that none of its tokens")
+
+
 @pytest.mark.parametrize(
     ("lines", "words", "line"),
     [
+        ("", ("--context", "6"), "context = 6: must be a multiple of model.ttt.chunk_size = 4"),
+        ("", ("--context", "0"), "ttt-jax chat: Invalid value for '--context'"),
+        ("", ("--context", "8", "--no-ttt"), "ttt-jax chat: --context: --no-ttt learns nothing"),
+        ("/read there\n", ("--context", "8"), "learn: 1 tokens are less than a chunk of 4"),
         ("/forget\n", (), "forget: 0 tokens are less than a chunk of"),
         ("/forget twice\n", (), "FACTOR twice: must be a number such as 0.5"),
         ("/nothing\n", (), "/nothing: no such command; /help lists them"),

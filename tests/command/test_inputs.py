@@ -1,5 +1,8 @@
 """Files that commands read: taken as they are, and never replaced by what is made of them."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +15,15 @@ def test_line_ends_stay_as_they_are(tmp_path):
     path, text = tmp_path / "text.txt", "a\r\nb\rc\n\ufeffd"
     path.write_bytes(text.encode())
     assert read_text(path, "--text") == text
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
+    """Once, at the beginning of the file; further ones are characters."""
+    path = tmp_path / "text.txt"
+    path.write_bytes("\ufeff\ufeffa\ufeff".encode())
+    assert read_text(path, "--text") == "\ufeffa\ufeff"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfb")))
+    assert read_text(Path("-"), "--prompt-file", stdin=True) == "b"
 
 
 @pytest.mark.parametrize(

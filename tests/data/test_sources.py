@@ -97,6 +97,21 @@ def test_jsonl(tmp_path, suffix, compress):
     assert texts_of(config_of(path)) == TEXTS
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(tmp_path, compress):
+    """Of files, not of the texts in them: also the hash of the tokens is that of the text."""
+    mark, texts = "\ufeff".encode(), ["\ufeffmarked", "text\ufeff"]
+    found = []
+    for start in (mark, b""):
+        for name, data in (("a.jsonl.gz", jsonl(texts)), ("b.txt.gz", b"words")):
+            name = name if compress is gzip.compress else name.removesuffix(".gz")
+            (tmp_path / name).write_bytes(compress(start + data))
+        config = config_of(tmp_path)
+        assert texts_of(config) == [*texts, "words"]
+        found.append(corpus.load_corpus(config, TOKENIZER).content())
+    assert found[0] == found[1]
+
+
 def test_concatenated_zst_frames(tmp_path):
     path = tmp_path / "data.jsonl.zst"
     compress = zstandard.ZstdCompressor().compress

@@ -81,6 +81,19 @@ def test_attention_starts_anew_and_the_fast_weights_go_on(changes):
     assert (source.context, source.tokens, source.written) == (3 * C, 43, 40)
 
 
+def test_a_text_goes_on_from_the_memory_of_another():
+    """In contexts of their own both are one text; what is shorter than a chunk adds nothing."""
+    model, (ids,), options = model_of(), prompts([40]), {"context": 2 * C}
+    ((_, whole),) = read_texts(model, [Text("x", ids)], **options)
+    ((_, first),) = read_texts(model, [Text("a", ids[: 4 * C])], **options)
+    texts = [Text("b", ids[4 * C :]), Text("c", ids[: C - 1])]
+    found = dict(read_texts(model, texts, start=first, **options))
+    for layer in whole.layers:
+        assert relative_rms(found[0].dW(layer), whole.dW(layer)) < 1e-6
+        assert np.array_equal(found[1].dW(layer), first.dW(layer))
+    assert [source.name for source in found[0].sources] == ["a", "b"]
+
+
 def test_a_text_on_the_disk_is_never_in_memory_as_a_whole(expected, tmp_path):
     ids = prompts(LENGTHS)[2]
     np.save(tmp_path / "ids.npy", ids.astype(np.uint16))

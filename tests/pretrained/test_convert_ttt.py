@@ -9,11 +9,13 @@ from support.conversions import logits
 from support.hf_folders import BF16, assert_same_tensors, read_folder
 
 from ttt_jax import load_pretrained
+from ttt_jax.checkpoint.checksums import write_checksums
 from ttt_jax.command.cli import main
 from ttt_jax.config import TTTConfig
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.pretrained.convert import convert
 from ttt_jax.pretrained.hf_config import read_config
+from ttt_jax.pretrained.orbax_layout import DESCRIPTION
 
 EQUIP = ["--ttt.layers", "0,2", "--ttt.chunk_size", "8", "--ttt.lr", "0.5"]
 
@@ -40,6 +42,26 @@ def test_a_plain_model_gets_ttt_that_changes_nothing_yet(plain, to, tmp_path, ca
         else:
             np.testing.assert_array_equal(x, np.diag(np.diagonal(x)))
             assert 0.5 < np.std(np.diagonal(x)) / 0.02 < 1.5
+
+
+def test_fields_that_a_plain_model_has_without_use_are_not_taken_over(plain, tmp_path, capsys):
+    """A run without TTT layers keeps its other `ttt.*`; what is not taken over is said."""
+    convert(plain, tmp_path / "run", to="orbax")
+    about = tmp_path / "run" / DESCRIPTION
+    tree = json.loads(about.read_text())
+    assert tree["model"]["ttt"]["layers"] == []
+    tree["model"]["ttt"] |= {"write": "ridge", "decay": 0.5, "chunk_size": 16, "ridge": 1.0}
+    about.write_text(json.dumps(tree | {"hf_config": None}))  # a run has none
+    (tmp_path / "run" / "checksums.json").unlink()
+    write_checksums(tmp_path / "run")
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "o"), "--to", "hf", *EQUIP]) == 0
+    ttt = read_config(tmp_path / "o").ttt
+    assert ttt == TTTConfig(layers=(0, 2), chunk_size=8, lr=0.5, normalize_source=True)
+    where = f"of {tmp_path / 'run'}, which has no TTT layers, is not taken over; it is"
+    lines = [f"note: ttt.write = ridge {where} sum", f"note: ttt.decay = 0.5 {where} 1.0"]
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(lines)
+    found = convert(tmp_path / "run", tmp_path / "same", to="hf")
+    assert (found.left, read_config(tmp_path / "same").ttt.layers) == ({}, ())
 
 
 def test_new_targets_may_keep_the_official_source(plain, tmp_path):

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
 @click.option(
     "--read", "documents", multiple=True, type=EXISTING, help="UTF-8 text file to read first."
 )
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Read texts (--read, /read) into the fast weights alone, with attention anew every so "
+    "many tokens.",
+)
 @click.option("--system", help="System message of a new conversation.")
 @click.option(
     "--session",
@@ -75,6 +81,7 @@ if TYPE_CHECKING:
 def chat(
     folder,
     documents,
+    context,
     system,
     session,
     seed,
@@ -89,6 +96,8 @@ def chat(
     """Talk with a model that adapts to what it reads and to what is said."""
     limit = options.pop("max_new_tokens")
     sampling = sampling_of(options)
+    if no_ttt and context is not None:
+        raise click.UsageError("--context: --no-ttt learns nothing; drop one of them")
     check_rows(1, mesh, "streams of a chat")
     check_memory(session, memory)
     if session is not None:
@@ -96,13 +105,16 @@ def chat(
     texts = [(path, read_text(path, "--read")) for path in documents]
     start = load_memories(memory)
 
+    from ttt_jax.inference.memory_reading import check_context
     from ttt_jax.inference.watch import one_warning
 
     with one_warning():
         talk = _conversation(
             folder, system, session, no_template, not no_ttt, dtype, piece, start, mesh
         )
-        room = Chat(talk, sampling, limit, seed, session, str(folder))
+        if context is not None:
+            check_context(talk.session.model, context)
+        room = Chat(talk, sampling, limit, seed, session, str(folder), context)
         # Not before: an import is not to be interrupted.
         with _ctrl_c(room.interrupt), _saved(room, session):
             for path, text in texts:

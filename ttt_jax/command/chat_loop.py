@@ -42,6 +42,8 @@ class Chat:
       conversation: begins the branch "main".
       limit: tokens of an answer.
       session: where `/save` without a file saves to; None: nowhere.
+      context: read texts into the fast weights alone, with attention anew every so many tokens;
+        None: into the stream.
       model: its name, for pages.
     """
 
@@ -53,10 +55,11 @@ class Chat:
         seed: int,
         session: Path | None,
         model: str,
+        context: int | None = None,
     ) -> None:
         self.branches, self.branch = {"main": conversation}, "main"
         self.sampling, self.limit, self.seed = sampling, limit, seed
-        self.session, self.model = session, model
+        self.session, self.model, self.context = session, model, context
         self.live = sys.stdin.isatty() and sys.stdout.isatty()
         self._colours = self.live and _terminal_has_colours()
         self._saved: set[Path] = set()  # files that this chat has written
@@ -210,11 +213,16 @@ class Chat:
         with progress(f"reading {printable(path.name)}", len(ids), "tokens") as advance_to:
             talk.session.on_read = advance_to
             try:
-                talk.read(ids)
+                source = talk.read(ids, self.context, path.name)
             finally:
                 talk.session.on_read = None
         seconds = max(time.perf_counter() - begin, 1e-9)
         self.note(f"read {path}: {len(ids):,} tokens, {len(ids) / seconds:,.0f} tokens/s")
+        if source is not None:
+            self.note(
+                f"{source.written:,} of them in whole chunks are in the fast weights "
+                f"(attention anew every {self.context:,} tokens), none in the context"
+            )
 
     def _ttt(self, argument: str) -> None:
         if argument not in ("on", "off"):
@@ -227,7 +235,7 @@ class Chat:
         factor = as_factor(argument or "1")
         gone = self.talk.forget(factor)
         times = f", times {argument}" if argument else ""
-        self.note(f"{gone:,} tokens are out of the context; what they taught stays{times}")
+        self.note(f"{gone:,} tokens are out of the context; what was learnt stays{times}")
 
     def _undo(self, argument: str) -> None:
         self.talk.undo()
@@ -299,6 +307,12 @@ class Chat:
         if len(talk.ids) < 2:
             raise UserError("/html: there is nothing to show yet; say something first")
         self._check_new(path, "/html")
+        if talk.session.holds_memory and talk.session.start is None:
+            raise UserError(
+                "/html: the conversation has fast weights that none of its tokens wrote, and what "
+                "they were at its beginning is not known; write the page before it is saved or "
+                "reads on"
+            )
         ids, model = np.asarray(talk.ids, np.int32), talk.session.model
         memory, size = talk.session.start, talk.session.size
         on_T = score(model, [ids], piece=size, memory=memory).logprobs_BT[0]

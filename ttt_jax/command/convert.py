@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,9 @@ def convert(
         f"{names}: {size} in {report.seconds:.1f} s"
         + f", {report.fresh} of them new" * (report.fresh > 0)
     )
+    for name, value in report.left.items():
+        told = f"ttt.{name} = {value} of {source}, which has no TTT layers, is not taken over"
+        print(printable(f"note: {told}; it is {getattr(report.ttt, name)}"), file=sys.stderr)
     if report.calibration is not None:
         _print_calibration(report)
     if report.relative_rms is not None:

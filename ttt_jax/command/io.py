@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ttt_jax.errors import UserError
+from ttt_jax.files.text import without_mark
 from ttt_jax.terminal import for_stream, printable
 
 if TYPE_CHECKING:
@@ -39,17 +40,17 @@ def encode(model, text: str, option: str) -> list[int]:
 
 
 def read_text(path: Path, option: str, stdin: bool = False) -> str:
-    """Read the text of a file, line ends as they are. Raises UserError when it is not readable or
-    not UTF-8.
+    """Read the text of a file as training does: line ends as they are, without a byte order mark.
+    Raises UserError when it is not readable or not UTF-8.
 
     Args:
       stdin: the name "-" means standard input.
     """
     try:
         if stdin and str(path) == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
+            return without_mark(sys.stdin.buffer.read()).decode("utf-8")
         # Not `read_text`, which makes \n of \r\n: the tokens would not be those of a training file.
-        return path.read_bytes().decode("utf-8")
+        return without_mark(path.read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{option} {path}: not UTF-8 at byte {error.start}; convert it") from None
     except OSError as error:

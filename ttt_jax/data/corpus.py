@@ -30,7 +30,7 @@ from ttt_jax.data.tokenizer import Tokenizer
 from ttt_jax.errors import DataError
 from ttt_jax.files.text import reason_of
 
-_CACHE_VERSION = 3  # of what `_tokenise` keeps
+_CACHE_VERSION = 4  # of what `_tokenise` keeps
 _BATCH_BYTES = 8 << 20  # text handed to the tokenizer at once
 # Tokens of one .npy file that are checked up front; the rest is checked when it is read.
 _CHECK_TOKENS = 1 << 30

@@ -21,7 +21,7 @@ from ttt_jax.data.source_files import SourceFile, open_file
 from ttt_jax.errors import DataError
 from ttt_jax.files.npy import map_npy, parse_npy
 from ttt_jax.files.stores import StoredFile, StoreError
-from ttt_jax.files.text import reason_of
+from ttt_jax.files.text import reason_of, without_mark
 
 _NPY_MAGIC = b"\x93NUMPY"
 _AT_ONCE = 64 << 20  # bytes of records that are unpacked at once
@@ -120,7 +120,7 @@ def _read_text(file: SourceFile, max_bytes: int) -> Iterator[Record]:
         while size <= max_bytes and (piece := stream.read(min(1 << 20, max_bytes + 1 - size))):
             pieces.append(piece)
             size += len(piece)
-        yield _text("file", 0, b"".join(pieces), max_bytes)
+        yield _text("file", 0, without_mark(b"".join(pieces)), max_bytes)
 
 
 def _read_jsonl(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[Record]:
@@ -128,6 +128,7 @@ def _read_jsonl(file: SourceFile, text_field: str, max_bytes: int) -> Iterator[R
         number = 0
         while line := stream.readline(max_bytes + 1):
             number += 1
+            line = without_mark(line) if number == 1 else line
             if len(line) > max_bytes and not line.endswith(b"\n"):
                 problem = f"has more bytes than data.max_record_bytes = {max_bytes}"
                 yield bad_record("line", number, "too large", problem, line)

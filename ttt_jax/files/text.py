@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import json
@@ -9,6 +10,13 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+
+
+def without_mark(file: bytes) -> bytes:
+    """A text file's bytes behind its UTF-8 byte order mark, which some editors write there: it is
+    no text.
+    """
+    return file.removeprefix(codecs.BOM_UTF8)
 
 
 def one_line(text: object, limit: int = 200, end: str = "...") -> str:

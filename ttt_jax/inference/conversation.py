@@ -18,6 +18,7 @@ import numpy as np
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.inference.generation import GREEDY, Session
 from ttt_jax.inference.sampling import Sampling
+from ttt_jax.memory.sources import Source
 from ttt_jax.process.interrupts import HeldBack
 
 Message = dict[str, str]
@@ -61,7 +62,17 @@ class _Kept(NamedTuple):
     rendered: str
     end: int | None
     ids: list[int]
-    read: list[list[int]]  # documents that were read behind it
+    read: list[_Document]  # what was read behind it
+
+
+class _Document(NamedTuple):
+    """A document, and the context that it was learnt from (`Session.learn`); None: it stands in the
+    stream.
+    """
+
+    ids: list[int]
+    context: int | None
+    name: str
 
 
 class Conversation:
@@ -127,18 +138,33 @@ class Conversation:
 
     # ------------------------------------------------------------------------------------- reading
 
-    def read(self, document: str | list[int]) -> None:
-        """Read a document, a text or its ids. Raises UserError for an empty one; NotFiniteError.
+    def read(
+        self, document: str | list[int], context: int | None = None, name: str = "text"
+    ) -> Source | None:
+        """Read a document, a text or its ids, into the stream. After a Ctrl-C the rest of it is
+        unread, and is read before the next turn.
 
-        After a Ctrl-C the rest of it is unread, and is read before the next turn.
+        Args:
+          context: read it into the fast weights alone, with attention anew every so many tokens, as
+            `Session.learn` does; the stream then has none of it, and a Ctrl-C takes it back.
+          name: what memories call it then.
+
+        Returns: what was learnt, with a context.
+        Raises: UserError for an empty one, and as `Session.learn`; NotFiniteError.
         """
         ids = self._encode(document) if isinstance(document, str) else document
         if not ids:
             raise UserError("read: the text is empty; give at least one token")
+        if context is not None:
+            source = self.session.learn(ids, context, name)
+            if self._kept:
+                self._kept[-1].read.append(_Document(ids, context, name))
+            return source
         with HeldBack():
             if self._kept:
-                self._kept[-1].read.append(ids)
+                self._kept[-1].read.append(_Document(ids, None, name))
             self._extend(ids, read=True)
+        return None
 
     def ask(
         self,
@@ -218,10 +244,13 @@ class Conversation:
         changed = self.render([*messages[:-1], messages[-1] | {"content": other}], True)
         begin = _common_beginning(full, changed)
         kept = self._kept[fitting[-1]]
-        documents = [ids for later in self._kept[fitting[-1] :] for ids in later.read]
+        documents = [document for later in self._kept[fitting[-1] :] for document in later.read]
         self._go_to(kept)
-        for ids in documents:
-            self._extend(ids)
+        for ids, context, name in documents:
+            if context is None:
+                self._extend(ids)
+            else:
+                self.session.learn(ids, context, name)
         self._kept = self._kept[: fitting[-1] + 1]
         if len(begin) > len(self.rendered):
             self._append(begin, read=True)

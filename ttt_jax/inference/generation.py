@@ -23,6 +23,7 @@ import numpy as np
 
 from ttt_jax.errors import UserError
 from ttt_jax.inference.decoding import Decoding
+from ttt_jax.inference.memory_reading import Text, check_context, read_texts
 from ttt_jax.inference.prefill import check_ids
 from ttt_jax.inference.prompts import token_rows
 from ttt_jax.inference.sampling import Sampling
@@ -30,7 +31,7 @@ from ttt_jax.inference.session_file import StoredSession, load_session, save_ses
 from ttt_jax.inference.streams import Streams
 from ttt_jax.inference.watch import not_finite
 from ttt_jax.inference.writing import Completion, Writer, stop_strings
-from ttt_jax.memory.fast_weights import memory_of, no_memory
+from ttt_jax.memory.fast_weights import go_on_with, memory_of, no_memory
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import Source
 from ttt_jax.model.transformer import State, Transformer
@@ -76,6 +77,54 @@ class Session(Streams):
         with HeldBack() as signals:
             self._feed(1, signals)
         self.watch.check("session: row")
+
+    def learn(self, text: str | Sequence[int], context: int, name: str = "text") -> Source:
+        """Read a text into the fast weights alone, as `ttt-jax memory read --context` does: from a
+        context of its own, which starts anew every `context` tokens.
+
+        What the stream holds stays as it is: positions, keys, values and tokens. Tokens behind the
+        text's last whole chunk write nothing, and are nowhere then. After any error, and after a
+        Ctrl-C, nothing is learnt.
+
+        Args:
+          context: tokens that attention sees at most; a multiple of the chunk.
+          name: what a memory of the stream calls the text.
+
+        Returns: what was read.
+        Raises: UserError for several streams, with TTT off, for a context that does not fit, and
+          for a text without a whole chunk; NotFiniteError.
+        """
+        if self.batch_size != 1:
+            raise UserError(f"learn: the session has {self.batch_size} streams; use one of one")
+        if not self.ttt:
+            raise UserError("learn: the session is read with TTT off; switch it on")
+        check_context(self.model, context)
+        self.watch.check("session: row")
+        (ids,) = token_rows(self.model, [text])
+        if len(ids) < (C := self.model.config.ttt.chunk_size):
+            raise UserError(
+                f"learn: {len(ids):,} tokens are less than a chunk of {C}, nothing would be "
+                "learnt; use a longer text, or read it without a context of its own"
+            )
+        before = self.start
+        if self.state is not None:
+            before = memory_of(no_memory(self.model), self.model, self.state, 0, self.learnt)
+        reading = read_texts(
+            self.model,
+            [Text(name, ids)],
+            piece=self.size,
+            context=context,
+            start=before,
+            on_progress=self.on_read,
+        )
+        ((_, after),) = reading
+        with HeldBack():
+            self.holds_memory, self.learnt = True, after.sources
+            if self.state is None:
+                self.start = after
+            else:  # what the stream began with is no more what it would begin with
+                self.start, self.state = None, go_on_with(self.model, after, self.state)
+        return after.terms[0].sources[-1]
 
     def branch(self, copies: int | None = None) -> Session:
         """A copy that goes its own way; a session of one stream can become `copies` equal

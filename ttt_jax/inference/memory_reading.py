@@ -25,7 +25,7 @@ from ttt_jax.inference.prefill import (
     warn_past_positions,
 )
 from ttt_jax.inference.watch import Watch, warn_of_zero_targets
-from ttt_jax.memory.fast_weights import memory_of, no_memory, only_fast_weights
+from ttt_jax.memory.fast_weights import memory_of, no_memory, only_fast_weights, start_with
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.model.transformer import State, Transformer
@@ -55,6 +55,7 @@ def read_texts(
     batch_size: int = 8,
     piece: int | None = None,
     context: int | None = None,
+    start: Memory | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Memory]]:
     """Read each text from a fresh state, and yield (its number, what it taught) as they are done,
@@ -70,24 +71,39 @@ def read_texts(
       piece: tokens of each that are read at a time; None: 8192, on CPUs 2048.
       context: attention and positions start anew every so many tokens, a multiple of the chunk; the
         fast weights go on. None: never.
+      start: fast weights of this model that each text is read with from its beginning; they are in
+        its memory, too.
       on_progress: called with the number of tokens read so far, of all texts.
 
     Raises: UserError for a context that does not fit, and for ids outside the vocabulary;
       NotFiniteError, naming the text.
     """
-    C = model.config.ttt.chunk_size
-    none = no_memory(model)
-    if context is not None and (context < C or context % C):
-        raise UserError(f"context = {context}: must be a multiple of model.ttt.chunk_size = {C}")
+    check_context(model, context)
+    none, learnt = no_memory(model), () if start is None else start.sources
     warn_of_zero_targets(model)
-    reader, rows = _Reader(model, piece, context, on_progress), _rows(model, batch_size, len(texts))
+    reader, rows = (
+        _Reader(model, piece, context, start, on_progress),
+        _rows(model, batch_size, len(texts)),
+    )
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
     for first in range(0, len(order), rows):
         chosen = order[first : first + rows]
         batch = [texts[i] for i in chosen]
         state = reader.read(batch, rows)
         for row, i in enumerate(chosen):
-            yield i, memory_of(none, model, state, row, (reader.source(texts[i], row),))
+            sources = (*learnt, reader.source(texts[i], row))
+            yield i, memory_of(none, model, state, row, sources)
+
+
+def check_context(model: Transformer, context: int | None) -> None:
+    """Raise UserError for a context that this model's chunks do not divide, and for a model without
+    TTT layers.
+    """
+    C = model.config.ttt.chunk_size
+    if not model.config.ttt.layers:
+        raise UserError("memory: the model has no TTT layers (model.ttt.layers is empty)")
+    if context is not None and (context < C or context % C):
+        raise UserError(f"context = {context}: must be a multiple of model.ttt.chunk_size = {C}")
 
 
 def on_mesh(model: Transformer, mesh: Mesh) -> Transformer:
@@ -116,22 +132,26 @@ class _Reader:
         model: Transformer,
         piece: int | None,
         context: int | None,
+        start: Memory | None,
         on_progress: Callable[[int], None] | None,
     ) -> None:
-        self.model, self.frozen, self.context = model, Frozen(model), context
+        self.model, self.frozen, self.context, self.start = model, Frozen(model), context, start
         self.chunk, self.size = model.config.ttt.chunk_size, piece_size(model, piece)
         self.on_progress = on_progress or (lambda tokens: None)
         self.tokens = 0
         self.digests: list[IdsDigest] = []
 
     def read(self, texts: list[Text], rows: int) -> State | None:
-        """The state behind the whole chunks of some texts; None when there are none. Rows without a
-        text read nothing.
+        """The state behind the whole chunks of some texts; None when there are none, and no fast
+        weights to start with. Rows without a text read nothing.
         """
         self.digests = [IdsDigest() for _ in range(rows)]
         filled = [*texts, *[Text("", np.zeros(0, np.int32))] * (rows - len(texts))]
         whole = [len(text.ids) // self.chunk * self.chunk for text in filled]
         longest, watch, state = max(whole), Watch(self.model), None
+        if self.start is not None:
+            capacity = 1 if needs_capacity(self.model) else None
+            state = start_with(self.model, self.start, rows, capacity)
         step = self.context or max(longest, 1)
         warn_past_positions(self.model, min(step, longest))
         for start in range(0, longest, step):

@@ -63,13 +63,20 @@ def start_with(model: Transformer, memory: Memory, batch: int, capacity: int | N
       memory: of this model (`check_belongs`).
       capacity: tokens that full-attention caches can hold; None when no layer has one.
     """
+    return go_on_with(model, memory, _fresh(model, batch, capacity))
 
-    def S_of(fresh_RNBDF, g, r, layers):
+
+def go_on_with(model: Transformer, memory: Memory, state: State) -> State:
+    """The state with a memory of this model for fast weights; keys, values and pending tokens
+    stay.
+    """
+
+    def S_of(old_RNBDF, g, r, layers):
         S_RN1DF = np.stack([memory.dW(layer) for layer in layers])
-        S_RN1DF = S_RN1DF.reshape(*fresh_RNBDF.shape[:2], 1, memory.D, memory.F)
-        return np.broadcast_to(S_RN1DF.astype(fresh_RNBDF.dtype), fresh_RNBDF.shape)
+        S_RN1DF = S_RN1DF.reshape(*old_RNBDF.shape[:2], 1, memory.D, memory.F)
+        return np.broadcast_to(S_RN1DF.astype(old_RNBDF.dtype), old_RNBDF.shape)
 
-    return _fresh_but(S_of, model, batch, capacity)
+    return _with_S(S_of, model, state)
 
 
 def only_fast_weights(
@@ -84,21 +91,22 @@ def only_fast_weights(
     def S_of(fresh_RNBDF, g, r, layers):
         return fresh_RNBDF if state is None else state.layers[g][r].ttt.S_BDF
 
-    return _fresh_but(S_of, model, batch, capacity)
+    return _with_S(S_of, model, _fresh(model, batch, capacity))
 
 
-def _fresh_but(S_of, model: Transformer, batch: int, capacity: int | None) -> State:
-    """Make the state of streams that have read nothing, with the fast weights that `S_of` gives for
-    (those of a fresh state, group, run, layers).
-    """
-    fresh = model.init_state(batch, capacity or 1)
-    groups = [list(runs) for runs in fresh.layers]
+def _fresh(model: Transformer, batch: int, capacity: int | None) -> State:
+    return dataclasses.replace(model.init_state(batch, capacity or 1), capacity=capacity)
+
+
+def _with_S(S_of, model: Transformer, state: State) -> State:
+    """The state with the fast weights that `S_of` gives for (those it has, group, run, layers)."""
+    groups = [list(runs) for runs in state.layers]
     for g, r, layers in model.ttt_runs():
         layer = groups[g][r]
         assert layer.ttt is not None
         S_RNBDF = S_of(layer.ttt.S_BDF, g, r, layers)
         groups[g][r] = layer._replace(ttt=layer.ttt._replace(S_BDF=S_RNBDF))
-    return model.laid(State(fresh.position_B, tuple(map(tuple, groups)), capacity))
+    return model.laid(dataclasses.replace(state, layers=tuple(map(tuple, groups))))
 
 
 def _deltas(model: Transformer, state: State, row: int) -> dict[int, np.ndarray]:

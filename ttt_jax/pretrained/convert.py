@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ttt_jax.checkpoint.checksums import write_checksums
-from ttt_jax.config import ModelConfig, TTTConfig, replace
+from ttt_jax.config import ModelConfig, TTTConfig, replace, to_dict
 from ttt_jax.display.progress import progress
 from ttt_jax.errors import CheckpointError, ConfigError, VerificationError
 from ttt_jax.files.new_folder import new_folder
@@ -62,6 +62,7 @@ class Conversion(NamedTuple):
 
     Fields:
       ttt: the fields of `TTTConfig` in the output.
+      left: those that the source, which has no TTT layers, has otherwise without any use.
     """
 
     tensors: int
@@ -71,6 +72,7 @@ class Conversion(NamedTuple):
     relative_rms: float | None
     ttt: TTTConfig
     calibration: Calibration | None = None
+    left: dict[str, Any] = {}  # noqa: RUF012  (a NamedTuple's default)
 
 
 def convert(
@@ -141,7 +143,9 @@ def convert(
             "free space or choose another"
         ) from None
     seconds = time.monotonic() - begin
-    return Conversion(len(work.specs), total, work.fresh, seconds, rms, work.model.ttt, found)
+    has = work.model.ttt
+    left = _left(work.source.model.ttt, has, ttt or {})
+    return Conversion(len(work.specs), total, work.fresh, seconds, rms, has, found, left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +211,16 @@ def _prepare(
     if to == "hf" or source.hf_config is not None:
         raw = _hf_config(source, model, dtype or _common_dtype(specs))
     return _Work(where, source, model, abstract, tensors, specs, len(fresh), tied_head, raw)
+
+
+def _left(had: TTTConfig, has: TTTConfig, named: Collection[str]) -> dict[str, Any]:
+    """Fields that a source without TTT layers has otherwise than its output, though nobody has
+    named them; those that are as they are by default are no news.
+    """
+    if had.layers or not has.layers:
+        return {}
+    was, now, default = to_dict(had), to_dict(has), to_dict(TTTConfig())
+    return {k: v for k, v in was.items() if k not in named and v not in (now[k], default[k])}
 
 
 def _check_calibration(to: str, verify: bool) -> None:

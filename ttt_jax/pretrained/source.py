@@ -111,8 +111,9 @@ def _block(nbytes: int) -> int:
 
 
 def equip(model: ModelConfig, ttt: dict[str, Any] | None, where: str) -> ModelConfig:
-    """Add TTT layers to the config. Raises ConfigError when it has others already, or none are
-    named.
+    """Add TTT layers to the config. Fields that are not named are `TTTConfig`'s own, whatever the
+    config of a model without TTT layers says. Raises ConfigError when it has others already, or
+    none are named.
     """
     if not ttt:
         return model
@@ -132,7 +133,7 @@ def equip(model: ModelConfig, ttt: dict[str, Any] | None, where: str) -> ModelCo
             f"--ttt.{next(iter(ttt))}: {where} has no TTT layers; name them with --ttt.layers "
             "0,6,12"
         )
-    equipped = replace(model, {f"ttt.{name}": fields[name] for name in ttt})
+    equipped = replace(model, {"ttt": fields})
     validate_model(equipped)
     return equipped
 
