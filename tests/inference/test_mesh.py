@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from support.hlo import collectives
-from support.models import LAST_ERRORS, RIDGE, config
+from support.models import CAP, LAST_ERRORS, RIDGE, config
 from support.streams import C, model_of, prompts
 
 from ttt_jax import Session, generate, load_pretrained, save_pretrained, score
@@ -40,7 +40,7 @@ CASES = [
     ({"fsdp": 4, "tensor": 2}, (22,), RIDGE),
     ({"fsdp": 2, "context": 2}, (22, 5), WINDOW | {"sliding_window": 4}),
     ({"context": 2, "tensor": 2}, (3, 27, 14), WINDOW),
-    ({"fsdp": 2, "context": 2, "tensor": 2}, (22, 5), LAST_ERRORS),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, (22, 5), LAST_ERRORS | CAP),
 ]
 cases = pytest.mark.parametrize(
     ("sizes", "lengths", "changes"), CASES, ids=lambda x: "x".join(map(str, x))

@@ -13,6 +13,7 @@ from jax import jit
 from support.awake import new_target
 from support.models import (
     BASE,
+    CAP,
     EMBED,
     ERRORS,
     LAST_ERRORS,
@@ -76,7 +77,9 @@ STREAMS = {
     "window longer than pieces, clipped": {"sliding_window": 18, "ttt.clip_norm": 0.5},
     "ridge, embed, window": EMBED | WINDOW | RIDGE,
     "errors, ridge, window": ERRORS | WINDOW | RIDGE,
-    "errors in the last layer, own head": LAST_ERRORS | {"tie_embeddings": False, "mlp_bias": True},
+    "errors in the last layer, own head": LAST_ERRORS
+    | CAP
+    | {"tie_embeddings": False, "mlp_bias": True},
     "biases, no projection": {
         "ttt.layers": (0, 1),
         "qkv_bias": True,
@@ -212,7 +215,7 @@ def test_rows_of_a_batch_are_independent(x64):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW, RIDGE, ERRORS | WINDOW],
+    [{}, {"ttt.clip_norm": 0.3} | EMBED | WINDOW, RIDGE, ERRORS | WINDOW | CAP],
     ids=["plain", "everything", "ridge", "errors"],
 )
 def test_packed_documents_equal_each_document_alone(changes, x64):

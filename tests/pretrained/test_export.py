@@ -77,9 +77,10 @@ def test_own_ttt_fields_are_written_where_they_differ_from_the_official_code():
             write="ridge",
             ridge=0.5,
             decay=0.9,
+            read_cap=0.1,
         ),
     )
-    ours = "last_target", "normalize_source", "write", "ridge", "decay"
+    ours = "last_target", "normalize_source", "write", "ridge", "decay", "read_cap"
     names = {f"ttt_{name}" for name in ours}
     assert not names & config_to_hf(plain).keys()
     assert names <= config_to_hf(own).keys()

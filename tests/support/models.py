@@ -48,6 +48,9 @@ RIDGE = {
 }
 
 
+CAP = {"ttt.read_cap": 0.1}
+
+
 # shorter than most pieces, and a full layer in between
 WINDOW = {"sliding_window": 3, "full_attention_layers": (0, 2)}
 

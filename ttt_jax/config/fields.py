@@ -73,6 +73,8 @@ class TTTConfig:
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # rescale each chunk's update to this Frobenius norm when it exceeds it
     clip_norm: PositiveFloat | None = None
+    # softly limit what a token reads from S, by rms, to this times its layer's output without S
+    read_cap: PositiveFloat | None = None
     # apply W and S in two products, or W + S, rounded once a chunk, in one (docs/numerics.md)
     apply: Literal["split", "fused"] = "split"
     # None: the fastest

@@ -23,7 +23,7 @@ _NAMES = {
         "model.rope.beta_slow model.rope.attention_factor model.qk_norm model.qkv_bias "
         "model.o_bias model.mlp_bias model.tie_embeddings model.sliding_window "
         "model.full_attention_layers model.init_std model.ttt.layers model.ttt.chunk_size "
-        "model.ttt.lr model.ttt.target model.ttt.last_target model.ttt.proj "
+        "model.ttt.lr model.ttt.target model.ttt.last_target model.ttt.read_cap model.ttt.proj "
         "model.ttt.normalize_source model.ttt.write model.ttt.ridge model.ttt.decay "
         "model.ttt.clip_norm "
         "data.train data.heldout data.heldout_fraction data.format data.text_field data.tokenizer "

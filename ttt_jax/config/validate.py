@@ -177,6 +177,16 @@ def _refuse_without_effect(model: ModelConfig) -> None:
                 f"config field model.rope.{field.name} = {value}: has no effect with "
                 "model.rope.kind = default; set that to yarn or llama3, or leave this out"
             )
+    if ttt.read_cap is not None and ttt.apply != "split":
+        raise ConfigError(
+            f"config field model.ttt.apply = {ttt.apply}: has no effect with model.ttt.read_cap, "
+            "which reads S by itself; leave one of them out"
+        )
+    if ttt.read_cap is not None and ttt.implementation == "triton":
+        raise ConfigError(
+            "config field model.ttt.implementation = triton: does not read S by itself, which "
+            "model.ttt.read_cap needs; leave one of them out"
+        )
     if ttt.layers and ttt.write != "ridge" and ttt.ridge != type(ttt).ridge:
         raise ConfigError(
             f"config field model.ttt.ridge = {ttt.ridge:g}: has no effect with model.ttt.write = "

@@ -94,7 +94,7 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD, ctx: Context, state: TTTState | None, h_BTD=None):
         """Returns (y_BTD, state, stats); state and stats are None for an MLP that does not adapt.
 
-        `h_BTD`: what y is added to, which prediction errors are made of.
+        `h_BTD`: what y is added to, which prediction errors and the read cap are made of.
 
         `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the
         update of the first sequence's last whole chunk.
@@ -113,6 +113,11 @@ class MLP(nnx.Module):
             y_BTD, state, stats = ttt_stream.append_token(self, z_BTF, source_BTX, ctx, state)
         else:
             y_BTD, state, stats = ttt_stream.read_on(self, z_BTF, source_BTX, ctx, state)
+        if self.cfg.ttt.read_cap is not None:  # the op has read S alone
+            with jax.named_scope("ttt_read_cap"):
+                slow_BTD = linear(z_BTF, self.down, self.down_bias)
+                read_BTD = capped(y_BTD, h_BTD + slow_BTD, self.cfg.ttt.read_cap)
+                return slow_BTD + read_BTD, state, stats
         if self.down_bias is not None:
             y_BTD = y_BTD + jnp.broadcast_to(self.down_bias[...].astype(y_BTD.dtype), y_BTD.shape)
         return y_BTD, state, stats
@@ -141,9 +146,12 @@ class MLP(nnx.Module):
         devices: Devices = ONE_DEVICE,
     ):
         """Apply and write: `ttt_jax.ops.in_place_ttt` with the layer's slow weight and settings.
+        With a read cap W is zero, so that z S^T comes alone, in one product.
         `whole_B`: the chunks of each row that are written; None: all.
         """
-        ttt = self.cfg.ttt
+        ttt, weight_DF, apply = self.cfg.ttt, self.down[...], self.cfg.ttt.apply
+        if ttt.read_cap is not None:
+            weight_DF, apply = jnp.zeros_like(weight_DF), "fused"
         if ttt.decay != 1 and S_BDF is not None:
             B, M = z_BTF.shape[0], z_BTF.shape[1] // ttt.chunk_size
             written_B = jnp.full((B,), M, jnp.int32) if whole_B is None else whole_B
@@ -151,7 +159,7 @@ class MLP(nnx.Module):
         return devices.in_place_ttt(
             z_BTF,
             v_BTD,
-            self.down[...],
+            weight_DF,
             lr=lr,
             chunk_size=ttt.chunk_size,
             state=S_BDF,
@@ -159,7 +167,7 @@ class MLP(nnx.Module):
             decay=ttt.decay,
             whole_chunks=whole_B,
             clip_norm=ttt.clip_norm,
-            apply=ttt.apply,
+            apply=apply,
             implementation=ttt.implementation,
         )
 
@@ -241,6 +249,19 @@ class MLP(nnx.Module):
             return y_BTD, None, stats
         state = ttt_stream.state_behind(z_BTF, source_BTX, S_BDF, C, ctx.lengths_B, state)
         return y_BTD, state, stats
+
+
+def capped(read_BTD, h_BTD, cap: float):
+    """Limit what tokens read from S: r / sqrt(1 + (rms(r) / (cap rms(h)))^2), in r's dtype.
+
+    Small reads stay as they are, and none is larger than `cap` times the layer's output without S,
+    h, by rms. So a word that S has learnt too well costs a bounded number of nats.
+    """
+    acc = accumulator(read_BTD.dtype)
+    square = lambda x: jnp.mean(jnp.square(x.astype(acc)), axis=2, keepdims=True)
+    smallest = float(jnp.finfo(acc).tiny) ** 0.25  # a token of zeros reads nothing
+    ratio_BT1 = square(read_BTD) / jnp.maximum(cap**2 * square(h_BTD), smallest)
+    return (read_BTD.astype(acc) * jax.lax.rsqrt(1 + ratio_BT1)).astype(read_BTD.dtype)
 
 
 def source_width(D: int, source: TargetSource | None) -> int:

@@ -37,7 +37,8 @@ def fingerprint(model: Transformer) -> str:
 def _config(model: Transformer) -> dict[str, Any]:
     """The config, without fields that are younger than sessions and say nothing new."""
     fields = to_dict(model.config)
-    for name, value in (("decay", 1), ("apply", "split"), ("last_target", None)):
+    young = {"decay": 1, "apply": "split", "last_target": None, "read_cap": None}
+    for name, value in young.items():
         if fields["ttt"][name] == value:
             del fields["ttt"][name]
     return fields

@@ -39,6 +39,7 @@ _TTT_FIELDS = {
 # Fields that the official code does not know: absent means what it does.
 _OWN_TTT_FIELDS = {
     "ttt_last_target": "last_target",
+    "ttt_read_cap": "read_cap",
     "ttt_normalize_source": "normalize_source",
     "ttt_write": "write",
     "ttt_ridge": "ridge",

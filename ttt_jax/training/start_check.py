@@ -139,7 +139,10 @@ def _first_rows(config: Config, rows: Batch, mesh: Mesh) -> Batch:
 def _new_layers(ttt: TTTConfig) -> str:
     """Describe TTT layers that the source does not have."""
     targets = "target", "last_target", "proj", "normalize_source"
-    values = {name: getattr(ttt, name) for name in ("chunk_size", "lr", *targets, "write", "decay")}
+    values = {
+        name: getattr(ttt, name)
+        for name in ("chunk_size", "lr", *targets, "write", "decay", "read_cap")
+    }
     fields = ", ".join(f"{k} {str(v).lower()}" for k, v in values.items() if v is not None)
     return f"new TTT layers {list(ttt.layers)}, which start at zero: {fields}"
 

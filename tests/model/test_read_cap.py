@@ -1,0 +1,94 @@
+"""`model.ttt.read_cap`: what a token may read from S, beside its layer's output without S."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.tolerance import relative_rms
+
+from ttt_jax.config import ModelConfig, TTTConfig
+from ttt_jax.config.validate import validate_model
+from ttt_jax.errors import ConfigError
+from ttt_jax.model.layers import Context
+from ttt_jax.model.ttt_mlp import MLP, capped
+
+CAP, LR, C, D, F = 0.1, 2.0, 4, 16, 24
+
+
+def rms(x):
+    return np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
+
+
+def test_small_reads_stay_and_large_ones_are_limited(x64):
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((2, 5, 16))
+    r = rng.standard_normal((2, 5, 16)) * np.geomspace(1e-6, 1e6, 5)[None, :, None]
+    got = np.asarray(capped(jnp.asarray(r), jnp.asarray(h), CAP))
+    limit = CAP * rms(h)
+    assert (rms(got) < limit).all()
+    np.testing.assert_allclose(got[:, 0], r[:, 0], rtol=1e-9)
+    np.testing.assert_allclose(rms(got)[:, 4], limit[:, 4], rtol=1e-9)
+    np.testing.assert_allclose(got / rms(got), r / rms(r), rtol=1e-9)
+    assert not np.asarray(capped(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, 4)), CAP)).any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_matches_the_rule_token_by_token(x64, bias):
+    """Two rows of four chunks and a rest, float64, values and gradients; the oracle forms every
+    state.
+    """
+    x, h, embed, do = arrays(4)
+    layer = adaptive(read_cap=CAP, bias=bias)
+
+    def ours(layer, x, h):
+        nothing = jnp.zeros((1, 1, 1))
+        return layer(x, Context((nothing, nothing), None, None, None, embed), None, h)[0]
+
+    def literal(layer, x, h):
+        gate, up = x @ layer.gate[...].T, x @ layer.up[...].T
+        if bias:
+            gate, up = gate + layer.gate_bias[...][None, None], up + layer.up_bias[...][None, None]
+        z_BTF = jax.nn.silu(gate) * up
+        slow_BTD = z_BTF @ layer.down[...].T + (layer.down_bias[...][None, None] if bias else 0)
+        v_BTD = layer.target(embed[:, : 4 * C], C)
+        S_BDF, rows = jnp.zeros((2, D, F)), []
+        for t in range(x.shape[1]):
+            if t and t % C == 0:
+                last = slice(t - C, t)
+                S_BDF += LR * jnp.einsum("btd,btf->bdf", v_BTD[:, last], z_BTF[:, last])
+            read_BD = jnp.einsum("bdf,bf->bd", S_BDF, z_BTF[:, t])
+            square_B = ((h + slow_BTD)[:, t] ** 2).mean(-1)
+            ratio_B = (read_BD**2).mean(-1) / (CAP**2 * square_B)
+            rows.append(slow_BTD[:, t] + read_BD / jnp.sqrt(1 + ratio_B)[:, None])
+        return jnp.stack(rows, axis=1)
+
+    def both(function):
+        y, pull = jax.vjp(function, layer, x, h)
+        return y, pull(do)
+
+    for got, want in zip(*(jax.tree.leaves(both(f)) for f in (ours, literal)), strict=True):
+        assert relative_rms(got, want) < 1e-11
+    without = adaptive(read_cap=None, bias=bias)
+    assert relative_rms(ours(without, x, h), ours(layer, x, h)) > 0.01  # it is felt here
+
+
+def arrays(seed):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal((2, 4 * C + 3, D))) for _ in range(4))
+
+
+def adaptive(*, read_cap, bias):
+    """A layer with random parameters of every kind."""
+    ttt = TTTConfig(layers=(0,), chunk_size=C, lr=LR, target="input_embed", read_cap=read_cap)
+    cfg = ModelConfig(d_model=D, d_ff=F, mlp_bias=bias, ttt=ttt)
+    layer = MLP(cfg, ttt.target, key=jax.random.key(0))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape)), layer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"), [({"apply": "fused"}, "apply"), ({"implementation": "triton"}, "triton")]
+)
+def test_what_it_leaves_without_effect_is_refused(fields, word):
+    with pytest.raises(ConfigError, match=rf"{word}.*read_cap"):
+        validate_model(ModelConfig(ttt=TTTConfig(layers=(1,), read_cap=0.1, **fields)))
