@@ -11,10 +11,10 @@
 #          each other. All pass; if not, time nothing.
 #   op      55 s. Results compared with XLA's before they are timed. Prediction, forward + backward:
 #              books, packed, decay    5.8 ms (6.59 at c70a538)     4B, packed  21.7 (23.61)
-#   books  110 s. Prediction, over none: six layers 19.0 %, fused 17.7 % (23.4 % at 83e0756). Also
+#   books  110 s. Prediction, over none: six layers 16.7 %, fused 15.3 % (23.4 % at 83e0756). Also
 #          asked: how many seconds a step takes to compile.
 #   large  200 s. Prediction: 1.7B 4.8 %, fused 4.2 % (5.3 % at 83e0756), 500M 12.0 % (13.8 %).
-#   ridge   60 s. Prediction: a write with gradients 3.9 ms at books.
+#   ridge   60 s. Prediction: a write with gradients 2.9 ms at books.
 #   curves 330 s a seed. Whether fused can be the default of training: both arms on books, DATA as in
 #          benchmarks/books.sh. Yes, if the last tokens differ by at most 0.01 on the mean of three
 #          seeds and no seed is worse by 0.03. Prediction: 0.00, with 0.02 of noise.

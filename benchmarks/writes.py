@@ -103,7 +103,7 @@ def right(run, shape: Shape, four, arrays, G, ridge: float) -> bool:
         found = [np.asarray(x[0, k], np.float64) for x in chunks]
         errors = [
             float(np.linalg.norm(x - y) / np.linalg.norm(y))
-            for x, y in zip(of_written(*found, G), of_written(*exact, G), strict=True)
+            for x, y in zip(of_written(found, G), of_written(exact, G), strict=True)
         ]
         worst = float(np.maximum(worst, np.max(errors)))  # nan stays
         print("  keys {}: v' {:.1e}, dz {:.1e}, dv {:.1e}".format(kind, *errors))
@@ -112,8 +112,9 @@ def right(run, shape: Shape, four, arrays, G, ridge: float) -> bool:
     return fine
 
 
-def of_written(out_CD, dz_CF, dv_CD, G_FD):
-    """v', the gradient of v'^T z by z, and dv."""
+def of_written(results, G_FD):
+    """v', the gradient of v'^T z by z, and dv, of v', dz and dv."""
+    out_CD, dz_CF, dv_CD = results
     return out_CD, dz_CF + out_CD @ G_FD.T, dv_CD
 
 
