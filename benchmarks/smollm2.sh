@@ -5,7 +5,7 @@
 #
 # FOLDER holds smollm2/ (examples/smollm2.py), books_small.jsonl.xz and books_heldout.jsonl.xz.
 # ARM is NAME, NAMExSTEPS, and :SEED behind either; the names are below. What is done is not repeated.
-# $OUT gets all results, packed.
+# $OUT gets all results, packed. MODES=on evaluates with TTT alone.
 set -u
 data=$1
 export CUDA_VISIBLE_DEVICES=$2 PYTHONUNBUFFERED=1
@@ -44,7 +44,7 @@ for arm in "$@"; do
   grep -E "init_from|error|mean|tokens/s" "$out/$run.log" | tail -6 | sed "s/^/$run: /"
   lengths=8k,32k
   [[ $arm == full* ]] && lengths=8k
-  modes=both
+  modes=${MODES:-both}
   [[ $arm == none* || $arm == full* ]] && modes=off
   left=$((seconds - SECONDS + started))
   ((left < 20)) && echo "$arm: not evaluated, the time is up" && continue

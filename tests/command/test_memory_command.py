@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,18 @@ def test_memories_are_changed_exactly(saved):
     for name, x in read_folder(Path("base")).items():
         np.testing.assert_array_equal(x, read_folder(Path("as_base"))[name])
     assert not [name for name in json.loads(Path("base/config.json").read_text()) if "ttt" in name]
+
+
+def test_a_read_cap_is_named_where_other_engines_do_not_have_it(run, folder):
+    shutil.copytree(folder, "capped")
+    raw = json.loads(Path("capped/config.json").read_text())
+    Path("capped/config.json").write_text(json.dumps(raw | {"ttt_read_cap": 0.1}))
+    taught(folder, TEXTS["a.txt"]).save("a.m")
+    for words in (("base", "capped", "base"), ("merge", "capped", "a.m", "merged")):
+        code, out, _ = run("memory", *words)
+        assert code == 0
+        assert "read_cap 0.1 of capped is not part of the base architecture" in out
+    assert "read_cap" not in run("memory", "base", "model", "without")[1]
 
 
 def test_info_and_diff(saved):

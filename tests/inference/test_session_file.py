@@ -58,7 +58,11 @@ def test_values_that_change_places_make_another_model():
 
 def test_another_decay_is_another_model():
     model, other = model_of(), jax.tree.map(lambda x: x, model_of())
-    for change in {"ttt.decay": 0.5}, {"ttt.last_target": "prediction_error"}, {"ttt.read_cap": 0.1}:
+    for change in (
+        {"ttt.decay": 0.5},
+        {"ttt.last_target": "prediction_error"},
+        {"ttt.read_cap": 0.1},
+    ):
         other.config = replace(model.config, change)
         assert fingerprint(other) != fingerprint(model), change
 

@@ -132,7 +132,7 @@ def _print_calibration(report: Conversion) -> None:
     print(
         f"ttt: layers {list(ttt.layers)}, target {ttt.target}, write {ttt.write}, decay "
         f"{ttt.decay:g}, normalize_source {str(ttt.normalize_source).lower()}, chunk_size "
-        f"{ttt.chunk_size}, lr {ttt.lr:g}"
+        f"{ttt.chunk_size}, read_cap {ttt.read_cap}, lr {ttt.lr:g}"
     )
     print(
         f"W_target from {found.statistics:,} tokens; gain in nats a token on {found.choice:,} "

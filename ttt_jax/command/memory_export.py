@@ -47,6 +47,7 @@ def merge(folder: Path, path: Path, output: Path, dtype: str, shard_gb: float) -
     rows = [[str(m.layer), f"{m.ratio:.3g}", f"{m.lost:.2e}"] for m in merged]
     note = f"lost: ||stored - (W + dW)|| / ||dW||, the error of rounding to {dtype}"
     print_tables([Table("Merged layers", note, ["layer", "||dW||/||W||", "lost"], rows)])
+    _say_uncapped(folder)
     print(printable(f"{output}"))
 
 
@@ -67,6 +68,7 @@ def base(folder: Path, output: Path, dtype: str, shard_gb: float) -> None:
 
     click.get_current_context().with_resource(one_writer(output, "DST"))
     run(folder, None, output, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)))
+    _say_uncapped(folder)
     print(printable(f"{output}"))
 
 
@@ -91,6 +93,18 @@ def lora(path: Path, output: Path, rank: int, dtype: str, base: str | None) -> N
     print_tables([Table("Adapted layers", note, ["layer", "error"], rows)])
     print(_vllm(rank))
     print(printable(f"{output}"))
+
+
+def _say_uncapped(folder: Path) -> None:
+    """Print what other engines do not do with a memory of this model."""
+    from ttt_jax.pretrained.source import open_source
+
+    cap = open_source(folder).model.ttt.read_cap
+    if cap is not None:
+        print(
+            f"read_cap {cap:g} of {printable(str(folder))} is not part of the base architecture: "
+            "engines apply memories without it, and reads as large as that differ"
+        )
 
 
 def _vllm(rank: int) -> str:

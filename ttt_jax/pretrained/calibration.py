@@ -10,7 +10,8 @@ C_p (D D) is the mean covariance of rows of the output weight under the model's 
 its mean eigenvalue, g the final norm's weight (it divides columns), a = 0.3. So A is a damped step
 of Newton on the loss of the next token. s has no unit: with `write: ridge` and s = 1 a chunk's keys
 would give the whole step. It is chosen among `SCALES` by the loss of text that C_p has not seen.
-The convolution is its tap at the next token (docs/lab/2026-11-30-surprise.md).
+The convolution is its tap at the next token (docs/lab/2026-11-30-surprise.md). `read_cap` bounds
+what a scale that is too large for a text can do (docs/lab/2026-12-01-read-cap.md).
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.model.ttt_mlp import KERNEL
 
 OPTION = "--ttt.calibrate"
-SCALES = (0.1, 0.2, 0.4, 0.8)
+SCALES = (0.2, 0.4, 0.8, 1.6)
 SHRINK = 0.3  # a
 TARGET_RMS = 0.05  # of the elements of W_target, so that AdamW can move it
 LOST = 0.01  # relative RMS of what a dtype may lose of W_target; bfloat16 loses 0.002
 NEXT = KERNEL // 2 + 1  # the convolution's tap at the next token
 STATISTICS, CHOICE = 16_384, 8_192  # tokens that C_p and s are found on, at most
 PIECE = 2_048  # tokens read at once, at most
-FREE = {"chunk_size": 512, "decay": 0.95}  # unless the user names them
+FREE = {"chunk_size": 512, "decay": 0.95, "read_cap": 0.06}  # unless the user names them
 FIXED = {"target": "prediction_error", "write": "ridge", "normalize_source": False, "proj": True}
 _LOGITS, _ROWS = 256, 8192  # tokens whose logits, and rows of the head that exist at once
 
