@@ -54,6 +54,12 @@ if TYPE_CHECKING:
     "--ttt.proj", "proj", type=bool, metavar="true|false", help="Multiply the target by W_target."
 )
 @click.option(
+    "--ttt.read_cap",
+    "read_cap",
+    type=float,
+    help="Limit of what a token reads from S, relative to its layer's output.",
+)
+@click.option(
     "--ttt.calibrate",
     "calibrate",
     metavar="TEXT",
