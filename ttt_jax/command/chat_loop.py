@@ -296,12 +296,18 @@ class Chat:
                 "/html: the session's stream was no chat from its start, and its tokens are not "
                 "known; begin a new session"
             )
+        if talk.session.holds_memory and talk.session.start is None:
+            raise UserError(
+                "/html: the conversation began with a memory, which the session's file does not "
+                "hold apart; write the page before the end of the chat"
+            )
         if len(talk.ids) < 2:
             raise UserError("/html: there is nothing to show yet; say something first")
         self._check_new(path, "/html")
         ids, model = np.asarray(talk.ids, np.int32), talk.session.model
         memory, size = talk.session.start, talk.session.size
-        on_T = score(model, [ids], piece=size, memory=memory).logprobs_BT[0]
+        adapts = talk.session.ttt or memory is None  # a memory that is only applied stays as it is
+        on_T = score(model, [ids], ttt=adapts, piece=size, memory=memory).logprobs_BT[0]
         off_T = score(model, [ids], piece=size, ttt=False).logprobs_BT[0]
         page = text_page(text_pieces(model, ids, on_T, off_T), f"Conversation with {self.model}")
         try:
