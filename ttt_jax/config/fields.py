@@ -90,6 +90,14 @@ class TTTConfig:
         return tuple(i for i in self.layers if self.target_of(i) == "prediction_error")
 
 
+# The fields of `RopeConfig` beside `base` that each kind makes use of.
+ROPE_FIELDS = {
+    "default": (),
+    "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor"),
+}
+
+
 @dataclass(frozen=True, config=_STRICT)
 class RopeConfig:
     """Rotary position embedding; the scaled kinds follow Hugging Face's `rope_scaling` fields."""

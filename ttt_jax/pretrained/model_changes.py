@@ -24,15 +24,11 @@ import dataclasses
 from typing import Any
 
 from ttt_jax.config import ModelConfig, RopeConfig
+from ttt_jax.config.fields import ROPE_FIELDS
 from ttt_jax.errors import ConfigError
 
 _FREE = ("init_std",)
 _BY_RULE = ("ttt", "rope", "max_positions", "sliding_window", "full_attention_layers")
-_SCALING = {  # the fields that have an effect
-    "default": (),
-    "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor"),
-}
 
 
 def compare_models(wanted: ModelConfig, found: ModelConfig, where: str) -> list[str]:
@@ -101,10 +97,10 @@ def _compare_rope(wanted: RopeConfig, found: RopeConfig, where: str) -> list[str
         lines = [_line("rope.kind", wanted.kind, found.kind)]
         return lines + [
             f"model.rope.{name} is {_show(getattr(wanted, name))} here"
-            for name in _SCALING[wanted.kind]
+            for name in ROPE_FIELDS[wanted.kind]
         ]
     lines = []
-    for name in _SCALING[found.kind]:
+    for name in ROPE_FIELDS[found.kind]:
         ours, theirs = getattr(wanted, name), getattr(found, name)
         if name == "factor" and ours > theirs:
             lines.append(_line("rope.factor", ours, theirs))
