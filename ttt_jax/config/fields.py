@@ -202,7 +202,7 @@ class OptimizerConfig:
     # of the learning rate: falling from the warm-up on, only at the end (wsd), or not
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     # steps in which the learning rate rises from 0; None: warmup_ratio * steps; so is a preset's
-    # that is not shorter than the run
+    # that is not shorter than the run, or where you give warmup_ratio
     warmup_steps: NonNegative | None = None
     warmup_ratio: Fraction = 0.02  # share of the steps in the warm-up, without `warmup_steps`
     decay_ratio: Fraction = 0.2  # wsd: share of the steps in the final decay
