@@ -174,11 +174,6 @@ BAD = {
         ["model.rope.factor = 0.5", "at least 1"],
     ),
     "one wavelength": ("--model.rope.base 1", ["model.rope.base = 1", "above 1"]),
-    "a target that the last one hides": (
-        "--model.ttt.layers 2 --model.ttt.target input_embed "
-        "--model.ttt.last_target prediction_error",
-        ["model.ttt.target = input_embed", "no effect", "last_target = prediction_error"],
-    ),
     "a ridge of sums": (
         "--model.ttt.layers 0 --model.ttt.ridge 0.1",
         ["model.ttt.ridge = 0.1", "no effect", "model.ttt.write = sum", "set that to ridge"],

@@ -203,12 +203,6 @@ def _refuse_without_effect(model: ModelConfig) -> None:
                 f"config field model.rope.{name} = {value}: has no effect with "
                 f"model.rope.kind = {rope.kind}; set that to {using}, or leave this out"
             )
-    only = len(ttt.layers) == 1 and ttt.last_target not in (None, ttt.target)
-    if only and ttt.target != type(ttt).target:
-        raise ConfigError(
-            f"config field model.ttt.target = {ttt.target}: has no effect, the only TTT layer has "
-            f"model.ttt.last_target = {ttt.last_target}; leave one of them out"
-        )
     if ttt.layers and ttt.write != "ridge" and ttt.ridge != type(ttt).ridge:
         raise ConfigError(
             f"config field model.ttt.ridge = {ttt.ridge:g}: has no effect with model.ttt.write = "
