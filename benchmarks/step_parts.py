@@ -163,7 +163,8 @@ def step_changes(config, step: str) -> tuple[dict[str, Any], str | None]:
             changes["model.ttt.layers"] = []
         elif word.isdigit():
             every = config.model.num_layers // int(word)
-            changes["model.ttt.layers"] = list(range(every - 1, config.model.num_layers, every))
+            layers = range(every - 1, config.model.num_layers, every)
+            changes["model.ttt.layers"] = list(layers[: int(word)])
         elif word.startswith("decay="):
             changes["model.ttt.decay"] = float(word.removeprefix("decay="))
         elif word in ("split", "fused"):

@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+from ttt_jax.config import Config, replace
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -169,3 +171,10 @@ def test_names_of_a_book_and_what_they_gain(script):
     shown = tables.tables([row, row])
     assert "| own | 0.500 (+0.000 to +0.000) | - | 0.750 (+0.500 to +0.500) |" in shown
     assert "| own | 0.150 (+0.000 to +0.000) | - | 0.500 (" in shown
+
+
+def test_a_step_has_as_many_adaptive_layers_as_its_name_says(script):
+    """28 layers do not divide by 6: every fourth would be 7."""
+    config = replace(Config(), {"model.num_layers": 28})
+    changes, _ = script("step_parts").step_changes(config, "6")
+    assert changes == {"model.ttt.layers": [3, 7, 11, 15, 19, 23]}

@@ -133,6 +133,16 @@ def test_texts_are_read_into_the_fast_weights_alone(chat, folder, tmp_path):
     assert err.startswith("error: /html: the conversation has fast weights that none of its tokens")
 
 
+def test_a_page_needs_the_memory_that_the_conversation_began_with(chat, tmp_path):
+    """The file of the session holds the sum of it and of what was written since."""
+    (tmp_path / "book.txt").write_text("a book of things\n" * 8)
+    code, _, err = chat("/read book.txt\n/forget\nhello\n/html a.html\n", "--session", "s")
+    assert (code, "written a.html" in err) == (0, True)
+    code, _, err = chat("/html b.html\n", "--session", "s")
+    assert (code, "/html: the conversation has fast weights that none" in err) == (2, True)
+    assert not (tmp_path / "b.html").exists()
+
+
 @pytest.mark.parametrize(
     ("lines", "words", "line"),
     [

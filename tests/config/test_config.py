@@ -155,6 +155,25 @@ BAD = {
         "--model.rope.factor 4",
         ["model.rope.factor = 4", "no effect", "model.rope.kind = default", "set that to yarn"],
     ),
+    "a field of llama3 for yarn": (
+        "--model.rope.kind yarn --model.rope.original_max_positions 64 "
+        "--model.rope.low_freq_factor 2",
+        ["model.rope.low_freq_factor = 2", "no effect", "kind = yarn", "set that to llama3,"],
+    ),
+    "no band between low and high": (
+        "--model.rope.kind llama3 --model.rope.original_max_positions 64 "
+        "--model.rope.low_freq_factor 4",
+        ["model.rope.low_freq_factor = 4", "below model.rope.high_freq_factor = 4"],
+    ),
+    "slow above fast": (
+        "--model.rope.kind yarn --model.rope.original_max_positions 64 --model.rope.beta_slow 33",
+        ["model.rope.beta_slow = 33", "above model.rope.beta_fast = 32"],
+    ),
+    "a context that is shortened": (
+        "--model.rope.kind yarn --model.rope.original_max_positions 64 --model.rope.factor 0.5",
+        ["model.rope.factor = 0.5", "at least 1"],
+    ),
+    "one wavelength": ("--model.rope.base 1", ["model.rope.base = 1", "above 1"]),
     "a ridge of sums": (
         "--model.ttt.layers 0 --model.ttt.ridge 0.1",
         ["model.ttt.ridge = 0.1", "no effect", "model.ttt.write = sum", "set that to ridge"],

@@ -97,6 +97,11 @@ def test_comparison_pairs_documents():
     other = results_of()
     other["perplexity"]["documents"] = ["x", "z"]
     assert comparison(results_of(), other)[0]["rows"][0]["difference"]["low"] is None
+    # Of a longer text, other tokens are the last ones, and their losses are not compared.
+    shorter = results_of()
+    del shorter["perplexity"]["lengths"][1]
+    with pytest.raises(UserError, match="no entry in common"):
+        comparison(results_of(), shorter)
     other["perplexity"]["block"] = 7
     with pytest.raises(UserError, match="no entry in common"):
         comparison(results_of(), other)

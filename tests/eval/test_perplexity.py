@@ -2,6 +2,7 @@
 files.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,7 +16,7 @@ from support.models import config, hidden, make
 from ttt_jax import score
 from ttt_jax.data.tokenizer import ByteTokenizer
 from ttt_jax.errors import DataError, UserError
-from ttt_jax.eval.documents import choose, open_documents
+from ttt_jax.eval.documents import choose, names_of, open_documents
 from ttt_jax.eval.perplexity import (
     batches,
     check_lengths,
@@ -332,3 +333,10 @@ def test_text_sources(tmp_path):
     corpus = open_documents(model, tmp_path / "d.jsonl")
     assert corpus.length_N.tolist() == [80, 80]  # no end token
     assert bytes(corpus.tokens(1, 0, 4).astype(np.uint8)) == b"two "
+    # Results name documents by their tokens: another text in a file of that name is another one.
+    first = names_of(corpus, [0, 1])
+    (tmp_path / "d.jsonl").write_text((tmp_path / "d.jsonl").read_text().replace("two", "six"))
+    second = names_of(open_documents(model, tmp_path / "d.jsonl"), [0, 1])
+    assert (first[0] == second[0], first[1] == second[1]) == (True, False)
+    unread = dataclasses.replace(corpus, digest_N=np.zeros(2, np.uint64))
+    assert len({*names_of(unread, [0, 1]), *first}) == 4

@@ -71,6 +71,9 @@ def test_other_documents_are_not_paired_and_other_blocks_not_compared():
     difference = comparison(none, full, other)[0]["rows"][-1]["difference"]
     assert (difference["low"], difference["high"]) == (None, None)
     assert difference["mean"] == pytest.approx(-0.45)
+    longer = results_of("ttt", off=[3.2, 2.4])
+    longer["perplexity"]["lengths"].append(longer["perplexity"]["lengths"][0] | {"length": 32})
+    assert {row["run"] for row in comparison(none, full, longer)[0]["rows"]} == {"A", "B"}
     ttt["perplexity"]["block"] = 4
     assert {row["run"] for row in comparison(none, full, ttt)[0]["rows"]} == {"A", "B"}
     none["perplexity"]["block"] = 2

@@ -354,6 +354,8 @@ def test_forgetting_is_refused_where_nothing_would_be_left(model):
             talk.forget()
     assert talk.tokens == (2, 1)
     talk.read("d")
+    with pytest.raises(UserError, match="times 0 leaves nothing"):
+        talk.forget(0)
     assert talk.forget() == 4
     unwritten = Conversation(Session(model, ttt=False), chatml)
     unwritten.read("abcdefgh")

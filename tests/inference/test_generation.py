@@ -257,6 +257,7 @@ def test_errors_name_what_is_wrong():
         (lambda: generate(model, [[1]], stop=["x"]), "need a tokenizer"),
         (lambda: generate(model, [[1]], temperature=-1), "temperature = -1"),
         (lambda: generate(model, [[1], [2]], seed=[1]), "1 seeds for 2"),
+        (lambda: generate(model, [[1], [2]], seed=1.5), "seed = 1.5: must be a whole number"),
         (lambda: Session(model).generate(1), "stream 0 is empty"),
         (lambda: Session(model, 2).read([[1]]), "1 for a session of 2"),
         (

@@ -50,6 +50,19 @@ def test_greedy():
     )
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1e-40), Sampling(1e-320), Sampling(1e-37), Sampling(1.0, top_p=1e-50)],
+    ids=["subnormal", "zero in float32", "tiny", "top_p of zero in float32"],
+)
+def test_next_to_nothing_is_the_most_likely_token(sampling):
+    """Not the first one, as of infinities."""
+    logits = 40 * LOGITS
+    ids, logprobs = draw(sampling, logits, np.zeros(2, np.int32), np.zeros(2, np.int32))
+    assert ids.tolist() == [4, 5]
+    assert np.isfinite(logprobs).all()
+
+
 def test_frequencies_follow_the_distribution():
     n = 20_000
     positions = np.arange(n, dtype=np.int32)
@@ -91,7 +104,8 @@ def test_a_row_depends_on_its_seed_and_position_alone():
         for name in ("temperature", "top_p", "min_p")
         for x in (-0.1, float("nan"), float("inf"))
     ]
-    + [(name, x) for name, x in (("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("min_p", 2.0))],
+    + [(name, x) for name, x in (("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("min_p", 2.0))]
+    + [("top_k", 1.5), ("top_k", True), ("temperature", "1"), ("temperature", None)],
 )
 def test_values_out_of_range(field, value):
     with pytest.raises(UserError, match=f"{field} = "):

@@ -4,6 +4,7 @@ transformers, and those of the adapter through peft are the same.
     pip install torch transformers peft      # optional; what needs them is skipped without
 """
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from support.hf_folders import make_folder, read_folder
 from support.tolerance import relative_rms
 
 from ttt_jax import Session, load_pretrained, score
+from ttt_jax.data.tokenizer import load_tokenizer
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.memory.lora import write_lora
 from ttt_jax.memory.memory import Memory
 from ttt_jax.memory.merge import merge
 from ttt_jax.pretrained.fingerprint import weights_fingerprint
+from ttt_jax.pretrained.source import open_source
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 FAMILIES = {
@@ -68,6 +71,17 @@ def test_the_merged_folder_is_the_model_with_the_memory(folder, tmp_path):
     for about in found:
         ratio = np.linalg.norm(memory.dW(about.layer)) / memory.slow_norms[about.layer]
         assert about.ratio == pytest.approx(ratio, rel=1e-5)
+
+
+def test_a_model_that_reads_bytes_has_a_tokenizer_for_other_engines(tmp_path, monkeypatch):
+    """Runs of bytes hold no tokenizer.json; a folder for other engines does, as converted ones."""
+    make_folder(tmp_path / "model", FAMILIES["qwen3"] | TTT | {"vocab_size": 257})
+    source = dataclasses.replace(open_source(tmp_path / "model"), tokenizer="bytes")
+    monkeypatch.setattr("ttt_jax.memory.merge.open_source", lambda path: source)
+    merge("runs/x", None, tmp_path / "base")
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
+    assert tokenizer.encode("Aé") == list("Aé".encode())
+    assert tokenizer.eos_id == 256
 
 
 def test_rounding_is_said_and_what_does_not_fit_is_refused(tmp_path):

@@ -209,3 +209,13 @@ def test_yarn_over_an_original_context_longer_than_every_wavelength():
     got, _ = rope_frequencies(RopeConfig("yarn", 10.0, 4.0, 860), 64)
     r = np.clip((np.arange(32) - 20) / (63 - 20), 0, 1)
     np.testing.assert_allclose(got, 10.0 ** (-np.arange(32) / 32) * (1 - r + r / 4), rtol=1e-13)
+
+
+def test_fields_of_another_kind_of_rope_mean_nothing():
+    """As in transformers, which reads those of the kind."""
+    of_llama3 = {"low_freq_factor": 2.0, "high_freq_factor": 8.0}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    rope = config_from_hf(QWEN3 | {"rope_scaling": scaling | of_llama3 | {"beta_fast": 16.0}}).rope
+    assert rope == RopeConfig("yarn", 1e4, 4.0, 64, beta_fast=16.0)
+    with pytest.raises(ConfigError, match=r"config\.json: .*rope\.low_freq_factor = 9: must be"):
+        config_from_hf(QWEN3 | {"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}})

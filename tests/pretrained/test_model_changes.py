@@ -49,6 +49,31 @@ RULES = {
         {"ttt.layers": [0]},
         ["ttt.lr is 0.1 here, 3.0 in the checkpoint"],
     ),
+    "another target": (
+        {"ttt.layers": [0, 2], "ttt.target": "input_embed"},
+        {"ttt.layers": [0, 2]},
+        ["ttt.target of layers [0, 2] is input_embed here, hidden_states in the checkpoint"],
+    ),
+    "a last target": (
+        {"ttt.layers": [0, 2], "ttt.last_target": "prediction_error"},
+        {"ttt.layers": [0, 2]},
+        ["ttt.target of layers [2] is prediction_error here, hidden_states in the checkpoint"],
+    ),
+    "a new layer behind the last": (
+        {"ttt.layers": [0, 2, 3], "ttt.last_target": "prediction_error"},
+        {"ttt.layers": [0, 2], "ttt.last_target": "prediction_error"},
+        ["ttt.target of layers [2] is hidden_states here, prediction_error in the checkpoint"],
+    ),
+    "a new layer before the last": (
+        {"ttt.layers": [0, 1, 2], "ttt.last_target": "prediction_error"},
+        {"ttt.layers": [0, 2], "ttt.last_target": "prediction_error"},
+        [],
+    ),
+    "the same target in other words": (
+        {"ttt.layers": [2], "ttt.target": "prediction_error"},
+        {"ttt.layers": [2], "ttt.last_target": "prediction_error"},
+        [],
+    ),
     "longer": ({"max_positions": 1024}, {}, ["max_positions is 1024 here, 512 in the checkpoint"]),
     "shorter": ({"max_positions": 256}, {}, None),
     "yarn": (

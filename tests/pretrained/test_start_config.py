@@ -291,6 +291,10 @@ def test_a_preset_s_warm_up_yields_and_a_user_s_does_not(tmp_path):
     (line,) = load_start("books", ["--steps=40"]).remarks
     assert line.startswith("the preset's optimizer.warmup_steps = 40 is not shorter than the run")
     assert warmup("--steps=20", "--optimizer.warmup_ratio=0.5") == 10
+    assert warmup("--optimizer.warmup_ratio=0.5") == 200  # of 400
+    (line,) = load_start("books", ["--optimizer.warmup_ratio=0.5"]).remarks
+    assert line.startswith("the preset's optimizer.warmup_steps = 40 yields to your ratio")
+    assert warmup("--optimizer.warmup_ratio=0.5", "--optimizer.warmup_steps=7") == 7
     assert warmup("--steps=20", "--optimizer.warmup_steps=19") == 19
     for steps in ("--steps=20", "--steps=400"):
         with pytest.raises(ConfigError, match=r"warmup_steps = 500: must be below steps"):
@@ -310,6 +314,27 @@ def test_rows_of_one_chunk_are_said_to_train_without_ttt(T, C, said):
     if said:
         assert f"data.seq_len = {T} holds one chunk of model.ttt.chunk_size = {C}" in remarks[0]
     assert not load_start("default", [*more, "--model.ttt.layers=[]"]).remarks
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--optimizer.decay_ratio=0.5"], "optimizer.decay_ratio = 0.5: has no effect with "
+         "optimizer.schedule = cosine"),
+        (["--optimizer.schedule=constant", "--optimizer.final_lr_ratio=0.5"],
+         "optimizer.final_lr_ratio = 0.5: has no effect with optimizer.schedule = constant"),
+        (["--sample.tokens=9"], "sample.tokens = 9: has no effect with sample.every = 0"),
+        (["--data.heldout=b.txt", "--data.heldout_fraction=0.5"],
+         "data.heldout_fraction = 0.5: has no effect with data.heldout = "),
+        (["--optimizer.decay_ratio=0.5", "--optimizer.schedule=wsd"], None),
+        (["--optimizer.decay_ratio=0.2"], None),  # as it is anyway
+        (["--sample.tokens=9", "--sample.every=3"], None),
+    ],
+)  # fmt: skip
+def test_what_a_user_writes_for_nothing_is_said(words, line):
+    remarks = load_start("default", words).remarks
+    assert len(remarks) == (line is not None)
+    assert all(remark.startswith(f"config field {line}") for remark in remarks)
 
 
 def test_auto_is_every_sixth_layer():

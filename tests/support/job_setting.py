@@ -93,7 +93,9 @@ class Setting:
         self.stop, self.loader = Signal(), Counter()
         self.lock = types.SimpleNamespace(check=lambda: self.calls.append("lock"))
         self.heldout = types.SimpleNamespace(
-            place=lambda: self.calls.append("place"), by_position=self.by_position
+            place=lambda: self.calls.append("place"),
+            by_position=self.by_position,
+            remarks=[],
         )
         self.hooks = [Hook(6, self.probe), Hook(2, self.evaluate)]
 

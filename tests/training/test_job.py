@@ -11,11 +11,14 @@ import pytest
 from support.job_setting import EVALUATED, LOGGED, STEPS, Counter, Setting
 
 from ttt_jax.config import replace
+from ttt_jax.data import ByteTokenizer
 from ttt_jax.errors import CheckpointError, TrainingError
+from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.process.signals import Stopped
 from ttt_jax.run.logs import read_events
 from ttt_jax.training import job as job_module
 from ttt_jax.training import throughput as throughput_module
+from ttt_jax.training.heldout import Heldout
 from ttt_jax.training.hooks import Hook, Seen
 from ttt_jax.training.saver import Saver
 
@@ -29,12 +32,26 @@ def setting(tmp_path):
 
 
 def test_nothing_is_written_before_the_job_is_opened(setting):
+    setting.heldout.remarks = ["eval.rows = 9: of 2"]
     opened = setting.open()
     assert not setting.run_dir.exists()
     with opened:
         assert (setting.run_dir / "config.yaml").exists()
-        assert (setting.run_dir / "environment.json").exists()
+        told = json.loads((setting.run_dir / "environment.json").read_text())["data"]
+        assert told[-1] == "eval.rows = 9: of 2"
     assert not setting.calls, "no state was made"
+
+
+def test_fewer_held_out_rows_than_asked_are_said(setting, tmp_path):
+    """Those of 150 and 50 tokens, in rows of 128."""
+    (tmp_path / "b.jsonl").write_text(f'{{"text": "{"y" * 150}"}}\n{{"text": "{"z" * 50}"}}\n')
+    changes = {"data.heldout": [str(tmp_path / "b.jsonl")], "data.eos": False}
+    mesh = make_mesh(setting.config.mesh, jax.devices()[:1])
+    for asked, told in (3, []), (9, ["eval.rows = 9: the held-out documents make 3 of 128 tokens"]):
+        heldout = Heldout(
+            replace(setting.config, changes | {"eval.rows": asked}), mesh, ByteTokenizer()
+        )
+        assert heldout.remarks == told
 
 
 def test_a_folder_of_something_else_is_refused_as_it_is(setting):

@@ -315,7 +315,8 @@ class Chat:
             )
         ids, model = np.asarray(talk.ids, np.int32), talk.session.model
         memory, size = talk.session.start, talk.session.size
-        on_T = score(model, [ids], piece=size, memory=memory).logprobs_BT[0]
+        adapts = talk.session.ttt or memory is None  # a memory that is only applied stays as it is
+        on_T = score(model, [ids], ttt=adapts, piece=size, memory=memory).logprobs_BT[0]
         off_T = score(model, [ids], piece=size, ttt=False).logprobs_BT[0]
         page = text_page(text_pieces(model, ids, on_T, off_T), f"Conversation with {self.model}")
         try:

@@ -92,6 +92,14 @@ class TTTConfig:
         return tuple(i for i in self.layers if self.target_of(i) == "prediction_error")
 
 
+# The fields of `RopeConfig` beside `base` that each kind makes use of.
+ROPE_FIELDS = {
+    "default": (),
+    "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor"),
+}
+
+
 @dataclass(frozen=True, config=_STRICT)
 class RopeConfig:
     """Rotary position embedding; the scaled kinds follow Hugging Face's `rope_scaling` fields."""
@@ -196,7 +204,7 @@ class OptimizerConfig:
     # of the learning rate: falling from the warm-up on, only at the end (wsd), or not
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     # steps in which the learning rate rises from 0; None: warmup_ratio * steps; so is a preset's
-    # that is not shorter than the run
+    # that is not shorter than the run, or where you give warmup_ratio
     warmup_steps: NonNegative | None = None
     warmup_ratio: Fraction = 0.02  # share of the steps in the warm-up, without `warmup_steps`
     decay_ratio: Fraction = 0.2  # wsd: share of the steps in the final decay

@@ -8,9 +8,11 @@ import re
 from ttt_jax.config.fields import (
     OPEN_REMAT,
     REMAT_NAMES,
+    ROPE_FIELDS,
     Config,
     MeshConfig,
     ModelConfig,
+    RopeConfig,
 )
 from ttt_jax.errors import ConfigError
 
@@ -160,10 +162,32 @@ def validate_model(model: ModelConfig) -> None:
             "model.sliding_window; set one"
         )
     _refuse_without_effect(model)
-    rope = model.rope
-    if rope.kind != "default" and rope.original_max_positions is None:
+    _validate_rope(model.rope)
+
+
+def _validate_rope(rope: RopeConfig) -> None:
+    if rope.base <= 1:
+        raise ConfigError(f"config field model.rope.base = {rope.base:g}: must be above 1")
+    if rope.kind == "default":
+        return
+    if rope.original_max_positions is None:
         raise ConfigError(
             f"config field model.rope.original_max_positions: required for rope kind {rope.kind!r}"
+        )
+    if rope.factor < 1:
+        raise ConfigError(
+            f"config field model.rope.factor = {rope.factor:g}: must be at least 1; it lengthens "
+            "the context"
+        )
+    if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        raise ConfigError(
+            f"config field model.rope.low_freq_factor = {rope.low_freq_factor:g}: must be below "
+            f"model.rope.high_freq_factor = {rope.high_freq_factor:g}"
+        )
+    if rope.kind == "yarn" and rope.beta_slow > rope.beta_fast:
+        raise ConfigError(
+            f"config field model.rope.beta_slow = {rope.beta_slow:g}: must not be above "
+            f"model.rope.beta_fast = {rope.beta_fast:g}"
         )
 
 
@@ -171,11 +195,13 @@ def _refuse_without_effect(model: ModelConfig) -> None:
     """Raise ConfigError for fields that were set, and that another field leaves without effect."""
     rope, ttt = model.rope, model.ttt
     for field in dataclasses.fields(rope):
-        value = getattr(rope, field.name)
-        if rope.kind == "default" and field.name != "base" and value != field.default:
+        name, value = field.name, getattr(rope, field.name)
+        used = name in ("kind", "base", *ROPE_FIELDS[rope.kind])
+        if not used and value != field.default:
+            using = " or ".join(kind for kind in ("yarn", "llama3") if name in ROPE_FIELDS[kind])
             raise ConfigError(
-                f"config field model.rope.{field.name} = {value}: has no effect with "
-                "model.rope.kind = default; set that to yarn or llama3, or leave this out"
+                f"config field model.rope.{name} = {value}: has no effect with "
+                f"model.rope.kind = {rope.kind}; set that to {using}, or leave this out"
             )
     if ttt.read_cap is not None and ttt.apply != "split":
         raise ConfigError(

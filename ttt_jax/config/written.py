@@ -7,6 +7,7 @@ that a user wrote does not: it counts, or is an error.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ttt_jax.config.fields import Config, ModelConfig
@@ -14,6 +15,16 @@ from ttt_jax.config.fields import Config, ModelConfig
 AUTO = "auto"
 RATE = "model.ttt.lr"
 EVERY = 6  # layers from one TTT layer to the next
+
+# A field, another one, and the values of that which leave the first without effect.
+_IDLE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("optimizer.decay_ratio", "optimizer.schedule", lambda kind: kind != "wsd"),
+    ("optimizer.final_lr_ratio", "optimizer.schedule", lambda kind: kind == "constant"),
+    ("data.heldout_fraction", "data.heldout", bool),
+    ("sample.prompt", "sample.every", lambda steps: steps == 0),
+    ("sample.tokens", "sample.every", lambda steps: steps == 0),
+    ("sample.temperature", "sample.every", lambda steps: steps == 0),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +66,43 @@ class Written:
         return Written(without(self.preset, field), without(self.user, field))
 
     def remarks(self) -> tuple[str, ...]:
-        """Return lines for the user about values of the preset that yield."""
-        if not self._too_long() or self.of_user("optimizer.warmup_steps") is not None:
-            return ()
+        """Return lines for the user about values of the preset that yield, and about values of
+        their own that another field leaves without effect.
+        """
+        lines = [
+            f"config field {field} = {value}: has no effect with {other} = {found}"
+            for field, other, value, found in self._without_effect()
+        ]
+        if self._yields() and self.of_user("optimizer.warmup_steps") is None:
+            steps = value_at(self.preset, "optimizer.warmup_steps")
+            reason = "is not shorter than the run" if self._too_long() else "yields to your ratio"
+            lines.append(
+                f"the preset's optimizer.warmup_steps = {steps} {reason}; the warm-up is "
+                "optimizer.warmup_ratio of the steps"
+            )
+        return tuple(lines)
+
+    def _without_effect(self) -> Iterator[tuple[str, str, Any, Any]]:
+        """Yield (field, the other field, its value, the other's value) of what a user wrote for
+        nothing.
+        """
+        default = Config()
+        for field, other, idle in _IDLE:
+            value, found = self.of_user(field), self.get(other)
+            group, _, name = other.partition(".")
+            found = getattr(getattr(default, group), name) if found is None else found
+            group, _, name = field.partition(".")
+            usual = getattr(getattr(default, group), name)
+            if value is not None and value != usual and idle(found):
+                yield field, other, value, found
+
+    def _yields(self) -> bool:
+        """Say whether the preset's warm-up gives way: to the end of the run, or to a user's
+        ratio.
+        """
+        asked = self.of_user("optimizer.warmup_ratio") is not None
         steps = value_at(self.preset, "optimizer.warmup_steps")
-        return (
-            f"the preset's optimizer.warmup_steps = {steps} is not shorter than the run; the "
-            "warm-up is optimizer.warmup_ratio of the steps",
-        )
+        return self._too_long() or (asked and steps is not None)
 
     def _too_long(self) -> bool:
         """Say whether the preset's warm-up does not end within the run."""
@@ -71,7 +111,7 @@ class Written:
         return type(steps) is int and type(warmup) is int and warmup >= steps
 
     def _fitting_preset(self) -> dict[str, Any]:
-        if not self._too_long():
+        if not self._yields():
             return self.preset
         return merged(self.preset, {"optimizer": {"warmup_steps": None}})
 

@@ -5,6 +5,7 @@ tokenizer.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,11 @@ def choose(corpus: Corpus, tokens: int, limit: int | None) -> list[int]:
             f"give lengths below {int(corpus.length_N.max())} or longer documents"
         )
     return found[:limit]
+
+
+def names_of(corpus: Corpus, documents: Sequence[int]) -> list[str]:
+    """Name documents by a hash of their tokens, so that only losses of the same tokens are paired:
+    not those of another text in a file of that name, nor those of another tokenizer. What is too
+    large to be read whole has its file's name and index hashed.
+    """
+    return [f"{int(corpus.digest_N[i] or corpus.key_N[i]):016x}" for i in documents]

@@ -15,7 +15,7 @@ import numpy as np
 from ttt_jax.display.tables import Table, number
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.eval.page import comparison_page, report_page
-from ttt_jax.eval.side_by_side import LETTERS, side_by_side
+from ttt_jax.eval.side_by_side import LETTERS, scored_tokens, side_by_side
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.tables import interval, tokens
 from ttt_jax.eval.unfinished import UNFINISHED
@@ -193,7 +193,7 @@ def _row(
 
 def _compare_losses(a: dict[str, Any], b: dict[str, Any]) -> Iterator[dict[str, Any]]:
     pa, pb = a.get("perplexity"), b.get("perplexity")
-    if not pa or not pb or pa["block"] != pb["block"]:
+    if not pa or not pb or scored_tokens(pa) != scored_tokens(pb):
         return
     paired = pa["documents"] == pb["documents"]  # the same documents, and so the same order
     for entry, other, mode in _common(pa, pb, "lengths", ("length",)):

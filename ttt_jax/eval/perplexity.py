@@ -36,6 +36,7 @@ import numpy as np
 
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import UserError
+from ttt_jax.eval.documents import names_of
 from ttt_jax.eval.reader import Reader
 from ttt_jax.eval.statistics import mean_with_interval
 from ttt_jax.eval.unfinished import Unfinished
@@ -147,7 +148,7 @@ def evaluate(
             by_position[mode][:, part] = found["positions"][mode]
     return {
         "block": block,
-        "documents": [f"{int(corpus.key_N[i]):016x}" for i in documents],
+        "documents": names_of(corpus, documents),
         "tokens_read": count.total,
         "tokens_per_second": count.rate(),
         "modes": list(modes),

@@ -20,6 +20,7 @@ import numpy as np
 from ttt_jax.config import ModelConfig
 from ttt_jax.data.corpus import Corpus
 from ttt_jax.errors import DataError, UserError
+from ttt_jax.eval.documents import names_of
 from ttt_jax.eval.perplexity import batches, filled_up
 from ttt_jax.eval.reader import Reader
 from ttt_jax.eval.statistics import mean_with_interval
@@ -193,7 +194,7 @@ def evaluate(
     return {
         "passage": passage,
         "reach": attention_reach(model.config),
-        "documents": [f"{int(corpus.key_N[i]):016x}" for i in documents],
+        "documents": names_of(corpus, documents),
         "modes": list(modes),
         "lengths": entries,
     }

@@ -89,6 +89,13 @@ def side_by_side(results: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Ta
     return {"runs": names, "rows": rows}, [Table("Side by side", note, headings, cells)]
 
 
+def scored_tokens(perplexity: dict[str, Any]) -> tuple[int, int]:
+    """Say which tokens of a document have their loss taken: the last so many of so many, whatever
+    context they are read with.
+    """
+    return perplexity["block"], max(entry["length"] for entry in perplexity["lengths"])
+
+
 def _difference(measure: Measure, reference: Measure) -> dict[str, Any]:
     value_N, other_N = measure.value_N, reference.value_N
     if value_N is not None and other_N is not None and measure.documents == reference.documents:
@@ -102,7 +109,8 @@ def _measures(results: dict[str, Any]) -> dict[What, dict[str, Measure]]:
     if part := results.get("perplexity"):
         documents = tuple(part["documents"])
         for entry in part["lengths"]:
-            what = (f"loss at {tokens(entry['length'])}", ("perplexity", part["block"]))
+            settings = ("perplexity", *scored_tokens(part))
+            what = (f"loss at {tokens(entry['length'])}", settings)
             found[what] = {
                 mode: Measure(entry[mode]["mean"], np.array(entry["per_document"][mode]), documents)
                 for mode in part["modes"]

@@ -304,9 +304,11 @@ class Conversation:
         """Begin anew with what was learnt, times a factor: the fast weights stay, keys, values and
         turns go. Returns the tokens that are gone.
 
-        Raises: UserError when no whole chunk was written, so that nothing would be left, and as
-        `Session.memory`, for a session without fast weights.
+        Raises: UserError for a factor of 0 and when no whole chunk was written, so that nothing
+        would be left, and as `Session.memory`, for a session without fast weights.
         """
+        if not factor:
+            raise UserError("forget: times 0 leaves nothing; begin a new conversation")
         old, gone = self.session, sum(self.tokens)
         memory = factor * old.memory(name="conversation")
         if not any(source.written for source in memory.sources):

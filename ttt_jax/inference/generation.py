@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +351,8 @@ def _seeds(seed: int | Sequence[int], B: int) -> jax.Array:
     """int32 [B]; one number gives row i the seed `seed + i`."""
     if isinstance(seed, (int, np.integer)):
         seeds = [int(seed) + b for b in range(B)]
+    elif not isinstance(seed, Iterable):
+        raise UserError(f"seed = {seed!r:.80}: must be a whole number, or one for each stream")
     else:
         seeds = [_whole("seed", n) for n in seed]
     if len(seeds) != B:

@@ -6,11 +6,15 @@ B batch, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.errors import UserError
+
+# Temperatures and top_p below this are as good as 0, and become 0 or infinities in float32.
+_SMALL = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Sampling:
             if not good:
                 raise UserError(f"{name} = {getattr(self, name)}: {what}")
 
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = numbers.Integral if field.name == "top_k" else numbers.Real
+            optional = field.default is None and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, kind)):
+                what = "whole number" if field.name == "top_k" else "number"
+                raise UserError(f"{field.name} = {value!r:.80}: must be a {what}")
         check("temperature", 0 <= self.temperature < float("inf"), "must be 0 (greedy) or more")
         check(
             "top_k",
@@ -66,7 +77,7 @@ def sample(logits_BV, sampling: Sampling, seed_B, position_B) -> tuple[jax.Array
     if sampling.temperature == 0:
         ids_B = jnp.argmax(logits_BV, axis=-1)
     else:
-        filtered_BV = _filter(logits_BV / sampling.temperature, sampling)
+        filtered_BV = _filter(logits_BV / max(sampling.temperature, _SMALL), sampling)
         draw = lambda seed, position, logits_V: jax.random.categorical(
             jax.random.fold_in(jax.random.key(seed), position), logits_V
         )
@@ -84,7 +95,7 @@ def _filter(logits_BV, sampling: Sampling):
         sorted_BV = -jnp.sort(-logits_BV, axis=-1)
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
         # the mass before a token does not reach p
-        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < sampling.top_p
+        needed_BV = jnp.cumsum(p_BV, axis=-1) - p_BV < max(sampling.top_p, _SMALL)
         smallest_B1 = jnp.min(jnp.where(needed_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     if sampling.min_p:

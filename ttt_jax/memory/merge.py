@@ -19,7 +19,7 @@ from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.errors import CheckpointError, UserError
 from ttt_jax.files.new_folder import new_folder
 from ttt_jax.memory.memory import Memory
-from ttt_jax.pretrained.companions import copy_companions
+from ttt_jax.pretrained.companions import copy_companions, write_byte_tokenizer
 from ttt_jax.pretrained.fingerprint import tensors_fingerprint
 from ttt_jax.pretrained.hf_config import config_to_hf, write_config
 from ttt_jax.pretrained.hf_weights import check_tensors, tensor_shapes
@@ -101,7 +101,9 @@ def merge(
             specs = [TensorSpec(name, shape, target) for name, shape in kept.items()]
             write_tensors(parts, specs, rows, max_shard_bytes)
             write_checksums(parts, tensor_file_names(parts))
-            if source.tokenizer != "bytes":
+            if source.tokenizer == "bytes":
+                write_byte_tokenizer(parts, source.model.vocab_size)
+            else:
                 copy_companions(source.tokenizer, parts)
     except OSError as error:
         raise CheckpointError(

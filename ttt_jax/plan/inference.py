@@ -93,12 +93,16 @@ def decode_reads(model: Any, state: Any) -> float:
 
 
 def model_flops(config: Config, work: Work, rows: int, tokens: int) -> float:
-    """The model's FLOPs in one call of the program, on all devices."""
+    """The model's FLOPs in one call of the program, on all devices. A prefill makes the logits of
+    its last token alone.
+    """
     from ttt_jax.flops import decode_flops, model_flops_per_token
 
     if work.decode is not None:
         return rows * decode_flops(config.model, tokens)
-    return rows * tokens * model_flops_per_token(config.model, tokens, work.trains)
+    flops = tokens * model_flops_per_token(config.model, tokens, work.trains)
+    unmade = 0 if work.trains else tokens - 1
+    return rows * (flops - unmade * 2.0 * config.model.d_model * config.model.vocab_size)
 
 
 def roofline(

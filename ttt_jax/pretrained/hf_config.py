@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ttt_jax.config import ModelConfig, TTTConfig, from_dict, validate_model
+from ttt_jax.config.fields import ROPE_FIELDS
 from ttt_jax.errors import CheckpointError, ConfigError
 from ttt_jax.files.reading import find_companion, read_json_object
 from ttt_jax.files.text import one_line, shorten
@@ -218,14 +219,8 @@ def _rope(raw: dict[str, Any], where: str) -> dict[str, Any]:
     rope["original_max_positions"] = original or raw.get("max_position_embeddings")
     if kind == "yarn" and (scaling.get("mscale") or scaling.get("truncate") is False):
         raise ConfigError(f"{where}: rope_scaling fields mscale and truncate are not supported")
-    for name in (
-        "low_freq_factor",
-        "high_freq_factor",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-    ):
-        if scaling.get(name) is not None:
+    for name in ROPE_FIELDS[kind]:  # others mean nothing to this kind
+        if name not in rope and scaling.get(name) is not None:
             rope[name] = scaling[name]
     return rope
 

@@ -5,6 +5,7 @@
 | `init_std`, `ttt.implementation` | free: neither changes what the weights compute |
 | `ttt.*` | free where the checkpoint has no TTT layers; printed where it has |
 | `ttt.layers`, `ttt.proj` | refused where parameters of the checkpoint would be left out |
+| `ttt.target`, `ttt.last_target` | printed where a layer of the checkpoint gets another target |
 | `max_positions` | raised: printed; lowered: refused |
 | `rope.kind` | from `default` to a scaled kind: printed, with its factors; else refused |
 | `rope.factor` of the same kind | raised: printed; lowered: refused |
@@ -23,15 +24,11 @@ import dataclasses
 from typing import Any
 
 from ttt_jax.config import ModelConfig, RopeConfig
+from ttt_jax.config.fields import ROPE_FIELDS
 from ttt_jax.errors import ConfigError
 
 _FREE = ("init_std",)
 _BY_RULE = ("ttt", "rope", "max_positions", "sliding_window", "full_attention_layers")
-_SCALING = {  # the fields that have an effect
-    "default": (),
-    "llama3": ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "original_max_positions", "beta_fast", "beta_slow", "attention_factor"),
-}
 
 
 def compare_models(wanted: ModelConfig, found: ModelConfig, where: str) -> list[str]:
@@ -100,10 +97,10 @@ def _compare_rope(wanted: RopeConfig, found: RopeConfig, where: str) -> list[str
         lines = [_line("rope.kind", wanted.kind, found.kind)]
         return lines + [
             f"model.rope.{name} is {_show(getattr(wanted, name))} here"
-            for name in _SCALING[wanted.kind]
+            for name in ROPE_FIELDS[wanted.kind]
         ]
     lines = []
-    for name in _SCALING[found.kind]:
+    for name in ROPE_FIELDS[found.kind]:
         ours, theirs = getattr(wanted, name), getattr(found, name)
         if name == "factor" and ours > theirs:
             lines.append(_line("rope.factor", ours, theirs))
@@ -147,7 +144,23 @@ def _compare_ttt(wanted: ModelConfig, found: ModelConfig, where: str) -> list[st
     names = [
         field.name
         for field in dataclasses.fields(type(found.ttt))
-        if field.name not in ("implementation", "layers")
+        if field.name not in ("implementation", "layers", "target", "last_target")
     ]
     pairs = [(name, getattr(wanted.ttt, name), getattr(found.ttt, name)) for name in names]
-    return [_line(f"ttt.{name}", ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+    lines = [_line(f"ttt.{name}", ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+    return _compare_targets(wanted, found) + lines
+
+
+def _compare_targets(wanted: ModelConfig, found: ModelConfig) -> list[str]:
+    """Compare what each layer of the checkpoint writes: which layer is the last one, and so has
+    `ttt.last_target`, depends on the new layers, too.
+    """
+    changed: dict[tuple[Any, Any], list[int]] = {}
+    for layer in sorted(found.ttt.layers):
+        pair = wanted.ttt.target_of(layer), found.ttt.target_of(layer)
+        if pair[0] != pair[1]:
+            changed.setdefault(pair, []).append(layer)
+    return [
+        _line(f"ttt.target of layers {layers}", ours, theirs)
+        for (ours, theirs), layers in changed.items()
+    ]

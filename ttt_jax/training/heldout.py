@@ -32,11 +32,16 @@ class Heldout:
 
     Attributes:
       rows: arrays [R, T], the same on every process; see `heldout_rows`.
+      remarks: lines for the user, when there are fewer rows than `eval.rows`.
     """
 
     def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
         """Read the rows. Raises DataError; no process waits for another here."""
         self.rows = heldout_rows(config, tokenizer=tokenizer, rows=config.eval.rows)
+        found, T = self.rows["ids"].shape
+        self.remarks = [
+            f"eval.rows = {config.eval.rows}: the held-out documents make {found} of {T} tokens"
+        ] * (found < config.eval.rows)
         self._mesh, self._buckets = mesh, config.eval.buckets
         self._batch_size = min(config.data.batch_size, len(self.rows["ids"]))
         self._position_nll = make_position_nll(mesh)

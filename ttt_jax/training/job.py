@@ -118,7 +118,7 @@ def open_job(parts: Parts) -> Iterator[Job]:
         for line in describe_rate(config):
             print(line, flush=True)
         parameters = sum(x.size for x in jax.tree.leaves(parts.abstract.model))
-        remarks = data_remarks(config, tokenizer)
+        remarks = data_remarks(config, tokenizer) + parts.heldout.remarks
         print("\n".join(map(printable, remarks)), end="\n" if remarks else "", flush=True)
         warnings += write_environment(config.run_dir, parameters=parameters, data=remarks)
         warnings += write_quarantine(config.run_dir, rejected_records(config, tokenizer))
