@@ -18,10 +18,12 @@ registry = importlib.import_module("ttt_jax.ops.ttt.api")  # the package has a f
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    """A function of n: the name of XLA in blocks of n chunks."""
+    """A function of n: the name of XLA in blocks of n chunks. `check` keeps its programs by name,
+    so what else differs between tests has to be in it, too.
+    """
 
-    def register(n):
-        name = f"xla in blocks of {n}"
+    def register(n, more=""):
+        name = f"xla in blocks of {n}{more}"
         of_n = registry._FAST["xla"]._replace(block=lambda call: n)
         monkeypatch.setitem(registry._FAST, name, of_n)
         monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*IMPLEMENTATIONS, name))
@@ -44,7 +46,7 @@ def test_blocks_of_chunks(in_blocks, n, T, C, dtype):
 def test_a_few_blocks_at_a_time(monkeypatch, in_blocks, tokens, T):
     """10 blocks of two rows: one by one, four by four and two, five by five."""
     monkeypatch.setattr(blocks, "TOKENS", tokens)
-    check(*make_inputs(T=T), F64, in_blocks(2), chunk_size=4)
+    check(*make_inputs(T=T), F64, in_blocks(2, f", {tokens} at a time"), chunk_size=4)
 
 
 def ids_of(starts, T, C):
