@@ -114,6 +114,7 @@ class MLP(nnx.Module):
         else:
             y_BTD, state, stats = ttt_stream.read_on(self, z_BTF, source_BTX, ctx, state)
         if self.cfg.ttt.read_cap is not None:  # the op has read S alone
+            assert h_BTD is not None
             with jax.named_scope("ttt_read_cap"):
                 slow_BTD = linear(z_BTF, self.down, self.down_bias)
                 read_BTD = capped(y_BTD, h_BTD + slow_BTD, self.cfg.ttt.read_cap)
