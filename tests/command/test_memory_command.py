@@ -124,6 +124,7 @@ def test_memories_are_changed_exactly(saved):
     code, out, _ = saved("memory", "lora", "a.m", "adapter", "--rank", 9)
     assert code == 0
     assert "vLLM: --enable-lora --max-lora-rank 16\n" in out
+    assert "without model.ttt.read_cap, if the model" in out
     assert saved("memory", "base", "model", "base")[0] == 0
     assert saved("memory", "merge", "model", "nothing", "as_base")[0] == 0
     assert read_folder(Path("base")).keys() == read_folder(Path("as_base")).keys()

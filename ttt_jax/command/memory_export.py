@@ -92,6 +92,7 @@ def lora(path: Path, output: Path, rank: int, dtype: str, base: str | None) -> N
     note = f"error: ||B A - dW|| / ||dW|| at rank {rank}, as stored"
     print_tables([Table("Adapted layers", note, ["layer", "error"], rows)])
     print(_vllm(rank))
+    print("engines apply it without model.ttt.read_cap, if the model that read it has one")
     print(printable(f"{output}"))
 
 
