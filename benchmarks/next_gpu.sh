@@ -53,6 +53,7 @@ case $part in
   example) bash benchmarks/smollm2_example.sh "$data" "$OUT/talk" "$seconds" /tmp/smollm2_runs/error-0 ;;
   better)
     mv /tmp/smollm2_runs/error-0 /tmp/smollm2_runs/before-0
+    rm -rf /tmp/smollm2_out/error-0* # an evaluation replaces none
     start '{"scales": {"29": 0.3}, "read_cap": 0.06, "ridge": 0.1, "shrink": 0.1}'
     MODES=on smollm2 error ;;
   longer)
