@@ -360,11 +360,11 @@ def matmul_rate(n: int = 8192) -> float:
     return 2 * n**3 / milliseconds(jax.jit(lambda x, y: x @ y), (x, y), 5) * 1e3
 
 
-def copy_rate(n: int = 2**29) -> float:
+def copy_rate() -> float:
     import jax
     import jax.numpy as jnp
 
-    x = jnp.ones(n, jnp.float32)
+    x = jnp.ones(2**29, jnp.float32)
     return 2 * x.nbytes / milliseconds(jax.jit(lambda x: x + 1), (x,), 5) * 1e3
 
 

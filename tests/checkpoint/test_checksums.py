@@ -11,14 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.checkpoints import Model, abstract, assert_same_bits, newest_of, older, refusal, save
+from support.checkpoints import (
+    Model,
+    abstract,
+    assert_same_bits,
+    newest_of,
+    older,
+    refusal,
+    save,
+    save_parameters,
+)
 from support.fuzzing import SMALL
 from support.hf_folders import make_folder, read_folder
 
 from ttt_jax import load_pretrained
 from ttt_jax.checkpoint.checkpointer import Checkpointer
 from ttt_jax.checkpoint.checksums import CHECKSUMS, find_damage, write_checksums
-from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params, save_model_params
+from ttt_jax.checkpoint.parameters import find_checkpoint, load_model_params
 from ttt_jax.config import CheckpointConfig, Config
 from ttt_jax.errors import CheckpointError
 from ttt_jax.model.transformer import abstract_transformer
@@ -147,7 +156,7 @@ def test_older_checkpoints_warn_everywhere(steps):
 
 def test_parameters_alone_have_checksums(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    save_model_params(tmp_path, {"w": jnp.ones(64)})
+    save_parameters(tmp_path, {"w": jnp.ones(64)})
     (tmp_path / "notes.txt").write_text("changed")
     assert load_model_params(tmp_path, {"w": jnp.ones(64)})["w"].sum() == 64
     next(path for path in (tmp_path / "model").rglob("*") if path.is_file()).write_bytes(b"x")

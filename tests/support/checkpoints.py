@@ -5,10 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from ttt_jax.checkpoint.checkpointer import Checkpointer
+from ttt_jax.checkpoint.checksums import write_checksums
+from ttt_jax.checkpoint.parameters import MODEL
+from ttt_jax.checkpoint.trees import flat, save_args
 from ttt_jax.config import CheckpointConfig, OptimizerConfig
 from ttt_jax.errors import CheckpointError
 from ttt_jax.training.optimizer import make_optimizer
@@ -50,6 +54,14 @@ def save(checkpointer, step, model, **options):
         data_state={"step": step},
         extra={"a": 0.1},
     )
+
+
+def save_parameters(folder, model):
+    """Write `folder/model`, a checkpoint of the parameters alone, with its checksums."""
+    target = folder / MODEL
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(target, args=save_args(flat(model)))
+    write_checksums(folder, [str(x.relative_to(folder)) for x in target.rglob("*") if x.is_file()])
 
 
 def refusal(call, *args, **kwargs):

@@ -13,38 +13,12 @@ from ttt_jax.checkpoint.checksums import (
     find_damage,
     finished_steps,
     has_checksums,
-    write_checksums,
 )
-from ttt_jax.checkpoint.trees import DamagedError, flat, restore_tree, save_args
+from ttt_jax.checkpoint.trees import DamagedError, restore_tree
 from ttt_jax.errors import CheckpointError
-from ttt_jax.files.text import one_line
 
 MODEL = "model"
 FIX_MODEL = "use the model section of the config it was trained with, or start another run"
-
-
-def save_model_params(path: str | Path, model: Any) -> None:
-    """Write `path/model`, which `load_model_params` reads: a checkpoint of the parameters alone.
-
-    Raises:
-      CheckpointError: `path/model` exists, or cannot be written.
-    """
-    target = Path(path).absolute() / MODEL
-    if target.exists():
-        raise CheckpointError(f"checkpoint {target}: exists already; choose another folder")
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(target, args=save_args(flat(model)))
-        names = (
-            name.relative_to(target.parent).as_posix()
-            for name in target.rglob("*")
-            if name.is_file()
-        )
-        write_checksums(target.parent, names)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {target}: could not be written ({one_line(error)})"
-        ) from None
 
 
 def load_model_params(run_dir_or_checkpoint: str | Path, abstract_model: Any) -> Any:

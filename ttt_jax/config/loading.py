@@ -205,8 +205,8 @@ def replace(config: Any, changes: dict[str, Any]) -> Any:
     return from_dict(type(config), tree)
 
 
-def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tuple[str, Any]]:
-    """Parse `["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`, with the fields of `cls` for
+def parse_overrides(words: typing.Sequence[str]) -> list[tuple[str, Any]]:
+    """Parse `["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`. The fields of Config say
     what is a text.
     """
     pairs, rest = [], list(words)
@@ -223,22 +223,22 @@ def parse_overrides(words: typing.Sequence[str], cls: type = Config) -> list[tup
                 raise ConfigError(f"argument {word!r} has no value: write {word} VALUE{also}")
             value = rest.pop(0)
         key = key.replace("-", "_")
-        pairs.append((key, _scalar(key, value, cls)))
+        pairs.append((key, _scalar(key, value)))
     return pairs
 
 
-def _scalar(key: str, word: str, cls: type) -> Any:
+def _scalar(key: str, word: str) -> Any:
     """Read a word of the command line: of a text field the word itself, else YAML."""
-    hint = _hint(cls, key)
+    hint = _hint(Config, key)
     if _takes(hint, str):
         quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "'\""
         optional = _takes(hint, type(None)) and word in NULLS
         listed = _takes(hint, tuple) and word.startswith("[")
-        if not quoted and not optional and not listed and _as_written(cls, key, word):
+        if not quoted and not optional and not listed and _as_written(Config, key, word):
             return word
     try:
         return parse_yaml(
-            word, lambda field, word: _as_written(cls, f"{key}.{field}" if field else key, word)
+            word, lambda field, word: _as_written(Config, f"{key}.{field}" if field else key, word)
         )
     except yaml.YAMLError as error:
         twice = str(error).partition(": ")[2] if "given twice" in str(error) else ""

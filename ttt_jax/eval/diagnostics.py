@@ -160,7 +160,7 @@ def ngram_gain(ids: np.ndarray, on_T: np.ndarray, off_T: np.ndarray, n: int = 4)
 
 
 def diagnose(
-    model: Transformer, ids: np.ndarray, *, n: int = 4, piece: int | None = None
+    model: Transformer, ids: np.ndarray, *, piece: int | None = None
 ) -> tuple[dict[str, Any], list]:
     """Make the "diagnostics" part of results.json for one text, and the pieces that
     `page.text_page` colours.
@@ -171,7 +171,7 @@ def diagnose(
     part = {
         "tokens": len(ids),
         "layers": fast_weights(model, ids),
-        "ngrams": ngram_gain(ids, on_T, off_T, n),
+        "ngrams": ngram_gain(ids, on_T, off_T),
     }
     return part, text_pieces(model, ids, on_T, off_T)
 

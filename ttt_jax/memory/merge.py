@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,6 @@ def merge(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
-    on_bytes: Callable[[int], None] | None = None,
 ) -> list[Merged]:
     """Write the model's base architecture with W + dW in the layers that adapt.
 
@@ -64,7 +63,6 @@ def merge(
       memory: None: W alone, which is what adapters go on.
       folder: must not exist; it appears when everything is written.
       dtype: of every tensor, "float32" or "bfloat16".
-      on_bytes: called with the number of bytes written so far.
 
     Raises: UserError for a memory of another model; CheckpointError, ConfigError, one line.
     """
@@ -75,13 +73,12 @@ def merge(
     check_tensors(source.abstract, source.tensors, str(model))
     if memory is not None and memory.model != tensors_fingerprint(source.abstract, source.tensors):
         raise UserError(f"memory: was not read by {model}; give the model that read it")
-    target, merged, written = DTYPES[dtype], [], 0
+    target, merged = DTYPES[dtype], []
     kept = {n: s for n, s in tensor_shapes(source.abstract).items() if ".mlp.ttt_" not in n}
     adapting = () if memory is None else memory.layers
     layers = {f"model.layers.{i}.mlp.down_proj.weight": i for i in adapting}
 
     def rows(spec: TensorSpec) -> Iterator[np.ndarray]:
-        nonlocal written
         x = source.tensors.read(spec.name)
         if memory is not None and spec.name in layers:
             x, about = _with(x, memory, layers[spec.name], target)
@@ -91,9 +88,6 @@ def merge(
         if not all_finite(x):
             raise CheckpointError(f"model {model}: tensor {spec.name} does not fit into {dtype}")
         yield x
-        written += x.nbytes
-        if on_bytes is not None:
-            on_bytes(written)
 
     try:
         with new_folder(folder) as parts:

@@ -344,11 +344,9 @@ class RunLock:
     All processes call every method in the same order.
     """
 
-    def __init__(
-        self, run_dir: Path, main: bool, tell: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, main: bool) -> None:
         self.run_dir, self._main = run_dir, main
-        self._lock = Lock(run_dir / RUN_LOCK, f"run folder {run_dir}", "choose another name", tell)
+        self._lock = Lock(run_dir / RUN_LOCK, f"run folder {run_dir}", "choose another name")
 
     def __enter__(self) -> RunLock:
         from ttt_jax.process.multihost import on_first_process
@@ -378,18 +376,4 @@ class RunLock:
                 f"run folder {self.run_dir}: {from_first_process(reason)}; stopped, because what "
                 "is learnt cannot be saved "
                 "there; put the folder back, or choose another name"
-            )
-
-
-def refuse_if_held(run_dir: Path) -> None:
-    """Raise UserError when a live process of this machine has the lock. Writes nothing; says
-    nothing of other machines.
-    """
-    path = run_dir / RUN_LOCK
-    with contextlib.suppress(OSError):
-        holder, me = read_holder(path), _describe_me()
-        if holder and _runs(holder, me, locked=False) and holder.get("token") != me["token"]:
-            raise UserError(
-                f"run folder {run_dir}: {_name(holder)} is writing it; wait for it, stop it, or "
-                "choose another name"
             )
