@@ -136,3 +136,10 @@ def test_every_link_leads_somewhere(name):
 @pytest.mark.parametrize("name", [n for n in documents() if not is_record(n)])
 def test_every_file_that_is_named_exists(name):
     assert missing_files((ROOT / name).read_text(encoding="utf-8"), ROOT) == []
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "docs/lab"])
+def test_an_index_names_every_file_of_its_folder(folder):
+    text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    files = {p.name for p in (ROOT / folder).iterdir() if p.is_file() and p.name != "README.md"}
+    assert sorted(files - set(re.findall(r"[`(]([\w.-]+)[`)]", text))) == []
