@@ -40,6 +40,17 @@ def test_the_navigation_names_documents_and_forgets_none():
     assert "docs/api.md" in pages.on_config(without)["nav"][1]["More"]
 
 
+def test_files_that_documents_link_to_are_on_the_site():
+    """A strict build refuses them otherwise, where mkdocs is installed."""
+    pages = load("pages").documents()
+    for name in (name for name in pages if name.endswith(".md")):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([\w./-]+)[)#]", re.sub(r"^    .*$", "", text, flags=re.M)):
+            path = ((ROOT / name).parent / link).resolve()
+            if path.is_file():
+                assert path.relative_to(ROOT.resolve()).as_posix() in pages, (name, link)
+
+
 def test_the_names_of_the_python_page_exist():
     """Also those of the package that it leaves out are found out."""
     import ttt_jax

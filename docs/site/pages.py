@@ -24,11 +24,13 @@ PATTERNS = (
     "docs/*.md",
     "docs/lab/*.md",
     "docs/**/*.png",
+    "docs/results/*.json",
     "docs/results/*.jsonl",
     "docs/site/*.css",
     "examples/*.md",
     "examples/*.py",
     "examples/*.ipynb",
+    "examples/*.yaml",
 )
 
 FORMULA = re.compile(r'(?<=class="arithmatex">)\\([\[(])(.*?)\\[\])](?=<)', re.DOTALL)
