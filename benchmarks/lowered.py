@@ -1,6 +1,7 @@
 """Write the lowered programs as text that moving and renaming Python code does not change.
 
-    python benchmarks/lowered.py /tmp/after --compare /work/evidence/before
+    python benchmarks/lowered.py /tmp/before                            # at the commit before
+    python benchmarks/lowered.py /tmp/after --compare /tmp/before
 
 Lowers the train step, the held-out loss by position and a decode step, for the default preset and
 `books`, on one fake CPU device and on eight: twelve texts in StableHLO, before any compilation, in
