@@ -7,13 +7,38 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import jit
 from support.tolerance import TOLERANCE, assert_close
 
-from ttt_jax.ops import in_place_ttt
+from ttt_jax.ops import IMPLEMENTATIONS, in_place_ttt
 
 NAMES = ("z", "v", "w", "lr", "state")
 F64, F32, BF16 = map(jnp.dtype, (jnp.float64, jnp.float32, jnp.bfloat16))
+
+# the others: test_gpu_kernels.py, tests/gpu
+HERE = [name for name in IMPLEMENTATIONS if name not in ("pallas_gpu", "triton")]
+FAST = [name for name in HERE if name != "reference"]
+KERNELS = ("pallas_tpu",)  # float32 and bfloat16 only
+# padded to 384: the second tile, of 256, is half full; three blocks
+SIZES = {"pallas_tpu": {"D": 260, "F": 300}}
+
+DTYPES = {name: (F32, BF16) if name in KERNELS else (F64, F32, BF16) for name in HERE}
+
+
+def cases(*values, implementations=FAST, fast=1):
+    """Implementations x tuples of values, without dtypes that an implementation lacks. Of the
+    interpreter's, which take long, only the first `fast` are fast tests.
+    """
+    for implementation in implementations:
+        tuples = [case if isinstance(case, tuple) else (case,) for case in values]
+        lacks = {F64, F32, BF16} - set(DTYPES[implementation])
+        for i, case in enumerate(case for case in tuples if lacks.isdisjoint(case)):
+            slow = implementation in KERNELS and i >= fast
+            name = "-".join(map(str, (implementation, *case)))
+            yield pytest.param(
+                implementation, *case, id=name, marks=[pytest.mark.slow] if slow else []
+            )
 
 
 def make_inputs(B=2, T=40, D=12, F=20, seed=0, state_scale=0.3):
