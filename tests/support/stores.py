@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 
@@ -105,3 +106,18 @@ def upload(folder: Path, url: str) -> None:
             path = Path(root, name)
             if path.is_file():
                 store.pipe_file(f"{url}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def listed(target: str) -> dict[str, bytes]:
+    """The files of the copy of run `a`."""
+    store = fsspec.filesystem(target.partition("://")[0] if "://" in target else "file")
+    store.invalidate_cache()
+    return {path.partition("/a/")[2]: store.cat_file(path) for path in store.find(f"{target}/a")}
