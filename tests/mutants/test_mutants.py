@@ -96,8 +96,9 @@ def test_the_copy_is_broken_and_mended_again_and_the_work_tree_never(script, tmp
         pass
 
 
-def test_results_are_gone_on_with_until_something_changes(script, tmp_path):
+def test_results_are_gone_on_with_until_something_changes(script, tmp_path, monkeypatch):
     """Three mutants of one line: one noticed, one not, one that may not be; none is run twice."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # most of a start of pytest
     (tmp_path / "tests").mkdir()
     (tmp_path / "a.py").write_text("x = 1  # one\n")
     (tmp_path / "tests/test_a.py").write_text(
