@@ -8,7 +8,6 @@ A chunk's products read only what the chunk before it left, so their output tile
 fill the machine together; alone, z S^T has 80 tiles for an H100's 132 multiprocessors.
 
     forward    o_i = base_i + z_i R^T    S += u_i^T z_i    R = bf16(S)      base = z W^T; u is lr v
-    fused      o_i = z_i R^T             S += u_i^T z_i    R = bf16(W + S)  instead of forward
     replay     dz_i = do_i R             S += u_i^T z_i    R = bf16(W + S)  forward in time again
     reverse    dv_i = lr z_i R^T         G += do_i^T z_i   R = bf16(G)
                dz_i += u_i R
@@ -59,12 +58,6 @@ class Launches(Protocol):
         """
         ...
 
-    def fused(
-        self, C: int, scalars: Scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF
-    ) -> tuple[Any, Any, Any]:
-        """Return o, S, R."""
-        ...
-
     def replay(
         self, C: int, scalars: Scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF
     ) -> tuple[Any, Any, Any]:
@@ -89,16 +82,7 @@ class Launches(Protocol):
 
 
 def in_place_ttt(
-    launches: Launches,
-    z_BTF,
-    v_BTD,
-    w_DF,
-    *,
-    lr,
-    chunk_size,
-    state_BDF,
-    keep_BM=None,
-    apply: str = "split",
+    launches: Launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None
 ):
     """Scan over the chunks with these launches. Same contract as `in_place_ttt_xla`.
 
@@ -110,7 +94,7 @@ def in_place_ttt(
       o_BTD in that dtype, and the state after the last whole chunk, float32.
     """
     arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
-    results: Any = _in_place_ttt(launches, chunk_size, apply == "fused", *arrays)
+    results: Any = _in_place_ttt(launches, chunk_size, *arrays)
     return results
 
 
@@ -171,12 +155,12 @@ def _scalars(i, row, lr, keep_BM, live_BM):
     return Scalars(i, row, lr.reshape(1), keep_BM, live_BM.astype(jnp.int32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_place_ttt(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
-def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+def _forward(launches, C, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     (B, T, _), dtype = z_BTF.shape, z_BTF.dtype
     M, tail = divmod(T, C)
     residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
@@ -186,32 +170,22 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
     live_B1 = jnp.any(state_BDF != 0, axis=(1, 2))[:, None]
     live_BM = jnp.concatenate([live_B1, jnp.ones((B, max(M - 1, 0)), bool)], axis=1)
 
-    def fused_step(carry, i):
-        with jax.named_scope("ttt_forward"):
-            scalars = _scalars(i, 0, lr, factors_BM, live_BM)
-            results = launches.fused(C, scalars, z_whole_BTF, u_BTD, w_DF, *carry)
-            return varying_like(z_BTF, results)
-
-    def split_step(base_BTD, first, carry, i):
+    def step(base_BTD, first, carry, i):
         with jax.named_scope("ttt_forward"):
             scalars = _scalars(i, (i - first) * C, lr, factors_BM, live_BM)
             results = launches.forward(C, scalars, z_whole_BTF, u_BTD, base_BTD, *carry)
             return varying_like(z_BTF, results)
 
-    read_BDF = sum_of(w_DF, state_BDF, dtype) if fused else state_BDF.astype(dtype)
-    carry = _empty_like(v_whole_BTD), state_BDF, _slots(read_BDF)
+    carry = _empty_like(v_whole_BTD), state_BDF, _slots(state_BDF.astype(dtype))
     carry = varying_like(z_BTF, carry)
-    if fused:
-        carry = _scan(fused_step, carry, range(M))
-    for chunks in [] if fused else _stretches(B, M, C):
+    for chunks in _stretches(B, M, C):
         if chunks.start:  # not all of z W^T before the first launch, which XLA prefers
             w_DF, carry = jax.lax.optimization_barrier((w_DF, carry))
         base_BTD = slow_apply(z_whole_BTF[:, chunks.start * C : chunks.stop * C], w_DF)
-        carry = _scan(functools.partial(split_step, base_BTD, chunks.start), carry, chunks)
+        carry = _scan(functools.partial(step, base_BTD, chunks.start), carry, chunks)
     o_BTD, S_BDF, R_2BDF = carry
     if tail:  # the trailing partial chunk reads the state and does not write it
-        o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
-        o_BCD = o_BCD if fused else slow_apply(z_tail_BCF, w_DF) + o_BCD
+        o_BCD = slow_apply(z_tail_BCF, w_DF) + dot("bcf,bdf->bcd", z_tail_BCF, R_2BDF[M % 2])
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     return (o_BTD, S_BDF), residuals
 
@@ -242,8 +216,7 @@ def sum_of(w_DF, S_BDF, dtype):
     return (w_DF.astype(jnp.float32)[None] + S_BDF).astype(dtype)
 
 
-def _backward(launches, C, fused, residuals, cotangents):
-    del fused  # gradients tolerate the rounding of W + S anyway
+def _backward(launches, C, residuals, cotangents):
     z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
     do_BTD, G_BDF = cotangents
     B, T, _ = z_BTF.shape

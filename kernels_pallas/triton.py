@@ -105,10 +105,6 @@ class TritonLaunches:
         }
         return self._call(_kernels().forward, operands, 3, B, tiles, **sizes)
 
-    def fused(self, C, scalars, z_BTF, u_BTD, w_DF, o_BTD, S_BDF, R_2BDF):
-        """Not built; `why_not` says so before."""
-        raise NotImplementedError
-
     def replay(self, C, scalars, z_BTF, u_BTD, do_BTD, w_DF, dz_BTF, S_BDF, R_2BDF):
         """Return dz, S, R."""
         (B, T, F), D = z_BTF.shape, u_BTD.shape[2]

@@ -1,5 +1,5 @@
-"""The scan that both GPU kernels share, with launches in plain jnp: what lies between launches,
-anywhere and in float32.
+"""The scan of the Triton kernels with launches in plain jnp: what lies between launches, anywhere
+and in float32.
 """
 
 import dataclasses
@@ -26,11 +26,6 @@ class PlainLaunches:
         sums = jnp.where(live, dot("bcf,bdf->bcd", z_i, R[i % 2]), 0)
         S, R = self._update(scalars, 1, u_i, z_i, S, R)
         return o.at[:, i * C + jnp.arange(C)].set(base_i + sums), S, R
-
-    def fused(self, C, scalars, z, u, w, o, S, R):
-        i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
-        o = o.at[:, i * C + jnp.arange(C)].set(dot("bcf,bdf->bcd", z_i, R[i % 2]))
-        return o, *self._update(scalars, 1, u_i, z_i, S, R, w[None])
 
     def replay(self, C, scalars, z, u, do, w, dz, S, R):
         i, _, _, z_i, u_i = self._chunk(C, scalars, z, u)
@@ -108,15 +103,6 @@ def test_decay_where_documents_end(plain):
     """Every update drops some of G, which is some of dW."""
     ids = np.stack([np.arange(43) // 24, np.zeros(43, int) + 1])
     check(*make_inputs(T=43), F32, plain, chunk_size=8, segment_ids=ids, decay=0.7)
-
-
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("T", [5 * 8 + 3, 4 * 8, 5])
-def test_one_product_matches_the_float64_reference(plain, T):
-    ids = np.broadcast_to(DOCUMENTS["boundaries"](T, 8), (2, T))
-    for fresh in (False, True):
-        options = {"segment_ids": ids, "apply": "fused", "fresh": fresh}
-        check(*make_inputs(T=T), F32, plain, chunk_size=8, **options)
 
 
 @pytest.mark.parametrize("T", [5 * 8 + 3, 8, 5])

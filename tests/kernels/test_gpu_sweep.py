@@ -62,15 +62,21 @@ class PlainLaunches:
 
 
 @pytest.fixture
-def plain(monkeypatch, chunks):
+def block():
+    """Chunks that go through as one."""
+    return 1
+
+
+@pytest.fixture
+def plain(monkeypatch, chunks, block):
     """The name of an implementation with stretches of so many chunks, and memory that starts as
     NaN. Another name for each length: `check` keeps its programs by name.
     """
-    name = f"plain, {chunks} chunks"
+    name = f"plain, {chunks} chunks, {block} in a block"
     unwritten.show(monkeypatch)
     monkeypatch.setattr(gpu_sweep, "_stretches", functools.partial(stretches, chunks))
     run = functools.partial(gpu_sweep.in_place_ttt, PlainLaunches())
-    implementation = registry._Implementation(lambda call: None, run)
+    implementation = registry._Implementation(lambda call: None, run, block=lambda call: block)
     monkeypatch.setattr(registry, "_FAST", registry._FAST | {name: implementation})
     monkeypatch.setattr(registry, "IMPLEMENTATIONS", (*registry.IMPLEMENTATIONS, name))
     return name
@@ -88,6 +94,16 @@ def test_sweeps_match_the_float64_reference(plain, documents, B, T):
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 8), (B, T))
     for options in ({"fresh": True}, {"apply": "fused"}, {"decay": 0.6}):
         check(*make_inputs(B=B, T=T), F32, plain, chunk_size=8, segment_ids=ids, **options)
+
+
+@pytest.mark.parametrize(("chunks", "block"), [(64, 2)])
+def test_one_product_in_blocks(plain):
+    """Documents that start inside a block, where W + S is read."""
+    T = 5 * 8 + 3
+    ids = np.broadcast_to(DOCUMENTS["boundaries"](T, 8), (2, T))
+    for fresh in (False, True):
+        options = {"segment_ids": ids, "apply": "fused", "fresh": fresh}
+        check(*make_inputs(T=T), F32, plain, chunk_size=8, **options)
 
 
 def test_stretches_leave_few_clusters_idle(monkeypatch):
