@@ -24,8 +24,6 @@ from ttt_jax.config import (
 from ttt_jax.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
 # One wrong value each: the overrides, and what the line must say (field, value, fix).
 BAD = {
     "unknown field": (

@@ -20,12 +20,8 @@ from ttt_jax.model.transformer import Transformer
 from ttt_jax.pretrained.start_config import load_start_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
 # `continual` names no checkpoint, and so no model.
 PRESETS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "continual")
-
-
 CONTINUAL = {
     "qwen3_0p6b": (65536, 596_049_920),  # tokens a row, published parameters
     "qwen3_1p7b": (65536, 1_720_574_976),
@@ -34,8 +30,6 @@ CONTINUAL = {
     "qwen3_8b_longct": (65536, 8_190_735_360),
     "llama3p1_8b_longct": (65536, 8_030_261_248),
 }
-
-
 # 24 layers of 4 D^2 + 3 D F + 2 D, a last norm, tied embeddings
 SCRATCH = {"500m": (1024, 3072, 2048, 2**21, 5e-4), "1p5b": (2048, 6144, 4096, 2**22, 3e-4)}
 

@@ -46,11 +46,11 @@ print("REPORT", json.dumps({"calls": calls}))
 
 STEP = """
 import json, re, sys
-from ttt_jax.plan.common import parse_topology
+from ttt_jax.plan.topology import parse_topology
 from ttt_jax.plan.tpu import prepare_environment
 prepare_environment()
 from ttt_jax.config import load_config
-from ttt_jax.plan.common import abstract_batch
+from ttt_jax.plan.work import abstract_batch
 from ttt_jax.plan.tpu import tpu_devices
 from ttt_jax.parallel.mesh import make_mesh
 from ttt_jax.training.step import abstract_state, make_train_step

@@ -5,10 +5,12 @@ import pytest
 
 from ttt_jax.config import load_config
 from ttt_jax.flops import decode_flops, model_flops_per_token
-from ttt_jax.plan.common import Work, advice, parse_topology
 from ttt_jax.plan.gpu import estimate
 from ttt_jax.plan.inference import model_flops, roofline
 from ttt_jax.plan.make import describe
+from ttt_jax.plan.result import advice
+from ttt_jax.plan.topology import parse_topology
+from ttt_jax.plan.work import Work
 from ttt_jax.training.step_memory import activations
 
 SMALL = [

@@ -8,7 +8,7 @@ import pytest
 
 from ttt_jax.command.cli import main
 from ttt_jax.errors import UserError
-from ttt_jax.plan.common import Topology, parse_topology
+from ttt_jax.plan.topology import Topology, parse_topology
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3_8B = str(ROOT / "configs/qwen3_8b_longct.yaml")

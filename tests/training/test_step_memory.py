@@ -5,8 +5,8 @@ import pytest
 
 from ttt_jax.config import REMAT_NAMES, Config, from_dict, replace
 from ttt_jax.parallel.mesh import make_mesh
-from ttt_jax.plan.common import parse_topology
 from ttt_jax.plan.gpu import estimate
+from ttt_jax.plan.topology import parse_topology
 from ttt_jax.training import step_memory
 from ttt_jax.training.step import abstract_state, runtime_of
 

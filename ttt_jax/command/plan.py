@@ -56,9 +56,10 @@ def plan(path, topology, prefill, decode, rows, as_json, overrides) -> int:
         raise click.UsageError("--prefill and --decode are two programs; give one of them")
     if rows is not None and prefill is None and decode is None:
         raise click.UsageError("--rows is of --prefill or --decode; a train step has the config's")
-    from ttt_jax.plan.common import Work, parse_topology
     from ttt_jax.plan.make import describe, make_plan
+    from ttt_jax.plan.topology import parse_topology
     from ttt_jax.plan.tpu import prepare_environment
+    from ttt_jax.plan.work import Work
     from ttt_jax.pretrained.start_config import load_start_config
 
     prepare_environment()  # before jax looks for devices

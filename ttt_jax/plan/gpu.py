@@ -10,16 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.plan.common import (
-    Plan,
-    Topology,
-    Work,
-    abstract_batch,
-    advice,
-    notes,
-    workload,
-)
 from ttt_jax.plan.inference import abstract_decode, decode_reads, model_flops, roofline
+from ttt_jax.plan.result import Plan, advice, notes
+from ttt_jax.plan.topology import Topology
+from ttt_jax.plan.work import Work, abstract_batch, workload
 
 
 def estimate(config: Config, topology: Topology, work: Work | None = None) -> Plan:

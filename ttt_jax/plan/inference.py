@@ -16,7 +16,9 @@ import dataclasses
 from typing import Any
 
 from ttt_jax.config import Config
-from ttt_jax.plan.common import RATES, Roofline, Topology, Work
+from ttt_jax.plan.result import Roofline
+from ttt_jax.plan.topology import RATES, Topology
+from ttt_jax.plan.work import Work
 
 
 def abstract_prefill(

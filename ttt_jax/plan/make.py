@@ -11,7 +11,9 @@ import math
 
 from ttt_jax.config import Config
 from ttt_jax.plan import gpu, tpu
-from ttt_jax.plan.common import GB, GPU_MEMORY, Plan, Topology, Work
+from ttt_jax.plan.result import Plan
+from ttt_jax.plan.topology import GB, GPU_MEMORY, Topology
+from ttt_jax.plan.work import Work
 
 
 def make_plan(config: Config, topology: Topology, work: Work | None = None) -> Plan:

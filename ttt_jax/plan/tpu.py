@@ -13,16 +13,6 @@ from typing import Any, NamedTuple
 from ttt_jax.config import Config
 from ttt_jax.errors import UserError
 from ttt_jax.plan.collectives import read_collectives
-from ttt_jax.plan.common import (
-    GB,
-    Plan,
-    Topology,
-    Work,
-    abstract_batch,
-    advice,
-    notes,
-    workload,
-)
 from ttt_jax.plan.inference import (
     abstract_decode,
     abstract_prefill,
@@ -30,6 +20,9 @@ from ttt_jax.plan.inference import (
     model_flops,
     roofline,
 )
+from ttt_jax.plan.result import Plan, advice, notes
+from ttt_jax.plan.topology import GB, Topology
+from ttt_jax.plan.work import Work, abstract_batch, workload
 
 
 def prepare_environment() -> None:
