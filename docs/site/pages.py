@@ -23,6 +23,7 @@ PATTERNS = (
     "*.md",
     "docs/*.md",
     "docs/lab/*.md",
+    "docs/results/*.md",
     "docs/**/*.png",
     "docs/results/*.json",
     "docs/results/*.jsonl",
@@ -53,7 +54,7 @@ def named(nav: Any) -> set[str]:
 def on_config(config: Any) -> Any:
     """Add the documents that have no place yet: the lab's, newest first, and others."""
     left = [n for n in documents() if n.endswith(".md") and n not in named(config["nav"])]
-    lab = [name for name in left if name.startswith("docs/lab/")]
+    lab = [name for name in left if name.startswith(("docs/lab/", "docs/results/"))]
     more = [name for name in left if name not in lab]
     config["nav"] += [{"More": more}] if more else []
     config["nav"] += [{"Lab": lab[::-1]}]

@@ -16,7 +16,7 @@ from ttt_jax.ops import in_place_ttt
     ("implementation", "ratio"), [*cases(1e-4, 1.0, 1e-6, 1e-2, 0.1, 3.0, fast=2)]
 )
 def test_a_small_update_survives_bf16(implementation, ratio):
-    """The adaptation term o - z W^T under bf16, from ||S||/||W|| = 1e-6 to 3 (DESIGN section 3).
+    """The adaptation term o - z W^T under bf16, from ||S||/||W|| = 1e-6 to 3.
 
     The output itself is bf16, so its rounding (about 1.7e-3 of o) is subtracted out by comparing
     state and term as the op computes them: with W = 0 the output is the adaptation term alone.

@@ -4,7 +4,7 @@ arrays.
 
 import numpy as np
 
-# DESIGN section 3; never relaxed to pass a test
+# docs/numerics.md; never relaxed to pass a test
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 5e-3}
 
 
