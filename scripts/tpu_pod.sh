@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# One command on every host of a TPU pod slice; jax finds the other hosts through the TPU's metadata.
+# One command on every host of a TPU pod slice; jax finds the other hosts through the TPU's
+# metadata.
 #
 #   scripts/tpu_pod.sh my-v5p-128 us-east5-a configs/qwen3_8b_longct.yaml --runs_dir=/mnt/shared/runs
 #
-# On every host, the same path (TTT_JAX_DIR, default ttt_jax in the home folder) holds this project, installed with
-# `pip install -e '.[tpu]'`; data, checkpoints and runs_dir lie on a file system that all hosts share (Filestore, or a bucket
-# mounted by gcsfuse). Stop it with SIGTERM or Ctrl-C: the step is saved, the same command continues.
+# On every host, the same path (TTT_JAX_DIR, default ttt_jax in the home folder) holds this project,
+# installed with `pip install -e '.[tpu]'`; data, checkpoints and runs_dir lie on a file system that
+# all hosts share (Filestore, or a bucket mounted by gcsfuse). Stop it with SIGTERM or Ctrl-C: the
+# step is saved, the same command continues.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then

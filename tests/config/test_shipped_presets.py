@@ -87,5 +87,4 @@ def test_from_scratch_presets(name):
 
 def test_presets_show_no_tabs_and_fit_the_line():
     for path in PRESETS:
-        if path.stem != "default":
-            assert not re.search(r"\t|.{121,}", path.read_text()), path
+        assert not re.search(r"\t|.{101,}", path.read_text()), path
