@@ -22,7 +22,7 @@ _SAME = 0.5
 
 
 class Stopped(BaseException):
-    """Raised by `at_once`, never by a handler: no `except Exception` catches it."""
+    """Raised between pieces of work, never by a handler: no `except Exception` catches it."""
 
 
 class StopSignal:
@@ -63,13 +63,6 @@ class StopSignal:
     def defer(self) -> None:
         """Let signals wait: from here on there is something to save."""
         self._deferred = True
-
-    def at_once(self) -> None:
-        """Raise `Stopped` when a signal has come, and nothing is left to save; to be called again
-        between pieces of work.
-        """
-        if self.requested:
-            raise Stopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name, again = signal.Signals(number).name, False
