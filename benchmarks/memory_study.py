@@ -10,6 +10,7 @@ the same tokens with no memory and with the next book's:
     amount      by how much was read
     context     the longest reading with attention to fewer tokens (`--contexts`)
     scale       the longest reading's memory times a factor
+    cap         the same with the model's `read_cap` and without, as other engines apply it
     sums        the sum of n books' memories, the scored one's among them, and its own, by factor
     common      the mean of all other books' memories, and what is left of a book's own without it
     rank        the best factors of a rank: gain kept, size
@@ -21,14 +22,14 @@ the same tokens with no memory and with the next book's:
 With `--context N` attention and positions start anew every N tokens that are read, as in `memory
 read`, and the fast weights go on: for models with full attention, which know few positions.
 
-Three programs are compiled: reading, scoring, reading without decay. Intervals: 95 %, bootstrap
-over books, paired by book. Every part is printed and written (results.json, tables.md) when done.
+Two programs are compiled, reading and scoring, and one each for those without decay and without a
+cap. Intervals: 95 %, bootstrap over books, paired by book. Every part is printed and written
+(results.json, tables.md) when done.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import sys
@@ -52,12 +53,13 @@ from benchmarks.memory_fast import (
     runs_of,
     truncated,
     with_fast,
+    with_ttt,
 )
 from ttt_jax.eval.reader import Reader, score_frozen_piece
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.inference.prefill import needs_capacity
+from ttt_jax.inference.prefill import Frozen, needs_capacity
 from ttt_jax.memory.fast_weights import only_fast_weights
-from ttt_jax.model.transformer import State, Transformer, abstract_transformer
+from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
 
@@ -108,6 +110,7 @@ def main() -> None:
         "amount": study.by_amount,
         "context": lambda: study.by_context(contexts),
         "scale": study.by_scale,
+        "cap": study.by_cap,
         "sums": study.by_sum,
         "common": study.by_origin,
         "rank": lambda: study.by_rank([int(r) for r in args.ranks.split(",")]),
@@ -186,15 +189,18 @@ class Study:
         }
         return found
 
-    def losses(self, fast: Fast, place: str = "near") -> np.ndarray:
-        """Losses [B, K] of a place's tokens with frozen fast weights, a book's own in each row."""
+    def losses(self, fast: Fast, place: str = "near", frozen: Frozen | None = None) -> np.ndarray:
+        """Losses [B, K] of a place's tokens with frozen fast weights, a book's own in each row.
+
+        `frozen`: the model that applies them, of the same parameters; None: the one that read.
+        """
         ids_BK1 = self.places[place]
         B, K = len(ids_BK1), ids_BK1.shape[1] - 1
         state, found = with_fast(self.model, fast, B, K), []
         for first in range(0, K, self.reader.size):
             last = min(first + self.reader.size, K)
             state, logprobs_BP, _ = score_frozen_piece(
-                self.reader.frozen,
+                frozen or self.reader.frozen,
                 state,
                 ids_BK1[:, first:last],
                 ids_BK1[:, first + 1 : last + 1],
@@ -203,15 +209,18 @@ class Study:
             found.append(-np.asarray(logprobs_BP))
         return np.concatenate(found, axis=1)
 
-    def compared(self, fast: Fast, place: str = "near") -> dict[str, Any]:
+    def compared(
+        self, fast: Fast, place: str = "near", frozen: Frozen | None = None
+    ) -> dict[str, Any]:
         """A book's own memory and the next one's, against none and against each other."""
-        own, other = (book_means(self.losses(x, place)) for x in (fast, rolled(fast)))
+        own, other = (book_means(self.losses(x, place, frozen)) for x in (fast, rolled(fast)))
         none = book_means(self.none[place])
         return {
             "none": float(none.mean()),
             "own": mean_with_interval(none - own),
             "other": mean_with_interval(none - other),
             "own_over_other": mean_with_interval(other - own),
+            "gains": (none - own).tolist(),
         }
 
     def by_amount(self, memories: list[Fast] | None = None) -> list[dict[str, Any]]:
@@ -243,6 +252,25 @@ class Study:
         if whole is None:
             near = [row for row in rows if row["place"] == "near"]
             self.factor = max(near, key=lambda row: row["own"]["mean"])["factor"]
+        return rows
+
+    def by_cap(self) -> list[dict[str, Any]]:
+        """With the model's read cap and without: W + dW, which is what other engines compute."""
+        cap = self.model.config.ttt.read_cap
+        if cap is None:
+            return []
+        models = {cap: self.reader.frozen, None: Frozen(with_ttt(self.model, read_cap=None))}
+        rows = []
+        for factor in self.factors:
+            fast = [factor * S for S in self.whole]
+            for place in self.places:
+                start = {"factor": factor, "place": place}
+                pair = [
+                    start | {"cap": limit} | self.compared(fast, place, frozen)
+                    for limit, frozen in models.items()
+                ]
+                gains_2B = np.array([row["gains"] for row in pair])
+                rows += [pair[0], pair[1] | {"lost": mean_with_interval(gains_2B[0] - gains_2B[1])}]
         return rows
 
     def best(self) -> Fast:
@@ -349,13 +377,9 @@ class Study:
 
     def without_decay(self) -> dict[str, Any]:
         """Amount and scale for memories that the same weights read with `decay: 1`."""
-        ttt = self.model.config.ttt
-        if ttt.decay == 1:
+        if self.model.config.ttt.decay == 1:
             return {}
-        cfg = dataclasses.replace(self.model.config, ttt=dataclasses.replace(ttt, decay=1.0))
-        tree = jax.tree.structure(abstract_transformer(cfg, self.model.runtime))
-        other = jax.tree.unflatten(tree, jax.tree.leaves(self.model))
-        memories = self.read(Reader(other, self.args.piece), self.last)
+        memories = self.read(Reader(with_ttt(self.model, decay=1.0), self.args.piece), self.last)
         return {"amount": self.by_amount(memories), "scale": self.by_scale(memories[-1])}
 
 
