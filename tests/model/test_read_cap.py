@@ -100,7 +100,9 @@ def test_errors_and_the_cap_share_the_product_with_W(monkeypatch, gradient):
     def flops():
         read = lambda model: model.hidden(ids_BT)[0].sum()
         program = jit(jax.grad(read) if gradient else read).lower(model).compile()
-        return program.cost_analysis()["flops"]
+        analysis = program.cost_analysis()
+        assert analysis is not None
+        return analysis["flops"]
 
     both = flops()
     of_h = lambda layer, x_BTD, z_BTF, h_BTD, ctx: prediction_error.source(h_BTD, ctx.head)
