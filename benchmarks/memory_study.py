@@ -10,7 +10,7 @@ the same tokens with no memory and with the next book's:
     amount      by how much was read
     context     the longest reading with attention to fewer tokens (`--contexts`)
     scale       the longest reading's memory times a factor
-    cap         the same with the model's `read_cap` and without, as other engines apply it
+    cap         the same, by rank, with the model's `read_cap` and without, as other engines do it
     sums        the sum of n books' memories, the scored one's among them, and its own, by factor
     common      the mean of all other books' memories, and what is left of a book's own without it
     rank        the best factors of a rank: gain kept, size
@@ -31,9 +31,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +108,15 @@ def main() -> None:
         "books": [dict(zip(book._fields[:4], book[:4], strict=True)) for book in books],
         **provenance(),
     }
+    ranks = [int(r) for r in args.ranks.split(",") if r]
     parts = {
         "amount": study.by_amount,
         "context": lambda: study.by_context(contexts),
         "scale": study.by_scale,
-        "cap": study.by_cap,
+        "cap": lambda: study.by_cap(ranks),
         "sums": study.by_sum,
         "common": study.by_origin,
-        "rank": lambda: study.by_rank([int(r) for r in args.ranks.split(",")]),
+        "rank": lambda: study.by_rank(ranks),
         "tokens": study.by_token,
         "author": study.by_author,
         "parts": study.by_parts,
@@ -254,17 +257,17 @@ class Study:
             self.factor = max(near, key=lambda row: row["own"]["mean"])["factor"]
         return rows
 
-    def by_cap(self) -> list[dict[str, Any]]:
+    def by_cap(self, ranks: list[int]) -> list[dict[str, Any]]:
         """With the model's read cap and without: W + dW, which is what other engines compute."""
         cap = self.model.config.ttt.read_cap
         if cap is None:
             return []
         models = {cap: self.reader.frozen, None: Frozen(with_ttt(self.model, read_cap=None))}
         rows = []
-        for factor in self.factors:
-            fast = [factor * S for S in self.whole]
-            for place in self.places:
-                start = {"factor": factor, "place": place}
+        for rank, short in self.shortened(self.whole, ranks):
+            for factor, place in itertools.product(self.factors, self.places):
+                start = {"rank": rank, "factor": factor, "place": place}
+                fast = [factor * S for S in short]
                 pair = [
                     start | {"cap": limit} | self.compared(fast, place, frozen)
                     for limit, frozen in models.items()
@@ -272,6 +275,15 @@ class Study:
                 gains_2B = np.array([row["gains"] for row in pair])
                 rows += [pair[0], pair[1] | {"lost": mean_with_interval(gains_2B[0] - gains_2B[1])}]
         return rows
+
+    def shortened(self, whole: Fast, ranks: list[int]) -> Iterator[tuple[int, Fast]]:
+        """The best factors of each rank, and at last the whole, with its full rank."""
+        full = min(self.model.config.d_model, self.model.config.d_ff)
+        bases = [bases_of(S) for S in whole]
+        for rank in (r for r in ranks if r < full):
+            pairs = zip(whole, bases, strict=True)
+            yield rank, [truncated(S, U, rank) for S, U in pairs]
+        yield full, whole
 
     def best(self) -> Fast:
         return [self.factor * S for S in self.whole]
@@ -319,11 +331,8 @@ class Study:
     def by_rank(self, ranks: list[int]) -> list[dict[str, Any]]:
         cfg, whole = self.model.config, self.best()
         layers, full = len(cfg.ttt.layers), min(cfg.d_model, cfg.d_ff)
-        bases = [bases_of(S) for S in whole]
         rows = []
-        for rank in [*(r for r in ranks if r < full), full]:
-            pairs = zip(whole, bases, strict=True)
-            short = whole if rank == full else [truncated(S, U, rank) for S, U in pairs]
+        for rank, short in self.shortened(whole, ranks):
             energy = [jnp.sum(x**2) / jnp.sum(S**2) for x, S in zip(short, whole, strict=True)]
             numbers = rank * (cfg.d_model + cfg.d_ff) if rank < full else cfg.d_model * cfg.d_ff
             row = {"rank": rank, "mb": 4 * layers * numbers / 1e6}

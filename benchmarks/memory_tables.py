@@ -67,10 +67,18 @@ def _scale(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
 def _cap(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     if not rows:
         return "The model has no read cap.\n"
-    heads = ["memory times", "cap", "chapter", *_COMPARED[1:3], "worst book", "lost without"]
+    heads = [
+        "rank",
+        "memory times",
+        "cap",
+        "chapter",
+        *_COMPARED[1:3],
+        "worst book",
+        "lost without",
+    ]
     cap = lambda r: "-" if r["cap"] is None else f"{r['cap']:g}"
     lost = lambda r: _interval(r["lost"]) if "lost" in r else ""
-    start = lambda r: [f"{r['factor']:g}", cap(r), r["place"]]
+    start = lambda r: [str(r["rank"]), f"{r['factor']:g}", cap(r), r["place"]]
     gains = lambda r: [_interval(r["own"]), _interval(r["other"]), _short(min(r["gains"]))]
     return _table(heads, [[*start(r), *gains(r), lost(r)] for r in rows])
 

@@ -135,13 +135,13 @@ def test_a_model_without_its_cap_is_one_that_never_had_it(script):
 
 def test_the_table_of_caps_says_what_is_lost_without(script):
     gain = lambda mean: {"mean": mean, "low": None, "high": None}
-    row = {"factor": 0.5, "place": "near", "own": gain(0.25), "other": gain(-0.5)}
+    row = {"rank": 8, "factor": 0.5, "place": "near", "own": gain(0.25), "other": gain(-0.5)}
     rows = [row | {"cap": 0.06, "gains": [0.5, 0.0]}]
     rows.append(row | {"cap": None, "gains": [0.75, -0.25], "lost": gain(0.125)})
     table = script("memory_tables").of_part("cap", {"cap": rows})
     assert table.splitlines()[2:] == [
-        "|0.5|0.06|near|+.2500|-.5000|+.0000||",
-        "|0.5|-|near|+.2500|-.5000|-.2500|+.1250|",
+        "|8|0.5|0.06|near|+.2500|-.5000|+.0000||",
+        "|8|0.5|-|near|+.2500|-.5000|-.2500|+.1250|",
     ]
     assert script("memory_tables").of_part("cap", {"cap": []}) == "The model has no read cap.\n"
 
