@@ -10,7 +10,6 @@ the same tokens with no memory and with the next book's:
     amount      by how much was read
     context     the longest reading with attention to fewer tokens (`--contexts`)
     scale       the longest reading's memory times a factor
-    cap         the same, by rank, with the model's `read_cap` and without, as other engines do it
     sums        the sum of n books' memories, the scored one's among them, and its own, by factor
     common      the mean of all other books' memories, and what is left of a book's own without it
     rank        the best factors of a rank: gain kept, size
@@ -18,6 +17,7 @@ the same tokens with no memory and with the next book's:
     author      another book's memory by the same author (`author` of the JSON records)
     parts       the longest reading in pieces that are read apart and added up
     no_decay    amount and scale, read with `decay: 1` instead of the model's
+    cap         scale, by rank, with the model's `read_cap` and without, as other engines do it
 
 With `--context N` attention and positions start anew every N tokens that are read, as in `memory
 read`, and the fast weights go on: for models with full attention, which know few positions.
@@ -46,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import memory_tables
-from benchmarks.memory_books import CHAPTER, Book, load_books
+from benchmarks.memory_books import CHAPTER, Book, completes, load_books, own_words
 from benchmarks.memory_fast import (
     Fast,
     bases_of,
@@ -113,7 +113,6 @@ def main() -> None:
         "amount": study.by_amount,
         "context": lambda: study.by_context(contexts),
         "scale": study.by_scale,
-        "cap": lambda: study.by_cap(ranks),
         "sums": study.by_sum,
         "common": study.by_origin,
         "rank": lambda: study.by_rank(ranks),
@@ -121,6 +120,7 @@ def main() -> None:
         "author": study.by_author,
         "parts": study.by_parts,
         "no_decay": study.without_decay,
+        "cap": lambda: study.by_cap(ranks),
     }
     for name, part in parts.items():
         if name not in wanted:
@@ -394,27 +394,6 @@ class Study:
 
 def book_means(losses_BK: np.ndarray) -> np.ndarray:
     return losses_BK.mean(axis=1, dtype=np.float64)
-
-
-# ------------------------------------------------------------------------------------ token classes
-
-
-def completes(read_T: np.ndarray, later_K1: np.ndarray, n: int = 4) -> np.ndarray:
-    """Whether each predicted token ends an n-gram of what was read, bool [K]."""
-    row = read_T.tolist()
-    seen = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
-    later = later_K1.tolist()
-    ends = (tuple(later[max(k + 1 - n, 0) : k + 1]) for k in range(1, len(later)))
-    return np.array([gram in seen for gram in ends])
-
-
-def own_words(read_BT: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Tokens that a book used at least 5 times, and 10 times as often as the others on average: its
-    names and subjects. Bool [B, V].
-    """
-    counts = np.stack([np.bincount(row, minlength=vocab_size) for row in read_BT])
-    others = (counts.sum(axis=0) - counts) / max(len(counts) - 1, 1)
-    return (counts >= 5) & (counts > 10 * others)
 
 
 if __name__ == "__main__":

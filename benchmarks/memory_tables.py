@@ -135,7 +135,6 @@ PARTS = {
     "amount": _amount,
     "context": _context,
     "scale": _scale,
-    "cap": _cap,
     "sums": _sums,
     "common": _common,
     "rank": _rank,
@@ -143,6 +142,7 @@ PARTS = {
     "author": _author,
     "parts": _parts,
     "no_decay": _no_decay,
+    "cap": _cap,
 }
 
 
