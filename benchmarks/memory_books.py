@@ -1,4 +1,4 @@
-"""Books of `memory_study.py`, with two places where a chapter begins, and records of their file."""
+"""Books of `memory_study.py`: two places where a chapter begins, classes of tokens, the file."""
 
 from __future__ import annotations
 
@@ -92,3 +92,21 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a JSON-lines file, packed by xz or not."""
     with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
         yield from map(json.loads, file)
+
+
+def completes(read_T: np.ndarray, later_K1: np.ndarray, n: int = 4) -> np.ndarray:
+    """Whether each predicted token ends an n-gram of what was read, bool [K]."""
+    row = read_T.tolist()
+    seen = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
+    later = later_K1.tolist()
+    ends = (tuple(later[max(k + 1 - n, 0) : k + 1]) for k in range(1, len(later)))
+    return np.array([gram in seen for gram in ends])
+
+
+def own_words(read_BT: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Tokens that a book used at least 5 times, and 10 times as often as the others on average: its
+    names and subjects. Bool [B, V].
+    """
+    counts = np.stack([np.bincount(row, minlength=vocab_size) for row in read_BT])
+    others = (counts.sum(axis=0) - counts) / max(len(counts) - 1, 1)
+    return (counts >= 5) & (counts > 10 * others)

@@ -6,13 +6,14 @@ pattern.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ttt_jax.inference.prefill import needs_capacity
-from ttt_jax.model.transformer import State, Transformer
+from ttt_jax.model.transformer import State, Transformer, abstract_transformer
 
 Fast = list[Any]  # S of every run that adapts, [R, N, B, D, F], in the order of the layers' states
 
@@ -33,6 +34,14 @@ def with_fast(model: Transformer, fast: Fast, batch: int, tokens: int) -> State:
 
     layers = tuple(tuple(put(x) for x in runs) for runs in fresh.layers)
     return State(fresh.position_B, layers, capacity)
+
+
+def with_ttt(model: Transformer, **fields: Any) -> Transformer:
+    """The same parameters with other settings of TTT, such as `read_cap`."""
+    ttt = dataclasses.replace(model.config.ttt, **fields)
+    cfg = dataclasses.replace(model.config, ttt=ttt)
+    tree = jax.tree.structure(abstract_transformer(cfg, model.runtime))
+    return jax.tree.unflatten(tree, jax.tree.leaves(model))
 
 
 def rolled(fast: Fast) -> Fast:

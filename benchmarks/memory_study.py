@@ -17,22 +17,25 @@ the same tokens with no memory and with the next book's:
     author      another book's memory by the same author (`author` of the JSON records)
     parts       the longest reading in pieces that are read apart and added up
     no_decay    amount and scale, read with `decay: 1` instead of the model's
+    cap         scale, by rank, with the model's `read_cap` and without, as other engines do it
 
 With `--context N` attention and positions start anew every N tokens that are read, as in `memory
 read`, and the fast weights go on: for models with full attention, which know few positions.
 
-Three programs are compiled: reading, scoring, reading without decay. Intervals: 95 %, bootstrap
-over books, paired by book. Every part is printed and written (results.json, tables.md) when done.
+Two programs are compiled, reading and scoring, and one each for those without decay and without a
+cap. Intervals: 95 %, bootstrap over books, paired by book. Every part is printed and written
+(results.json, tables.md) when done.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import memory_tables
-from benchmarks.memory_books import CHAPTER, Book, load_books
+from benchmarks.memory_books import CHAPTER, Book, completes, load_books, own_words
 from benchmarks.memory_fast import (
     Fast,
     bases_of,
@@ -52,12 +55,13 @@ from benchmarks.memory_fast import (
     runs_of,
     truncated,
     with_fast,
+    with_ttt,
 )
 from ttt_jax.eval.reader import Reader, score_frozen_piece
 from ttt_jax.eval.statistics import mean_with_interval
-from ttt_jax.inference.prefill import needs_capacity
+from ttt_jax.inference.prefill import Frozen, needs_capacity
 from ttt_jax.memory.fast_weights import only_fast_weights
-from ttt_jax.model.transformer import State, Transformer, abstract_transformer
+from ttt_jax.model.transformer import State, Transformer
 from ttt_jax.pretrained.load import load_model
 from ttt_jax.run.provenance import provenance
 
@@ -104,17 +108,19 @@ def main() -> None:
         "books": [dict(zip(book._fields[:4], book[:4], strict=True)) for book in books],
         **provenance(),
     }
+    ranks = [int(r) for r in args.ranks.split(",") if r]
     parts = {
         "amount": study.by_amount,
         "context": lambda: study.by_context(contexts),
         "scale": study.by_scale,
         "sums": study.by_sum,
         "common": study.by_origin,
-        "rank": lambda: study.by_rank([int(r) for r in args.ranks.split(",")]),
+        "rank": lambda: study.by_rank(ranks),
         "tokens": study.by_token,
         "author": study.by_author,
         "parts": study.by_parts,
         "no_decay": study.without_decay,
+        "cap": lambda: study.by_cap(ranks),
     }
     for name, part in parts.items():
         if name not in wanted:
@@ -186,15 +192,18 @@ class Study:
         }
         return found
 
-    def losses(self, fast: Fast, place: str = "near") -> np.ndarray:
-        """Losses [B, K] of a place's tokens with frozen fast weights, a book's own in each row."""
+    def losses(self, fast: Fast, place: str = "near", frozen: Frozen | None = None) -> np.ndarray:
+        """Losses [B, K] of a place's tokens with frozen fast weights, a book's own in each row.
+
+        `frozen`: the model that applies them, of the same parameters; None: the one that read.
+        """
         ids_BK1 = self.places[place]
         B, K = len(ids_BK1), ids_BK1.shape[1] - 1
         state, found = with_fast(self.model, fast, B, K), []
         for first in range(0, K, self.reader.size):
             last = min(first + self.reader.size, K)
             state, logprobs_BP, _ = score_frozen_piece(
-                self.reader.frozen,
+                frozen or self.reader.frozen,
                 state,
                 ids_BK1[:, first:last],
                 ids_BK1[:, first + 1 : last + 1],
@@ -203,15 +212,18 @@ class Study:
             found.append(-np.asarray(logprobs_BP))
         return np.concatenate(found, axis=1)
 
-    def compared(self, fast: Fast, place: str = "near") -> dict[str, Any]:
+    def compared(
+        self, fast: Fast, place: str = "near", frozen: Frozen | None = None
+    ) -> dict[str, Any]:
         """A book's own memory and the next one's, against none and against each other."""
-        own, other = (book_means(self.losses(x, place)) for x in (fast, rolled(fast)))
+        own, other = (book_means(self.losses(x, place, frozen)) for x in (fast, rolled(fast)))
         none = book_means(self.none[place])
         return {
             "none": float(none.mean()),
             "own": mean_with_interval(none - own),
             "other": mean_with_interval(none - other),
             "own_over_other": mean_with_interval(other - own),
+            "gains": (none - own).tolist(),
         }
 
     def by_amount(self, memories: list[Fast] | None = None) -> list[dict[str, Any]]:
@@ -244,6 +256,34 @@ class Study:
             near = [row for row in rows if row["place"] == "near"]
             self.factor = max(near, key=lambda row: row["own"]["mean"])["factor"]
         return rows
+
+    def by_cap(self, ranks: list[int]) -> list[dict[str, Any]]:
+        """With the model's read cap and without: W + dW, which is what other engines compute."""
+        cap = self.model.config.ttt.read_cap
+        if cap is None:
+            return []
+        models = {cap: self.reader.frozen, None: Frozen(with_ttt(self.model, read_cap=None))}
+        rows = []
+        for rank, short in self.shortened(self.whole, ranks):
+            for factor, place in itertools.product(self.factors, self.places):
+                start = {"rank": rank, "factor": factor, "place": place}
+                fast = [factor * S for S in short]
+                pair = [
+                    start | {"cap": limit} | self.compared(fast, place, frozen)
+                    for limit, frozen in models.items()
+                ]
+                gains_2B = np.array([row["gains"] for row in pair])
+                rows += [pair[0], pair[1] | {"lost": mean_with_interval(gains_2B[0] - gains_2B[1])}]
+        return rows
+
+    def shortened(self, whole: Fast, ranks: list[int]) -> Iterator[tuple[int, Fast]]:
+        """The best factors of each rank, and at last the whole, with its full rank."""
+        full = min(self.model.config.d_model, self.model.config.d_ff)
+        bases = [bases_of(S) for S in whole]
+        for rank in (r for r in ranks if r < full):
+            pairs = zip(whole, bases, strict=True)
+            yield rank, [truncated(S, U, rank) for S, U in pairs]
+        yield full, whole
 
     def best(self) -> Fast:
         return [self.factor * S for S in self.whole]
@@ -291,11 +331,8 @@ class Study:
     def by_rank(self, ranks: list[int]) -> list[dict[str, Any]]:
         cfg, whole = self.model.config, self.best()
         layers, full = len(cfg.ttt.layers), min(cfg.d_model, cfg.d_ff)
-        bases = [bases_of(S) for S in whole]
         rows = []
-        for rank in [*(r for r in ranks if r < full), full]:
-            pairs = zip(whole, bases, strict=True)
-            short = whole if rank == full else [truncated(S, U, rank) for S, U in pairs]
+        for rank, short in self.shortened(whole, ranks):
             energy = [jnp.sum(x**2) / jnp.sum(S**2) for x, S in zip(short, whole, strict=True)]
             numbers = rank * (cfg.d_model + cfg.d_ff) if rank < full else cfg.d_model * cfg.d_ff
             row = {"rank": rank, "mb": 4 * layers * numbers / 1e6}
@@ -349,39 +386,14 @@ class Study:
 
     def without_decay(self) -> dict[str, Any]:
         """Amount and scale for memories that the same weights read with `decay: 1`."""
-        ttt = self.model.config.ttt
-        if ttt.decay == 1:
+        if self.model.config.ttt.decay == 1:
             return {}
-        cfg = dataclasses.replace(self.model.config, ttt=dataclasses.replace(ttt, decay=1.0))
-        tree = jax.tree.structure(abstract_transformer(cfg, self.model.runtime))
-        other = jax.tree.unflatten(tree, jax.tree.leaves(self.model))
-        memories = self.read(Reader(other, self.args.piece), self.last)
+        memories = self.read(Reader(with_ttt(self.model, decay=1.0), self.args.piece), self.last)
         return {"amount": self.by_amount(memories), "scale": self.by_scale(memories[-1])}
 
 
 def book_means(losses_BK: np.ndarray) -> np.ndarray:
     return losses_BK.mean(axis=1, dtype=np.float64)
-
-
-# ------------------------------------------------------------------------------------ token classes
-
-
-def completes(read_T: np.ndarray, later_K1: np.ndarray, n: int = 4) -> np.ndarray:
-    """Whether each predicted token ends an n-gram of what was read, bool [K]."""
-    row = read_T.tolist()
-    seen = {tuple(row[i : i + n]) for i in range(len(row) - n + 1)}
-    later = later_K1.tolist()
-    ends = (tuple(later[max(k + 1 - n, 0) : k + 1]) for k in range(1, len(later)))
-    return np.array([gram in seen for gram in ends])
-
-
-def own_words(read_BT: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Tokens that a book used at least 5 times, and 10 times as often as the others on average: its
-    names and subjects. Bool [B, V].
-    """
-    counts = np.stack([np.bincount(row, minlength=vocab_size) for row in read_BT])
-    others = (counts.sum(axis=0) - counts) / max(len(counts) - 1, 1)
-    return (counts >= 5) & (counts > 10 * others)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,25 @@ def _scale(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     return _table(heads, [[f"{r['factor']:g}", r["place"], *_compared(r)] for r in rows])
 
 
+def _cap(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    if not rows:
+        return "The model has no read cap.\n"
+    heads = [
+        "rank",
+        "memory times",
+        "cap",
+        "chapter",
+        *_COMPARED[1:3],
+        "worst book",
+        "lost without",
+    ]
+    cap = lambda r: "-" if r["cap"] is None else f"{r['cap']:g}"
+    lost = lambda r: _interval(r["lost"]) if "lost" in r else ""
+    start = lambda r: [str(r["rank"]), f"{r['factor']:g}", cap(r), r["place"]]
+    gains = lambda r: [_interval(r["own"]), _interval(r["other"]), _short(min(r["gains"]))]
+    return _table(heads, [[*start(r), *gains(r), lost(r)] for r in rows])
+
+
 def _sums(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     heads = ["books in the sum", "factor", "gain", "gain, own alone", "lost by the sum"]
     numbers = lambda r: map(_interval, (r["gain"], r["alone"], r["lost"]))
@@ -123,6 +142,7 @@ PARTS = {
     "author": _author,
     "parts": _parts,
     "no_decay": _no_decay,
+    "cap": _cap,
 }
 
 

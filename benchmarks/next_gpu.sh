@@ -3,21 +3,18 @@
 #
 #   bash benchmarks/next_gpu.sh PART FOLDER [GPU] [SECONDS]
 #
-# FOLDER holds, for smollm2, example and longer, smollm2/ (examples/smollm2.py), books_small.jsonl.xz
+# FOLDER holds, for smollm2 and better, smollm2/ (examples/smollm2.py), books_small.jsonl.xz
 # (the first 30 books, 23 MB of text), books_heldout.jsonl.xz (20 novels) and unseen.jsonl.xz (books
 # 60 to 71); for the others books_train.jsonl.xz, books_heldout.jsonl.xz, books_tokenizer.json.
 # $OUT gets results; a caller may see no more than the end of what is printed. Two runs of books do
 # not fit on one card at once; two of smollm2 do (XLA_PYTHON_CLIENT_MEM_FRACTION=0.42), but take as
 # long together as one after the other.
 #
-#   smollm2  300 s: `error` with read_cap, seeds 0, 1, 2, beside docs/results/2026-12-01-smollm2/none-*
-#            (none of three seeds differs by more than 0.0004). Predictions: 0.024 at 8k, 0.034 at
-#            32k, seeds within 0.002, no novel below -0.005.
-#   example  260 s, behind smollm2: memories of 20 novels in the trained model, names, a recorded
-#            chat (benchmarks/smollm2_example.sh; predictions there were for a model without cap).
+#   smollm2  330 s: the curve over budgets of 100, 200 and 400 steps, with and without, on 30 books
+#            (800 steps learn them by heart). 200 is in docs/results/2026-12-01-smollm2, none400 in
+#            2026-11-30-smollm2. Predictions of the gain at 8k: 0.021 after 100, 0.027 after 400.
 #   better   90 s, behind smollm2: the start with ridge 0.1, shrink 0.1, scale 0.3, which was 5 %
 #            better on a model that knows novels. Prediction: 0.002 better at 8k.
-#   longer   500 s, on the same machine: 800 steps without and with. Prediction: 0.031 at 8k.
 #   long     690 s in two calls: books, no TTT and the preset, four times the steps, at equal time
 #            (docs/lab/2026-12-01-longer.md). Prediction: 0.413 becomes 0.20, and "off" is worse
 #            than no TTT.
@@ -49,17 +46,11 @@ start() { # a setting of drop_in.py -> FOLDER/start, FOLDER/words.txt
 case $part in
   smollm2)
     start '{"scales": {"29": 0.6}, "read_cap": 0.06}'
-    MODES=on smollm2 error error:1 error:2 ;;
-  example) bash benchmarks/smollm2_example.sh "$data" "$OUT/talk" "$seconds" /tmp/smollm2_runs/error-0 ;;
+    MODES=on smollm2 errorx100 nonex100 errorx400 ;;
   better)
-    mv /tmp/smollm2_runs/error-0 /tmp/smollm2_runs/before-0
     rm -rf /tmp/smollm2_out/error-0* # an evaluation replaces none
     start '{"scales": {"29": 0.3}, "read_cap": 0.06, "ridge": 0.1, "shrink": 0.1}'
     MODES=on smollm2 error ;;
-  longer)
-    export XLA_PYTHON_CLIENT_MEM_FRACTION=0.42
-    smollm2 nonex800 & MODES=on smollm2 errorx800
-    wait ;;
   long)
     SEEDS=0 bash benchmarks/books.sh "$data" "$gpu" "$seconds" \
       "nonelong: --steps 1400 --model.ttt.layers=[]" "long: --steps 1160" ;;

@@ -5,7 +5,8 @@
 #
 # FOLDER holds smollm2/ (examples/smollm2.py), books_small.jsonl.xz and books_heldout.jsonl.xz.
 # ARM is NAME, NAMExSTEPS, and :SEED behind either; the names are below. What is done is not repeated.
-# $OUT gets all results, packed. MODES=on evaluates with TTT alone.
+# $OUT gets all results, packed. MODES=on evaluates with TTT alone. All arms are read at the same
+# lengths, because these decide which tokens are scored.
 set -u
 data=$1
 export CUDA_VISIBLE_DEVICES=$2 PYTHONUNBUFFERED=1
@@ -42,14 +43,12 @@ for arm in "$@"; do
       > "$out/$run.log" 2>&1
   fi
   grep -E "init_from|error|mean|tokens/s" "$out/$run.log" | tail -6 | sed "s/^/$run: /"
-  lengths=8k,32k
-  [[ $arm == full* ]] && lengths=8k
   modes=${MODES:-both}
   [[ $arm == none* || $arm == full* ]] && modes=off
   left=$((seconds - SECONDS + started))
   ((left < 20)) && echo "$arm: not evaluated, the time is up" && continue
   timeout "$left" python3 -m ttt_jax eval --model "$runs/$run" \
-    --perplexity "$data/books_heldout.jsonl.xz" --lengths $lengths --documents 20 --block 2048 \
+    --perplexity "$data/books_heldout.jsonl.xz" --lengths 8k,32k --documents 20 --block 2048 \
     --batch-size 4 --dtype bfloat16 --ttt $modes --out "$out/$run-eval" > "$out/$run-eval.log" 2>&1
   tail -12 "$out/$run-eval.log" | sed "s/^/$run: /"
   cp "$out/$run-eval/results.json" "$out/$run.json" 2> /dev/null

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import models
 
 from ttt_jax.config import Config, replace
 
@@ -117,6 +118,32 @@ def test_the_table_of_memories_is_at_the_best_factor(script, tmp_path):
         "smollm2: 3 novels, 1024 tokens read of each with attention anew every "
     )
     assert script("memory_tables").pages(tmp_path / "none")["memory, smollm2"] == []
+
+
+def test_a_model_without_its_cap_is_one_that_never_had_it(script):
+    capped, never = (
+        models.make(models.config(num_layers=2, **{"ttt.layers": (1,)}, **cap), "float32")
+        for cap in (models.CAP, {})
+    )
+    ids_BT = np.arange(24, dtype=np.int32).reshape(2, 12)
+    found = script("memory_fast").with_ttt(capped, read_cap=None)
+    expected_BTD = models.hidden(never, ids_BT)[0]
+    np.testing.assert_array_equal(models.hidden(found, ids_BT)[0], expected_BTD)
+    assert np.abs(models.hidden(capped, ids_BT)[0] - expected_BTD).max() > 1e-3
+    assert found.config == never.config
+
+
+def test_the_table_of_caps_says_what_is_lost_without(script):
+    gain = lambda mean: {"mean": mean, "low": None, "high": None}
+    row = {"rank": 8, "factor": 0.5, "place": "near", "own": gain(0.25), "other": gain(-0.5)}
+    rows = [row | {"cap": 0.06, "gains": [0.5, 0.0]}]
+    rows.append(row | {"cap": None, "gains": [0.75, -0.25], "lost": gain(0.125)})
+    table = script("memory_tables").of_part("cap", {"cap": rows})
+    assert table.splitlines()[2:] == [
+        "|8|0.5|0.06|near|+.2500|-.5000|+.0000||",
+        "|8|0.5|-|near|+.2500|-.5000|-.2500|+.1250|",
+    ]
+    assert script("memory_tables").of_part("cap", {"cap": []}) == "The model has no read cap.\n"
 
 
 def test_taps_that_are_left_out_stay_at_zero_and_do_not_clip_the_others(script):

@@ -16,6 +16,7 @@ from ttt_jax import Session, load_pretrained, save_pretrained, score
 from ttt_jax.command.cli import main
 from ttt_jax.inference.conversation import Conversation, render_plain
 from ttt_jax.memory.memory import Memory
+from ttt_jax.pretrained import source
 
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 TEXTS = {"a.txt": "the cat sat on the mat", "b.txt": "naïve words of another text", "c.txt": "ab"}
@@ -133,15 +134,20 @@ def test_memories_are_changed_exactly(saved):
     assert not [name for name in json.loads(Path("base/config.json").read_text()) if "ttt" in name]
 
 
-def test_a_read_cap_is_named_where_other_engines_do_not_have_it(run, folder):
+def test_a_read_cap_is_named_where_other_engines_do_not_have_it(run, folder, monkeypatch):
+    """The model is opened once for it and for the tensors."""
+    opened, read = [], source.read_raw_config
+    monkeypatch.setattr(source, "read_raw_config", lambda path: opened.append(path) or read(path))
     shutil.copytree(folder, "capped")
     raw = json.loads(Path("capped/config.json").read_text())
     Path("capped/config.json").write_text(json.dumps(raw | {"ttt_read_cap": 0.1}))
     taught(folder, TEXTS["a.txt"]).save("a.m")
     for words in (("base", "capped", "base"), ("merge", "capped", "a.m", "merged")):
         code, out, _ = run("memory", *words)
-        assert code == 0
+        assert (code, opened) == (0, [Path("capped")])
         assert "read_cap 0.1 of capped is not part of the base architecture" in out
+        assert "(ttt-jax memory scale M 1/2)" in out
+        opened.clear()
     assert "read_cap" not in run("memory", "base", "model", "without")[1]
 
 

@@ -53,6 +53,24 @@ def test_generate_and_its_session(run):
     assert "mesh.data = 4: does not divide the 2 streams of --session s4" in err
 
 
+def test_generate_learns_a_text(run):
+    """Into the fast weights alone; a session that a mesh began learns on without one."""
+    Path("book.txt").write_text("a book of things\n" * 8)
+    learn = ("--read", "book.txt", "--context", 8, "--max-new-tokens", 6, "--json")
+    both, more = ("--prompt", "the cat sat", "--prompt", "a"), ("--prompt", "b", "--session")
+    results = []
+    for name, mesh in (("one", ()), ("mesh", (*MESH, "--mesh.data", 2))):
+        found = []
+        for words in ((*both, *mesh), (*more, name, *mesh[:4]), (*more, name)):
+            code, out, err = run("generate", *learn, *words)
+            assert code == 0, err
+            found.append([json.loads(line)["token_ids"] for line in out.splitlines()])
+        results.append(found)
+    assert results[0] == results[1]
+    plain = run("generate", *both, *learn[-3:])[1]
+    assert [json.loads(line)["token_ids"] for line in plain.splitlines()] != results[0][0]
+
+
 def test_score(run):
     for name, mesh in (("one", ()), ("mesh", (*MESH, "--mesh.data", 2))):
         assert run("score", "--ids", "ids.npy", "--out", f"{name}.npz", *mesh)[0] == 0

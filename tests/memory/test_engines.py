@@ -49,7 +49,7 @@ def folder(request, tmp_path):
 def test_the_merged_folder_is_the_model_with_the_memory(folder, tmp_path):
     """As we read it ourselves: no TTT is left, and everything else is as it was."""
     memory = memory_of(folder)
-    found = merge(folder, memory, tmp_path / "merged")
+    found = merge(open_source(folder), memory, tmp_path / "merged")
     raw = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert not [name for name in raw if name.startswith("ttt_")]
     before, after = read_folder(folder), read_folder(tmp_path / "merged")
@@ -73,12 +73,11 @@ def test_the_merged_folder_is_the_model_with_the_memory(folder, tmp_path):
         assert about.ratio == pytest.approx(ratio, rel=1e-5)
 
 
-def test_a_model_that_reads_bytes_has_a_tokenizer_for_other_engines(tmp_path, monkeypatch):
+def test_a_model_that_reads_bytes_has_a_tokenizer_for_other_engines(tmp_path):
     """Runs of bytes hold no tokenizer.json; a folder for other engines does, as converted ones."""
     make_folder(tmp_path / "model", FAMILIES["qwen3"] | TTT | {"vocab_size": 257})
     source = dataclasses.replace(open_source(tmp_path / "model"), tokenizer="bytes")
-    monkeypatch.setattr("ttt_jax.memory.merge.open_source", lambda path: source)
-    merge("runs/x", None, tmp_path / "base")
+    merge(source, None, tmp_path / "base")
     tokenizer = load_tokenizer(str(tmp_path / "base"))
     assert tokenizer.encode("Aé") == list("Aé".encode())
     assert tokenizer.eos_id == 256
@@ -87,9 +86,8 @@ def test_a_model_that_reads_bytes_has_a_tokenizer_for_other_engines(tmp_path, mo
 def test_rounding_is_said_and_what_does_not_fit_is_refused(tmp_path):
     make_folder(tmp_path / "model", FAMILIES["qwen3"] | TTT)
     memory = memory_of(tmp_path / "model")
-    found = merge(
-        tmp_path / "model", memory, tmp_path / "half", dtype="bfloat16", max_shard_bytes=1
-    )
+    source = open_source(tmp_path / "model")
+    found = merge(source, memory, tmp_path / "half", dtype="bfloat16", max_shard_bytes=1)
     stored = read_folder(tmp_path / "half")
     before = read_folder(tmp_path / "model")
     for about in found:
@@ -99,20 +97,20 @@ def test_rounding_is_said_and_what_does_not_fit_is_refused(tmp_path):
         lost = stored[name].astype(np.float64) - before[name].astype(np.float64) - dW
         assert about.lost == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(dW), rel=1e-6)
         assert 1e-3 < about.lost < 0.1
-    tiny = merge(tmp_path / "model", 1e-3 * memory, tmp_path / "tiny", dtype="bfloat16")
+    tiny = merge(source, 1e-3 * memory, tmp_path / "tiny", dtype="bfloat16")
     assert tiny[0].lost > 100 * found[0].lost
     with pytest.raises(CheckpointError, match="exists already"):
-        merge(tmp_path / "model", memory, tmp_path / "half")
+        merge(source, memory, tmp_path / "half")
     make_folder(tmp_path / "other", FAMILIES["llama"] | TTT)
     with pytest.raises(UserError, match=r"memory: was not read by .*other; give the model"):
-        merge(tmp_path / "other", memory, tmp_path / "out")
+        merge(open_source(tmp_path / "other"), memory, tmp_path / "out")
     huge = lambda stored: stored["model.norm.weight"].fill(3.4e38)  # infinite in bfloat16
     make_folder(tmp_path / "huge", FAMILIES["llama"] | TTT, change=huge)
     of_huge = weights_fingerprint(load_pretrained(tmp_path / "huge"))
     none = Memory(of_huge, 32, 48, {0: 1.0, 2: 1.0}, ())
-    merge(tmp_path / "huge", none, tmp_path / "whole")
+    merge(open_source(tmp_path / "huge"), none, tmp_path / "whole")
     with pytest.raises(CheckpointError, match=r"tensor model.norm.weight does not fit into bfloat"):
-        merge(tmp_path / "huge", none, tmp_path / "out", dtype="bfloat16")
+        merge(open_source(tmp_path / "huge"), none, tmp_path / "out", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
 
 
@@ -170,8 +168,8 @@ def test_three_engines_agree(folder, tmp_path):
     memory = memory_of(folder)
     model = load_pretrained(folder)
     expected = score(model, IDS, ttt=False, memory=memory, logits=True).logits_BTV
-    merge(folder, memory, tmp_path / "merged")
-    merge(folder, memory - memory, tmp_path / "base")
+    merge(open_source(folder), memory, tmp_path / "merged")
+    merge(open_source(folder), memory - memory, tmp_path / "base")
     write_lora(memory, tmp_path / "adapter", rank=min(memory.D, memory.F))
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     load = transformers.AutoModelForCausalLM.from_pretrained

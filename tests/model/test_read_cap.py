@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
+from support import models
 from support.tolerance import relative_rms
 
 from ttt_jax.config import ModelConfig, TTTConfig
 from ttt_jax.config.validate import validate_model
 from ttt_jax.errors import ConfigError
+from ttt_jax.model import prediction_error
 from ttt_jax.model.layers import Context
 from ttt_jax.model.ttt_mlp import MLP, capped
 
@@ -84,6 +87,28 @@ def adaptive(*, read_cap, bias):
     layer = MLP(cfg, ttt.target, key=jax.random.key(0))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape)), layer)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_errors_and_the_cap_share_the_product_with_W(monkeypatch, gradient):
+    """Both are made of z W^T, and the text has it twice. Compiled, the program has as many
+    operations as one whose errors are made of h alone.
+    """
+    changes = models.ERRORS | models.CAP | {"num_layers": 2, "ttt.layers": (1,)}
+    model, ids_BT = models.make(models.config(**changes), "float32"), np.zeros((2, 8), np.int32)
+
+    def flops():
+        read = lambda model: model.hidden(ids_BT)[0].sum()
+        program = jit(jax.grad(read) if gradient else read).lower(model).compile()
+        analysis = program.cost_analysis()
+        assert analysis is not None
+        return analysis["flops"]
+
+    both = flops()
+    of_h = lambda layer, x_BTD, z_BTF, h_BTD, ctx: prediction_error.source(h_BTD, ctx.head)
+    monkeypatch.setattr(MLP, "_source", of_h)
+    product = 2 * ids_BT.size * model.config.d_model * model.config.d_ff
+    assert 0 <= both - flops() < product / 4
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,20 @@ def test_the_folder_gains_what_is_printed(
     line = "target prediction_error, write ridge, decay 0.95, normalize_source false, chunk_size 8"
     assert f"ttt: layers [1], {line}, read_cap {ttt.read_cap}, lr {ttt.lr:g}\n" in out
     assert ttt.read_cap == cap
-    assert [f"{s:g}" for s in SCALES] == [row.split()[0] for row in out.splitlines()[-4:]]
-    assert f"{found['gain']:+.4f}  taken" in out
+    *_, note = lines = out.splitlines()
+    assert [f"{s:g}" for s in SCALES] == [row.split()[0] for row in lines[-5:-1]]
+    assert note.startswith("note: the text has 540 tokens, and up to 24,576 are used; with a lon")
+    told = f"on 128 of its end, 2 rows of 64 (loss {found['loss']:.4f} without), and one standard"
+    assert f"{told} error over their 16 chunks:\n" in out
+    (taken,) = (row for row in lines if row.endswith("  taken"))
+    gain, error = (float(x) for x in taken.split()[1:4:2])
+    assert gain == round(found["gain"], 4)
     ids = model.tokenizer.encode(TEXT)[-176:][:128]
     rows = [np.asarray(ids[:64]), np.asarray(ids[64:])]
-    on, off = (-np.mean(score(model, rows, ttt=ttt)[0], dtype=float) for ttt in (True, False))
+    on_RT, off_RT = (-np.asarray(score(model, rows, ttt=ttt)[0], float) for ttt in (True, False))
+    on, off = np.mean(on_RT), np.mean(off_RT)
+    each = [x.mean() for row in off_RT - on_RT for x in np.split(row, range(C, 64, C))]
+    assert abs(np.std(each, ddof=1) / 4 - error) < 1e-4
     assert abs((off - on) - found["gain"]) < 2e-5
     assert abs(off - found["loss"]) < 2e-5
     assert found["gain"] > least

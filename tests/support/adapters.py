@@ -13,6 +13,7 @@ from support.hf_folders import make_folder
 from ttt_jax import Session, load_pretrained, score
 from ttt_jax.memory.lora import write_lora
 from ttt_jax.memory.merge import merge
+from ttt_jax.pretrained.source import open_source
 
 TTT = {
     "ttt_mode": True,
@@ -54,7 +55,7 @@ def served(folder: Path, ranks: tuple[int, ...]) -> Served:
     session = Session(model)
     session.read([IDS])
     memory = session.memory() * 0.5
-    merge(folder / "model", None, folder / "base")
+    merge(open_source(folder / "model"), None, folder / "base")
     logprobs = lambda kept: score(model, IDS[None], ttt=False, memory=kept).logprobs_BT[0]
     expected: dict[int | None, np.ndarray] = {None: logprobs(None)}
     adapters = {}

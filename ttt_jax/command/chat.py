@@ -17,14 +17,23 @@ from typing import TYPE_CHECKING
 import click
 
 from ttt_jax.command.chat_loop import Chat
-from ttt_jax.command.io import check_memory, check_rows, load_memories, read_text, saved_early
+from ttt_jax.command.io import (
+    check_learns,
+    check_memory,
+    check_rows,
+    load_memories,
+    read_text,
+    saved_early,
+)
 from ttt_jax.command.options import (
+    CONTEXT,
     DTYPE,
     EXISTING,
     MEMORY,
     MODEL,
     NO_TTT,
     PIECE,
+    READ,
     Command,
     examples,
     mesh_options,
@@ -50,15 +59,8 @@ if TYPE_CHECKING:
     ),
 )
 @MODEL
-@click.option(
-    "--read", "documents", multiple=True, type=EXISTING, help="UTF-8 text file to read first."
-)
-@click.option(
-    "--context",
-    type=click.IntRange(1),
-    help="Read texts (--read, /read) into the fast weights alone, with attention anew every so "
-    "many tokens.",
-)
+@READ
+@CONTEXT
 @click.option("--system", help="System message of a new conversation.")
 @click.option(
     "--session",
@@ -96,8 +98,7 @@ def chat(
     """Talk with a model that adapts to what it reads and to what is said."""
     limit = options.pop("max_new_tokens")
     sampling = sampling_of(options)
-    if no_ttt and context is not None:
-        raise click.UsageError("--context: --no-ttt learns nothing; drop one of them")
+    check_learns(context, no_ttt)
     check_rows(1, mesh, "streams of a chat")
     check_memory(session, memory)
     if session is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ttt_jax.command.io import as_factor, read_text
+from ttt_jax.command.io import as_factor, read_document, read_text
 from ttt_jax.errors import UserError
 from ttt_jax.process.interrupts import Interrupt
 from ttt_jax.process.output_lock import one_writer
@@ -204,25 +204,11 @@ class Chat:
 
     def read(self, path: Path, text: str | None = None) -> None:
         """Read a text file, with a progress bar. Raises UserError when it cannot be read."""
-        from ttt_jax.display.progress import progress
-
         text = read_text(path, "/read") if text is None else text
         talk = self.talk
         ids = talk.session.model.tokenizer.encode(text)
-        begin = time.perf_counter()
-        with progress(f"reading {printable(path.name)}", len(ids), "tokens") as advance_to:
-            talk.session.on_read = advance_to
-            try:
-                source = talk.read(ids, self.context, path.name)
-            finally:
-                talk.session.on_read = None
-        seconds = max(time.perf_counter() - begin, 1e-9)
-        self.note(f"read {path}: {len(ids):,} tokens, {len(ids) / seconds:,.0f} tokens/s")
-        if source is not None:
-            self.note(
-                f"{source.written:,} of them in whole chunks are in the fast weights "
-                f"(attention anew every {self.context:,} tokens), none in the context"
-            )
+        read = functools.partial(talk.read, ids, self.context, path.name)
+        self.note(*read_document(talk.session, read, path, len(ids)))
 
     def _ttt(self, argument: str) -> None:
         if argument not in ("on", "off"):

@@ -133,6 +133,8 @@ def _calibration_text(path: Path) -> str:
 
 def _print_calibration(report: Conversion) -> None:
     """Print what was set, and the gain of every scale."""
+    from ttt_jax.pretrained.calibration import CHOICE, STATISTICS
+
     found, ttt = report.calibration, report.ttt
     assert found is not None
     print(
@@ -140,10 +142,17 @@ def _print_calibration(report: Conversion) -> None:
         f"{ttt.decay:g}, normalize_source {str(ttt.normalize_source).lower()}, chunk_size "
         f"{ttt.chunk_size}, read_cap {ttt.read_cap}, lr {ttt.lr:g}"
     )
+    rows, chunks = found.choice // found.row, found.choice // ttt.chunk_size
     print(
-        f"W_target from {found.statistics:,} tokens; gain in nats a token on {found.choice:,} "
-        f"others in rows of {found.row:,} (loss {found.loss:.4f} without):"
+        f"W_target from the text's first {found.statistics:,} tokens; gain in nats a token on "
+        f"{found.choice:,} of its end, {rows} row{'s' * (rows > 1)} of {found.row:,} (loss "
+        f"{found.loss:.4f} without), and one standard error over their {chunks} chunks:"
     )
     print("  s    gain")
     for s, gain in found.gains.items():
-        print(f"  {s:<4g} {gain:+.4f}" + "  taken" * (s == found.s))
+        print(f"  {s:<4g} {gain:+.4f} +- {found.errors[s]:.4f}" + "  taken" * (s == found.s))
+    if found.tokens < (most := STATISTICS + CHOICE):
+        print(
+            f"note: the text has {found.tokens:,} tokens, and up to {most:,} are used; with a "
+            "longer one W_target and the scale are more certain"
+        )

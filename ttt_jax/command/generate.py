@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ttt_jax.command.io import (
+    check_learns,
     check_memory,
     check_rows,
     encode,
     load_memories,
     open_session,
     print_completions,
+    read_document,
     read_ids,
     read_text,
     saved_early,
 )
 from ttt_jax.command.options import (
+    CONTEXT,
     DTYPE,
     EXISTING,
     IDS,
@@ -28,6 +32,7 @@ from ttt_jax.command.options import (
     MODEL,
     NO_TTT,
     PIECE,
+    READ,
     Command,
     examples,
     mesh_options,
@@ -37,7 +42,7 @@ from ttt_jax.command.options import (
 from ttt_jax.errors import NotFiniteError, UserError
 from ttt_jax.process.interrupts import HeldBack
 from ttt_jax.process.output_lock import one_writer
-from ttt_jax.terminal import for_stream
+from ttt_jax.terminal import for_stream, printable
 
 if TYPE_CHECKING:
     from ttt_jax.inference.generation import Session
@@ -56,6 +61,8 @@ if TYPE_CHECKING:
         "--session book.safetensors --max-new-tokens 1",
         "ttt-jax generate --model checkpoints/qwen3 --prompt 'Who was the captain?' "
         "--session book.safetensors --keep-session",
+        "ttt-jax generate --model smollm2-read --read book.txt --context 512 "
+        "--prompt 'Who was the captain?'",
         "ttt-jax generate --model checkpoints/qwen3 --ids prompts.npy "
         "--temperature 0.8 --top-p 0.95 --json",
     ),
@@ -74,6 +81,8 @@ if TYPE_CHECKING:
     help="Put each prompt into the model's chat template, as a user's turn.",
 )
 @IDS
+@READ
+@CONTEXT
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128)
 @sampling_options
 @click.option("--stop", multiple=True, help="Text that ends a completion.")
@@ -106,6 +115,8 @@ def generate(
     prompt_file,
     chat,
     ids,
+    documents,
+    context,
     session,
     keep_session,
     as_json,
@@ -116,11 +127,18 @@ def generate(
     mesh,
     **options,
 ) -> None:
-    """Continue prompts, adapting while reading and writing."""
+    """Continue prompts, adapting while reading and writing.
+
+    Each prompt follows what --read names. With --context a single stream reads it, and becomes as
+    many as there are prompts.
+    """
     sampling = sampling_of(options)
     _check_prompts(prompt, prompt_file, ids, session, keep_session)
     if chat and not (prompt or prompt_file):
         raise click.UsageError("--chat needs --prompt TEXT or --prompt-file FILE")
+    check_learns(context, no_ttt)
+    if context is not None and not documents:
+        raise click.UsageError("--context: is for the texts of --read FILE; add it")
     check_memory(session, memory)
     saved_to = None if keep_session else session
     if saved_to is not None:
@@ -130,19 +148,29 @@ def generate(
         texts = _as_turns(folder, texts)
     rows = read_ids(ids, "--ids") if ids else None
     check_rows(len(rows or texts), mesh, "prompts")
+    _check_one_stream(context, len(rows or texts), saved_to)
+    first = [(path, read_text(path, "--read")) for path in documents]
     start = load_memories(memory)
 
+    from ttt_jax.inference.watch import one_warning
     from ttt_jax.pretrained.load import load_model
 
     model = load_model(folder, dtype, decodes=True, mesh=mesh)
     rows = rows or [
         encode(model, text, "--prompt-file" if prompt_file else "--prompt") for text in texts
     ]
-    stream = _open_stream(model, rows, session, not no_ttt, piece, start, branches=keep_session)
-    if rows:
-        stream.extend(rows)
-    shown = not as_json and stream.batch_size == 1 and model.tokenizer is not None
-    completions, failure = _continue(stream, sampling, options, shown, saved_to)
+    read = [(path, encode(model, text, "--read")) for path, text in first]
+    if read and context is None:
+        before = [i for _, ids in read for i in ids]
+        rows = [[*before, *map(int, row)] for row in rows or [[]]]
+    with one_warning():
+        stream = _open_stream(
+            model, rows, session, not no_ttt, piece, start, keep_session, read, context
+        )
+        if rows:
+            stream.extend(rows)
+        shown = not as_json and stream.batch_size == 1 and model.tokenizer is not None
+        completions, failure = _continue(stream, sampling, options, shown, saved_to)
     if saved_to is not None and failure is None:
         with HeldBack():  # a Ctrl-C would lose what was read
             stream.save(saved_to)
@@ -178,6 +206,15 @@ def _check_prompts(prompt, prompt_file, ids, session: Path | None, keep_session:
         )
 
 
+def _check_one_stream(context: int | None, prompts: int, saved_to: Path | None) -> None:
+    """Raise UserError for several prompts after a session that learns texts and is saved again."""
+    if context is not None and prompts > 1 and saved_to is not None and saved_to.exists():
+        raise UserError(
+            f"--context: {prompts} prompts for the one stream of --session {saved_to}; give one, "
+            "or add --keep-session"
+        )
+
+
 def _open_stream(
     model: Transformer,
     rows: list[Any],
@@ -185,15 +222,24 @@ def _open_stream(
     ttt: bool,
     piece: int | None,
     memory: Memory | None,
-    branches: bool,
+    keep: bool,
+    texts: list[tuple[Path, list[int]]],
+    context: int | None,
 ) -> Session:
     """Go on with a saved session, or begin a new one. Raises UserError when it was read otherwise.
 
     Args:
-      branches: a session of one row may answer several rows, since it is not saved again.
+      keep: the session is not saved again, so that one of one row may answer several rows.
+      texts: with a context, a stream of one row learns them first, and then answers all rows.
     """
-    stream = open_session(model, len(rows), session, ttt, piece, memory)
-    if len(rows) > 1 and stream.batch_size == 1 and branches:
+    streams = len(rows) if context is None else 1
+    stream = open_session(model, streams, session, ttt, piece, memory)
+    if context is not None:
+        for path, ids in texts:
+            learn = functools.partial(stream.learn, ids, context, path.name)
+            told = read_document(stream, learn, path, len(ids))
+            print(*map(printable, told), sep="\n", file=sys.stderr)
+    if len(rows) > 1 and stream.batch_size == 1 and (keep or context is not None):
         return stream.branch(len(rows))
     return stream
 

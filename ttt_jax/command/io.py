@@ -6,17 +6,23 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from ttt_jax.errors import UserError
 from ttt_jax.files.text import without_mark
 from ttt_jax.terminal import for_stream, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from fractions import Fraction
 
     from ttt_jax.config import MeshConfig
+    from ttt_jax.inference.generation import Session
+    from ttt_jax.memory.sources import Source
 
 _NUMBER = re.compile(r"-?\d{1,30}(\.\d{1,30}|/\d{1,30})?", re.ASCII)
 _REASONS = {
@@ -95,6 +101,40 @@ def keep_inputs(output: Path, what: str, *inputs: Path | None) -> None:
                 f"{what} {output}: replacing it would delete {path}, which is read; choose another "
                 "one"
             )
+
+
+def check_learns(context: int | None, no_ttt: bool) -> None:
+    """Raise UsageError for texts that are to be learnt by a stream that learns nothing."""
+    if no_ttt and context is not None:
+        raise click.UsageError("--context: --no-ttt learns nothing; drop one of them")
+
+
+def read_document(
+    session: Session, read: Callable[[], Source | None], path: Path, tokens: int
+) -> list[str]:
+    """Read a text with a progress bar; returns what to say of it, in lines.
+
+    Args:
+      session: the stream that reads.
+      read: reads the text, and returns what `Session.learn` does; None: it is in the stream.
+      tokens: of the text.
+    """
+    from ttt_jax.display.progress import progress
+
+    begin = time.perf_counter()
+    with progress(f"reading {printable(path.name)}", tokens, "tokens") as session.on_read:
+        try:
+            source = read()
+        finally:
+            session.on_read = None
+    seconds = max(time.perf_counter() - begin, 1e-9)
+    told = [f"read {path}: {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s"]
+    if source is not None:
+        told.append(
+            f"{source.written:,} of them in whole chunks are in the fast weights "
+            f"(attention anew every {source.context:,} tokens), none in the context"
+        )
+    return told
 
 
 def load_memories(paths: str | None):

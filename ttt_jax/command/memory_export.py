@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ttt_jax.command.options import EXISTING, Command, examples
 from ttt_jax.process.output_lock import one_writer
 from ttt_jax.terminal import printable
+
+if TYPE_CHECKING:
+    from ttt_jax.pretrained.source import Source
 
 _DST = click.argument("output", metavar="DST", type=EXISTING)
 _DTYPE = click.option(
@@ -19,6 +23,10 @@ _DTYPE = click.option(
 )
 _SHARD = click.option(
     "--shard-gb", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Of a file."
+)
+_BEST = (  # docs/lab/2026-12-01-engines-without-a-cap.md
+    "half a memory was then best with a read_cap of 0.06 (ttt-jax memory scale M 1/2), a whole one "
+    "with 0.2: docs/memory-engines.md"
 )
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank, vLLM 0.32
 
@@ -40,14 +48,15 @@ def merge(folder: Path, path: Path, output: Path, dtype: str, shard_gb: float) -
     from ttt_jax.display.tables import Table, print_tables
     from ttt_jax.memory.memory import Memory
     from ttt_jax.memory.merge import merge as run
+    from ttt_jax.pretrained.source import open_source
 
     click.get_current_context().with_resource(one_writer(output, "DST"))
-    shard = max(1, round(shard_gb * 1e9))
-    merged = run(folder, Memory.load(path), output, dtype=dtype, max_shard_bytes=shard)
+    source, shard = open_source(folder), max(1, round(shard_gb * 1e9))
+    merged = run(source, Memory.load(path), output, dtype=dtype, max_shard_bytes=shard)
     rows = [[str(m.layer), f"{m.ratio:.3g}", f"{m.lost:.2e}"] for m in merged]
     note = f"lost: ||stored - (W + dW)|| / ||dW||, the error of rounding to {dtype}"
     print_tables([Table("Merged layers", note, ["layer", "||dW||/||W||", "lost"], rows)])
-    _say_uncapped(folder)
+    _say_uncapped(source)
     print(printable(f"{output}"))
 
 
@@ -65,10 +74,12 @@ def merge(folder: Path, path: Path, output: Path, dtype: str, shard_gb: float) -
 def base(folder: Path, output: Path, dtype: str, shard_gb: float) -> None:
     """Write MODEL's base architecture without TTT and without a memory: what adapters go on."""
     from ttt_jax.memory.merge import merge as run
+    from ttt_jax.pretrained.source import open_source
 
     click.get_current_context().with_resource(one_writer(output, "DST"))
-    run(folder, None, output, dtype=dtype, max_shard_bytes=max(1, round(shard_gb * 1e9)))
-    _say_uncapped(folder)
+    source, shard = open_source(folder), max(1, round(shard_gb * 1e9))
+    run(source, None, output, dtype=dtype, max_shard_bytes=shard)
+    _say_uncapped(source)
     print(printable(f"{output}"))
 
 
@@ -92,19 +103,20 @@ def lora(path: Path, output: Path, rank: int, dtype: str, base: str | None) -> N
     note = f"error: ||B A - dW|| / ||dW|| at rank {rank}, as stored"
     print_tables([Table("Adapted layers", note, ["layer", "error"], rows)])
     print(_vllm(rank))
-    print("engines apply it without model.ttt.read_cap, if the model that read it has one")
+    print(
+        "engines apply it without model.ttt.read_cap, if the model that read it has one; in "
+        f"SmolLM2 {_BEST}"
+    )
     print(printable(f"{output}"))
 
 
-def _say_uncapped(folder: Path) -> None:
+def _say_uncapped(source: Source) -> None:
     """Print what other engines do not do with a memory of this model."""
-    from ttt_jax.pretrained.source import open_source
-
-    cap = open_source(folder).model.ttt.read_cap
+    cap = source.model.ttt.read_cap
     if cap is not None:
         print(
-            f"read_cap {cap:g} of {printable(str(folder))} is not part of the base architecture: "
-            "engines apply memories without it, and reads as large as that differ"
+            f"read_cap {cap:g} of {printable(str(source.folder))} is not part of the base "
+            f"architecture: engines apply memories without it; in SmolLM2 {_BEST}"
         )
 
 

@@ -56,7 +56,14 @@ PIECE = click.option(
 IDS = click.option(
     "--ids", type=EXISTING, help="Token ids: an integer array [T] or [B, T] in .npy."
 )
-
+READ = click.option(
+    "--read", "documents", multiple=True, type=EXISTING, help="UTF-8 text file to read first."
+)
+CONTEXT = click.option(
+    "--context",
+    type=click.IntRange(1),
+    help="Read texts into the fast weights alone, with attention anew every so many tokens.",
+)
 MEMORY = click.option(
     "--memory",
     metavar="M[,M...]",

@@ -30,7 +30,7 @@ from ttt_jax.pretrained.safetensors_io import (
     tensor_file_names,
     write_tensors,
 )
-from ttt_jax.pretrained.source import Source, open_source
+from ttt_jax.pretrained.source import Source
 
 
 class Merged(NamedTuple):
@@ -47,7 +47,7 @@ class Merged(NamedTuple):
 
 
 def merge(
-    model: str | Path,
+    source: Source,
     memory: Memory | None,
     folder: str | Path,
     *,
@@ -59,20 +59,20 @@ def merge(
     Tensors are read and written one at a time.
 
     Args:
-      model: the folder of the model that read: Hugging Face, converted, or of a run.
+      source: the model that read (`open_source`): Hugging Face, converted, or a run.
       memory: None: W alone, which is what adapters go on.
       folder: must not exist; it appears when everything is written.
       dtype: of every tensor, "float32" or "bfloat16".
 
     Raises: UserError for a memory of another model; CheckpointError, ConfigError, one line.
     """
-    folder, source = Path(folder), open_source(model)
+    folder = Path(folder)
     if os.path.lexists(folder):  # a link that leads nowhere, too
         raise CheckpointError(f"output {folder}: exists already; choose another one or delete it")
     raw = _plain_config(source, dtype)
-    check_tensors(source.abstract, source.tensors, str(model))
+    check_tensors(source.abstract, source.tensors, str(source.folder))
     if memory is not None and memory.model != tensors_fingerprint(source.abstract, source.tensors):
-        raise UserError(f"memory: was not read by {model}; give the model that read it")
+        raise UserError(f"memory: was not read by {source.folder}; give the model that read it")
     target, merged = DTYPES[dtype], []
     kept = {n: s for n, s in tensor_shapes(source.abstract).items() if ".mlp.ttt_" not in n}
     adapting = () if memory is None else memory.layers
@@ -86,7 +86,9 @@ def merge(
         with np.errstate(over="ignore"):
             x = x.astype(target)
         if not all_finite(x):
-            raise CheckpointError(f"model {model}: tensor {spec.name} does not fit into {dtype}")
+            raise CheckpointError(
+                f"model {source.folder}: tensor {spec.name} does not fit into {dtype}"
+            )
         yield x
 
     try:

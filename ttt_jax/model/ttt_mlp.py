@@ -192,6 +192,7 @@ class MLP(nnx.Module):
         if self.source == "input_embed":
             return ctx.embed_BTD
         assert ctx.head is not None
+        # With a read cap __call__ has this product, too; XLA computes it once.
         return prediction_error.source(h_BTD + linear(z_BTF, self.down, self.down_bias), ctx.head)
 
     def targets(self, z_BTF, source_BTX, ctx: Context, whole_B=None):

@@ -56,7 +56,9 @@ class Calibration(NamedTuple):
       s: the scale of the step.
       gains: for each of `SCALES`, loss without the fast weights less the loss with them, nats a
         token over all tokens of the choice.
+      errors: of the gains, one standard error over the chunks of the choice.
       loss: without them.
+      tokens: of the text.
       statistics, choice: tokens that C_p and s were found on, from the start and the end of the
         text.
       row: the choice was read in rows of so many tokens, each from a fresh state.
@@ -68,7 +70,9 @@ class Calibration(NamedTuple):
     conv_D1K: np.ndarray
     s: float
     gains: dict[float, float]
+    errors: dict[float, float]
     loss: float
+    tokens: int
     statistics: int
     choice: int
     row: int
@@ -228,8 +232,11 @@ def calibrate(
         set_target(here, target_DD, conv_D1K)
         rates = {s: as_target(step_DD, s)[1] for s in SCALES}
         tried = [0.0, *rates.values()]
-        off, *on = _mean_nll(here, parts.choice, model.ttt.chunk_size, tried, count)
+        nll_NM, tokens_M = _chunk_nll(here, parts.choice, model.ttt.chunk_size, tried, count)
+    off, *on = (nll_NM.sum(1) / tokens_M.sum()).tolist()
     gains = {s: off - loss for s, loss in zip(rates, on, strict=True)}
+    gain_SM = (nll_NM[0] - nll_NM[1:]) / tokens_M
+    error_S = np.std(gain_SM, axis=1, ddof=1) / np.sqrt(len(tokens_M))
     s = max(gains, key=lambda s: -np.inf if np.isnan(gains[s]) else gains[s])
     if not gains[s] > 0:
         told = ", ".join(f"{s:g}: {gain:+.4f}" for s, gain in gains.items())
@@ -247,7 +254,9 @@ def calibrate(
         conv_D1K,
         s,
         gains,
+        dict(zip(rates, error_S.tolist(), strict=True)),
         off,
+        len(ids),
         parts.statistics.size,
         parts.choice.size,
         parts.choice.shape[1],
@@ -328,21 +337,23 @@ def _parts(ids: np.ndarray, model: ModelConfig) -> _Parts:
     return _Parts(first[: rows * length].reshape(rows, length), choice)
 
 
-def _mean_nll(
+def _chunk_nll(
     model: Transformer,
     rows_RT: np.ndarray,
     chunk: int,
     rates: Sequence[float],
     on_tokens: Callable[[int], None],
-) -> list[float]:
-    """Mean loss of the tokens behind the first of each row for every inner learning rate, each row
-    read from a fresh state.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of the tokens behind the first of each row for every inner learning rate, summed over
+    what a chunk predicts, each row read from a fresh state.
 
     Args:
       rates: of the model, whose config says 1; 0 is without fast weights.
+
+    Returns: sums float64 [N, M], and the tokens in each, [M].
     """
     T, size = rows_RT.shape[1], max(PIECE // chunk, 1) * chunk
-    rate_N, total_N = jnp.asarray(rates, jnp.float32), np.zeros(len(rates))
+    rate_N, sums, tokens = jnp.asarray(rates, jnp.float32), [], []
     for row in rows_RT:
         state, next_T = None, np.append(row[1:], 0)
         for start in range(0, T, size):
@@ -350,10 +361,12 @@ def _mean_nll(
             state, nll_NP = _read(
                 model, state, row[None, piece], next_T[None, piece], rate_N, capacity=T
             )
-            known = min(size, T - start) - (start + size >= T)  # nothing follows the last token
-            total_N += np.asarray(nll_NP, np.float64)[:, :known].sum(1)
-            on_tokens(min(size, T - start))
-    return (total_N / (len(rows_RT) * (T - 1))).tolist()
+            known_P = np.arange(start, min(start + size, T)) < T - 1  # nothing follows the last one
+            known_NP = np.where(known_P, np.asarray(nll_NP, np.float64), 0)
+            sums.append(known_NP.reshape(len(rates), -1, chunk).sum(2))
+            tokens.append(known_P.reshape(-1, chunk).sum(1))
+            on_tokens(len(known_P))
+    return np.concatenate(sums, axis=1), np.concatenate(tokens)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
