@@ -31,7 +31,7 @@ from ttt_jax.model.stack import (
     find_groups,
     layer_kinds,
 )
-from ttt_jax.model.ttt_stream import TTTState
+from ttt_jax.model.ttt_stream import SOURCE_AXES, Z_AXES, TTTState
 from ttt_jax.ops.attention.cached import KVCache
 from ttt_jax.ops.numerics import accumulator, precision_for
 
@@ -52,11 +52,10 @@ class State:
     capacity: int | None = struct.field(pytree_node=False, default=None)
 
 
-# How the arrays of a layer's state lie on a mesh: heads and F are split as the weights that make
-# them. S lies as W_down does, so that a step that reads one token moves neither.
+# How the arrays of a layer's state lie on a mesh: heads are split as the weights that make them. S
+# lies as W_down does, so that a step that reads one token moves neither.
 _SLOTS = ("batch", "kv_heads", "tokens", None)
 _S = ("step_rows", "embed", "mlp")
-_Z, _SOURCE = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
 
 
 def map_state(function: Callable[[Any, tuple[str | None, ...]], Any], state: State) -> State:
@@ -68,7 +67,7 @@ def map_state(function: Callable[[Any, tuple[str | None, ...]], Any], state: Sta
         cache = KVCache(*(function(x, _SLOTS) for x in layer.cache))
         if layer.ttt is None:
             return LayerState(cache, None)
-        arrays = zip(layer.ttt, (_S, _Z, _SOURCE), strict=True)
+        arrays = zip(layer.ttt, (_S, Z_AXES, SOURCE_AXES), strict=True)
         return LayerState(cache, TTTState(*(function(x, axes) for x, axes in arrays)))
 
     layers = tuple(tuple(map(on_layer, runs)) for runs in state.layers)

@@ -19,6 +19,10 @@ from ttt_jax.ops.numerics import accumulator
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
 
+# How pending activations and sources lie on a mesh: F is split as the weights that make them.
+Z_AXES, SOURCE_AXES = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
+
+
 class TTTState(NamedTuple):
     """What one TTT layer carries from one call to the next. Position modulo C is the number of
     pending tokens.
@@ -139,8 +143,10 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1X, ctx: Context, state: T
     y_B1D = layer.op(z_B1F, nothing_B1D, lr, state.S_BDF, devices=devices)[0]
     slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
     put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
-    z_BCF = put(state.z_BCF, z_B1F, slot_B)
-    source_BCX = put(state.source_BCX, source_B1X, slot_B)
+    # The slots of a row stay whole, whatever reads them: XLA's partitioner (jax 0.10.2) puts the
+    # token of a single row into a slot of every part.
+    z_BCF = devices.lay(put(state.z_BCF, z_B1F, slot_B), Z_AXES)
+    source_BCX = devices.lay(put(state.source_BCX, source_B1X, slot_B), SOURCE_AXES)
     complete_B = (pending_B == C - 1) & (read_B > 0)
 
     def write(S_BDF, z_BCF, source_BCX, whole_B):
