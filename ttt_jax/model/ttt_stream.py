@@ -18,7 +18,6 @@ from ttt_jax.model.layers import Context
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
-
 # How pending activations and sources lie on a mesh: F is split as the weights that make them.
 Z_AXES, SOURCE_AXES = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
 
