@@ -158,7 +158,9 @@ class Transformer(nnx.Module):
             them mean nothing.
           segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start
             at multiples of `config.ttt.chunk_size`; only for a fresh start.
-          ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
+          ttt_scale: factor on the inner learning rate of the chunks that end in this call. The
+            number 0 switches TTT off: fast weights are not applied, and these tokens write nothing,
+            also in a chunk that ends later. An array of 0 applies them.
           capacity: slots of the KV caches that a fresh start allocates; None lets them grow with
             every call.
           at_chunk_start: the caller knows that every row that reads here stands at a chunk
@@ -169,10 +171,16 @@ class Transformer(nnx.Module):
             update of one row.
 
         Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B",
-        "update_norm_B"}}). Raises: UserError when packed rows meet a state.
+        "update_norm_B"}}). Raises: UserError when packed rows meet a state, and when a stream that
+        was begun with TTT off is to adapt from here on.
         """
         cfg, dtype = self.config, jnp.dtype(self.runtime.dtype)
         B, T = ids_BT.shape
+        if isinstance(ttt_scale, int | float | np.number):
+            ttt_scale = float(ttt_scale)
+        off = isinstance(ttt_scale, float) and ttt_scale == 0.0
+        if state is not None and not (off or at_chunk_start):
+            self._check_begun(state)
         capacity = _check_state(T, state, capacity, segment_ids, positions)
         if positions is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
@@ -201,6 +209,14 @@ class Transformer(nnx.Module):
         read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         position_B = read_B if state is None else state.position_B + read_B
         return h_BTD, self.laid(State(position_B, layers, ctx.capacity)), stats
+
+    def _check_begun(self, state: State) -> None:
+        """Raise UserError for a state that has no pending chunk."""
+        if any(state.layers[g][r].ttt is None for g, r, _ in self.ttt_runs()):
+            raise UserError(
+                "state: was begun with TTT off, and its chunk is not known; begin anew, or pass "
+                "at_chunk_start=True where every row stands at a chunk's start"
+            )
 
     def _head(self, ids_BT) -> Head | None:
         if not self.config.ttt.error_layers:

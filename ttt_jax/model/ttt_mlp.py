@@ -104,6 +104,9 @@ class MLP(nnx.Module):
             up_BTF = checkpoint_name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
             z_BTF = checkpoint_name(ctx.pin(jax.nn.silu(gate_BTF) * up_BTF, "mlp"), "mlp_hidden")
         if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
+            if state is not None:
+                source_BTX = self._source(x_BTD, z_BTF, h_BTD, ctx)
+                state = ttt_stream.pass_over(z_BTF, source_BTX, ctx, state)
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
         source_BTX = self._source(x_BTD, z_BTF, h_BTD, ctx)
