@@ -259,12 +259,13 @@ def capped(read_BTD, h_BTD, cap: float):
     """Limit what tokens read from S: r / sqrt(1 + (rms(r) / (cap rms(h)))^2), in r's dtype.
 
     Small reads stay as they are, and none is larger than `cap` times the layer's output without S,
-    h, by rms. So a word that S has learnt too well costs a bounded number of nats.
+    h, by rms. So a word that S has learnt too well costs a bounded number of nats. An h below 5e-7
+    by rms counts as that (float32), so that gradients stay finite.
     """
     acc = accumulator(read_BTD.dtype)
-    square = lambda x: jnp.mean(jnp.square(x.astype(acc)), axis=2, keepdims=True)
-    smallest = float(jnp.finfo(acc).tiny) ** 0.25  # a token of zeros reads nothing
-    ratio_BT1 = square(read_BTD) / jnp.maximum(cap**2 * square(h_BTD), smallest)
+    square = lambda x: jnp.mean(jnp.square(x), axis=2, keepdims=True)
+    size_BT1 = jnp.maximum(square(h_BTD.astype(acc)), float(jnp.finfo(acc).tiny) ** (1 / 3))
+    ratio_BT1 = square(read_BTD.astype(acc) * (1 / cap)) / size_BT1
     return (read_BTD.astype(acc) * jax.lax.rsqrt(1 + ratio_BT1)).astype(read_BTD.dtype)
 
 
