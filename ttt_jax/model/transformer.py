@@ -122,8 +122,9 @@ class Transformer(nnx.Module):
           options: see `hidden`.
 
         Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives
-        the same logits. Raises: UserError for a text, another shape or dtype, ids outside the
-        vocabulary, and documents that start inside of a chunk, where their values are known.
+        the same logits. Raises: UserError for a text, no tokens, another shape or dtype, ids
+        outside the vocabulary, and documents that start inside of a chunk, where their values are
+        known.
         """
         ids_BT = _check_ids(ids_BT, self.config.vocab_size)
         if self.config.ttt.layers:
@@ -325,6 +326,8 @@ def _check_ids(ids_BT: Any, vocab_size: int) -> Any:
         raise UserError("ids: rows of different lengths; pad them, or use generate") from None
     if ids_BT.ndim != 2:
         raise UserError(f"ids: shape {ids_BT.shape}; pass [B, T], such as ids[None] for one row")
+    if 0 in ids_BT.shape:
+        raise UserError(f"ids: shape {ids_BT.shape}; give at least one token")
     if not jnp.issubdtype(ids_BT.dtype, jnp.integer):
         raise UserError(f"ids: dtype {ids_BT.dtype}; token ids are integers: cast them")
     if isinstance(ids_BT, Tracer) or not getattr(ids_BT, "is_fully_addressable", True):
