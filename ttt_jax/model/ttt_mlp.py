@@ -97,7 +97,8 @@ class MLP(nnx.Module):
         `h_BTD`: what y is added to, which prediction errors and the read cap are made of.
 
         `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the
-        update of the first sequence's last whole chunk.
+        update of the first sequence's last whole chunk, as it was written: clipped, and 0 where the
+        chunk holds padding.
         """
         with jax.named_scope("mlp_up"):
             gate_BTF = checkpoint_name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
@@ -228,7 +229,9 @@ class MLP(nnx.Module):
         return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(self.down[...]).astype(acc))))
 
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]:
-        """What `__call__` reports, given the norm of the last update."""
+        """What `__call__` reports, given the norm of the last update before it was clipped."""
+        if self.cfg.ttt.clip_norm is not None:
+            update_norm_B = jnp.minimum(update_norm_B, self.cfg.ttt.clip_norm)
         slow = self._slow_norm(S_BDF.dtype)
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
         return {
@@ -245,7 +248,11 @@ class MLP(nnx.Module):
         devices = ctx.parallel
         S_BDF = None if state is None else state.S_BDF
         y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
-        stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
+        norm_B = devices.last_update_norm(z_BTF, v_BTD, lr, C)
+        if ctx.segment_ids_BT is not None and (M := z_BTF.shape[1] // C):
+            ids_C = ctx.segment_ids_BT[0, (M - 1) * C : M * C]
+            norm_B = jnp.where((ids_C[0] != 0) & (ids_C == ids_C[0]).all(), norm_B, 0)
+        stats = self.stats(S_BDF, norm_B)
         if ctx.probe:
             cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)
             stats["update_cosine_B"] = jnp.broadcast_to(cosine, (B,))
