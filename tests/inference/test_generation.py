@@ -260,6 +260,11 @@ def test_errors_name_what_is_wrong():
         (lambda: generate(model, [[1], [2]], seed=1.5), "seed = 1.5: must be a whole number"),
         (lambda: Session(model).generate(1), "stream 0 is empty"),
         (lambda: Session(model, 2).read([[1]]), "1 for a session of 2"),
+        (lambda: Session(model, 0), "batch_size = 0: must be a whole number, at least 1"),
+        (lambda: Session(model, 1.5), "batch_size = 1.5: must be"),
+        (lambda: Session(model).branch(0), "batch_size = 0: must be"),
+        (lambda: Session(model, piece=0), "piece = 0: must be at least 1 token"),
+        (lambda: score(model, [[1, 2]], piece=-4), "piece = -4: must be"),
         (
             lambda: score(model, [[1, 2], [model.config.vocab_size]]),
             f"holds id {model.config.vocab_size}",

@@ -41,6 +41,7 @@ CASES = [
     ({"fsdp": 2, "context": 2}, (22, 5), WINDOW | {"sliding_window": 4}),
     ({"context": 2, "tensor": 2}, (3, 27, 14), WINDOW),
     ({"fsdp": 2, "context": 2, "tensor": 2}, (22, 5), LAST_ERRORS | CAP),
+    ({"context": 2}, (7,), CAP),
 ]
 cases = pytest.mark.parametrize(
     ("sizes", "lengths", "changes"), CASES, ids=lambda x: "x".join(map(str, x))

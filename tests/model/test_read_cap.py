@@ -35,6 +35,21 @@ def test_small_reads_stay_and_large_ones_are_limited(x64):
     assert not np.asarray(capped(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1, 4)), CAP)).any()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_outputs_of_any_size_have_finite_gradients(dtype):
+    """And the limit holds down to outputs of 1e-6, for small caps, too."""
+    sizes = np.array([0, 1e-30, 1e-12, 1e-6, 1e-4, 1, 1e4])
+    # each size of the read beside each of the output
+    read, h = (jnp.asarray(x, dtype) for x in np.broadcast_arrays(sizes[:, None], sizes))
+    read, h = (jnp.repeat(x[:, :, None], 8, axis=2) for x in (read, h))
+    for cap in (1e-6, 0.06, 1e6):
+        got, pull = jax.vjp(lambda r, h, cap=cap: capped(r, h, cap), read, h)
+        for x in (got, *pull(jnp.ones_like(got))):
+            assert np.isfinite(np.asarray(x, np.float32)).all()
+        limit = cap * rms(np.asarray(h, np.float64))
+        assert (rms(np.asarray(got, np.float64)) <= 1.01 * limit)[:, sizes >= 1e-6].all()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_matches_the_rule_token_by_token(x64, bias):
     """Two rows of four chunks and a rest, float64, values and gradients; the oracle forms every
@@ -117,3 +132,9 @@ def test_errors_and_the_cap_share_the_product_with_W(monkeypatch, gradient):
 def test_what_it_leaves_without_effect_is_refused(fields, word):
     with pytest.raises(ConfigError, match=rf"{word}.*read_cap"):
         validate_model(ModelConfig(ttt=TTTConfig(layers=(1,), read_cap=0.1, **fields)))
+
+
+@pytest.mark.parametrize("cap", [1e-7, 1e30])
+def test_a_cap_that_float32_cannot_square_is_refused(cap):
+    with pytest.raises(ConfigError, match=r"read_cap = 1e.*from 1e-6 to 1e6; leave it out"):
+        validate_model(ModelConfig(ttt=TTTConfig(layers=(1,), read_cap=cap)))

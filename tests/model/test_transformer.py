@@ -5,6 +5,8 @@ Exactness is tested in float64. Parameters are large enough for the fast weights
 where it counts).
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -375,6 +377,14 @@ def test_capacity():
         jax.eval_shape(lambda model, ids, state: model(ids, state), model, ids, state)
     with pytest.raises(UserError, match="9 tokens do not fit the state's capacity of 8"):
         jax.eval_shape(lambda model, ids: model(ids, capacity=8), model, ids)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4)])
+def test_no_tokens_are_refused(shape):
+    """By a line; the op takes them."""
+    model = abstract(config())
+    with pytest.raises(UserError, match=re.escape(f"ids: shape {shape}; give at least one token")):
+        jax.eval_shape(lambda model: model(np.zeros(shape, np.int32)), model)
 
 
 def test_empty_state_has_the_shape_of_a_read_one():

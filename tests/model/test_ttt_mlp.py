@@ -193,6 +193,16 @@ def test_statistics(T, x64):
     assert (norm > 0).all() == (T >= 4)
 
 
+@pytest.mark.parametrize("end", [1, 0], ids=["whole", "padded"])
+def test_the_norm_of_an_update_is_that_of_what_was_written(end, x64):
+    """Clipped, and nothing where the first row's last chunk holds padding."""
+    mlp, clip = small_mlp(clip_norm=1e-6), 1e-6
+    x = jax.random.normal(jax.random.key(3), (2, 8, 6), jnp.float64)
+    segments = jnp.asarray([[1] * 7 + [end], [1] * 8], jnp.int32)
+    run = lambda x: mlp(x, dataclasses.replace(context(x), segment_ids_BT=segments), None)[2]
+    np.testing.assert_allclose(jit(run)(x)["update_norm_B"], [clip * end] * 2, rtol=1e-12)
+
+
 def test_statistics_carry_no_gradient():
     mlp = small_mlp()
     x = jnp.ones((1, 8, 6), jnp.float32)

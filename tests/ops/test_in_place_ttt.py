@@ -260,3 +260,12 @@ def test_backward_memory_does_not_grow_with_the_number_of_chunks(implementation)
     short, long = temporary_bytes(16 * C), temporary_bytes(256 * C)
     assert long - short <= 240 * C * token_bytes * 1.1, (short, long)
     assert long < 256 * state_bytes, "one state per chunk would not fit in this"
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_no_tokens_leave_the_state_as_it_is(implementation):
+    z, v, w, S = (np.ones(shape, F32) for shape in ((2, 0, 3), (2, 0, 5), (5, 3), (2, 5, 3)))
+    options = {"lr": 1.0, "chunk_size": 4, "implementation": implementation}
+    o, after = in_place_ttt(z, v, w, state=jnp.asarray(S), decay=0.9, **options)
+    assert o.shape == (2, 0, 5)
+    np.testing.assert_array_equal(after, S)

@@ -93,8 +93,11 @@ def test_a_sharded_step_equals_one_device(sizes, single):
 
 
 def test_prediction_errors_of_a_sharded_step_are_those_of_one_device():
-    """Their logits are made by devices that have tokens of their own, and the whole head."""
+    """Their logits are made by devices that have tokens of their own, and the whole head. What is
+    read of them is limited.
+    """
     ttt = {"target": "prediction_error", "write": "ridge", "layers": [0, 1], "lr": 1.0}
+    ttt |= {"read_cap": 0.05, "decay": 0.9}
     sizes = {"fsdp": 2, "context": 2, "tensor": 2}
     metrics, one = (steps(ONE | mesh, number=2, **ttt)[0] for mesh in (sizes, {}))
     assert_close("losses and gradient norms", metrics, one, 1e-5)

@@ -13,6 +13,7 @@ from ttt_jax.config.fields import (
     MeshConfig,
     ModelConfig,
     RopeConfig,
+    TTTConfig,
 )
 from ttt_jax.errors import ConfigError
 
@@ -162,7 +163,29 @@ def validate_model(model: ModelConfig) -> None:
             "model.sliding_window; set one"
         )
     _refuse_without_effect(model)
+    _validate_read_cap(model.ttt)
     _validate_rope(model.rope)
+
+
+def _validate_read_cap(ttt: TTTConfig) -> None:
+    """Check that a limit on the read can be computed with in float32, and has an effect."""
+    if ttt.read_cap is None:
+        return
+    if not 1e-6 <= ttt.read_cap <= 1e6:
+        raise ConfigError(
+            f"config field model.ttt.read_cap = {ttt.read_cap:g}: must be from 1e-6 to 1e6; leave "
+            "it out for no limit"
+        )
+    if ttt.apply != "split":
+        raise ConfigError(
+            f"config field model.ttt.apply = {ttt.apply}: has no effect with model.ttt.read_cap, "
+            "which reads S by itself; leave one of them out"
+        )
+    if ttt.implementation == "triton":
+        raise ConfigError(
+            "config field model.ttt.implementation = triton: does not read S by itself, which "
+            "model.ttt.read_cap needs; leave one of them out"
+        )
 
 
 def _validate_rope(rope: RopeConfig) -> None:
@@ -203,16 +226,6 @@ def _refuse_without_effect(model: ModelConfig) -> None:
                 f"config field model.rope.{name} = {value}: has no effect with "
                 f"model.rope.kind = {rope.kind}; set that to {using}, or leave this out"
             )
-    if ttt.read_cap is not None and ttt.apply != "split":
-        raise ConfigError(
-            f"config field model.ttt.apply = {ttt.apply}: has no effect with model.ttt.read_cap, "
-            "which reads S by itself; leave one of them out"
-        )
-    if ttt.read_cap is not None and ttt.implementation == "triton":
-        raise ConfigError(
-            "config field model.ttt.implementation = triton: does not read S by itself, which "
-            "model.ttt.read_cap needs; leave one of them out"
-        )
     if ttt.layers and ttt.write != "ridge" and ttt.ridge != type(ttt).ridge:
         raise ConfigError(
             f"config field model.ttt.ridge = {ttt.ridge:g}: has no effect with model.ttt.write = "

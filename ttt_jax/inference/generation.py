@@ -135,7 +135,8 @@ class Session(Streams):
                 f"session: only one stream can be copied {copies} times, this one has "
                 f"{self.batch_size}"
             )
-        new = Session(self.model, copies or self.batch_size, ttt=self.ttt, piece=self.size)
+        number = self.batch_size if copies is None else copies
+        new = Session(self.model, number, ttt=self.ttt, piece=self.size)
         new.start, new.holds_memory, new.learnt = self.start, self.holds_memory, self.learnt
         new.digests = [d and d.copy() for d in self.digests * (copies or 1)]
         new.unread = [ids.copy() for ids in self.unread] * (copies or 1)

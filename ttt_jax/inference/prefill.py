@@ -45,8 +45,10 @@ class Piece(NamedTuple):
 
 def piece_size(model: Transformer, tokens: int | None) -> int:
     """Tokens per piece: about `tokens` (None: 8192 on accelerators, 2048 on CPUs), a multiple of
-    the chunk, on each device that shares a row's tokens.
+    the chunk, on each device that shares a row's tokens. Raises UserError for less than one.
     """
+    if tokens is not None and tokens < 1:
+        raise UserError(f"piece = {tokens}: must be at least 1 token")
     wanted = tokens or (2048 if jax.default_backend() == "cpu" else 8192)
     C = model.config.ttt.chunk_size if model.config.ttt.layers else 1
     C *= model.runtime.parallel.shards

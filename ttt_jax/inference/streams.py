@@ -72,6 +72,8 @@ class Streams:
         memory: Memory | None = None,
     ) -> None:
         check_model(model)
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise UserError(f"batch_size = {batch_size!r:.80}: must be a whole number, at least 1")
         if memory is not None:
             check_belongs(memory, model)
         self.model, self.ttt, self.start = model, ttt, memory

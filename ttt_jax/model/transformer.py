@@ -31,7 +31,7 @@ from ttt_jax.model.stack import (
     find_groups,
     layer_kinds,
 )
-from ttt_jax.model.ttt_stream import TTTState
+from ttt_jax.model.ttt_stream import SOURCE_AXES, Z_AXES, TTTState
 from ttt_jax.ops.attention.cached import KVCache
 from ttt_jax.ops.numerics import accumulator, precision_for
 
@@ -52,11 +52,10 @@ class State:
     capacity: int | None = struct.field(pytree_node=False, default=None)
 
 
-# How the arrays of a layer's state lie on a mesh: heads and F are split as the weights that make
-# them. S lies as W_down does, so that a step that reads one token moves neither.
+# How the arrays of a layer's state lie on a mesh: heads are split as the weights that make them. S
+# lies as W_down does, so that a step that reads one token moves neither.
 _SLOTS = ("batch", "kv_heads", "tokens", None)
 _S = ("step_rows", "embed", "mlp")
-_Z, _SOURCE = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
 
 
 def map_state(function: Callable[[Any, tuple[str | None, ...]], Any], state: State) -> State:
@@ -68,7 +67,7 @@ def map_state(function: Callable[[Any, tuple[str | None, ...]], Any], state: Sta
         cache = KVCache(*(function(x, _SLOTS) for x in layer.cache))
         if layer.ttt is None:
             return LayerState(cache, None)
-        arrays = zip(layer.ttt, (_S, _Z, _SOURCE), strict=True)
+        arrays = zip(layer.ttt, (_S, Z_AXES, SOURCE_AXES), strict=True)
         return LayerState(cache, TTTState(*(function(x, axes) for x, axes in arrays)))
 
     layers = tuple(tuple(map(on_layer, runs)) for runs in state.layers)
@@ -123,8 +122,9 @@ class Transformer(nnx.Module):
           options: see `hidden`.
 
         Returns: logits_BTV in float32, and the state to read on with. Reading in any pieces gives
-        the same logits. Raises: UserError for a text, another shape or dtype, ids outside the
-        vocabulary, and documents that start inside of a chunk, where their values are known.
+        the same logits. Raises: UserError for a text, no tokens, another shape or dtype, ids
+        outside the vocabulary, and documents that start inside of a chunk, where their values are
+        known.
         """
         ids_BT = _check_ids(ids_BT, self.config.vocab_size)
         if self.config.ttt.layers:
@@ -159,7 +159,9 @@ class Transformer(nnx.Module):
             them mean nothing.
           segment_ids, positions: int32 [B, T] of packed rows (0 is padding), whose documents start
             at multiples of `config.ttt.chunk_size`; only for a fresh start.
-          ttt_scale: factor on the inner learning rate; the number 0.0 switches TTT off.
+          ttt_scale: factor on the inner learning rate of the chunks that end in this call. The
+            number 0 switches TTT off: fast weights are not applied, and these tokens write nothing,
+            also in a chunk that ends later. An array of 0 applies them.
           capacity: slots of the KV caches that a fresh start allocates; None lets them grow with
             every call.
           at_chunk_start: the caller knows that every row that reads here stands at a chunk
@@ -170,10 +172,16 @@ class Transformer(nnx.Module):
             update of one row.
 
         Returns: (h_BTD in the compute dtype, State or None, {layer index: {"state_ratio_B",
-        "update_norm_B"}}). Raises: UserError when packed rows meet a state.
+        "update_norm_B"}}). Raises: UserError when packed rows meet a state, and when a stream that
+        was begun with TTT off is to adapt from here on.
         """
         cfg, dtype = self.config, jnp.dtype(self.runtime.dtype)
         B, T = ids_BT.shape
+        if isinstance(ttt_scale, int | float | np.number):
+            ttt_scale = float(ttt_scale)
+        off = isinstance(ttt_scale, float) and ttt_scale == 0.0
+        if state is not None and not (off or at_chunk_start):
+            self._check_begun(state)
         capacity = _check_state(T, state, capacity, segment_ids, positions)
         if positions is None:
             start_B1 = jnp.zeros((1, 1), jnp.int32) if state is None else state.position_B[:, None]
@@ -202,6 +210,14 @@ class Transformer(nnx.Module):
         read_B = jnp.full((B,), T, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
         position_B = read_B if state is None else state.position_B + read_B
         return h_BTD, self.laid(State(position_B, layers, ctx.capacity)), stats
+
+    def _check_begun(self, state: State) -> None:
+        """Raise UserError for a state that has no pending chunk."""
+        if any(state.layers[g][r].ttt is None for g, r, _ in self.ttt_runs()):
+            raise UserError(
+                "state: was begun with TTT off, and its chunk is not known; begin anew, or pass "
+                "at_chunk_start=True where every row stands at a chunk's start"
+            )
 
     def _head(self, ids_BT) -> Head | None:
         if not self.config.ttt.error_layers:
@@ -310,6 +326,8 @@ def _check_ids(ids_BT: Any, vocab_size: int) -> Any:
         raise UserError("ids: rows of different lengths; pad them, or use generate") from None
     if ids_BT.ndim != 2:
         raise UserError(f"ids: shape {ids_BT.shape}; pass [B, T], such as ids[None] for one row")
+    if 0 in ids_BT.shape:
+        raise UserError(f"ids: shape {ids_BT.shape}; give at least one token")
     if not jnp.issubdtype(ids_BT.dtype, jnp.integer):
         raise UserError(f"ids: dtype {ids_BT.dtype}; token ids are integers: cast them")
     if isinstance(ids_BT, Tracer) or not getattr(ids_BT, "is_fully_addressable", True):

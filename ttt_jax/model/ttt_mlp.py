@@ -97,13 +97,17 @@ class MLP(nnx.Module):
         `h_BTD`: what y is added to, which prediction errors and the read cap are made of.
 
         `stats` holds per sequence ||S||_F / ||W||_F after the call, and the Frobenius norm of the
-        update of the first sequence's last whole chunk.
+        update of the first sequence's last whole chunk, as it was written: clipped, and 0 where the
+        chunk holds padding.
         """
         with jax.named_scope("mlp_up"):
             gate_BTF = checkpoint_name(linear(x_BTD, self.gate, self.gate_bias), "mlp_gate")
             up_BTF = checkpoint_name(linear(x_BTD, self.up, self.up_bias), "mlp_up")
             z_BTF = checkpoint_name(ctx.pin(jax.nn.silu(gate_BTF) * up_BTF, "mlp"), "mlp_hidden")
         if self.target is None or (isinstance(ctx.ttt_scale, float) and ctx.ttt_scale == 0.0):
+            if state is not None:
+                source_BTX = self._source(x_BTD, z_BTF, h_BTD, ctx)
+                state = ttt_stream.pass_over(z_BTF, source_BTX, ctx, state)
             with jax.named_scope("mlp_down"):
                 return linear(z_BTF, self.down, self.down_bias), state, None
         source_BTX = self._source(x_BTD, z_BTF, h_BTD, ctx)
@@ -226,7 +230,9 @@ class MLP(nnx.Module):
         return jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(self.down[...]).astype(acc))))
 
     def stats(self, S_BDF, update_norm_B) -> dict[str, jax.Array]:
-        """What `__call__` reports, given the norm of the last update."""
+        """What `__call__` reports, given the norm of the last update before it was clipped."""
+        if self.cfg.ttt.clip_norm is not None:
+            update_norm_B = jnp.minimum(update_norm_B, self.cfg.ttt.clip_norm)
         slow = self._slow_norm(S_BDF.dtype)
         fast_B = jnp.sqrt(jnp.sum(jnp.square(S_BDF), axis=(1, 2)))
         return {
@@ -243,7 +249,11 @@ class MLP(nnx.Module):
         devices = ctx.parallel
         S_BDF = None if state is None else state.S_BDF
         y_BTD, S_BDF = self.op(z_BTF, v_BTD, lr, S_BDF, whole_B, ctx.segment_ids_BT, devices)
-        stats = self.stats(S_BDF, devices.last_update_norm(z_BTF, v_BTD, lr, C))
+        norm_B = devices.last_update_norm(z_BTF, v_BTD, lr, C)
+        if ctx.segment_ids_BT is not None and (M := z_BTF.shape[1] // C):
+            ids_C = ctx.segment_ids_BT[0, (M - 1) * C : M * C]
+            norm_B = jnp.where((ids_C[0] != 0) & (ids_C == ids_C[0]).all(), norm_B, 0)
+        stats = self.stats(S_BDF, norm_B)
         if ctx.probe:
             cosine = devices.update_cosine(z_BTF, v_BTD, C, ctx.segment_ids_BT)
             stats["update_cosine_B"] = jnp.broadcast_to(cosine, (B,))
@@ -257,12 +267,13 @@ def capped(read_BTD, h_BTD, cap: float):
     """Limit what tokens read from S: r / sqrt(1 + (rms(r) / (cap rms(h)))^2), in r's dtype.
 
     Small reads stay as they are, and none is larger than `cap` times the layer's output without S,
-    h, by rms. So a word that S has learnt too well costs a bounded number of nats.
+    h, by rms. So a word that S has learnt too well costs a bounded number of nats. An h below 5e-7
+    by rms counts as that (float32), so that gradients stay finite.
     """
     acc = accumulator(read_BTD.dtype)
-    square = lambda x: jnp.mean(jnp.square(x.astype(acc)), axis=2, keepdims=True)
-    smallest = float(jnp.finfo(acc).tiny) ** 0.25  # a token of zeros reads nothing
-    ratio_BT1 = square(read_BTD) / jnp.maximum(cap**2 * square(h_BTD), smallest)
+    square = lambda x: jnp.mean(jnp.square(x), axis=2, keepdims=True)
+    size_BT1 = jnp.maximum(square(h_BTD.astype(acc)), float(jnp.finfo(acc).tiny) ** (1 / 3))
+    ratio_BT1 = square(read_BTD.astype(acc) * (1 / cap)) / size_BT1
     return (read_BTD.astype(acc) * jax.lax.rsqrt(1 + ratio_BT1)).astype(read_BTD.dtype)
 
 

@@ -18,6 +18,9 @@ from ttt_jax.model.layers import Context
 from ttt_jax.ops.numerics import accumulator
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
 
+# How pending activations and sources lie on a mesh: F is split as the weights that make them.
+Z_AXES, SOURCE_AXES = ("step_rows", None, "pending_mlp"), ("step_rows", None, "embed")
+
 
 class TTTState(NamedTuple):
     """What one TTT layer carries from one call to the next. Position modulo C is the number of
@@ -100,25 +103,13 @@ def read_on(layer: AdaptiveLayer, z_BTF, source_BTX, ctx: Context, state: TTTSta
 
     Returns: (y_BTD, state, stats), as `MLP.__call__`.
     """
-    C = layer.chunk_size
-    B, T, _ = z_BTF.shape
+    C, T, devices = layer.chunk_size, z_BTF.shape[1], ctx.parallel
     lr = layer.inner_rate(ctx, state.S_BDF.dtype)
-    pending_B = ctx.position_B % C
-    length_B = jnp.full((B,), T, jnp.int32) if ctx.lengths_B is None else ctx.lengths_B
-    buffer = -(-(C - 1 + T) // C) * C
-
-    def behind(pending_BCX, new_BTX):
-        grown = jnp.pad(pending_BCX, ((0, 0), (0, buffer - C), (0, 0)))
-        put = lambda x, y, n: jax.lax.dynamic_update_slice_in_dim(x, y, n, axis=0)
-        return jax.vmap(put)(grown, new_BTX, pending_B)
-
-    z_BLF, source_BLX = behind(state.z_BCF, z_BTF), behind(state.source_BCX, source_BTX)
-    whole_B = (pending_B + length_B) // C
-    devices = ctx.parallel
+    z_BLF, source_BLX, whole_B = _behind(z_BTF, source_BTX, ctx, state)
     v_BLD = layer.targets(z_BLF, source_BLX, ctx, whole_B)
     y_BLD, S_BDF = layer.op(z_BLF, v_BLD, lr, state.S_BDF, whole_B, devices=devices)
     new = lambda y, n: jax.lax.dynamic_slice_in_dim(y, n, T, axis=0)
-    y_BTD = jax.vmap(new)(y_BLD, pending_B)
+    y_BTD = jax.vmap(new)(y_BLD, ctx.position_B % C)
     stats = layer.stats(S_BDF, devices.last_update_norm(z_BLF, v_BLD, lr, C))
     z_BCF, source_BCX = (_pending(x, whole_B, C) for x in (z_BLF, source_BLX))
     return y_BTD, TTTState(S_BDF, z_BCF, source_BCX), stats
@@ -137,10 +128,7 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1X, ctx: Context, state: T
     # One token of a longer chunk: nothing is written.
     nothing_B1D = jnp.zeros((*z_B1F.shape[:2], state.S_BDF.shape[1]), z_B1F.dtype)
     y_B1D = layer.op(z_B1F, nothing_B1D, lr, state.S_BDF, devices=devices)[0]
-    slot_B = jnp.where(read_B > 0, pending_B, C)  # out of bounds: dropped
-    put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
-    z_BCF = put(state.z_BCF, z_B1F, slot_B)
-    source_BCX = put(state.source_BCX, source_B1X, slot_B)
+    z_BCF, source_BCX = _with_token(z_B1F, source_B1X, ctx, state)
     complete_B = (pending_B == C - 1) & (read_B > 0)
 
     def write(S_BDF, z_BCF, source_BCX, whole_B):
@@ -175,6 +163,49 @@ def append_token(layer: AdaptiveLayer, z_B1F, source_B1X, ctx: Context, state: T
     else:
         S_BDF, norm_B = (update if ctx.ends_chunk else skip)(state.S_BDF)
     return y_B1D, TTTState(S_BDF, z_BCF, source_BCX), layer.stats(S_BDF, norm_B)
+
+
+def pass_over(z_BTF, source_BTX, ctx: Context, state: TTTState) -> TTTState:
+    """The state behind tokens that are read with TTT off. They write nothing: their keys in the
+    pending chunk are zero, and their sources are there for the targets of their neighbours. A chunk
+    that ends among them is not written.
+    """
+    z_BTF, C = jnp.zeros_like(z_BTF), state.z_BCF.shape[1]
+    if z_BTF.shape[1] == 1:
+        return TTTState(state.S_BDF, *_with_token(z_BTF, source_BTX, ctx, state))
+    z_BLF, source_BLX, whole_B = _behind(z_BTF, source_BTX, ctx, state)
+    return TTTState(state.S_BDF, _pending(z_BLF, whole_B, C), _pending(source_BLX, whole_B, C))
+
+
+def _behind(z_BTF, source_BTX, ctx: Context, state: TTTState):
+    """New tokens behind the pending ones, from the start of their chunk: z_BLF, source_BLX, and how
+    many chunks of each row are whole then.
+    """
+    (B, T, _), C = z_BTF.shape, state.z_BCF.shape[1]
+    pending_B = ctx.position_B % C
+    length_B = jnp.full((B,), T, jnp.int32) if ctx.lengths_B is None else ctx.lengths_B
+    buffer = -(-(C - 1 + T) // C) * C
+
+    def behind(pending_BCX, new_BTX):
+        grown = jnp.pad(pending_BCX, ((0, 0), (0, buffer - C), (0, 0)))
+        put = lambda x, y, n: jax.lax.dynamic_update_slice_in_dim(x, y, n, axis=0)
+        return jax.vmap(put)(grown, new_BTX, pending_B)
+
+    z_BLF, source_BLX = behind(state.z_BCF, z_BTF), behind(state.source_BCX, source_BTX)
+    return z_BLF, source_BLX, (pending_B + length_B) // C
+
+
+def _with_token(z_B1F, source_B1X, ctx: Context, state: TTTState):
+    """The pending chunk with one token more, where a row reads one: z_BCF, source_BCX."""
+    C, devices = state.z_BCF.shape[1], ctx.parallel
+    slot_B = ctx.position_B % C
+    if ctx.lengths_B is not None:
+        slot_B = jnp.where(ctx.lengths_B > 0, slot_B, C)  # out of bounds: dropped
+    put = jax.vmap(lambda x_CX, y_1X, n: x_CX.at[n].set(y_1X[0], mode="drop"))
+    # The slots of a row stay whole, whatever reads them: XLA's partitioner (jax 0.10.2) puts the
+    # token of a single row into a slot of every part.
+    z_BCF = devices.lay(put(state.z_BCF, z_B1F, slot_B), Z_AXES)
+    return z_BCF, devices.lay(put(state.source_BCX, source_B1X, slot_B), SOURCE_AXES)
 
 
 def _pending(x_BTX, whole_B, C: int):

@@ -36,7 +36,7 @@ def in_place_ttt_reference(
         z_BTF.dtype,
     )
     T, C = z_BTF.shape[1], chunk_size
-    S_BDF, o_parts = state_BDF, []
+    S_BDF, o_parts = state_BDF, [jnp.zeros((z_BTF.shape[0], 0, w_DF.shape[0]), acc)]
     with jax.default_matmul_precision("highest"):
         for start in range(0, T, C):
             end = min(start + C, T)
