@@ -212,7 +212,7 @@ def test_generate_with_the_template(chat, folder, monkeypatch):
     """From standard input; the same text as the first answer of a chat, and why it stopped."""
     answer = chat("hello\n")[1]
     words = ("--model", str(folder), "--max-new-tokens", "6", "--prompt-file", "-")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))  # as echo has it
     assert main(["generate", *words, "--chat"]) == 0
     out, err = chat.read()
     assert (out.lstrip(), err) == (answer, "stopped: --max-new-tokens\n")
