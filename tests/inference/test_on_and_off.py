@@ -28,8 +28,9 @@ def test_a_reports_losses_are_those_of_score(tmp_path, capsys, every):
     corpus = write_corpus(tmp_path / "corpus")
     words = [
         *TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path}", "--name=run", "--steps=6",
-        "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", f"--eval.every={every}",
-        "--log.probe_every=6", "--guard.max_state_ratio=1e9", "--model.ttt.target=input_embed",
+        "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0",
+        f"--eval.every={every}", "--log.probe_every=6", "--guard.max_state_ratio=1e9",
+        "--model.ttt.target=input_embed",
     ]  # fmt: skip
     with one_device():
         assert train.main(words) == 0
