@@ -106,7 +106,9 @@ def test_forget(chat, tmp_path):
     assert code == 0
     assert "136 tokens are out of the context; what was learnt stays, times 1/2\n" in err
     on, off = out.splitlines()
-    assert off == chat("hello\n", "--no-ttt")[1].rstrip("\n")
+    _, never, told = chat("hello\n/stats\n", "--no-ttt")
+    assert off == never.rstrip("\n")
+    assert "no fast weights: --no-ttt" in told.splitlines()
     assert chat("/read book.txt\nhello\n/forget\nhello\n")[1].splitlines()[1] != on
     assert on != off
 

@@ -271,8 +271,9 @@ class Chat:
         ratios = talk.fast_weights()
         lines += [f"layer {layer:3d}  ||S||/||W|| {x:.3g}" for layer, x in ratios.items()]
         if not ratios:
-            yet = " yet" if session.model.config.ttt.layers else ""
-            lines.append(f"no fast weights{yet}")
+            adapts = bool(session.model.config.ttt.layers)
+            why = (" yet" if session.ttt else ": --no-ttt") if adapts else ""
+            lines.append(f"no fast weights{why}")
         self.note(*lines)
 
     def save(self, path: Path) -> None:
