@@ -11,11 +11,13 @@ import select
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from support.byte_models import byte_model
 
 from ttt_jax import Session, load_pretrained
+from ttt_jax.command import chat_loop
 from ttt_jax.command.cli import main
 from ttt_jax.files.text import atomic_write_text
 
@@ -104,7 +106,9 @@ def test_forget(chat, tmp_path):
     assert code == 0
     assert "136 tokens are out of the context; what was learnt stays, times 1/2\n" in err
     on, off = out.splitlines()
-    assert off == chat("hello\n", "--no-ttt")[1].rstrip("\n")
+    _, never, told = chat("hello\n/stats\n", "--no-ttt")
+    assert off == never.rstrip("\n")
+    assert "no fast weights: --no-ttt" in told.splitlines()
     assert chat("/read book.txt\nhello\n/forget\nhello\n")[1].splitlines()[1] != on
     assert on != off
 
@@ -212,7 +216,7 @@ def test_generate_with_the_template(chat, folder, monkeypatch):
     """From standard input; the same text as the first answer of a chat, and why it stopped."""
     answer = chat("hello\n")[1]
     words = ("--model", str(folder), "--max-new-tokens", "6", "--prompt-file", "-")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))  # as echo has it
     assert main(["generate", *words, "--chat"]) == 0
     out, err = chat.read()
     assert (out.lstrip(), err) == (answer, "stopped: --max-new-tokens\n")
@@ -324,6 +328,31 @@ def test_on_a_terminal(folder, tmp_path):
     stored = Session.load(session, load_pretrained(folder, dtype="float32")).conversation
     assert stored is not None
     assert stored["messages"][0]["content"] == "first line \nsecond line"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "line"),
+    [(1, "stopped"), (9_801, "stopped; 9,801 tokens are still to be read, before the next answer")],
+)
+def test_what_a_stop_leaves_is_said(monkeypatch, capsys, waiting, line):
+    """Of a text that was being read; else the next answer would be silent for minutes."""
+    talk = types.SimpleNamespace(tokens=(256, waiting))
+    chat = chat_loop.Chat(talk, None, 8, 0, None, "m")
+    typed = iter(["hello"])
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    def type_in(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr(chat, "take", stopped)
+    chat._interactive()
+    assert line in capsys.readouterr().err.splitlines()
 
 
 def test_no_colours(folder):

@@ -36,6 +36,11 @@ ANSWERS = {
     "train --optimizer.lr fast": "config field optimizer.lr = fast: input should be a valid number,"
     " unable to parse string as a number",
     "train --steps 0": "config field steps = 0: input should be greater than 0",
+    "train --hepl": "config field hepl: unknown; see --help for the known fields",
+    "train --init_from no": "config field init_from = false: no folder and no name; write ./no for"
+    " a folder that is called so, and null for none",
+    "train --init_from s3://bucket/model --data.train my.txt": "config field init_from ="
+    " 's3://bucket/model': is a URL; a model is read from a disk: copy it to a folder",
     "train --steps": "argument '--steps' has no value: write --steps VALUE",
     "train --data.seq_len 100": "config field data.seq_len = 100: packed rows hold whole chunks;"
     " make it a multiple of model.ttt.chunk_size = 64, or set data.pack false",

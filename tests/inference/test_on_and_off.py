@@ -20,18 +20,22 @@ from ttt_jax.pretrained.load import load_pretrained
 from ttt_jax.run.report import print_report, write_report
 
 
-def test_a_reports_losses_are_those_of_score(tmp_path):
+@pytest.mark.parametrize("every", [3, 4])
+def test_a_reports_losses_are_those_of_score(tmp_path, capsys, every):
     """After some steps with a high rate on and off differ; `score` reads the checkpoint with TTT
-    on, and off.
+    on, and off. What `eval.every` measured after the last step is not measured again.
     """
     corpus = write_corpus(tmp_path / "corpus")
     words = [
         *TINY, f"--data.train={corpus}", f"--runs_dir={tmp_path}", "--name=run", "--steps=6",
-        "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0", "--eval.every=6",
-        "--log.probe_every=6", "--guard.max_state_ratio=1e9", "--model.ttt.target=input_embed",
+        "--model.ttt.lr=5", "--optimizer.lr=0.05", "--optimizer.warmup_steps=0",
+        f"--eval.every={every}", "--log.probe_every=6", "--guard.max_state_ratio=1e9",
+        "--model.ttt.target=input_embed",
     ]  # fmt: skip
     with one_device():
         assert train.main(words) == 0
+    again = "evaluating held-out loss by position" in capsys.readouterr().out
+    assert again == (every == 4)
     config = load_config(tmp_path / "run" / "config.yaml")
     rows = heldout_rows(
         config, tokenizer=load_tokenizer(config.data.tokenizer), rows=config.eval.rows
@@ -53,6 +57,8 @@ def test_a_reports_losses_are_those_of_score(tmp_path):
         logged |= json.loads(line)
     for name in ("ttt_on", "ttt_off"):
         assert heldout[name] == pytest.approx(losses[name], rel=1e-4)
+        if again:  # logged is what was measured two steps before
+            continue
         assert logged[f"heldout/{name}"] == pytest.approx(np.mean(losses[name]), rel=1e-4)
         buckets = [logged[f"heldout/{where}/{name}"] for where in ("00-15", "16-31")]
         assert buckets == pytest.approx(losses[name], rel=1e-4)

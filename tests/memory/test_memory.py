@@ -14,7 +14,7 @@ from support.tolerance import relative_rms
 from ttt_jax import Session, generate, score
 from ttt_jax.errors import UserError
 from ttt_jax.memory.fast_weights import memory_of, no_memory, start_with
-from ttt_jax.memory.memory import Memory
+from ttt_jax.memory.memory import Memory, megabytes
 from ttt_jax.memory.sources import IdsDigest, Source
 from ttt_jax.memory.spectrum import best_factors, effective_rank, energies, rank_of_share
 from ttt_jax.memory.terms import Term
@@ -367,3 +367,10 @@ def test_terms_are_the_same_whatever_their_text_is_called(three):
     changed = {layer: x.copy() for layer, x in term.deltas.items()}
     changed[a.layers[-1]][0, 0] += np.float32(1e-6)
     assert Term(changed, term.sources).key != term.key
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(23_616, "0.024 MB"), (1_000_000, "1.0 MB"), (2_345_678_901, "2,345.7 MB")]
+)
+def test_a_small_size_is_not_rounded_to_nothing(nbytes, text):
+    assert megabytes(nbytes) == text

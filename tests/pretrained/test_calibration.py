@@ -101,16 +101,19 @@ def test_a_step_that_is_not_finite_is_refused():
             newton_step(covariance_DD, g_D)
 
 
-@pytest.mark.parametrize(("lr", "piece", "statistics"), [(None, 64, 360), (2.5, 24, 352)])
+@pytest.mark.parametrize(
+    ("lr", "piece", "statistics", "word"),
+    [(None, 64, 360, None), (2.5, 24, 352, "100"), (2.5, 64, 360, "null")],
+)
 def test_the_folder_gains_what_is_printed(
-    plain, text, tmp_path, lr, piece, statistics, capsys, monkeypatch
+    plain, text, tmp_path, lr, piece, statistics, word, capsys, monkeypatch
 ):
     """Rows of 64 tokens, all that the model has positions for, from the last third of the text; in
     one piece, and in three of which the last is shorter.
     """
     monkeypatch.setattr(calibration, "PIECE", piece)
-    words = CHUNK if lr is None else [*CHUNK, "--ttt.lr", str(lr), "--ttt.read_cap", "100"]
-    cap, least = (0.06, 0.05) if lr is None else (100, 0.3)
+    words = CHUNK if lr is None else [*CHUNK, "--ttt.lr", str(lr), "--ttt.read_cap", word]
+    cap, least = {None: (0.06, 0.05), "100": (100, 0.3), "null": (None, 0.3)}[word]
     assert run(plain, tmp_path, text, *words) == 0
     out = capsys.readouterr().out
     raw = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -61,7 +61,7 @@ def test_another_curve_is_refused(config, field, value, before):
     prepare_run_dir(config)
     message = refusal(replace(config, {field: value}))
     assert message.startswith(f"config field {field} = ")
-    assert f"was started with {before}; choose another name, or delete that folder" in message
+    assert f"was started with {before}; choose another --name, or delete that folder" in message
 
 
 @pytest.mark.parametrize(

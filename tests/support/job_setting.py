@@ -95,6 +95,7 @@ class Setting:
         self.heldout = types.SimpleNamespace(
             place=lambda: self.calls.append("place"),
             by_position=self.by_position,
+            measured=lambda step: None,
             remarks=[],
         )
         self.hooks = [Hook(6, self.probe), Hook(2, self.evaluate)]

@@ -108,6 +108,16 @@ def test_the_report_makes_a_run_a_finished_one(setting, capsys):
     assert "evaluating held-out loss by position" in capsys.readouterr().out
 
 
+def test_what_the_last_step_has_measured_is_not_measured_again(setting, capsys):
+    """Both evaluations take minutes with a large model."""
+    seen = {"positions": [[0, 64]], "ttt_on": [1.0], "ttt_off": [2.0]}
+    setting.heldout.measured = {STEPS: seen}.get
+    with setting.open() as job:
+        state, _ = setting.train(job)
+        assert job.closing_evaluation(state.model) is seen
+    assert "evaluating held-out loss by position" not in capsys.readouterr().out
+
+
 def test_a_report_after_a_restart_takes_its_speed_from_the_curve(setting):
     with setting.open() as job:
         setting.train(job)

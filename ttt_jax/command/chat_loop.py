@@ -113,9 +113,15 @@ class Chat:
                 if not self.take(text):
                     return
             except KeyboardInterrupt:
-                self.note("stopped")
+                self._stopped()
             except UserError as error:
                 self.note(f"error: {error}", colour=_RED)
+
+    def _stopped(self) -> None:
+        """Say what a Ctrl-C has left for the next turn."""
+        _, waiting = self.talk.tokens  # one token always waits
+        more = f"; {waiting:,} tokens are still to be read, before the next answer"
+        self.note("stopped" + more * (waiting > 1))
 
     def _typed(self) -> str:
         """Ask for a turn; a line that ends with a backslash goes on in the next one."""
@@ -251,8 +257,9 @@ class Chat:
         ratios = talk.fast_weights()
         lines += [f"layer {layer:3d}  ||S||/||W|| {x:.3g}" for layer, x in ratios.items()]
         if not ratios:
-            yet = " yet" if session.model.config.ttt.layers else ""
-            lines.append(f"no fast weights{yet}")
+            adapts = bool(session.model.config.ttt.layers)
+            why = (" yet" if session.ttt else ": --no-ttt") if adapts else ""
+            lines.append(f"no fast weights{why}")
         self.note(*lines)
 
     def save(self, path: Path) -> None:

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 @click.option(
     "--ttt.read_cap",
     "read_cap",
-    type=float,
-    help="Limit of what a token reads from S, relative to its layer's output.",
+    metavar="FLOAT|null",
+    help="Limit of what a token reads from S, relative to its layer's output; null: none.",
 )
 @click.option(
     "--ttt.calibrate",
@@ -80,6 +80,7 @@ def convert(
     dtype: str | None,
     shard_gb: float,
     calibrate: Path | None,
+    read_cap: str | None,
     seed: int,
     verify: bool,
     overwrite: bool,
@@ -96,6 +97,8 @@ def convert(
 
     click.get_current_context().with_resource(one_writer(output, "output"))
     given = {name: value for name, value in ttt.items() if value is not None}
+    if read_cap is not None:
+        given["read_cap"] = _number_or_null("--ttt.read_cap", read_cap)
     keep_inputs(output, "output", calibrate if overwrite else None)
     text = None if calibrate is None else _calibration_text(calibrate)
     options = {"ttt": given, "seed": seed, "verify": verify, "overwrite": overwrite, "text": text}
@@ -119,6 +122,17 @@ def convert(
             f"unchanged dtype: {VERIFY_LIMIT:g})"
         )
     return 0
+
+
+def _number_or_null(option: str, text: str) -> float | None:
+    if text in ("null", "none"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise click.UsageError(
+            f"{option} {text[:60]}: must be a number, or null for none"
+        ) from None
 
 
 def _calibration_text(path: Path) -> str:

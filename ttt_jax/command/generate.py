@@ -188,7 +188,9 @@ def _as_turns(folder: Path, texts: list[str]) -> list[str]:
     if template is None:
         raise UserError(f"--chat: {folder} has no chat template; drop --chat")
     try:
-        return [template.render([{"role": "user", "content": text}], True) for text in texts]
+        # As in a chat: the line end of a file, or of a pipe, is no part of what is said.
+        turns = [[{"role": "user", "content": text.strip()}] for text in texts]
+        return [template.render(turn, True) for turn in turns]
     finally:
         template.close()
 

@@ -51,7 +51,7 @@ img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
 .facts td:first-child { min-width: 7.5rem; }
 pre.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
 pre.json { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
-.legend span { padding: .1rem .5rem; margin-right: .2rem; }
+.legend span { display: inline-block; padding: .1rem .5rem; margin-right: .2rem; }
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 
 _DELAY = 2.0  # seconds before anything is shown
@@ -13,7 +13,7 @@ _DELAY = 2.0  # seconds before anything is shown
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Yields `advance_to(done)`. The bar is transient, on stderr, and absent when that is not a
-    terminal.
+    terminal. It comes by the clock, and not with the first advance, which may be minutes away.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done: None
@@ -25,19 +25,34 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
     bar = Progress(
         text, BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
     )
-    task, begin, shown = bar.add_task(title, total=total), time.monotonic(), False
+    task, lock = bar.add_task(title, total=total), threading.Lock()
+    wanted, shown = True, False
+
+    def show() -> None:
+        nonlocal shown
+        with lock:
+            if wanted:
+                bar.start()
+                shown = True
+
+    def end() -> None:
+        nonlocal wanted, shown
+        timer.cancel()
+        with lock:
+            wanted = False
+            if shown:
+                bar.stop()
+            shown = False
 
     def advance_to(done: int) -> None:
-        nonlocal shown
         bar.update(task, completed=done)
-        if not shown and time.monotonic() - begin > _DELAY:
-            bar.start()
-            shown = True
-        if shown and done >= total:  # what follows may print
-            bar.stop()
+        if wanted and done >= total:  # what follows may print
+            end()
 
+    timer = threading.Timer(_DELAY, show)
+    timer.daemon = True
+    timer.start()
     try:
         yield advance_to
     finally:
-        if shown:
-            bar.stop()
+        end()

@@ -38,19 +38,17 @@ def print_tables(
     if not console.is_terminal:
         console = Console(file=console.file, width=_WIDTH)
     for table in tables:
-        rich = RichTable(
-            title=_plain(table.title),
-            caption=_plain(table.note) if table.note else None,
-            title_style="bold",
-            title_justify="left",
-            caption_justify="left",
-        )
+        rich = RichTable()
         for n, heading in enumerate(table.headings):
             justify = first if n == 0 else "right"
             rich.add_column(_plain(heading), justify=justify, no_wrap=n == 0)
         for row in table.rows:
             rich.add_row(*map(_plain, row))
+        # Not as the table's own title and caption, which are wrapped to its width.
+        console.print(_plain(table.title), style="bold")
         console.print(rich)
+        if table.note:
+            console.print(_plain(table.note), style="table.caption")
 
 
 def table_text(table: Table, first: Literal["left", "right"] = "left") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ttt_jax.display.tables import Table
-from ttt_jax.memory.memory import Memory
+from ttt_jax.memory.memory import Memory, megabytes
 from ttt_jax.memory.sources import Source
 from ttt_jax.memory.spectrum import effective_rank, energies, rank_of_share
 
@@ -62,7 +62,7 @@ def description_tables(about: dict[str, Any], name: str) -> list[Table]:
         ]
         for x in about["layers"]
     ]
-    shape = f"D {about['d_model']}, F {about['d_ff']}, {about['megabytes']:.1f} MB"
+    shape = f"D {about['d_model']}, F {about['d_ff']}, {megabytes(round(about['megabytes'] * 1e6))}"
     heads = ["layer", "||dW||", "||dW||/||W||", "effective rank"]
     heads += [f"rank of {share:.0%}" for share in SHARES]
     note = "The last columns: the rank that keeps so much of ||dW||^2."

@@ -106,7 +106,7 @@ class Memory(Terms):
         count = lambda n, what: f"{n} {what}{'s' * (n != 1)}"
         return (
             f"Memory({self.tokens:,} tokens of {count(len(self.sources), 'source')}, "
-            f"{count(len(self.terms), 'term')}, layers {self.layers}, {self.nbytes / 1e6:.1f} MB)"
+            f"{count(len(self.terms), 'term')}, layers {self.layers}, {megabytes(self.nbytes)})"
         )
 
     def collapse(self) -> Memory:
@@ -181,3 +181,8 @@ class Memory(Terms):
 def _is_named(source: Source, name: str) -> bool:
     hashes = [h for h in (source.ids, source.file) if h is not None]
     return source.name == name or (len(name) >= 8 and any(h.startswith(name) for h in hashes))
+
+
+def megabytes(nbytes: int) -> str:
+    """Write a size in MB, a small one with two digits."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e6:.2g} MB"

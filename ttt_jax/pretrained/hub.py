@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from ttt_jax.errors import CheckpointError
+from ttt_jax.files.stores import is_url
 from ttt_jax.files.text import one_line
 from ttt_jax.pretrained.companions import COMPANIONS
 from ttt_jax.pretrained.safetensors_io import INDEX_FILE
@@ -39,6 +40,10 @@ def model_folder(name: str, field: str, *, weights: bool) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if is_url(name):
+        raise CheckpointError(
+            f"{field} = {name!r}: is a URL; a model is read from a disk: copy it to a folder"
+        )
     if folder.exists() or not is_hub_id(name):
         raise CheckpointError(
             f"{field} = {name!r}: no such folder; give a Hugging Face, converted or run folder, or "

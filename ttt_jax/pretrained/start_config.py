@@ -202,7 +202,11 @@ def _of_source(written: Written, weights: bool = True) -> tuple[dict[str, Any], 
     if source is None:
         return {}, None
     if not isinstance(source, str):
-        raise ConfigError(f"{FIELD} = {str(source)[:60]}: give a folder or a name, in quotes")
+        word = str(source)[:60].lower()
+        raise ConfigError(
+            f"{FIELD} = {word}: no folder and no name; write ./no for a folder that is called so, "
+            "and null for none"
+        )
     if not weights:
         model, tokenizer = _architecture(source), source
     else:

@@ -135,7 +135,7 @@ def check_same_curve(run_dir: Path, config: Config) -> None:
             raise CheckpointError(
                 f"config field {field} = {_short(new.get(field))}: run folder {run_dir} was "
                 "started with "
-                f"{_short(old.get(field))}; choose another name, or delete that folder to start "
+                f"{_short(old.get(field))}; choose another --name, or delete that folder to start "
                 "anew"
             )
 

@@ -46,6 +46,7 @@ class Heldout:
         self._batch_size = min(config.data.batch_size, len(self.rows["ids"]))
         self._position_nll = make_position_nll(mesh)
         self._probe: Callable[[Transformer], dict[str, float]] | None = None
+        self._latest: tuple[int, dict[str, list]] | None = None  # step, and what was measured
 
     def place(self) -> None:
         """Put the probe's rows on the devices, on all processes together."""
@@ -65,10 +66,15 @@ class Heldout:
 
         def evaluate(step: int, model: Transformer) -> Seen:
             losses = self.by_position(model)
+            self._latest = step, losses
             table = position_table(losses, ttt, f"{TITLE}, step {step}")
             return Seen(position_scalars(losses), table_text(table, first="right"))
 
         return [Hook(config.log.probe_every, probe), Hook(config.eval.every, evaluate)]
+
+    def measured(self, step: int) -> dict[str, list] | None:
+        """Return what `eval.every` has measured after this step, if that was the last time."""
+        return self._latest[1] if self._latest and self._latest[0] == step else None
 
     def by_position(
         self, model: Transformer, before_each: Callable[[], None] | None = None

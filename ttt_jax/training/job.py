@@ -334,15 +334,18 @@ class Job:
     # ------------------------------------------------------------------------------------------ end
 
     def closing_evaluation(self, model: Any) -> dict[str, list]:
-        """Measure the held-out loss by position, see `Heldout.by_position`.
+        """Measure the held-out loss by position, see `Heldout.by_position`, or return what
+        `eval.every` has just measured.
 
         Raises: Stopped: a signal has come; nothing is left to save. TrainingError: the last step
           could not be copied to `checkpoint.copy_to`.
         """
         self._copy.finish()
-        both = ", TTT on and off" if self._config.model.ttt.layers else ""
-        self._tell(f"evaluating held-out loss by position{both}")
-        by_position = self._heldout.by_position(model, before_each=self._leave_if_asked)
+        by_position = self._heldout.measured(self.step)
+        if by_position is None:
+            both = ", TTT on and off" if self._config.model.ttt.layers else ""
+            self._tell(f"evaluating held-out loss by position{both}")
+            by_position = self._heldout.by_position(model, before_each=self._leave_if_asked)
         if self._cache:
             self._cache.seal()
         return by_position
