@@ -319,6 +319,9 @@ class Config:
     # mlp_hidden, ttt_target; (): none, all are computed again; None: all; "auto": what the device
     # has room for
     remat_save: Names | None = ()
+    # write a training step's layers out one after the other: nothing kept is copied into stacks of
+    # layers and out of them, but compile time grows with depth (docs/performance.md)
+    unroll_layers: bool = False
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
