@@ -5,13 +5,15 @@ grants; Q = B M chunks of all sequences. A sweep (`gpu_states.py`) keeps tiles o
 registers and writes a copy R_i of what every chunk reads. The products that read it know nothing of
 each other:
 
-    forward    states of v and z: R = S          o_i = z_i R_i^T + z_i W^T, one sum
-    fused      states of v and z: R = W + S      o_i = z_i R_i^T                 instead of forward
-    replay     states of v and z: R = W + S      dz_i = do_i R_i
-    reverse    states of do and z: R = G         dv_i = lr z_i R_i^T   dz_i += lr v_i R_i
+    forward    states of u and z: R = S          o_i = z_i R_i^T + z_i W^T, one sum
+    fused      states of u and z: R = W + S      o_i = z_i R_i^T                 instead of forward
+    replay     states of u and z: R = W + S      dz_i = do_i R_i
+    reverse    states of do and z: R = G         du_i = z_i R_i^T   dz_i += u_i R_i
 
-Where one stretch holds all chunks, replay leaves its copies, and the launch `turn` after the second
-sweep makes dz_i = do_i (W + S_i) + lr v_i G_i in one sum.
+u = lr v is made before, by XLA, which leaves out a rate of one. Where one stretch holds all chunks,
+replay leaves its copies, and the launch `turn` after the second sweep makes dz_i = do_i (W + S_i) +
+u_i G_i in one sum. Those of `fused` are the same, and where the backward keeps them (`remat_save:
+[ttt_states]`), it does not go forward again.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from ttt_jax.kernels_pallas.chunk_scan import (
     dot,
     factors,
-    gradients,
     scaled,
     split,
     sum_of,
@@ -37,6 +39,7 @@ from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 # Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
 STATES, SEQUENCES = 2**29, 2
+KEPT = "ttt_states"  # under this name `remat_save` keeps copies of W + S
 LAUNCH_STEPS = 10  # k-steps that a tile of the state takes to be read and written
 
 
@@ -44,7 +47,9 @@ def in_place_ttt(
     launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
 ):
     """Same contract as `in_place_ttt_xla`; bfloat16, and sizes as `gpu.why_not` says."""
-    arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    with jax.named_scope("ttt_scaled"):
+        u_BTD = scaled(v_BTD, lr)
+    arrays = varying_alike(z_BTF, u_BTD, w_DF, state_BDF, keep_BM)
     results: Any = _in_place_ttt(launches, chunk_size, apply == "fused", *arrays)
     return results
 
@@ -70,8 +75,8 @@ def _stretches(B: int, M: int, C: int, D: int, F: int) -> list[range]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
+def _in_place_ttt(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
+    return _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM)[0]
 
 
 def _traced_forward(launches, C, fused, *primals):
@@ -79,18 +84,18 @@ def _traced_forward(launches, C, fused, *primals):
     return _forward(launches, C, fused, *arrays)
 
 
-def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
-    (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
+def _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
+    (B, T, F), D, dtype = z_BTF.shape, u_BTD.shape[2], z_BTF.dtype
     M, tail = divmod(T, C)
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
-    with jax.named_scope("ttt_scaled"):  # in the place of o: a sweep reads its chunks before
-        o_BTD = scaled(split(v_BTD, M * C)[0], lr)  # they are written
-    S_BDF, o_BTD = _start(state_BDF, (B, D, F), o_BTD)
+    S_BDF, u_whole_BTD = _start(state_BDF, (B, D, F), split(u_BTD, M * C)[0])
+    o_BTD = _empty(z_BTF, u_whole_BTD.shape, dtype)
     added_DF, applied_DF = (w_DF, None) if fused else (None, w_DF)
-    for chunks in _stretches(B, M, C, D, F):
+    stretches, R_BNDF = _stretches(B, M, C, D, F), None
+    for chunks in stretches:
         S_BDF, o_BTD = jax.lax.optimization_barrier((S_BDF, o_BTD))  # one stretch at a time
         with jax.named_scope("ttt_forward"):
-            sweep = z_whole_BTF, o_BTD, factors_BM, added_DF, S_BDF
+            sweep = z_whole_BTF, u_whole_BTD, factors_BM, added_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
             arrays = z_whole_BTF, applied_DF, R_BNDF, o_BTD
             o_BTD = varying_like(z_BTF, launches.forward(C, chunks, *arrays))
@@ -100,7 +105,10 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
         o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
         o_BCD = o_BCD if fused else dot("bcf,df->bcd", z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
-    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    # What the backward would make again. With a tail it needs the last state, too.
+    kept = fused and len(stretches) == 1 and not tail
+    W_BNDF = checkpoint_name(R_BNDF, KEPT) if kept else None
+    return (o_BTD, S_BDF), (z_BTF, u_BTD, w_DF, state_BDF, keep_BM, W_BNDF)
 
 
 def _start(first_BDF, shape, behind):
@@ -120,31 +128,29 @@ def _empty(like, shape, dtype):
 
 def _backward(launches, C, fused, residuals, cotangents):
     del fused  # gradients tolerate the rounding of W + S anyway
-    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
+    z_BTF, u_BTD, w_DF, state_BDF, keep_BM, W_BNDF = residuals
     do_BTD, G_BDF = cotangents
-    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
+    (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
     M, tail = divmod(T, C)
     if isinstance(do_BTD, SymbolicZero):
-        do_BTD = varying_like(z_BTF, jnp.zeros(v_BTD.shape, z_BTF.dtype))
+        do_BTD = varying_like(z_BTF, jnp.zeros(u_BTD.shape, z_BTF.dtype))
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
-    v_whole_BTD, _ = split(v_BTD, M * C)
+    u_whole_BTD, _ = split(u_BTD, M * C)
 
-    stretches, W_BNDF = _stretches(B, M, C, D, F), None
+    stretches, S_BDF = _stretches(B, M, C, D, F), None
     several = len(stretches) > 1
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
-    with jax.named_scope("ttt_scaled"):  # again, and not the forward's, kept until now
-        rate, do_whole_BTD = jax.lax.optimization_barrier((lr, do_whole_BTD))
-        u_BTD = scaled(v_whole_BTD, rate)
-    S_BDF, u_BTD = _start(state_BDF, (B, D, F), u_BTD)
-    for chunks in stretches:
-        S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
-        with jax.named_scope("ttt_replay"):
-            sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
-            W_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
-            if several:  # of a single one, these copies and those of G make one sum
-                dz_BTF = launches.replay(C, chunks, do_whole_BTD, W_BNDF, dz_BTF)
-                dz_BTF = varying_like(z_BTF, dz_BTF)
+    if W_BNDF is None:
+        S_BDF, do_whole_BTD = _start(state_BDF, (B, D, F), do_whole_BTD)
+        for chunks in stretches:
+            S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
+            with jax.named_scope("ttt_replay"):
+                sweep = z_whole_BTF, u_whole_BTD, factors_BM, w_DF, S_BDF
+                W_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
+                if several:  # of a single one, these copies and those of G make one sum
+                    dz_BTF = launches.replay(C, chunks, do_whole_BTD, W_BNDF, dz_BTF)
+                    dz_BTF = varying_like(z_BTF, dz_BTF)
 
     # what G starts with is not the slow weight's
     dw_DF = jnp.float32(0) if isinstance(G_BDF, SymbolicZero) else -G_BDF.sum(axis=0)
@@ -155,28 +161,30 @@ def _backward(launches, C, fused, residuals, cotangents):
         dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
         G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
-    # In the place of lr v, where no launch reads both.
-    dv_BTD = u_BTD if several else _empty(z_BTF, v_whole_BTD.shape, z_BTF.dtype)
+    du_BTD = _empty(z_BTF, u_whole_BTD.shape, z_BTF.dtype)
     for chunks in reversed(stretches):
-        before = G_BDF, dz_BTF, dv_BTD, dw_DF
-        G_BDF, dz_BTF, dv_BTD, dw_DF = jax.lax.optimization_barrier(before)
+        before = G_BDF, dz_BTF, du_BTD, dw_DF
+        G_BDF, dz_BTF, du_BTD, dw_DF = jax.lax.optimization_barrier(before)
         with jax.named_scope("ttt_reverse"):
             sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
             R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))
-            arrays, written = (z_whole_BTF, v_whole_BTD), (dz_BTF, dv_BTD)
+            arrays, written = (z_whole_BTF, u_whole_BTD), (dz_BTF, du_BTD)
             if several:
-                results = launches.reverse(C, chunks, lr, *arrays, R_BNDF, *written)
+                results = launches.reverse(C, chunks, *arrays, R_BNDF, *written)
             else:
-                arrays = (*arrays, u_BTD, do_whole_BTD, W_BNDF)
-                results = launches.turn(C, chunks, lr, *arrays, R_BNDF, *written)
-            results = varying_like(z_BTF, results)
-            dz_BTF, dv_BTD, partial_dlr = results
-            dlr = dlr + partial_dlr.sum()
+                arrays = (*arrays, do_whole_BTD, W_BNDF, R_BNDF)
+                results = launches.turn(C, chunks, *arrays, *written)
+            dz_BTF, du_BTD = varying_like(z_BTF, results)
         if keep_BM is not None:
             dw_DF = dw_DF + _dropped(factors_BM[:, chunks.start : chunks.stop], R_BNDF)
     dw_DF = dw_DF + G_BDF.sum(axis=0)
-    return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
+
+    if dz_tail_BCF is not None:  # its u is never read
+        dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
+        du_BTD = jnp.pad(du_BTD, ((0, 0), (0, tail), (0, 0)))
+    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
+    dstate_BDF = None if state_BDF is None else G_BDF
+    return dz_BTF, du_BTD, dw_DF.astype(w_DF.dtype), dstate_BDF, dkeep_BM
 
 
 @jax.named_scope("ttt_grad_slow")
