@@ -6,7 +6,8 @@ themselves, all interleaved.
     python benchmarks/step_parts.py --ops 2560x9728:512:1:16384=pallas_gpu:1+pallas_gpu:2
 
 A step is a list of words that change the preset: how many TTT layers (evenly spaced; "none", or
-"on" for the preset's), the write, `model.ttt.apply`, decay=X, a variant. A variant is an
+"on" for the preset's), the write, `model.ttt.apply`, decay=X, "loops" for layers in loops and less
+that the backward keeps, a variant. A variant is an
 implementation, the chunks of a block and, where it is not "split", what `model.ttt.apply` is
 (pallas_gpu:1:fused). Every variant's op is timed at the step's shape and decay, and those named at
 the shapes of --ops (DxF:C:B:T[:DECAY]=variants), in rows of one document and in packed rows, where
@@ -58,6 +59,7 @@ from ttt_jax.training.step_memory import settled_remat
 ROOT = Path(__file__).resolve().parents[1]
 registry: Any = importlib.import_module("ttt_jax.ops.ttt.api")  # not the function
 TOLERANCE = 1e-2  # of two results in bfloat16
+LOOPS_KEEP = ("attention", "mlp_gate", "mlp_up", "ttt_target")
 
 
 @contextlib.contextmanager
@@ -167,6 +169,8 @@ def step_changes(config, step: str) -> tuple[dict[str, Any], str | None]:
             changes["model.ttt.layers"] = list(layers[: int(word)])
         elif word.startswith("decay="):
             changes["model.ttt.decay"] = float(word.removeprefix("decay="))
+        elif word == "loops":
+            changes |= {"unroll_layers": False, "remat_save": LOOPS_KEEP}
         elif word in ("split", "fused"):
             changes["model.ttt.apply"] = word
         elif ":" in word:

@@ -86,8 +86,8 @@ def scan_layers(layers: tuple[Layer, ...], stacks: tuple[Any, ...], h_BTD, sourc
 
 
 def layers_in_a_row(layers, stacks, h_BTD, source_BTD, rest):
-    """As `scan_layers`, without loops. A layer that is computed again in the backward must see to it
-    that the compiler does not undo that.
+    """As `scan_layers`, without loops. Layers that are computed again in the backward must see to
+    it themselves that the compiler does not undo that.
     """
     rest = jax.tree.map(jax.lax.stop_gradient, rest)
     leaves, trees = zip(*(jax.tree.flatten(stack) for stack in stacks), strict=True)
@@ -110,8 +110,7 @@ def layers_in_a_row(layers, stacks, h_BTD, source_BTD, rest):
 
 @jax.custom_vjp
 def _unstacked(x):
-    """The parts [R][N] of a stack. Their gradients are put together once, and not added R N times.
-    """
+    """The parts [R][N] of a stack. Their gradients are put together once, not added R N times."""
     R, N = x.shape[:2]
     return [[x[r, n] for n in range(N)] for r in range(R)]
 
