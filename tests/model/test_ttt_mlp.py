@@ -145,9 +145,9 @@ def test_a_fresh_pass_leaves_the_official_fast_weight(golden_mlp, x64):
 
 
 @pytest.mark.parametrize("write", ["sum", "ridge"])
-def test_chunks_with_padding_write_nothing(x64, write):
-    """Two documents with padding behind each. Targets are zero in their chunks, and in the others
-    what they are without documents; so is the gradient, and S is what the op makes of any targets.
+def test_chunks_whose_write_nothing_reads_have_no_targets(x64, write):
+    """Those with padding and a document's last. Targets are zero there, and in the others what they
+    are without documents; so is the gradient, and S is what the op makes of any targets.
     """
     B, C, D = 2, 4, 6
     ttt = TTTConfig(layers=(0,), chunk_size=C, target="input_embed", write=write)
@@ -157,7 +157,7 @@ def test_chunks_with_padding_write_nothing(x64, write):
     mlp.target.conv.set_value(jnp.asarray(rng.standard_normal(mlp.target.conv.shape)))
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
     ids = jnp.asarray([[1] * 10 + [0] * 2 + [2] * 8, [1] * 8 + [2] * 4 + [3] * 5 + [0] * 3])
-    written = jnp.asarray([[1.0, 1, 0, 1, 1], [1, 1, 1, 1, 0]])
+    written = jnp.asarray([[1.0, 1, 0, 1, 1], [1, 0, 0, 1, 0]])
     z, source, dv = draw(B, 20, 8), draw(B, 20, D), draw(B, 20, D)
 
     def targets(ids, source, z):
