@@ -92,11 +92,15 @@ def _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
     o_BTD = _empty(z_BTF, u_whole_BTD.shape, dtype)
     added_DF, applied_DF = (w_DF, None) if fused else (None, w_DF)
     stretches, R_BNDF = _stretches(B, M, C, D, F), None
+    # Copies of W + S, which the backward makes again if need be. With a tail it needs the last
+    # state, too.
+    kept = fused and len(stretches) == 1 and not tail
     for chunks in stretches:
         S_BDF, o_BTD = jax.lax.optimization_barrier((S_BDF, o_BTD))  # one stretch at a time
         with jax.named_scope("ttt_forward"):
             sweep = z_whole_BTF, u_whole_BTD, factors_BM, added_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
+            R_BNDF = checkpoint_name(R_BNDF, KEPT) if kept else R_BNDF
             arrays = z_whole_BTF, applied_DF, R_BNDF, o_BTD
             o_BTD = varying_like(z_BTF, launches.forward(C, chunks, *arrays))
     if tail:  # the trailing partial chunk reads the state and does not write it
@@ -105,9 +109,7 @@ def _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
         o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
         o_BCD = o_BCD if fused else dot("bcf,df->bcd", z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
-    # What the backward would make again. With a tail it needs the last state, too.
-    kept = fused and len(stretches) == 1 and not tail
-    W_BNDF = checkpoint_name(R_BNDF, KEPT) if kept else None
+    W_BNDF = R_BNDF if kept else None
     return (o_BTD, S_BDF), (z_BTF, u_BTD, w_DF, state_BDF, keep_BM, W_BNDF)
 
 
