@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import jax
 from jax.profiler import ProfileData
-from step_parts import ROOT, Timed, step_programs, taken
+from step_parts import ROOT, Timed, compiled, step_programs, taken
 
 from ttt_jax.pretrained.start_config import load_start_config
 
@@ -85,7 +85,7 @@ def kernels(timed: Timed, steps: int):
 
 def added_up(found, names: dict[str, str], repeats: int) -> dict[str, list]:
     """By operation: ms a step, launches a step, and the name of a kernel."""
-    sums = collections.defaultdict(lambda: [0.0, 0.0, ""])
+    sums: dict[str, list] = collections.defaultdict(lambda: [0.0, 0.0, ""])
     for kernel, instruction, ms in found:
         operation = short(names[instruction]) if instruction in names else f"? {kernel}"
         sums[operation][0] += ms / repeats
@@ -131,20 +131,20 @@ def main(argv: list[str]) -> int:
     config = load_start_config(
         ROOT / "configs" / f"{args.preset}.yaml", ["--optimizer.accumulate=1", *overrides]
     )
-    pool, waiting = concurrent.futures.ThreadPoolExecutor(4), []
-    one_by_one = concurrent.futures.ThreadPoolExecutor(1)  # XLA tunes on the GPU: step_parts.py
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(8), []
+    options = NO_COMMAND_BUFFERS if jax.default_backend() == "gpu" else {}
     for name, variant, function, arguments in step_programs(config, args.steps.split(","), pool):
         with taken(variant):
             lowered = function.lower(arguments[2], arguments[1])
-        options = NO_COMMAND_BUFFERS if jax.default_backend() == "gpu" else {}
-        waiting.append((name, arguments, one_by_one.submit(lowered.compile, options)))
+        first = waiting[0][2] if waiting else None
+        waiting.append((name, arguments, pool.submit(compiled, lowered, first, options)))
     steps = []
     for name, arguments, future in waiting:
-        compiled = future.result()
-        timed = Timed(name, compiled, arguments)
+        program, _ = future.result()
+        timed = Timed(name, program, arguments)
         timed.warm_up()
         found, wall = kernels(timed, args.repeats)
-        sums = added_up(found, operations(compiled.as_text()), args.repeats)
+        sums = added_up(found, operations(program.as_text()), args.repeats)
         steps.append((name, sums))
         busy = sum(ms for ms, *_ in sums.values())
         print(f"{name}: {wall / args.repeats:.1f} ms a step, kernels {busy:.1f} ms", flush=True)
