@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What docs/performance.md has not timed since 83e0756, on one H200. Delete what has been run.
 #
-#   [OUT=FOLDER] bash benchmarks/speed_gpu.sh PART...          # in this order: right ridge large
+#   [OUT=FOLDER] bash benchmarks/speed_gpu.sh PART...          # in this order: step ridge large
 #   DATA=FOLDER [SEEDS="0 1 2"] bash benchmarks/speed_gpu.sh curves
 #
 # Everything is printed and also added to $OUT/speed.txt, times to $OUT/speed.jsonl. `op` and `books`
 # of 2026-12-01 are in docs/lab; run them again when a kernel has changed.
 #
-#   right   50 s, in three processes: a case takes 20 to 40 s. The kernels against float64. All
+#   right   50 s, in four processes: a case takes 20 to 40 s. The kernels against float64. All
 #           pass; if not, time nothing.
 #   step   250 s at most: right, and beside it the compilation of steps of books, with layers in
 #           loops and without; then their times, then a profile. Predictions: the lab page above.
@@ -34,7 +34,7 @@ run() {
       export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
       local jobs=() code=0
       for cases in "float64_reference and pallas_gpu and boundaries" "stretches and 3-256" \
-        "one_product and 1-boundaries"; do
+        "ridge_writes and 1024" "one_product and 1-boundaries"; do
         timeout 150 python3 -m pytest -q -x -m gpu tests/gpu/test_kernels.py -k "$cases" &
         jobs+=($!)
       done

@@ -155,17 +155,17 @@ class MosaicLaunches:
         function, operands = gpu_products.replay_products, (do_BTD, R_BNDF)
         return self._applies(C, chunks, function, operands, (dz_BTF,))[0]
 
-    def reverse(self, C, chunks, z_BTF, u_BTD, R_BNDF, dz_BTF, du_BTD):
+    def reverse(self, C, chunks, lr, z_BTF, v_BTD, R_BNDF, dz_BTF, du_BTD):
         """Return dz and du, with these chunks written."""
-        operands, in_place = (z_BTF, u_BTD, R_BNDF), (dz_BTF, du_BTD)
-        return self._applies(C, chunks, gpu_products.reverse_products, operands, in_place)
+        operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, du_BTD)
+        return self._applies(C, chunks, gpu_products.reverse_products, operands, in_place, lr=lr)
 
     def turn(self, C, chunks, z_BTF, u_BTD, do_BTD, W_BNDF, R_BNDF, dz_BTF, du_BTD):
         """Return dz and du, with these chunks written; `W_BNDF` are copies of W + S."""
         operands, in_place = (z_BTF, u_BTD, do_BTD, W_BNDF, R_BNDF), (dz_BTF, du_BTD)
         return self._applies(C, chunks, gpu_products.turn_products, operands, in_place)
 
-    def _applies(self, C, chunks, products, operands, in_place):
+    def _applies(self, C, chunks, products, operands, in_place, lr=0.0):
         """Launch products of these chunks. `in_place` and `operands` are [B, T, X], W or R."""
         (B, n, D, F), M = operands[-1].shape, operands[0].shape[1] // C
         sizes = Sizes(C, D, F)
@@ -178,7 +178,8 @@ class MosaicLaunches:
         table = jnp.asarray(schedule(shapes, B * n, self.clusters))
         rows = {3: (-1, C), 4: (-1, D)}  # of a chunk; W stays as it is
         by_chunk = lambda x: x.reshape(*rows[x.ndim], x.shape[-1]) if x.ndim in rows else x
-        arrays = table, _scalar(chunks.start), *map(by_chunk, operands)
+        scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
+        arrays = *scalars, *map(by_chunk, operands)
         body = functools.partial(_products, products, sizes, n, M, self.stages, self.buffers)
         staging = CONSUMERS, self.buffers, CONSUMER_ROWS, BLOCK_K
         scratch = (*self._ring(self.stages), shared_memory(staging, jnp.bfloat16))
@@ -250,11 +251,11 @@ def _sweep(sweep, names, clusters, stages, *arrays):
     gpu_states.run_block(sweep, clusters, stages, *scratch)
 
 
-def _products(products, sizes, n, M, stages, buffers, table, first, *arrays):
+def _products(products, sizes, n, M, stages, buffers, table, first, lr, *arrays):
     """What a warpgroup of a launch of products runs."""
     *arrays, left, right, full, empty, staged = arrays
     staging = Staging(buffers, staged)
-    chunks = gpu_products.Chunks(n=n, M=M, first=first[0], staging=staging)
+    chunks = gpu_products.Chunks(n=n, M=M, first=first[0], lr=lr[0], staging=staging)
     found = products(sizes, chunks, *arrays)
     run_block(found, table, stages, left, right, full, empty)
 

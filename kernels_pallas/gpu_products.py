@@ -51,6 +51,7 @@ class Chunks(NamedTuple):
     n: int = 1  # of a sequence in the launch
     M: int = 1  # of a sequence in all
     first: Any = 0
+    lr: Any = None
     staging: Any = None
 
     def q(self, b):
@@ -74,12 +75,12 @@ def replay_products(sizes: Sizes, chunks: Chunks, do_QCD, R_QDF, dz_QCF):
     return [_apply("nn", sizes, chunks, do_QCD, R_QDF, _write_rows, dz_QCF)]
 
 
-def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, u_QCD, R_QDF, dz_QCF, du_QCD):
-    """du = z R^T and dz += u R."""
+def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, du_QCD):
+    """du = z R^T and dz += lr v R."""
     dz = lambda b: dz_QCF.at[chunks.q(b)]
     return [
         _apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, du_QCD),
-        _apply("nn", sizes, chunks, u_QCD, R_QDF, _add_to_rows, dz_QCF, dz),
+        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_rows, dz_QCF, dz),
     ]
 
 
@@ -130,6 +131,6 @@ def _write_rows(chunks, y_QCX, b, m0, n0):
 def _add_to_rows(chunks, y_QCX, b, m0, n0):
     def write(k, columns, sums, before):
         part = y_QCX.at[chunks.q(b), _rows(m0), columns]
-        chunks.staging.write(k, part, before.astype(jnp.float32) + sums)
+        chunks.staging.write(k, part, before.astype(jnp.float32) + chunks.lr * sums)
 
     return write

@@ -8,12 +8,12 @@ each other:
     forward    states of u and z: R = S          o_i = z_i R_i^T + z_i W^T, one sum
     fused      states of u and z: R = W + S      o_i = z_i R_i^T                 instead of forward
     replay     states of u and z: R = W + S      dz_i = do_i R_i
-    reverse    states of do and z: R = G         du_i = z_i R_i^T   dz_i += u_i R_i
+    reverse    states of do and z: R = G         du_i = z_i R_i^T   dz_i += lr v_i R_i
 
-u = lr v is made before, by XLA, which leaves out a rate of one. Where one stretch holds all chunks,
-replay leaves its copies, and the launch `turn` after the second sweep makes dz_i = do_i (W + S_i) +
-u_i G_i in one sum. Those of `fused` are the same, and where the backward keeps them (`remat_save:
-[ttt_states]`), it does not go forward again.
+XLA makes u = lr v and dv = lr du, which at a rate of one are nothing. Where one stretch holds all
+chunks, replay leaves its copies, and the launch `turn` after the second sweep makes dz_i = do_i (W
++ S_i) + u_i G_i in one sum. Those of `fused` are the same, and where the backward keeps them
+(`remat_save: [ttt_states]`), it does not go forward again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from ttt_jax.kernels_pallas.chunk_scan import (
     dot,
     factors,
+    gradients,
     scaled,
     split,
     sum_of,
@@ -47,9 +48,7 @@ def in_place_ttt(
     launches, z_BTF, v_BTD, w_DF, *, lr, chunk_size, state_BDF, keep_BM=None, apply: str = "split"
 ):
     """Same contract as `in_place_ttt_xla`; bfloat16, and sizes as `gpu.why_not` says."""
-    with jax.named_scope("ttt_scaled"):
-        u_BTD = scaled(v_BTD, lr)
-    arrays = varying_alike(z_BTF, u_BTD, w_DF, state_BDF, keep_BM)
+    arrays = varying_alike(z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
     results: Any = _in_place_ttt(launches, chunk_size, apply == "fused", *arrays)
     return results
 
@@ -75,8 +74,8 @@ def _stretches(B: int, M: int, C: int, D: int, F: int) -> list[range]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_place_ttt(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
-    return _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM)[0]
+def _in_place_ttt(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    return _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)[0]
 
 
 def _traced_forward(launches, C, fused, *primals):
@@ -84,12 +83,13 @@ def _traced_forward(launches, C, fused, *primals):
     return _forward(launches, C, fused, *arrays)
 
 
-def _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
-    (B, T, F), D, dtype = z_BTF.shape, u_BTD.shape[2], z_BTF.dtype
+def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
+    (B, T, F), D, dtype = z_BTF.shape, v_BTD.shape[2], z_BTF.dtype
     M, tail = divmod(T, C)
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
-    S_BDF, u_whole_BTD = _start(state_BDF, (B, D, F), split(u_BTD, M * C)[0])
-    o_BTD = _empty(z_BTF, u_whole_BTD.shape, dtype)
+    with jax.named_scope("ttt_scaled"):  # in the place of o: a sweep reads its chunks before
+        o_BTD = scaled(split(v_BTD, M * C)[0], lr)  # they are written
+    S_BDF, o_BTD = _start(state_BDF, (B, D, F), o_BTD)
     added_DF, applied_DF = (w_DF, None) if fused else (None, w_DF)
     stretches, R_BNDF = _stretches(B, M, C, D, F), None
     # Copies of W + S, which the backward makes again if need be. With a tail it needs the last
@@ -98,7 +98,7 @@ def _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
     for chunks in stretches:
         S_BDF, o_BTD = jax.lax.optimization_barrier((S_BDF, o_BTD))  # one stretch at a time
         with jax.named_scope("ttt_forward"):
-            sweep = z_whole_BTF, u_whole_BTD, factors_BM, added_DF, S_BDF
+            sweep = z_whole_BTF, o_BTD, factors_BM, added_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
             R_BNDF = checkpoint_name(R_BNDF, KEPT) if kept else R_BNDF
             arrays = z_whole_BTF, applied_DF, R_BNDF, o_BTD
@@ -110,7 +110,7 @@ def _forward(launches, C, fused, z_BTF, u_BTD, w_DF, state_BDF, keep_BM):
         o_BCD = o_BCD if fused else dot("bcf,df->bcd", z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
     W_BNDF = R_BNDF if kept else None
-    return (o_BTD, S_BDF), (z_BTF, u_BTD, w_DF, state_BDF, keep_BM, W_BNDF)
+    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM, W_BNDF)
 
 
 def _start(first_BDF, shape, behind):
@@ -130,25 +130,28 @@ def _empty(like, shape, dtype):
 
 def _backward(launches, C, fused, residuals, cotangents):
     del fused  # gradients tolerate the rounding of W + S anyway
-    z_BTF, u_BTD, w_DF, state_BDF, keep_BM, W_BNDF = residuals
+    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM, W_BNDF = residuals
     do_BTD, G_BDF = cotangents
-    (B, T, F), D = z_BTF.shape, u_BTD.shape[2]
+    (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     M, tail = divmod(T, C)
     if isinstance(do_BTD, SymbolicZero):
-        do_BTD = varying_like(z_BTF, jnp.zeros(u_BTD.shape, z_BTF.dtype))
+        do_BTD = varying_like(z_BTF, jnp.zeros(v_BTD.shape, z_BTF.dtype))
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
-    u_whole_BTD, _ = split(u_BTD, M * C)
+    v_whole_BTD, _ = split(v_BTD, M * C)
+    with jax.named_scope("ttt_scaled"):  # again, and not the forward's, kept until now
+        u_BTD, do_whole_BTD = jax.lax.optimization_barrier((v_whole_BTD, do_whole_BTD))
+        u_BTD = scaled(u_BTD, lr)
 
     stretches, S_BDF = _stretches(B, M, C, D, F), None
     several = len(stretches) > 1
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
     if W_BNDF is None:
-        S_BDF, do_whole_BTD = _start(state_BDF, (B, D, F), do_whole_BTD)
+        S_BDF, u_BTD = _start(state_BDF, (B, D, F), u_BTD)
         for chunks in stretches:
             S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
             with jax.named_scope("ttt_replay"):
-                sweep = z_whole_BTF, u_whole_BTD, factors_BM, w_DF, S_BDF
+                sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
                 W_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
                 if several:  # of a single one, these copies and those of G make one sum
                     dz_BTF = launches.replay(C, chunks, do_whole_BTD, W_BNDF, dz_BTF)
@@ -163,30 +166,30 @@ def _backward(launches, C, fused, residuals, cotangents):
         dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
         G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    du_BTD = _empty(z_BTF, u_whole_BTD.shape, z_BTF.dtype)
+    # In the place of u, where no launch reads both.
+    du_BTD = u_BTD if several else _empty(z_BTF, u_BTD.shape, z_BTF.dtype)
     for chunks in reversed(stretches):
         before = G_BDF, dz_BTF, du_BTD, dw_DF
         G_BDF, dz_BTF, du_BTD, dw_DF = jax.lax.optimization_barrier(before)
         with jax.named_scope("ttt_reverse"):
             sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
             R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))
-            arrays, written = (z_whole_BTF, u_whole_BTD), (dz_BTF, du_BTD)
             if several:
-                results = launches.reverse(C, chunks, *arrays, R_BNDF, *written)
+                arrays = z_whole_BTF, v_whole_BTD, R_BNDF
+                results = launches.reverse(C, chunks, lr, *arrays, dz_BTF, du_BTD)
             else:
-                arrays = (*arrays, do_whole_BTD, W_BNDF, R_BNDF)
-                results = launches.turn(C, chunks, *arrays, *written)
+                arrays = z_whole_BTF, u_BTD, do_whole_BTD, W_BNDF, R_BNDF
+                results = launches.turn(C, chunks, *arrays, dz_BTF, du_BTD)
             dz_BTF, du_BTD = varying_like(z_BTF, results)
         if keep_BM is not None:
             dw_DF = dw_DF + _dropped(factors_BM[:, chunks.start : chunks.stop], R_BNDF)
     dw_DF = dw_DF + G_BDF.sum(axis=0)
 
-    if dz_tail_BCF is not None:  # its u is never read
-        dz_BTF = jnp.concatenate([dz_BTF, dz_tail_BCF], axis=1)
-        du_BTD = jnp.pad(du_BTD, ((0, 0), (0, tail), (0, 0)))
-    dkeep_BM = None if keep_BM is None else jnp.zeros_like(keep_BM)
-    dstate_BDF = None if state_BDF is None else G_BDF
-    return dz_BTF, du_BTD, dw_DF.astype(w_DF.dtype), dstate_BDF, dkeep_BM
+    dlr = jnp.sum(v_whole_BTD.astype(jnp.float32) * du_BTD.astype(jnp.float32))
+    with jax.named_scope("ttt_scaled"):
+        dv_BTD = scaled(du_BTD, lr)
+    residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
+    return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
 
 
 @jax.named_scope("ttt_grad_slow")

@@ -38,12 +38,12 @@ class PlainLaunches:
     def replay(self, C, chunks, do, R, dz):
         return self._put(C, dz, chunks, self._times(C, chunks, do, R))
 
-    def reverse(self, C, chunks, z, u, R, dz, du):
-        dz = self._put(C, dz, chunks, self._cut(C, dz, chunks) + self._times(C, chunks, u, R))
+    def reverse(self, C, chunks, lr, z, v, R, dz, du):
+        dz = self._put(C, dz, chunks, self._cut(C, dz, chunks) + lr * self._times(C, chunks, v, R))
         return dz, self._put(C, du, chunks, dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R))
 
     def turn(self, C, chunks, z, u, do, W, R, dz, du):
-        return self.reverse(C, chunks, z, u, R, self.replay(C, chunks, do, W, dz), du)
+        return self.reverse(C, chunks, 1, z, u, R, self.replay(C, chunks, do, W, dz), du)
 
     def _times(self, C, chunks, x, R):
         return dot("bmcd,bmdf->bmcf", self._cut(C, x, chunks), R)
