@@ -188,7 +188,7 @@ def in_place_ttt(
       UserError: shapes do not fit together, a chunk size below 1, another word for `apply`, or an
         implementation that is unknown or cannot run here.
     """
-    _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids, written)
     if apply not in ("split", "fused"):
         raise UserError(f'in_place_ttt: apply = {apply!r}: must be "split" or "fused"')
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
@@ -287,7 +287,7 @@ def _choose(implementation: str | None, call: _Call) -> str:
     return implementation
 
 
-def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
+def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids, written) -> None:
     if z_BTF.ndim != 3 or v_BTD.ndim != 3 or w_DF.ndim != 2:
         raise UserError(
             f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, "
@@ -308,4 +308,10 @@ def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise UserError(
             f"in_place_ttt: segment_ids has shape {segment_ids.shape}, expected [B,T] = {(B, T)}"
+        )
+    chunks = -(-T // chunk_size)
+    if written is not None and (segment_ids is None or written.shape != (B, chunks)):
+        raise UserError(
+            f"in_place_ttt: written has shape {written.shape}, expected [B,M] = {(B, chunks)} "
+            "beside segment_ids"
         )
