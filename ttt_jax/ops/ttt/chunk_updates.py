@@ -61,8 +61,8 @@ def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Arr
 
 
 def fold_segments(v_BTD, segment_ids_BT, C, acc, written_BM=None):
-    """Documents as per-token zeros in v (chunks whose write nothing reads) and a per-chunk factor on
-    S (resets). `written_BM`: as `written_chunks` makes it, of a v that has these zeros.
+    """Documents as per-token zeros in v (chunks whose write nothing reads) and a per-chunk factor
+    on S (resets). `written_BM`: as `written_chunks` makes it, of a v that has these zeros.
     """
     if segment_ids_BT is None:
         return v_BTD, None
