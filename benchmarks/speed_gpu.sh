@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # What docs/performance.md has not timed since 83e0756, on one H200. Delete what has been run.
 #
-#   [OUT=FOLDER] bash benchmarks/speed_gpu.sh PART...          # in this order: right ridge large
+#   [OUT=FOLDER] bash benchmarks/speed_gpu.sh PART...          # in this order: step ridge large
 #   DATA=FOLDER [SEEDS="0 1 2"] bash benchmarks/speed_gpu.sh curves
 #
 # Everything is printed and also added to $OUT/speed.txt, times to $OUT/speed.jsonl. `op` and `books`
 # of 2026-12-01 are in docs/lab; run them again when a kernel has changed.
 #
-#   right   50 s, in three processes: a case takes 20 to 40 s. The kernels against float64. All
+#   right   50 s, in four processes: a case takes 20 to 40 s. The kernels against float64. All
 #           pass; if not, time nothing.
+#   step   250 s at most: right, and beside it the compilation of steps of books, with layers in
+#           loops and without; then their times, then a profile. Predictions: the lab page above.
 #   ridge   60 s. Prediction: a write with gradients 2.9 ms at books.
 #   large  200 s. Prediction: 1.7B 4.8 %, fused 4.2 % (5.3 % at 83e0756), 500M 12.0 % (13.8 %).
 #   op      60 s. Results compared with XLA's before they are timed.
@@ -32,7 +34,7 @@ run() {
       export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
       local jobs=() code=0
       for cases in "float64_reference and pallas_gpu and boundaries" "stretches and 3-256" \
-        "ridge_writes and 1024"; do
+        "ridge_writes and 1024" "one_product and 1-boundaries"; do
         timeout 150 python3 -m pytest -q -x -m gpu tests/gpu/test_kernels.py -k "$cases" &
         jobs+=($!)
       done
@@ -51,6 +53,16 @@ run() {
         --data.seq_len=8192 --data.batch_size=4 --model.ttt.chunk_size=1024 --remat_save="$keep"
       parts 80 --skip op,parts --preset 500m --steps on,none --documents 2 \
         --data.batch_size=2 --remat_save="$keep" ;;
+    step)
+      run right >"$out/right.txt" 2>&1 &
+      local right=$! code=0
+      parts "${STEP_SECONDS:-175}" --skip op,parts \
+        --steps none,6+fused+unroll,none+unroll,6,6+fused || code=1
+      wait "$right" || code=1
+      tail -n 3 "$out/right.txt"
+      timeout 90 python3 benchmarks/step_kernels.py --steps none,6,6+fused --rows 14 --repeats 2 \
+        --out "$out" | cut -c1-110
+      return "$code" ;;
     ridge) timeout 60 python3 benchmarks/writes.py --repeats 5 ;;
     curves)
       for seed in ${SEEDS:-0}; do

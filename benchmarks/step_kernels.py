@@ -1,14 +1,15 @@
-"""Where the device time of a training step goes, kernel by kernel: what one step takes more than
-another.
+"""Where the device time of a training step goes, kernel by kernel: what each step takes more than
+the one named before it.
 
-    python benchmarks/step_kernels.py                    # books: its own step less "none"
-    python benchmarks/step_kernels.py --steps 6+fused,6 --rows 40
+    python benchmarks/step_kernels.py                    # books: six layers less "none"
+    python benchmarks/step_kernels.py --steps none,6,6+fused --rows 40 --out FOLDER
 
 Steps are named as in `step_parts.py`, on the same packed rows. Each is compiled without command
 buffers, which hide what a kernel belongs to, and runs under `jax.profiler`. Kernels are added up by
 the operation that they were compiled from; loops, calls and numbers are left out of its name, so
-that operations of different programs meet. The first table has the scopes of the code, the second
-one operations, both by the difference in ms a step.
+that operations of different programs meet. Tables have the largest differences in ms a step, and
+the last one what the project's own kernels take a launch. With --out all operations of each step go
+to FOLDER/STEP.tsv: ms a step, launches, ms a launch, operation, one of its kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import re
 import sys
 import tempfile
@@ -27,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import jax
 from jax.profiler import ProfileData
-from step_parts import ROOT, Timed, step_programs, taken
+from step_parts import ROOT, Timed, compiled, step_programs, taken
 
-from ttt_jax import config as config_lib
+from ttt_jax.pretrained.start_config import load_start_config
 
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 # Parts of an operation's name that say how it is run, not what it is.
@@ -81,15 +83,26 @@ def kernels(timed: Timed, steps: int):
     return found, wall
 
 
-def table(title: str, sums: list[dict[str, list]], rows: int) -> None:
-    """Print the largest differences between the second and the first."""
-    first, second = sums
+def added_up(found, names: dict[str, str], repeats: int) -> dict[str, list]:
+    """By operation: ms a step, launches a step, and the name of a kernel."""
+    sums: dict[str, list] = collections.defaultdict(lambda: [0.0, 0.0, ""])
+    for kernel, instruction, ms in found:
+        operation = short(names[instruction]) if instruction in names else f"? {kernel}"
+        sums[operation][0] += ms / repeats
+        sums[operation][1] += 1 / repeats
+        sums[operation][2] = kernel
+    return sums
+
+
+def table(title: str, first: dict[str, list], second: dict[str, list], rows: int) -> None:
+    """Print the largest differences between the second and the first, and the most negative."""
     zero = [0.0, 0, ""]
     difference = {
         key: second.get(key, zero)[0] - first.get(key, zero)[0] for key in {*first, *second}
     }
     print(f"\n{title}\n    more ms   first  second  kernels", flush=True)
-    for key in sorted(difference, key=difference.__getitem__, reverse=True)[:rows]:
+    order = sorted(difference, key=difference.__getitem__, reverse=True)
+    for key in order[:rows] + order[rows:][-rows // 4 :]:
         before, (after, count, kernel) = first.get(key, zero), second.get(key, zero)
         print(
             f"{difference[key]:11.3f} {before[0]:7.2f} {after:7.2f} {count:8.1f}  "
@@ -97,43 +110,55 @@ def table(title: str, sums: list[dict[str, list]], rows: int) -> None:
         )
 
 
+def own_kernels(title: str, sums: dict[str, list]) -> None:
+    """Print what a launch of each of the project's kernels takes."""
+    print(f"\n{title}\n    ms a launch  launches  kernels", flush=True)
+    for key, (ms, count, kernel) in sums.items():
+        if kernel.startswith("ttt_"):
+            print(f"{ms / count:15.3f} {count:9.1f}  {key[-90:]}")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="books", help="name of a file in configs/")
-    parser.add_argument("--steps", default="none,6", help="two steps; see step_parts.py")
+    parser.add_argument("--steps", default="none,6", help="two or more; see step_parts.py")
     parser.add_argument("--rows", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for all operations")
     args, overrides = parser.parse_known_args(argv)
-    config = config_lib.load_config(ROOT / "configs" / f"{args.preset}.yaml", overrides)
-    pool, waiting = concurrent.futures.ThreadPoolExecutor(4), []
+    config = load_start_config(
+        ROOT / "configs" / f"{args.preset}.yaml", ["--optimizer.accumulate=1", *overrides]
+    )
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(8), []
+    options = NO_COMMAND_BUFFERS if jax.default_backend() == "gpu" else {}
     for name, variant, function, arguments in step_programs(config, args.steps.split(","), pool):
         with taken(variant):
             lowered = function.lower(arguments[2], arguments[1])
-        options = NO_COMMAND_BUFFERS if jax.default_backend() == "gpu" else {}
-        waiting.append((name, arguments, pool.submit(lowered.compile, options)))
-    by_scope, by_operation = [], []
+        first = waiting[0][2] if waiting else None
+        waiting.append((name, arguments, pool.submit(compiled, lowered, first, options)))
+    steps = []
     for name, arguments, future in waiting:
-        compiled = future.result()
-        timed, names = Timed(name, compiled, arguments), operations(compiled.as_text())
+        program, _ = future.result()
+        timed = Timed(name, program, arguments)
         timed.warm_up()
         found, wall = kernels(timed, args.repeats)
-        scopes = collections.defaultdict(lambda: [0.0, 0.0, ""])
-        each = collections.defaultdict(lambda: [0.0, 0.0, ""])
-        for kernel, instruction, ms in found:
-            operation = short(names[instruction]) if instruction in names else f"? {kernel}"
-            scope = [x for x in operation.split("/") if "(" not in x]
-            for sums, key in ((each, operation), (scopes, "/".join(scope[:2]))):
-                sums[key][0] += ms / args.repeats
-                sums[key][1] += 1 / args.repeats
-                sums[key][2] = kernel
-        by_scope.append(scopes)
-        by_operation.append(each)
-        busy = sum(ms for *_, ms in found) / args.repeats
+        sums = added_up(found, operations(program.as_text()), args.repeats)
+        steps.append((name, sums))
+        busy = sum(ms for ms, *_ in sums.values())
         print(f"{name}: {wall / args.repeats:.1f} ms a step, kernels {busy:.1f} ms", flush=True)
-    table("scopes", by_scope, args.rows)
-    table("operations", by_operation, args.rows)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            rows = sorted(sums.items(), key=lambda item: -item[1][0])
+            text = [
+                f"{ms:.3f}\t{n:.1f}\t{ms / n:.4f}\t{k}\t{kernel}" for k, (ms, n, kernel) in rows
+            ]
+            (args.out / f"{name.replace(' ', '_')}.tsv").write_text("\n".join(text) + "\n")
+    for (before, first), (name, second) in itertools.pairwise(steps):
+        table(f"{name} less {before}", first, second, args.rows)
+    for name, sums in steps:
+        own_kernels(name, sums)
     return 0
 
 

@@ -6,7 +6,8 @@ themselves, all interleaved.
     python benchmarks/step_parts.py --ops 2560x9728:512:1:16384=pallas_gpu:1+pallas_gpu:2
 
 A step is a list of words that change the preset: how many TTT layers (evenly spaced; "none", or
-"on" for the preset's), the write, `model.ttt.apply`, decay=X, a variant. A variant is an
+"on" for the preset's), the write, `model.ttt.apply`, decay=X, "unroll" for layers without loops and
+more that the backward keeps, a variant. A variant is an
 implementation, the chunks of a block and, where it is not "split", what `model.ttt.apply` is
 (pallas_gpu:1:fused). Every variant's op is timed at the step's shape and decay, and those named at
 the shapes of --ops (DxF:C:B:T[:DECAY]=variants), in rows of one document and in packed rows, where
@@ -16,12 +17,12 @@ shape's first variant, so put `xla:1` first; one that is off by more than 1e-2 r
 timed, and the exit code is 1.
 
 Programs are traced one after the other, in the order of their importance. Ops are compiled side by
-side. Steps are compiled one by one: XLA tunes matmuls on the GPU, and what it has tuned for one
-step the next one has too. What is not ready after 75 % of --seconds is left out, and named. Each
+side, and so are steps behind the first: XLA tunes matmuls on the GPU, and what it has tuned for one
+step the others have too. What is not ready after 75 % of --seconds is left out, and named. Each
 round runs every program once, or several times where it is short, a matmul of 8192^3 among them;
 the table gives medians over the rounds: ops also as multiples of 4TDF (forward) and 14TDF FLOPs
-(both) at the matmul's rate, steps also as MFU (model FLOPs, with no recomputation counted, over
-that rate). With --json FILE one object a line is appended.
+(both) at the matmul's rate; steps also over "none" ("none+unroll"), and as MFU (model FLOPs, with
+no recomputation counted, over that rate). With --json FILE one object a line is appended.
 """
 
 from __future__ import annotations
@@ -167,6 +168,9 @@ def step_changes(config, step: str) -> tuple[dict[str, Any], str | None]:
             changes["model.ttt.layers"] = list(layers[: int(word)])
         elif word.startswith("decay="):
             changes["model.ttt.decay"] = float(word.removeprefix("decay="))
+        elif word == "unroll":
+            kept = {*config.remat_save, "mlp_hidden", "ttt_states"}
+            changes |= {"unroll_layers": True, "remat_save": tuple(sorted(kept))}
         elif word in ("split", "fused"):
             changes["model.ttt.apply"] = word
         elif ":" in word:
@@ -261,10 +265,12 @@ def matmul() -> tuple[Timed, int]:
     return timed, 2 * n**3
 
 
-def compiled(lowered):
-    """A compiled program, and the seconds that it took."""
+def compiled(lowered, first=None, options=None):
+    """A compiled program, and the seconds that it took; `first`: behind this future."""
+    if first is not None:
+        concurrent.futures.wait([first])
     start = time.perf_counter()
-    return lowered.compile(), time.perf_counter() - start
+    return lowered.compile(options), time.perf_counter() - start
 
 
 def jitted(name: str, function):
@@ -307,7 +313,7 @@ def main(argv: list[str]) -> int:
         sizes = sizes.replace("x", ":").split(":")
         ops.append(Op(*map(int, sizes[:5]), *map(float, sizes[5:])))
         sources.append(ops[-1].programs(variants.split("+"), args.rows))
-    waiting, one_by_one = [], concurrent.futures.ThreadPoolExecutor(1)
+    waiting, first = [], None
     limit = begun + 0.75 * args.seconds
     for name, variant, function, arguments in (x for source in sources for x in source):
         if time.perf_counter() > limit:
@@ -320,8 +326,10 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             print(f"{name}: {error}", flush=True)
             continue
-        compiler = one_by_one if name.startswith("step") else pool
-        waiting.append((name, arguments, compiler.submit(compiled, lowered)))
+        step = name.startswith("step")
+        future = pool.submit(compiled, lowered, first if step else None)
+        first = future if step and first is None else first
+        waiting.append((name, arguments, future))
         print(f"traced after {time.perf_counter() - begun:.0f} s: {name}", flush=True)
     concurrent.futures.wait([x for *_, x in waiting], max(0, limit - time.perf_counter()))
     print(f"compiled after {time.perf_counter() - begun:.0f} s", flush=True)
@@ -355,11 +363,12 @@ def main(argv: list[str]) -> int:
     rate = flops / multiplied.median * 1e3
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, matmul {rate / 1e12:.0f} TFLOP/s")
-    off = next((x.median for x in programs if x.name == "step none"), None)
+    off = {x.name.removeprefix("step none"): x.median for x in programs if "step none" in x.name}
     for timed in programs:
         over = " " * 7
         if timed.step:
-            over = f"{timed.median / off - 1:+7.1%}" if off else over
+            same = off.get("+unroll" if "+unroll" in timed.name else "")
+            over = f"{timed.median / same - 1:+7.1%}" if same else over
             over += f"  MFU {work[timed.name] / timed.median * 1e3 / rate:5.1%}"
         for op in ops:
             if timed.name.startswith(f"{op.name} "):

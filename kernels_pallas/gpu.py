@@ -155,19 +155,15 @@ class MosaicLaunches:
         function, operands = gpu_products.replay_products, (do_BTD, R_BNDF)
         return self._applies(C, chunks, function, operands, (dz_BTF,))[0]
 
-    def reverse(self, C, chunks, lr, z_BTF, v_BTD, R_BNDF, dz_BTF, dv_BTD):
-        """Return dz, dv, and partial sums of <v, z R^T>."""
-        (B, n), columns = R_BNDF.shape[:2], v_BTD.shape[2] // TILE
-        dlr = jax.lax.empty((B * n, columns, C), jnp.float32)
-        operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, dv_BTD, dlr)
+    def reverse(self, C, chunks, lr, z_BTF, v_BTD, R_BNDF, dz_BTF, du_BTD):
+        """Return dz and du, with these chunks written."""
+        operands, in_place = (z_BTF, v_BTD, R_BNDF), (dz_BTF, du_BTD)
         return self._applies(C, chunks, gpu_products.reverse_products, operands, in_place, lr=lr)
 
-    def turn(self, C, chunks, lr, z_BTF, v_BTD, u_BTD, do_BTD, W_BNDF, R_BNDF, dz_BTF, dv_BTD):
-        """Return dz, dv, and partial sums of <v, z R^T>; `W_BNDF` are copies of W + S."""
-        (B, n), columns = R_BNDF.shape[:2], v_BTD.shape[2] // TILE
-        dlr = jax.lax.empty((B * n, columns, C), jnp.float32)
-        operands, in_place = (z_BTF, v_BTD, u_BTD, do_BTD, W_BNDF, R_BNDF), (dz_BTF, dv_BTD, dlr)
-        return self._applies(C, chunks, gpu_products.turn_products, operands, in_place, lr=lr)
+    def turn(self, C, chunks, z_BTF, u_BTD, do_BTD, W_BNDF, R_BNDF, dz_BTF, du_BTD):
+        """Return dz and du, with these chunks written; `W_BNDF` are copies of W + S."""
+        operands, in_place = (z_BTF, u_BTD, do_BTD, W_BNDF, R_BNDF), (dz_BTF, du_BTD)
+        return self._applies(C, chunks, gpu_products.turn_products, operands, in_place)
 
     def _applies(self, C, chunks, products, operands, in_place, lr=0.0):
         """Launch products of these chunks. `in_place` and `operands` are [B, T, X], W or R."""
@@ -182,17 +178,15 @@ class MosaicLaunches:
         table = jnp.asarray(schedule(shapes, B * n, self.clusters))
         rows = {3: (-1, C), 4: (-1, D)}  # of a chunk; W stays as it is
         by_chunk = lambda x: x.reshape(*rows[x.ndim], x.shape[-1]) if x.ndim in rows else x
-        operands, results = [by_chunk(x) for x in operands], in_place
-        in_place = [x if x.dtype == jnp.float32 else by_chunk(x) for x in in_place]
         scalars = table, _scalar(chunks.start), jnp.asarray(lr, jnp.float32).reshape(1)
+        arrays = *scalars, *map(by_chunk, operands)
         body = functools.partial(_products, products, sizes, n, M, self.stages, self.buffers)
         staging = CONSUMERS, self.buffers, CONSUMER_ROWS, BLOCK_K
         scratch = (*self._ring(self.stages), shared_memory(staging, jnp.bfloat16))
         name = "ttt_" + products.__name__.removesuffix("_products")
         key = name, sizes, n, M
-        arrays = [*scalars, *operands]
-        written = self._launch(name, body, scratch, key, arrays, in_place)
-        return [x.reshape(y.shape) for x, y in zip(written, results, strict=True)]
+        written = self._launch(name, body, scratch, key, arrays, [by_chunk(x) for x in in_place])
+        return [x.reshape(y.shape) for x, y in zip(written, in_place, strict=True)]
 
     def _ring(self, stages):
         """Operands, as `gpu_tiles.run_block` takes them, and their barriers."""

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ttt_jax.kernels_pallas.gpu_schedule import TILE
 from ttt_jax.kernels_pallas.gpu_tiles import CONSUMER_ROWS, Product
 
 
@@ -76,30 +75,22 @@ def replay_products(sizes: Sizes, chunks: Chunks, do_QCD, R_QDF, dz_QCF):
     return [_apply("nn", sizes, chunks, do_QCD, R_QDF, _write_rows, dz_QCF)]
 
 
-def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, dv_QCD, dlr):
-    """dv = lr z R^T with rows of dlr = <v, z R^T>, and dz += lr v R."""
+def reverse_products(sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, R_QDF, dz_QCF, du_QCD):
+    """du = z R^T and dz += lr v R."""
     dz = lambda b: dz_QCF.at[chunks.q(b)]
     return [
-        _reverse_v(sizes, chunks, z_QCF, v_QCD, R_QDF, dv_QCD, dlr),
-        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_dz, dz_QCF, dz),
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, du_QCD),
+        _apply("nn", sizes, chunks, v_QCD, R_QDF, _add_to_rows, dz_QCF, dz),
     ]
 
 
-def turn_products(
-    sizes: Sizes, chunks: Chunks, z_QCF, v_QCD, u_QCD, do_QCD, W_QDF, R_QDF, dz_QCF, dv_QCD, dlr
-):
+def turn_products(sizes: Sizes, chunks: Chunks, z_QCF, u_QCD, do_QCD, W_QDF, R_QDF, dz_QCF, du_QCD):
     """The same with dz = do (W + S) + u R, one sum. W is W + S."""
     fast = _rows_of(chunks, u_QCD), lambda b: (R_QDF.at[b], 0)
     return [
-        _reverse_v(sizes, chunks, z_QCF, v_QCD, R_QDF, dv_QCD, dlr),
+        _apply("nt", sizes, chunks, z_QCF, R_QDF, _write_rows, du_QCD),
         _apply("nn", sizes, chunks, do_QCD, W_QDF, _write_rows, dz_QCF, more=[fast]),
     ]
-
-
-def _reverse_v(sizes, chunks, z_QCF, v_QCD, R_QDF, dv_QCD, dlr):
-    v = lambda b: v_QCD.at[chunks.q(b)]
-    write_dv = functools.partial(_write_dv, dlr)
-    return _apply("nt", sizes, chunks, z_QCF, R_QDF, write_dv, dv_QCD, v)
 
 
 def _rows_of(chunks, x_QCX):
@@ -137,22 +128,9 @@ def _write_rows(chunks, y_QCX, b, m0, n0):
     return write
 
 
-def _add_to_dz(chunks, dz_QCF, b, m0, n0):
+def _add_to_rows(chunks, y_QCX, b, m0, n0):
     def write(k, columns, sums, before):
-        part = dz_QCF.at[chunks.q(b), _rows(m0), columns]
+        part = y_QCX.at[chunks.q(b), _rows(m0), columns]
         chunks.staging.write(k, part, before.astype(jnp.float32) + chunks.lr * sums)
-
-    return write
-
-
-def _write_dv(dlr, chunks, dv_QCD, b, m0, n0):
-    by_row = []
-
-    def write(k, columns, sums, v):
-        by_row.append(jnp.sum(v.astype(jnp.float32) * sums, axis=1))
-        part = dv_QCD.at[chunks.q(b), _rows(m0), columns]
-        chunks.staging.write(k, part, chunks.lr * sums)
-        if len(by_row) == TILE // sums.shape[1]:
-            dlr[b, n0 // TILE, _rows(m0)] = sum(by_row)
 
     return write

@@ -5,13 +5,15 @@ grants; Q = B M chunks of all sequences. A sweep (`gpu_states.py`) keeps tiles o
 registers and writes a copy R_i of what every chunk reads. The products that read it know nothing of
 each other:
 
-    forward    states of v and z: R = S          o_i = z_i R_i^T + z_i W^T, one sum
-    fused      states of v and z: R = W + S      o_i = z_i R_i^T                 instead of forward
-    replay     states of v and z: R = W + S      dz_i = do_i R_i
-    reverse    states of do and z: R = G         dv_i = lr z_i R_i^T   dz_i += lr v_i R_i
+    forward    states of u and z: R = S          o_i = z_i R_i^T + z_i W^T, one sum
+    fused      states of u and z: R = W + S      o_i = z_i R_i^T                 instead of forward
+    replay     states of u and z: R = W + S      dz_i = do_i R_i
+    reverse    states of do and z: R = G         du_i = z_i R_i^T   dz_i += lr v_i R_i
 
-Where one stretch holds all chunks, replay leaves its copies, and the launch `turn` after the second
-sweep makes dz_i = do_i (W + S_i) + lr v_i G_i in one sum.
+XLA makes u = lr v and dv = lr du, which at a rate of one are nothing. Where one stretch holds all
+chunks, replay leaves its copies, and the launch `turn` after the second sweep makes dz_i = do_i (W
++ S_i) + u_i G_i in one sum. Those of `fused` are the same, and where the backward keeps them
+(`remat_save: [ttt_states]`), it does not go forward again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from ttt_jax.kernels_pallas.chunk_scan import (
@@ -37,6 +40,7 @@ from ttt_jax.kernels_pallas.varying import varying_alike, varying_like
 
 # Bytes of R at one time, for each of at most so many sequences. Long stretches are few launches.
 STATES, SEQUENCES = 2**29, 2
+KEPT = "ttt_states"  # under this name `remat_save` keeps copies of W + S
 LAUNCH_STEPS = 10  # k-steps that a tile of the state takes to be read and written
 
 
@@ -87,11 +91,16 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
         o_BTD = scaled(split(v_BTD, M * C)[0], lr)  # they are written
     S_BDF, o_BTD = _start(state_BDF, (B, D, F), o_BTD)
     added_DF, applied_DF = (w_DF, None) if fused else (None, w_DF)
-    for chunks in _stretches(B, M, C, D, F):
+    stretches, R_BNDF = _stretches(B, M, C, D, F), None
+    # Copies of W + S, which the backward makes again if need be. With a tail it needs the last
+    # state, too.
+    kept = fused and len(stretches) == 1 and not tail
+    for chunks in stretches:
         S_BDF, o_BTD = jax.lax.optimization_barrier((S_BDF, o_BTD))  # one stretch at a time
         with jax.named_scope("ttt_forward"):
             sweep = z_whole_BTF, o_BTD, factors_BM, added_DF, S_BDF
             R_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
+            R_BNDF = checkpoint_name(R_BNDF, KEPT) if kept else R_BNDF
             arrays = z_whole_BTF, applied_DF, R_BNDF, o_BTD
             o_BTD = varying_like(z_BTF, launches.forward(C, chunks, *arrays))
     if tail:  # the trailing partial chunk reads the state and does not write it
@@ -100,7 +109,8 @@ def _forward(launches, C, fused, z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM):
         o_BCD = dot("bcf,bdf->bcd", z_tail_BCF, read_BDF)
         o_BCD = o_BCD if fused else dot("bcf,df->bcd", z_tail_BCF, w_DF) + o_BCD
         o_BTD = jnp.concatenate([o_BTD, o_BCD.astype(dtype)], axis=1)
-    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM)
+    W_BNDF = R_BNDF if kept else None
+    return (o_BTD, S_BDF), (z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM, W_BNDF)
 
 
 def _start(first_BDF, shape, behind):
@@ -120,7 +130,7 @@ def _empty(like, shape, dtype):
 
 def _backward(launches, C, fused, residuals, cotangents):
     del fused  # gradients tolerate the rounding of W + S anyway
-    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM = residuals
+    z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM, W_BNDF = residuals
     do_BTD, G_BDF = cotangents
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
     M, tail = divmod(T, C)
@@ -129,22 +139,23 @@ def _backward(launches, C, fused, residuals, cotangents):
     (z_whole_BTF, _), factors_BM = split(z_BTF, M * C), factors(keep_BM, B, M)
     do_whole_BTD, do_tail_BCD = split(do_BTD, M * C)
     v_whole_BTD, _ = split(v_BTD, M * C)
+    with jax.named_scope("ttt_scaled"):  # again, and not the forward's, kept until now
+        u_BTD, do_whole_BTD = jax.lax.optimization_barrier((v_whole_BTD, do_whole_BTD))
+        u_BTD = scaled(u_BTD, lr)
 
-    stretches, W_BNDF = _stretches(B, M, C, D, F), None
+    stretches, S_BDF = _stretches(B, M, C, D, F), None
     several = len(stretches) > 1
     dz_BTF = _empty(z_BTF, z_whole_BTF.shape, z_BTF.dtype)
-    with jax.named_scope("ttt_scaled"):  # again, and not the forward's, kept until now
-        rate, do_whole_BTD = jax.lax.optimization_barrier((lr, do_whole_BTD))
-        u_BTD = scaled(v_whole_BTD, rate)
-    S_BDF, u_BTD = _start(state_BDF, (B, D, F), u_BTD)
-    for chunks in stretches:
-        S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
-        with jax.named_scope("ttt_replay"):
-            sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
-            W_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
-            if several:  # of a single one, these copies and those of G make one sum
-                dz_BTF = launches.replay(C, chunks, do_whole_BTD, W_BNDF, dz_BTF)
-                dz_BTF = varying_like(z_BTF, dz_BTF)
+    if W_BNDF is None:
+        S_BDF, u_BTD = _start(state_BDF, (B, D, F), u_BTD)
+        for chunks in stretches:
+            S_BDF, dz_BTF = jax.lax.optimization_barrier((S_BDF, dz_BTF))
+            with jax.named_scope("ttt_replay"):
+                sweep = z_whole_BTF, u_BTD, factors_BM, w_DF, S_BDF
+                W_BNDF, S_BDF = varying_like(z_BTF, launches.states(C, chunks, False, *sweep))
+                if several:  # of a single one, these copies and those of G make one sum
+                    dz_BTF = launches.replay(C, chunks, do_whole_BTD, W_BNDF, dz_BTF)
+                    dz_BTF = varying_like(z_BTF, dz_BTF)
 
     # what G starts with is not the slow weight's
     dw_DF = jnp.float32(0) if isinstance(G_BDF, SymbolicZero) else -G_BDF.sum(axis=0)
@@ -155,27 +166,29 @@ def _backward(launches, C, fused, residuals, cotangents):
         dz_tail_BCF = dot("bcd,bdf->bcf", do_tail_BCD, read_BDF).astype(z_BTF.dtype)
         G_BDF = G_BDF + dot("bcd,bcf->bdf", do_tail_BCD, z_tail_BCF)
 
-    dlr = varying_like(z_BTF, jnp.zeros((), jnp.float32))
-    # In the place of lr v, where no launch reads both.
-    dv_BTD = u_BTD if several else _empty(z_BTF, v_whole_BTD.shape, z_BTF.dtype)
+    # In the place of u, where no launch reads both.
+    du_BTD = u_BTD if several else _empty(z_BTF, u_BTD.shape, z_BTF.dtype)
     for chunks in reversed(stretches):
-        before = G_BDF, dz_BTF, dv_BTD, dw_DF
-        G_BDF, dz_BTF, dv_BTD, dw_DF = jax.lax.optimization_barrier(before)
+        before = G_BDF, dz_BTF, du_BTD, dw_DF
+        G_BDF, dz_BTF, du_BTD, dw_DF = jax.lax.optimization_barrier(before)
         with jax.named_scope("ttt_reverse"):
             sweep = z_whole_BTF, do_whole_BTD, factors_BM, None, G_BDF
             R_BNDF, G_BDF = varying_like(z_BTF, launches.states(C, chunks, True, *sweep))
-            arrays, written = (z_whole_BTF, v_whole_BTD), (dz_BTF, dv_BTD)
             if several:
-                results = launches.reverse(C, chunks, lr, *arrays, R_BNDF, *written)
+                arrays = z_whole_BTF, v_whole_BTD, R_BNDF
+                results = launches.reverse(C, chunks, lr, *arrays, dz_BTF, du_BTD)
             else:
-                arrays = (*arrays, u_BTD, do_whole_BTD, W_BNDF)
-                results = launches.turn(C, chunks, lr, *arrays, R_BNDF, *written)
-            results = varying_like(z_BTF, results)
-            dz_BTF, dv_BTD, partial_dlr = results
-            dlr = dlr + partial_dlr.sum()
+                arrays = z_whole_BTF, u_BTD, do_whole_BTD, W_BNDF, R_BNDF
+                results = launches.turn(C, chunks, *arrays, dz_BTF, du_BTD)
+            dz_BTF, du_BTD = varying_like(z_BTF, results)
         if keep_BM is not None:
             dw_DF = dw_DF + _dropped(factors_BM[:, chunks.start : chunks.stop], R_BNDF)
     dw_DF = dw_DF + G_BDF.sum(axis=0)
+
+    dlr = jnp.sum(v_whole_BTD.astype(jnp.float32) * du_BTD.astype(jnp.float32))
+    with jax.named_scope("ttt_scaled"):
+        dv_BTD = scaled(du_BTD, lr)
+    residuals = z_BTF, v_BTD, w_DF, lr, state_BDF, keep_BM
     return gradients(residuals, dz_BTF, dv_BTD, dw_DF, dlr, G_BDF, dz_tail_BCF)
 
 

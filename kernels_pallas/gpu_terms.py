@@ -314,24 +314,28 @@ class Kernels:
         return high.astype(jnp.bfloat16), (x_NPQ - high).astype(jnp.bfloat16)
 
     def product(self, kind, x, y):
-        return self._run(x, y, Sums(kind, OF_FOUR, ("float32",)))[0]
+        return self._run("product", x, y, Sums(kind, OF_FOUR, ("float32",)))[0]
 
     def gram(self, z_NCF):
-        return self._run((z_NCF,), (z_NCF,), Sums("nt", ONE, ("float32",), lower=True))[0]
+        sums = Sums("nt", ONE, ("float32",), lower=True)
+        return self._run("gram", (z_NCF,), (z_NCF,), sums)[0]
 
     def square(self, m):
-        return self._run(m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
+        return self._run("square", m, m, Sums("tn", OF_FOUR, lower=True, triangular=True))
 
     def outer(self, x_NCD, y_NCD):
         pairs = (0, 0), (1, 1)
         sums = Sums("nt", pairs, ("bfloat16",), lower=True, negative=True)
-        return self._run((x_NCD, y_NCD), (y_NCD, x_NCD), sums)[0]
+        return self._run("outer", (x_NCD, y_NCD), (y_NCD, x_NCD), sums)[0]
 
     def apply(self, a, y_NCS, shift_N=None):
         start = {} if shift_N is None else {"start": y_NCS, "shift_N": shift_N}
         pairs = tuple((i, 0) for i in range(len(a)))
         sums = Sums("nn", pairs, ("bfloat16",), symmetric=True)
-        return self._run(a, (y_NCS,), sums, **start)[0]
+        return self._run(
+            "apply" if shift_N is None else "apply_shifted", a, (y_NCS,), sums, **start
+        )[0]
 
-    def _run(self, xs, ys, sums, **options):
-        return tuple(multiply(xs, ys, sums, interpret=self.interpret, **options))
+    def _run(self, name, xs, ys, sums, **options):
+        with jax.named_scope(name):  # for profiles
+            return tuple(multiply(xs, ys, sums, interpret=self.interpret, **options))

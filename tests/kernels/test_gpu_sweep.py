@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,17 +38,12 @@ class PlainLaunches:
     def replay(self, C, chunks, do, R, dz):
         return self._put(C, dz, chunks, self._times(C, chunks, do, R))
 
-    def reverse(self, C, chunks, lr, z, v, R, dz, dv):
-        sums = dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R)
-        new = self._cut(C, dz, chunks) + lr * self._times(C, chunks, v, R)
-        dz = self._put(C, dz, chunks, new)
-        return dz, self._put(C, dv, chunks, lr * sums), self._cut(C, v, chunks) * sums
+    def reverse(self, C, chunks, lr, z, v, R, dz, du):
+        dz = self._put(C, dz, chunks, self._cut(C, dz, chunks) + lr * self._times(C, chunks, v, R))
+        return dz, self._put(C, du, chunks, dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R))
 
-    def turn(self, C, chunks, lr, z, v, u, do, W, R, dz, dv):
-        dz = self.replay(C, chunks, do, W, dz)
-        dz = self._put(C, dz, chunks, self._cut(C, dz, chunks) + self._times(C, chunks, u, R))
-        sums = dot("bmcf,bmdf->bmcd", self._cut(C, z, chunks), R)
-        return dz, self._put(C, dv, chunks, lr * sums), self._cut(C, v, chunks) * sums
+    def turn(self, C, chunks, z, u, do, W, R, dz, du):
+        return self.reverse(C, chunks, 1, z, u, R, self.replay(C, chunks, do, W, dz), du)
 
     def _times(self, C, chunks, x, R):
         return dot("bmcd,bmdf->bmcf", self._cut(C, x, chunks), R)
@@ -104,6 +100,52 @@ def test_sweeps_match_the_float64_reference(plain, documents, B, T):
     ids = None if segment_ids is None else np.broadcast_to(segment_ids(T, 8), (B, T))
     for options in ({"fresh": True}, {"apply": "fused"}, {"decay": 0.6}):
         check(*make_inputs(B=B, T=T), F32, plain, chunk_size=8, segment_ids=ids, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedLaunches(PlainLaunches):
+    """Adds a line to `swept` for each sweep that runs."""
+
+    swept: list[int] = dataclasses.field(default_factory=list, compare=False)
+
+    def states(self, *arguments):
+        def count(*arrays):
+            self.swept.append(len(self.swept))
+            return arrays
+
+        results = super().states(*arguments)
+        return jax.pure_callback(count, tuple(results), *results)
+
+
+@pytest.mark.parametrize(
+    ("apply", "tail", "save", "sweeps"),
+    [
+        ("fused", 0, ["ttt_states"], 2),  # forward, and of the gradient
+        ("fused", 0, [], 3),  # and forward in time again
+        ("fused", 3, ["ttt_states"], 3),  # a tail needs the last state
+        ("split", 0, ["ttt_states"], 3),  # the forward has other copies
+    ],
+)
+def test_kept_states_are_not_swept_again(monkeypatch, apply, tail, save, sweeps):
+    """In a layer that is computed again, with the value and gradients of one that is not."""
+    monkeypatch.setattr(gpu_sweep, "_stretches", functools.partial(stretches, 64))
+    (z, v, w, lr, _), (do, _) = make_inputs(B=1, T=4 * 8 + tail)
+    z, v, w, do = (jnp.asarray(x, F32) for x in (z, v, w, do))
+
+    def gradients(launches, wrap):
+        def layer(z, v, w):
+            options = {"lr": lr, "chunk_size": 8, "state_BDF": None, "apply": apply}
+            return gpu_sweep.in_place_ttt(launches, jnp.sin(z), v, w, **options)[0]
+
+        loss = lambda *arrays: jnp.sum(do * wrap(layer)(*arrays))
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(z, v, w))
+
+    launches, policy = CountedLaunches(), jax.checkpoint_policies.save_only_these_names(*save)
+    got = gradients(launches, functools.partial(jax.checkpoint, policy=policy))
+    for x, y in zip(got, gradients(PlainLaunches(), lambda layer: layer), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    jax.effects_barrier()
+    assert len(launches.swept) == sweeps
 
 
 def test_stretches_leave_few_clusters_idle(monkeypatch):

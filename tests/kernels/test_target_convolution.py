@@ -57,15 +57,20 @@ def values(run, source, conv, dt):
     return jit(program)(source, conv, dt)
 
 
+@pytest.mark.parametrize("written", [None, [[True, False], [False, True]]])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kernel_matches_float64_with_gradients(on_a_gpu, dtype, normalize):
+def test_kernel_matches_float64_with_gradients(on_a_gpu, dtype, normalize, written):
+    """Chunks that are not written come out as zeros, and nothing of them has a gradient."""
     assert kernel.why_not(dtype, C, D) is None
     arrays = [jnp.asarray(x, dtype).astype(dtype) for x in inputs()]
     source, conv, dt = (np.asarray(x, "float64") for x in arrays)
     with jax.enable_x64(True):
-        expected = values(functools.partial(oracle, normalize=normalize), source, conv, dt)
-    got = values(lambda source, conv: convolved(source, conv[:, None], C, normalize), *arrays)
+        mask = np.repeat([[True] * 2] * B if written is None else written, C, axis=1)[:, :, None]
+        rule = lambda source, conv: jnp.where(mask, oracle(source, conv, normalize), 0)
+        expected = values(rule, source, conv, dt)
+    options = C, normalize, None if written is None else jnp.asarray(written)
+    got = values(lambda source, conv: convolved(source, conv[:, None], *options), *arrays)
     for name, x, y in zip(("t", "dsource", "dconv"), got, expected, strict=True):
         assert x.dtype == dtype
         assert_close(name, x, y, TOLERANCE[dtype])

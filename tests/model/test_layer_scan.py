@@ -15,7 +15,7 @@ from support.models import EMBED, abstract, config, make, tokens, transplant
 from support.tolerance import relative_rms
 
 from ttt_jax.config import REMAT_NAMES
-from ttt_jax.model.layer_scan import _linearize, scan_layers
+from ttt_jax.model.layer_scan import _linearize, layers_in_a_row, scan_layers
 from ttt_jax.model.transformer import LayerRun
 from ttt_jax.ops import platform
 
@@ -60,7 +60,8 @@ def toy():
     return stacks, draw(B, T, D), draw(B, T, D), rest
 
 
-def test_values_and_gradients_are_those_of_the_plain_loop(x64, monkeypatch):
+@pytest.mark.parametrize("run", [scan_layers, layers_in_a_row])
+def test_values_and_gradients_are_those_of_the_plain_loop(x64, monkeypatch, run):
     unwritten.show(monkeypatch)
     monkeypatch.setattr(platform, "on_one_device", lambda: True)
     monkeypatch.setattr(platform, "compiled_for", lambda: "gpu")
@@ -75,7 +76,7 @@ def test_values_and_gradients_are_those_of_the_plain_loop(x64, monkeypatch):
 
         return jit(jax.value_and_grad(scalar, (0, 1, 2), has_aux=True))(stacks, h_BTD, source_BTD)
 
-    (_, (got, stats)), gradients = loss(scan_layers)
+    (_, (got, stats)), gradients = loss(run)
     (_, (expected, means)), wanted = loss(in_a_row)
     assert relative_rms(got, expected) < 1e-13
     assert stats[1] is None
@@ -85,12 +86,10 @@ def test_values_and_gradients_are_those_of_the_plain_loop(x64, monkeypatch):
         assert relative_rms(x, y) < 1e-13
     # one repeat, and outside of jit: a run of one layer is then no loop
     one = jax.tree.map(lambda x: x[:1], stacks)
-    single = jax.grad(lambda one: jnp.sum(scan_layers(layers, one, h_BTD, source_BTD, rest)[0]))
+    single = jax.grad(lambda one: jnp.sum(run(layers, one, h_BTD, source_BTD, rest)[0]))
     for x, y in zip(jax.tree.leaves(single(one)), jax.tree.leaves(jit(single)(one)), strict=True):
         assert relative_rms(x, y) < 1e-13
-    without_gradient, _ = jit(lambda *args: scan_layers(layers, *args))(
-        stacks, h_BTD, source_BTD, rest
-    )
+    without_gradient, _ = jit(lambda *args: run(layers, *args))(stacks, h_BTD, source_BTD, rest)
     np.testing.assert_allclose(without_gradient, got, rtol=1e-13)
 
 
@@ -122,18 +121,38 @@ def test_gradients_are_those_of_layer_after_layer(monkeypatch, x64, changes):
         (wanted_value, wanted_stats), wanted = gradient(
             transplant(model, model.config), ids, segment_ids=segment_ids
         )
-    for save in (None, REMAT_NAMES) if changes else ((),):
-        one = transplant(model, model.config, remat_save=save)
+    for save, unroll in (
+        ((None, False), (REMAT_NAMES, False)) if changes else (((), False), ((), True))
+    ):
+        one = transplant(model, model.config, remat_save=save, unroll_layers=unroll)
         (value, stats), got = gradient(one, ids, segment_ids=segment_ids)
         np.testing.assert_allclose(value, wanted_value, rtol=1e-12)
         assert set(stats) == set(wanted_stats) == {0, 3, 6}
         for layer, values in wanted_stats.items():
             for name, x in values.items():
                 np.testing.assert_allclose(stats[layer][name], x, rtol=1e-10)
-        expected = transplant(wanted, model.config, remat_save=save)
+        expected = transplant(wanted, model.config, remat_save=save, unroll_layers=unroll)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             assert np.asarray(y).any()
             assert relative_rms(x, y) < 1e-11
+
+
+def test_without_loops_nothing_is_stacked_and_what_is_computed_again_stays_so():
+    """A step has no loop, nothing of a layer in a stack, and a barrier for each layer that is
+    computed again: without, the compiler would keep what the first time made.
+    """
+    plain, ids = config(**SEVEN | {"ttt.layers": ()}), jax.ShapeDtypeStruct((3, 8), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda model, ids: jnp.sum(model.hidden(ids)[0])))
+    looped, text = (
+        gradient.lower(abstract(plain, remat_save=(), unroll_layers=unroll), ids).as_text()
+        for unroll in (False, True)
+    )
+    kept = f"7x3x8x{plain.d_model}x"  # inputs of layers
+    assert (looped.count("stablehlo.while"), text.count("stablehlo.while")) == (2, 0)
+    assert kept in looped
+    assert kept not in text
+    barriers = [x.count("stablehlo.optimization_barrier") for x in (looped, text)]
+    assert barriers[1] - barriers[0] == plain.num_layers
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from ttt_jax.errors import ConfigError
 from ttt_jax.model.layers import Context
 from ttt_jax.model.transformer import Transformer
 from ttt_jax.model.ttt_mlp import KERNEL, MLP, Target
+from ttt_jax.ops import in_place_ttt
 from ttt_jax.pretrained.hf_weights import tensor_names
 
 NAMES = {  # ours -> theirs
@@ -61,9 +62,8 @@ def context(source, start=None, **options):
         rope=(nothing, nothing),
         start_B=start,
         lengths_B=None,
-        segment_ids_BT=None,
         embed_BTD=source,
-        **options,
+        **{"segment_ids_BT": None} | options,
     )
 
 
@@ -142,6 +142,39 @@ def test_a_fresh_pass_leaves_the_official_fast_weight(golden_mlp, x64):
 
 
 # ------------------------------------------------------------------------------------------- target
+
+
+@pytest.mark.parametrize("write", ["sum", "ridge"])
+def test_chunks_whose_write_nothing_reads_have_no_targets(x64, write):
+    """Those with padding and a document's last. Targets are zero there, and in the others what they
+    are without documents; so is the gradient, and S is what the op makes of any targets.
+    """
+    B, C, D = 2, 4, 6
+    ttt = TTTConfig(layers=(0,), chunk_size=C, target="input_embed", write=write)
+    cfg = ModelConfig(d_model=D, d_ff=8, ttt=ttt)
+    mlp = MLP(cfg, cfg.ttt.target, key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+    mlp.target.conv.set_value(jnp.asarray(rng.standard_normal(mlp.target.conv.shape)))
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    ids = jnp.asarray([[1] * 10 + [0] * 2 + [2] * 8, [1] * 8 + [2] * 4 + [3] * 5 + [0] * 3])
+    written = jnp.asarray([[1.0, 1, 0, 1, 1], [1, 0, 0, 1, 0]])
+    z, source, dv = draw(B, 20, 8), draw(B, 20, D), draw(B, 20, D)
+
+    def targets(ids, source, z):
+        return mlp.targets(z, source, context(source, segment_ids_BT=ids))
+
+    def both(ids, dv):
+        v, pull = jax.vjp(lambda *arrays: targets(ids, *arrays), source, z)
+        return v, *pull(dv)
+
+    mask = jnp.broadcast_to(jnp.repeat(written, C, axis=1)[:, :, None], source.shape)
+    got, (raw, *gradients) = both(ids, dv), both(None, mask * dv)
+    for x, y in zip(got, (mask * raw, *gradients), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
+    assert not np.asarray(got[0])[np.asarray(mask) == 0].any()
+    _, S = mlp.op(z, got[0], 0.5, None, segment_ids_BT=ids)
+    options = {"lr": 0.5, "chunk_size": C, "segment_ids": ids, "implementation": "reference"}
+    np.testing.assert_allclose(S, in_place_ttt(z, raw, mlp.down[...], **options)[1], atol=1e-13)
 
 
 def target_of(proj, D=6, **options):

@@ -28,6 +28,7 @@ def test_lr_may_be_traced_and_zero():
         ({"chunk_size": 0}, "chunk_size = 0"),
         ({"state": jnp.zeros((2, 3, 4))}, "state has shape"),
         ({"segment_ids": jnp.zeros((1, 40), jnp.int32)}, "segment_ids has shape"),
+        ({"written": jnp.ones((2, 40), bool)}, "written has shape .* beside segment_ids"),
     ],
 )
 def test_wrong_arguments(change, words):

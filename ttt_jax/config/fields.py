@@ -42,6 +42,7 @@ REMAT_NAMES = (
     "mlp_up",
     "mlp_hidden",
     "ttt_target",
+    "ttt_states",
 )
 OPEN_REMAT = ("auto",)  # `remat_save: auto`
 TargetSource = Literal["hidden_states", "input_embed", "prediction_error"]
@@ -316,9 +317,12 @@ class Config:
     init_from: str | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights are float32
     # activations that the backward pass keeps, of attention, qkv, attention_out, mlp_gate, mlp_up,
-    # mlp_hidden, ttt_target; (): none, all are computed again; None: all; "auto": what the device
-    # has room for
+    # mlp_hidden, ttt_target, ttt_states (of `ttt.apply: fused` on Hopper GPUs); (): none, all are
+    # computed again; None: all; "auto": what the device has room for
     remat_save: Names | None = ()
+    # write a training step's layers out one after the other: nothing kept is copied into stacks of
+    # layers and out of them, but compile time grows with depth (docs/performance.md)
+    unroll_layers: bool = False
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

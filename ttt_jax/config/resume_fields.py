@@ -35,7 +35,7 @@ _NAMES = {
         "optimizer.ttt_drop optimizer.groups"
     ),
     ROUNDING: (
-        "remat_save model.ttt.apply model.ttt.implementation optimizer.accumulate "
+        "remat_save unroll_layers model.ttt.apply model.ttt.implementation optimizer.accumulate "
         "mesh.data mesh.fsdp mesh.context mesh.tensor"
     ),
     MEASURED: "eval.rows eval.buckets",

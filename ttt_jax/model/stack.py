@@ -15,7 +15,7 @@ from flax import nnx
 
 from ttt_jax.config import ModelConfig, TargetSource
 from ttt_jax.model.attention import Attention
-from ttt_jax.model.layer_scan import scan_layers
+from ttt_jax.model.layer_scan import layers_in_a_row, scan_layers
 from ttt_jax.model.layers import Context, RMSNorm
 from ttt_jax.model.ttt_mlp import MLP
 from ttt_jax.model.ttt_stream import TTTState
@@ -35,6 +35,8 @@ class Runtime:
       scan_layers: stack equal layers and scan over them, so that compile time does not grow with
         depth. Without, each layer has its own arrays, which decoding reads and updates in place (a
         scan copies a layer's slice first).
+      unroll_layers: train without loops over the stacks, so that nothing that the backward keeps is
+        copied into stacks and out of them; compile time grows with depth.
       parallel: how attention, the op and the loss run on the devices at hand.
     """
 
@@ -42,6 +44,7 @@ class Runtime:
     remat_save: tuple[str, ...] | None = ()
     attention: str | None = None
     scan_layers: bool = True
+    unroll_layers: bool = False
     parallel: Devices = ONE_DEVICE
 
 
@@ -143,15 +146,15 @@ class Group(nnx.Module):
             return block(h_BTD, ctx, state, runtime.attention)
 
         if runtime.remat_save is not None:
-            # prevent_cse is for recomputation outside of loops, which these scans rule out.
+            # Without loops the compiler would find what is computed again equal to what was.
             apply = jax.checkpoint(
-                apply, policy=_remat_policy(runtime.remat_save), prevent_cse=False
+                apply, policy=_remat_policy(runtime.remat_save), prevent_cse=runtime.unroll_layers
             )
 
         single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
         fixed_rate = isinstance(ctx.ttt_scale, float)
         if states is None and not ctx.keep_state and fixed_rate and not single:
-            return self._train(apply, h_BTD, ctx)
+            return self._train(apply, h_BTD, ctx, runtime.unroll_layers)
 
         def layer(h_BTD, xs):
             h_BTD, state, stats = apply(xs[0], h_BTD, ctx, xs[1])
@@ -179,8 +182,10 @@ class Group(nnx.Module):
             h_BTD, outs = jax.lax.scan(pattern, h_BTD, (tuple(self.blocks), states))
         return h_BTD, tuple(state for state, _ in outs), tuple(stats for _, stats in outs)
 
-    def _train(self, apply, h_BTD, ctx: Context):
-        """As `__call__` without states, by a scan that copies nothing out of the stacks."""
+    def _train(self, apply, h_BTD, ctx: Context, unroll: bool):
+        """As `__call__` without states, by a scan that copies no parameters out of the stacks, or
+        without loops.
+        """
 
         def layer(block, h_BTD, embed_BTD, ctx):
             ctx = dataclasses.replace(ctx, embed_BTD=embed_BTD)
@@ -188,7 +193,8 @@ class Group(nnx.Module):
             return h_BTD, stats
 
         runs, rest = len(self.blocks), dataclasses.replace(ctx, embed_BTD=None)
-        results: Any = scan_layers((layer,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
+        run: Any = layers_in_a_row if unroll else scan_layers
+        results: Any = run((layer,) * runs, tuple(self.blocks), h_BTD, ctx.embed_BTD, rest)
         return results[0], (None,) * runs, results[1]
 
 

@@ -21,6 +21,7 @@ from ttt_jax.model.layers import Context, linear, param
 from ttt_jax.model.ttt_stream import TTTState
 from ttt_jax.ops import write_chunk
 from ttt_jax.ops.numerics import accumulator, precision_for
+from ttt_jax.ops.ttt.chunk_updates import written_chunks
 from ttt_jax.ops.ttt.targets import convolved
 from ttt_jax.ops.ttt.writes import TARGET, transformed
 from ttt_jax.parallel.one_device import ONE_DEVICE, Devices
@@ -57,14 +58,19 @@ class Target(nnx.Module):
         self.proj = nnx.Param(proj_DD, axes=("embed", "embed_out")) if cfg.ttt.proj else None
 
     def __call__(
-        self, source_BTD, chunk_size: int, pin: Callable[[jax.Array], jax.Array] = lambda x: x
+        self,
+        source_BTD,
+        chunk_size: int,
+        pin: Callable[[jax.Array], jax.Array] = lambda x: x,
+        written_BM=None,
     ):
         """Targets [B, T, D] for whole chunks (T a multiple of the chunk), in the source's dtype.
-        `pin`: see `Context.pin`.
+        `pin`: see `Context.pin`; `written_BM`: as in `convolved`.
         """
         dtype = source_BTD.dtype
         with jax.named_scope("ttt_target"):
-            t_BTD = pin(convolved(source_BTD, self.conv[...], chunk_size, self.normalize_source))
+            options = self.conv[...], chunk_size, self.normalize_source, written_BM
+            t_BTD = pin(convolved(source_BTD, *options))
             # t @ W as the checkpoint stores it, not t @ W^T as an nn.Linear would
             if self.proj is not None:
                 weight = self.proj[...].astype(dtype)
@@ -169,6 +175,7 @@ class MLP(nnx.Module):
             chunk_size=ttt.chunk_size,
             state=S_BDF,
             segment_ids=segment_ids_BT,
+            written=self._documents_written(segment_ids_BT),
             decay=ttt.decay,
             whole_chunks=whole_B,
             clip_norm=ttt.clip_norm,
@@ -200,8 +207,8 @@ class MLP(nnx.Module):
         return prediction_error.source(h_BTD + linear(z_BTF, self.down, self.down_bias), ctx.head)
 
     def targets(self, z_BTF, source_BTX, ctx: Context, whole_B=None):
-        """Make the op's targets: what whole chunks write, zeros for the rest. `whole_B` limits the
-        chunks of each row.
+        """Make the op's targets: what whole chunks write, zeros for the rest, and for chunks that
+        hold padding. `whole_B` limits the chunks of each row.
         """
         ttt, C, devices = self.cfg.ttt, self.cfg.ttt.chunk_size, ctx.parallel
         B, T, _ = source_BTX.shape
@@ -214,7 +221,10 @@ class MLP(nnx.Module):
             options = {"normalize": ttt.normalize_source, "devices": devices}
             error_BTD = prediction_error.prediction_error(source_BTX, ctx.head, C, **options)
             source_BTX = checkpoint_name(devices.pin(error_BTD), TARGET)
-        v_BTD = self.target(source_BTX, C, devices.pin)
+        written_BM = self._documents_written(ctx.segment_ids_BT)
+        if written_BM is not None:
+            written_BM = written_BM[:, :M]
+        v_BTD = self.target(source_BTX, C, devices.pin, written_BM)
         if ttt.write == "sum":
             v_BTD = checkpoint_name(v_BTD, TARGET)
         else:
@@ -224,6 +234,12 @@ class MLP(nnx.Module):
             written_BT = (jnp.arange(M * C, dtype=jnp.int32) // C)[None] < whole_B[:, None]
             v_BTD = jnp.where(written_BT[:, :, None], v_BTD, 0)
         return jnp.pad(v_BTD, ((0, 0), (0, T - M * C), (0, 0)))
+
+    def _documents_written(self, segment_ids_BT):
+        """`written_chunks` of packed rows. No write makes anything of a chunk whose targets are
+        zero.
+        """
+        return None if segment_ids_BT is None else written_chunks(segment_ids_BT, self.chunk_size)
 
     def _slow_norm(self, acc):
         """||W||_F, without a gradient."""

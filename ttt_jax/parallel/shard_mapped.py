@@ -157,6 +157,7 @@ class Parallel(Devices):
         chunk_size,
         state=None,
         segment_ids=None,
+        written=None,
         decay=1.0,
         whole_chunks=None,
         clip_norm=None,
@@ -168,6 +169,7 @@ class Parallel(Devices):
 
         Tokens that do not give every shard the same whole chunks are whole on all of them.
         """
+        del written  # each shard looks at its own documents
         D, mesh = v_BTD.shape[2], self.mesh
         shards = self.shards if self.splits(z_BTF.shape[1], chunk_size) else 1
         axis, by_tokens = (self.axis, "tokens") if shards > 1 else (None, None)

@@ -47,7 +47,12 @@ def runtime_of(config: Config, mesh: Mesh | None = None) -> Runtime:
     if config.remat_save == OPEN_REMAT:
         raise ValueError("remat_save is open: settle it first (training/step_memory.py)")
     parallel = ONE_DEVICE if mesh is None else make_parallel(mesh)
-    return Runtime(dtype=config.compute_dtype, remat_save=config.remat_save, parallel=parallel)
+    return Runtime(
+        dtype=config.compute_dtype,
+        remat_save=config.remat_save,
+        unroll_layers=config.unroll_layers,
+        parallel=parallel,
+    )
 
 
 def abstract_state(config: Config, mesh: Mesh) -> tuple[TrainState, optax.GradientTransformation]:

@@ -110,6 +110,8 @@ def activations(config: Config, sizes: Mapping[str, int]) -> dict[str, float]:
     # a chunk's inverse of C x C, kept with its targets: 4 bytes an element (ops/ttt/writes.py)
     inverse = model.ttt.chunk_size * 4 / a if model.ttt.write == "ridge" else 0
     errors = D * len(model.ttt.error_layers)  # kept, or logits are made again
+    # a copy of W + S for each chunk; `kernels_pallas/gpu_sweep.py` has those of short rows alone
+    states = D * F / model.ttt.chunk_size if model.ttt.apply == "fused" else 0
     # elements a token, by the names of remat_save; TTT targets only where there are targets
     width = {
         "attention": heads + 4 * N / a,
@@ -119,6 +121,7 @@ def activations(config: Config, sizes: Mapping[str, int]) -> dict[str, float]:
         "mlp_up": F,
         "mlp_hidden": F,
         "ttt_target": ((D + inverse) * ttt_layers + errors) / model.num_layers,
+        "ttt_states": states * ttt_layers / model.num_layers,
     }
     names = tuple(width) if config.remat_save is None else config.remat_save
     kept = D + sum(width[name] for name in names) + (4 * D if config.remat_save is None else 0)

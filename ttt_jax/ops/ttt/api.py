@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ttt_jax.errors import UserError
 from ttt_jax.ops import platform
@@ -133,6 +133,7 @@ def in_place_ttt(
     chunk_size: int,
     state: Float[Array, "B D F"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    written: Bool[Array, "B M"] | None = None,
     decay: float = 1.0,
     whole_chunks: Int[Array, " B"] | None = None,
     clip_norm: float | None = None,
@@ -162,6 +163,8 @@ def in_place_ttt(
       segment_ids: document of each token, 0 for padding. S returns to zero where a new document
         starts; documents must start on chunk boundaries. A chunk that holds padding updates
         nothing.
+      written: what `written_chunks` says of `segment_ids`, from a caller whose v is zero in the
+        other chunks. None: v may be anything there, and a pass over it makes it zero.
       decay: factor on S, 0 < decay <= 1, wherever a chunk is written (1 is the paper's rule).
       whole_chunks: of rows that are padded at the right, how many chunks each of them writes: S
         stays as it is in the others, whose v must be zero. None: all chunks.
@@ -185,7 +188,7 @@ def in_place_ttt(
       UserError: shapes do not fit together, a chunk size below 1, another word for `apply`, or an
         implementation that is unknown or cannot run here.
     """
-    _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids)
+    _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids, written)
     if apply not in ("split", "fused"):
         raise UserError(f'in_place_ttt: apply = {apply!r}: must be "split" or "fused"')
     (B, T, F), D = z_BTF.shape, v_BTD.shape[2]
@@ -208,7 +211,8 @@ def in_place_ttt(
             decay=decay,
             whole_chunks_B=whole_chunks,
         )
-    v_BTD, keep_BM = fold_segments(v_BTD.astype(z_BTF.dtype), segment_ids, chunk_size, acc)
+    v_BTD = v_BTD.astype(z_BTF.dtype)
+    v_BTD, keep_BM = fold_segments(v_BTD, segment_ids, chunk_size, acc, written)
     if clip_norm is not None:
         v_BTD = fold_clip(z_BTF, v_BTD, lr, chunk_size, clip_norm, acc)
     fast, w_DF = _FAST[implementation], w_DF.astype(z_BTF.dtype)
@@ -283,7 +287,7 @@ def _choose(implementation: str | None, call: _Call) -> str:
     return implementation
 
 
-def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
+def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids, written) -> None:
     if z_BTF.ndim != 3 or v_BTD.ndim != 3 or w_DF.ndim != 2:
         raise UserError(
             f"in_place_ttt: expected z [B,T,F], v [B,T,D], w [D,F], got {z_BTF.shape}, "
@@ -304,4 +308,10 @@ def _check(z_BTF, v_BTD, w_DF, chunk_size, state, segment_ids) -> None:
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise UserError(
             f"in_place_ttt: segment_ids has shape {segment_ids.shape}, expected [B,T] = {(B, T)}"
+        )
+    chunks = -(-T // chunk_size)
+    if written is not None and (segment_ids is None or written.shape != (B, chunks)):
+        raise UserError(
+            f"in_place_ttt: written has shape {written.shape}, expected [B,M] = {(B, chunks)} "
+            "beside segment_ids"
         )

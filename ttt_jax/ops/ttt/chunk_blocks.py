@@ -61,7 +61,8 @@ def in_blocks(
     Args:
       run: an implementation, as `in_place_ttt_xla`.
       keep_BM: 0 at a document's first chunk, else 1, a trailing partial chunk included; 1 for the
-        first chunk, which reads `state_BDF`. None: every row is one document.
+        first chunk, which reads `state_BDF`. v is zero in the chunk before a document's first.
+        None: every row is one document.
       decay_BM: what each chunk's update multiplies the state before it by; only with n = 1. None:
         ones.
 
@@ -149,7 +150,8 @@ def _between(run, n, C, z_BTF, v_BTD, w_DF, lr, state_BDF, number_BM, decay_BX=N
         documents = _documents(n, C, T, number_BM)
         keep_BX = documents.keep_BX.astype(lr.dtype)
         keep_BX = keep_BX if decay_BX is None else keep_BX * decay_BX
-        v_BTD = _masked(v_BTD, documents.writes_BM, C)
+        # A step of one chunk whose document ends has a v of zeros.
+        v_BTD = _masked(v_BTD, documents.writes_BM, C) if n > 1 else v_BTD
 
     def steps(size, tokens, some, state_BDF):
         return run(

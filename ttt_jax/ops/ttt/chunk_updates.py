@@ -60,16 +60,32 @@ def update_cosine(z_BTF, v_BTD, C, segment_ids_BT=None, sum_F=None) -> Float[Arr
     return jnp.sum(counted * dot / jnp.where(norms > 0, norms, 1)) / jnp.maximum(counted.sum(), 1)
 
 
-def fold_segments(v_BTD, segment_ids_BT, C, acc):
-    """Documents as per-token zeros in v (chunks that must not write) and a per-chunk factor on S
-    (resets).
+def fold_segments(v_BTD, segment_ids_BT, C, acc, written_BM=None):
+    """Documents as per-token zeros in v (chunks whose write nothing reads) and a per-chunk factor
+    on S (resets). `written_BM`: as `written_chunks` makes it, of a v that has these zeros.
     """
     if segment_ids_BT is None:
         return v_BTD, None
-    (B, T), (first_BM, whole_BM) = segment_ids_BT.shape, _documents(segment_ids_BT, C)
-    same_BM = jnp.concatenate([jnp.ones((B, 1), bool), first_BM[:, 1:] == first_BM[:, :-1]], axis=1)
-    write_BT = jnp.repeat(whole_BM, C, axis=1)[:, :T]
-    return jnp.where(write_BT[:, :, None], v_BTD, 0), same_BM.astype(acc)
+    first_BM, _ = _documents(segment_ids_BT, C)
+    same_BM = jnp.pad(first_BM[:, 1:] == first_BM[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    if written_BM is None:
+        v_BTD = only_written(v_BTD, written_chunks(segment_ids_BT, C), C)
+    return v_BTD, same_BM.astype(acc)
+
+
+def written_chunks(segment_ids_BT, C):
+    """Say which chunks write what something may read, bool [B, M]: those without padding whose
+    document goes on, and the last one. A trailing partial chunk is counted, and writes nothing.
+    """
+    first_BM, whole_BM = _documents(segment_ids_BT, C)
+    goes_on_BM = first_BM[:, 1:] == first_BM[:, :-1]
+    return whole_BM & jnp.pad(goes_on_BM, ((0, 0), (0, 1)), constant_values=True)
+
+
+def only_written(x_BTX, written_BM, C):
+    """x with zeros in all chunks that are not written."""
+    written_BT = jnp.repeat(written_BM, C, axis=1)[:, : x_BTX.shape[1]]
+    return jnp.where(written_BT[:, :, None], x_BTX, 0)
 
 
 def _documents(segment_ids_BT, C):

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from ttt_jax.ops import platform
 from ttt_jax.ops.numerics import accumulator
+from ttt_jax.ops.ttt.chunk_updates import only_written
 
 _TINY = 1e-12  # far below the mean square of any embedding: the scale of the source cancels
 
 
-def convolved(source_BTD, conv_D1K, chunk_size: int, normalize: bool):
+def convolved(source_BTD, conv_D1K, chunk_size: int, normalize: bool, written_BM=None):
     """Convolve along the tokens of each chunk, every channel by itself, [B, T, D].
 
     The convolution is centred: it sees future tokens, and zeros outside of the chunk.
@@ -26,9 +27,12 @@ def convolved(source_BTD, conv_D1K, chunk_size: int, normalize: bool):
         chunk.
       conv_D1K: an odd number of taps, as checkpoints store them.
       normalize: divide each token's vector by its root mean square first; zeros stay zeros.
+      written_BM: bool; zeros come out of the other chunks. None: of none.
     """
     if _kernel_runs(source_BTD.dtype, chunk_size, source_BTD.shape[2]):
-        return _convolved_by_kernel(source_BTD, conv_D1K, chunk_size, normalize)
+        return _convolved_by_kernel(source_BTD, conv_D1K, chunk_size, normalize, written_BM)
+    if written_BM is not None:
+        source_BTD = only_written(source_BTD, written_BM, chunk_size)
     source_BTD = unit_rms(source_BTD) if normalize else source_BTD
     return _sum_of_taps(source_BTD, conv_D1K, chunk_size)
 
@@ -64,13 +68,15 @@ def _kernel_runs(dtype, C: int, D: int) -> bool:
     return kernel.why_not(dtype, C, D) is None
 
 
-def _convolved_by_kernel(source_BTD, conv_D1K, C: int, normalize: bool):
+def _convolved_by_kernel(source_BTD, conv_D1K, C: int, normalize: bool, written_BM):
     from ttt_jax.kernels_pallas import target_convolution as kernel
 
     B, T, D = source_BTD.shape
     scale_BT = jnp.ones((B, T), jnp.float32)
     if normalize:
         scale_BT = _inverse_rms(source_BTD.astype(jnp.float32))[..., 0]
+    if written_BM is not None:  # no pass over the targets, nor over their gradients
+        scale_BT = only_written(scale_BT[..., None], written_BM, C)[..., 0]
     t_NCD: Any = kernel.convolved(
         source_BTD.reshape(-1, C, D),
         scale_BT.reshape(-1, C),
