@@ -220,8 +220,8 @@ def parse_overrides(words: typing.Sequence[str]) -> list[tuple[str, Any]]:
         if not equals:
             if not rest or rest[0].startswith("--"):
                 name = key.replace("-", "_")
-                if _hint(cls, name) is None:  # a value would not help
-                    raise ConfigError(f"config field {key}: unknown; {_meant(cls, name, name)}")
+                if _hint(Config, name) is None:  # a value would not help
+                    raise ConfigError(f"config field {key}: unknown; {_meant(Config, name, name)}")
                 also = f", or {word}=VALUE for one that begins with --" if rest else ""
                 raise ConfigError(f"argument {word!r} has no value: write {word} VALUE{also}")
             value = rest.pop(0)
