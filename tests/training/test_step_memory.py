@@ -88,3 +88,13 @@ def test_a_plan_says_what_is_kept():
     assert f"auto keeps {', '.join(MOST)}" in note
     least = estimate(replace(OPEN, {"remat_save": LEAST}), parse_topology("h100:8"))
     assert plan.bytes_by_kind["kept activations"] > least.bytes_by_kind["kept activations"]
+
+
+@pytest.mark.parametrize("apply", ["split", "fused"])
+def test_without_loops_more_is_kept(apply):
+    config = replace(OPEN, {"unroll_layers": True, "model.ttt.apply": apply})
+    found, (line,) = kept(1e15, config)
+    states = ["ttt_states"] if apply == "fused" else []
+    assert found == ("attention", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target", *states)
+    assert ", ".join(found) in line
+    assert kept(1.0, config)[0] == LEAST

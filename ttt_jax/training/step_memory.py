@@ -45,6 +45,8 @@ _TO_KEEP = (
     ("attention", "mlp_gate", "mlp_up", "ttt_target"),
     ("attention", "ttt_target"),
 )
+# Tried before them where layers are not in loops, so that keeping copies nothing.
+_WITHOUT_LOOPS = ("attention", "mlp_gate", "mlp_up", "mlp_hidden", "ttt_target")
 _GIB = 2**30
 
 
@@ -72,7 +74,7 @@ def keep_what_fits(config: Config, mesh: Any, memory: float | None) -> tuple[Con
     if memory is not None:
         state, _ = abstract_state(chosen, mesh)
         sizes = {name: int(size) for name, size in mesh.shape.items()}
-        for names in _TO_KEEP:
+        for names in _to_keep(config):
             chosen = replace(config, {"remat_save": names})
             need = sum(step_bytes(chosen, sizes, state).values())
             if need <= _USABLE * memory:
@@ -80,6 +82,13 @@ def keep_what_fits(config: Config, mesh: Any, memory: float | None) -> tuple[Con
         reason = f"an estimated {need / _GIB:.1f} of {memory / _GIB:.1f} GiB on each device"
     kept = ", ".join(chosen.remat_save or ())
     return chosen, [f"remat_save: auto keeps {kept} for the backward pass ({reason})"]
+
+
+def _to_keep(config: Config) -> tuple[tuple[str, ...], ...]:
+    if not config.unroll_layers:
+        return _TO_KEEP
+    states = ("ttt_states",) if config.model.ttt.apply == "fused" else ()
+    return ((*_WITHOUT_LOOPS, *states), *_TO_KEEP)
 
 
 def step_bytes(config: Config, sizes: Mapping[str, int], state: TrainState) -> dict[str, float]:
