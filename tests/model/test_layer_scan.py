@@ -155,6 +155,24 @@ def test_without_loops_nothing_is_stacked_and_what_is_computed_again_stays_so():
     assert barriers[1] - barriers[0] == plain.num_layers
 
 
+def test_without_loops_the_rate_may_be_traced(x64):
+    """As `optimizer.ttt_drop` trains."""
+    looped, ids = make(config(**SEVEN), remat_save=()), tokens(2, 11)
+    unrolled = transplant(looped, looped.config, remat_save=(), unroll_layers=True)
+
+    def of(model, rate):
+        loss = lambda model: jnp.mean(jnp.sin(model.hidden(ids, ttt_scale=rate)[0]))
+        return jax.grad(loss)(model)
+
+    rate = jnp.asarray(0.5)
+    loops = lambda run, *args: jax.jit(run).lower(*args).as_text().count("stablehlo.while")
+    fixed = loops(lambda model: of(model, 0.5), unrolled)  # those over chunks
+    assert loops(of, unrolled, rate) == fixed < loops(of, looped, rate)
+    wanted, got = (jax.jit(of)(model, rate) for model in (looped, unrolled))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert relative_rms(x, y) < 1e-11
+
+
 @pytest.fixture
 def saved(monkeypatch):
     """What each kind of layer keeps for the backward: shapes and dtypes."""

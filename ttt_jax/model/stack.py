@@ -152,8 +152,9 @@ class Group(nnx.Module):
             )
 
         single = self.repeats == 1 and all(run.count == 1 for run in self.pattern)
-        fixed_rate = isinstance(ctx.ttt_scale, float)
-        if states is None and not ctx.keep_state and fixed_rate and not single:
+        # The loops' own backward takes no traced rate (`optimizer.ttt_drop`).
+        own = runtime.unroll_layers or isinstance(ctx.ttt_scale, float)
+        if states is None and not ctx.keep_state and own and not single:
             return self._train(apply, h_BTD, ctx, runtime.unroll_layers)
 
         def layer(h_BTD, xs):
