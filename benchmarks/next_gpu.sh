@@ -15,6 +15,8 @@
 #            2026-11-30-smollm2. Predictions of the gain at 8k: 0.021 after 100, 0.027 after 400.
 #   better   90 s, behind smollm2: the start with ridge 0.1, shrink 0.1, scale 0.3, which was 5 %
 #            better on a model that knows novels. Prediction: 0.002 better at 8k.
+#   more     330 s: none and error, 400 steps, with the first 60 books as books_small.jsonl.xz, so
+#            that each is read as often as 30 in 200 steps. Prediction: 0.029 at 8k.
 #   long     690 s in two calls: books, no TTT and the preset, four times the steps, at equal time
 #            (docs/lab/2026-12-01-longer.md). Prediction: 0.413 becomes 0.20, and "off" is worse
 #            than no TTT.
@@ -51,6 +53,9 @@ case $part in
     rm -rf /tmp/smollm2_out/error-0* # an evaluation replaces none
     start '{"scales": {"29": 0.3}, "read_cap": 0.06, "ridge": 0.1, "shrink": 0.1}'
     MODES=on smollm2 error ;;
+  more)
+    start '{"scales": {"29": 0.6}, "read_cap": 0.06}'
+    MODES=on smollm2 errorx400:6 nonex400:6 ;;
   long)
     SEEDS=0 bash benchmarks/books.sh "$data" "$gpu" "$seconds" \
       "nonelong: --steps 1400 --model.ttt.layers=[]" "long: --steps 1160" ;;
